@@ -1,0 +1,70 @@
+# Two commands do everything on a fresh machine with Python 3.11: `make demo` and `make test`.
+# Any variable may be given: make test VENV=/scratch/venv JOBS=8 PYTEST_ARGS='-k filter'
+
+SHELL := bash
+PYTHON ?= $(firstword $(shell command -v python3.11 python3) python3)
+VENV ?= .venv
+JOBS ?= 2
+PYTEST_ARGS ?=
+UV_VERSION ?= 0.13.8
+
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: help setup slurm test lint format demo bench chaos clean
+
+help:
+	@echo "make demo     install, then run the whole pipeline on embedded data"
+	@echo "make test     install (where root and apt allow it, SLURM too), then run all tests"
+	@echo "make setup    only install, into $(VENV)"
+	@echo "make slurm    only install what the tests on a real SLURM need (Debian, root)"
+	@echo "make lint     formatting, ruff, mypy       make format   mend what can be mended"
+	@echo "make bench    measure against peers        make clean    remove what was made here"
+	@echo "make chaos    break jobs on a real SLURM in 40 ways (Debian, root), compare results; CHAOS='trials=100 seed=2'"
+
+setup: $(INSTALLED)
+	@:
+
+# pip, not python, which a broken-off creation leaves without it
+$(BIN)/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "$(PYTHON) is not Python 3.11 or later; name one: make setup PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2> /dev/null || \
+		{ echo "$(PYTHON) cannot make virtual environments; on Debian: apt install python3-venv" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# uv takes half a minute for what takes pip four
+$(INSTALLED): constraints.txt setup.cfg setup.py | $(BIN)/pip
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
+	$(BIN)/uv pip install --python $(BIN)/python -r constraints.txt
+	$(BIN)/uv pip install --python $(BIN)/python --no-deps --no-build-isolation -e .
+	@touch $@
+
+slurm:
+	@tests/slurm_cluster/install.sh
+
+test: setup slurm
+	$(BIN)/python -m pytest -n $(JOBS) --durations=15 $(PYTEST_ARGS)
+
+lint: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy pipeline launch
+
+format: setup
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+demo: setup
+	$(BIN)/python launch/submit.py stage=all dataset=shapes data_dir=demo_data
+
+bench: setup
+	@set -e; for script in $(filter-out benchmarks/chaos.py,$(wildcard benchmarks/[!_]*.py)); do \
+		echo "== $$script"; $(BIN)/python $$script; done
+
+chaos: setup slurm
+	$(BIN)/python benchmarks/chaos.py $(CHAOS)
+
+clean:
+	rm -rf $(VENV) demo_data build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
