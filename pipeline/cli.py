@@ -1,0 +1,259 @@
+"""From the command line to a config: ``key=value``, ``--key value``, ``--key=value`` → a frozen dataclass.
+
+Layers, later ones win: defaults < ``conf/dataset/<name>.yaml`` < command line. A key may be qualified by a stage
+(``train.batch_size=64``), in a YAML file by a section of that name; it then counts for that stage alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pipeline.config import STAGES, ConfigError, LaunchConfig, public
+from pipeline.distributed.life import Life
+
+Config = TypeVar("Config")
+Settings = dict[str, Any]
+CONF = Path(__file__).parent / "conf"
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The end of an error message: the names that ``word`` may have meant, else all of them."""
+    names = sorted(known)
+    close = difflib.get_close_matches(word, names, n=3, cutoff=0.6)
+    return f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(names)}"
+
+
+def parse(arguments: Sequence[str]) -> dict[str, str]:
+    """Split arguments into settings, still as text: ``--key a b`` is ``[a,b]``, ``--flag`` alone is ``true``.
+
+    Raises:
+        ConfigError: an argument that is neither ``key=value`` nor ``--key``, or a key given twice.
+    """
+    settings: dict[str, str] = {}
+    rest = list(arguments)
+    while rest:
+        word = rest.pop(0)
+        if word.startswith("--"):
+            key, equals, value = word[2:].partition("=")
+            if not equals:
+                values = []
+                while rest and not rest[0].startswith("--") and not _is_setting(rest[0]):
+                    values.append(rest.pop(0))
+                value = values[0] if len(values) == 1 else f"[{','.join(values)}]" if values else "true"
+        else:
+            key, equals, value = word.partition("=")
+            if not equals or not key:
+                raise ConfigError(f"{word!r} is no setting: write key=value or --key value")
+        key = key.replace("-", "_")
+        if key in settings:
+            raise ConfigError(f"{key} is given twice")
+        settings[key] = value
+    return settings
+
+
+def _is_setting(word: str) -> bool:
+    key, equals, _ = word.partition("=")
+    return bool(equals) and key.replace(".", "").replace("-", "").replace("_", "").isalnum() and not key[0].isdigit()
+
+
+def known_keys() -> set[str]:
+    """Every key of every stage."""
+    return {f.name for cls in (*STAGES.values(), LaunchConfig) for f in dataclasses.fields(cls)}
+
+
+def dataset_settings(name: str) -> Settings:
+    """Settings of ``conf/dataset/<name>.yaml`` or of the YAML file ``name``.
+
+    Raises:
+        ConfigError: there is no such data set, or the file is not a mapping.
+    """
+    import yaml
+
+    path = Path(name) if name.endswith((".yaml", ".yml")) else CONF / "dataset" / f"{name}.yaml"
+    if not path.is_file():
+        known = (p.stem for p in (CONF / "dataset").glob("*.yaml"))
+        raise ConfigError(f"dataset={name}: no such data set; {nearest(name, known)} (or give a path to a .yaml file)")
+    try:
+        values = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected a mapping of keys to values")
+    return values
+
+
+def select(settings: Mapping[str, Any], stage: str, where: str) -> Settings:
+    """Of ``settings`` for any stage, what ``stage`` takes; qualified keys win over plain ones.
+
+    Raises:
+        ConfigError: a key that no stage knows, or a qualified key that its stage does not know.
+    """
+    fields = {f.name for f in dataclasses.fields(STAGES[stage])}
+    plain: Settings = {}
+    own: Settings = {}
+    for key, value in settings.items():
+        section, dot, name = key.partition(".")
+        if not dot and key in STAGES and isinstance(value, dict):
+            qualified = {f"{key}.{inner}": setting for inner, setting in value.items()}
+            own |= select(qualified, stage, where)
+        elif dot:
+            if section not in STAGES:
+                raise ConfigError(f"{where}{key}: no stage {section!r}; {nearest(section, STAGES)}")
+            names = {f.name for f in dataclasses.fields(STAGES[section])}
+            if name not in names:
+                raise ConfigError(f"{where}{key}: stage {section} has no key {name!r}; {nearest(name, names)}")
+            if section == stage:
+                own[name] = value
+        elif key in fields:
+            plain[key] = value
+        elif key not in known_keys():
+            raise ConfigError(f"{where}unknown key {key!r}; {nearest(key, known_keys())}")
+    return plain | own
+
+
+def build(cls: type[Config], settings: Mapping[str, Any]) -> Config:
+    """Check and convert ``settings`` and make the config of them.
+
+    Raises:
+        ConfigError: unknown key, missing value, wrong type, value that is not among the choices.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for key, value in settings.items():
+        if key not in fields:
+            raise ConfigError(f"unknown key {key!r}; {nearest(key, fields)}")
+        if "${" in str(value):
+            raise ConfigError(f"{key}={value}: '${{' is not supported in values")
+    merged = OmegaConf.structured(cls)
+    OmegaConf.set_readonly(merged, False)
+    for key, value in settings.items():
+        try:
+            OmegaConf.update(merged, key, _typed(fields[key], value))
+        except OmegaConfBaseException:
+            raise ConfigError(f"{key}={value}: expected {_type_name(fields[key])}") from None
+    missing = sorted(str(key) for key in OmegaConf.missing_keys(merged))
+    if missing:
+        raise ConfigError("missing: " + ", ".join(f"{key}=... ({fields[key].metadata.get('help')})" for key in missing))
+    values = {key: tuple(v) if isinstance(v, list) else v for key, v in OmegaConf.to_container(merged).items()}  # type: ignore[union-attr]
+    for key, value in values.items():  # type: ignore[assignment]
+        choices = fields[str(key)].metadata.get("choices")
+        if choices and value not in choices:
+            raise ConfigError(f"{key}={value}: {nearest(str(value), choices)}")
+    return cls(**{str(key): value for key, value in values.items()})
+
+
+def _typed(field: dataclasses.Field[Any], value: Any) -> Any:
+    """Text as the field's type wants it; OmegaConf does the conversion and the refusal."""
+    kind = str(field.type)
+    if kind.startswith("tuple"):
+        if isinstance(value, str):
+            value = value.strip()
+            value = value[1:-1] if value.startswith("[") and value.endswith("]") else value
+            value = [part.strip().strip("\"'") for part in value.split(",")] if value else []
+        return list(value) if isinstance(value, (list, tuple)) else [value]
+    return value if value is not None else ""
+
+
+def _type_name(field: dataclasses.Field[Any]) -> str:
+    names = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
+    kind = str(field.type)
+    return names.get(kind, f"a list of {'whole numbers' if 'int' in kind else 'texts'}, as [a,b]")
+
+
+def load(stage: str, arguments: Sequence[str]) -> Any:
+    """The config of ``stage`` from command-line ``arguments`` and the data set's YAML."""
+    given = parse(arguments)
+    cls = STAGES[stage]
+    fields = {f.name for f in dataclasses.fields(cls)}
+    own: Settings = {}
+    for key, value in given.items():
+        section, dot, name = key.partition(".")
+        own[name if dot and section == stage else key] = value
+    settings: Settings = {}
+    if own.get("dataset") and "source" in fields | known_keys():
+        settings = select(dataset_settings(own["dataset"]), stage, f"{own['dataset']}.yaml: ")
+    return build(cls, settings | own)
+
+
+def dump(config: Any) -> str:
+    """The resolved config, one ``key=value`` a line."""
+    width = max(len(f.name) for f in dataclasses.fields(config))
+    return "\n".join(
+        f"  {f.name:<{width}} = {_shown(public(getattr(config, f.name)))}" for f in dataclasses.fields(config)
+    )
+
+
+def arguments_of(config: Any) -> list[str]:
+    """``key=value`` arguments that :func:`load` turns into ``config`` again, without those at their default."""
+    arguments = []
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
+        if value != default:
+            arguments.append(f"{f.name}={_shown(value)}")
+    return arguments
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, tuple | list):
+        return "[" + ",".join(str(v) for v in value) + "]"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def to_json(config: Any) -> dict[str, Any]:
+    """The resolved config as JSON-able values, without secrets."""
+    return {f.name: public(getattr(config, f.name)) for f in dataclasses.fields(config)}
+
+
+def help_text(cls: type, usage: str) -> str:
+    """Every key with its default and its line of help."""
+    lines = [f"usage: {usage} key=value ...", "", *(cls.__doc__ or "").split("\n\n")[0].split("\n"), ""]
+    fields = dataclasses.fields(cls)
+    width = max(len(f.name) for f in fields)
+    for f in fields:
+        default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
+        shown = "required" if default is dataclasses.MISSING else _shown(default) or '""'
+        choices = f" [{' | '.join(f.metadata['choices'])}]" if f.metadata.get("choices") else ""
+        lines.append(
+            f"  {f.name:<{width}}  {f.metadata.get('help', '')}{choices} (default: {shown})".replace(
+                "(default: required)", "(required)"
+            )
+        )
+    return "\n".join(lines)
+
+
+def wants_help(arguments: Sequence[str]) -> bool:
+    return any(word in ("-h", "--help", "help=true") for word in arguments)
+
+
+def config_for(stage: str, arguments: Sequence[str] | None = None) -> Any:
+    """What the program of a stage starts with: its config, or help or one line of error and the end of the program."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if wants_help(arguments):
+        print(help_text(STAGES[stage], f"python -m pipeline.stages.{stage}"))
+        raise SystemExit(0)
+    with errors_as_one_line():
+        try:
+            return load(stage, arguments)
+        except ConfigError:
+            Life().ended(2)  # before it is a rank: the job script shall know that another try is in vain
+            raise
+
+
+class errors_as_one_line:  # noqa: N801 - used like a function
+    """Context: a :class:`ConfigError` becomes one line on stderr and exit code 2."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, ConfigError):
+            print(f"error: {error}", file=sys.stderr)
+            raise SystemExit(2) from None

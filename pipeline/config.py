@@ -1,0 +1,375 @@
+"""Every option of every stage, in one place: one frozen dataclass per stage.
+
+A field is declared with :func:`option`: its default, one line of help, and whether it is part of the *identity* of the
+result. Two runs whose identity fields agree (and whose inputs and stage versions agree) write the same bytes; ranks,
+workers, time-outs and paths never belong to it. How ``key=value`` becomes one of these is in :mod:`pipeline.cli`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote_plus, urlsplit
+
+_SCHEME = re.compile(r"\s*([a-z][a-z0-9+.-]*)://", re.IGNORECASE)
+_SIGNATURE = re.compile(
+    r"sig|hmac|token|secret|pass|pwd|credential|expire|policy|auth|amz|goog|session|hdn|(access|pair)[_-]?(key[_-]?)?id"
+    r"|^(_nc_|q-)|^(o[he]|s[eprstv]|srt|spr|sip|sk[estv]|sk[ot]id|exp|jwt)$",
+    re.IGNORECASE,
+)  # parameters of URLs that grant access, or change with every signature
+_KEY = re.compile(r"key", re.IGNORECASE)  # of parameters that may be a secret, or the name of what is meant
+
+
+class ConfigError(ValueError):
+    """A setting is wrong. The message is one line that names it; programs exit with code 2."""
+
+
+def option(
+    default: Any = dataclasses.MISSING, help: str = "", *, identity: bool = False, choices: tuple[str, ...] = ()
+) -> Any:
+    """Declare one option: ``default`` (none: it must be given), one line of ``help``, and if it changes the result."""
+    metadata = {"help": help, "identity": identity, "choices": choices}
+    if isinstance(default, tuple):
+        return dataclasses.field(default_factory=lambda: default, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """What every stage that is launched as ranks takes."""
+
+    dataset: str = option("", "a name in pipeline/conf/dataset (shapes, image_folder, ...) or a path to your own YAML")
+    data_dir: str = option("", "root of everything: <data_dir>/<dataset>/<split>/<stage>[-<variant>]")
+    split: str = option("train", "part of the data set: train, valid, test, ...")
+    input: str = option("", "folder to read, instead of the upstream stage's place below data_dir")
+    output: str = option("", "folder to write, instead of the stage's place below data_dir")
+    variant: str = option("", "suffix of the stage's folder, to keep several results side by side")
+    seed: int = option(0, "all randomness is keyed by this and the sample's key", identity=True)
+    expect_world_size: int = option(0, "stop unless this many ranks were really started (0: any)")
+    rank_offset: int = option(0, "array jobs: added to the rank of this job's first task")
+    world_size: int = option(0, "array jobs: ranks of all elements together")
+    hang_timeout: float = option(
+        1800.0, "seconds without progress after which a rank says where it is stuck and ends (0: never)"
+    )
+    run_id: str = option(
+        "", "one text per submission, the same on all its ranks and lives (default: the launcher's own)"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageConfig(RunConfig):
+    """What every stage with partitions takes."""
+
+    overwrite: bool = option(False, "move an existing output of this stage aside and start again")
+    retry_failed: bool = option(False, "append a generation that tries the retryable failures again")
+    max_failed_fraction: float = option(0.1, "the stage fails if more than this fraction of its samples failed")
+    lease: float = option(60.0, "seconds after which a partition whose worker shows no life is taken over")
+    wait: float = option(0.0, "seconds to wait for an unfinished upstream before giving up")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DownloadConfig(StageConfig):
+    """stage=download: bring a data set's samples under data_dir, each with its key, captions and content hash."""
+
+    source: str = option("", "where samples come from: shapes, image_folder, http_archive", identity=True)
+    partition_size: int = option(
+        1000, "samples per partition (sources whose samples are known beforehand)", identity=True
+    )
+    copy: bool = option(
+        False, "image_folder: copy the files into the output instead of referring to them", identity=True
+    )
+    captions: str = option(
+        "auto", "image_folder: auto, txt, folder, none, or a captions .json/.jsonl/.csv file", identity=True
+    )
+    count: int = option(1000, "shapes: number of scenes", identity=True)
+    image_size: int = option(64, "shapes: edge of the square pictures, in pixels", identity=True)
+    objects: int = option(1, "shapes: objects in a scene, 1 or 2 (0: both kinds)", identity=True)
+    holdout: bool = option(
+        True, "shapes: leave out a fixed list of colour-shape pairs, to test new combinations", identity=True
+    )
+    urls: tuple[str, ...] = option(
+        (), "http_archive: URLs of .tar (plain, .gz, .bz2, .xz) or .zip files", identity=True
+    )
+    sha256: tuple[str, ...] = option(
+        (), "http_archive: expected hashes, in the order of urls (empty: not known)", identity=True
+    )
+    max_archive_bytes: int = option(2**40, "http_archive: larger files are refused")
+    max_members: int = option(2_000_000, "http_archive: an archive with more members is refused")
+    max_member_bytes: int = option(2**30, "a member or file larger than this is failed:too_many_bytes", identity=True)
+    timeout: float = option(60.0, "http: seconds with (almost) no byte before a request counts as failed")
+    deadline: float = option(86400.0, "http: seconds that one file may take, all tries and redirects together")
+    retries: int = option(3, "http: tries after the first, with exponential backoff")
+    allow_private_hosts: bool = option(False, "http: allow addresses that are not globally routable")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FilterConfig(StageConfig):
+    """stage=filter: every image becomes an upright RGB image of a bounded size, or a ledger row that says why not."""
+
+    min_image_size: int = option(256, "drop images whose smaller edge is below this", identity=True)
+    max_image_size: int = option(512, "bring larger images down to this smaller edge (0: keep sizes)", identity=True)
+    encode_quality: int = option(95, "JPEG quality of images that had to change", identity=True)
+    max_pixels: int = option(
+        100_000_000, "refuse images that claim more pixels than this, before decoding", identity=True
+    )
+    max_caption_length: int = option(4096, "captions are cut to this many characters", identity=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardConfig(StageConfig):
+    """stage=shard: cut the kept samples into even partitions of a storage format."""
+
+    format: str = option("mds", "storage format", identity=True, choices=("mds", "tar"))
+    shuffle: bool = option(False, "shuffle the whole data set by a permutation keyed by the seed", identity=True)
+    partition_size: int = option(0, "samples per partition (0: about 512 MiB of data)", identity=True)
+    shard_bytes: int = option(2**26, "largest size of one data file", identity=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrecomputeConfig(StageConfig):
+    """stage=precompute: image latents at each resolution and text-encoder states, as MDS."""
+
+    vae: str = option("embedded", "embedded, embedded16, or a diffusers AutoencoderKL repo or folder", identity=True)
+    text_encoder: str = option("embedded", "embedded, or openclip:<model>[:<pretrained>]", identity=True)
+    image_resolutions: tuple[int, ...] = option((256, 512), "edges of the square crops to encode", identity=True)
+    batch_size: int = option(32, "images per forward pass", identity=True)
+    latent: str = option("sample", "take the posterior's sample or its mode", identity=True, choices=("sample", "mode"))
+    model_dtype: str = option(
+        "bfloat16",
+        "precision of the models on a GPU (CPUs use float32)",
+        identity=True,
+        choices=("float32", "float16", "bfloat16"),
+    )
+    save_dtype: str = option(
+        "float16", "precision of the stored latents", identity=True, choices=("float16", "float32")
+    )
+    save_images: bool = option(False, "store the image bytes beside the latents", identity=True)
+    shard_bytes: int = option(2**26, "largest size of one data file", identity=True)
+    threads: int = option(1, "CPU threads per rank (results depend on it in the last bit)", identity=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(RunConfig):
+    """stage=train: fit a model to a data set; goes on from the last checkpoint of its run folder."""
+
+    task: str = option("diffuse", "what to learn", identity=True, choices=("diffuse",))
+    name: str = option("", "name of the run folder (default: <task>)")
+    model: str = option("nano", "size of the network", identity=True)
+    steps: int = option(1000, "optimizer steps", identity=True)
+    batch_size: int = option(32, "samples per step, over all ranks", identity=True)
+    micro_batch: int = option(0, "samples per forward pass of a rank, to save memory (0: all at once)")
+    lr: float = option(3e-3, "peak learning rate", identity=True)
+    warmup_steps: int = option(100, "steps of linear warm-up", identity=True)
+    schedule: str = option("cosine", "learning rate after the warm-up", identity=True, choices=("cosine", "constant"))
+    weight_decay: float = option(0.01, "AdamW weight decay", identity=True)
+    clip_norm: float = option(1.0, "gradient norm is clipped to this", identity=True)
+    ema_decay: float = option(0.995, "decay of the averaged weights used for sampling", identity=True)
+    caption_drop: float = option(0.1, "fraction of captions hidden, for classifier-free guidance", identity=True)
+    resolution: int = option(0, "which latents_<resolution> to learn (0: the smallest)", identity=True)
+    checkpoint_every: int = option(500, "steps between checkpoints")
+    keep_checkpoints: int = option(2, "older checkpoints are deleted")
+    log_every: int = option(20, "steps between log lines")
+    threads: int = option(0, "CPU threads per rank (0: all cores shared by the ranks of a node)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig(RunConfig):
+    """stage=generate: draw pictures for prompts with a trained run."""
+
+    checkpoint: str = option("", "run folder, or one checkpoint in it (default: the data set's run)")
+    name: str = option("", "name of the run folder, as in stage=train")
+    prompts: tuple[str, ...] = option((), "captions to draw, or one path of a text file with a prompt a line")
+    steps: int = option(20, "steps of the sampler")
+    guidance: float = option(1.5, "classifier-free guidance scale (1: none)")
+    threads: int = option(0, "CPU threads (0: all cores)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(RunConfig):
+    """stage=evaluate: judge a trained run; writes evaluation.json into its folder."""
+
+    checkpoint: str = option("", "run folder, or one checkpoint in it (default: the data set's run)")
+    name: str = option("", "name of the run folder, as in stage=train")
+    metric: str = option("", "what to measure; shapes: colour and shape as the prompt says", choices=("", "shapes"))
+    steps: int = option(20, "steps of the sampler")
+    guidance: float = option(1.5, "classifier-free guidance scale (1: none)")
+    threads: int = option(0, "CPU threads (0: all cores)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToolConfig:
+    """What tools that look at one dataset directory take: verify, repair, gc."""
+
+    input: str = option(help="dataset directory (it holds plan/ and data/)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyConfig(ToolConfig):
+    """stage=verify: check counts, files and hashes; names what is wrong, exit code 1 if anything is."""
+
+    json: bool = option(False, "print the findings as JSON")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RepairConfig(ToolConfig):
+    """stage=repair: verify, then redo just the partitions that are wrong."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GcConfig(ToolConfig):
+    """stage=gc: delete what crashed attempts and replaced partitions left behind."""
+
+    older_than: float = option(86400.0, "leave attempts alone that changed within this many seconds")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """stage=report: one self-contained page about everything below a data directory."""
+
+    data_dir: str = option(help="folder to describe: data_dir, or any folder below it")
+    dataset: str = option("", "describe only <data_dir>/<dataset>")
+    output: str = option("", "file to write (default: report.html in the described folder)")
+    samples: int = option(24, "pictures on each contact sheet")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchConfig:
+    """launch/submit.py: from a command to running ranks. All other keys go to the stages.
+
+    What a SLURM job asks for can be given to one stage alone (precompute.gpus_per_node=8), and any option of sbatch
+    that is not named here as slurm_<option>=<value> (slurm_mail_type=END).
+    """
+
+    stage: str = option(help="a stage, several (filter,shard), or all")
+    cluster: str = option(
+        "local",
+        "local: ranks are processes here; inline: this process, for debugging; slurm; or a preset: a name in "
+        "pipeline/conf/cluster or a path to your own YAML",
+    )
+    ranks: int = option(1, "local: processes to start for each stage")
+    dry_run: bool = option(
+        False, "print what would be done and stop; slurm: the job scripts, and what sbatch says of them"
+    )
+    nodes: int = option(1, "slurm: nodes of a job, or of each element of an array")
+    tasks_per_node: int = option(0, "slurm: ranks on each node (0: one for each GPU, else one)")
+    cpus_per_task: int = option(1, "slurm: CPUs of each rank")
+    gpus_per_node: int = option(0, "slurm: GPUs of each node")
+    mem: str = option("", "slurm: memory of each node, as 64G (default: the partition's)")
+    time: str = option(
+        "", "slurm: time limit, as 24:00:00; a job that reaches it is requeued (default: the partition's)"
+    )
+    partition: str = option("", "slurm: partition, or several as a,b")
+    account: str = option("", "slurm: account to charge")
+    qos: str = option("", "slurm: quality of service")
+    constraint: str = option("", "slurm: features that nodes must have")
+    reservation: str = option("", "slurm: reservation to run in")
+    exclude: str = option("", "slurm: nodes to avoid, as node[3-4]")
+    array: int = option(0, "slurm: start each stage (but train) as so many independent jobs instead of one")
+    array_parallelism: int = option(0, "slurm: how many elements of the array may run at a time (0: any number)")
+    lives: int = option(5, "slurm: give up when a job ended this often in a row without having got anything done")
+    signal_seconds: int = option(120, "slurm: how long before the time limit ranks are told to stop")
+    setup: str = option("", "slurm: shell lines to run before the ranks start, as 'module load cuda; export A=b'")
+    container: str = option("", "slurm: image to run the ranks in")
+    container_runtime: str = option(
+        "apptainer", "slurm: what runs the image", choices=("apptainer", "singularity", "pyxis")
+    )
+    container_args: str = option("", "slurm: its options, as '--nv --bind /data'")
+    srun_args: str = option("", "slurm: more options for srun")
+
+
+STAGES: dict[str, type] = {
+    "download": DownloadConfig,
+    "filter": FilterConfig,
+    "shard": ShardConfig,
+    "precompute": PrecomputeConfig,
+    "train": TrainConfig,
+    "generate": GenerateConfig,
+    "evaluate": EvaluateConfig,
+    "verify": VerifyConfig,
+    "repair": RepairConfig,
+    "gc": GcConfig,
+    "report": ReportConfig,
+}
+MAIN_LINE = ("download", "filter", "shard", "precompute", "train")
+
+
+def identity(config: Any) -> dict[str, Any]:
+    """The fields of ``config`` that the bytes of the result depend on, as JSON-able values."""
+    return {f.name: public(getattr(config, f.name)) for f in dataclasses.fields(config) if f.metadata.get("identity")}
+
+
+def public(value: Any) -> Any:
+    """A setting as it may be stored and shown: JSON-able, without passwords and signatures in URLs.
+
+    Parameters that sign a URL do not count for the identity either: the file is the same when it is signed anew. What
+    may be a secret as well as the name of the file is replaced by a digest, so that different files stay different.
+    """
+    if isinstance(value, (tuple, list)):
+        return [public(part) for part in value]
+    if not isinstance(value, str) or not (scheme := _SCHEME.match(value)):
+        return value
+    try:
+        parts = urlsplit(value.strip())
+        port = f":{parts.port}" if parts.port is not None else ""
+    except ValueError:
+        return f"{scheme[1]}://..."  # no URL: who knows which part of it is a password
+    host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname or ""
+    query = "".join(_public_parameter(text) for text in re.split("([&;])", parts.query))
+    return f"{parts.scheme}://{host}{port}{parts.path}{'?' if query else ''}{query}"
+
+
+def _public_parameter(text: str) -> str:
+    name, equals, value = text.partition("=")
+    plain = unquote_plus(name)
+    if equals and _SIGNATURE.search(plain):
+        return f"{name}=..."
+    if equals and _KEY.search(plain):
+        return f"{name}={_digest(value)}"
+    return text if equals or len(text) < 16 else _digest(text)  # a long word without a name may be a token
+
+
+def _digest(secret: str) -> str:
+    return "#" + hashlib.sha256(secret.encode("utf-8", "surrogateescape")).hexdigest()[:8]
+
+
+def default_of(cls: type, name: str) -> Any:
+    """Default of a field in JSON-able form, for settings that an older plan did not know yet."""
+    field = next(f for f in dataclasses.fields(cls) if f.name == name)
+    if field.default_factory is not dataclasses.MISSING:
+        return list(field.default_factory())
+    return field.default
+
+
+def stage_folder(config: RunConfig, stage: str, variant: str = "") -> Path:
+    """Where ``stage`` of this data set lies: ``<data_dir>/<dataset>/<split>/<stage>[-<variant>]``."""
+    if not config.data_dir or not config.dataset:
+        raise ConfigError(f"give data_dir= and dataset=, or input= and output=, to place stage {stage!r}")
+    name = f"{stage}-{variant}" if variant else stage
+    return Path(config.data_dir) / dataset_name(config.dataset) / config.split / name
+
+
+def run_folder(config: RunConfig, name: str) -> Path:
+    """Where a training run lies: ``<data_dir>/<dataset>/runs/<name>``."""
+    if not config.data_dir or not config.dataset:
+        raise ConfigError("give data_dir= and dataset=, or output=, to place the run")
+    return Path(config.data_dir) / dataset_name(config.dataset) / "runs" / name
+
+
+def dataset_name(dataset: str) -> str:
+    """Folder name of a data set: its own name, or the stem of its YAML file."""
+    return Path(dataset).stem if dataset.endswith((".yaml", ".yml")) else dataset
+
+
+def default_variant(config: RunConfig) -> str:
+    """The suffix of a stage's folder: as given, else what tells results of this stage apart."""
+    if config.variant:
+        return config.variant
+    if isinstance(config, ShardConfig):
+        return config.format
+    if isinstance(config, PrecomputeConfig):
+        return Path(config.vae).name
+    return ""

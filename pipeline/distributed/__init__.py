@@ -1,0 +1,38 @@
+"""One program, any number of ranks: ``@distributed`` finds out which rank this process is, whatever launched it.
+
+    @distributed
+    def main(rank: Rank, config: FilterConfig) -> None: ...
+
+    main(config)        # the same call on a laptop, under torchrun, accelerate launch and srun
+
+- ``place``: rank and world size from the environment of the launcher
+- ``signals``: SIGTERM and SIGUSR2 become a flag, read at safe boundaries
+- ``life``: what a rank tells the job script that started it
+- ``watchdog``: a rank that is stuck says where, and ends
+- ``peers``: how ranks wait for each other, and learn that one of them failed
+- ``rank``: what a stage sees of all this
+- ``run``: the decorator; how a rank ends, and its exit code
+
+Nothing here imports torch before a device, a barrier, a broadcast or a reduction is asked for.
+"""
+
+from pipeline.distributed.peers import BarrierTimeout, PeerFailed
+from pipeline.distributed.place import Place, expand_nodes, find_place
+from pipeline.distributed.rank import Rank
+from pipeline.distributed.run import distributed
+from pipeline.distributed.signals import EXIT_HUNG, EXIT_PEER, EXIT_STOPPED, Stopped, ignore_signals
+
+__all__ = [
+    "EXIT_HUNG",
+    "EXIT_PEER",
+    "EXIT_STOPPED",
+    "BarrierTimeout",
+    "PeerFailed",
+    "Place",
+    "Rank",
+    "Stopped",
+    "distributed",
+    "expand_nodes",
+    "find_place",
+    "ignore_signals",
+]

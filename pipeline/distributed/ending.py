@@ -1,0 +1,23 @@
+"""How a process ends when something is wrong: soon, with all that it said written out, whatever threads still do."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+from typing import NoReturn
+
+
+def hard_exit(code: int) -> NoReturn:
+    """End this process now. Threads that linger, and communicators that wait for dead peers, cannot keep it."""
+    if multiprocessing := sys.modules.get("multiprocessing"):
+        for child in multiprocessing.active_children():
+            child.kill()
+    for handler in logging.getLogger("pipeline").handlers:
+        with contextlib.suppress(OSError, ValueError):
+            handler.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            stream.flush()
+    os._exit(code)

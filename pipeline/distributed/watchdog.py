@@ -1,0 +1,89 @@
+"""A rank that makes no progress says where it is stuck and ends, so that whatever started it can start it again."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import signal
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from types import TracebackType
+
+from pipeline.distributed.ending import hard_exit
+from pipeline.distributed.life import Life
+from pipeline.distributed.signals import EXIT_HUNG
+
+_MOVED = 1 << 20  # bytes read or written that count as progress: heartbeats write less, a long download more
+_FAREWELL = 10.0  # seconds to tell others, on a disk that may be what hangs
+
+
+class Watchdog:
+    """Context: ends this process when nothing happens for ``timeout`` seconds; 0: never.
+
+    Progress is a step of the work (``steps`` counts them), or a mebibyte read or written. Time during which the whole
+    process was stopped (a suspended job, Ctrl-Z) does not count, and neither can it be noticed from within: for that,
+    the job script looks at ``<rank>.alive`` (see :mod:`pipeline.distributed.life`).
+
+    Args:
+        steps: how many steps were done so far.
+        tell: says to the outside world that this rank hung; may itself hang.
+    """
+
+    def __init__(self, timeout: float, steps: Callable[[], int], life: Life, tell: Callable[[], None]) -> None:
+        self._timeout = timeout
+        self._steps = steps
+        self._life = life
+        self._tell = tell
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="latentmill-watchdog", daemon=True)
+
+    def __enter__(self) -> Watchdog:
+        if self._timeout > 0:
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._ended.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _watch(self) -> None:
+        tick = min(self._timeout / 10, 10.0)
+        quiet, steps, moved = 0.0, self._steps(), _bytes_moved()
+        self._life.alive(self._timeout)
+        while not self._ended.wait(tick):
+            self._life.alive(self._timeout)
+            quiet += tick  # not what a clock says: it goes on while the process is stopped
+            if self._steps() != steps or _bytes_moved() - moved >= _MOVED:
+                quiet, steps, moved = 0.0, self._steps(), _bytes_moved()
+            if quiet >= self._timeout:
+                self._end()
+
+    def _end(self) -> None:
+        """Say it as plainly as possible: the main thread may hold the lock of the log, or of anything else."""
+        threading.Thread(target=self._force, daemon=True).start()
+        os.write(2, f"no progress for {self._timeout:g} s (hang_timeout): this rank ends. It was here:\n".encode())
+        faulthandler.dump_traceback(2, all_threads=True)
+        self._life.ended(EXIT_HUNG)
+        self._tell()
+        hard_exit(EXIT_HUNG)
+
+    def _force(self) -> None:
+        threading.Event().wait(_FAREWELL)
+        os._exit(EXIT_HUNG)
+
+
+def _bytes_moved() -> int:
+    """Bytes that this process has read and written, as far as the system tells."""
+    with suppress(OSError, ValueError), open("/proc/self/io") as file:
+        return sum(int(line.split()[1]) for line in file if line.startswith(("rchar", "wchar")))
+    return 0
+
+
+def show_stacks_on_request() -> None:
+    """SIGUSR1 makes a rank write all its stacks to stderr, even one that is stuck in C: ``scancel --signal=USR1``."""
+    if threading.current_thread() is threading.main_thread():
+        faulthandler.register(signal.SIGUSR1, file=2, all_threads=True, chain=False)

@@ -1,0 +1,1 @@
+"""Image autoencoders and text encoders: from pictures and captions to what models train on."""

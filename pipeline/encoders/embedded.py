@@ -1,0 +1,205 @@
+"""Encoders that need no weights and no download: an analytic 8x autoencoder and hashed words.
+
+The autoencoder keeps the low frequencies of an 8x8 block cosine transform in YCbCr. Its decoder is the conditional mean
+of the picture given the coefficients of 5x5 blocks, under a first-order autoregressive model of pictures: neighbouring
+pixels correlate with 0.95, independently in both directions (Jain, "Fundamentals of Digital Image Processing", 1989).
+That is linear, so it comes out as one 5x5 convolution and a pixel shuffle. The conditional mean reproduces its
+conditions: encoding what was decoded gives the same latents again, as long as nothing was clipped.
+
+All channels have the same scale, so low frequencies are louder. Models trained on them thus care most for what is seen
+most. Dividing each channel by its deviation ** 0.6 gave worse pictures (26 instead of 30 of 32 prompts judged right
+after the same training).
+
+PSNR on ``shapes`` at 64 px: 24.9 dB with 4 channels, 29.5 dB with 16.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from functools import cache, lru_cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from pipeline.encoders.base import fit, to_unit_range
+from pipeline.randomness import digest
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Frequencies = dict[tuple[int, int], float]  # weights of cosine coefficients (vertical, horizontal) in one channel
+
+_BLOCK = 8
+_REACH = 2  # blocks on each side that the decoder looks at
+_CORRELATION = 0.95
+_YCBCR = np.array([[0.299, 0.587, 0.114], [-0.168736, -0.331264, 0.5], [0.5, -0.418688, -0.081312]])  # ITU-T T.871
+
+_SCALING = {"embedded": 0.6, "embedded16": 1.0}  # brings the deviation over all channels near 1
+
+
+def _frequencies(name: str) -> tuple[list[Frequencies], list[Frequencies]]:
+    """What the channels of luma and of each chroma are made of."""
+    if name == "embedded":
+        slope = math.sqrt(0.5)
+        return [{(0, 0): 1.0}, {(0, 1): slope, (1, 0): slope}], [{(0, 0): 1.0}]
+    return [{(s - v, v): 1.0} for s in range(4) for v in range(s + 1)], [
+        {(s - v, v): 1.0} for s in range(2) for v in range(s + 1)
+    ]
+
+
+def _cosines() -> np.ndarray:
+    """The orthonormal cosine transform of 8 points, (frequency, position)."""
+    k, x = np.arange(_BLOCK)[:, None], np.arange(_BLOCK)[None, :]
+    transform = np.cos(np.pi * (2 * x + 1) * k / (2 * _BLOCK)) * math.sqrt(2 / _BLOCK)
+    transform[0] /= math.sqrt(2)
+    return transform
+
+
+def _mixing(channels: list[Frequencies]) -> np.ndarray:
+    """(channel, vertical, horizontal): weights of the block's 64 coefficients in each channel."""
+    mixing = np.zeros((len(channels), _BLOCK, _BLOCK))
+    for number, channel in enumerate(channels):
+        for frequency, weight in channel.items():
+            mixing[number][frequency] = weight
+    return mixing
+
+
+def _encoder_kernel(channels: list[Frequencies]) -> np.ndarray:
+    """(channel, 8, 8): a channel's coefficient is the inner product of its kernel and a block."""
+    cosines = _cosines()
+    return np.einsum("kuv,uy,vx->kyx", _mixing(channels), cosines, cosines)
+
+
+def _decoder_kernel(channels: list[Frequencies]) -> np.ndarray:
+    """(64 pixels of a block, channel, 5, 5): E[block | channels of 5x5 blocks] = cov(block, z) cov(z)^-1 z.
+
+    The covariance of the picture is separable, so both factors come from one-dimensional covariances of coefficients.
+    """
+    blocks = 2 * _REACH + 1
+    pixels = np.arange(_BLOCK * blocks)
+    picture = _CORRELATION ** np.abs(pixels[:, None] - pixels[None, :])
+    transform = np.zeros((blocks, _BLOCK, pixels.size))
+    for block in range(blocks):
+        transform[block, :, block * _BLOCK : (block + 1) * _BLOCK] = _cosines()
+    mixing = _mixing(channels)
+    among = np.einsum("aux,xy,bvy->aubv", transform, picture, transform, optimize=True)
+    centre = picture[_REACH * _BLOCK : (_REACH + 1) * _BLOCK]
+    across = np.einsum("px,aux->pau", centre, transform)
+    size = len(channels) * blocks * blocks
+    covariance = np.einsum("iuv,aubs,cvdt,jst->iacjbd", mixing, among, among, mixing, optimize=True).reshape(size, size)
+    shared = np.einsum("pau,qcv,iuv->pqiac", across, across, mixing, optimize=True).reshape(_BLOCK * _BLOCK, size)
+    kernel: np.ndarray = np.linalg.solve(covariance, shared.T).T.reshape(_BLOCK * _BLOCK, len(channels), blocks, blocks)
+    return kernel
+
+
+@cache
+def _kernels(name: str) -> tuple[np.ndarray, np.ndarray]:
+    """The whole autoencoder, with scaling and colour, in float64: encoder (c, 3, 8, 8), decoder (3 * 64, c, 5, 5)."""
+    luma, chroma = _frequencies(name)
+    planes = (luma, chroma, chroma)
+    width = sum(map(len, planes))
+    encoder = np.zeros((width, 3, _BLOCK, _BLOCK))
+    decoder = np.zeros((3, _BLOCK * _BLOCK, width, 2 * _REACH + 1, 2 * _REACH + 1))
+    first = 0
+    for plane, channels in enumerate(planes):
+        here = slice(first, first + len(channels))
+        encoder[here] = _encoder_kernel(channels)[:, None] * _YCBCR[plane][:, None, None]
+        decoder[plane, :, here] = _decoder_kernel(channels)
+        first += len(channels)
+    to_rgb = np.einsum("rp,pnchw->rnchw", np.linalg.inv(_YCBCR), decoder)
+    scaling = _SCALING[name]
+    return encoder * scaling, to_rgb.reshape(3 * _BLOCK * _BLOCK, *decoder.shape[2:]) / scaling
+
+
+class EmbeddedAutoencoder:
+    """``embedded`` (4 channels: recognisable) or ``embedded16`` (16: close to the original). Always float32."""
+
+    version = 1
+    downsample = _BLOCK
+
+    def __init__(self, name: str = "embedded", device: str | torch.device = "cpu") -> None:
+        encoder, decoder = _kernels(name)
+        self.name = name
+        self.device = torch.device(device)
+        self.channels = len(encoder)
+        self.scaling = _SCALING[name]
+        self._encoder = torch.tensor(encoder, dtype=torch.float32, device=self.device)
+        self._decoder = torch.tensor(decoder, dtype=torch.float32, device=self.device)
+
+    def preprocess(self, images: Sequence[np.ndarray], resolution: int) -> Tensor:
+        """uint8 (h, w, 3) each → float32 (b, 3, resolution, resolution) in [-1, 1]."""
+        return to_unit_range(np.stack([fit(image, resolution) for image in images]), self.device)
+
+    @torch.no_grad()
+    def encode(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
+        """float (b, 3, h, w) in [-1, 1] → float32 (b, c, h/8, w/8). There is no posterior: ``noise`` is not used.
+
+        Raises:
+            ValueError: height or width is no multiple of 8.
+        """
+        if x.shape[-2] % _BLOCK or x.shape[-1] % _BLOCK:
+            raise ValueError(f"pictures of {x.shape[-1]} x {x.shape[-2]} pixels: both must be multiples of {_BLOCK}")
+        return F.conv2d(x.to(self.device, torch.float32), self._encoder, stride=_BLOCK)
+
+    @torch.no_grad()
+    def decode(self, z: Tensor) -> Tensor:
+        """float (b, c, h, w) → float32 (b, 3, 8h, 8w), clipped to [-1, 1]."""
+        padded = F.pad(z.to(self.device, torch.float32), (_REACH,) * 4, mode="replicate")
+        return F.pixel_shuffle(F.conv2d(padded, self._decoder), _BLOCK).clamp(-1.0, 1.0)
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "version": self.version,
+            "channels": self.channels,
+            "downsample": self.downsample,
+            "scaling": self.scaling,
+        }
+
+
+_WORD = re.compile(r"\w+")
+
+
+class EmbeddedTextEncoder:
+    """Hashed words: one row of signs for each word, plus half the usual sinusoids of its position; zeros after the end.
+
+    Words are runs of letters and digits, in lower case; 16 at most, each 64 wide. The signs are the bits of the word's
+    BLAKE2b hash, so that they are the same everywhere and two words agree in about half of them.
+    """
+
+    name = "embedded"
+    version = 1
+    length = 16
+    width = 64
+
+    def __init__(self, device: str | torch.device = "cpu") -> None:
+        self.device = torch.device(device)
+        self._positions = 0.5 * _sinusoids(self.length, self.width)
+        self._word = lru_cache(maxsize=100_000)(self._signs)
+
+    def encode(self, captions: Sequence[str]) -> Tensor:
+        """Captions → float32 (b, 16, 64)."""
+        states = np.zeros((len(captions), self.length, self.width), np.float32)
+        for row, caption in zip(states, captions, strict=True):
+            words = _WORD.findall(caption.lower())[: self.length]
+            for place, word in enumerate(words):
+                row[place] = self._word(word) + self._positions[place]
+        return torch.from_numpy(states).to(self.device)
+
+    def _signs(self, word: str) -> np.ndarray:
+        bits = np.unpackbits(np.frombuffer(digest(0, "word", word, size=self.width // 8), dtype=np.uint8))
+        return bits.astype(np.float32) * 2.0 - 1.0
+
+    def describe(self) -> dict[str, Any]:
+        return {"name": self.name, "version": self.version, "length": self.length, "width": self.width}
+
+
+def _sinusoids(length: int, width: int) -> np.ndarray:
+    """(length, width) float32: sines, then cosines, of geometric frequencies (Vaswani et al. 2017, section 3.5)."""
+    frequencies = 10000.0 ** (-np.arange(width // 2) / (width // 2))
+    angles = np.arange(length)[:, None] * frequencies[None, :]
+    return np.concatenate([np.sin(angles), np.cos(angles)], axis=1).astype(np.float32)

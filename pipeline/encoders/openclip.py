@@ -1,0 +1,115 @@
+"""Text towers of open_clip: the states of all tokens after the last layer norm, before pooling and projection.
+
+That is what text-to-image models condition on, and what micro_diffusion's ``precompute.py`` stores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from pipeline.cli import nearest
+from pipeline.config import ConfigError
+from pipeline.encoders.base import weights_digest
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+_SCHEMAS = ("hf-hub:", "local-dir:")
+_RANDOM = "random"
+
+
+class OpenClipTextEncoder:
+    """The text tower of ``<model>[:<pretrained>]``.
+
+    Args:
+        spec: ``ViT-H-14:laion2b_s32b_b79k`` (a model and a tag of its weights), ``ViT-H-14:/path/to/weights``,
+            ``hf-hub:apple/DFN5B-CLIP-ViT-H-14-378``, ``local-dir:/path`` (both bring their weights), or
+            ``ViT-B-32:random`` (always the same random weights, to try things out).
+        dtype: precision of the network; states go out as float32.
+
+    Raises:
+        ConfigError: no such model or weights, or a text tower that is not open_clip's own.
+    """
+
+    def __init__(self, spec: str, device: str | torch.device = "cpu", dtype: str = "float32") -> None:
+        import open_clip
+
+        self.name = f"openclip:{spec}"
+        self.device = torch.device(device)
+        self.dtype = getattr(torch, dtype)
+        model_name, pretrained = _split(spec)
+        model = _create(self.name, model_name, pretrained)
+        self._tokenize = open_clip.get_tokenizer(model_name)
+        norm = _final_norm(self.name, model)
+        self.length = int(model.context_length)
+        self.width = int(norm.weight.shape[0])
+        self._weights = weights_digest(model)
+        self._model = model.to(self.device, self.dtype).eval().requires_grad_(False)
+        self._states: Tensor | None = None
+        norm.register_forward_hook(self._keep)
+
+    @torch.no_grad()
+    def encode(self, captions: Sequence[str]) -> Tensor:
+        """Captions → float32 (b, length, width); the tokenizer cuts and pads."""
+        self._model.encode_text(self._tokenize(list(captions)).to(self.device))
+        states, self._states = self._states, None
+        assert states is not None
+        return states.float()
+
+    def _keep(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
+        self._states = output
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "length": self.length,
+            "width": self.width,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "weights_xxh3": self._weights,
+        }
+
+
+def _split(spec: str) -> tuple[str, str]:
+    """Model and weights; names with a schema bring their weights."""
+    if spec.startswith(_SCHEMAS):
+        return spec, ""
+    model, _, pretrained = spec.partition(":")
+    return model, pretrained
+
+
+def _create(name: str, model_name: str, pretrained: str) -> Any:
+    """The model in float32 on the CPU, without its picture tower."""
+    import open_clip
+
+    if not model_name.startswith(_SCHEMAS):
+        if model_name not in open_clip.list_models():
+            raise ConfigError(f"text_encoder={name}: {nearest(model_name, open_clip.list_models())}")
+        if not pretrained:
+            tags = open_clip.list_pretrained_tags_by_model(model_name)
+            raise ConfigError(
+                f"text_encoder={name}: say which weights, as openclip:{model_name}:<pretrained>, with one of "
+                f"{', '.join([*tags, _RANDOM])}, or a file"
+            )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        try:
+            model = open_clip.create_model(
+                model_name, pretrained if pretrained != _RANDOM else None, load_weights=pretrained != _RANDOM
+            )
+        except (OSError, RuntimeError, ValueError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise ConfigError(f"text_encoder={name}: cannot be loaded: {reason}") from error
+    del model.visual
+    return model
+
+
+def _final_norm(name: str, model: Any) -> Any:
+    """The text tower's last layer norm. It sees all tokens, but not in CoCa, which pools before, or in HF models."""
+    tower = getattr(model, "text", model)
+    norm = getattr(tower, "ln_final", None)
+    if norm is None or getattr(tower, "cls_emb", None) is not None:
+        raise ConfigError(f"text_encoder={name}: this model's text tower has no states of all tokens to offer")
+    return norm

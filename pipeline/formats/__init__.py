@@ -1,0 +1,1 @@
+"""Storage formats: how the samples of a partition lie on disk."""

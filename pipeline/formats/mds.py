@@ -1,0 +1,137 @@
+"""MDS, the format of mosaicml-streaming: StreamingDataset reads a finished dataset directory as it is.
+
+A shard is ``uint32 n``, ``uint32 offset[n + 1]``, the shard's config as JSON, then the samples; a sample is the uint32
+sizes of its columns of variable size, then the columns, sorted by name (layout version 2).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+
+from pipeline.formats.base import Create, Format, Location, Writer, chunked
+from pipeline.samples import Row, Schema
+from pipeline.storage import Folder
+
+_SIZES = {"int": 8}
+_HASH = "xxh3_128"
+
+
+def _encode(kind: str, value: Any) -> bytes:
+    if kind == "str":
+        return value.encode()  # type: ignore[no-any-return]
+    if kind == "int":
+        return np.int64(value).tobytes()
+    if kind == "json":
+        return json.dumps(value, ensure_ascii=False).encode()
+    return bytes(value)
+
+
+def _decode(kind: str, data: bytes) -> Any:
+    if kind == "str":
+        return data.decode()
+    if kind == "int":
+        return int(np.frombuffer(data, np.int64)[0])
+    return json.loads(data) if kind == "json" else data
+
+
+def shard_config(schema: Schema, shard_bytes: int) -> dict[str, Any]:
+    """The part of a shard's description that all shards of a dataset share."""
+    names = sorted(schema)
+    return {
+        "column_encodings": [schema[name] for name in names],
+        "column_names": names,
+        "column_sizes": [_SIZES.get(schema[name]) for name in names],
+        "compression": None,
+        "format": "mds",
+        "hashes": [_HASH],
+        "size_limit": shard_bytes,
+        "version": 2,
+    }
+
+
+class MdsWriter(Writer):
+    """Collects samples up to ``shard_bytes`` and writes them as one shard: its header is only known then."""
+
+    def __init__(self, create: Create, schema: Schema, shard_bytes: int) -> None:
+        self._create = create
+        self._columns = [(name, schema[name]) for name in sorted(schema)]
+        self._config = json.dumps(shard_config(schema, shard_bytes), sort_keys=True).encode()
+        self._limit = shard_bytes
+        self._samples: list[bytes] = []
+        self._size = self._empty_size = 8 + len(self._config)
+        self._shards = 0
+        self._locations: list[Location] = []
+
+    def write(self, row: Row) -> None:
+        columns = [(kind, _encode(kind, row[name])) for name, kind in self._columns]
+        sizes = np.array([len(data) for kind, data in columns if kind not in _SIZES], np.uint32)
+        sample = sizes.tobytes() + b"".join(data for _, data in columns)
+        if self._samples and self._size + len(sample) + 4 > self._limit:
+            self._flush()
+        self._samples.append(sample)
+        self._size += len(sample) + 4
+
+    def _flush(self) -> None:
+        name = f"shard.{self._shards:05d}.mds"
+        count = len(self._samples)
+        lengths = np.array([0, *map(len, self._samples)], np.int64)
+        offsets = lengths.cumsum() + 4 + 4 * (count + 1) + len(self._config)
+        if offsets[-1] >= 2**32:
+            raise ValueError(f"{name}: {offsets[-1]} bytes do not fit an MDS shard; lower shard_bytes=")
+        with self._create(name) as file:
+            file.write(np.uint32(count).tobytes() + offsets.astype(np.uint32).tobytes() + self._config)
+            for sample in self._samples:
+                file.write(sample)
+        self._locations += [(name, int(o), len(s)) for o, s in zip(offsets, self._samples, strict=False)]
+        self._shards += 1
+        self._samples, self._size = [], self._empty_size
+
+    def close(self) -> list[Location]:
+        if self._samples:
+            self._flush()
+        return self._locations
+
+
+class Mds(Format):
+    name = "mds"
+    index_file = "index.json"
+
+    def writer(self, create: Create, partition: int, schema: Schema, shard_bytes: int) -> Writer:
+        return MdsWriter(create, schema, shard_bytes)
+
+    def decode(self, raw: bytes, schema: Schema, origin: Folder | None = None) -> Row:
+        names = sorted(schema)
+        variable = [name for name in names if schema[name] not in _SIZES]
+        sizes = dict(zip(variable, np.frombuffer(raw, np.uint32, len(variable)).tolist(), strict=True))
+        at = 4 * len(variable)
+        row: Row = {}
+        for name in names:
+            size = sizes[name] if name in sizes else _SIZES[schema[name]]
+            row[name] = _decode(schema[name], raw[at : at + size])
+            at += size
+        if at != len(raw):
+            raise ValueError(f"an MDS sample of {len(raw)} bytes says that it has {at}")
+        return row
+
+    def index(self, schema: Schema, files: Iterable[dict[str, Any]]) -> Iterator[bytes]:
+        """``index.json``, which names every shard by its path below the root."""
+        return chunked(self._index_parts(schema, files))
+
+    def _index_parts(self, schema: Schema, files: Iterable[dict[str, Any]]) -> Iterator[bytes]:
+        yield b'{"shards": ['
+        for number, file in enumerate(files):
+            shard = {
+                **shard_config(schema, file["shard_bytes"]),
+                "raw_data": {"basename": file["path"], "bytes": file["bytes"], "hashes": {_HASH: file["xxh3"]}},
+                "samples": file["samples"],
+                "zip_data": None,
+            }
+            yield (b",\n" if number else b"") + json.dumps(shard, sort_keys=True).encode()
+        yield b'], "version": 2}\n'
+
+
+FORMAT = Mds()

@@ -1,0 +1,185 @@
+"""One try at one partition, in a folder of its own, up to the rename that makes it the one that counts."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import ConfigError
+from pipeline.partitions.dataset import RECORD, Dataset
+from pipeline.partitions.ledger import FILE as LEDGER
+from pipeline.partitions.ledger import Ledger
+from pipeline.partitions.plan import FORMAT_VERSION
+from pipeline.samples import Outcome
+from pipeline.storage import GONE, Folder, HashedFile, StorageError, commit, seal
+
+
+class Superseded(RuntimeError):
+    """The output was removed or moved aside while we worked on it: what we do there is worth nothing."""
+
+
+class AttemptRemoved(RuntimeError):
+    """Somebody took the attempt's folder away (``gc``, or the whole output was): the work is to be done again."""
+
+
+def require_output(root: Folder) -> None:
+    """Raises Superseded unless the output is where it was."""
+    if not (root.in_place() and root.exists("plan/plan.json")):
+        raise Superseded(f"{root.path} was removed or overwritten while we ran")
+
+
+@contextmanager
+def unless_removed(root: Folder) -> Iterator[None]:
+    """Context: whatever is wrong with an output that is no longer there, it was removed or overwritten."""
+    try:
+        yield
+    except (OSError, StorageError, ConfigError) as error:
+        if root.in_place():
+            raise
+        raise Superseded(f"{root.path} was removed or overwritten while we ran") from error
+
+
+class Attempt:
+    """Writes the outcomes of partition ``index`` and commits them. A context: left early, nothing remains."""
+
+    def __init__(self, dataset: Dataset, index: int) -> None:
+        self.index = index
+        self.ledger = Ledger(index, dataset.partition(index).count)
+        self._dataset = dataset
+        self._slot = dataset.slot(index)
+        self._plan = dataset.counts_by(index)
+        self._id = uuid.uuid4().hex
+        self._name = f".{self._slot}.{self._id}"
+        self._files: list[HashedFile] = []
+        self._begin = time.time()
+        self._folder: Folder | None = None
+        self._won = False
+
+    def __enter__(self) -> Attempt:
+        try:
+            self._bucket = self._dataset.root.folder(f"data/{self._dataset.bucket(self.index)}")
+            self._bucket.mkdir(self._name)
+            self._folder = self._bucket.folder(self._name)
+        except OSError as error:
+            raise self._explain(error) from error
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        for file in self._files:
+            file.discard()
+        if self._folder is not None:
+            self._folder.close()
+            if not self._won:
+                with suppress(OSError):  # what cannot be deleted now is left to gc
+                    self._bucket.trash(self._name)
+        self._bucket.close()
+
+    @property
+    def scratch(self) -> Path:
+        """Where the stage may put files that it needs for a while; they go with the attempt."""
+        assert self._folder is not None
+        return Path(f"/proc/self/fd/{self._folder.fd}")
+
+    def _create(self, name: str) -> HashedFile:
+        assert self._folder is not None
+        file = self._folder.create(name)
+        self._files.append(file)
+        return file
+
+    def run(self, outcomes: Iterable[Outcome], shard_bytes: int, step: Callable[[], None]) -> dict[str, Any] | None:
+        """Write all ``outcomes``, check that they balance, commit; ``step`` is called after each, and may raise.
+
+        Returns:
+            The record, or None if another attempt was first.
+
+        Raises:
+            LedgerError: the outcomes do not add up.
+            AttemptRemoved: the attempt's folder is gone.
+            StorageError: the disk is full or broken, or the input cannot be read.
+        """
+        try:
+            record = self._write(self._read(outcomes), shard_bytes, step)
+            self._won = commit(self._bucket, self._name, self._slot, RECORD)
+        except OSError as error:
+            raise self._explain(error) from error
+        return record if self._won else None
+
+    def _read(self, outcomes: Iterable[Outcome]) -> Iterator[Outcome]:
+        """Tell a failure of the input from one of the output."""
+        try:
+            yield from outcomes
+        except OSError as error:
+            if error.errno in GONE and not self._bucket.exists(self._name):
+                raise  # the scratch folder went with the attempt
+            raise StorageError(
+                f"{self._dataset.root.path}: cannot read the input of partition {self.index}: {error}"
+            ) from error
+
+    def _write(self, outcomes: Iterable[Outcome], shard_bytes: int, step: Callable[[], None]) -> dict[str, Any]:
+        assert self._folder is not None
+        dataset = self._dataset
+        writer = dataset.format.writer(self._create, self.index, dataset.schema, shard_bytes)
+        for outcome in outcomes:
+            row = outcome.row
+            self.ledger.add(outcome)
+            if row is not None:
+                writer.write(row)
+            step()
+        locations = writer.close()
+        self.ledger.check(len(locations))
+        with self._create(LEDGER) as file:
+            self.ledger.write(file, locations)
+        record = self._record(locations)
+        with self._folder.create(RECORD) as file:
+            file.write(seal(record))
+        listed = self._folder.listdir()
+        if listed != sorted([*(f["name"] for f in record["files"]), RECORD]):
+            if not self._bucket.exists(self._name):
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self._name)
+            raise StorageError(f"{self._folder.path} holds {listed}: something else writes there")
+        return record
+
+    def _record(self, locations: list[tuple[str, int, int]]) -> dict[str, Any]:
+        samples: dict[str, int] = {}
+        for name, _, _ in locations:
+            samples[name] = samples.get(name, 0) + 1
+        files = [
+            {
+                "name": file.name,
+                "bytes": file.bytes,
+                "samples": samples.get(file.name, 0),
+                "xxh3": file.digest,
+                "blocks": file.blocks,
+            }
+            for file in self._files
+        ]
+        return {
+            "format_version": FORMAT_VERSION,
+            "attempt": self._id,
+            "plan": self._plan.digest,
+            "partition": self.index,
+            "files": sorted(files, key=lambda f: str(f["name"])),
+            "counts": dict(self.ledger.counts),
+            "reasons": dict(self.ledger.reasons),
+            "supersedes": self._dataset.partition(self.index).supersedes,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "begin": self._begin,
+            "seconds": time.time() - self._begin,
+        }
+
+    def _explain(self, error: OSError) -> Exception:
+        place = self._dataset.root.path
+        if error.errno in GONE:
+            return AttemptRemoved(f"{place}: the attempt at partition {self.index} was removed while it ran")
+        return StorageError(
+            f"{place}: cannot write partition {self.index}: {error.strerror}. Nothing that was committed is harmed; "
+            "mend it and run the same command again"
+        )

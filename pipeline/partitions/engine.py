@@ -1,0 +1,309 @@
+"""The engine: plans or adopts, works through partitions until all are committed, finishes the dataset."""
+
+from __future__ import annotations
+
+import random
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from pipeline import cli
+from pipeline.distributed import Rank, Stopped
+from pipeline.partitions.attempt import Attempt, AttemptRemoved, Superseded, require_output, unless_removed
+from pipeline.partitions.claims import Claims
+from pipeline.partitions.dataset import Dataset
+from pipeline.partitions.finalize import Incomplete, Overtaken, Unbalanced, finalize
+from pipeline.partitions.plan import BUCKET, Partition
+from pipeline.partitions.planning import open_or_plan
+from pipeline.partitions.stage import Stage
+from pipeline.samples import Outcome
+from pipeline.storage import GONE, StorageError
+from pipeline.telemetry import Events
+
+_POLL = 0.5  # seconds between looks at what others have claimed; grows to a quarter of the lease
+_LOOKUPS = 20  # times that a planned bucket may be not to be seen, before we believe that it is gone
+_LOOKS = 8  # buckets that an idle rank lists between two pauses, so that a thousand of them are no storm
+
+
+def run(stage: Stage) -> dict[str, Any]:
+    """Bring the stage's output to its end, together with whoever else works on it.
+
+    Returns:
+        What ``_SUCCESS`` says.
+
+    Raises:
+        ConfigError: settings, upstream or output do not fit together.
+        StorageError, Superseded: the output cannot be written, or was moved aside.
+        Stopped: a signal asked us to stop.
+    """
+    try:
+        dataset = open_or_plan(stage)
+        with unless_removed(dataset.root):
+            if dataset.success is not None:
+                stage.rank.log.info("%s: already finished", dataset.root.path)
+                return dataset.success
+            return _run(stage, dataset)
+    except OSError as error:
+        raise StorageError(f"output {stage.output}: {error}") from error
+
+
+def _run(stage: Stage, dataset: Dataset) -> dict[str, Any]:
+    stage.planned = dataset.header
+    events = Events(dataset.root, stage.rank.rank, stage.rank.world_size)
+    worker = Worker(stage, dataset, events)
+    stage.rank.on_hang = worker.tell_hang
+    try:
+        events.emit("start", partitions=dataset.partitions, generation=dataset.plans[-1].generation)
+        worker.work()
+        success = worker.finish()
+        events.emit("finish")
+        return success
+    except BaseException as error:
+        events.emit("stop" if isinstance(error, Stopped) else "error", error=f"{type(error).__name__}: {error}")
+        raise
+    finally:
+        worker.close()
+
+
+class Worker:
+    """One process at work on one dataset."""
+
+    def __init__(self, stage: Stage, dataset: Dataset, events: Events) -> None:
+        self.stage = stage
+        self.dataset = dataset
+        self.events = events
+        self.config = stage.config
+        self.rank = stage.rank
+        self.claims = Claims(dataset.root, self.config.lease, beat=lambda: events.emit("beat", partition=self._at))
+        self._at = -1
+        self._done: set[int] = set()
+        self._full: set[int] = set()
+        self._missing: set[int] = set()
+        self._lookups: Counter[int] = Counter()
+
+    def close(self) -> None:
+        self.claims.close()
+
+    # ---- which partition next
+
+    def work(self) -> None:
+        """Commit partitions until none is left: the own range first, then wherever there is something to do."""
+        for bucket in buckets(self.own_range()):
+            self._work_on(bucket, self.own_range())
+        order = list(range(-(-self.dataset.partitions // BUCKET)))
+        start = random.Random(uuid.uuid4().int).randrange(len(order)) if order else 0
+        order = order[start:] + order[:start]
+        pause = _POLL
+        while True:
+            self._full |= self._known_full()
+            order = [bucket for bucket in order if bucket not in self._full]
+            if not order:
+                return
+            look, rest = order[:_LOOKS], order[_LOOKS:]
+            progress = [self._work_on(bucket, self._span(bucket)) for bucket in look]
+            order = rest + look
+            idle = not any(progress) and not self._full.issuperset(look)
+            pause = min(pause * 1.5, max(_POLL, self.config.lease / 4)) if idle else _POLL
+            self._sleep(pause if idle else 0)
+
+    def own_range(self) -> range:
+        """The contiguous partitions that are this rank's by number."""
+        total, rank, world = self.dataset.partitions, self.rank.rank, self.rank.world_size
+        return range(total * rank // world, total * (rank + 1) // world)
+
+    def _span(self, bucket: int) -> range:
+        return range(bucket * BUCKET, min((bucket + 1) * BUCKET, self.dataset.partitions))
+
+    def _known_full(self) -> set[int]:
+        """Buckets that somebody has seen fully committed; only an economy, finish() looks for itself."""
+        try:
+            with self.dataset.root.folder("claims") as claims:
+                names = claims.listdir()
+        except OSError as error:
+            if error.errno not in GONE:
+                raise
+            return set()
+        mine = f".{self.dataset.plans[-1].generation}.full"
+        return {int(name[: -len(mine)]) for name in names if name.endswith(mine)}
+
+    def _work_on(self, bucket: int, span: range) -> bool:
+        """Try every open partition of ``span`` in ``bucket``; whether anything was committed by us."""
+        present = self._committed(bucket)
+        if present is None:
+            return False
+        whole = self._span(bucket)
+        progress = False
+        for index in range(max(span.start, whole.start), min(span.stop, whole.stop)):
+            if self.dataset.slot(index) in present or index in self._done:
+                continue
+            self.rank.check_stop()
+            claim = f"{bucket:03d}/{self.dataset.slot(index)}"
+            if self.claims.take(claim):
+                try:
+                    if self.dataset.root.exists(self.dataset.path_of(index)):
+                        self._done.add(index)
+                    else:
+                        progress |= self._attempt(index)
+                finally:
+                    self.claims.release(claim)
+        if all(self.dataset.slot(index) in present or index in self._done for index in whole):
+            self._full.add(bucket)
+            self._mark_full(bucket)
+        return progress
+
+    def _committed(self, bucket: int) -> set[str] | None:
+        """Names of the slots in ``bucket``, whose records the engine believes; None if it is not to be seen just now.
+
+        Raises:
+            Superseded: the output was removed.
+            StorageError: the bucket, or the record of a slot, is gone.
+        """
+        place = f"data/{bucket:03d}"
+        try:
+            with self.dataset.root.folder(place) as folder:
+                present = set(folder.listdir())
+        except OSError as error:
+            if error.errno not in GONE:
+                raise
+            require_output(self.dataset.root)
+            self._lookups[bucket] += 1  # a look-up may be stale for a while
+            if self._lookups[bucket] > _LOOKUPS:
+                raise StorageError(f"{self.dataset.root.path / place} is missing, though planned") from None
+            return None
+        for index in [index for index in self._missing if index // BUCKET == bucket]:
+            if self.dataset.slot(index) in present and self.dataset.record(index) is None:
+                raise StorageError(
+                    f"{self.dataset.root.path / self.dataset.path_of(index)} has no record: "
+                    f"run stage=repair on {self.dataset.root.path}"
+                )
+            self._missing.discard(index)
+        return present
+
+    def _mark_full(self, bucket: int) -> None:
+        name = f"claims/{bucket:03d}.{self.dataset.plans[-1].generation}.full"
+        if not self.dataset.root.exists(name):
+            self.dataset.root.append(name, b"")
+
+    # ---- one partition
+
+    def _attempt(self, index: int) -> bool:
+        """Try to commit partition ``index``; whether this attempt is the one that counts."""
+        partition = self.dataset.partition(index)
+        record = None
+        self._at = index
+        try:
+            with Attempt(self.dataset, index) as attempt:
+                self.stage.scratch = attempt.scratch
+                record = attempt.run(self._outcomes(partition), self.stage.shard_bytes, self.rank.check_stop)
+        except AttemptRemoved:
+            require_output(self.dataset.root)  # else by gc: another try will do
+        self._at = -1
+        if record is not None:
+            self._done.add(index)
+            self._tell(record)
+            return True
+        if self.dataset.record(index) is not None:  # raises if what won is of another plan
+            self._done.add(index)
+        self.events.totals["lost"] += 1
+        self.events.emit("lost", partition=index)
+        return False
+
+    def _outcomes(self, partition: Partition) -> Iterator[Outcome]:
+        for outcome in self.stage.process(partition):
+            if partition.only is None or (not outcome.container and partition.wants(outcome.key)):
+                yield outcome
+
+    def _tell(self, record: dict[str, Any]) -> None:
+        totals = self.events.totals
+        totals["partitions"] += 1
+        totals["bytes"] += sum(f["bytes"] for f in record["files"])
+        counts = Counter(record["counts"])
+        totals.update({name: counts[name] for name in ("in", "kept", "dropped", "failed")})
+        totals.update({f"reason:{name}": n for name, n in record["reasons"].items()})
+        self.events.emit("commit", partition=record["partition"], attempt=record["attempt"], seconds=record["seconds"])
+        self.rank.saved()
+        limit = self.config.max_failed_fraction
+        if totals["in"] >= 10_000 and totals["failed"] > limit * totals["in"]:
+            raise Unbalanced(
+                f"{self.dataset.root.path}: {totals['failed']} of {totals['in']} samples of this rank failed, more "
+                f"than max_failed_fraction={limit:g} allows: {dict(Counter(record['reasons']).most_common(3))}"
+            )
+
+    def tell_hang(self) -> None:
+        self.events.emit("hang", partition=self._at, seconds=self.config.hang_timeout)
+
+    # ---- the end
+
+    def finish(self) -> dict[str, Any]:
+        """Finish the dataset, or wait until somebody else has."""
+        pause = _POLL
+        while True:
+            self.rank.check_stop()
+            require_output(self.dataset.root)
+            current = Dataset(self.dataset.root)
+            if current.success is not None:
+                return current.success
+            if self.claims.take("finalize"):
+                try:
+                    return finalize(current, self.config.max_failed_fraction)
+                except Overtaken:
+                    continue
+                except Incomplete as gap:
+                    self._reopen(current, gap.missing)
+                finally:
+                    self.claims.release("finalize")
+                self.work()
+            else:
+                self._sleep(pause)
+                pause = min(pause * 1.5, max(_POLL, self.config.lease / 4))
+
+    def _reopen(self, current: Dataset, missing: list[int]) -> None:
+        """Partitions were missing although all seemed committed: forget what we believed, and work on."""
+        if len(current.plans) != len(self.dataset.plans):
+            self.stage.forget_upstream()  # it may have gained what the new generation is about
+        self.dataset = current
+        self._done -= set(missing)
+        self._missing = set(missing)
+        for bucket in {index // BUCKET for index in missing}:
+            self._full.discard(bucket)
+            name = f"claims/{bucket:03d}.{current.plans[-1].generation}.full"
+            current.root.unlink(name, missing_ok=True)
+
+    # ---- small things
+
+    def _sleep(self, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            self.rank.check_stop()
+            time.sleep(min(0.1, max(0.0, end - time.monotonic())))
+
+
+def buckets(span: range) -> range:
+    """The buckets that a range of partitions lies in."""
+    return range(span.start // BUCKET, -(-span.stop // BUCKET)) if len(span) else range(0)
+
+
+def main(make: Callable[[Any, Rank], Stage], config: Any, rank: Rank) -> None:
+    """The body of a stage's ``main``: print the settings, run, print what came out."""
+    if rank.is_main:
+        rank.log.info("%s\n%s", type(config).__name__, cli.dump(config))
+    stage = make(config, rank)
+    with expected_errors(rank):
+        success = run(stage)
+    if rank.is_main:
+        counts = success["counts"]
+        shown = ", ".join(f"{counts[name]} {name}" for name in ("in", "kept", "dropped", "failed"))
+        rank.log.info("%s: finished: %s %s", stage.output, shown, success["reasons"] or "")
+
+
+@contextmanager
+def expected_errors(rank: Rank) -> Iterator[None]:
+    """What a person can mend is one line, not a traceback. (ConfigError and Stopped are so already.)"""
+    try:
+        yield
+    except (StorageError, Superseded) as error:
+        rank.log.error("%s", error)
+        raise SystemExit(1) from None

@@ -1,0 +1,292 @@
+"""From committed partitions to a finished dataset: the balance, the manifest, the format's index, ``_SUCCESS``."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import uuid
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from functools import cache
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import xxhash
+
+from pipeline.partitions.dataset import MANIFEST, SUCCESS, Dataset
+from pipeline.partitions.plan import BUCKET, FORMAT_VERSION
+from pipeline.storage import GONE, Folder, StorageError, json_bytes, seal
+
+_FILE = pa.struct([("name", pa.string()), ("bytes", pa.int64()), ("samples", pa.int64()), ("xxh3", pa.string())])
+_COUNTS = ("in", "kept", "dropped", "failed", "retryable", "containers")
+_SCHEMA = pa.schema(
+    [
+        ("partition", pa.int64()),
+        ("path", pa.string()),
+        *((name, pa.int64()) for name in _COUNTS),
+        ("supersedes", pa.int64()),
+        ("files", pa.list_(_FILE)),
+    ]
+)
+_ATTEMPT = ".final."
+_SOFTWARE = ("latentmill", "numpy", "pyarrow", "pillow", "simplejpeg", "torch", "diffusers", "open-clip-torch")
+
+
+class Incomplete(RuntimeError):
+    """Some partitions are not committed; ``missing`` has the first of them."""
+
+    def __init__(self, missing: list[int]) -> None:
+        super().__init__(f"not committed: partitions {missing[:10]}")
+        self.missing = missing
+
+
+class Overtaken(RuntimeError):
+    """Somebody else finishes the dataset, or it has gained a generation: look again."""
+
+
+class Unbalanced(StorageError):
+    """The counts of a stage do not add up, or too many samples failed."""
+
+
+@cache
+def software() -> dict[str, str]:
+    """Versions of what results may depend on."""
+    versions = {"python": platform.python_version()}
+    for name in _SOFTWARE:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def records(dataset: Dataset) -> Iterator[dict[str, Any]]:
+    """The records of all partitions in order.
+
+    Raises:
+        Incomplete: after all of them were looked at, if some are missing.
+    """
+    missing: list[int] = []
+    for index in range(dataset.partitions):
+        record = dataset.record(index)
+        if record is None:
+            missing.append(index)
+        elif not missing:
+            yield record
+    if missing:
+        raise Incomplete(missing)
+
+
+class Tally:
+    """Sums and the content digest, taken while the records pass by once.
+
+    The content digest covers the names, sizes and hashes of data files and ledgers in partition order, and nothing of
+    attempts, hosts or times: equal work gives an equal digest.
+    """
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.counts: Counter[str] = Counter()
+        self.reasons: Counter[str] = Counter()
+        self.superseded = 0
+        self.containers_superseded = 0
+        self.bytes = 0
+        self.generations: list[dict[str, Any]] = []
+        self._hash = xxhash.xxh3_128()
+        self._stops = [plan.stop for plan in dataset.plans]
+        self._dataset = dataset
+
+    def add(self, record: dict[str, Any]) -> None:
+        index = record["partition"]
+        self.close_generations(index)
+        self.counts.update(record["counts"])
+        self.reasons.update(record["reasons"])
+        self.superseded += record["supersedes"]
+        if self._dataset.planned_by(index).header["kind"] == "retry":
+            self.containers_superseded += record["counts"].get("containers", 0)
+        for file in record["files"]:
+            self.bytes += file["bytes"]
+            self._hash.update(f"{index} {file['name']} {file['bytes']} {file['xxh3']}\n")
+
+    def close_generations(self, index: int) -> None:
+        """Note the digest and kept count as they stand before partition ``index``, for each generation ended there."""
+        while len(self.generations) < len(self._stops) and self._stops[len(self.generations)] <= index:
+            self.generations.append(
+                {
+                    "partitions": self._stops[len(self.generations)],
+                    "kept": self.counts["kept"],
+                    "content_digest": self._hash.hexdigest(),
+                }
+            )
+
+    @property
+    def content_digest(self) -> str:
+        return str(self.generations[-1]["content_digest"])
+
+    def totals(self) -> dict[str, int]:
+        """Every key counted once, by its newest row."""
+        counts = self.counts
+        return {
+            "in": counts["in"] - self.superseded,
+            "kept": counts["kept"],
+            "dropped": counts["dropped"],
+            "failed": counts["failed"] - self.superseded,
+            "containers": counts["containers"] - self.containers_superseded,
+            "containers_failed": counts["containers_failed"] - self.containers_superseded,
+            "bytes": self.bytes,
+        }
+
+
+def finalize(dataset: Dataset, max_failed_fraction: float = 1.0) -> dict[str, Any]:
+    """Finish the dataset if all partitions are committed. Idempotent; any process may do it.
+
+    All is written into a folder of its own and put in place at the end, ``_SUCCESS`` last: a process that slept
+    through a later generation can no longer put an old index beside its ``_SUCCESS``.
+
+    Returns:
+        What ``_SUCCESS`` says.
+
+    Raises:
+        Incomplete: partitions are missing.
+        Unbalanced: in ≠ kept + dropped + failed, or more failed than ``max_failed_fraction`` allows.
+        Overtaken: another process finishes the dataset, or it has gained a generation.
+    """
+    root = dataset.root
+    attempt = f"{_ATTEMPT}{uuid.uuid4().hex}"
+    root.mkdir(attempt)
+    try:
+        with root.folder(attempt) as folder:
+            success, digests = _write(dataset, folder, max_failed_fraction)
+        _fence(root, attempt)
+        current = Dataset(root)
+        if [plan.digest for plan in current.plans] != success["plans"]:
+            raise Overtaken(f"{root.path} has gained a generation")
+        if current.success is not None:
+            return current.success
+        for name, digest in digests.items():
+            if name == SUCCESS:
+                root.sync()
+            root.replace(f"{attempt}/{name}", name, digest)
+        root.sync()
+    except OSError as error:
+        if error.errno in GONE and not root.exists(attempt):
+            raise Overtaken(f"{root.path}: another process finishes it") from None
+        raise
+    finally:
+        with suppress(OSError):
+            root.trash(attempt)
+    return success
+
+
+def _fence(root: Folder, attempt: str) -> None:
+    """Take away what other finishers have prepared, so that none of them can replace anything from now on.
+
+    One that sleeps may have seen fewer generations than we. One that comes later finds our ``_SUCCESS``, or fences us.
+    """
+    for name in root.listdir():
+        if name.startswith(_ATTEMPT) and name != attempt:
+            root.trash(name)
+
+
+def _write(dataset: Dataset, folder: Folder, max_failed_fraction: float) -> tuple[dict[str, Any], dict[str, str]]:
+    """Write what a finished dataset has at its root into ``folder``; what ``_SUCCESS`` says, all digests in order."""
+    tally = Tally(dataset)
+    digests = {}
+    with folder.create(MANIFEST) as file:
+        _write_manifest(dataset, tally, file)
+    digests[MANIFEST] = file.digest
+    tally.close_generations(dataset.partitions)
+    totals = tally.totals()
+    check_balance(dataset, totals, max_failed_fraction)
+    index = dataset.format.index_file
+    if index:
+        with folder.create(index) as file:
+            for part in dataset.format.index(dataset.schema, _index_entries(dataset, folder)):
+                file.write(part)
+        digests[index] = file.digest
+    success = {
+        "format_version": FORMAT_VERSION,
+        "stage": dataset.stage,
+        "plans": [plan.digest for plan in dataset.plans],
+        "partitions": dataset.partitions,
+        "generations": tally.generations,
+        "content_digest": tally.content_digest,
+        "counts": totals,
+        "reasons": dict(tally.reasons),
+        "format": dataset.format.name,
+        "schema": dataset.schema,
+    }
+    manifest = {**success, "config": dataset.header["config"], "software": software(), **dataset.header["extra"]}
+    with folder.create("manifest.json") as file:
+        file.write(json_bytes(manifest))
+    digests["manifest.json"] = file.digest
+    success["headers"] = [plan.header for plan in dataset.plans]  # to mend a damaged plan.json with
+    success["digests"] = dict(digests)
+    with folder.create(SUCCESS) as file:
+        file.write(seal(success))
+    return success, {**digests, SUCCESS: file.digest}
+
+
+def _write_manifest(dataset: Dataset, tally: Tally, file: Any) -> None:
+    with pq.ParquetWriter(file, _SCHEMA, compression="zstd") as writer:
+        rows: list[dict[str, Any]] = []
+        for record in records(dataset):
+            tally.add(record)
+            counts = {name: record["counts"].get(name, 0) for name in _COUNTS}
+            files = [{name: f[name] for name in ("name", "bytes", "samples", "xxh3")} for f in record["files"]]
+            path = dataset.path_of(record["partition"])
+            rows.append(
+                {
+                    "partition": record["partition"],
+                    "path": path,
+                    **counts,
+                    "supersedes": record["supersedes"],
+                    "files": files,
+                }
+            )
+            if len(rows) == BUCKET:
+                writer.write_table(pa.Table.from_pylist(rows, _SCHEMA))
+                rows = []
+        writer.write_table(pa.Table.from_pylist(rows, _SCHEMA))
+
+
+def manifest_rows(folder: Folder) -> Iterator[dict[str, Any]]:
+    """The rows of the manifest in ``folder``, in partition order, a bucket's worth in memory at a time."""
+    with os.fdopen(folder.open_file(MANIFEST), "rb") as file:
+        parquet = pq.ParquetFile(file)
+        for group in range(parquet.metadata.num_row_groups):
+            yield from parquet.read_row_group(group).to_pylist()
+
+
+def _index_entries(dataset: Dataset, folder: Folder) -> Iterable[dict[str, Any]]:
+    shard_bytes = dataset.header["config"].get("shard_bytes", 0)
+    for row in manifest_rows(folder):
+        for file in row["files"]:
+            if file["samples"]:
+                yield {**file, "path": f"{row['path']}/{file['name']}", "shard_bytes": shard_bytes}
+
+
+def check_balance(dataset: Dataset, totals: dict[str, int], max_failed_fraction: float) -> None:
+    """Raises Unbalanced unless every input sample is accounted for once, and few enough failed."""
+    place = dataset.root.path
+    if totals["in"] != totals["kept"] + totals["dropped"] + totals["failed"]:
+        raise Unbalanced(f"{place}: {totals['in']} samples came in, but kept + dropped + failed differ: {totals}")
+    expected = [plan.header["expected"] for plan in dataset.plans]
+    planned = sum(expected) - sum(plan.header["supersedes"] for plan in dataset.plans)
+    if min(expected) >= 0 and totals["in"] != planned:
+        raise Unbalanced(f"{place}: {totals['in']} samples came in, but {planned} were planned")
+    upstream = dataset.plans[-1].header.get("upstream")
+    if upstream and totals["in"] != upstream["kept"]:
+        raise Unbalanced(f"{place}: {totals['in']} samples came in, but the upstream kept {upstream['kept']}")
+    for failed, all_, what in (
+        (totals["failed"], totals["in"], "samples"),
+        (totals["containers_failed"], totals["containers"], "archives"),
+    ):
+        if all_ and failed / all_ > max_failed_fraction:
+            raise Unbalanced(
+                f"{place}: {failed} of {all_} {what} failed, more than "
+                f"max_failed_fraction={max_failed_fraction:g} allows; "
+                "see the ledger's reasons, then retry_failed=true, or allow more with max_failed_fraction="
+            )

@@ -1,0 +1,89 @@
+"""Deletes what counts for nothing: attempts of processes that died, replaced partitions, unfinished temporary files."""
+
+from __future__ import annotations
+
+import re
+import stat
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+from pipeline.partitions.dataset import Dataset
+from pipeline.storage import GONE, TRASH, Folder, StorageError
+
+_SLOT = re.compile(r"(\d+)(?:\.(\d+))?")
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}")  # .<name>.<uuid>: an attempt, a temporary file or something trashed
+
+
+def collect(dataset: Dataset, older_than: float) -> Iterator[Path]:
+    """Delete, and yield the path of, everything that counts for nothing and has not changed for ``older_than`` seconds.
+
+    Whoever still writes to an attempt that is removed finds out at its commit, and does the work again.
+
+    Raises:
+        StorageError: something cannot be deleted.
+    """
+    try:
+        yield from _collect_all(dataset, older_than)
+    except OSError as error:
+        if error.errno not in GONE:  # else the whole output was removed
+            raise StorageError(f"{dataset.root.path}: {error}") from error
+
+
+def _collect_all(dataset: Dataset, older_than: float) -> Iterator[Path]:
+    yield from _collect(dataset.root, {}, older_than)
+    yield from _collect_moved_aside(dataset.root, older_than)
+    with dataset.root.folder("data") as data:
+        for bucket in data.listdir():
+            with data.folder(bucket) as folder:
+                yield from _collect(folder, _redone(dataset, bucket), older_than)
+
+
+def _collect_moved_aside(root: Folder, older_than: float) -> Iterator[Path]:
+    """What overwriting runs that died have moved out of the way of ``root``, beside it."""
+    names = re.compile(rf"\.(trash|{re.escape(root.path.name)})\.[0-9a-f]{{32}}")
+    with suppress(FileNotFoundError), Folder.open(root.path.parent) as parent:
+        if root.in_place():
+            yield from _collect(parent, {}, older_than, names)
+
+
+def _redone(dataset: Dataset, bucket: str) -> dict[int, int]:
+    """Partitions of this bucket that were done again, with the generation that counts now."""
+    redone = {index for plan in dataset.plans for index in plan.redo if dataset.bucket(index) == bucket}
+    return {index: dataset.counts_by(index).generation for index in redone}
+
+
+def _replaced(name: str, redone: dict[int, int]) -> bool:
+    """Whether the slot ``name`` is of an earlier generation. (A later one than we know of is not ours to judge.)"""
+    slot = _SLOT.fullmatch(name)
+    return slot is not None and int(slot[2] or 0) < redone.get(int(slot[1]), 0)
+
+
+def _collect(
+    folder: Folder, redone: dict[int, int], older_than: float, names: re.Pattern[str] = _TEMPORARY
+) -> Iterator[Path]:
+    for name in folder.listdir():
+        if not (_replaced(name, redone) or names.fullmatch(name)):
+            continue
+        try:
+            if time.time() - _newest(folder, name) < older_than:
+                continue
+            if name.startswith(TRASH):
+                folder.delete(name)
+            elif not folder.trash(name):
+                continue
+        except OSError as error:
+            if error.errno not in GONE:
+                raise
+        else:
+            yield folder.path / name
+
+
+def _newest(folder: Folder, name: str) -> float:
+    """When ``name``, or a file directly in it, was last changed (seconds since the epoch)."""
+    state = folder.stat(name)
+    if not stat.S_ISDIR(state.st_mode):
+        return state.st_mtime
+    with folder.folder(name) as inside:
+        return max([state.st_mtime, *(inside.stat(entry).st_mtime for entry in inside.listdir())])

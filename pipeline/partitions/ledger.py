@@ -1,0 +1,133 @@
+"""The ledger: one row per input sample of a partition, and one per container (archive) that held some."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.samples import Outcome
+from pipeline.storage import Folder, HashedFile
+
+FILE = "ledger.parquet"
+SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        ("container", pa.bool_()),
+        ("outcome", pa.dictionary(pa.int8(), pa.string())),
+        ("reason", pa.dictionary(pa.int32(), pa.string())),
+        ("detail", pa.string()),
+        ("retryable", pa.bool_()),
+        ("source", pa.string()),  # where the input lay, relative to the stage's input
+        ("member", pa.string()),
+        ("source_offset", pa.int64()),
+        ("source_bytes", pa.int64()),
+        ("source_hash", pa.string()),  # XXH3-128 of the input's bytes
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("count", pa.int64()),  # containers: samples found inside
+        ("complete", pa.bool_()),  # containers: the end marker was seen
+        ("file", pa.dictionary(pa.int32(), pa.string())),  # where a kept sample went, in the partition's folder
+        ("offset", pa.int64()),
+        ("length", pa.int64()),
+    ]
+)
+
+
+class LedgerError(RuntimeError):
+    """The outcomes of a partition do not add up: a defect of the stage, never of the data."""
+
+
+class Ledger:
+    """Collects the outcomes of one partition, checks that they balance, and writes them."""
+
+    def __init__(self, partition: int, expected: int) -> None:
+        self._partition = partition
+        self._expected = expected
+        self._rows: list[Outcome] = []
+        self._keys: set[tuple[bool, str]] = set()
+        self.counts: Counter[str] = Counter()
+        self.reasons: Counter[str] = Counter()
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def add(self, outcome: Outcome) -> None:
+        name = (outcome.container, outcome.key)
+        if name in self._keys:
+            raise LedgerError(f"partition {self._partition}: key {outcome.key!r} comes twice")
+        self._keys.add(name)
+        if (outcome.row is not None) != (outcome.status == "kept" and not outcome.container):
+            has = "a row" if outcome.row is not None else "no row"
+            raise LedgerError(f"partition {self._partition}: {outcome.key!r} is {outcome.status} and has {has}")
+        if outcome.row is not None and outcome.row.get("key") != outcome.key:
+            raise LedgerError(f"partition {self._partition}: {outcome.key!r} has the row of {outcome.row.get('key')!r}")
+        outcome.row = None  # the bytes are with the writer; keep only what the ledger tells
+        self._rows.append(outcome)
+        kind = "containers_" if outcome.container else ""
+        self.counts[kind + outcome.status] += 1
+        self.counts["containers" if outcome.container else "in"] += 1
+        if outcome.retryable and outcome.status == "failed":
+            self.counts["retryable"] += 1
+        if outcome.status != "kept":
+            self.reasons[f"{outcome.status}:{outcome.reason}"] += 1
+
+    def check(self, written: int) -> None:
+        """Raises LedgerError unless in = kept + dropped + failed = what was planned or found in the containers."""
+        samples = self.counts["in"]
+        if written != self.counts["kept"]:
+            raise LedgerError(f"partition {self._partition}: {written} samples written, {self.counts['kept']} kept")
+        if 0 <= self._expected != samples:
+            raise LedgerError(f"partition {self._partition}: {samples} outcomes for {self._expected} inputs")
+        found = sum(row.count for row in self._rows if row.container)
+        if self._expected < 0 and found != samples:
+            raise LedgerError(f"partition {self._partition}: {samples} outcomes for {found} samples in its containers")
+        for row in self._rows:
+            if row.container and row.status == "kept" and not row.complete:
+                raise LedgerError(f"partition {self._partition}: {row.key!r} counts as read, but its end was not seen")
+            if row.container and row.status == "failed" and row.retryable and samples:
+                # it is tried again as a whole: what it gave now would then be there twice
+                raise LedgerError(f"partition {self._partition}: {row.key!r} is to be tried again, but gave samples")
+
+    def write(self, file: HashedFile, locations: Sequence[tuple[str, int, int]]) -> None:
+        """Write all rows; ``locations`` (file, offset, length) belong to the kept samples in order."""
+        rows = self._rows
+        where: list[tuple[str | None, int, int]] = []
+        kept = iter(locations)
+        for row in rows:
+            where.append(next(kept) if row.status == "kept" and not row.container else (None, -1, -1))
+        columns: dict[str, list[Any]] = {
+            "key": [r.key for r in rows],
+            "container": [r.container for r in rows],
+            "outcome": [r.status for r in rows],
+            "reason": [r.reason for r in rows],
+            "detail": [r.detail for r in rows],
+            "retryable": [r.retryable for r in rows],
+            "source": [r.source for r in rows],
+            "member": [r.member for r in rows],
+            "source_offset": [r.offset for r in rows],
+            "source_bytes": [r.source_bytes for r in rows],
+            "source_hash": [r.source_hash for r in rows],
+            "width": [r.width for r in rows],
+            "height": [r.height for r in rows],
+            "count": [r.count for r in rows],
+            "complete": [r.complete for r in rows],
+            "file": [w[0] for w in where],
+            "offset": [w[1] for w in where],
+            "length": [w[2] for w in where],
+        }
+        pq.write_table(pa.table(columns, schema=SCHEMA), file, compression="zstd")
+
+
+def read_ledger(folder: Folder, columns: list[str] | None = None) -> pa.Table:
+    """The ledger of the partition in ``folder``; dictionary columns come as plain strings."""
+    with os.fdopen(folder.open_file(FILE), "rb") as file:
+        table = pq.read_table(file, columns=columns)
+    plain = pa.schema(
+        [pa.field(f.name, pa.string() if pa.types.is_dictionary(f.type) else f.type) for f in table.schema]
+    )
+    return table.cast(plain)

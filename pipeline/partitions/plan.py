@@ -1,0 +1,309 @@
+"""The plan of a stage: its partitions with their inputs, fixed before the work begins and committed as one folder.
+
+Generation 0 lies in ``plan/``; what is added to a finished dataset (retries, samples that the upstream gained, repairs)
+in ``plan.1/``, ``plan.2/`` …, each committed in the same way. A folder holds ``plan.parquet``, a row per new partition,
+and ``plan.json`` with everything that says which run this is a plan of.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import json
+import os
+import re
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import xxhash
+
+from pipeline.storage import GONE, Folder, StorageError, commit, digest, seal
+
+FORMAT_VERSION = 1
+BUCKET = 1000
+PARTITIONS = "plan.parquet"
+_GROUP_INPUTS = 50_000  # inputs in a row group of plan.parquet, so that a rank reads little beyond its own range
+
+_INPUT = pa.struct(
+    [
+        ("path", pa.string()),
+        ("start", pa.int64()),
+        ("stop", pa.int64()),
+        ("size", pa.int64()),
+        ("mtime_ns", pa.int64()),
+        ("etag", pa.string()),
+    ]
+)
+_SCHEMA = pa.schema(
+    [
+        ("partition", pa.int64()),
+        ("count", pa.int64()),
+        ("supersedes", pa.int64()),
+        ("inputs", pa.list_(_INPUT)),
+        ("only", pa.list_(pa.string())),
+    ]
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Input:
+    """One thing to read: a file, a URL, or a range ``start:stop`` of an upstream's positions."""
+
+    path: str = ""
+    start: int = 0
+    stop: int = 0
+    size: int = -1
+    mtime_ns: int = -1
+    etag: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Partition:
+    """The unit of work and of commit.
+
+    Attributes:
+        inputs: what to read, in order.
+        count: samples in it; -1 where only reading tells (archives).
+        only: take just these keys (a retry of what failed); None: all.
+        supersedes: sample rows of earlier generations that the rows of this one replace.
+        index: its number, given by the engine.
+    """
+
+    inputs: tuple[Input, ...]
+    count: int = -1
+    only: frozenset[str] | None = None
+    supersedes: int = 0
+    index: int = -1
+
+    def wants(self, key: str) -> bool:
+        """Whether the sample ``key`` is to be taken."""
+        return self.only is None or key in self.only
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One committed generation. ``header`` is plan.json; partitions ``first … stop - 1`` are new in it."""
+
+    folder: str
+    header: dict[str, Any]
+    digest: str
+    redo: frozenset[int] = field(default_factory=frozenset)
+
+    @property
+    def generation(self) -> int:
+        return int(self.header["generation"])
+
+    @property
+    def first(self) -> int:
+        return int(self.header["first"])
+
+    @property
+    def stop(self) -> int:
+        return self.first + int(self.header["partitions"])
+
+
+def folder_name(generation: int) -> str:
+    return "plan" if generation == 0 else f"plan.{generation}"
+
+
+def generations(names: Iterable[str]) -> int:
+    """How many generations a root folder with these names has; they are numbered without gaps."""
+    found = {0 if name == "plan" else int(name[5:]) for name in names if re.fullmatch(r"plan(\.\d+)?", name)}
+    return next(n for n in itertools.count() if n not in found)
+
+
+def read_plans(root: Folder) -> list[Plan]:
+    """All committed generations, oldest first; empty if nothing is planned."""
+    plans = []
+    for generation in range(generations(root.listdir())):
+        name = folder_name(generation)
+        header = read_header(root, name)
+        plans.append(Plan(name, header, digest(seal(header)), frozenset(header["redo"])))
+    return plans
+
+
+def read_header(root: Folder, name: str) -> dict[str, Any]:
+    """plan.json of the generation in the folder ``name``.
+
+    Raises:
+        StorageError: it is damaged, or of another format version.
+    """
+    try:
+        header = root.read_sealed(f"{name}/plan.json")
+    except StorageError:
+        header = root.read_json(f"{name}/plan.json")  # another version may seal in another way
+        if header is None or header.get("format_version") == FORMAT_VERSION:
+            raise
+    if header is None:
+        raise StorageError(f"{root.path / name}/plan.json is missing: run stage=repair on {root.path}")
+    if header.get("format_version") != FORMAT_VERSION:
+        raise StorageError(
+            f"{root.path / name}: format_version {header.get('format_version')}, this program reads {FORMAT_VERSION}; "
+            "use the version of Latentmill that wrote it, or another output="
+        )
+    return header
+
+
+def commit_plan(root: Folder, header: dict[str, Any], partitions: Iterable[Partition]) -> bool:
+    """Write a generation and let it count; False if another one of this number was first, or ``gc`` removed this one.
+
+    ``header`` needs ``generation``, ``first`` and ``kind``; counts, an id and a digest are added here. Buckets of
+    ``data/`` are made before the plan can be seen, because nobody else may make them.
+    """
+    name = folder_name(header["generation"])
+    attempt = f".{name}.{uuid.uuid4().hex}"
+    root.mkdir(attempt)
+    try:
+        with root.folder(attempt) as folder:
+            totals = write_partitions(folder, header["first"], partitions)
+            complete = {"format_version": FORMAT_VERSION, "id": uuid.uuid4().hex, "redo": [], **header, **totals}
+            with folder.create("plan.json") as file:
+                file.write(seal(complete))
+        _make_buckets(root, header["first"] + totals["partitions"])
+        won = commit(root, attempt, name, "plan.json")
+    except OSError as error:
+        if error.errno not in GONE or root.exists(attempt):
+            raise
+        won = False
+    finally:
+        with suppress(OSError):
+            root.trash(attempt)
+    return won
+
+
+def write_partitions(folder: Folder, first: int, partitions: Iterable[Partition]) -> dict[str, Any]:
+    """Write plan.parquet into ``folder``, numbering from ``first``; its counts and digests for the header."""
+    count = 0
+    expected = 0
+    known = True
+    superseded = 0
+    content = xxhash.xxh3_128()
+    with folder.create(PARTITIONS) as file, pq.ParquetWriter(file, _SCHEMA, compression="zstd") as writer:
+        for group in _groups(partitions):
+            writer.write_table(_table(group, first + count))
+            count += len(group)
+            known = known and all(p.count >= 0 for p in group)
+            expected += sum(max(p.count, 0) for p in group)
+            superseded += sum(p.supersedes for p in group)
+            _hash(group, content)
+    return {
+        "partitions": count,
+        "expected": expected if known else -1,
+        "supersedes": superseded,
+        "partitions_digest": file.digest,
+        "inputs_digest": content.hexdigest(),
+    }
+
+
+def inputs_digest(partitions: Iterable[Partition]) -> str:
+    """XXH3-128 of what partitions say: unlike that of plan.parquet, it does not depend on pyarrow's version."""
+    content = xxhash.xxh3_128()
+    for group in _groups(partitions):
+        _hash(group, content)
+    return content.hexdigest()
+
+
+def _hash(group: list[Partition], content: xxhash.xxh3_128) -> None:
+    said = [
+        (
+            p.count,
+            p.supersedes,
+            None if p.only is None else sorted(p.only),
+            [(i.path, i.start, i.stop, i.size, i.mtime_ns, i.etag) for i in p.inputs],
+        )
+        for p in group
+    ]
+    content.update(json.dumps(said).encode())
+
+
+def _groups(partitions: Iterable[Partition]) -> Iterator[list[Partition]]:
+    group: list[Partition] = []
+    inputs = 0
+    for partition in partitions:
+        group.append(partition)
+        inputs += len(partition.inputs) + len(partition.only or ())
+        if len(group) == BUCKET or inputs >= _GROUP_INPUTS:
+            yield group
+            group, inputs = [], 0
+    if group:
+        yield group
+
+
+def _table(group: list[Partition], first: int) -> pa.Table:
+    flat = [i for p in group for i in p.inputs]
+    offsets = [0, *itertools.accumulate(len(p.inputs) for p in group)]
+    arrays = [pa.array([getattr(i, f.name) for i in flat], f.type) for f in _INPUT]
+    inputs = pa.ListArray.from_arrays(
+        pa.array(offsets, pa.int32()), pa.StructArray.from_arrays(arrays, fields=list(_INPUT))
+    )
+    return pa.table(
+        [
+            pa.array(range(first, first + len(group)), pa.int64()),
+            pa.array([p.count for p in group], pa.int64()),
+            pa.array([p.supersedes for p in group], pa.int64()),
+            inputs,
+            pa.array([None if p.only is None else sorted(p.only) for p in group], pa.list_(pa.string())),
+        ],
+        schema=_SCHEMA,
+    )
+
+
+def _make_buckets(root: Folder, partitions: int) -> None:
+    root.mkdir("data", exist_ok=True)
+    with root.folder("data") as data:
+        present = set(data.listdir())
+        for bucket in range(-(-partitions // BUCKET)):
+            if f"{bucket:03d}" not in present:
+                data.mkdir(f"{bucket:03d}", exist_ok=True)
+        data.sync()
+
+
+class PartitionReader:
+    """Reads partitions from plan.parquet, a row group at a time; ranks ask in order, so the last group is kept."""
+
+    def __init__(self, root: Folder, plan: Plan) -> None:
+        self._root = root
+        self._plan = plan
+        self._firsts: list[int] = []
+        self._group = -1
+        self._table: pa.Table | None = None
+        self._file: pq.ParquetFile | None = None
+
+    def _open(self) -> pq.ParquetFile:
+        with self._root.folder(self._plan.folder) as folder:
+            file = pq.ParquetFile(os.fdopen(folder.open_file(PARTITIONS), "rb"))
+        for group in range(file.metadata.num_row_groups):
+            self._firsts.append(file.metadata.row_group(group).column(0).statistics.min)
+        return file
+
+    def __getitem__(self, index: int) -> Partition:
+        try:
+            row = self._row(index)
+        except (OSError, IndexError, ValueError, TypeError, pa.ArrowException) as error:
+            if isinstance(error, OSError) and error.errno not in (*GONE, None):  # pyarrow's own have no number
+                raise
+            raise StorageError(
+                f"{self._root.path}: {self._plan.folder}/{PARTITIONS} is missing or damaged ({type(error).__name__} at "
+                f"partition {index}): run stage=repair on {self._root.path}"
+            ) from error
+        only = None if row["only"] is None else frozenset(row["only"])
+        inputs = tuple(Input(**values) for values in row["inputs"])
+        return Partition(inputs, row["count"], only, row["supersedes"], index)
+
+    def _row(self, index: int) -> dict[str, Any]:
+        if self._file is None:
+            self._file = self._open()
+        group = bisect.bisect_right(self._firsts, index) - 1
+        if group != self._group:
+            self._table = self._file.read_row_group(group)
+            self._group = group
+        assert self._table is not None
+        row: dict[str, Any] = self._table.slice(index - self._firsts[group], 1).to_pylist()[0]
+        if row["partition"] != index:
+            raise ValueError(f"row {row['partition']}")
+        return row

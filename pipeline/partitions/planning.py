@@ -1,0 +1,410 @@
+"""Before the work: adopt the plan that is there, make one, or add a generation to a finished dataset."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from pipeline import cli
+from pipeline.config import STAGES, ConfigError, default_of, identity
+from pipeline.partitions.attempt import unless_removed
+from pipeline.partitions.claims import Claims
+from pipeline.partitions.dataset import Dataset, SlotReader
+from pipeline.partitions.finalize import Incomplete, records
+from pipeline.partitions.plan import Input, Partition, commit_plan, folder_name, inputs_digest
+from pipeline.partitions.stage import Stage
+from pipeline.storage import GONE, Folder, StorageError, probe
+
+_POLL = 0.2
+_OURS = ("plan", "data", "claims", "events")
+
+
+class Stale(ConfigError):
+    """The output was made with other settings, inputs or code than asked for now."""
+
+
+def open_or_plan(stage: Stage) -> Dataset:
+    """The dataset to work on: with a plan that agrees with the stage's settings, and all generations asked for.
+
+    Rank 0 plans; the others wait for it, and one of them takes over when it shows no life for a lease.
+
+    Raises:
+        Unfinished: the upstream is not complete.
+        Stale: the plan that is there is of something else.
+        ConfigError, StorageError: the output cannot be used.
+    """
+    upstream = _upstream_state(stage)
+    while True:
+        root = _open_root(stage)
+        with unless_removed(root):
+            dataset = _open_planned(stage, root, upstream)
+            if not stage.config.overwrite or dataset.header["run_id"] == stage.config.run_id:
+                return _extended(stage, dataset, upstream)
+
+
+def _open_planned(stage: Stage, root: Folder, upstream: dict[str, Any] | None) -> Dataset:
+    if not _planned(root):
+        _make_first_plan(stage, root, upstream)
+    return Dataset(root)
+
+
+def _extended(stage: Stage, dataset: Dataset, upstream: dict[str, Any] | None) -> Dataset:
+    """``dataset``, if it fits, with the generation that is asked for or that the upstream has gained."""
+    _check_identity(stage, dataset)
+    try:
+        append = _check_upstream(stage, dataset, upstream)
+    except Stale:  # unless rank 0 has looked later than we, and seen more
+        stage.forget_upstream()
+        upstream = _upstream_state(stage)
+        append = _check_upstream(stage, dataset, upstream)
+    if stage.rank.is_main:
+        if append:
+            _append(stage, dataset, upstream)
+        elif stage.config.retry_failed:
+            _retry(stage, dataset)
+        elif stage.rechecks and len(dataset.plans) == 1:
+            _recheck(stage, dataset)
+    elif append or stage.config.retry_failed:
+        _await_generation(stage, dataset)
+    return Dataset(dataset.root)
+
+
+def _planned(root: Folder) -> bool:
+    return root.exists("plan")
+
+
+# ---- the output folder
+
+
+def _open_root(stage: Stage) -> Folder:
+    """Open the output, made or (with ``overwrite``) moved aside and made again, once per run."""
+    output = stage.output
+    if stage.config.overwrite:
+        if stage.rank.is_main:
+            _move_aside(stage, output)
+        elif not stage.config.run_id:
+            raise ConfigError("overwrite=true on several ranks needs run_id=<one text, the same on all ranks>")
+        else:
+            return _await_own_plan(stage, output)
+    try:
+        root = Folder.open(output, create=True)
+    except OSError as error:
+        raise StorageError(f"output {output} cannot be made: {error.strerror}") from error
+    with unless_removed(root):
+        foreign = [name for name in root.listdir() if name not in _OURS and not name.startswith(".")]
+        if foreign and not _planned(root):
+            raise ConfigError(
+                f"output {output} is not empty ({foreign[0]} ...) and no dataset directory: choose another"
+            )
+    return root
+
+
+def _move_aside(stage: Stage, output: Path) -> None:
+    """Take away what an earlier run has left, unless it is an earlier life of this very run."""
+    header = _header_at(output)
+    if header is None or _is_ours(stage, header):
+        return
+    stage.rank.log.info("overwrite=true: moving the old %s aside", output)
+    aside = f".{output.name}.{uuid.uuid4().hex}"
+    try:
+        with Folder.open(output.parent) as parent:
+            parent.rename(output.name, aside)
+            moved = _header_at(output.parent / aside) or {}
+            if moved.get("id") == header.get("id"):
+                parent.trash(aside)
+                return
+            # while we slept, another life has done it, and begun (or even finished) what we have just taken away
+            parent.rename(aside, output.name)
+    except OSError as error:
+        if error.errno not in GONE:
+            raise StorageError(f"output {output} cannot be moved aside: {error.strerror}") from error
+
+
+def _header_at(output: Path) -> dict[str, Any] | None:
+    """plan.json at ``output``, empty if it is damaged; None if nothing is planned there."""
+    try:
+        with Folder.open(output) as root:
+            return root.read_json("plan/plan.json") or {} if _planned(root) else None
+    except StorageError:
+        return {}
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def _is_ours(stage: Stage, header: dict[str, Any]) -> bool:
+    return bool(stage.config.run_id) and header.get("run_id") == stage.config.run_id
+
+
+def _await_own_plan(stage: Stage, output: Path) -> Folder:
+    """Ranks other than 0 of an overwriting run: wait for the plan of this run, not of the one that it replaces."""
+    while True:
+        try:
+            root = Folder.open(output)
+            header = root.read_json("plan/plan.json") or {}
+            if header.get("run_id") == stage.config.run_id:
+                return root
+        except FileNotFoundError:
+            pass
+        _pause(stage)
+
+
+def _pause(stage: Stage) -> None:
+    stage.rank.check_stop()
+    time.sleep(_POLL)
+
+
+# ---- the first plan
+
+
+def _make_first_plan(stage: Stage, root: Folder, upstream: dict[str, Any] | None) -> None:
+    try:
+        claims = Claims(root, stage.config.lease)
+    except OSError as error:
+        raise StorageError(f"output {root.path} cannot be written: {error.strerror}") from error
+    try:
+        begin = time.monotonic()
+        while not _planned(root):
+            mine = stage.rank.is_main or time.monotonic() - begin > stage.config.lease
+            if mine and claims.take("plan"):
+                try:
+                    _plan(stage, root, upstream)
+                finally:
+                    claims.release("plan")
+            else:
+                _pause(stage)
+    finally:
+        claims.close()
+
+
+def _plan(stage: Stage, root: Folder, upstream: dict[str, Any] | None) -> None:
+    stage.rank.log.info("%s: planning", root.path)
+    try:
+        probe(root)
+        partitions = _partitions(stage)
+        first = next(partitions, None)
+        if first is None:
+            raise ConfigError(f"stage {stage.name}: there is nothing to do: the input has no samples")
+        header = {**_header(stage, upstream), "generation": 0, "first": 0, "kind": "plan"}
+        commit_plan(root, header, chain([first], partitions))
+    except OSError as error:
+        raise StorageError(f"output {root.path}: the plan cannot be made: {error}") from error
+
+
+def _partitions(stage: Stage, since: int = 0) -> Iterator[Partition]:
+    """The stage's plan; to walk through millions of files takes a while, and a signal may come meanwhile."""
+    for partition in stage.plan(since):
+        stage.rank.check_stop()
+        yield partition
+
+
+def _header(stage: Stage, upstream: dict[str, Any] | None) -> dict[str, Any]:
+    return {
+        "stage": stage.name,
+        "stage_version": stage.version,
+        "config": {**cli.to_json(stage.config), "input": stage.input, "output": str(stage.output)},
+        "identity": identity(stage.config),
+        "upstream": upstream,
+        "schema": stage.schema(),
+        "format": stage.format,
+        "origin": stage.origin(),
+        "extra": stage.extra(),
+        "run_id": stage.config.run_id,
+    }
+
+
+def _upstream_state(stage: Stage) -> dict[str, Any] | None:
+    """What the plan remembers of the upstream; None where the stage reads none."""
+    if not stage.reads_upstream:
+        return None
+    success = stage.upstream.require_success()
+    return {
+        "path": str(stage.upstream.root.path),
+        "stage": success["stage"],
+        "content_digest": success["content_digest"],
+        "partitions": success["partitions"],
+        "kept": success["counts"]["kept"],
+    }
+
+
+# ---- does the plan that is there fit?
+
+
+def _check_identity(stage: Stage, dataset: Dataset) -> None:
+    """Raises Stale naming the first difference between what the output is and what is asked for."""
+    header = dataset.header
+    place = dataset.root.path
+    cure = "choose another output= or variant=, or overwrite=true"
+    if header["stage"] != stage.name:
+        raise Stale(f"{place} is the output of stage {header['stage']}, not {stage.name}: {cure}")
+    if header["stage_version"] != stage.version:
+        raise Stale(
+            f"{place} was made by version {header['stage_version']} of stage {stage.name}, "
+            f"this is {stage.version}: {cure}"
+        )
+    for name, value in identity(stage.config).items():
+        was = header["identity"].get(name, default_of(STAGES[stage.name], name))
+        if was != value:
+            raise Stale(f"{place} was made with {name}={_shown(was)}, now {name}={_shown(value)} is asked for: {cure}")
+
+
+def _shown(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value).replace(" ", "")
+
+
+def _check_upstream(stage: Stage, dataset: Dataset, upstream: dict[str, Any] | None) -> bool:
+    """Whether the upstream has gained generations since the last plan; raises Stale if it has changed otherwise."""
+    if upstream is None:
+        return False
+    known = _last_upstream(dataset)
+    assert known is not None
+    if known["content_digest"] == upstream["content_digest"]:
+        return False
+    for generation in (stage.upstream.success or {})["generations"]:
+        if generation["partitions"] == known["partitions"] and generation["content_digest"] == known["content_digest"]:
+            return True
+    raise Stale(
+        f"{dataset.root.path} was made from another content of {upstream['path']} (its content_digest changed): "
+        "choose another output= or variant=, or overwrite=true"
+    )
+
+
+def _last_upstream(dataset: Dataset) -> dict[str, Any] | None:
+    return next((p.header["upstream"] for p in reversed(dataset.plans) if p.header.get("upstream")), None)
+
+
+def _recheck(stage: Stage, dataset: Dataset) -> None:
+    """Plan again and compare: raises Stale if the inputs are not those that were planned."""
+    if inputs_digest(_partitions(stage)) != dataset.header["inputs_digest"]:
+        raise Stale(
+            f"{dataset.root.path}: the input has changed since it was planned (files added, removed or modified): "
+            "choose another output= or variant=, or overwrite=true"
+        )
+
+
+# ---- further generations
+
+
+def _append(stage: Stage, dataset: Dataset, upstream: dict[str, Any] | None) -> None:
+    """Add a generation with what the upstream has gained."""
+    since = (_last_upstream(dataset) or {})["partitions"]
+    _add(stage, dataset, "append", upstream, lambda: _partitions(stage, since))
+
+
+def _retry(stage: Stage, dataset: Dataset) -> None:
+    """Add a generation that tries the retryable failures again, once per run and only to a finished dataset."""
+    newest = dataset.plans[-1].header
+    if newest["kind"] == "retry" and stage.config.run_id and newest["run_id"] == stage.config.run_id:
+        return
+    try:
+        partitions = retries(dataset)
+    except Incomplete:
+        stage.rank.log.info(
+            "%s is not finished: finishing it first, then run retry_failed=true again", dataset.root.path
+        )
+        return
+    if not partitions:
+        stage.rank.log.info("%s: no retryable failures", dataset.root.path)
+        dataset.root.append(_nothing_to_add(stage), b"")
+        return
+    _add(stage, dataset, "retry", _last_upstream(dataset), lambda: partitions)
+
+
+def _add(
+    stage: Stage,
+    dataset: Dataset,
+    kind: str,
+    upstream: dict[str, Any] | None,
+    partitions: Callable[[], Iterable[Partition]],
+) -> None:
+    header = {**_header(stage, upstream), "first": dataset.partitions, "kind": kind}
+    if not _commit_generation(dataset, header, partitions):
+        stage.rank.log.info("%s: another run added generation %d", dataset.root.path, len(dataset.plans))
+
+
+def _commit_generation(dataset: Dataset, header: dict[str, Any], partitions: Callable[[], Iterable[Partition]]) -> bool:
+    """Add the next generation to ``dataset``; False if somebody else has added one of that number."""
+    generation = len(dataset.plans)
+    while not commit_plan(dataset.root, {**header, "generation": generation}, partitions()):
+        if dataset.root.exists(folder_name(generation)):
+            return False
+    return True
+
+
+def retries(dataset: Dataset) -> list[Partition]:
+    """Partitions of the inputs whose newest outcome is a retryable failure, one for each partition that has some.
+
+    A failed archive is tried again as a whole; of other partitions, just the failed keys.
+
+    Raises:
+        Incomplete: not all partitions are committed.
+    """
+    keys_redone: dict[tuple[Input, ...], set[str]] = defaultdict(set)
+    archives_redone: set[tuple[Input, ...]] = set()
+    found: list[Partition] = []
+    concerned = [
+        index
+        for index, record in enumerate(records(dataset))
+        if record["counts"].get("retryable") or _is_retry(dataset, index)
+    ]
+    for index in reversed(concerned):  # the newest first
+        partition = dataset.partition(index)
+        inputs = partition.inputs  # a retry has the inputs of the partition that it stems from
+        keys, archive = _failed_keys(dataset, index)
+        keys -= keys_redone[inputs]
+        if archive and inputs not in archives_redone:
+            found.append(Partition(inputs))
+        elif keys:
+            found.append(Partition(inputs, len(keys), frozenset(keys), len(keys)))
+        keys_redone[inputs] |= keys | (partition.only or frozenset())
+        if partition.only is None:
+            archives_redone.add(inputs)
+    return found[::-1]
+
+
+def _is_retry(dataset: Dataset, index: int) -> bool:
+    return bool(dataset.planned_by(index).header["kind"] == "retry")
+
+
+def _failed_keys(dataset: Dataset, index: int) -> tuple[set[str], bool]:
+    """Keys that failed retryably in partition ``index``, and whether its container did."""
+    table = SlotReader(dataset, index).ledger(["key", "container", "outcome", "retryable"]).to_pylist()
+    failed = [row for row in table if row["outcome"] == "failed" and row["retryable"]]
+    return {row["key"] for row in failed if not row["container"]}, any(row["container"] for row in failed)
+
+
+def _await_generation(stage: Stage, dataset: Dataset) -> None:
+    """Ranks other than 0: wait until rank 0 has added the generation, or found that there is nothing to add."""
+    if dataset.success is None or (len(dataset.plans) > 1 and _is_ours(stage, dataset.plans[-1].header)):
+        return
+    begin = time.monotonic()
+    while time.monotonic() - begin < stage.config.lease:
+        if stage.config.run_id and dataset.root.exists(_nothing_to_add(stage)):
+            return
+        if dataset.root.exists(folder_name(len(dataset.plans))):
+            return
+        _pause(stage)
+
+
+def _nothing_to_add(stage: Stage) -> str:
+    return f"claims/nothing-to-add.{stage.config.run_id}"
+
+
+def commit_repair(dataset: Dataset, redo: Iterable[int], content_digest: str) -> bool:
+    """Add a generation that does the partitions ``redo`` again, under new names; what they replace counts no more.
+
+    ``content_digest`` is what should come out (empty: unknown). False if another run was first.
+    """
+    header = {
+        **{name: value for name, value in dataset.header.items() if name not in ("id", "format_version")},
+        "upstream": _last_upstream(dataset),
+        "first": dataset.partitions,
+        "kind": "repair",
+        "redo": sorted(redo),
+        "mends": content_digest,
+    }
+    return _commit_generation(dataset, header, list)

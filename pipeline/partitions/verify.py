@@ -1,0 +1,168 @@
+"""Does a dataset directory hold what its records promise? Finds what is wrong, by partition; repairs by redoing."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import pyarrow as pa
+import xxhash
+
+from pipeline.partitions.dataset import RECORD, SUCCESS, Dataset
+from pipeline.partitions.finalize import Tally, Unbalanced, check_balance, records
+from pipeline.partitions.ledger import FILE as LEDGER
+from pipeline.partitions.ledger import read_ledger
+from pipeline.partitions.plan import PARTITIONS
+from pipeline.samples import SampleError
+from pipeline.storage import BLOCK, GONE, Folder, StorageError
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """Something that is not as it should be; ``partition`` is -1 where it concerns the dataset as a whole."""
+
+    partition: int
+    what: str
+    file: str = ""
+    key: str = ""
+
+    def __str__(self) -> str:
+        place = f"partition {self.partition}" if self.partition >= 0 else "dataset"
+        return ": ".join(part for part in (place, self.file, self.key and f"sample {self.key}", self.what) if part)
+
+    def as_dict(self) -> dict[str, object]:
+        return asdict(self)
+
+
+def verify(dataset: Dataset) -> Iterator[Finding]:
+    """Check records, listings, sizes, hashes and counts of every partition, then the totals.
+
+    Unfinished datasets are checked as far as they are committed, and said to be unfinished.
+    """
+    success = dataset.success
+    if success is None:
+        yield Finding(-1, "not finished: no _SUCCESS that speaks of the present plan")
+    for plan in dataset.plans:
+        yield from _verify_digest(dataset.root, f"{plan.folder}/{PARTITIONS}", plan.header["partitions_digest"])
+    sound = True
+    for index in range(dataset.partitions):
+        for finding in verify_partition(dataset, index):
+            sound = False
+            yield finding
+    if success is not None:
+        for name, expected in success["digests"].items():
+            yield from _verify_digest(dataset.root, name, expected)
+        if sound:
+            yield from _verify_totals(dataset, success)
+
+
+def _verify_digest(root: Folder, name: str, expected: str) -> Iterator[Finding]:
+    try:
+        if root.digest_of(name) != expected:
+            yield Finding(-1, "its bytes have changed", name)
+    except OSError as error:
+        yield Finding(-1, f"cannot be read: {error.strerror}", name)
+
+
+def verify_partition(dataset: Dataset, index: int) -> Iterator[Finding]:
+    """What is wrong with one partition."""
+    path = dataset.path_of(index)
+    try:
+        record = dataset.record(index)
+        if record is None:
+            yield Finding(index, "is not committed" if not dataset.root.exists(path) else f"has no {RECORD}")
+            return
+        with dataset.root.folder(path) as folder:
+            expected = {f["name"]: f for f in record["files"]}
+            for name in sorted({*folder.listdir()} - {*expected, RECORD}):
+                yield Finding(index, "does not belong here", name)
+            healthy = True
+            for name, file in expected.items():
+                for finding in _verify_file(folder, index, name, file, dataset):
+                    healthy = False
+                    yield finding
+            if healthy:
+                yield from _verify_ledger(dataset, folder, index, record["counts"])
+    except (OSError, StorageError, KeyError, ValueError, pa.ArrowException) as error:
+        yield Finding(index, f"cannot be read: {type(error).__name__}: {error}")
+
+
+def _verify_file(folder: Folder, index: int, name: str, file: dict[str, object], dataset: Dataset) -> Iterator[Finding]:
+    try:
+        fd = folder.open_file(name)
+    except OSError as error:
+        yield Finding(index, "is missing" if error.errno in GONE else f"cannot be read: {error.strerror}", name)
+        return
+    whole = xxhash.xxh3_128()
+    bad: list[int] = []
+    size = 0
+    blocks: list[str] = list(file["blocks"])  # type: ignore[call-overload]
+    with os.fdopen(fd, "rb", buffering=0) as data:
+        for number in range(max(len(blocks), 1)):
+            block = data.read(BLOCK)
+            size += len(block)
+            whole.update(block)
+            if number >= len(blocks) or xxhash.xxh3_128_hexdigest(block) != blocks[number]:
+                bad.append(number)
+        size += len(data.read(1))
+    if size != file["bytes"]:
+        yield Finding(index, f"has {size} bytes instead of {file['bytes']}", name)
+    elif whole.hexdigest() != file["xxh3"]:
+        keys = _keys_in(folder, name, bad) if name != LEDGER else []
+        at = f"its bytes have changed in block {', '.join(map(str, bad)) or '?'} of {BLOCK >> 20} MiB"
+        yield Finding(index, at, name, ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else ""))
+
+
+def _keys_in(folder: Folder, name: str, blocks: list[int]) -> list[str]:
+    """Keys of the samples that lie, in part, in damaged blocks of a data file."""
+    try:
+        table = read_ledger(folder, ["key", "file", "offset", "length"]).to_pylist()
+    except (OSError, pa.ArrowException):
+        return []
+    spans = [(number * BLOCK, (number + 1) * BLOCK) for number in blocks]
+    return [
+        row["key"]
+        for row in table
+        if row["file"] == name
+        and any(row["offset"] < stop and row["offset"] + row["length"] > start for start, stop in spans)
+    ]
+
+
+def _verify_ledger(dataset: Dataset, folder: Folder, index: int, counts: dict[str, int]) -> Iterator[Finding]:
+    """Do the ledger's rows agree with the record, and does the first row that each file holds decode?"""
+    table = read_ledger(folder).to_pylist()
+    samples = [row for row in table if not row["container"]]
+    for outcome in ("kept", "dropped", "failed"):
+        found = sum(row["outcome"] == outcome for row in samples)
+        if found != counts.get(outcome, 0):
+            yield Finding(index, f"{found} rows {outcome}, the record says {counts.get(outcome, 0)}", LEDGER)
+    if len({row["key"] for row in samples}) != len(samples):
+        yield Finding(index, "a key stands there twice", LEDGER)
+    first = next((row for row in samples if row["outcome"] == "kept"), None)
+    if first is not None:
+        with os.fdopen(folder.open_file(first["file"]), "rb") as file:
+            file.seek(first["offset"])
+            raw = file.read(first["length"])
+        try:
+            row = dataset.format.decode(raw, dataset.schema, dataset.origin)
+            if row["key"] != first["key"]:
+                yield Finding(
+                    index, f"holds {row['key']} where the ledger says {first['key']}", first["file"], first["key"]
+                )
+        except (ValueError, SampleError) as error:
+            yield Finding(index, f"does not decode: {error}", first["file"], first["key"])
+
+
+def _verify_totals(dataset: Dataset, success: dict[str, Any]) -> Iterator[Finding]:
+    tally = Tally(dataset)
+    for record in records(dataset):
+        tally.add(record)
+    tally.close_generations(dataset.partitions)
+    try:
+        check_balance(dataset, tally.totals(), 1.0)
+    except Unbalanced as error:
+        yield Finding(-1, str(error))
+    if tally.content_digest != success["content_digest"] or tally.totals() != success["counts"]:
+        yield Finding(-1, "the partitions are not those that were counted", SUCCESS)

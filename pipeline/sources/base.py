@@ -1,0 +1,77 @@
+"""The interface of a source, and the sources by name."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import ConfigError, DownloadConfig
+from pipeline.partitions.plan import Partition
+from pipeline.samples import IMAGE_COLUMNS, Outcome, Schema
+
+
+class Source(ABC):
+    """Lists what there is, and brings it in partition by partition."""
+
+    rechecks: bool = False
+    """Whether planning again is cheap and tells if the inputs have changed."""
+
+    format: str = "tar"
+    """Storage format of what is brought in."""
+
+    def __init__(self, config: DownloadConfig) -> None:
+        self.config = config
+        self.planned: dict[str, Any] = {}
+        """What :meth:`extra` said when the plan was made."""
+        self.scratch: Path | None = None
+        """A folder for files that are needed for a while only."""
+        self.check_stop: Callable[[], None] = lambda: None
+        """To be called now and then in long work; raises when the rank was asked to stop."""
+
+    def extra(self) -> dict[str, Any]:
+        """What samples need to know of the plan, and the manifest says: class names, revisions, ..."""
+        return {}
+
+    def schema(self) -> Schema:
+        """Columns of the samples."""
+        return dict(IMAGE_COLUMNS)
+
+    @abstractmethod
+    def plan(self) -> Iterator[Partition]:
+        """The partitions, in an order that depends on the inputs alone.
+
+        Raises:
+            ConfigError: a setting is missing, or the input is not there.
+        """
+
+    @abstractmethod
+    def samples(self, partition: Partition) -> Iterator[Outcome]:
+        """What becomes of each input of the partition."""
+
+    def origin(self) -> str:
+        """The folder that references point into; empty if the samples are stored."""
+        return ""
+
+
+_MODULES = {"shapes": "shapes", "image_folder": "image_folder", "http_archive": "http_archive"}
+
+
+def get_source(config: DownloadConfig) -> Source:
+    """The source that ``config.source`` names.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    from pipeline.cli import nearest
+
+    if config.source not in _MODULES:
+        what = (
+            f"source={config.source}"
+            if config.source
+            else "no source: give dataset= (a YAML that names one) or source="
+        )
+        raise ConfigError(f"{what}; {nearest(config.source, _MODULES)}")
+    return import_module(f"pipeline.sources.{_MODULES[config.source]}").SOURCE(config)  # type: ignore[no-any-return]

@@ -1,0 +1,177 @@
+"""Captioned scenes of simple shapes: a small grammar, its captions, and a renderer for any size.
+
+A scene has one object with a size ("a small red circle") or two with a relation ("a red circle above a blue square").
+The only relations are "above" and "left of", with the upper or left object named first, so that each caption has one
+meaning and each meaning one caption ("A below B" would say the same as "B above A").
+
+Shapes are drawn from their signed distances with numpy alone, so that pictures are the same on every platform and do
+not change with the version of a drawing library. Small and large shapes of all kinds cover the same area.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipeline.randomness import uniforms
+
+SHAPES = ("circle", "square", "triangle")
+COLOURS: dict[str, tuple[int, int, int]] = {
+    "red": (220, 40, 40),
+    "green": (40, 160, 60),
+    "blue": (40, 80, 220),
+    "yellow": (240, 200, 20),
+    "purple": (140, 50, 170),
+    "orange": (250, 130, 20),
+}
+SIZES = ("small", "large")
+RELATIONS = ("above", "left of")
+BACKGROUND = (244, 244, 240)
+
+HOLDOUT = (("purple", "circle"), ("orange", "square"), ("blue", "triangle"))
+"""Pairs of colour and shape left out of training data, to test combinations that were never seen. Each colour and each
+shape occurs in other pairs."""
+
+# Lengths are fractions of the picture's edge. ``radius`` is that of the circle of the same area.
+_RADIUS = {"small": (0.14, 0.16), "large": (0.235, 0.255), "": (0.11, 0.13)}
+_JITTER = 6 / 64  # of the position of a single object, in both directions
+_PAIR_OFFSET, _PAIR_JITTER = 0.22, 0.03
+_SQUARE = math.sqrt(math.pi) / 2  # half edge of the square with the area of the unit circle
+_TRIANGLE = math.sqrt(4 * math.pi / (3 * math.sqrt(3)))  # circumradius of the equilateral triangle with that area
+
+_OBJECT = rf"a (?:(small|large) )?({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})"
+_CAPTION = re.compile(rf"{_OBJECT}(?: ({'|'.join(RELATIONS)}) {_OBJECT})?")
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One object; ``size`` is empty in scenes of two.
+
+    ``cx``, ``cy`` (of the centroid; y points down) and ``radius`` are fractions of the picture's edge.
+    """
+
+    shape: str
+    colour: str
+    size: str
+    cx: float = 0.5
+    cy: float = 0.5
+    radius: float = 0.0
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One object, or two where the first is ``relation`` ("above", "left of") the second."""
+
+    things: tuple[Thing, ...]
+    relation: str = ""
+
+
+def sample_scene(seed: int, index: int, objects: int = 1, holdout: bool = True) -> Scene:
+    """The scene number ``index`` of the data set ``seed``; it depends on the arguments alone.
+
+    Args:
+        objects: 1, 2, or 0 for one or two with equal chances.
+        holdout: leave out the pairs of colour and shape in :data:`HOLDOUT`.
+    """
+    if objects not in (0, 1, 2):
+        raise ValueError(f"objects={objects}: expected 1, 2, or 0 for both kinds")
+    u = uniforms(16, seed, "scene", index).tolist()
+    pairs = seen_pairs() if holdout else all_pairs()
+    first = pairs[int(u[1] * len(pairs))]
+    count = objects or 1 + int(u[0] * 2)
+    if count == 1:
+        return Scene((_placed(first, SIZES[int(u[2] * 2)], (0.5, 0.5), _JITTER, u[3:6]),))
+    others = [pair for pair in pairs if pair != first]
+    second = others[int(u[2] * len(others))]
+    relation = RELATIONS[int(u[6] * 2)]
+    dx, dy = (0.0, _PAIR_OFFSET) if relation == "above" else (_PAIR_OFFSET, 0.0)
+    return Scene(
+        (
+            _placed(first, "", (0.5 - dx, 0.5 - dy), _PAIR_JITTER, u[7:10]),
+            _placed(second, "", (0.5 + dx, 0.5 + dy), _PAIR_JITTER, u[10:13]),
+        ),
+        relation,
+    )
+
+
+def all_pairs() -> list[tuple[str, str]]:
+    """Every (colour, shape)."""
+    return [(colour, shape) for colour in COLOURS for shape in SHAPES]
+
+
+def seen_pairs() -> list[tuple[str, str]]:
+    """Every (colour, shape) that is not held out."""
+    return [pair for pair in all_pairs() if pair not in HOLDOUT]
+
+
+def _placed(pair: tuple[str, str], size: str, centre: tuple[float, float], jitter: float, u: list[float]) -> Thing:
+    colour, shape = pair
+    low, high = _RADIUS[size]
+    cx, cy = (c + jitter * (2 * v - 1) for c, v in zip(centre, u[:2], strict=True))
+    return Thing(shape, colour, size, cx, cy, low + (high - low) * u[2])
+
+
+def caption(scene: Scene) -> str:
+    """The scene in words."""
+    return f" {scene.relation} ".join(
+        " ".join(word for word in ("a", thing.size, thing.colour, thing.shape) if word) for thing in scene.things
+    )
+
+
+def parse_caption(text: str) -> Scene | None:
+    """The scene that ``text`` describes (places and radii unknown), or None if it is not of this grammar."""
+    found = _CAPTION.fullmatch(" ".join(text.lower().split()))
+    if found is None:
+        return None
+    size, colour, shape, relation, size2, colour2, shape2 = (group or "" for group in found.groups())
+    first = Thing(shape, colour, size)
+    return Scene((first, Thing(shape2, colour2, size2)), relation) if relation else Scene((first,))
+
+
+def single_captions(held_out: bool) -> list[str]:
+    """Captions of all single objects whose pair of colour and shape is (or is not) in :data:`HOLDOUT`."""
+    return [f"a {size} {colour} {shape}" for colour, shape in (HOLDOUT if held_out else seen_pairs()) for size in SIZES]
+
+
+def fixed_prompts(count: int = 32) -> list[str]:
+    """Fixed prompts for judging a model: every single object that training data has, then again from the start."""
+    captions = single_captions(held_out=False)
+    return [captions[i % len(captions)] for i in range(count)]
+
+
+def render(scene: Scene, size: int) -> np.ndarray:
+    """The picture of ``scene``: uint8 (size, size, 3), RGB, edges antialiased over one pixel."""
+    picture = np.broadcast_to(np.asarray(BACKGROUND, np.float64), (size, size, 3)).copy()
+    for thing in scene.things:
+        cover = coverage(thing.shape, thing.cx * size, thing.cy * size, thing.radius * size, (size, size))[..., None]
+        picture += cover * (np.asarray(COLOURS[thing.colour], np.float64) - picture)
+    return np.floor(picture + 0.5).astype(np.uint8)
+
+
+def coverage(
+    shape: str, cx: float, cy: float, radius: float, shape_px: tuple[int, int], soft: float = 1.0
+) -> np.ndarray:
+    """How much of each pixel a shape covers: float64 (h, w) in [0, 1].
+
+    Args:
+        cx, cy: centroid in pixels from the upper left corner of the picture.
+        radius: of the circle of the same area, in pixels.
+        shape_px: (h, w).
+        soft: width of the edge in pixels; 1 is antialiasing, more looks blurred.
+    """
+    x = (np.arange(shape_px[1]) + 0.5 - cx)[None, :]
+    y = (np.arange(shape_px[0]) + 0.5 - cy)[:, None]
+    if shape == "circle":
+        inside = radius - np.sqrt(x * x + y * y)
+    elif shape == "square":
+        inside = radius * _SQUARE - np.maximum(np.abs(x), np.abs(y))
+    elif shape == "triangle":  # point up; the centroid is 1/2 circumradius away from all three edges
+        slanted = math.sqrt(3) / 2 * np.abs(x) - 0.5 * y
+        inside = radius * _TRIANGLE / 2 - np.maximum(y, slanted)
+    else:
+        raise ValueError(f"unknown shape {shape!r}; known: {', '.join(SHAPES)}")
+    cover: np.ndarray = np.clip(0.5 + inside / soft, 0.0, 1.0)
+    return cover

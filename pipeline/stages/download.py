@@ -1,0 +1,60 @@
+"""stage=download: samples from wherever they are into a dataset directory, each with key, captions and content hash."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cached_property
+from typing import Any
+
+from pipeline.cli import config_for
+from pipeline.config import DownloadConfig
+from pipeline.distributed import Rank, distributed
+from pipeline.partitions import engine
+from pipeline.partitions.plan import Partition
+from pipeline.partitions.stage import Stage
+from pipeline.samples import Outcome, Schema
+from pipeline.sources.base import Source, get_source
+
+
+class Download(Stage):
+    name = "download"
+    reads_upstream = False
+
+    @cached_property
+    def source(self) -> Source:
+        return get_source(self.config)
+
+    @property
+    def rechecks(self) -> bool:  # type: ignore[override]
+        return self.source.rechecks
+
+    @property
+    def format(self) -> str:
+        return self.source.format
+
+    def schema(self) -> Schema:
+        return self.source.schema()
+
+    def extra(self) -> dict[str, Any]:
+        return self.source.extra()
+
+    def origin(self) -> str:
+        return self.source.origin()
+
+    def plan(self, since: int = 0) -> Iterator[Partition]:
+        return self.source.plan()
+
+    def process(self, partition: Partition) -> Iterator[Outcome]:
+        self.source.planned = self.planned["extra"]
+        self.source.scratch = self.scratch
+        self.source.check_stop = self.rank.check_stop
+        return self.source.samples(partition)
+
+
+@distributed
+def main(rank: Rank, config: DownloadConfig) -> None:
+    engine.main(Download, config, rank)
+
+
+if __name__ == "__main__":
+    main(config_for("download"))

@@ -1,0 +1,105 @@
+"""stage=evaluate: how good a trained run is, in numbers that the report shows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pipeline.cli import config_for, errors_as_one_line
+from pipeline.config import ConfigError, EvaluateConfig
+from pipeline.loading import Permutation
+from pipeline.metrics.shapes import judge, matches
+from pipeline.sources.shapes_scene import caption, fixed_prompts, render, sample_scene, single_captions
+from pipeline.stages.generate import run_of, set_threads
+from pipeline.storage import Folder
+
+if TYPE_CHECKING:
+    from pipeline.stages.generate import Painter
+
+_RENDERS = 500
+_PROMPTS = 32
+_SHUFFLES = 8
+Draw = Callable[[list[str], int], np.ndarray]
+"""(prompts, seed) → pictures uint8 (n, h, w, 3)."""
+
+
+def main(config: EvaluateConfig) -> None:
+    with errors_as_one_line():
+        if not config.metric:
+            raise ConfigError("metric=...: what to measure; known: shapes")
+        run = run_of(config)
+        set_threads(config.threads)
+        result = evaluate_shapes(config, run)
+        with Folder.open(run) as folder:
+            folder.write_json("evaluation.json", result)
+    for score in result["scores"]:
+        print(f"{score['name']}: {score['right']} of {score['of']}")
+    print(f"evaluation: {run / 'evaluation.json'}")
+
+
+def evaluate_shapes(config: EvaluateConfig, run: Path) -> dict[str, Any]:
+    """Judge pictures of fixed prompts and of combinations that training never saw; and how reliable the judge is."""
+    from pipeline.stages.generate import load_painter, sample_images
+
+    painter = load_painter(config.checkpoint or run)
+
+    def draw(prompts: list[str], seed: int) -> np.ndarray:
+        return sample_images(painter, prompts, seed, config.steps, config.guidance)
+
+    prompts = fixed_prompts(_PROMPTS)
+    pictures = draw(prompts, config.seed)
+    held_out = single_captions(held_out=True)
+    right = [matches(picture, prompt) for picture, prompt in zip(pictures, prompts, strict=True)]
+    held_out_pictures = draw(held_out, config.seed + 1)
+    sizes = [matches(picture, prompt, size=True) for picture, prompt in zip(pictures, prompts, strict=True)]
+    unseen = [matches(picture, prompt) for picture, prompt in zip(held_out_pictures, held_out, strict=True)]
+    chance = [matches(p, c) for order in _shuffled(prompts) for p, c in zip(pictures, order, strict=True)]
+    scores = [
+        _score("prompts: colour and shape", right),
+        _score("prompts: size as well", sizes),
+        _score("combinations never trained on", unseen),
+        _score("judge: prompts shuffled (chance is 1 in 15)", chance),
+        *judge_scores(painter),
+    ]
+    wrong = [
+        {"prompt": prompt, "judged": str(judge(picture))}
+        for picture, prompt, good in zip(pictures, prompts, right, strict=True)
+        if not good
+    ]
+    return {"metric": "shapes", "step": painter.step, "seed": config.seed, "scores": scores, "wrong": wrong}
+
+
+def judge_scores(painter: Painter) -> list[dict[str, Any]]:
+    """How far the judge can be trusted: on real renders, and on renders that went through the autoencoder."""
+    import torch
+
+    from pipeline.encoders.base import to_pixels
+
+    size = painter.model.config.height * painter.autoencoder.downsample
+    scenes = [sample_scene(-1, index, 1, holdout=False) for index in range(_RENDERS)]
+    renders = [render(scene, size) for scene in scenes]
+    some = renders[:_PROMPTS]
+    with torch.inference_mode():
+        vae = painter.autoencoder
+        decoded = to_pixels(vae.decode(vae.encode(vae.preprocess(some, size))))
+    captions = [caption(scene) for scene in scenes]
+    sharp = [matches(picture, text, size=True) for picture, text in zip(renders, captions, strict=True)]
+    soft = [matches(picture, text) for picture, text in zip(decoded, captions[:_PROMPTS], strict=True)]
+    return [_score("judge: real renders", sharp), _score("judge: decoded latents of real renders", soft)]
+
+
+def _shuffled(prompts: list[str]) -> Iterator[list[str]]:
+    """The prompts in random orders: of a picture's 15 pairs of colour and shape, one is right by chance."""
+    for seed in range(_SHUFFLES):
+        yield [prompts[place] for place in Permutation(len(prompts), seed)]
+
+
+def _score(name: str, right: list[bool]) -> dict[str, Any]:
+    return {"name": name, "right": sum(right), "of": len(right)}
+
+
+if __name__ == "__main__":
+    main(config_for("evaluate"))

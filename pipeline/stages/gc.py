@@ -1,0 +1,29 @@
+"""stage=gc: delete what crashed attempts and replaced partitions left behind in a dataset directory."""
+
+from __future__ import annotations
+
+import sys
+
+from pipeline.cli import config_for, errors_as_one_line
+from pipeline.config import GcConfig
+from pipeline.partitions.dataset import Dataset
+from pipeline.partitions.gc import collect
+from pipeline.storage import StorageError
+
+
+def main(config: GcConfig) -> int:
+    with errors_as_one_line():
+        count = 0
+        try:
+            for path in collect(Dataset.open(config.input), config.older_than):
+                print(f"deleted {path}")
+                count += 1
+        except StorageError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+    print(f"{config.input}: {count} deleted")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(config_for("gc")))

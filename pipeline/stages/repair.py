@@ -1,0 +1,106 @@
+"""stage=repair: verify, then redo just what is wrong, by the stage that made it and with its settings."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from pipeline import cli
+from pipeline.cli import config_for
+from pipeline.config import STAGES, RepairConfig
+from pipeline.distributed import Rank, distributed
+from pipeline.partitions import engine
+from pipeline.partitions.attempt import unless_removed
+from pipeline.partitions.dataset import Dataset, open_root
+from pipeline.partitions.mend import mend_headers, mend_partitions
+from pipeline.partitions.plan import PARTITIONS
+from pipeline.partitions.planning import commit_repair
+from pipeline.partitions.stage import Stage
+from pipeline.partitions.verify import Finding, verify
+from pipeline.stages import get_stage
+from pipeline.storage import Folder, StorageError
+
+
+def repair(folder: str | Path, rank: Rank) -> dict[str, Any] | None:
+    """Redo the partitions that :func:`verify` finds fault with, and finish the dataset again.
+
+    Returns:
+        What ``_SUCCESS`` says afterwards; None if there was nothing to mend.
+
+    Raises:
+        ConfigError: there is no dataset directory, or its input is not what it was.
+        StorageError: the plan is damaged beyond repair, or the content came out different from before.
+    """
+    try:
+        return _repair(folder, rank)
+    except OSError as error:
+        raise StorageError(f"{folder} cannot be repaired: {error}") from error
+
+
+def _repair(folder: str | Path, rank: Rank) -> dict[str, Any] | None:
+    root = open_root(folder)
+    with unless_removed(root):
+        return _repair_at(root, rank)
+
+
+def _repair_at(root: Folder, rank: Rank) -> dict[str, Any] | None:
+    mended = mend_headers(root)
+    for name in mended:
+        rank.log.info("dataset: %s: its bytes have changed: mended", name)
+    dataset = Dataset(root)
+    findings = list(verify(dataset))
+    for finding in findings:
+        rank.log.info("%s", finding)
+    if not findings:
+        return dataset.success if mended else None
+    expected = _expected(dataset)
+    stage = _stage_of(dataset, rank, lenient=bool(expected))
+    for plan in dataset.plans:
+        if any(finding.file == f"{plan.folder}/{PARTITIONS}" for finding in findings):
+            mend_partitions(stage, dataset, plan)
+    redo = _to_redo(dataset, findings)
+    if (redo or dataset.success) and not commit_repair(dataset, redo, expected):
+        raise StorageError(f"{root.path}: another run is at work on it: repair again when it is done")
+    after = engine.run(stage)
+    came_out = after["generations"][len(dataset.plans) - (0 if redo or dataset.success else 1)]["content_digest"]
+    if expected and came_out != expected:
+        raise StorageError(
+            f"{root.path} was mended, but its content differs from before: "
+            "its input or the software has changed since; whatever was made from it is stale"
+        )
+    return after
+
+
+def _expected(dataset: Dataset) -> str:
+    """The content digest that should come out; empty if the dataset was never finished."""
+    if dataset.success is not None:
+        return str(dataset.success["content_digest"])
+    newest = dataset.plans[-1].header  # an earlier repair may have been interrupted
+    return str(newest["mends"]) if newest["kind"] == "repair" else ""
+
+
+def _stage_of(dataset: Dataset, rank: Rank, lenient: bool) -> Stage:
+    """The stage that made ``dataset``, with its settings; ``lenient``: it was finished, whatever part had failed."""
+    config: Any = cli.build(STAGES[dataset.stage], dataset.header["config"])
+    again = replace(config, output=str(dataset.root.path), overwrite=False, retry_failed=False, run_id="")
+    return get_stage(dataset.stage)(replace(again, max_failed_fraction=1.0) if lenient else again, rank)
+
+
+def _to_redo(dataset: Dataset, findings: list[Finding]) -> set[int]:
+    """Partitions to be done again. Those that were never committed are not among them: the stage just does them."""
+    bad = {finding.partition for finding in findings if finding.partition >= 0}
+    if dataset.success is None:
+        bad = {index for index in bad if dataset.root.exists(dataset.path_of(index))}
+    return bad
+
+
+@distributed
+def main(rank: Rank, config: RepairConfig) -> None:
+    with engine.expected_errors(rank):
+        after = repair(config.input, rank)
+    rank.log.info("%s: %s", config.input, "repaired" if after else "sound, nothing to repair")
+
+
+if __name__ == "__main__":
+    main(config_for("repair"))

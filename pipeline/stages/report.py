@@ -1,0 +1,290 @@
+"""stage=report: one self-contained page about everything below a data directory, with pictures of what is in it."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import time
+from collections.abc import Iterator
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, PackageLoader
+from PIL import Image
+
+from pipeline import images
+from pipeline.cli import config_for, errors_as_one_line
+from pipeline.config import MAIN_LINE, ConfigError, ReportConfig, dataset_name
+from pipeline.partitions.dataset import Dataset, SlotReader, Stored
+from pipeline.partitions.ledger import read_ledger
+from pipeline.samples import SampleError
+
+_LEDGERS = 50  # partitions whose ledgers the histograms are drawn from, evenly spread
+_THUMBNAIL = 160  # pixels
+_INK = "#3b6ea5"
+
+
+def main(config: ReportConfig) -> None:
+    with errors_as_one_line():
+        folder = Path(config.data_dir).absolute()
+        if config.dataset:
+            folder /= dataset_name(config.dataset)
+        if not folder.is_dir():
+            raise ConfigError(
+                f"data_dir={config.data_dir}: no such folder" + (f" as {folder}" if config.dataset else "")
+            )
+        output = Path(config.output) if config.output else folder / "report.html"
+        output.write_text(page(folder, config.samples), encoding="utf-8")
+    print(f"report: {output}")
+
+
+def page(folder: Path, samples: int) -> str:
+    """The HTML text about all dataset directories and training runs below ``folder``."""
+    environment = Environment(loader=PackageLoader("pipeline", "templates"), autoescape=True)
+    found = find_datasets(folder)
+    filtered = {dataset.root.path.parent for dataset in found if dataset.stage == "filter"}
+    datasets = [describe(d, samples, sheet=shows_pictures(d, filtered)) for d in found]
+    runs = [describe_run(run) for run in find_runs(folder)]
+    return environment.get_template("report.html").render(
+        folder=folder, datasets=datasets, runs=runs, made=time.strftime("%Y-%m-%d %H:%M")
+    )
+
+
+# ---- what there is
+
+
+def find_datasets(folder: Path) -> list[Dataset]:
+    """Dataset directories below ``folder``, in the order of the main line; their insides are not searched."""
+    found = []
+    for place, folders, _ in os.walk(folder):
+        if (Path(place) / "plan" / "plan.json").is_file():
+            found.append(Dataset.open(place))
+            folders.clear()
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and name != "logs")
+    order = {stage: number for number, stage in enumerate(MAIN_LINE)}
+    return sorted(found, key=lambda d: (str(d.root.path.parent), order.get(d.stage, 99), str(d.root.path)))
+
+
+def find_runs(folder: Path) -> list[Path]:
+    """Folders of training runs below ``folder``."""
+    return sorted(
+        path.parent for pattern in ("runs/*", "*/runs/*", "*") for path in folder.glob(f"{pattern}/checkpoints")
+    )
+
+
+# ---- one dataset directory
+
+
+def shows_pictures(dataset: Dataset, filtered: set[Path]) -> bool:
+    """Whether the page has a contact sheet of this dataset: of the filtered samples, else of the shards."""
+    return dataset.stage == "filter" or (dataset.stage == "shard" and dataset.root.path.parent not in filtered)
+
+
+def describe(dataset: Dataset, samples: int, sheet: bool) -> dict[str, Any]:
+    """What the page says of a dataset directory."""
+    facts: dict[str, Any] = {"path": dataset.root.path, "stage": dataset.stage, "partitions": dataset.partitions}
+    success = dataset.success
+    if success is None:
+        committed = sum(dataset.root.exists(dataset.path_of(index)) for index in range(dataset.partitions))
+        return {**facts, "state": f"unfinished: {committed} of {dataset.partitions} partitions committed"}
+    counts = success["counts"]
+    reasons = sorted(success["reasons"].items(), key=lambda item: -item[1])
+    facts |= {
+        "state": "finished",
+        "counts": counts,
+        "megabytes": counts["bytes"] / 1e6,
+        "reasons": [(*name.split(":", 1), number) for name, number in reasons],
+        "digest": success["content_digest"],
+        "settings": dataset.header["identity"],
+    }
+    if dataset.stage == "filter":
+        facts["histograms"] = size_histograms(dataset)
+    if sheet:
+        facts["sheet"] = list(contact_sheet(dataset, samples))
+    if dataset.stage == "precompute":
+        facts["latents"] = list(decoded_latents(dataset, min(samples, 12)))
+    return facts
+
+
+def spread(total: int, most: int) -> list[int]:
+    """At most ``most`` numbers of ``range(total)``, evenly spread."""
+    return sorted({int(i) for i in np.linspace(0, total - 1, min(total, most))}) if total else []
+
+
+def spread_samples(dataset: Dataset, most: int) -> Iterator[tuple[int, Stored]]:
+    """Evenly spread kept samples, with the numbers of their partitions."""
+    opened: dict[int, list[Stored]] = {}
+    for position in spread(len(dataset), most):
+        index = int(np.searchsorted(dataset.starts, position, "right")) - 1
+        if index not in opened:
+            opened = {index: SlotReader(dataset, index).stored()}
+        yield index, opened[index][position - int(dataset.starts[index])]
+
+
+def size_histograms(dataset: Dataset) -> list[str]:
+    """Distribution of the smaller edge and of the aspect ratio of kept samples, as pictures."""
+    widths: list[int] = []
+    heights: list[int] = []
+    for index in spread(dataset.partitions, _LEDGERS):
+        with dataset.root.folder(dataset.path_of(index)) as folder:
+            table = read_ledger(folder, ["outcome", "width", "height"]).to_pydict()
+        for outcome, width, height in zip(table["outcome"], table["width"], table["height"], strict=True):
+            if outcome == "kept" and width and height:
+                widths.append(width)
+                heights.append(height)
+    if not widths:
+        return []
+    w, h = np.array(widths), np.array(heights)
+    return [
+        _histogram(np.minimum(w, h), "smaller edge (pixels)"),
+        _histogram(w / h, "aspect ratio (width / height)"),
+    ]
+
+
+def contact_sheet(dataset: Dataset, most: int) -> Iterator[dict[str, str]]:
+    for _, stored in spread_samples(dataset, most):
+        try:
+            row = stored.read()
+            picture = images.decode(row["jpg"], images.probe(row["jpg"], images.Limits()))
+        except (SampleError, images.ImageError, ValueError) as error:
+            yield {"key": stored.key, "caption": f"cannot be shown: {error}", "image": ""}
+            continue
+        yield {"key": stored.key, "caption": row["caption"], "image": embed(picture)}
+
+
+def decoded_latents(dataset: Dataset, most: int) -> Iterator[dict[str, Any]]:
+    """Latents of the largest resolution, decoded, beside the picture that they were made from."""
+    import torch
+
+    from pipeline.encoders.base import autoencoder, to_pixels
+
+    extra = dataset.header["extra"]
+    name = max((n for n in extra["shapes"] if n.startswith("latents_")), key=lambda n: int(n.rpartition("_")[2]))
+    vae = autoencoder(dataset.header["config"]["vae"])
+    upstream = Dataset.open(dataset.header["upstream"]["path"])
+    resolution = int(name.rpartition("_")[2])
+    sources: dict[int, dict[str, Stored]] = {}
+    for index, stored in spread_samples(dataset, most):
+        if index not in sources:
+            sources = {index: {s.key: s for s in upstream.samples(dataset.partition(index).inputs[0].start)}}
+        row = stored.read()
+        source = sources[index][stored.key].read()["jpg"]
+        picture = images.decode(source, images.probe(source, images.Limits()))
+        latent = np.frombuffer(row[name], extra["dtype"]).reshape(extra["shapes"][name]).astype(np.float32)
+        with torch.inference_mode():
+            original = to_pixels(vae.preprocess([picture], resolution))[0]
+            decoded = to_pixels(vae.decode(torch.from_numpy(latent)[None]))[0]
+        yield {
+            "key": stored.key,
+            "caption": row["caption"],
+            "source": embed(original),
+            "decoded": embed(decoded),
+            "psnr": psnr(original, decoded),
+        }
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    """Peak signal-to-noise ratio of two uint8 pictures in dB; infinite if they are equal."""
+    error = float(((a.astype(np.float64) - b) ** 2).mean())
+    return 10 * float(np.log10(255**2 / error)) if error else float("inf")
+
+
+# ---- one training run
+
+
+def describe_run(run: Path) -> dict[str, Any]:
+    """What the page says of a training run: its curve, its samples, what they were judged."""
+    facts: dict[str, Any] = {"path": run, "curve": "", "samples": [], "evaluation": None}
+    lines = list(training_log(run))
+    if lines:
+        facts["last"] = lines[-1]
+        facts["curve"] = _curve(lines)
+    listing = run / "samples" / "samples.json"
+    if listing.is_file():
+        facts["samples"] = [
+            {
+                "caption": sample["prompt"],
+                "image": embed(np.asarray(Image.open(listing.parent / sample["file"]).convert("RGB"))),
+            }
+            for sample in json.loads(listing.read_text())["samples"][:48]
+        ]
+    if (run / "evaluation.json").is_file():
+        facts["evaluation"] = json.loads((run / "evaluation.json").read_text())
+    return facts
+
+
+def training_log(run: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a run's log that have a loss, by step; where lives overlap, the later one's."""
+    steps: dict[int, dict[str, Any]] = {}
+    for path in sorted((run / "logs").glob("*.jsonl"), key=lambda p: p.stat().st_mtime):
+        for text in path.read_text().splitlines():
+            try:
+                line = json.loads(text)
+            except ValueError:
+                continue
+            if "loss" in line and "step" in line:
+                steps[line["step"]] = line
+    yield from (steps[step] for step in sorted(steps))
+
+
+# ---- drawing
+
+
+def embed(picture: np.ndarray) -> str:
+    """A uint8 (h, w, 3) picture as a data URL, at most a thumbnail's size."""
+    image = Image.fromarray(picture)
+    if max(image.size) > _THUMBNAIL:
+        image.thumbnail((_THUMBNAIL, _THUMBNAIL))
+    file = BytesIO()
+    small = max(image.size) < 100
+    image.save(file, "PNG" if small else "JPEG", **({} if small else {"quality": 88}))
+    return f"data:image/{'png' if small else 'jpeg'};base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def _figure() -> Any:
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(4.6, 2.4), layout="constrained")
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    return figure, axes
+
+
+def _svg(figure: Any) -> str:
+    from matplotlib import pyplot
+
+    file = BytesIO()
+    figure.savefig(file, format="svg", metadata={"Date": None})
+    pyplot.close(figure)
+    return f"data:image/svg+xml;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def _histogram(values: np.ndarray, label: str) -> str:
+    figure, axes = _figure()
+    axes.hist(values, bins=30, color=_INK)
+    axes.set_xlabel(label)
+    axes.set_ylabel("samples")
+    return _svg(figure)
+
+
+def _curve(lines: list[dict[str, Any]]) -> str:
+    figure, axes = _figure()
+    steps, losses = [line["step"] for line in lines], [line["loss"] for line in lines]
+    axes.plot(steps, losses, color=_INK, linewidth=0.8, alpha=0.5)
+    width = max(1, len(losses) // 25)
+    if len(losses) > width:
+        smooth = np.convolve(losses, np.ones(width) / width, "valid")
+        axes.plot(steps[width - 1 :], smooth, color=_INK, linewidth=1.8)
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss")
+    return _svg(figure)
+
+
+if __name__ == "__main__":
+    main(config_for("report"))

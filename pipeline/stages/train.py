@@ -1,0 +1,78 @@
+"""stage=train: fit a model to a dataset directory; goes on from the newest checkpoint of its run folder."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from pipeline import cli
+from pipeline.cli import config_for, nearest
+from pipeline.config import ConfigError, TrainConfig, run_folder
+from pipeline.distributed import Rank, distributed
+from pipeline.loading import LatentDataset
+from pipeline.partitions.dataset import Dataset, RandomAccess
+from pipeline.partitions.stage import open_input
+from pipeline.storage import Folder, StorageError
+
+_LATENTS = "latents_"
+
+
+@distributed
+def main(rank: Rank, config: TrainConfig) -> None:
+    if rank.is_main:
+        rank.log.info("%s\n%s", type(config).__name__, cli.dump(config))
+    dataset = open_input(config, "train")
+    resolution = resolution_of(dataset, config.resolution)
+    import torch
+
+    from pipeline.training.loop import train
+    from pipeline.training.tasks.diffuse import Diffuse
+
+    torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // rank.local_world_size))
+    extra = dataset.header["extra"]
+    shapes = extra["shapes"]
+    image_shape, caption_shape = tuple(shapes[f"{_LATENTS}{resolution}"]), tuple(shapes["caption_latents"])
+    data = LatentDataset(RandomAccess(dataset), image_shape, caption_shape, resolution, extra["dtype"])
+    task = Diffuse(config, data, latent_info(dataset, resolution))
+    place = config.output or run_folder(config, config.name or config.task)
+    try:
+        run = Folder.open(place, create=True)
+    except OSError as error:
+        raise StorageError(f"output {place} cannot be made: {error.strerror}") from error
+    train(task, data, config, rank, run)
+    if rank.is_main:
+        rank.log.info("%s: finished after %d steps", place, config.steps)
+
+
+def resolution_of(dataset: Dataset, wanted: int) -> int:
+    """The resolution whose latents are learned: as asked for, else the smallest there is.
+
+    Raises:
+        ConfigError: the dataset has no such latents.
+    """
+    there = sorted(int(name[len(_LATENTS) :]) for name in dataset.schema if name.startswith(_LATENTS))
+    if not there:
+        raise ConfigError(f"{dataset.root.path} holds no latents: run stage=precompute first")
+    if wanted and wanted not in there:
+        raise ConfigError(f"resolution={wanted}: {dataset.root.path} has {nearest(str(wanted), map(str, there))}")
+    return wanted or there[0]
+
+
+def latent_info(dataset: Dataset, resolution: int) -> Any:
+    """What a checkpoint says of where its latents came from."""
+    from pipeline.training.tasks.diffuse import LatentInfo
+
+    extra = dataset.header["extra"]
+    settings = dataset.header["config"]
+    return LatentInfo(
+        settings["vae"],
+        settings["text_encoder"],
+        resolution,
+        tuple(extra["shapes"][f"{_LATENTS}{resolution}"]),
+        tuple(extra["shapes"]["caption_latents"]),
+        dataset.require_success()["content_digest"],
+    )
+
+
+if __name__ == "__main__":
+    main(config_for("train"))

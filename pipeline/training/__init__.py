@@ -1,0 +1,1 @@
+"""One training loop for all tasks, with checkpoints that appear whole and resume exactly."""
