@@ -1,0 +1,152 @@
+"""What a command asks of the place where it runs: keys of LaunchConfig, sbatch's own options, and a site's preset.
+
+Layers, later ones win: defaults < preset < the preset's section for a stage < command line < ``<stage>.<key>`` there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from pipeline import cli
+from pipeline.config import STAGES, ConfigError, LaunchConfig
+
+KINDS = ("local", "inline", "slurm")
+PRESETS = cli.CONF / "cluster"
+_OF_ALL = ("stage", "cluster", "ranks", "dry_run")  # keys that cannot differ between the stages of a command
+_FIELDS = {f.name for f in fields(LaunchConfig)}
+_PER_STAGE = _FIELDS - set(_OF_ALL)
+_OURS = {
+    "array": "array=",
+    "chdir": "the folder to submit from",
+    "dependency": "stage=a,b",
+    "job_name": "",
+    "ntasks": "nodes= and tasks_per_node=",
+    "ntasks_per_node": "tasks_per_node=",
+    "open_mode": "",
+    "output": "",
+    "error": "",
+    "requeue": "",
+    "signal": "signal_seconds=",
+    "wait": "",
+}
+"""Options of sbatch that the scripts depend on, and the key to use in their place, if there is one."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What one stage asks for."""
+
+    config: LaunchConfig
+    options: Mapping[str, str] = field(default_factory=dict)
+    """Further options of sbatch, by their long names."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A command, taken apart."""
+
+    kind: str
+    """local, inline or slurm."""
+    config: LaunchConfig
+    settings: dict[str, str]
+    """What remains: settings of stages."""
+    requests: Mapping[str, Request]
+    """By stage."""
+
+
+def read(arguments: list[str]) -> Launch:
+    """Take a command line apart.
+
+    Raises:
+        ConfigError: a key or value that cannot be; a preset that is not there.
+    """
+    given = cli.parse(arguments)
+    settings = {key: value for key, value in given.items() if not _is_ours(key)}
+    own = {key: value for key, value in given.items() if _is_ours(key)}
+    kind, preset = load_preset(own.get("cluster", "local"))
+    layers = [*_layers(preset), *_layers(own)]
+    config, _ = _build(layers, "")
+    if kind == "slurm" and "ranks" in own:
+        raise ConfigError("ranks= is for cluster=local; on SLURM: nodes= and tasks_per_node=")
+    return Launch(kind, config, settings, {stage: Request(*_build(layers, stage)) for stage in STAGES})
+
+
+def _is_ours(key: str) -> bool:
+    section, dot, name = key.rpartition(".")
+    if dot and section not in STAGES:
+        return False
+    return name.startswith("slurm_") or name in (_PER_STAGE if dot else _FIELDS)
+
+
+def load_preset(name: str) -> tuple[str, dict[str, Any]]:
+    """The kind of ``cluster=<name>``, and the settings of its preset.
+
+    Raises:
+        ConfigError: there is none of this name, or its file is wrong.
+    """
+    import yaml
+
+    if name in ("local", "inline"):
+        return name, {}
+    path = Path(name) if name.endswith((".yaml", ".yml")) else PRESETS / f"{name}.yaml"
+    if not path.is_file():
+        known = {*KINDS, *(preset.stem for preset in PRESETS.glob("*.yaml"))}
+        raise ConfigError(
+            f"cluster={name}: no such preset; {cli.nearest(name, known)} (or give a path to a .yaml file)"
+        )
+    try:
+        values = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict) or values.get("kind") not in KINDS:
+        raise ConfigError(f"{path}: expected a mapping with kind: {', '.join(KINDS)}")
+    return str(values.pop("kind")), _flat(values, path)
+
+
+def _flat(values: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """``precompute: {nodes: 2}`` as ``precompute.nodes: 2``; what nobody knows is an error."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if key in STAGES and isinstance(value, dict):
+            flat |= {f"{key}.{name}": inner for name, inner in value.items()}
+        else:
+            flat[str(key)] = value
+    for key, value in flat.items():
+        if not _is_ours(key) or key in ("stage", "cluster"):
+            raise ConfigError(f"{path}: unknown key {key!r}; {cli.nearest(key.rpartition('.')[2], _PER_STAGE)}")
+        if key.rpartition(".")[2] == "time" and not isinstance(value, str):
+            raise ConfigError(f"{path}: {key}: put the time in quotes; YAML takes it for a number")
+    return flat
+
+
+def _layers(values: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """(stage, settings) with the settings for all stages, "", first."""
+    layers: dict[str, dict[str, Any]] = {"": {}}
+    for key, value in values.items():
+        section, _, name = key.rpartition(".")
+        layers.setdefault(section, {})[name] = value
+    return list(layers.items())
+
+
+def _build(layers: list[tuple[str, dict[str, Any]]], stage: str) -> tuple[LaunchConfig, dict[str, str]]:
+    values: dict[str, Any] = {}
+    for section, layer in layers:
+        if section in ("", stage):
+            values |= layer
+    options = {name.removeprefix("slurm_"): _text(values.pop(name)) for name in [*values] if name.startswith("slurm_")}
+    for name in options:
+        if name.replace("-", "_") in _OURS:
+            instead = _OURS[name.replace("-", "_")]
+            raise ConfigError(f"slurm_{name}= is set by the launcher" + (f": use {instead}" if instead else ""))
+    config = cli.build(LaunchConfig, values)
+    for name, least in (("ranks", 1), ("nodes", 1), ("cpus_per_task", 1), ("lives", 1), ("signal_seconds", 1)):
+        if getattr(config, name) < least:
+            raise ConfigError(f"{name}={getattr(config, name)}: must be at least {least}")
+    return config, options
+
+
+def _text(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

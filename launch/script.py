@@ -1,0 +1,154 @@
+"""The text of a job script: the same shape as those in slurm/, which a person may submit without this launcher."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from launch.request import Request
+from pipeline.config import ConfigError
+
+HOME = Path(__file__).resolve().parent.parent
+"""The checkout."""
+LOCKSTEP = ("train",)
+"""Stages whose ranks wait for each other."""
+SINGLE = ("generate", "evaluate", "report", "verify", "repair", "gc")
+"""Stages that are one process whatever is asked for."""
+_GPU_SINGLE = ("generate", "evaluate")
+
+
+@dataclass(frozen=True)
+class Array:
+    """Which elements of all that a stage was cut into one submission holds."""
+
+    size: int
+    offset: int = 0
+    total: int = 0
+    parallel: int = 0
+
+
+@dataclass(frozen=True)
+class Script:
+    """One job script."""
+
+    stage: str
+    name: str
+    comment: str
+    arguments: tuple[str, ...]
+    logs: Path
+    request: Request
+    array: Array | None = None
+    workdir: Path = field(default_factory=Path.cwd)
+
+    @property
+    def tasks_per_node(self) -> int:
+        config = self.request.config
+        return 1 if self.stage in SINGLE else config.tasks_per_node or config.gpus_per_node or 1
+
+    @property
+    def nodes(self) -> int:
+        return 1 if self.stage in SINGLE else self.request.config.nodes
+
+    @property
+    def ranks(self) -> int:
+        return self.nodes * self.tasks_per_node * (self.array.total if self.array else 1)
+
+    def options(self) -> dict[str, str]:
+        """Options of sbatch by their long names; ``true`` stands for one without a value."""
+        config = self.request.config
+        log = "%x-%A_%a.out" if self.array else "%x-%j.out"
+        options = {
+            "job-name": self.name,
+            "comment": self.comment,
+            "nodes": str(self.nodes),
+            "ntasks-per-node": str(self.tasks_per_node),
+            "cpus-per-task": str(config.cpus_per_task),
+            "gpus-per-node": self._gpus(),
+            "mem": config.mem,
+            "time": config.time,
+            "partition": config.partition,
+            "account": config.account,
+            "qos": config.qos,
+            "constraint": config.constraint,
+            "reservation": config.reservation,
+            "exclude": config.exclude,
+            "array": self._array(),
+            "chdir": str(self.workdir),
+            "output": str(self.logs / log),
+            "open-mode": "append",
+            "requeue": "true",
+            "signal": f"USR2@{config.signal_seconds}",
+        }
+        options |= {name.replace("_", "-"): value for name, value in self.request.options.items()}
+        return {name: value for name, value in options.items() if value and value != "false"}
+
+    def _gpus(self) -> str:
+        gpus = self.request.config.gpus_per_node
+        if self.stage in SINGLE:
+            gpus = min(gpus, 1) if self.stage in _GPU_SINGLE else 0
+        return str(gpus) if gpus else ""
+
+    def _array(self) -> str:
+        if self.array is None:
+            return ""
+        throttle = f"%{self.array.parallel}" if self.array.parallel else ""
+        return f"0-{self.array.size - 1}{throttle}"
+
+    @property
+    def text(self) -> str:
+        """The script.
+
+        Raises:
+            ConfigError: a value that sbatch could not be told.
+        """
+        lines = [
+            "#!/usr/bin/env bash",
+            f"# stage={self.stage}, written by launch/submit.py. `sbatch <this file>` submits it again.",
+            *(_directive(name, value) for name, value in self.options().items()),
+            "set -euo pipefail",
+            "",
+            "# ---- settings",
+            *(f"export {name}={shlex.quote(value)}" for name, value in self._settings().items()),
+            "",
+            "# ---- the job",
+            'source "$LATENTMILL_HOME/slurm/env.sh"',
+            *([] if _in_venv() else [f"PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH"]),
+            *([self.request.config.setup.rstrip("\n")] if self.request.config.setup else []),
+            'source "$LATENTMILL_HOME/slurm/job.sh"',
+            "",
+            *self._run(),
+        ]
+        return "\n".join(lines) + "\n"
+
+    def _settings(self) -> dict[str, str]:
+        config = self.request.config
+        settings = {"LATENTMILL_HOME": str(HOME)}
+        settings |= {"LATENTMILL_VENV": sys.prefix} if _in_venv() else {}
+        settings |= {"LOGS": str(self.logs), "LIVES": str(config.lives)}
+        settings |= {"WAIT": "1800"} if self.stage in LOCKSTEP else {}  # one rank may have more to do at the end
+        arguments, srun = config.container_args, config.srun_args
+        if config.container and config.container_runtime == "pyxis":
+            srun = f"--container-image={config.container} {arguments} {srun}".strip()
+        elif config.container:
+            settings["CONTAINER"] = f"{config.container_runtime} exec {arguments} {config.container}".replace("  ", " ")
+        settings |= {"SRUN_ARGS": srun} if srun else {}
+        if self.array:
+            settings |= {"ARRAY_OFFSET": str(self.array.offset), "ARRAY_TOTAL": str(self.array.total)}
+        return settings
+
+    def _run(self) -> list[str]:
+        start = "run_together" if self.stage in LOCKSTEP else "run"
+        words = [shlex.quote(argument) for argument in self.arguments] + (['"${ELEMENT[@]}"'] if self.array else [])
+        return [" \\\n  ".join([f"{start} python -m pipeline.stages.{self.stage}", *words])]
+
+
+def _in_venv() -> bool:
+    return (Path(sys.prefix) / "bin/activate").exists()
+
+
+def _directive(name: str, value: str) -> str:
+    if any(not character.isprintable() for character in name + value):
+        raise ConfigError(f"slurm: {name}={value!r}: only printable characters, on one line")
+    return f"#SBATCH --{name}" if value == "true" else f"#SBATCH --{name}={shlex.quote(value)}"

@@ -1,0 +1,180 @@
+"""From one command to running ranks: ``python launch/submit.py stage=<stage[,stage...]|all> key=value ...``.
+
+Keys of the stages are given as in ``python -m pipeline.stages.<stage>``; a key counts for every stage that has it, a
+qualified one (``train.batch_size=64``) for that stage alone. A stage starts when the one before has finished.
+
+    python launch/submit.py stage=all dataset=shapes data_dir=/data ranks=2                      # on this machine
+    python launch/submit.py stage=all dataset=mine.yaml data_dir=/data cluster=slurm nodes=4 tasks_per_node=16
+"""
+
+from __future__ import annotations
+
+import sys
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from launch import local
+from launch.request import PRESETS, Launch, Request, read
+from launch.script import SINGLE
+from pipeline import cli
+from pipeline.config import (
+    MAIN_LINE,
+    STAGES,
+    ConfigError,
+    LaunchConfig,
+    RunConfig,
+    default_variant,
+    run_folder,
+    stage_folder,
+)
+
+ALL = (*MAIN_LINE, "generate", "evaluate", "report")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One stage, ready to start: its config and the arguments that give it."""
+
+    stage: str
+    config: Any
+    arguments: tuple[str, ...]
+    ranks: int
+    output: Path | None
+    request: Request
+    """What it asks of SLURM."""
+
+    @property
+    def command(self) -> list[str]:
+        return [sys.executable, "-m", f"pipeline.stages.{self.stage}", *self.arguments]
+
+
+def jobs_of(launch: LaunchConfig, settings: dict[str, str], requests: Mapping[str, Request] | None = None) -> list[Job]:
+    """The jobs that the settings ask for, each reading what the one before it writes.
+
+    Raises:
+        ConfigError: an unknown stage or key, a missing or wrong value.
+    """
+    names = list(ALL) if launch.stage == "all" else launch.stage.split(",")
+    for name in names:
+        if name not in STAGES:
+            raise ConfigError(f"stage={launch.stage}: no stage {name!r}; {cli.nearest(name, [*STAGES, 'all'])}")
+    if len(names) > 1 and settings.get("output"):
+        raise ConfigError("output= is for a single stage; give data_dir= for several")
+    if launch.ranks < 1:
+        raise ConfigError(f"ranks={launch.ranks}: must be at least 1")
+    run_id = uuid.uuid4().hex
+    jobs: list[Job] = []
+    for number, name in enumerate(names):
+        own = _own(settings, name, names)
+        keys = {f.name for f in fields(STAGES[name])}
+        if number and "input" in keys:
+            own.pop("input", None)
+            if name in MAIN_LINE and jobs[-1].output:
+                own["input"] = str(jobs[-1].output)
+        if "run_id" in keys:
+            own.setdefault("run_id", run_id)
+        arguments = tuple(f"{key}={value}" for key, value in own.items())
+        config = cli.load(name, arguments)
+        if launch.stage == "all" and name == "evaluate" and not config.metric:
+            continue  # nothing that this data set could be judged by
+        ranks = 1 if name in SINGLE else launch.ranks
+        request = (requests or {}).get(name, Request(launch))
+        jobs.append(Job(name, config, arguments, ranks, output_of(name, config), request))
+    return jobs
+
+
+def _own(settings: dict[str, str], stage: str, stages: list[str]) -> dict[str, str]:
+    """Of all settings those that ``stage`` takes; a key that none of ``stages`` takes is an error."""
+    known = {f.name for name in stages for f in fields(STAGES[name])}
+    for key in settings:
+        if "." not in key and key not in known:
+            hint = cli.nearest(key, known | {f.name for f in fields(LaunchConfig)})
+            raise ConfigError(f"unknown key {key!r} for stage {', '.join(stages)}; {hint}")
+    return {key: str(value) for key, value in cli.select(settings, stage, "").items()}
+
+
+def output_of(stage: str, config: Any) -> Path | None:
+    """Where the stage writes; None if it is a tool that has no place of its own."""
+    if not isinstance(config, RunConfig):
+        return None
+    if config.output:
+        return Path(config.output).absolute()
+    if stage in ("train", "generate", "evaluate"):
+        return run_folder(config, getattr(config, "name", "") or getattr(config, "task", "diffuse")).absolute()
+    return stage_folder(config, stage, default_variant(config)).absolute()
+
+
+def describe(job: Job) -> str:
+    """What a dry run says of a job: its size, as far as it can be told now, and its command."""
+    ranks = f"{job.ranks} rank{'s' * (job.ranks > 1)}"
+    return f"{job.stage}: {size_of(job)}; {ranks}; {job.output or ''}\n    {' '.join(job.command)}"
+
+
+def size_of(job: Job) -> str:
+    """How much there is to do, as far as it can be told now."""
+    from pipeline.partitions.dataset import Dataset, Unfinished
+    from pipeline.stages import get_stage
+
+    if job.stage not in MAIN_LINE[:-1]:
+        return "one process" if job.stage in SINGLE else "one run"
+    try:
+        dataset = Dataset.open(job.output or "")
+        return f"{dataset.partitions} partitions, {'finished' if dataset.success else 'begun'}"
+    except Unfinished:
+        pass
+    try:
+        partitions = samples = 0
+        for partition in get_stage(job.stage)(job.config, local.planner()).plan():
+            partitions, samples = partitions + 1, samples + max(partition.count, 0)
+        return f"{partitions} partitions, {samples or 'unknown'} samples"
+    except Unfinished:
+        return "size known when the stage before has finished"
+
+
+def main(argv: list[str]) -> int:
+    if cli.wants_help(argv):
+        print(cli.help_text(LaunchConfig, "python launch/submit.py stage=<stage>"))
+        print(f"\nstages: {', '.join(STAGES)}; all is {','.join(ALL)}")
+        print(f"presets: {', '.join(sorted(path.stem for path in PRESETS.glob('*.yaml')))}")
+        print("keys of a stage: python -m pipeline.stages.<stage> --help")
+        return 0
+    with cli.errors_as_one_line():
+        launch = read(argv)
+        jobs = jobs_of(launch.config, launch.settings, launch.requests)
+        if launch.kind == "slurm":
+            from launch import slurm
+
+            return slurm.rehearse(jobs) if launch.config.dry_run else slurm.submit(jobs)
+        if launch.config.dry_run:
+            print("\n".join(describe(job) for job in jobs))
+            return 0
+        return run_here(jobs, launch)
+
+
+def run_here(jobs: list[Job], launch: Launch) -> int:
+    """Run the jobs on this machine, one after the other; the first exit code that is not 0."""
+    for number, job in enumerate(jobs, 1):
+        print(f"[{number}/{len(jobs)}] {job.stage}: {job.output or ''}", flush=True)
+        code = inline(job) if launch.kind == "inline" else local.run(job)
+        if code:
+            return code
+    return 0
+
+
+def inline(job: Job) -> int:
+    """Run the job in this process, as one rank."""
+    try:
+        code = import_module(f"pipeline.stages.{job.stage}").main(job.config)
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 1
+    return int(code or 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,49 @@
+# The environment of every job: each script in this folder, and each that launch/submit.py writes, sources this first.
+# Adapt it to your site here, once. It may be sourced under `set -euo pipefail`, and twice.
+
+# Where the checkout is. (A batch script runs from a copy in SLURM's spool folder, so only this file can tell.)
+LATENTMILL_HOME=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+export LATENTMILL_HOME
+export PYTHONPATH=$LATENTMILL_HOME${PYTHONPATH:+:$PYTHONPATH}
+
+# ---- 1. modules of the site. Some sites' module files read unset variables, hence +u.
+# set +u
+# module purge
+# module load python/3.11 cuda
+# set -u
+
+# ---- 2. Python: the environment that `make setup` made, or name another one: LATENTMILL_VENV=/path sbatch …
+# conda instead: set +u; source /path/to/conda/etc/profile.d/conda.sh; conda activate latentmill; set -u
+LATENTMILL_VENV=${LATENTMILL_VENV:-$LATENTMILL_HOME/.venv}
+if [ -f "$LATENTMILL_VENV/bin/activate" ]; then
+  case $- in *u*) latentmill_u=-u ;; *) latentmill_u=+u ;; esac
+  set +u # activate reads variables that need not be set
+  source "$LATENTMILL_VENV/bin/activate"
+  set "$latentmill_u"
+  unset latentmill_u
+elif ! command -v python > /dev/null; then
+  echo "no Python: neither $LATENTMILL_VENV (make setup) nor one on PATH; see slurm/env.sh" >&2
+  return 1
+fi
+
+# ---- 3. threads: one per rank, unless the job asked for more CPUs for each. More threads than CPUs is slower than one.
+# (NPROC_PER_NODE: ranks of one task, where that is a torchrun.)
+latentmill_threads=$((${SLURM_CPUS_PER_TASK:-1} / ${NPROC_PER_NODE:-1}))
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((latentmill_threads > 0 ? latentmill_threads : 1))}
+unset latentmill_threads
+export MKL_NUM_THREADS=${MKL_NUM_THREADS:-$OMP_NUM_THREADS} OPENBLAS_NUM_THREADS=${OPENBLAS_NUM_THREADS:-1}
+export PYTHONUNBUFFERED=1 # a log shows what happened up to the moment that a node died
+# Since SLURM 22.05 srun no longer takes the batch job's --cpus-per-task over by itself.
+[ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
+
+# ---- 4. caches of downloaded models, on a shared file system. Compute nodes often have no way out: fill it beforehand.
+# export HF_HOME=/path/on/a/shared/filesystem
+# export HF_HUB_OFFLINE=1
+
+# ---- 5. network, if ranks on several nodes do not find each other. Names of interfaces: ip -brief address
+# export GLOO_SOCKET_IFNAME=ib0
+# export NCCL_SOCKET_IFNAME=ib0
+# export MASTER_PORT=29500    # normally derived from the job id
+
+# Keep a hung NCCL collective from holding a whole allocation: end the rank, let the job be requeued.
+export TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}

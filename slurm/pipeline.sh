@@ -1,0 +1,69 @@
+#!/usr/bin/env bash
+# Submit the stages of a data set as a chain of jobs, each of which starts when the one before has succeeded.
+# It needs sbatch and nothing else; run it on a login node, from the checkout:
+#
+#   DATASET=shapes DATA_DIR=/data slurm/pipeline.sh                     # download filter shard precompute train
+#   DATASET=shapes DATA_DIR=/data slurm/pipeline.sh shard precompute
+#   FILTER_OPTIONS="--nodes=4 --time=8:00:00" DATASET=shapes DATA_DIR=/data slurm/pipeline.sh
+#
+# Run it again at any time: a stage whose job still waits or runs is not submitted twice, and one that is finished ends
+# at once. What all jobs need may be given as sbatch has it: SBATCH_ACCOUNT=... SBATCH_PARTITION=... slurm/pipeline.sh
+set -euo pipefail
+
+# ---- settings, beside those of the scripts (slurm/<stage>.sbatch), which are passed on
+export DATASET=${DATASET:?a name in pipeline/conf/dataset, or your own YAML}
+export DATA_DIR=${DATA_DIR:?root of everything}
+INPUT=${INPUT:-}                              # for the first stage alone: the others read what the one before wrote
+DOWNLOAD_OPTIONS=${DOWNLOAD_OPTIONS:-}        # options of sbatch for one stage
+FILTER_OPTIONS=${FILTER_OPTIONS:-}
+SHARD_OPTIONS=${SHARD_OPTIONS:-}
+PRECOMPUTE_OPTIONS=${PRECOMPUTE_OPTIONS:-}
+TRAIN_OPTIONS=${TRAIN_OPTIONS:-}
+
+# ---- the jobs
+unset OUTPUT # each stage has a place of its own
+stages=("$@")
+[ $# -gt 0 ] || stages=(download filter shard precompute train)
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# from inside of a job: what that job was given is not for these
+if [ -n "${SLURM_JOB_ID:-}" ]; then
+  for name in "${!SLURM_@}"; do [ "$name" = SLURM_CONF ] || unset "$name"; done
+fi
+
+try() { # try COMMAND...: again for some minutes while SLURM's controller does not answer
+  local said pause
+  for pause in 2 4 8 15 30 60 60 0; do
+    if said=$("$@" 2>&1); then
+      echo "$said"
+      return 0
+    fi
+    [[ $pause != 0 && ${said,,} =~ (unable to contact|timed out|connection refused|temporarily un) ]] || break
+    echo "SLURM does not answer: trying again in $pause s" >&2
+    sleep "$pause"
+  done
+  echo "$said" >&2
+  return 1
+}
+
+before=""
+for stage in "${stages[@]}"; do
+  [ -f "slurm/$stage.sbatch" ] || { echo "no stage '$stage': slurm/$stage.sbatch is not there" >&2; exit 2; }
+  name=$(basename "$DATASET" .yaml)-$stage
+  id=$(try squeue --noheader --me --name="$name" --states=PENDING,RUNNING,SUSPENDED --format=%F)
+  id=${id%%$'\n'*}
+  if [ -n "$id" ]; then
+    echo "$stage: job $id, submitted before"
+  else
+    options=${stage^^}_OPTIONS
+    # The dependency is only an economy: each stage looks for itself if its input is finished.
+    # shellcheck disable=SC2086 # options are several words
+    id=$(INPUT=$INPUT try sbatch --parsable --job-name="$name" ${before:+--dependency=afterok:$before} \
+      --kill-on-invalid-dep=yes ${!options} "slurm/$stage.sbatch")
+    id=${id##*$'\n'} # after any warnings
+    id=${id%%;*}
+    echo "$stage: job $id"
+  fi
+  before=$id
+  INPUT=""
+done
+echo "watch: squeue --me"
