@@ -1,0 +1,419 @@
+"""Things that go wrong on a cluster, done to a job at work; whatever happens, the result must be the undisturbed one.
+
+A trial submits a job, waits until it has committed some partitions, does one of :data:`EVENTS` to it, and waits for
+the end without helping. ``benchmarks/chaos.py`` runs a campaign of them, ``tests/test_slurm_chaos.py`` some.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from slurm_cluster.cluster import Cluster
+
+from pipeline.partitions.dataset import Dataset
+from pipeline.partitions.verify import verify
+
+ROOT = Path(__file__).resolve().parents[2]
+_LIMIT = 240.0  # seconds that a trial may take
+_ENDS = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
+# What job scripts would do after minutes, they do after seconds here.
+HURRY = {"LOOK": "1", "WAIT": "5", "OMP_NUM_THREADS": "1"}
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the jobs do: draw pictures, ten to a partition."""
+
+    partitions: int
+    digest: str
+
+    @classmethod
+    def undisturbed(cls, folder: Path, partitions: int) -> Work:
+        """The work, and what comes out when one local process does it."""
+        output = folder / "undisturbed"
+        command = [sys.executable, "-m", "pipeline.stages.download", f"output={output}"]
+        command += [f"{key}={value}" for key, value in cls(partitions, "").settings.items()]
+        subprocess.run(command, check=True, cwd=ROOT, capture_output=True, timeout=300)
+        return cls(partitions, str(Dataset.open(output).require_success()["content_digest"]))
+
+    @property
+    def settings(self) -> dict[str, str]:
+        count = str(10 * self.partitions)
+        return {"dataset": "shapes", "count": count, "image_size": "192", "partition_size": "10", "lease": "5"}
+
+
+@dataclass
+class Trial:
+    """One job to disturb."""
+
+    cluster: Cluster
+    folder: Path
+    work: Work
+    way: str = "submit"
+    """submit, array: by launch/submit.py; template: by slurm/download.sbatch."""
+    seed: int = 0
+    options: dict[str, str] = field(default_factory=dict)
+    """Further keys of launch/submit.py."""
+    jobs: list[str] = field(default_factory=list)
+    note: str = ""
+    held: list[int] = field(default_factory=list)
+    """Ranks that stand still while the mischief is done, so that they do not finish meanwhile."""
+
+    def __post_init__(self) -> None:
+        self.random = random.Random(self.seed)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.begin = time.monotonic()
+
+    @property
+    def output(self) -> Path:
+        return self.folder / "output"
+
+    @property
+    def job(self) -> str:
+        return self.jobs[0]
+
+    # ---- the job
+
+    def submit(self) -> str:
+        """Submit the job (again); its id."""
+        if self.way == "template":
+            environment = {**HURRY, "LATENTMILL_HOME": str(ROOT), "LOGS": str(self.folder / "logs")}
+            settings = self.work.settings
+            environment |= {"DATASET": settings.pop("dataset"), "OUTPUT": str(self.output)}
+            more = [f"{key}={value}" for key, value in settings.items()]
+            command = ["sbatch", "--parsable", "--nodes=2", "--ntasks-per-node=3", "--mem=1G", f"--chdir={self.folder}"]
+            command += [ROOT / "slurm/download.sbatch", *more, f"hang_timeout={self.options['hang_timeout']}"]
+            said = self.cluster.run(*command, environment=environment).stdout
+        else:
+            size = (
+                {"array": "3", "tasks_per_node": "2"} if self.way == "array" else {"nodes": "2", "tasks_per_node": "3"}
+            )
+            keys = {"stage": "download", **self.work.settings, "output": self.output, "cluster": "slurm"}
+            keys |= size | {"setup": "; ".join(f"export {k}={v}" for k, v in HURRY.items())} | self.options
+            words = [f"{key}={value}" for key, value in keys.items()]
+            said = self.cluster.run(sys.executable, ROOT / "launch/submit.py", *words).stdout
+        found = re.search(r"\d+", said.partition("submitted")[2] or said)
+        assert found, said
+        self.jobs.append(found[0])
+        return found[0]
+
+    def elements(self, job: str = "") -> list[dict[str, str]]:
+        """What SLURM says of the job, or of each element of the array; nothing while it does not answer."""
+        said = self.cluster.run("scontrol", "show", "job", "--oneliner", job or self.job, check=False).stdout
+        return [dict(re.findall(r"(\S+?)=(\S*)", line)) for line in said.splitlines() if "JobState=" in line]
+
+    def state(self, job: str = "") -> dict[str, str]:
+        """What SLURM says of the job, or of one element of the array: one that has not completed, if there is any."""
+        return min(self.elements(job), key=lambda one: one["JobState"] == "COMPLETED", default={})
+
+    def committed(self) -> int:
+        return len([path for path in self.output.glob("data/*/*") if not path.name.startswith(".")])
+
+    def until(self, condition: Callable[[], object], what: str, seconds: float = _LIMIT) -> None:
+        end = time.monotonic() + seconds
+        while not condition():
+            if time.monotonic() > end:
+                raise AssertionError(f"{what}: not after {seconds:g} s\n{self.story()}")
+            time.sleep(0.1)
+
+    def until_at_work(self) -> None:
+        """Wait for a random number of commits."""
+        wanted = self.random.randrange(2, self.work.partitions // 2)
+        self.until(lambda: self.committed() >= wanted, f"{wanted} partitions")
+
+    def ranks(self) -> list[int]:
+        """Process ids of the ranks at work, of all lives."""
+        found = processes("LATENTMILL_LIFE=", str(self.folder))
+        return [pid for pid in found if re.match(r"\S*python\S* -m pipeline\.stages", words_of(pid))]
+
+    def hold(self) -> None:
+        self.held = self.ranks()
+        send(self.held, signal.SIGSTOP)
+
+    def release(self) -> None:
+        """Idempotent."""
+        send(self.held, signal.SIGCONT)
+        self.held = []
+
+    def nodes(self) -> list[str]:
+        """Nodes of the job, the one with the batch script first."""
+        state = self.state()
+        names = self.cluster.run("scontrol", "show", "hostnames", state["NodeList"]).stdout.split()
+        return sorted(names, key=lambda name: name != state["BatchHost"])
+
+    def lives(self) -> int:
+        return 1 + max((int(one["Restarts"]) for one in self.elements()), default=0)
+
+    def story(self) -> str:
+        """Everything that may explain a failure."""
+        logs = sorted(self.folder.rglob("*.out")) + sorted(self.folder.rglob("*.log"))
+        texts = [f"--- {path}\n{path.read_text(errors='replace')[-3000:]}" for path in logs]
+        queue = self.cluster.run("squeue", check=False).stdout + self.cluster.run("sinfo", "-N", check=False).stdout
+        return "\n".join([str(self.state()), queue, *texts])
+
+    # ---- the end
+
+    def finish(self) -> None:
+        """Wait until all jobs have come to their end, by themselves."""
+        for job in self.jobs:
+            self.until(functools.partial(self._ended, job), f"the end of job {job}")
+            assert self.state(job)["JobState"] == "COMPLETED", self.story()
+
+    def _ended(self, job: str) -> bool:
+        return self.state(job).get("JobState", "") in _ENDS
+
+    def check(self) -> None:
+        """The result is complete, sound, and the same as without disturbance."""
+        dataset = Dataset.open(self.output)
+        success = dataset.require_success()
+        assert success["counts"]["in"] == success["counts"]["kept"] == 10 * self.work.partitions
+        assert success["content_digest"] == self.work.digest
+        assert list(verify(dataset)) == []
+        slots = [path.name for path in self.output.glob("data/*/*") if not path.name.startswith(".")]
+        assert sorted(slots) == [f"{index:05d}" for index in range(self.work.partitions)]
+
+
+def run(
+    cluster: Cluster, folder: Path, event: str, work: Work, way: str = "submit", seed: int = 0, **options: str
+) -> Trial:
+    """Submit (with further ``options`` of launch/submit.py), disturb, wait, check."""
+    act = EVENTS[event]
+    trial = Trial(cluster, folder, work, way, seed, {"hang_timeout": "6", **OPTIONS.get(event, {}), **options})
+    trial.submit()
+    trial.until_at_work()
+    trial.hold()
+    trial.note = f"at {trial.committed()}/{work.partitions}: {act(trial)}"
+    trial.release()
+    trial.finish()
+    trial.check()
+    return trial
+
+
+def processes(*words: str) -> list[int]:
+    """Ids of processes in whose environment all of these words are."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                environment = (entry / "environ").read_bytes().decode(errors="replace")
+            except OSError:
+                continue
+            if all(word in environment for word in words):
+                found.append(int(entry.name))
+    return sorted(found)
+
+
+def words_of(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").replace("\0", " ")
+    except OSError:
+        return ""
+
+
+def send(pids: list[int], number: int) -> None:
+    for pid in pids:
+        try:
+            os.kill(pid, number)
+        except ProcessLookupError:
+            continue
+
+
+# ---- events: each does its mischief and says what it did
+
+
+def kill_a_rank(trial: Trial) -> str:
+    send([trial.random.choice(trial.held)], signal.SIGKILL)
+    return "kill -9 of a rank"
+
+
+def kill_all_ranks(trial: Trial) -> str:
+    send(trial.held, signal.SIGKILL)
+    return f"kill -9 of {len(trial.held)} ranks"
+
+
+def freeze_a_rank(trial: Trial) -> str:
+    """The others finish, or its silence is noticed."""
+    trial.held.remove(trial.random.choice(trial.held))
+    return "SIGSTOP of a rank"
+
+
+def freeze_all_ranks(trial: Trial) -> str:
+    count, trial.held = len(trial.held), []
+    return f"SIGSTOP of {count} ranks"
+
+
+def kill_srun(trial: Trial) -> str:
+    victims = [
+        pid for pid in processes(f"SLURM_JOB_ID={trial.job}", str(trial.folder)) if words_of(pid).startswith("srun ")
+    ]
+    send(victims, signal.SIGKILL)
+    return "kill -9 of srun"
+
+
+def crash_batch_node(trial: Trial) -> str:
+    return _crash(trial, trial.nodes()[0])
+
+
+def crash_other_node(trial: Trial) -> str:
+    return _crash(trial, trial.nodes()[-1])
+
+
+def _crash(trial: Trial, node: str) -> str:
+    trial.cluster.node("crash", node)
+    trial.until(lambda: _lost(trial, node), f"{node} is missed")
+    trial.cluster.node("start", node)
+    return f"{node} crashed"
+
+
+def _lost(trial: Trial, node: str) -> bool:
+    """Whether SLURM has noticed that the node is gone, or nothing is left to notice it by."""
+    state = trial.cluster.run("sinfo", "--noheader", f"--nodes={node}", "--partition=main", "--format=%T").stdout
+    return "down" in state or trial.state()["JobState"] == "COMPLETED"
+
+
+def reboot_node(trial: Trial) -> str:
+    """It is back before anybody has missed it."""
+    node = trial.nodes()[0]
+    trial.cluster.node("crash", node)
+    time.sleep(1)
+    trial.cluster.node("start", node)
+    return f"{node} crashed and came back"
+
+
+def cut_batch_node(trial: Trial) -> str:
+    return _cut(trial, trial.nodes()[0])
+
+
+def cut_other_node(trial: Trial) -> str:
+    return _cut(trial, trial.nodes()[-1])
+
+
+def _cut(trial: Trial, node: str) -> str:
+    old = _outlive(trial, "cut", node)
+    trial.cluster.node("heal", node)
+    return f"{node} cut off and healed; {old} old ranks went on beside the new ones"
+
+
+def _outlive(trial: Trial, action: str, node: str) -> int:
+    """Ranks fall asleep, their node gets lost, the job begins again elsewhere, the ranks awake and write on."""
+    old = trial.held
+    trial.cluster.node(action, node)
+    trial.until(lambda: trial.lives() > 1 and trial.state()["JobState"] == "RUNNING", "another life")
+    trial.until(lambda: set(trial.ranks()) - set(old), "new ranks")
+    time.sleep(trial.random.uniform(0, 1.5))
+    left = [pid for pid in old if pid in trial.ranks()]
+    trial.release()
+    time.sleep(trial.random.uniform(0, 4))
+    return len(left)
+
+
+def orphan_batch_node(trial: Trial) -> str:
+    """Its daemon dies; its tasks and the batch script live on, and can reach everybody."""
+    node = trial.nodes()[0]
+    old = _outlive(trial, "orphan", node)
+    trial.cluster.node("revive", node)
+    return f"slurmd of {node} killed; {old} old ranks went on beside the new ones"
+
+
+def _kill_controller(trial: Trial) -> None:
+    """Not before it has saved what it knows of the job: SLURM loses, or holds, a job of which it knows nothing more."""
+    time.sleep(max(0.0, 8 - (time.monotonic() - trial.begin)))
+    trial.cluster.controller("kill")
+
+
+def restart_controller(trial: Trial) -> str:
+    away = trial.random.uniform(0.5, 8)
+    _kill_controller(trial)
+    trial.release()
+    time.sleep(away)
+    trial.cluster.controller("start")
+    return f"controller away for {away:.1f} s"
+
+
+def lose_controller_and_ranks(trial: Trial) -> str:
+    """The job script wants to requeue while nobody answers."""
+    _kill_controller(trial)
+    said = kill_all_ranks(trial)
+    time.sleep(trial.random.uniform(3, 8))
+    trial.cluster.controller("start")
+    return f"controller away, {said}"
+
+
+def requeue(trial: Trial) -> str:
+    trial.cluster.run("scontrol", "requeue", trial.job)
+    return "scontrol requeue"
+
+
+def preempt(trial: Trial) -> str:
+    nodes = ["--nodes=4", "--exclusive", "--partition=high", "--output=/dev/null"]
+    trial.jobs.append(trial.cluster.run("sbatch", "--parsable", *nodes, "--wrap=sleep 2").stdout.strip())
+    trial.until(lambda: trial.lives() > 1, "another life")  # SLURM wakes the ranks up: SIGCONT comes with its signals
+    return "preempted"
+
+
+def tell_usr2(trial: Trial) -> str:
+    """What SLURM does before the time limit, without the wait for it."""
+    trial.cluster.run("scancel", "--signal=USR2", trial.job)
+    return "SIGUSR2"
+
+
+def tell_term(trial: Trial) -> str:
+    trial.cluster.run("scancel", "--signal=TERM", trial.job)
+    return "SIGTERM"
+
+
+def reach_time_limit(trial: Trial) -> str:
+    """Ranks stand still until SLURM warns them, and wakes them up."""
+    trial.until(lambda: trial.lives() > 1, "another life")
+    return "time limit"
+
+
+def submit_twice(trial: Trial) -> str:
+    """By sbatch; launch/submit.py would find the first one."""
+    way, trial.way = trial.way, "template"
+    trial.submit()
+    trial.way = way
+    return "submitted twice"
+
+
+EVENTS: dict[str, Callable[[Trial], str]] = {
+    act.__name__: act
+    for act in (
+        kill_a_rank,
+        kill_all_ranks,
+        freeze_a_rank,
+        freeze_all_ranks,
+        kill_srun,
+        crash_batch_node,
+        crash_other_node,
+        reboot_node,
+        cut_batch_node,
+        cut_other_node,
+        orphan_batch_node,
+        restart_controller,
+        lose_controller_and_ranks,
+        requeue,
+        preempt,
+        tell_usr2,
+        tell_term,
+        reach_time_limit,
+        submit_twice,
+    )
+}
+_PATIENT = {"hang_timeout": "300"}
+OPTIONS = {
+    "reach_time_limit": {"time": "00:01:00", "signal_seconds": "20", **_PATIENT},
+    **dict.fromkeys(("cut_batch_node", "cut_other_node", "orphan_batch_node", "preempt"), _PATIENT),
+    **dict.fromkeys(("restart_controller", "lose_controller_and_ranks"), _PATIENT),
+}
+"""Settings that an event needs."""

@@ -1,0 +1,80 @@
+"""The report: one page, self-contained, that says what is below a folder."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from pipeline.cli import build
+from pipeline.config import STAGES, ReportConfig
+from pipeline.distributed import Rank
+from pipeline.partitions import engine
+from pipeline.stages import get_stage, report
+
+
+def run(stage: str, **settings: object) -> None:
+    engine.run(get_stage(stage)(build(STAGES[stage], settings), Rank()))
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """A data directory with a finished download and filter of a folder with a large, a small and a broken image."""
+    images = tmp_path / "images"
+    images.mkdir()
+    for name, size in (("large", (90, 60)), ("wide", (120, 60)), ("small", (20, 20))):
+        Image.new("RGB", size, (200, 30, 40)).save(images / f"{name}.png")
+        (images / f"{name}.txt").write_text(f"a {name} <red> thing\n")
+    (images / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nno")
+    folder = tmp_path / "data" / "mine" / "train"
+    run("download", source="image_folder", input=str(images), output=str(folder / "download"))
+    settings = {"min_image_size": 40, "max_failed_fraction": 0.5}
+    run("filter", input=str(folder / "download"), output=str(folder / "filter"), **settings)
+    return tmp_path / "data"
+
+
+def test_counts_reasons_pictures_and_captions_are_on_the_page(data: Path) -> None:
+    page = report.page(data, 24)
+    cells = re.findall(r"<tr><td>filter</td>\s*<td>(\d+)</td><td>(\d+)</td><td>(\d+)</td>\s*<td[^>]*>(\d+)</td>", page)
+    assert cells == [("4", "2", "1", "1")]
+    assert "too_small" in page
+    assert "a large &lt;red&gt; thing" in page  # captions cannot become markup
+    assert page.count("data:image/svg+xml") == 2  # sizes and aspect ratios
+    assert page.count("data:image/jpeg") + page.count("data:image/png") == 2
+
+
+def test_the_page_needs_nothing_from_outside(data: Path) -> None:
+    page = report.page(data, 24)
+    assert not re.search(r"""(src|href)=["'](?!data:)""", page)
+    assert "url(" not in page
+
+
+def test_a_training_run_shows_curve_samples_and_judgement(data: Path) -> None:
+    run_folder = data / "mine" / "runs" / "diffuse"
+    for name in ("checkpoints", "logs", "samples"):
+        (run_folder / name).mkdir(parents=True)
+    lines = [{"step": step, "loss": 1 / step} for step in range(1, 30)]
+    (run_folder / "logs" / "a.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\nhalf a li")
+    Image.new("RGB", (64, 64)).save(run_folder / "samples" / "0.png")
+    listing = {"samples": [{"prompt": "a small red circle", "seed": 1, "file": "0.png"}]}
+    (run_folder / "samples" / "samples.json").write_text(json.dumps(listing))
+    (run_folder / "evaluation.json").write_text(json.dumps({"scores": [{"name": "prompts", "right": 30, "of": 32}]}))
+    page = report.page(data, 4)
+    assert "step 29, loss 0.0345" in page
+    assert "a small red circle" in page
+    assert re.search(r"<td>prompts</td><td>30</td><td>32</td>", page)
+
+
+def test_an_unfinished_dataset_is_said_to_be_so(data: Path) -> None:
+    (data / "mine/train/filter/_SUCCESS").unlink()
+    assert "unfinished: 1 of 1 partitions committed" in report.page(data, 4)
+
+
+def test_an_empty_folder_gives_a_page_and_a_missing_one_an_error(tmp_path: Path) -> None:
+    report.main(ReportConfig(data_dir=str(tmp_path)))
+    assert "Nothing here yet" in (tmp_path / "report.html").read_text()
+    with pytest.raises(SystemExit):
+        report.main(ReportConfig(data_dir=str(tmp_path / "missing")))

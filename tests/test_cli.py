@@ -1,0 +1,125 @@
+"""Arguments and YAML become configs; what is wrong is one clear line."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import fields, is_dataclass
+
+import pytest
+
+from pipeline import cli
+from pipeline.config import STAGES, ConfigError, FilterConfig, PrecomputeConfig, default_variant, identity, stage_folder
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["image_resolutions=[256,512]", "batch_size=8", "save_images=true"],
+        ["--image_resolutions", "256", "512", "--batch_size", "8", "--save_images"],
+        ["--image-resolutions=[256, 512]", "--batch-size=8", "--save-images", "true"],
+        ["--image_resolutions", "256", "512", "batch_size=8", "precompute.save_images=true"],
+    ],
+)
+def test_ways_to_write_the_same_settings(arguments: list[str]) -> None:
+    config = cli.load("precompute", arguments)
+    assert (config.image_resolutions, config.batch_size, config.save_images) == ((256, 512), 8, True)
+
+
+@pytest.mark.parametrize(
+    ("stage", "arguments", "message"),
+    [
+        ("filter", ["min_image_sze=3"], "unknown key 'min_image_sze'; did you mean min_image_size"),
+        ("filter", ["min_image_size=small"], "min_image_size=small: expected a whole number"),
+        ("filter", ["max_failed_fraction=much"], "expected a number"),
+        ("filter", ["overwrite=perhaps"], "expected true or false"),
+        ("filter", ["seed="], "expected a whole number"),
+        ("precompute", ["image_resolutions=[256,big]"], "expected a list of whole numbers"),
+        ("precompute", ["latent=mean"], "latent=mean: "),
+        ("precompute", ["vae=${oc.env:HOME}"], "not supported"),
+        ("verify", [], "missing: input=..."),
+        ("filter", ["lease=1", "--lease", "2"], "lease is given twice"),
+        ("filter", ["lease"], "'lease' is no setting"),
+        ("filter", ["dataset=shaps"], "did you mean shapes?"),
+        ("filter", ["filtr.lease=2"], "unknown key 'filtr.lease'"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(stage: str, arguments: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        cli.load(stage, arguments)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_program_ends_with_code_2_and_one_line() -> None:
+    command = [sys.executable, "-m", "pipeline.stages.verify", "inptu=x"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "did you mean input?" in done.stderr
+
+
+def test_command_line_wins_over_yaml_wins_over_defaults(tmp_path) -> None:
+    yaml = tmp_path / "mine.yaml"
+    yaml.write_text("min_image_size: 100\nseed: 5\nfilter:\n  max_image_size: 700\nshard:\n  seed: 9\n")
+    config = cli.load("filter", [f"dataset={yaml}", "seed=6"])
+    assert (config.min_image_size, config.max_image_size, config.seed, config.encode_quality) == (100, 700, 6, 95)
+    assert cli.load("shard", [f"dataset={yaml}"]).seed == 9
+
+
+def test_a_yaml_with_an_unknown_key_names_file_and_key(tmp_path) -> None:
+    yaml = tmp_path / "mine.yaml"
+    yaml.write_text("min_image_sizes: 100\n")
+    with pytest.raises(ConfigError, match=r"mine.yaml.*min_image_sizes.*did you mean min_image_size"):
+        cli.load("filter", [f"dataset={yaml}"])
+    yaml.write_text("a: [")
+    with pytest.raises(ConfigError, match="not YAML"):
+        cli.load("filter", [f"dataset={yaml}"])
+
+
+def test_every_dataset_yaml_fits_every_stage() -> None:
+    names = [path.stem for path in (cli.CONF / "dataset").glob("*.yaml")]
+    assert "shapes" in names
+    for name in names:
+        for stage, cls in STAGES.items():
+            if "dataset" in {f.name for f in fields(cls)} and stage != "report":
+                assert cli.load(stage, [f"dataset={name}", "data_dir=x"]).dataset == name
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_help_lists_every_key_with_default_and_meaning(stage: str) -> None:
+    text = cli.help_text(STAGES[stage], "x")
+    for f in fields(STAGES[stage]):
+        assert f.metadata["help"], f"{stage}.{f.name} has no help"
+        assert f.metadata["help"] in text
+        assert f"  {f.name} " in text
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_config_survives_its_json(stage: str) -> None:
+    required = [f"{f.name}=x" for f in fields(STAGES[stage]) if f.name in ("input",) or f.name == "data_dir"]
+    config = cli.load(stage, required)
+    assert is_dataclass(config)
+    assert cli.build(STAGES[stage], cli.to_json(config)) == config
+
+
+def test_identity_holds_what_the_bytes_depend_on_and_nothing_else() -> None:
+    base = FilterConfig()
+    assert identity(base) == identity(FilterConfig(lease=5.0, data_dir="/elsewhere", run_id="x", output="/y"))
+    assert identity(base) != identity(FilterConfig(min_image_size=1))
+    assert identity(base) != identity(FilterConfig(seed=1))
+
+
+def test_where_stages_lie() -> None:
+    config = PrecomputeConfig(dataset="conf/jdb.yaml", data_dir="/data", vae="stabilityai/sdxl")
+    assert str(stage_folder(config, "precompute", default_variant(config))) == "/data/jdb/train/precompute-sdxl"
+    with pytest.raises(ConfigError, match="data_dir"):
+        stage_folder(FilterConfig(), "filter")
+
+
+def test_nothing_here_imports_torch() -> None:
+    code = (
+        "import sys, launch.submit, pipeline.stages.download, pipeline.stages.filter, pipeline.stages.shard,"
+        " pipeline.stages.precompute, pipeline.sources.shapes, pipeline.stages.repair; sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,106 @@
+"""launch/submit.py: from settings to jobs that read each other's output, as processes of this machine."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from launch.submit import jobs_of
+from pipeline.config import ConfigError, LaunchConfig
+from pipeline.partitions.dataset import Dataset
+from pipeline.partitions.verify import verify
+
+ROOT = Path(__file__).resolve().parent.parent
+SUBMIT = [sys.executable, str(ROOT / "launch/submit.py")]
+
+
+def submit(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*SUBMIT, *arguments], capture_output=True, text=True, check=False, timeout=300)
+
+
+def test_each_stage_reads_what_the_one_before_writes() -> None:
+    settings = {"dataset": "shapes", "data_dir": "/d", "variant": "", "train.batch_size": "7"}
+    jobs = jobs_of(LaunchConfig(stage="all", ranks=3), settings)
+    line = {job.stage: job for job in jobs}
+    assert list(line)[:5] == ["download", "filter", "shard", "precompute", "train"]
+    assert line["shard"].config.input == str(line["filter"].output) == "/d/shapes/train/filter"
+    assert line["train"].config.input == str(line["precompute"].output) == "/d/shapes/train/precompute-embedded16"
+    assert line["train"].config.batch_size == 7
+    assert line["precompute"].config.batch_size == 100  # of the data set's YAML
+    assert line["report"].ranks == 1
+    assert len({job.config.run_id for job in jobs if hasattr(job.config, "run_id")}) == 1
+
+
+@pytest.mark.parametrize(
+    ("stage", "settings", "message"),
+    [
+        ("filtr", {}, "no stage 'filtr'; did you mean filter"),
+        ("filter", {"count": "3"}, "unknown key 'count' for stage filter"),
+        ("download,filter", {"output": "/x"}, "output= is for a single stage"),
+        ("all", {"dataset": "shapes", "data_dir": "/d", "lr": "fast"}, "lr=fast: expected a number"),
+        ("download", {"dataset": "shapes"}, "give data_dir="),
+    ],
+)
+def test_wrong_settings_are_found_before_anything_starts(stage: str, settings: dict[str, str], message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        jobs_of(LaunchConfig(stage=stage), settings)
+    assert message in str(error.value)
+
+
+def test_a_dry_run_tells_sizes_and_commands_and_writes_nothing(tmp_path: Path) -> None:
+    done = submit("stage=download,filter", "dataset=shapes", f"data_dir={tmp_path}", "count=1100", "dry_run=true")
+    assert done.returncode == 0
+    assert "download: 3 partitions, 1100 samples; 1 rank" in done.stdout
+    assert "filter: size known when the stage before has finished" in done.stdout
+    assert "-m pipeline.stages.filter" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_stage_without_its_upstream_fails_and_stops_the_chain(tmp_path: Path) -> None:
+    done = submit("stage=filter,shard", "dataset=shapes", f"data_dir={tmp_path}")
+    assert done.returncode == 2
+    assert "stage filter cannot start" in done.stdout
+    assert "[2/2]" not in done.stdout
+
+
+def test_ctrl_c_stops_cleanly_and_the_same_command_resumes(tmp_path: Path) -> None:
+    output = tmp_path / "shapes/train/download"
+    settings = ["stage=download", "dataset=shapes", f"data_dir={tmp_path}", "image_size=192", "count=600"]
+    settings += ["partition_size=10", "ranks=2"]
+    process = subprocess.Popen([*SUBMIT, *settings], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    deadline = time.monotonic() + 60
+    while len(list(output.glob("data/000/0*"))) < 4 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=60)[0]
+    assert process.returncode == 130, said
+    assert "the same command resumes" in said
+    first = {path: path.stat().st_ino for path in output.glob("data/000/0*")}
+    assert 4 <= len(first) < 60
+    assert list(output.glob("data/000/.*")) == []  # attempts in hand were given up, not left lying
+    assert not (output / "_SUCCESS").exists()
+
+    again = submit(*settings)
+    assert again.returncode == 0, again.stderr
+    assert {path: path.stat().st_ino for path in first} == first  # nothing was done twice
+    dataset = Dataset.open(output)
+    assert dataset.require_success()["counts"]["kept"] == 600
+    assert list(verify(dataset)) == []
+
+
+def test_a_failing_rank_ends_the_others_and_its_log_is_shown(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "captions.json").write_text("[1, 2]")
+    (tmp_path / "images/a.png").write_bytes(b"x")
+    done = submit(
+        "stage=download", "dataset=image_folder", f"input={tmp_path / 'images'}", f"data_dir={tmp_path / 'd'}",
+        f"captions={tmp_path / 'captions.json'}", "ranks=2",
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "a row needs a name" in done.stdout
+    assert "failed with code 2; logs in" in done.stderr

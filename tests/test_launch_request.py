@@ -1,0 +1,356 @@
+"""What a command asks of SLURM: presets, keys for one stage, options of sbatch; and what the job scripts look like."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from launch import slurm
+from launch.request import PRESETS, Request, read
+from launch.script import Array, Script
+from launch.submit import Job, jobs_of
+from pipeline.config import MAIN_LINE, STAGES, ConfigError, LaunchConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+GOLDEN = Path(__file__).parent / "data"
+SHIPPED = sorted((ROOT / "slurm").glob("*.sbatch"))
+PRESET = """
+kind: slurm
+partition: cpu
+tasks_per_node: 16
+slurm_mail_type: END
+precompute: {partition: gpu, gpus_per_node: 8, tasks_per_node: 0, slurm_exclusive: true}
+"""
+
+
+def jobs(*arguments: str) -> dict[str, Job]:
+    launch = read(["cluster=slurm", *arguments])
+    return {job.stage: job for job in jobs_of(launch.config, launch.settings, launch.requests)}
+
+
+def script(*arguments: str, max_array: int = 0) -> Script:
+    (job,) = jobs(*arguments).values()
+    return slurm.scripts_of(job, max_array)[0]
+
+
+# ---- layers
+
+
+def test_no_key_means_a_setting_of_a_stage_and_of_the_launcher() -> None:
+    own = {f.name for f in fields(LaunchConfig)}
+    for stage, cls in STAGES.items():
+        assert not own & {f.name for f in fields(cls)}, stage
+
+
+def test_a_preset_gives_resources_to_all_stages_and_to_one(tmp_path: Path) -> None:
+    path = tmp_path / "site.yaml"
+    path.write_text(PRESET)
+    launch = read([f"cluster={path}", "stage=all", "nodes=3", "precompute.nodes=5", "precompute.batch_size=7"])
+    assert launch.kind == "slurm"
+    assert launch.settings == {"precompute.batch_size": "7"}
+    filter_, precompute = launch.requests["filter"], launch.requests["precompute"]
+    assert (filter_.config.partition, filter_.config.nodes, filter_.config.tasks_per_node) == ("cpu", 3, 16)
+    assert (precompute.config.partition, precompute.config.nodes, precompute.config.gpus_per_node) == ("gpu", 5, 8)
+    assert filter_.options == {"mail_type": "END"}
+    assert precompute.options == {"mail_type": "END", "exclusive": "true"}
+
+
+def test_the_command_line_wins_over_the_preset(tmp_path: Path) -> None:
+    path = tmp_path / "site.yaml"
+    path.write_text(PRESET)
+    launch = read([f"cluster={path}", "stage=precompute", "partition=debug", "slurm_exclusive=false"])
+    assert launch.requests["precompute"].config.partition == "debug"
+    assert "exclusive" not in Script("filter", "n", "", (), tmp_path, launch.requests["precompute"]).options()
+
+
+@pytest.mark.parametrize("name", [path.stem for path in PRESETS.glob("*.yaml")])
+def test_every_preset_that_we_ship_is_valid(name: str) -> None:
+    assert read([f"cluster={name}", "stage=filter"]).kind == "slurm"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["cluster=slrm"], "cluster=slrm: no such preset; did you mean slurm?"),
+        (["cluster=slurm", "ranks=8"], "ranks= is for cluster=local; on SLURM: nodes= and tasks_per_node="),
+        (["cluster=slurm", "nodes=0"], "nodes=0: must be at least 1"),
+        (["cluster=slurm", "nodes=many"], "nodes=many: expected a whole number"),
+        (["cluster=slurm", "slurm_array=1-3"], "slurm_array= is set by the launcher: use array="),
+        (["cluster=slurm", "slurm_job_name=mine"], "slurm_job_name= is set by the launcher"),
+        (["cluster=slurm", "container_runtime=docker"], "container_runtime=docker: "),
+        (["cluster=slurm", "nods=3"], "unknown key 'nods' for stage filter; did you mean nodes"),
+        (["cluster=slurm", "filtr.nodes=3"], "no stage 'filtr'; did you mean filter?"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(arguments: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        launch = read(["stage=filter", *arguments])
+        jobs_of(launch.config, {"data_dir": "/d", "dataset": "shapes", **launch.settings}, launch.requests)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("partition: cpu", "expected a mapping with kind: local, inline, slurm"),
+        ("kind: slurm\npartitoin: cpu", "unknown key 'partitoin'; did you mean partition"),
+        ("kind: slurm\nfilter: {nods: 2}", "unknown key 'filter.nods'; did you mean nodes"),
+        ("kind: slurm\ntime: 24:00:00", "put the time in quotes"),
+        ("kind: [", "not YAML"),
+    ],
+)
+def test_a_wrong_preset_is_named(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "site.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=r"site\.yaml") as error:
+        read([f"cluster={path}", "stage=filter"])
+    assert message in str(error.value)
+
+
+# ---- scripts
+
+
+def options(*arguments: str) -> dict[str, str]:
+    return script("dataset=shapes", "data_dir=/d", *arguments).options()
+
+
+def test_what_is_not_asked_for_is_left_to_the_site() -> None:
+    assert set(options("stage=filter")) == {
+        "job-name", "comment", "nodes", "ntasks-per-node", "cpus-per-task", "chdir", "output", "open-mode", "requeue",
+        "signal",
+    }  # fmt: skip
+
+
+def test_gpus_make_as_many_ranks_unless_told_otherwise() -> None:
+    assert options("stage=precompute", "gpus_per_node=8")["ntasks-per-node"] == "8"
+    assert options("stage=precompute", "gpus_per_node=8", "tasks_per_node=2")["ntasks-per-node"] == "2"
+
+
+def test_a_stage_of_one_process_is_one_whatever_the_others_get() -> None:
+    line = jobs("stage=all", "dataset=shapes", "data_dir=/d", "nodes=4", "gpus_per_node=8", "array=3", "train.array=0")
+    sizes = {stage: slurm.scripts_of(job)[0].options() for stage, job in line.items()}
+    assert [sizes["report"][key] for key in ("nodes", "ntasks-per-node")] == ["1", "1"]
+    assert "gpus-per-node" not in sizes["report"] and sizes["generate"]["gpus-per-node"] == "1"
+    assert "array" not in sizes["report"] and sizes["filter"]["array"] == "0-2"
+
+
+def test_values_with_spaces_are_quoted_and_line_breaks_refused() -> None:
+    assert "#SBATCH --mail-user='a b'" in script(
+        "stage=filter", "dataset=shapes", "data_dir=/d", "slurm_mail_user=a b"
+    ).text.splitlines()  # fmt: skip
+    with pytest.raises(ConfigError, match="only printable characters, on one line"):
+        _ = script("stage=filter", "dataset=shapes", "data_dir=/d", "slurm_comment2=a\nb").text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["container=/i/a.sif", "container_args=--nv"], "export CONTAINER='apptainer exec --nv /i/a.sif'"),
+        (["container=/i/a.sif", "container_runtime=singularity"], "export CONTAINER='singularity exec /i/a.sif'"),
+        (
+            ["container=a.sqsh", "container_runtime=pyxis", "srun_args=--mpi=none"],
+            "export SRUN_ARGS='--container-image=a.sqsh --mpi=none'",
+        ),
+        (["lives=9"], "export LIVES=9"),
+        (["setup=module load cuda; export A=1"], "module load cuda; export A=1"),
+    ],
+)
+def test_settings_reach_the_script(arguments: list[str], line: str) -> None:
+    text = " ".join(script("stage=filter", "dataset=shapes", "data_dir=/d", *arguments).text.split("  "))
+    assert line in text.splitlines()
+
+
+def test_a_large_array_is_cut_and_shares_what_may_run_at_a_time() -> None:
+    (job,) = jobs("stage=filter", "dataset=shapes", "data_dir=/d", "array=25", "array_parallelism=9").values()
+    arrays = [one.array for one in slurm.scripts_of(job, 10)]
+    assert arrays == [Array(10, 0, 25, 3), Array(10, 10, 25, 3), Array(5, 20, 25, 3)]
+    texts = [one.options()["array"] for one in slurm.scripts_of(job, 10)]
+    assert texts == ["0-9%3", "0-9%3", "0-4%3"]
+
+
+def test_ranks_that_wait_for_each_other_cannot_be_an_array() -> None:
+    (job,) = jobs("stage=train", "dataset=shapes", "data_dir=/d", "array=4").values()
+    with pytest.raises(ConfigError, match="array=4: the ranks of stage train wait for each other: use nodes="):
+        slurm.scripts_of(job)
+
+
+def test_the_same_work_has_the_same_name_and_other_work_another() -> None:
+    names = [
+        script("stage=filter", "dataset=shapes", "data_dir=/d", *more).name
+        for more in ([], ["nodes=3"], ["variant=b"], ["output=/e"])
+    ]
+    assert names[0] == names[1] and len(set(names)) == 3
+
+
+def submitted(*stages: str, array: bool = False) -> list[slurm.Submitted]:
+    line = jobs("stage=all", "dataset=shapes", "data_dir=/d", *(["array=2", "train.array=0"] if array else []))
+    return [
+        slurm.Submitted(line[stage], (str(number),), "", slurm.scripts_of(line[stage]))
+        for number, stage in enumerate(stages, 1)
+    ]
+
+
+def test_jobs_wait_for_those_whose_results_they_need() -> None:
+    before = submitted("precompute", "train", "generate")
+    line = jobs("stage=all", "dataset=shapes", "data_dir=/d")
+    assert slurm.dependency_of(line["download"], []) == {}
+    assert slurm.dependency_of(line["generate"], before[:2])["dependency"] == "afterok:1,afterok:2"
+    assert slurm.dependency_of(line["report"], before)["dependency"] == "afterok:1,afterok:2,afterok:3"
+    assert slurm.dependency_of(line["report"], before)["kill-on-invalid-dep"] == "yes"
+
+
+def test_of_an_array_no_single_element_has_to_succeed() -> None:
+    line = jobs("stage=all", "dataset=shapes", "data_dir=/d")
+    assert slurm.dependency_of(line["filter"], submitted("download", array=True))["dependency"] == "afterany:1"
+
+
+# ---- what is generated and what is shipped
+
+
+def golden(name: str, text: str) -> None:
+    """Compare with the file; UPDATE_GOLDEN=1 writes it."""
+    shown = text.replace(str(ROOT), "/home/me/latentmill").replace(sys.prefix, "/home/me/latentmill/.venv")
+    path = GOLDEN / name
+    if os.environ.get("UPDATE_GOLDEN") == "1":
+        path.write_text(shown)
+    assert shown == path.read_text(), f"if the change is meant: UPDATE_GOLDEN=1 pytest {Path(__file__).name}"
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        (
+            "filter.sbatch",
+            ["stage=filter", "nodes=4", "tasks_per_node=16", "mem=32G", "time=24:00:00", "partition=cpu"],
+        ),
+        ("shard_array.sbatch", ["stage=shard", "array=10", "array_parallelism=4", "account=mine", "shuffle=true"]),
+        ("train.sbatch", ["stage=train", "nodes=2", "gpus_per_node=8", "cpus_per_task=8", "setup=module load cuda"]),
+    ],
+)
+def test_generated_scripts_are_as_recorded(monkeypatch: pytest.MonkeyPatch, name: str, arguments: list[str]) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("launch.script._in_venv", lambda: True)
+    golden(name, script("dataset=shapes", "data_dir=/data", "run_id=1", *arguments).text)
+
+
+def skeleton(text: str) -> list[str]:
+    """The parts that every job script has, in their order."""
+    parts = [
+        ("shebang", r"#!/usr/bin/env bash$"),
+        ("name", r"#SBATCH --job-name="),
+        ("size", r"#SBATCH --nodes="),
+        ("size", r"#SBATCH --ntasks-per-node="),
+        ("size", r"#SBATCH --cpus-per-task="),
+        ("log", r"#SBATCH --output=.*%x-(%j|%A_%a)\.out$"),
+        ("append", r"#SBATCH --open-mode=append$"),
+        ("requeue", r"#SBATCH --requeue$"),
+        ("signal", r"#SBATCH --signal=USR2@\d+$"),
+        ("strict", r"set -euo pipefail$"),
+        ("settings", r"# ---- settings"),
+        ("job", r"# ---- the job$"),
+        ("environment", r'source "\S+/slurm/env\.sh"'),
+        ("shared part", r'source "\$LATENTMILL_HOME/slurm/job\.sh"$'),
+        ("run", r'"?run(_together|_torchrun|_\$LAUNCHER")? (python )?-m pipeline\.stages\.\w+'),
+    ]
+    found = [next((name for name, pattern in parts if re.match(pattern, line)), "") for line in text.splitlines()]
+    return [name for number, name in enumerate(found) if name and name != (found[number - 1] if number else "")]
+
+
+@pytest.mark.parametrize(
+    "path", [*SHIPPED, *sorted(GOLDEN.glob("*.sbatch"))], ids=lambda path: f"{path.parent.name}/{path.name}"
+)
+def test_shipped_and_generated_scripts_have_one_shape(path: Path) -> None:
+    text = path.read_text()
+    wanted = [
+        "shebang", "name", "size", "log", "append", "requeue", "signal", "strict", "settings", "job", "environment",
+        "shared part", "run",
+    ]  # fmt: skip
+    assert list(dict.fromkeys(skeleton(text))) == wanted
+    last = text.rstrip().rpartition("\n\n")[2]  # nothing may come after the ranks that could hide how they ended
+    assert re.match(r'"?run', last)
+
+
+def test_there_is_a_script_for_each_stage_of_the_main_line() -> None:
+    assert {path.stem for path in SHIPPED} == {*MAIN_LINE, "convert_imagenet"}
+
+
+@pytest.mark.parametrize("path", [*SHIPPED, *sorted((ROOT / "slurm").glob("*.sh"))], ids=lambda path: path.name)
+def test_bash_understands_the_scripts(path: Path) -> None:
+    subprocess.run(["bash", "-n", path], check=True)
+    assert max(map(len, path.read_text().splitlines())) <= 120
+    assert path.suffix != ".sbatch" or os.access(path, os.X_OK)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_every_setting_of_a_script_can_come_from_outside(path: Path) -> None:
+    block = path.read_text().partition("# ---- settings")[2].partition("# ---- the job")[0]
+    names = re.findall(r"^(\w+)=(.*)$", block, re.MULTILINE)
+    assert len(names) >= 5
+    for name, value in names:
+        assert value.startswith((f"${{{name}:-", f"${{{name}:?")), f"{path.name}: {name}={value}"
+
+
+# ---- no SLURM
+
+
+def submit(*arguments: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "launch/submit.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, env=environment)
+
+
+def test_without_slurm_one_line_says_so(tmp_path: Path) -> None:
+    arguments = ["stage=filter", "dataset=shapes", f"data_dir={tmp_path}", "cluster=slurm"]
+    done = submit(*arguments, environment={**os.environ, "PATH": str(tmp_path)})
+    assert done.returncode == 2
+    assert done.stderr == (
+        "error: cluster=slurm: no sbatch on this machine: submit from a login node of the cluster, or cluster=local\n"
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_without_slurm_shows_the_scripts_all_the_same(tmp_path: Path) -> None:
+    arguments = ["stage=filter", "dataset=shapes", f"data_dir={tmp_path}", "cluster=slurm", "dry_run=true"]
+    done = submit(*arguments, environment={**os.environ, "PATH": str(tmp_path)})
+    assert done.returncode == 0
+    assert "#SBATCH --requeue" in done.stdout and "no SLURM on this machine" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_variables_of_a_job_around_the_launcher_do_not_leak(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_CONF", "/etc/slurm.conf")
+    monkeypatch.setenv("SBATCH_ACCOUNT", "mine")
+    with slurm.outer_job_forgotten():
+        assert os.environ["SBATCH_ACCOUNT"] == "mine"  # outside of a job it is the user's own
+    for name in ("SLURM_JOB_ID", "SLURM_CPU_BIND", "SLURM_NTASKS", "SRUN_CPUS_PER_TASK"):
+        monkeypatch.setenv(name, "7")
+    with slurm.outer_job_forgotten():
+        left = {name for name in os.environ if name.startswith(("SLURM", "SBATCH", "SRUN"))}
+        assert left == {"SLURM_CONF"}
+    assert os.environ["SLURM_NTASKS"] == "7"
+
+
+def test_only_a_controller_that_is_away_is_worth_another_try(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slurm.time, "sleep", lambda seconds: None)
+    tries: list[str] = []
+
+    def fail(message: str) -> None:
+        tries.append(message)
+        raise slurm.SlurmError(message)
+
+    with pytest.raises(slurm.SlurmError):
+        slurm.persistently(lambda: fail("invalid partition specified: nowhere"))
+    assert len(tries) == 1
+    with pytest.raises(slurm.SlurmError):
+        slurm.persistently(lambda: fail("Unable to contact slurm controller (connect failure)"))
+    assert len(tries) > 5
+
+
+def test_the_request_of_a_stage_without_preset_is_that_of_the_command() -> None:
+    (job,) = jobs_of(LaunchConfig(stage="filter", nodes=3), {"dataset": "shapes", "data_dir": "/d"})
+    assert job.request == Request(LaunchConfig(stage="filter", nodes=3))

@@ -1,0 +1,139 @@
+"""Text to image: what is drawn for a sample does not depend on who draws it; from training to pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.config import ConfigError, TrainConfig
+from pipeline.distributed import Rank
+from pipeline.encoders.base import autoencoder, text_encoder
+from pipeline.loading import LatentDataset
+from pipeline.sources.shapes_scene import caption, render, sample_scene
+from pipeline.stages.generate import load_painter, sample_images
+from pipeline.storage import Folder
+from pipeline.training.loop import train
+from pipeline.training.tasks.base import Keys
+from pipeline.training.tasks.diffuse import Diffuse, LatentInfo, Normalisation, draw
+
+INFO = LatentInfo("embedded", "embedded", 32, (4, 4, 4), (16, 64), data="digest")
+
+
+class Scenes:
+    """Latents of drawn scenes, as the precompute stage stores them."""
+
+    def __init__(self, count: int) -> None:
+        scenes = [sample_scene(0, index) for index in range(count)]
+        vae, text = autoencoder("embedded"), text_encoder("embedded")
+        images = vae.encode(vae.preprocess([render(scene, 32) for scene in scenes], 32)).numpy().astype(np.float16)
+        states = text.encode([caption(scene) for scene in scenes]).numpy().astype(np.float16)
+        self._rows = [
+            {"key": str(i), "caption": "", "latents_32": image.tobytes(), "caption_latents": state.tobytes()}
+            for i, (image, state) in enumerate(zip(images, states, strict=True))
+        ]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def rows(self, positions: Any) -> list[dict[str, Any]]:
+        return [self._rows[i] for i in positions]
+
+
+@pytest.fixture(scope="module")
+def data() -> LatentDataset:
+    return LatentDataset(Scenes(100), INFO.image_shape, INFO.caption_shape, 32)
+
+
+def config(**settings: Any) -> TrainConfig:
+    return TrainConfig(**{"steps": 30, "batch_size": 16, "warmup_steps": 5, "checkpoint_every": 100, **settings})
+
+
+def test_normalised_latents_have_zero_mean_and_unit_mean_square(data: LatentDataset) -> None:
+    latents = data.batch(np.arange(100))["image_latents"]
+    normalisation = Normalisation.measure(latents)
+    x = normalisation.apply(latents)
+    torch.testing.assert_close(x.mean((0, 2, 3)), torch.zeros(4), atol=1e-4, rtol=0)
+    assert float(x.square().mean()) == pytest.approx(1, abs=1e-3)
+    torch.testing.assert_close(normalisation.invert(x), latents, atol=1e-4, rtol=0)
+
+
+def test_constant_latents_can_be_normalised() -> None:
+    assert Normalisation.measure(torch.ones(4, 2, 3, 3)).apply(torch.ones(1, 2, 3, 3)).abs().max() == 0
+
+
+def test_what_is_drawn_for_a_sample_depends_on_step_and_slot_alone() -> None:
+    together = draw(Keys(0, 5, np.arange(8)), (4, 2, 2), 0.5)
+    halves = [draw(Keys(0, 5, slots), (4, 2, 2), 0.5) for slots in (np.arange(3), np.arange(3, 8))]
+    for whole, first, second in zip(together, *halves, strict=True):
+        assert torch.equal(whole, torch.cat([first, second]))
+    for other in (Keys(1, 5, np.arange(8)), Keys(0, 6, np.arange(8)), Keys(0, 5, np.arange(8, 16))):
+        assert not torch.equal(draw(other, (4, 2, 2), 0.5)[1], together[1])
+
+
+def test_times_lie_inside_and_captions_are_dropped_as_often_as_asked() -> None:
+    t, noise, drop = draw(Keys(0, 0, np.arange(3000)), (1, 1, 1), 0.1)
+    assert t.min() > 0 and t.max() < 1 and 0.6 < float(t.median()) < 0.73
+    assert abs(float(noise.mean())) < 0.1 and abs(float(noise.std()) - 1) < 0.1
+    assert 0.08 < float(drop.float().mean()) < 0.12
+
+
+def test_the_first_weights_depend_on_the_seed_alone(data: LatentDataset) -> None:
+    first, again, other = (Diffuse(config(seed=seed), data, INFO).model.state_dict() for seed in (0, 0, 1))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not all(torch.equal(first[name], other[name]) for name in first)
+
+
+@pytest.fixture(scope="module")
+def run(data: LatentDataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was trained a little, stopped, and resumed."""
+    torch.set_num_threads(1)
+    path = tmp_path_factory.mktemp("run")
+    with Folder.open(path) as folder:
+        train(Diffuse(config(), data, INFO), data, config(), Rank(), folder)
+    return path
+
+
+def test_a_checkpoint_is_all_that_drawing_needs(run: Path) -> None:
+    painter = load_painter(run)
+    pictures = sample_images(painter, ["a small red circle", "a large blue square"], steps=3)
+    assert painter.step == 30 and painter.autoencoder.name == "embedded" and painter.text_encoder.name == "embedded"
+    assert pictures.shape == (2, 32, 32, 3) and pictures.dtype == np.uint8
+
+
+def test_a_picture_depends_on_its_prompt_its_place_and_the_seed_alone(run: Path) -> None:
+    painter = load_painter(run)
+    prompts = [f"a {size} red circle" for size in ("small", "large") for _ in range(20)]  # more than one batch
+    pictures = sample_images(painter, prompts, seed=4, steps=2)
+    assert np.array_equal(pictures, sample_images(painter, prompts, seed=4, steps=2))
+    assert np.abs(sample_images(painter, prompts[:3], seed=4, steps=2).astype(int) - pictures[:3]).max() <= 1
+    assert not np.array_equal(pictures[0], pictures[1])
+    assert not np.array_equal(sample_images(painter, prompts[:1], seed=5, steps=2)[0], pictures[0])
+
+
+def test_averaged_weights_draw(run: Path) -> None:
+    from pipeline.training.checkpoint import open_checkpoint
+
+    averaged = open_checkpoint(run).tensors["ema"]
+    assert all(torch.equal(tensor, averaged[name]) for name, tensor in load_painter(run).model.state_dict().items())
+
+
+def test_the_end_of_the_log_has_the_loss_at_each_time(run: Path) -> None:
+    import json
+
+    (file,) = (run / "logs").iterdir()
+    last = json.loads(file.read_text().splitlines()[-1])
+    assert [last[f"loss_t{quarter}"] > 0 for quarter in (1, 2, 3, 4)] == [True] * 4
+
+
+def test_drawing_without_prompts_or_from_nothing_is_one_clear_error(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="prompts="):
+        sample_images(load_painter(run), [])
+    with pytest.raises(ConfigError, match="neither a run folder nor a checkpoint"):
+        load_painter(tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(ConfigError, match="this run has no checkpoint yet"):
+        load_painter(tmp_path)

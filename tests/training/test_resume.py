@@ -1,0 +1,207 @@
+"""A run that was stopped, killed or damaged goes on as if nothing had happened, to the bit."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_training import Regression, Run
+
+from pipeline import storage
+from pipeline.config import ConfigError
+from pipeline.distributed import Stopped
+from pipeline.storage import Folder
+from pipeline.training.checkpoint import Checkpoint, Checkpoints, Superseded, open_checkpoint
+from pipeline.training.loop import NotFinite, State
+
+Runs = Callable[..., Run]
+
+
+def everything(path: Path) -> dict[str, Any]:
+    """All that the newest checkpoint holds, as bytes."""
+    found = open_checkpoint(path)
+    tensors = {(stem, name): t.numpy().tobytes() for stem, part in found.tensors.items() for name, t in part.items()}
+    return {"step": found.step, "facts": found.facts, **{str(key): value for key, value in tensors.items()}}
+
+
+def checkpoints(path: Path) -> list[str]:
+    return sorted(os.listdir(path / "checkpoints"))
+
+
+def stop_in(run: Run, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a stop signal come while this life is in its ``step``-th step."""
+    batch = run.data.batch
+    steps = iter(range(1, 1000))
+
+    def stopping(positions: Any) -> Any:
+        if next(steps) == step:
+            run.rank.request_stop("SIGTERM")
+        return batch(positions)
+
+    monkeypatch.setattr(run.data, "batch", stopping)
+
+
+@pytest.mark.parametrize("stop", [1, 4, 5, 11])
+def test_a_stopped_run_goes_on_to_the_same_bits(run: Runs, stop: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = run("whole")
+    whole()
+    first = run("stopped")
+    stop_in(first, stop, monkeypatch)
+    with pytest.raises(Stopped, match=f"stopped after step {stop} of 12"):
+        first()
+    assert open_checkpoint(first.path).step == stop
+    second = run("stopped")
+    second()
+    assert everything(second.path) == everything(whole.path)
+    assert first.data.seen + second.data.seen == whole.data.seen
+
+
+def test_a_checkpoint_has_more_than_weights(run: Runs) -> None:
+    one = run()
+    state: State = one()
+    found = open_checkpoint(one.path)
+    assert found.step == 12
+    assert found.facts["sampler"]["position"] == 96 and found.facts["ema_updates"] == 12
+    assert found.facts["config"]["batch_size"] == 8 and found.facts["shape"] == [4, 1]
+    assert set(found.tensors) == {"model", "ema", "optimizer"}
+    assert torch.equal(
+        found.tensors["optimizer"]["0.weight/exp_avg"], state.optimizer.state[state.model[0].weight]["exp_avg"]
+    )
+    assert not torch.equal(found.tensors["ema"]["0.weight"], found.tensors["model"]["0.weight"])
+
+
+def test_no_file_of_a_checkpoint_is_a_pickle(run: Runs) -> None:
+    one = run()
+    one()
+    files = {path.suffix for path in one.path.rglob("*") if path.is_file()}
+    assert files == {".json", ".safetensors", ".jsonl"}
+
+
+def test_a_finished_run_stays_as_it_is(run: Runs) -> None:
+    one = run()
+    one()
+    before = everything(one.path)
+    again = run()
+    again()
+    assert everything(again.path) == before
+    assert again.data.seen == []
+
+
+def test_only_the_newest_checkpoints_are_kept(run: Runs) -> None:
+    one = run()
+    one(keep_checkpoints=2, checkpoint_every=3)
+    assert checkpoints(one.path) == ["step_000009", "step_000012"]
+
+
+def test_a_damaged_checkpoint_is_reported_and_the_one_before_it_used(run: Runs, caplog: Any) -> None:
+    whole = run("whole")
+    whole()
+    one = run()
+    one()
+    file = one.path / "checkpoints" / "step_000012" / "optimizer.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    again = run()
+    again()
+    assert "optimizer.safetensors is damaged" in caplog.text
+    assert again.data.seen == whole.data.seen[10 * 8 :]
+    assert everything(again.path) == everything(whole.path)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "checkpoint.json"])
+def test_a_checkpoint_with_a_missing_file_is_not_used(run: Runs, name: str) -> None:
+    one = run()
+    one()
+    (one.path / "checkpoints" / "step_000012" / name).unlink()
+    again = run()
+    again()
+    assert len(again.data.seen) == 2 * 8
+
+
+@pytest.mark.parametrize("operation", ["mkdir", "create", "write", "fsync", "rename"])
+def test_a_life_that_dies_while_saving_leaves_no_half_checkpoint(
+    run: Runs, operation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dies at the first such operation of step 10; what it left is cleared away by the next life."""
+    whole = run("whole")
+    whole()
+
+    class Dead(BaseException):
+        pass
+
+    dead = False
+
+    def die(kind: str, path: str, do: Callable[[], Any]) -> Any:
+        nonlocal dead
+        dead = dead or (kind == operation and "step_000010" in path)
+        if dead:
+            raise Dead
+        return do()
+
+    monkeypatch.setattr(storage, "interpose", die)
+    one = run()
+    with pytest.raises(Dead):
+        one()
+    monkeypatch.setattr(storage, "interpose", None)
+    assert [name for name in checkpoints(one.path) if not name.startswith(".")] == ["step_000000", "step_000005"]
+    again = run()
+    again()
+    assert checkpoints(again.path) == ["step_000010", "step_000012"]
+    assert everything(again.path) == everything(whole.path)
+
+
+def test_a_full_disk_is_an_error_that_leaves_the_checkpoints_before(run: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(kind: str, path: str, do: Callable[[], Any]) -> Any:
+        if kind == "write" and "step_000010" in path:
+            raise OSError(28, "No space left on device")
+        return do()
+
+    monkeypatch.setattr(storage, "interpose", full)
+    one = run()
+    with pytest.raises(OSError, match="No space left"):
+        one()
+    assert checkpoints(one.path) == ["step_000000", "step_000005"]
+
+
+def test_of_two_processes_that_train_one_run_the_slower_ends(tmp_path: Path) -> None:
+    with Folder.open(tmp_path) as folder:
+        first, second = (Checkpoints(folder, life, keep=2) for life in ("a", "b"))
+        first.save(Checkpoint(5, {"by": "first"}, {}))
+        with pytest.raises(Superseded, match="another process trains this run"):
+            second.save(Checkpoint(5, {"by": "second"}, {}))
+    assert open_checkpoint(tmp_path).facts == {"by": "first"}
+    assert checkpoints(tmp_path) == ["step_000005"]
+
+
+@pytest.mark.parametrize("change", [{"lr": 0.1}, {"batch_size": 4}, {"seed": 1}, {"steps": 13}])
+def test_other_settings_do_not_go_on_with_the_run(run: Runs, change: dict[str, Any]) -> None:
+    run()()
+    name, value = next(iter(change.items()))
+    with pytest.raises(ConfigError, match=f"{name}={value}, but the run in .* was started with {name}="):
+        run()(**change)
+
+
+def test_settings_that_do_not_change_the_result_may_change(run: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = run("whole")
+    whole()
+    one = run()
+    stop_in(one, 4, monkeypatch)
+    with pytest.raises(Stopped):
+        one(checkpoint_every=3, log_every=1)
+    again = run()
+    again(checkpoint_every=2, keep_checkpoints=1)
+    assert everything(again.path) == everything(whole.path)
+
+
+def test_a_loss_that_is_not_finite_stops_before_it_spoils_the_weights(run: Runs) -> None:
+    one = run()
+    poisoned = Regression(poison=7)
+    with pytest.raises(NotFinite, match="step 8: loss nan"):
+        one(task=poisoned)
+    assert open_checkpoint(one.path).step == 5
+    assert all(p.isfinite().all() for p in poisoned.model.parameters())
