@@ -1,0 +1,399 @@
+"""How the exactly-once engine scales: a plan of a million partitions, and what 100,000 of them cost each rank.
+
+    python benchmarks/engine.py [plan=1000000] [partitions=100000] [world=1000] [folder=<where to work>]
+
+Every phase runs in a process of its own, so that its peak of memory is its own. Partitions are empty: all that is
+measured is the engine. Most are put in place by this program; those of the ranks that are measured are done by real
+workers. File operations are those of the main thread that pass `pipeline.storage`: a heartbeat adds one for each claim
+held (there is one at a time) and one event, six times per lease. In memory (/dev/shm, the default where there is one)
+seconds are the engine's own; how long a real file system takes follows from the counts.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from io import BytesIO
+from multiprocessing.connection import Connection
+from pathlib import Path
+from time import perf_counter, process_time
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from pipeline import storage
+from pipeline.config import DownloadConfig
+from pipeline.distributed import Place, Rank
+from pipeline.partitions.attempt import Attempt
+from pipeline.partitions.dataset import RECORD, Dataset
+from pipeline.partitions.engine import Worker
+from pipeline.partitions.finalize import finalize
+from pipeline.partitions.ledger import FILE as LEDGER
+from pipeline.partitions.plan import BUCKET, PARTITIONS, Input, Partition
+from pipeline.partitions.planning import open_or_plan
+from pipeline.partitions.stage import Stage
+from pipeline.samples import Outcome, Schema
+from pipeline.telemetry import Events, last_events
+
+FULL = 1_000_000  # partitions that everything is extrapolated to
+LOOKS = 25  # of an idle rank
+EVENTS = 20  # lines in each rank's event file
+
+
+# ---- a stage that does nothing
+
+
+class Empty(Stage):
+    """`count` partitions, each with one input and no sample. It bears the name of a stage that the engine knows."""
+
+    name = "download"
+    reads_upstream = False
+
+    def schema(self) -> Schema:
+        return {"key": "str", "jpg": "jpeg"}
+
+    def plan(self, since: int = 0) -> Iterator[Partition]:
+        for number in range(self.config.count):
+            path = f"photos/{number // 1000:04d}/{number:09d}.jpg"
+            yield Partition((Input(path, size=100_000 + number, mtime_ns=1_700_000_000_000_000_000 + number),), 0)
+
+    def process(self, partition: Partition) -> Iterator[Outcome]:
+        return iter(())
+
+
+def make(output: str, count: int, rank: int = 0, world: int = 1) -> Empty:
+    return Empty(DownloadConfig(output=output, count=count), Rank(Place(rank=rank, world_size=world)))
+
+
+# ---- measuring
+
+
+@dataclass
+class Cost:
+    """What a phase took; operations are counted by kind, apart for what a worker did after its own range."""
+
+    seconds: float = 0.0
+    busy: float = 0.0
+    before: float = 0.0
+    peak: float = 0.0
+    own: Counter[str] = field(default_factory=Counter)
+    helping: Counter[str] = field(default_factory=Counter)
+    note: dict[str, float] = field(default_factory=dict)
+
+
+class Enough(Exception):
+    """The idle rank has looked often enough."""
+
+
+class Meter:
+    """Context: measures into ``cost``; ends the work by Enough when it would look around for the ``looks``-th time."""
+
+    def __init__(self, looks: int = 0) -> None:
+        self.cost = Cost()
+        self._looks = looks
+
+    def __enter__(self) -> Meter:
+        self.cost.before = memory("VmRSS")
+        storage.interpose = self._count
+        self._begin = perf_counter(), process_time()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.cost.seconds = perf_counter() - self._begin[0]
+        self.cost.busy = process_time() - self._begin[1]
+        storage.interpose = None
+        self.cost.peak = memory("VmHWM")
+
+    def _count(self, operation: str, path: str, do: Callable[[], Any]) -> Any:
+        if threading.current_thread() is threading.main_thread():
+            cost = self.cost
+            kind = f"list {_listed(path)}" if operation == "listdir" else operation
+            if kind == "list claims" and self._looks and cost.helping[kind] == self._looks:
+                raise Enough
+            phase = cost.helping if cost.helping or kind == "list claims" else cost.own
+            phase[kind] += 1
+        return do()
+
+
+def _listed(path: str) -> str:
+    parent, _, name = path.rpartition("/")
+    if name == "claims":
+        return "claims"
+    return "bucket" if parent.endswith("/data") else "attempt" if "/data/" in path else "other"
+
+
+def memory(name: str) -> float:
+    """MiB of this process; unlike ru_maxrss, VmHWM does not inherit the peak of the process that started it."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{name}:"))
+
+
+def apart(phase: Callable[..., Cost], *arguments: Any) -> Cost:
+    """Run ``phase`` in a fresh process, which ends with this one."""
+    if sys.stderr.isatty():
+        print(f"  {phase.__name__} ...", end="\r", file=sys.stderr, flush=True)
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    child = context.Process(target=_child, args=(sender, phase, arguments), daemon=True)
+    child.start()
+    sender.close()
+    try:
+        return receiver.recv()  # type: ignore[no-any-return]
+    except EOFError:
+        raise SystemExit(f"{phase.__name__} failed") from None
+    finally:
+        child.terminate()
+        child.join()
+
+
+def _child(sender: Connection, phase: Callable[..., Cost], arguments: tuple[Any, ...]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # who started us ends us
+    with BytesIO() as file:  # what libraries load when they are first used is no cost of the phase
+        pq.write_table(pa.table({"warm": [["up"]]}), file, compression="zstd")
+        pq.read_table(file)
+    sender.send(phase(*arguments))
+
+
+# ---- partitions that are there without work
+
+
+def fill(dataset: Dataset, indices: Iterable[int]) -> None:
+    """Put committed empty partitions in place, as copies of one that the engine has made; then mark full buckets."""
+    record, ledger = _pattern(dataset)
+    present = {path.name: set(os.listdir(path)) for path in (dataset.root.path / "data").iterdir()}
+    first: dict[str, Path] = {}
+    for index in indices:
+        slot, bucket = dataset.root.path / dataset.path_of(index), dataset.bucket(index)
+        if slot.name in present[bucket]:
+            continue
+        slot.mkdir()
+        (slot / RECORD).write_bytes(storage.seal({**record, "partition": index, "attempt": uuid.uuid4().hex}))
+        if bucket in first:
+            os.link(first[bucket], slot / LEDGER)
+        else:
+            first[bucket] = slot / LEDGER
+            first[bucket].write_bytes(ledger)
+    for number in range(-(-dataset.partitions // BUCKET)):
+        whole = min(BUCKET, dataset.partitions - number * BUCKET)
+        if len(os.listdir(dataset.root.path / f"data/{number:03d}")) == whole:
+            dataset.root.append(_marker(number), b"")
+
+
+def _pattern(dataset: Dataset) -> tuple[dict[str, Any], bytes]:
+    """Record and ledger of partition 0, which is done now if it is not there yet."""
+    if dataset.record(0) is None:
+        with Attempt(dataset, 0) as attempt:
+            attempt.run((), 2**26, lambda: None)
+    record = dataset.record(0)
+    assert record is not None
+    record.pop("digest", None)
+    return record, dataset.root.read(f"{dataset.path_of(0)}/{LEDGER}")
+
+
+def reopen(dataset: Dataset, indices: Iterable[int]) -> None:
+    """Take partitions away again, with the marks that say their buckets are full."""
+    for index in indices:
+        shutil.rmtree(dataset.root.path / dataset.path_of(index))
+        dataset.root.unlink(_marker(index // BUCKET), missing_ok=True)
+
+
+def _marker(bucket: int) -> str:
+    return f"claims/{bucket:03d}.0.full"
+
+
+def span(dataset: Dataset, rank: int, world: int) -> range:
+    return range(dataset.partitions * rank // world, dataset.partitions * (rank + 1) // world)
+
+
+# ---- phases
+
+
+def planning(output: str, count: int) -> Cost:
+    """Rank 0 makes the plan."""
+    with Meter() as meter:
+        dataset = open_or_plan(make(output, count))
+    meter.cost.note["MiB"] = (dataset.root.path / dataset.plans[0].folder / PARTITIONS).stat().st_size / 2**20
+    return meter.cost
+
+
+def reading(output: str, rank: int, world: int) -> Cost:
+    """A rank opens the dataset and reads its own range from the plan."""
+    with Meter() as meter:
+        dataset = Dataset.open(output)
+        own = span(dataset, rank, world)
+        inputs = sum(len(dataset.partition(index).inputs) for index in own)
+    assert inputs == len(own)
+    return meter.cost
+
+
+def filling(output: str, count: int) -> Cost:
+    """Plan, and put all partitions in place."""
+    with Meter() as meter:
+        dataset = open_or_plan(make(output, count))
+        fill(dataset, range(count))
+    return meter.cost
+
+
+def claiming(output: str, count: int, rank: int, dead: int, world: int) -> Cost:
+    """A worker does its own range, then that of a rank which is not there; all others have done theirs."""
+    dataset = Dataset.open(output)
+    reopen(dataset, [*span(dataset, rank, world), *span(dataset, dead, world)])
+    worker = _worker(Worker, dataset, count, rank, world)
+    try:
+        with Meter() as meter:
+            worker.work()
+    finally:
+        worker.close()
+    meter.cost.note = {"own": len(span(dataset, rank, world)), "helped": len(span(dataset, dead, world))}
+    return meter.cost
+
+
+class Sleepless(Worker):
+    """Asks to sleep, but does not."""
+
+    def _sleep(self, seconds: float) -> None:
+        self.asked = seconds
+
+
+def idling(output: str, count: int, rank: int, world: int) -> Cost:
+    """A worker that is done looks around, while all the others are still at the last partition of their ranges."""
+    dataset = Dataset.open(output)
+    others = [span(dataset, other, world) for other in range(world) if other != rank]
+    busy = [indices[-1] for indices in others if indices]
+    reopen(dataset, busy)
+    claims = [f"claims/{dataset.bucket(index)}/{dataset.slot(index)}" for index in busy]
+    owner = {"host": "elsewhere", "boot": "", "pid": 1, "start": "1", "owner": uuid.uuid4().hex, "counter": 1}
+    for claim in claims:
+        dataset.root.mkdir(claim.rpartition("/")[0], exist_ok=True)
+        dataset.root.write_new(claim, json.dumps(owner).encode())
+    worker = _worker(Sleepless, dataset, count, rank, world)
+    meter = Meter(LOOKS)
+    try:
+        with meter:
+            worker.work()
+    except Enough:
+        meter.cost.note["pause"] = worker.asked
+    finally:
+        worker.close()
+    for claim in claims:
+        dataset.root.unlink(claim)
+    fill(dataset, busy)
+    return meter.cost
+
+
+def _worker(kind: type[Any], dataset: Dataset, count: int, rank: int, world: int) -> Any:
+    return kind(make(str(dataset.root.path), count, rank, world), dataset, Events(dataset.root, rank, world))
+
+
+def status(output: str, world: int) -> Cost:
+    """The last events of all ranks; they are read without `pipeline.storage`, so Python's audit hooks count."""
+    with storage.Folder.open(output) as root:
+        shutil.rmtree(Path(output) / "events")  # of the workers before
+        for rank in range(world):
+            events = Events(root, rank, world)
+            events.totals.update({"partitions": 100, "in": 100_000, "kept": 90_000, "dropped": 10_000, "bytes": 10**10})
+            for number in range(EVENTS):
+                events.emit("commit", partition=number, seconds=1.0)
+    with Meter() as meter:
+        sys.addaudithook(lambda event, _: meter.cost.own.update([event]) if event in ("open", "os.scandir") else None)
+        found = sum(1 for _ in last_events(Path(output)))
+        opened = meter.cost.own.copy()
+    meter.cost.own = opened
+    assert found == world
+    return meter.cost
+
+
+def finishing(output: str) -> Cost:
+    """One rank reads all records and finishes the dataset."""
+    with Meter() as meter:
+        finalize(Dataset.open(output))
+    return meter.cost
+
+
+# ---- the table
+
+
+def row(what: str, cost: Cost, factor: float = 0.0) -> None:
+    """One line; ``factor``: how much more it is with FULL partitions (0: it is no more)."""
+    operations = (cost.own + cost.helping).total()
+    line = f"{what:<48}{cost.seconds:>9.2f}{cost.busy:>8.2f}{cost.peak:>8.0f}{cost.peak - cost.before:>+8.0f}"
+    more = factor or 1.0
+    grown = cost.before + (cost.peak - cost.before) * more
+    then = f"{cost.seconds * more:>9.2f}{cost.busy * more:>8.2f}{grown:>8.0f}{operations * more:>13,.0f}"
+    print(f"{line}{operations:>11,}   |{then}", flush=True)
+
+
+def kinds(counts: Counter[str], per: float) -> str:
+    return ", ".join(f"{kind} {count / per:.4g}" for kind, count in sorted(counts.items())) or "none"
+
+
+def claims_table(costs: dict[int, Cost], idle: Cost, count: int, world: int) -> None:
+    """Where the operations of workers go."""
+    print(f"\nOperations of workers, of {world:,} ranks with {count:,} partitions:")
+    own = sum((cost.own for cost in costs.values()), Counter[str]())
+    helping = sum((cost.helping for cost in costs.values()), Counter[str]())
+    print(f"  own range, per partition: {kinds(own, sum(cost.note['own'] for cost in costs.values()))}")
+    print(f"  helping,   per partition: {kinds(helping, sum(cost.note['helped'] for cost in costs.values()))}")
+    for rank, cost in costs.items():
+        listed = f"{cost.own['list bucket']} for its own range, {cost.helping['list bucket']} where it helps"
+        print(f"  rank {rank} lists buckets: {listed} (of {-(-count // BUCKET)}); looks: {cost.helping['list claims']}")
+    ranks = min(world, count) / -(-count // BUCKET)
+    print(f"  idle rank, per look (pauses grow to {idle.note['pause']:.3g} s): {kinds(idle.helping, LOOKS)}")
+    print(f"    of it, 2 for each claimed partition of {ranks:.3g} others in each bucket; "
+          f"with {FULL:,} partitions {min(world, FULL) / (FULL / BUCKET):.3g}")  # fmt: skip
+
+
+def measure(folder: Path, plan: int, count: int, world: int) -> None:
+    large, output, more = str(folder / "large"), str(folder / "output"), FULL / count
+    ranks = {rank: (rank + world // 5) % world for rank in sorted({world // 8, world // 2, world - world // 8})}
+    print(f"{'':57}{'of it':>8}{'peak':>8}{'of it':>8}{'file':>11}   |{f'with {FULL:,} partitions':>38}")
+    head = f"{'':48}{'seconds':>9}{'on CPU':>8}{'MiB':>8}{'new':>8}{'operations':>11}"
+    print(f"{head}   |{'seconds':>9}{'on CPU':>8}{'MiB':>8}{'operations':>13}", flush=True)
+    made = apart(planning, large, plan)
+    row(f"plan {plan:,} ({made.note['MiB']:.1f} MiB plan.parquet)", made, FULL / plan)
+    row(f"one of {world:,} ranks reads its range of it", apart(reading, large, world // 2, world), FULL / plan)
+    shutil.rmtree(large)
+    row(f"(put {count:,} in place, by this program)", apart(filling, output, count))
+    costs = {rank: apart(claiming, output, count, rank, dead, world) for rank, dead in ranks.items()}
+    for rank, cost in costs.items():
+        row(f"rank {rank} does {cost.note['own']:.0f} of its own, helps with {cost.note['helped']:.0f}", cost, more)
+    idle = apart(idling, output, count, world // 2, world)
+    row(f"idle rank, {LOOKS} looks without pauses", idle)
+    seen = apart(status, output, world)
+    row(f"status: last events of {world:,} ranks", seen)
+    done = apart(finishing, output)
+    row(f"finalize {count:,}", done, more)
+    claims_table(costs, idle, count, world)
+    print(f"\nstatus: {kinds(seen.own, world)} per rank (whatever the partitions)")
+    print(f"finalize: {kinds(done.own, count)} per partition")
+
+
+def main() -> None:
+    options = dict(argument.split("=", 1) for argument in sys.argv[1:])
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    where = options.get("folder") or ("/dev/shm" if os.access("/dev/shm", os.W_OK) else None)
+    folder = Path(tempfile.mkdtemp(prefix="latentmill-engine-", dir=where))
+    try:
+        numbers = (int(options.get(*given)) for given in (("plan", FULL), ("partitions", 100_000), ("world", 1000)))
+        measure(folder, *numbers)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()
