@@ -40,6 +40,7 @@ class Watchdog:
 
     def __enter__(self) -> Watchdog:
         if self._timeout > 0:
+            self._life.alive(self._timeout)  # here, as the work may freeze this process before a thread gets its turn
             self._thread.start()
         return self
 
@@ -53,7 +54,6 @@ class Watchdog:
     def _watch(self) -> None:
         tick = min(self._timeout / 10, 10.0)
         quiet, steps, moved = 0.0, self._steps(), _bytes_moved()
-        self._life.alive(self._timeout)
         while not self._ended.wait(tick):
             self._life.alive(self._timeout)
             quiet += tick  # not what a clock says: it goes on while the process is stopped

@@ -229,6 +229,13 @@ class Interleavings(RuleBasedStateMachine):
     def one_goes_far(self, who: int) -> None:
         self.move(who, MOST_STEPS if who % 2 else 150)
 
+    @precondition(lambda self: self.has_room() and self.has_actors())
+    @rule()
+    def gc_runs_while_all_sleep(self) -> None:
+        self.start(kind="gc", rank=0)
+        if self.world.alive[-1].kind == "gc":
+            self.move(len(self.world.alive) - 1, MOST_STEPS)
+
     @precondition(has_actors)
     @rule(who=st.integers(0, 99))
     def kill(self, who: int) -> None:
