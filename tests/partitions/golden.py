@@ -1,4 +1,4 @@
-"""Writes tests/data/golden_v<format version>: run once for each format version, in tests: python -m partitions.golden"""
+"""Writes tests/data/golden_v<format version>; once for each version, in tests: python -m partitions.golden"""
 
 from __future__ import annotations
 
