@@ -23,7 +23,7 @@ import xxhash
 from submitit.core.utils import FailedJobError
 
 from launch.script import LOCKSTEP, SINGLE, Array, Script
-from pipeline.config import MAIN_LINE, ConfigError, identity
+from pipeline.config import MAIN_LINE, ConfigError, identity, public_text
 
 if TYPE_CHECKING:
     from launch.submit import Job
@@ -104,7 +104,7 @@ def rehearse(jobs: list[Job]) -> int:
     accepted = True
     for job in jobs:
         for script in scripts_of(job, max_array_size() if available and job.request.config.array else 0):
-            print(f"# ==== {job.stage}: {job.output or ''}\n{script.text}")
+            print(f"# ==== {job.stage}: {job.output or ''}\n{public_text(script.text)}")
             good, said = test_only(script) if available else (True, "no SLURM on this machine that could be asked")
             accepted &= good
             print(f"# ==== {job.stage}: {'' if good else 'refused: '}{said}\n")

@@ -30,6 +30,7 @@ from pipeline.config import (
     LaunchConfig,
     RunConfig,
     default_variant,
+    public_text,
     run_folder,
     stage_folder,
 )
@@ -113,7 +114,7 @@ def output_of(stage: str, config: Any) -> Path | None:
 def describe(job: Job) -> str:
     """What a dry run says of a job: its size, as far as it can be told now, and its command."""
     ranks = f"{job.ranks} rank{'s' * (job.ranks > 1)}"
-    return f"{job.stage}: {size_of(job)}; {ranks}; {job.output or ''}\n    {' '.join(job.command)}"
+    return f"{job.stage}: {size_of(job)}; {ranks}; {job.output or ''}\n    {public_text(' '.join(job.command))}"
 
 
 def size_of(job: Job) -> str:

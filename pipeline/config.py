@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote_plus, urlsplit
 
+_URL = re.compile(r"[a-z][a-z0-9+.-]*://[^\s,'\"\]]+", re.IGNORECASE)
 _SCHEME = re.compile(r"\s*([a-z][a-z0-9+.-]*)://", re.IGNORECASE)
 _SIGNATURE = re.compile(
     r"sig|hmac|token|secret|pass|pwd|credential|expire|policy|auth|amz|goog|session|hdn|(access|pair)[_-]?(key[_-]?)?id"
@@ -320,6 +321,11 @@ def public(value: Any) -> Any:
     host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname or ""
     query = "".join(_public_parameter(text) for text in re.split("([&;])", parts.query))
     return f"{parts.scheme}://{host}{port}{parts.path}{'?' if query else ''}{query}"
+
+
+def public_text(text: str) -> str:
+    """A text, such as a command, with all URLs in it as :func:`public` shows them."""
+    return _URL.sub(lambda match: str(public(match[0])), text)
 
 
 def _public_parameter(text: str) -> str:

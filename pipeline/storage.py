@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterable
@@ -24,6 +25,7 @@ import xxhash
 T = TypeVar("T")
 BLOCK = 4 << 20  # bytes per block hash
 _BUFFER = 1 << 20
+_DIGEST = re.compile(rb'\n "digest": "[0-9a-f]{32}"(,?)')  # of the outermost object: inner ones are indented further
 GONE = (errno.ENOENT, errno.ESTALE)
 TAKEN = (errno.ENOTEMPTY, errno.EEXIST)
 TRASH = ".trash."
@@ -165,8 +167,7 @@ class Folder:
         if text is None:
             return None
         value = self._parsed(name, text)
-        value.pop("digest", None)
-        if text != seal(value):
+        if value.pop("digest", None) != _digest_sealed(text):
             raise StorageError(f"{self.path / name} is damaged: its content does not fit its digest")
         return value
 
@@ -450,6 +451,17 @@ def json_bytes(value: Any) -> bytes:
 def seal(value: dict[str, Any]) -> bytes:
     """Canonical JSON of ``value`` with a digest of itself, so that a changed byte is noticed."""
     return json_bytes({**value, "digest": digest(json_bytes(value))})
+
+
+def _digest_sealed(text: bytes) -> str:
+    """What the digest in a sealed ``text`` must be: taken without parsing, which costs 20 times as much."""
+    match = _DIGEST.search(text)
+    if match is None:
+        return ""
+    before, after = text[: match.start()], text[match.end() :]
+    if not match[1]:  # the last of several: the comma before it goes with it
+        before = before.removesuffix(b",")
+    return digest(before + after)
 
 
 def digest(data: bytes) -> str:

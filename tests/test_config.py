@@ -7,7 +7,7 @@ import json
 import pytest
 
 from pipeline import cli
-from pipeline.config import DownloadConfig, GenerateConfig, TrainConfig, identity, public
+from pipeline.config import DownloadConfig, GenerateConfig, TrainConfig, identity, public, public_text
 
 SECRET = "hushhush"
 
@@ -116,3 +116,10 @@ def test_identity_has_what_the_bytes_depend_on_and_no_more() -> None:
     assert not names & {"output", "data_dir", "lease", "run_id", "world_size"}
     for config in (TrainConfig(), GenerateConfig(), DownloadConfig()):
         assert json.loads(json.dumps(identity(config))) == identity(config)
+
+
+def test_all_urls_in_a_text_are_shown_without_secrets() -> None:
+    text = """download 'urls=[https://me:hush@a.org/1?token=hush,s3://b/2]' "proxy=http://c.org/?sig=hush" x://"""
+    assert public_text(text) == (
+        """download 'urls=[https://a.org/1?token=...,s3://b/2]' "proxy=http://c.org/?sig=..." x://"""
+    )

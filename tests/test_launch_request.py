@@ -314,6 +314,15 @@ def test_without_slurm_one_line_says_so(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_dry_run_shows_no_secret_of_a_url(tmp_path: Path) -> None:
+    (tmp_path / "web.yaml").write_text("source: http_archive\n")
+    url = "https://user:hush@example.org/part.tar?part=1&token=hushhush"
+    arguments = ["stage=download", f"dataset={tmp_path}/web.yaml", f"urls=[{url}]", f"data_dir={tmp_path}"]
+    done = submit(*arguments, "cluster=slurm", "dry_run=true", environment={**os.environ, "PATH": str(tmp_path)})
+    assert "https://example.org/part.tar?part=1&token=..." in done.stdout, done.stderr
+    assert "hush" not in done.stdout + done.stderr
+
+
 def test_a_dry_run_without_slurm_shows_the_scripts_all_the_same(tmp_path: Path) -> None:
     arguments = ["stage=filter", "dataset=shapes", f"data_dir={tmp_path}", "cluster=slurm", "dry_run=true"]
     done = submit(*arguments, environment={**os.environ, "PATH": str(tmp_path)})
