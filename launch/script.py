@@ -14,7 +14,7 @@ HOME = Path(__file__).resolve().parent.parent
 """The checkout."""
 LOCKSTEP = ("train",)
 """Stages whose ranks wait for each other."""
-SINGLE = ("generate", "evaluate", "report", "verify", "repair", "gc")
+SINGLE = ("generate", "evaluate", "report", "verify", "repair", "gc", "takedown")
 """Stages that are one process whatever is asked for."""
 _GPU_SINGLE = ("generate", "evaluate")
 

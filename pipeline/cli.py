@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pipeline.config import STAGES, ConfigError, LaunchConfig, public
+from pipeline.config import STAGES, ConfigError, LaunchConfig, RunConfig, public
 from pipeline.distributed.life import Life
 
 Config = TypeVar("Config")
@@ -171,13 +171,12 @@ def load(stage: str, arguments: Sequence[str]) -> Any:
     """The config of ``stage`` from command-line ``arguments`` and the data set's YAML."""
     given = parse(arguments)
     cls = STAGES[stage]
-    fields = {f.name for f in dataclasses.fields(cls)}
     own: Settings = {}
     for key, value in given.items():
         section, dot, name = key.partition(".")
         own[name if dot and section == stage else key] = value
     settings: Settings = {}
-    if own.get("dataset") and "source" in fields | known_keys():
+    if own.get("dataset") and issubclass(cls, RunConfig):
         settings = select(dataset_settings(own["dataset"]), stage, f"{own['dataset']}.yaml: ")
     return build(cls, settings | own)
 

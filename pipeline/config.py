@@ -221,6 +221,16 @@ class RepairConfig(ToolConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TakedownConfig:
+    """stage=takedown: remove samples for good from all finished dataset directories below a folder."""
+
+    takedown: str = option(help="text file: a key, or the hash (32 hexadecimal digits) of a source file, on each line")
+    data_dir: str = option(help="data_dir, or any folder below it")
+    dataset: str = option("", "only <data_dir>/<dataset>")
+    count_only: bool = option(False, "only say how much would be removed from where")
+
+
+@dataclass(frozen=True, kw_only=True)
 class GcConfig(ToolConfig):
     """stage=gc: delete what crashed attempts and replaced partitions left behind."""
 
@@ -293,6 +303,7 @@ STAGES: dict[str, type] = {
     "verify": VerifyConfig,
     "repair": RepairConfig,
     "gc": GcConfig,
+    "takedown": TakedownConfig,
     "report": ReportConfig,
 }
 MAIN_LINE = ("download", "filter", "shard", "precompute", "train")

@@ -36,6 +36,14 @@ _MAX_KEY = 200
 _QUOTED = "%:"
 
 
+TAKEN = "takedown"
+"""Reason of samples that were kept and then removed for good (stage=takedown). Each still has its place among those
+that were kept, so that positions in plans go on meaning the same samples."""
+
+TAKEN_UNKEPT = "takedown_unkept"
+"""Reason of samples removed for good that had not been kept anyway."""
+
+
 class SampleError(Exception):
     """One sample cannot be used; it becomes a ledger row and nothing else suffers.
 

@@ -52,6 +52,10 @@ class Format(ABC):
             ValueError: the bytes are no row.
         """
 
+    def copied(self, raw: bytes, schema: Schema, origin: Folder | None) -> Row:
+        """The row in ``raw`` as a writer takes it, to write the same bytes again."""
+        return self.decode(raw, schema, origin)
+
     index_file: str = ""
     """Name of what the format's own readers expect in the root; most need nothing there."""
 

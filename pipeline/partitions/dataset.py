@@ -8,6 +8,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.config import ConfigError
+from pipeline.config import MAIN_LINE, ConfigError
 from pipeline.formats.base import Format, get_format
 from pipeline.partitions.ledger import FILE as LEDGER
 from pipeline.partitions.ledger import read_ledger
 from pipeline.partitions.plan import BUCKET, Partition, PartitionReader, Plan, read_plans
-from pipeline.samples import Row, Schema
+from pipeline.samples import TAKEN, Row, SampleError, Schema
 from pipeline.storage import GONE, Folder, StorageError, digest
 
 SUCCESS = "_SUCCESS"
@@ -48,11 +49,20 @@ def open_root(path: str | Path) -> Folder:
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A kept sample of a dataset directory: its key and source position, and how to get its bytes."""
+    """A kept sample of a dataset directory: how to find it, and how to get its bytes.
+
+    Attributes:
+        source: the partition, as path ``data/BBB/PPPPP`` below the dataset's root.
+        offset: its place among the samples that were ever kept there. Unlike a position in bytes, this outlasts a
+            repair or takedown of the partition.
+        file, start, length: where its bytes lie in the partition's folder.
+    """
 
     key: str
     source: str
     offset: int
+    file: str
+    start: int
     length: int
     reader: SlotReader
 
@@ -63,12 +73,14 @@ class Stored:
             SampleError: what it refers to, outside of the dataset directory, is gone or has changed.
             StorageError: the dataset directory is damaged.
         """
+        if not self.file:
+            raise SampleError(TAKEN, "removed by stage=takedown")
         try:
-            return self.reader.row(self.source.rpartition("/")[2], self.offset, self.length)
+            return self.reader.row(self.file, self.start, self.length)
         except (ValueError, KeyError, OSError) as error:
             raise StorageError(
-                f"{self.reader.root}: sample {self.key} in {self.source} is damaged ({type(error).__name__}: {error}): "
-                f"run stage=repair on {self.reader.root}"
+                f"{self.reader.root}: sample {self.key} in {self.reader.path}/{self.file} is damaged "
+                f"({type(error).__name__}: {error}): run stage=repair on {self.reader.root}"
             ) from error
 
 
@@ -89,28 +101,39 @@ class SlotReader:
         self._files: dict[str, int] = {}
 
     def row(self, file: str, offset: int, length: int) -> Row:
+        """The row whose bytes lie there."""
+        return self._dataset.format.decode(self._raw(file, offset, length), self._dataset.schema, self._dataset.origin)
+
+    def copied(self, file: str, offset: int, length: int) -> Row:
+        """The row as the format's writer takes it, to write the same bytes again."""
+        return self._dataset.format.copied(self._raw(file, offset, length), self._dataset.schema, self._dataset.origin)
+
+    def _raw(self, file: str, offset: int, length: int) -> bytes:
         if file not in self._files:
             self._files[file] = self._folder.open_file(file)
         raw = os.pread(self._files[file], length, offset)
         if len(raw) != length:
             raise ValueError(f"{self.path}/{file} ends before byte {offset + length}")
-        return self._dataset.format.decode(raw, self._dataset.schema, self._dataset.origin)
+        return raw
 
-    def stored(self) -> list[Stored]:
-        """The kept samples of the partition, in order.
+    def stored(self, taken: bool = False) -> list[Stored]:
+        """The kept samples of the partition, in order; with ``taken`` also those that were, and have been taken down.
 
         Raises:
             StorageError: record or ledger are damaged.
         """
-        table = self.ledger(["key", "container", "outcome", "file", "offset", "length"]).to_pydict()
-        rows = zip(*(table[name] for name in ("key", "container", "outcome", "file", "offset", "length")), strict=True)
-        return [
-            Stored(key, f"{self.path}/{file}", offset, length, self)
-            for key, container, outcome, file, offset, length in rows
-            if outcome == "kept" and not container
+        columns = ["key", "container", "outcome", "reason", "file", "offset", "length"]
+        table = self.ledger(columns).to_pydict()
+        source = self._dataset.partition_path(self._index)
+        places = count()
+        stored = [
+            Stored(key, source, next(places), file or "", start, length, self)
+            for key, container, outcome, reason, file, start, length in zip(*(table[c] for c in columns), strict=True)
+            if not container and (outcome == "kept" or (outcome == "dropped" and reason == TAKEN))
         ]
+        return stored if taken else [sample for sample in stored if sample.file]
 
-    def ledger(self, columns: list[str]) -> pa.Table:
+    def ledger(self, columns: list[str] | None = None) -> pa.Table:
         """The ledger, checked first: a changed byte in it could change a key or hide a sample without a sign.
 
         Raises:
@@ -183,6 +206,11 @@ class Dataset:
         except OSError:
             return None
 
+    @cached_property
+    def taken(self) -> dict[str, tuple[int, str]]:
+        """Keys that were taken down → the partition of the newest row, and the reason that it has."""
+        return {key: tuple(row) for plan in self.plans for key, row in plan.header.get("taken", {}).items()}
+
     @property
     def partitions(self) -> int:
         return self.plans[-1].stop
@@ -205,6 +233,10 @@ class Dataset:
 
     def bucket(self, index: int) -> str:
         return f"{index // BUCKET:03d}"
+
+    def partition_path(self, index: int) -> str:
+        """Name of the partition in ledgers: its folder's path as long as it is not done again."""
+        return f"data/{self.bucket(index)}/{index:05d}"
 
     def path_of(self, index: int) -> str:
         return f"data/{self.bucket(index)}/{self.slot(index)}"
@@ -262,6 +294,18 @@ class Dataset:
         Raises:
             StorageError: the manifest is not the one that ``_SUCCESS`` speaks of.
         """
+        return self._manifest_column("kept")
+
+    @cached_property
+    def places(self) -> np.ndarray:
+        """Position of each partition's first sample among all that were ever kept, and their number at the end.
+
+        int64 (partitions + 1,). Unlike :attr:`starts`, it stays the same when samples are taken down: plans use it.
+        """
+        taken = self._manifest_column("taken") if self.require_success()["counts"].get("taken") else 0
+        return np.concatenate([[0], np.cumsum(self.kept + taken)]).astype(np.int64)
+
+    def _manifest_column(self, name: str) -> np.ndarray:
         expected = self.require_success()["digests"][MANIFEST]
         with os.fdopen(self.root.open_file(MANIFEST), "rb") as file:  # opened once: it may be replaced meanwhile
             if digest(file.read()) != expected:
@@ -270,7 +314,7 @@ class Dataset:
                     f"and, if that does not help, stage=repair on {self.root.path}"
                 )
             file.seek(0)
-            return np.asarray(pq.read_table(file, columns=["kept"])["kept"].to_numpy())
+            return np.asarray(pq.read_table(file, columns=[name])[name].to_numpy())
 
     @cached_property
     def starts(self) -> np.ndarray:
@@ -282,8 +326,11 @@ class Dataset:
         return int(self.starts[-1])
 
     def samples(self, index: int) -> Iterator[Stored]:
-        """The kept samples of partition ``index``, in order."""
-        yield from SlotReader(self, index).stored()
+        """What stages read: the samples that were ever kept in partition ``index``, in order.
+
+        To read one that was taken down raises SampleError.
+        """
+        yield from SlotReader(self, index).stored(taken=True)
 
 
 class RandomAccess:
@@ -291,22 +338,25 @@ class RandomAccess:
 
     Args:
         open_partitions: how many; each holds the positions of its samples in memory.
+        taken: positions are those of :attr:`Dataset.places`, of all samples that were ever kept.
     """
 
-    def __init__(self, dataset: Dataset, open_partitions: int = 64) -> None:
+    def __init__(self, dataset: Dataset, open_partitions: int = 64, taken: bool = False) -> None:
         self.dataset = dataset
+        self._taken = taken
+        self._starts = dataset.places if taken else dataset.starts
         self._most = open_partitions
         self._open: OrderedDict[int, list[Stored]] = OrderedDict()
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return int(self._starts[-1])
 
     def stored(self, position: int) -> Stored:
         """The sample at ``position`` of ``range(len(self))``."""
-        starts = self.dataset.starts
+        starts = self._starts
         index = int(np.searchsorted(starts, position, "right")) - 1
         if index not in self._open:
-            self._open[index] = SlotReader(self.dataset, index).stored()
+            self._open[index] = SlotReader(self.dataset, index).stored(self._taken)
             if len(self._open) > self._most:
                 self._open.popitem(last=False)
         self._open.move_to_end(index)
@@ -315,3 +365,15 @@ class RandomAccess:
     def rows(self, positions: Iterable[int]) -> list[Row]:
         """The samples at ``positions``, decoded from their storage format."""
         return [self.stored(int(position)).read() for position in positions]
+
+
+def find_datasets(folder: Path) -> list[Dataset]:
+    """Dataset directories below ``folder``, in the order of the main line; their insides are not searched."""
+    found = []
+    for place, folders, _ in os.walk(folder):
+        if (Path(place) / "plan" / "plan.json").is_file():
+            found.append(Dataset.open(place))
+            folders.clear()
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and name != "logs")
+    order = {stage: number for number, stage in enumerate(MAIN_LINE)}
+    return sorted(found, key=lambda d: (str(d.root.path.parent), order.get(d.stage, 99), str(d.root.path)))

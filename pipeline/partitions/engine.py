@@ -16,9 +16,10 @@ from pipeline.partitions.attempt import Attempt, AttemptRemoved, Superseded, req
 from pipeline.partitions.claims import Claims
 from pipeline.partitions.dataset import Dataset
 from pipeline.partitions.finalize import Incomplete, Overtaken, Unbalanced, finalize
-from pipeline.partitions.plan import BUCKET, Partition
+from pipeline.partitions.plan import BUCKET, TAKEDOWN, Partition
 from pipeline.partitions.planning import open_or_plan
 from pipeline.partitions.stage import Stage
+from pipeline.partitions.takedown import rewritten, without_taken
 from pipeline.samples import Outcome
 from pipeline.storage import GONE, StorageError
 from pipeline.telemetry import Events
@@ -212,9 +213,13 @@ class Worker:
         return False
 
     def _outcomes(self, partition: Partition) -> Iterator[Outcome]:
+        dataset, index = self.dataset, partition.index
+        if dataset.counts_by(index).header["kind"] == TAKEDOWN:
+            yield from rewritten(dataset, index)
+            return
         for outcome in self.stage.process(partition):
             if partition.only is None or (not outcome.container and partition.wants(outcome.key)):
-                yield outcome
+                yield without_taken(dataset, index, outcome)
 
     def _tell(self, record: dict[str, Any]) -> None:
         totals = self.events.totals

@@ -21,7 +21,7 @@ from pipeline.partitions.plan import BUCKET, FORMAT_VERSION
 from pipeline.storage import GONE, Folder, StorageError, json_bytes, seal
 
 _FILE = pa.struct([("name", pa.string()), ("bytes", pa.int64()), ("samples", pa.int64()), ("xxh3", pa.string())])
-_COUNTS = ("in", "kept", "dropped", "failed", "retryable", "containers")
+_COUNTS = ("in", "kept", "dropped", "failed", "retryable", "containers", "taken")
 _SCHEMA = pa.schema(
     [
         ("partition", pa.int64()),
@@ -128,7 +128,9 @@ class Tally:
     def totals(self) -> dict[str, int]:
         """Every key counted once, by its newest row."""
         counts = self.counts
+        taken = {"taken": counts["taken"]} if counts["taken"] else {}
         return {
+            **taken,
             "in": counts["in"] - self.superseded,
             "kept": counts["kept"],
             "dropped": counts["dropped"],

@@ -49,9 +49,13 @@ def _collect_moved_aside(root: Folder, older_than: float) -> Iterator[Path]:
 
 
 def _redone(dataset: Dataset, bucket: str) -> dict[int, int]:
-    """Partitions of this bucket that were done again, with the generation that counts now."""
+    """Partitions of this bucket that were done again, with the generation that counts now.
+
+    Before they are committed anew, what they replace is still needed: a takedown copies it.
+    """
     redone = {index for plan in dataset.plans for index in plan.redo if dataset.bucket(index) == bucket}
-    return {index: dataset.counts_by(index).generation for index in redone}
+    there = {index for index in redone if dataset.root.exists(dataset.path_of(index))}
+    return {index: dataset.counts_by(index).generation for index in there}
 
 
 def _replaced(name: str, redone: dict[int, int]) -> bool:

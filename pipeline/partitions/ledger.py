@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.samples import Outcome
+from pipeline.samples import TAKEN, Outcome
 from pipeline.storage import Folder, HashedFile
 
 FILE = "ledger.parquet"
@@ -73,6 +73,8 @@ class Ledger:
         self.counts["containers" if outcome.container else "in"] += 1
         if outcome.retryable and outcome.status == "failed":
             self.counts["retryable"] += 1
+        if outcome.status == "dropped" and outcome.reason == TAKEN:
+            self.counts["taken"] += 1
         if outcome.status != "kept":
             self.reasons[f"{outcome.status}:{outcome.reason}"] += 1
 

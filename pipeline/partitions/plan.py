@@ -27,6 +27,8 @@ from pipeline.storage import GONE, Folder, StorageError, commit, digest, seal
 FORMAT_VERSION = 1
 BUCKET = 1000
 PARTITIONS = "plan.parquet"
+TAKEDOWN = "takedown"
+"""Kind of a generation that writes partitions again without some of their samples."""
 _GROUP_INPUTS = 50_000  # inputs in a row group of plan.parquet, so that a rank reads little beyond its own range
 
 _INPUT = pa.struct(

@@ -16,7 +16,7 @@ from pipeline.partitions.attempt import unless_removed
 from pipeline.partitions.claims import Claims
 from pipeline.partitions.dataset import Dataset, SlotReader
 from pipeline.partitions.finalize import Incomplete, records
-from pipeline.partitions.plan import Input, Partition, commit_plan, folder_name, inputs_digest
+from pipeline.partitions.plan import TAKEDOWN, Input, Partition, commit_plan, folder_name, inputs_digest
 from pipeline.partitions.stage import Stage
 from pipeline.storage import GONE, Folder, StorageError, probe
 
@@ -227,7 +227,7 @@ def _upstream_state(stage: Stage) -> dict[str, Any] | None:
         "stage": success["stage"],
         "content_digest": success["content_digest"],
         "partitions": success["partitions"],
-        "kept": success["counts"]["kept"],
+        "kept": success["counts"]["kept"] + success["counts"].get("taken", 0),
     }
 
 
@@ -267,6 +267,11 @@ def _check_upstream(stage: Stage, dataset: Dataset, upstream: dict[str, Any] | N
     for generation in (stage.upstream.success or {})["generations"]:
         if generation["partitions"] == known["partitions"] and generation["content_digest"] == known["content_digest"]:
             return True
+    if known["content_digest"] in replaced_digests(stage.upstream):
+        raise Stale(
+            f"samples of {upstream['path']} were taken down, but not yet those of {dataset.root.path}: "
+            "run stage=takedown again with the same takedown= on the whole data set"
+        )
     raise Stale(
         f"{dataset.root.path} was made from another content of {upstream['path']} (its content_digest changed): "
         "choose another output= or variant=, or overwrite=true"
@@ -343,7 +348,7 @@ def retries(dataset: Dataset) -> list[Partition]:
     Raises:
         Incomplete: not all partitions are committed.
     """
-    keys_redone: dict[tuple[Input, ...], set[str]] = defaultdict(set)
+    keys_redone: dict[tuple[Input, ...], set[str]] = defaultdict(lambda: set(dataset.taken))
     archives_redone: set[tuple[Input, ...]] = set()
     found: list[Partition] = []
     concerned = [
@@ -394,15 +399,44 @@ def _nothing_to_add(stage: Stage) -> str:
     return f"claims/nothing-to-add.{stage.config.run_id}"
 
 
+def replaced_digests(dataset: Dataset) -> set[str]:
+    """Content digests that ``dataset`` had before samples were taken down from it."""
+    return {str(plan.header["replaces"]) for plan in dataset.plans if plan.header["kind"] == TAKEDOWN}
+
+
+def commit_takedown(dataset: Dataset, taken: dict[str, tuple[int, str]], upstream: Dataset | None) -> bool:
+    """Add a generation that writes partitions again without some samples; False if another was first.
+
+    ``taken``: key → partition of its newest row, and the reason that this row gets. ``upstream`` is free of them.
+    """
+    last = _last_upstream(dataset)
+    if last is not None and upstream is not None:
+        last = {**last, "content_digest": upstream.require_success()["content_digest"]}
+    header = {
+        **_again(dataset),
+        "upstream": last,
+        "kind": TAKEDOWN,
+        "redo": sorted({index for index, _ in taken.values()}),
+        "taken": taken,
+        "replaces": dataset.require_success()["content_digest"],
+    }
+    return _commit_generation(dataset, header, list)
+
+
+def _again(dataset: Dataset) -> dict[str, Any]:
+    """Header of a generation that adds no partition, but for what it is about."""
+    same = {name: value for name, value in dataset.header.items() if name not in ("id", "format_version")}
+    return {**same, "first": dataset.partitions}
+
+
 def commit_repair(dataset: Dataset, redo: Iterable[int], content_digest: str) -> bool:
     """Add a generation that does the partitions ``redo`` again, under new names; what they replace counts no more.
 
     ``content_digest`` is what should come out (empty: unknown). False if another run was first.
     """
     header = {
-        **{name: value for name, value in dataset.header.items() if name not in ("id", "format_version")},
+        **_again(dataset),
         "upstream": _last_upstream(dataset),
-        "first": dataset.partitions,
         "kind": "repair",
         "redo": sorted(redo),
         "mends": content_digest,

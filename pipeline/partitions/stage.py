@@ -143,4 +143,6 @@ def open_input(config: Any, stage: str) -> Dataset:
 def follow_upstream(upstream: Dataset, since: int) -> Iterator[Partition]:
     """One partition for each of the upstream's, from number ``since`` on."""
     for index in range(since, upstream.partitions):
-        yield Partition((Input("partition", index, index + 1),), int(upstream.kept[index]))
+        yield Partition(
+            (Input("partition", index, index + 1),), int(upstream.places[index + 1] - upstream.places[index])
+        )

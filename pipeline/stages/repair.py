@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pipeline import cli
 from pipeline.cli import config_for
-from pipeline.config import STAGES, RepairConfig
+from pipeline.config import RepairConfig
 from pipeline.distributed import Rank, distributed
 from pipeline.partitions import engine
 from pipeline.partitions.attempt import unless_removed
@@ -16,9 +14,8 @@ from pipeline.partitions.dataset import Dataset, open_root
 from pipeline.partitions.mend import mend_headers, mend_partitions
 from pipeline.partitions.plan import PARTITIONS
 from pipeline.partitions.planning import commit_repair
-from pipeline.partitions.stage import Stage
 from pipeline.partitions.verify import Finding, verify
-from pipeline.stages import get_stage
+from pipeline.stages import stage_that_made
 from pipeline.storage import Folder, StorageError
 
 
@@ -55,7 +52,7 @@ def _repair_at(root: Folder, rank: Rank) -> dict[str, Any] | None:
     if not findings:
         return dataset.success if mended else None
     expected = _expected(dataset)
-    stage = _stage_of(dataset, rank, lenient=bool(expected))
+    stage = stage_that_made(dataset, rank, lenient=bool(expected))
     for plan in dataset.plans:
         if any(finding.file == f"{plan.folder}/{PARTITIONS}" for finding in findings):
             mend_partitions(stage, dataset, plan)
@@ -78,13 +75,6 @@ def _expected(dataset: Dataset) -> str:
         return str(dataset.success["content_digest"])
     newest = dataset.plans[-1].header  # an earlier repair may have been interrupted
     return str(newest["mends"]) if newest["kind"] == "repair" else ""
-
-
-def _stage_of(dataset: Dataset, rank: Rank, lenient: bool) -> Stage:
-    """The stage that made ``dataset``, with its settings; ``lenient``: it was finished, whatever part had failed."""
-    config: Any = cli.build(STAGES[dataset.stage], dataset.header["config"])
-    again = replace(config, output=str(dataset.root.path), overwrite=False, retry_failed=False, run_id="")
-    return get_stage(dataset.stage)(replace(again, max_failed_fraction=1.0) if lenient else again, rank)
 
 
 def _to_redo(dataset: Dataset, findings: list[Finding]) -> set[int]:

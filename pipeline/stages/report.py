@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 import time
 from collections.abc import Iterator
 from io import BytesIO
@@ -17,8 +16,8 @@ from PIL import Image
 
 from pipeline import images
 from pipeline.cli import config_for, errors_as_one_line
-from pipeline.config import MAIN_LINE, ConfigError, ReportConfig, dataset_name
-from pipeline.partitions.dataset import Dataset, SlotReader, Stored
+from pipeline.config import ConfigError, ReportConfig, dataset_name
+from pipeline.partitions.dataset import Dataset, SlotReader, Stored, find_datasets
 from pipeline.partitions.ledger import read_ledger
 from pipeline.samples import SampleError
 
@@ -54,18 +53,6 @@ def page(folder: Path, samples: int) -> str:
 
 
 # ---- what there is
-
-
-def find_datasets(folder: Path) -> list[Dataset]:
-    """Dataset directories below ``folder``, in the order of the main line; their insides are not searched."""
-    found = []
-    for place, folders, _ in os.walk(folder):
-        if (Path(place) / "plan" / "plan.json").is_file():
-            found.append(Dataset.open(place))
-            folders.clear()
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and name != "logs")
-    order = {stage: number for number, stage in enumerate(MAIN_LINE)}
-    return sorted(found, key=lambda d: (str(d.root.path.parent), order.get(d.stage, 99), str(d.root.path)))
 
 
 def find_runs(folder: Path) -> list[Path]:

@@ -36,7 +36,7 @@ class Shard(Stage):
 
     def plan(self, since: int = 0) -> Iterator[Partition]:
         """Even cuts of the upstream's positions; what it gained later is cut and shuffled by itself."""
-        starts = self.upstream.starts
+        starts = self.upstream.places
         first, total = int(starts[since]), int(starts[-1] - starts[since])
         count = -(-total // self._partition_size())
         for number in range(count):
@@ -56,7 +56,7 @@ class Shard(Stage):
         if self.config.shuffle:
             seed = keyed_seed(self.config.seed, "shard", whole.start)
             positions = Permutation(whole.stop - whole.start, seed)[positions]
-        upstream = RandomAccess(self.upstream)
+        upstream = RandomAccess(self.upstream, taken=True)
         for position in positions:
             yield _copy(upstream.stored(whole.start + int(position)))
 

@@ -20,7 +20,7 @@ _MEMORY = Path("/dev/shm")
 def _fake_stages(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in fake_stage.STAGES:
         monkeypatch.setitem(STAGES, name, fake_stage.FakeConfig)
-    monkeypatch.setattr("pipeline.stages.repair.get_stage", fake_stage.STAGES.__getitem__)
+    monkeypatch.setattr("pipeline.stages.get_stage", fake_stage.STAGES.__getitem__)
     monkeypatch.setattr("pipeline.partitions.engine._POLL", 0.02)
     monkeypatch.setattr("pipeline.partitions.planning._POLL", 0.02)
 

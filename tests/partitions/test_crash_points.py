@@ -24,6 +24,7 @@ from pipeline.distributed import Rank
 from pipeline.partitions.attempt import Superseded
 from pipeline.partitions.dataset import Dataset
 from pipeline.stages.repair import repair
+from pipeline.stages.takedown import takedown
 from pipeline.storage import StorageError
 
 SMALL: dict[str, Any] = {"count": 10, "partition_size": 4, "lease": 0.2}
@@ -55,11 +56,18 @@ def gained(folder: Path) -> None:
     run(folder / "upstream", **SMALL, retry_failed=True)
 
 
+def unwanted(folder: Path) -> None:
+    run(folder / "upstream", **{**SMALL, "count": 5})
+    run(folder / "output", FakeFilter, input=str(folder / "upstream"), lease=0.2)
+    (folder / "wanted.txt").write_text("sample00001\nsample00003\n")
+
+
 SCENARIOS = {
     "a first run": Scenario(lambda folder: None, lambda folder: run(folder / "output", **{**SMALL, "count": 18})),
     "a retry": Scenario(finished, lambda folder: run(folder / "output", **SMALL, retry_failed=True, run_id="one")),
     "a repair": Scenario(damaged, lambda folder: repair(folder / "output", Rank())),
     "an append": Scenario(gained, lambda f: run(f / "output", FakeFilter, input=str(f / "upstream"), lease=0.2)),
+    "a takedown": Scenario(unwanted, lambda folder: takedown(folder, folder / "wanted.txt", Rank())),
     "an overwrite": Scenario(
         finished, lambda f: run(f / "output", **SMALL, colour="blue", overwrite=True, run_id="one")
     ),

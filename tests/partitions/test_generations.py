@@ -427,7 +427,7 @@ def test_a_repair_of_changed_inputs_says_so_even_if_it_was_interrupted(
 
     run(output)
     flip(output / "data/000/00001/ledger.parquet", 60)
-    monkeypatch.setattr("pipeline.stages.repair.get_stage", lambda name: Changed)
+    monkeypatch.setattr("pipeline.stages.get_stage", lambda name: Changed)
 
     def stopped(*arguments: Any) -> Any:
         raise KeyboardInterrupt

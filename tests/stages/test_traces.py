@@ -39,8 +39,9 @@ def test_from_a_latent_back_to_the_file_that_it_was_made_of(tmp_path: Path) -> N
         for stage, upstream in (("precompute", "shard"), ("shard", "filter"), ("filter", "download")):
             (here,) = [r for r in rows(places[stage]) if r["key"] == row["key"]]
             (above,) = [r for r in rows(places[upstream]) if r["key"] == row["key"]]
-            slot = Dataset.open(places[upstream]).path_of(above["partition"])
-            assert (here["source"], here["source_offset"]) == (f"{slot}/{above['file']}", above["offset"])
+            there = Dataset.open(places[upstream])
+            assert here["source"] == there.path_of(above["partition"])
+            assert list(there.samples(above["partition"]))[here["source_offset"]].key == row["key"]
         data = (images / above["source"]).read_bytes()
         assert above["source_hash"] == content_hash(data)
         assert row["key"] == above["source"].replace(".png", "-png")

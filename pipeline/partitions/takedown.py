@@ -1,0 +1,88 @@
+"""Samples removed for good: which partitions hold them, and the same partitions without them.
+
+A generation of kind ``takedown`` has its partitions written again from what they held, not from the stage's input,
+which may be gone. A removed sample's row stays in the ledger with its key and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Set
+
+from pipeline.partitions.dataset import Dataset, SlotReader
+from pipeline.partitions.plan import TAKEDOWN
+from pipeline.samples import TAKEN, TAKEN_UNKEPT, Outcome
+
+Taken = dict[str, tuple[int, str]]
+"""Key → the partition that its newest row is in, and the reason that this row will have."""
+
+
+def find(dataset: Dataset, keys: Set[str], hashes: Set[str]) -> Taken:
+    """Look for samples with these keys, or made from files with these XXH3-128 hashes, in all ledgers of ``dataset``.
+
+    Those that were taken down before are not looked for.
+
+    Raises:
+        StorageError: a ledger is damaged.
+    """
+    found: Taken = {}
+    for index in range(dataset.partitions):
+        table = SlotReader(dataset, index).ledger(["key", "container", "outcome", "source_hash"]).to_pydict()
+        rows = zip(table["key"], table["container"], table["outcome"], table["source_hash"], strict=True)
+        for key, container, outcome, source_hash in rows:
+            if not container and (key in keys or source_hash in hashes or key in found) and key not in dataset.taken:
+                found[key] = (index, TAKEN if outcome == "kept" else TAKEN_UNKEPT)
+    return found
+
+
+def without_taken(dataset: Dataset, index: int, outcome: Outcome) -> Outcome:
+    """``outcome`` in partition ``index``, or what stands in its place if its sample was taken down, here or upstream.
+
+    The older rows of a sample that failed at first and was tried again hold nothing and stay as they are.
+    """
+    if outcome.container:
+        return outcome
+    newest, reason = dataset.taken.get(outcome.key, (-1, ""))
+    if newest == index:
+        return Outcome(outcome.key, "dropped", reason)
+    if outcome.reason == TAKEN or (reason and outcome.status == "kept"):
+        return Outcome(outcome.key, "dropped", TAKEN_UNKEPT)
+    return outcome
+
+
+def rewritten(dataset: Dataset, index: int) -> Iterator[Outcome]:
+    """The outcomes of partition ``index`` as they were before it was to be written again, without what is taken down.
+
+    Raises:
+        StorageError: what it held is damaged.
+    """
+    before = SlotReader(Dataset(dataset.root, dataset.counts_by(index).generation), index)
+    for row in before.ledger().to_pylist():
+        outcome = without_taken(
+            dataset,
+            index,
+            Outcome(
+                row["key"],
+                row["outcome"],
+                row["reason"],
+                row["detail"],
+                row["retryable"],
+                row["source"],
+                row["member"],
+                row["source_offset"],
+                row["source_bytes"],
+                row["source_hash"],
+                row["width"],
+                row["height"],
+                container=row["container"],
+                count=row["count"],
+                complete=row["complete"],
+            ),
+        )
+        if outcome.status == "kept" and not outcome.container:
+            outcome.row = before.copied(row["file"], row["offset"], row["length"])
+        yield outcome
+
+
+def is_takedown(dataset: Dataset) -> bool:
+    """Whether the newest generation is a takedown, which a dataset that is not finished may have been left with."""
+    return bool(dataset.plans[-1].header["kind"] == TAKEDOWN)

@@ -1,0 +1,159 @@
+"""stage=takedown: remove samples for good from every finished dataset directory below a folder, and prove it.
+
+Upstream first: each dataset directory gets a generation in which the partitions that held a sample are written again
+without it; then what they replace is deleted. The rows stay in the ledgers as ``dropped: takedown``, with the key only.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from pipeline.cli import config_for
+from pipeline.config import ConfigError, TakedownConfig, dataset_name
+from pipeline.distributed import Rank, distributed
+from pipeline.partitions import engine
+from pipeline.partitions.dataset import Dataset, SlotReader, find_datasets
+from pipeline.partitions.gc import collect
+from pipeline.partitions.planning import commit_takedown, replaced_digests
+from pipeline.partitions.takedown import find, is_takedown
+from pipeline.stages import stage_that_made
+from pipeline.storage import StorageError
+
+_HASH = re.compile(r"[0-9a-fA-F]{32}")
+
+
+def takedown(folder: Path, wanted: Path, rank: Rank, count_only: bool = False) -> dict[str, int]:
+    """Remove the samples that the file ``wanted`` lists from all dataset directories below ``folder``.
+
+    Interrupted, it is to be run again with the same list.
+
+    Returns:
+        How many samples were removed from each dataset directory.
+
+    Raises:
+        ConfigError: the list cannot be read or has nothing in it, or there is no dataset directory.
+        StorageError: one of them is not finished, damaged, or not made from what its upstream holds now.
+    """
+    keys, hashes = read_list(wanted)
+    try:
+        return _takedown(folder, keys, hashes, rank, count_only)
+    except OSError as error:
+        raise StorageError(f"{folder}: {error}; run it again with the same list") from error
+
+
+def _takedown(folder: Path, keys: set[str], hashes: set[str], rank: Rank, count_only: bool) -> dict[str, int]:
+    datasets = list(_upstream_first(find_datasets(folder)))
+    if not datasets:
+        raise ConfigError(f"no dataset directory below {folder}")
+    for dataset in datasets:
+        _require_sound_state(dataset)
+    removed = {}
+    for opened in datasets:
+        dataset = Dataset(opened.root)
+        if dataset.success is None and not count_only:
+            engine.run(stage_that_made(dataset, rank, lenient=True))  # a takedown that was interrupted
+            dataset = Dataset(opened.root)
+        found = find(dataset, keys, hashes)
+        keys |= set(found)
+        removed[str(dataset.root.path)] = len(found)
+        rank.log.info("%s: %d samples to remove", dataset.root.path, len(found))
+        if count_only:
+            continue
+        upstream = _upstream_of(dataset)
+        if found or (upstream is not None and _digest_known(dataset) != _digest(upstream)):
+            if not commit_takedown(dataset, found, upstream):
+                raise StorageError(f"{dataset.root.path}: another run is at work on it: run it again when that is done")
+            engine.run(stage_that_made(dataset, rank, lenient=True))
+        for path in collect(Dataset(dataset.root), 0.0):
+            rank.log.info("deleted %s", path)
+        _prove(Dataset(dataset.root), keys)
+    return removed
+
+
+def read_list(path: Path) -> tuple[set[str], set[str]]:
+    """Keys and hashes in a text file, one on each line.
+
+    Raises:
+        ConfigError: it cannot be read, or there is nothing in it.
+    """
+    try:
+        lines = {line.strip() for line in path.read_text(encoding="utf-8").splitlines()} - {""}
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"takedown={path}: cannot be read: {error}") from None
+    if not lines:
+        raise ConfigError(f"takedown={path}: there is nothing in it")
+    hashes = {line for line in lines if _HASH.fullmatch(line)}
+    return lines - hashes, {line.lower() for line in hashes}
+
+
+def _upstream_first(datasets: list[Dataset]) -> Iterator[Dataset]:
+    waiting = {str(dataset.root.path): dataset for dataset in datasets}
+    while waiting:
+        ready = [path for path, dataset in waiting.items() if _upstream_path(dataset) not in waiting]
+        for path in ready or list(waiting):
+            yield waiting.pop(path)
+
+
+def _upstream_path(dataset: Dataset) -> str:
+    return str((dataset.header.get("upstream") or {}).get("path", ""))
+
+
+def _upstream_of(dataset: Dataset) -> Dataset | None:
+    path = _upstream_path(dataset)
+    return Dataset.open(path) if path and Path(path, "plan").is_dir() else None
+
+
+def _digest(dataset: Dataset) -> str:
+    return str(dataset.require_success()["content_digest"])
+
+
+def _digest_known(dataset: Dataset) -> str:
+    """Content digest of the upstream when the newest generation was planned."""
+    return next(str(p.header["upstream"]["content_digest"]) for p in reversed(dataset.plans) if p.header["upstream"])
+
+
+def _require_sound_state(dataset: Dataset) -> None:
+    """Raises StorageError unless the dataset is finished, or left by a takedown, and its upstream has not moved on."""
+    if dataset.success is None and not is_takedown(dataset):
+        raise StorageError(f"{dataset.root.path} is not finished: run stage={dataset.stage} to its end, or delete it")
+    upstream = _upstream_of(dataset)
+    if upstream is None or upstream.success is None:
+        return
+    if _digest_known(dataset) not in {_digest(upstream), *replaced_digests(upstream)}:
+        raise StorageError(
+            f"{dataset.root.path} was not made from what {upstream.root.path} holds now: "
+            f"run stage={dataset.stage} again first, or delete it"
+        )
+
+
+def _prove(dataset: Dataset, keys: set[str]) -> None:
+    """Raises StorageError if anything of the samples is left in a partition, or a partition that no longer counts is.
+
+    Data files hold what the ledgers say they hold: their hashes stand in the records, and stage=verify compares them.
+    """
+    for index in range(dataset.partitions):
+        left = {stored.key for stored in SlotReader(dataset, index).stored()} & keys
+        if left:
+            raise StorageError(f"{dataset.root.path}: partition {index} still has {', '.join(sorted(left)[:3])}")
+    slots = {dataset.path_of(index) for index in range(dataset.partitions)}
+    root = dataset.root.path
+    there = {str(path.relative_to(root)) for path in root.glob("data/*/*")}
+    if there - slots:
+        raise StorageError(f"{root}: {min(there - slots)} is left, and may hold samples that were removed")
+
+
+@distributed
+def main(rank: Rank, config: TakedownConfig) -> None:
+    with engine.expected_errors(rank):
+        folder = Path(config.data_dir, dataset_name(config.dataset)).absolute()
+        removed = takedown(folder, Path(config.takedown), rank, config.count_only)
+    for path, count in removed.items():
+        print(f"{path}: {count} samples {'would be removed' if config.count_only else 'removed'}")
+    if not any(removed.values()):
+        print("nothing of what the list names is there (any more)")
+
+
+if __name__ == "__main__":
+    main(config_for("takedown"))
