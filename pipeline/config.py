@@ -209,15 +209,27 @@ class ToolConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class VerifyConfig(ToolConfig):
+class VerifyConfig:
     """stage=verify: check counts, files and hashes; names what is wrong, exit code 1 if anything is."""
 
+    input: str = option("", "dataset directory (it holds plan/ and data/)")
+    data_dir: str = option("", "in place of input: check everything below this folder")
+    dataset: str = option("", "with data_dir: only <data_dir>/<dataset>")
+    deep: bool = option(
+        False, "also read every row, decode every image, compare with what the stage before kept, decode some latents"
+    )
+    workers: int = option(0, "processes that look at partitions (0: one for each CPU that we may use)")
     json: bool = option(False, "print the findings as JSON")
+    trace: str = option("", "check nothing, but tell the way of the sample with this key through data_dir")
+    show: str = option("", "with trace: write a picture of the sample at each stage to this .png")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RepairConfig(ToolConfig):
     """stage=repair: verify, then redo just the partitions that are wrong."""
+
+    deep: bool = option(False, "look for what verify finds with deep=true, too")
+    workers: int = option(0, "processes that look at partitions (0: one for each CPU that we may use)")
 
 
 @dataclass(frozen=True, kw_only=True)

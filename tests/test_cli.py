@@ -46,7 +46,7 @@ def test_ways_to_write_the_same_settings(arguments: list[str]) -> None:
         ("precompute", ["image_resolutions=[256,big]"], "expected a list of whole numbers"),
         ("precompute", ["latent=mean"], "latent=mean: "),
         ("precompute", ["vae=${oc.env:HOME}"], "not supported"),
-        ("verify", [], "missing: input=..."),
+        ("repair", [], "missing: input=..."),
         ("filter", ["lease=1", "--lease", "2"], "lease is given twice"),
         ("filter", ["lease"], "'lease' is no setting"),
         ("filter", ["dataset=shaps"], "did you mean shapes?"),

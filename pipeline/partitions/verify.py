@@ -21,12 +21,16 @@ from pipeline.storage import BLOCK, GONE, Folder, StorageError
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """Something that is not as it should be; ``partition`` is -1 where it concerns the dataset as a whole."""
+    """Something that is not as it should be; ``partition`` is -1 where it concerns the dataset as a whole.
+
+    ``inside``: the bytes are those that were written, but what they say is wrong.
+    """
 
     partition: int
     what: str
     file: str = ""
     key: str = ""
+    inside: bool = False
 
     def __str__(self) -> str:
         place = f"partition {self.partition}" if self.partition >= 0 else "dataset"
@@ -36,10 +40,13 @@ class Finding:
         return asdict(self)
 
 
-def verify(dataset: Dataset) -> Iterator[Finding]:
+def verify(dataset: Dataset, partitions: Iterator[list[Finding]] | None = None) -> Iterator[Finding]:
     """Check records, listings, sizes, hashes and counts of every partition, then the totals.
 
     Unfinished datasets are checked as far as they are committed, and said to be unfinished.
+
+    Args:
+        partitions: what is wrong with each of them in order, if somebody else looks at them.
     """
     success = dataset.success
     if success is None:
@@ -47,10 +54,11 @@ def verify(dataset: Dataset) -> Iterator[Finding]:
     for plan in dataset.plans:
         yield from _verify_digest(dataset.root, f"{plan.folder}/{PARTITIONS}", plan.header["partitions_digest"])
     sound = True
-    for index in range(dataset.partitions):
-        for finding in verify_partition(dataset, index):
-            sound = False
-            yield finding
+    if partitions is None:
+        partitions = (list(verify_partition(dataset, index)) for index in range(dataset.partitions))
+    for findings in partitions:
+        sound = sound and not findings
+        yield from findings
     if success is not None:
         for name, expected in success["digests"].items():
             yield from _verify_digest(dataset.root, name, expected)

@@ -14,13 +14,18 @@ from pipeline.partitions.dataset import Dataset, open_root
 from pipeline.partitions.mend import mend_headers, mend_partitions
 from pipeline.partitions.plan import PARTITIONS
 from pipeline.partitions.planning import commit_repair
-from pipeline.partitions.verify import Finding, verify
+from pipeline.partitions.verify import Finding
 from pipeline.stages import stage_that_made
+from pipeline.stages.verify import findings_in
 from pipeline.storage import Folder, StorageError
 
 
-def repair(folder: str | Path, rank: Rank) -> dict[str, Any] | None:
+def repair(folder: str | Path, rank: Rank, deep: bool = False, workers: int = 1) -> dict[str, Any] | None:
     """Redo the partitions that :func:`verify` finds fault with, and finish the dataset again.
+
+    Args:
+        deep: look inside of partitions whose bytes are those that were written; what is redone may come out different.
+        workers: processes that look (0: one for each CPU).
 
     Returns:
         What ``_SUCCESS`` says afterwards; None if there was nothing to mend.
@@ -30,29 +35,29 @@ def repair(folder: str | Path, rank: Rank) -> dict[str, Any] | None:
         StorageError: the plan is damaged beyond repair, or the content came out different from before.
     """
     try:
-        return _repair(folder, rank)
+        return _repair(folder, rank, deep, workers)
     except OSError as error:
         raise StorageError(f"{folder} cannot be repaired: {error}") from error
 
 
-def _repair(folder: str | Path, rank: Rank) -> dict[str, Any] | None:
+def _repair(folder: str | Path, rank: Rank, deep: bool, workers: int) -> dict[str, Any] | None:
     root = open_root(folder)
     with unless_removed(root):
-        return _repair_at(root, rank)
+        return _repair_at(root, rank, deep, workers)
 
 
-def _repair_at(root: Folder, rank: Rank) -> dict[str, Any] | None:
+def _repair_at(root: Folder, rank: Rank, deep: bool, workers: int) -> dict[str, Any] | None:
     mended = mend_headers(root)
     for name in mended:
         rank.log.info("dataset: %s: its bytes have changed: mended", name)
     dataset = Dataset(root)
-    findings = list(verify(dataset))
+    findings = list(findings_in(dataset, deep, workers))
     for finding in findings:
         rank.log.info("%s", finding)
     if not findings:
         return dataset.success if mended else None
-    expected = _expected(dataset)
-    stage = stage_that_made(dataset, rank, lenient=bool(expected))
+    stage = stage_that_made(dataset, rank, lenient=bool(_expected(dataset)))
+    expected = "" if any(finding.inside for finding in findings) else _expected(dataset)
     for plan in dataset.plans:
         if any(finding.file == f"{plan.folder}/{PARTITIONS}" for finding in findings):
             mend_partitions(stage, dataset, plan)
@@ -88,7 +93,7 @@ def _to_redo(dataset: Dataset, findings: list[Finding]) -> set[int]:
 @distributed
 def main(rank: Rank, config: RepairConfig) -> None:
     with engine.expected_errors(rank):
-        after = repair(config.input, rank)
+        after = repair(config.input, rank, config.deep, config.workers)
     rank.log.info("%s: %s", config.input, "repaired" if after else "sound, nothing to repair")
 
 

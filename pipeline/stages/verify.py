@@ -1,20 +1,32 @@
-"""stage=verify: does a dataset directory hold what it promises? Prints what is wrong; exit code 1 if anything is."""
+"""stage=verify: do dataset directories hold what they promise? Prints what is wrong; exit code 1 if anything is."""
 
 from __future__ import annotations
 
 import json
+import os
 import sys
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import replace
+from functools import cached_property, lru_cache
+from multiprocessing import get_context
 from pathlib import Path
 
+from pipeline import images
 from pipeline.cli import config_for, errors_as_one_line
-from pipeline.config import VerifyConfig
-from pipeline.partitions.dataset import Dataset
-from pipeline.partitions.verify import Finding, verify
+from pipeline.config import ConfigError, VerifyConfig, dataset_name
+from pipeline.partitions.dataset import Dataset, SlotReader, Stored, find_datasets
+from pipeline.partitions.ledger import FILE as LEDGER
+from pipeline.partitions.verify import Finding, verify, verify_partition
+from pipeline.samples import SampleError
+from pipeline.stages import trace
 from pipeline.storage import StorageError
 
+_SPAN = 8  # partitions that a worker looks at in one go
 
-def findings_of(folder: str | Path) -> tuple[int, Iterator[Finding]]:
+
+def findings_of(folder: str | Path, deep: bool = False, workers: int = 1) -> tuple[int, Iterator[Finding]]:
     """How many partitions the dataset directory has, and what is wrong with it.
 
     Raises:
@@ -24,18 +36,141 @@ def findings_of(folder: str | Path) -> tuple[int, Iterator[Finding]]:
         dataset = Dataset.open(folder)
     except StorageError as error:
         return 0, iter([Finding(-1, str(error))])
-    return dataset.partitions, verify(dataset)
+    return dataset.partitions, findings_in(dataset, deep, workers)
+
+
+def findings_in(dataset: Dataset, deep: bool = False, workers: int = 1) -> Iterator[Finding]:
+    """What is wrong with ``dataset``; ``workers`` processes look at its partitions (0: one for each CPU)."""
+    return verify(dataset, _partitions(dataset, deep, workers))
+
+
+def _partitions(dataset: Dataset, deep: bool, workers: int) -> Iterator[list[Finding]]:
+    """What is wrong with each partition, in order."""
+    spans = [range(start, min(start + _SPAN, dataset.partitions)) for start in range(0, dataset.partitions, _SPAN)]
+    path = str(dataset.root.path)
+    workers = min(workers or len(os.sched_getaffinity(0)), len(spans))
+    if workers <= 1:
+        checker = Checker(dataset, deep)
+        yield from (checker.check(index) for index in range(dataset.partitions))
+        return
+    with ProcessPoolExecutor(workers, mp_context=get_context("forkserver")) as pool:
+        waiting: deque[Future[list[list[Finding]]]] = deque()
+        for span in spans:
+            waiting.append(pool.submit(_check, path, deep, span))
+            if len(waiting) > 2 * workers:
+                yield from waiting.popleft().result()
+        for future in waiting:
+            yield from future.result()
+
+
+def _check(path: str, deep: bool, span: range) -> list[list[Finding]]:
+    return [_checker(path, deep).check(index) for index in span]
+
+
+@lru_cache(maxsize=1)
+def _checker(path: str, deep: bool) -> Checker:
+    """Of a worker process, which lives for one dataset directory."""
+    return Checker(Dataset.open(path), deep)
+
+
+class Checker:
+    """Looks at partitions of one dataset, one by one; ``deep``: also for what hashes cannot tell."""
+
+    def __init__(self, dataset: Dataset, deep: bool) -> None:
+        self.dataset = dataset
+        self.deep = deep
+
+    @cached_property
+    def upstream(self) -> Dataset | None:
+        """What the partitions were made from, if it is there."""
+        path = Path((self.dataset.header.get("upstream") or {}).get("path") or "nothing")
+        return Dataset.open(path) if (path / "plan").is_dir() else None
+
+    def check(self, index: int) -> list[Finding]:
+        findings = list(verify_partition(self.dataset, index))
+        if self.deep and not findings:
+            findings = [replace(finding, inside=True) for finding in self._look_inside(index)]
+        return findings
+
+    def _look_inside(self, index: int) -> Iterator[Finding]:
+        try:
+            for sample in SlotReader(self.dataset, index).stored():
+                fault = fault_of(sample)
+                if fault:
+                    yield Finding(index, fault, sample.file, sample.key)
+            yield from self._compare_keys(index)
+        except StorageError as error:
+            yield Finding(index, str(error))
+
+    def _compare_keys(self, index: int) -> Iterator[Finding]:
+        """Does the partition account for just the samples that its plan took from one partition of the upstream?"""
+        partition = self.dataset.partition(index)
+        if self.upstream is None or [span.path for span in partition.inputs] != ["partition"]:
+            return
+        keys = {sample.key for sample in self.upstream.samples(partition.inputs[0].start)}
+        expected = {key for key in keys if partition.wants(key)}
+        table = SlotReader(self.dataset, index).ledger(["key", "container"]).to_pylist()
+        found = {row["key"] for row in table if not row["container"]}
+        for key in sorted(expected - found)[:3]:
+            yield Finding(index, f"a sample of {self.upstream.root.path} is not accounted for", LEDGER, key)
+        for key in sorted(found - expected)[:3]:
+            yield Finding(index, f"{self.upstream.root.path} has no such sample", LEDGER, key)
+
+
+def fault_of(sample: Stored) -> str:
+    """What is wrong with a sample that can be read; empty if nothing is."""
+    try:
+        row = sample.read()
+        if row["key"] != sample.key:
+            return f"holds {row['key']}"
+        if "jpg" not in row:
+            return ""
+        height, width = images.decode(row["jpg"], images.probe(row["jpg"], images.Limits())).shape[:2]
+    except (SampleError, images.ImageError) as error:
+        return f"does not decode: {error}"
+    said = (row.get("width", width), row.get("height", height))
+    return "" if said == (width, height) else f"has {width}x{height} pixels, its row says {said[0]}x{said[1]}"
+
+
+# ---- the program
 
 
 def main(config: VerifyConfig) -> int:
     with errors_as_one_line():
-        partitions, findings = findings_of(config.input)
-        count = 0
-        for finding in findings:
-            count += 1
-            print(json.dumps(finding.as_dict()) if config.json else finding, flush=True)
+        places = places_of(config)
+        if config.trace:
+            return trace.tell(places, config.trace, config.show, config.json)
+        return max([_report(place, config) for place in places])
+
+
+def places_of(config: VerifyConfig) -> list[Path]:
+    """The dataset directories that are meant, upstream first.
+
+    Raises:
+        ConfigError: none is, or there is none.
+    """
+    if bool(config.input) == bool(config.data_dir):
+        raise ConfigError("give input=<a dataset directory>, or data_dir=<a folder with some below it>")
+    if config.show and not config.trace:
+        raise ConfigError("show= needs trace=<key>")
+    if config.input:
+        return [Path(config.input)]
+    folder = Path(config.data_dir, dataset_name(config.dataset))
+    places = [dataset.root.path for dataset in find_datasets(folder)]
+    if not places:
+        raise ConfigError(f"no dataset directory below {folder}")
+    return places
+
+
+def _report(place: Path, config: VerifyConfig) -> int:
+    partitions, findings = findings_of(place, config.deep, config.workers)
+    count = 0
+    for finding in findings:
+        count += 1
+        shown = json.dumps({"input": str(place), **finding.as_dict()}) if config.json else finding
+        print(shown, flush=True)
     if not config.json:
-        print(f"{config.input}: {partitions} partitions checked: {f'{count} findings' if count else 'sound'}")
+        print(f"{place}: {partitions} partitions checked: {f'{count} findings' if count else 'sound'}", flush=True)
     return 1 if count else 0
 
 

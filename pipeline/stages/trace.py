@@ -1,0 +1,173 @@
+"""The way of one sample through the stages: where it came from, what became of it, where it lies, how it looks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline import images
+from pipeline.config import ConfigError
+from pipeline.partitions.dataset import Dataset, SlotReader
+from pipeline.samples import Row, SampleError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+_PANEL = 256  # edge of one picture, in pixels
+
+
+@dataclass(frozen=True)
+class Station:
+    """The newest row of a sample in the ledger of one dataset directory."""
+
+    dataset: Dataset
+    partition: int
+    row: dict[str, Any]
+
+    def facts(self) -> dict[str, Any]:
+        """What there is to say of it; JSON-able."""
+        dataset, row = self.dataset, self.row
+        facts = {
+            "folder": str(dataset.root.path),
+            "stage": dataset.stage,
+            "made_with": dataset.header["identity"],
+            "partition": self.partition,
+            "outcome": row["outcome"],
+        }
+        for name in ("reason", "detail", "source", "member", "source_hash"):
+            if row[name]:
+                facts[name] = row[name]
+        for name in ("source_offset", "source_bytes", "width", "height"):
+            if row[name] > 0 or (name == "source_offset" and row[name] == 0):
+                facts[name] = row[name]
+        if row["file"]:
+            facts |= {"file": f"{dataset.path_of(self.partition)}/{row['file']}"}
+            facts |= {"offset": row["offset"], "length": row["length"]}
+        return facts
+
+    def read(self) -> Row | None:
+        """The sample as it is stored here; None where it is not kept, or what it refers to is gone."""
+        kept = {stored.key: stored for stored in SlotReader(self.dataset, self.partition).stored()}
+        try:
+            return kept[self.row["key"]].read() if self.row["key"] in kept else None
+        except SampleError:
+            return None
+
+
+def stations(datasets: list[Dataset], key: str) -> list[Station]:
+    """Where ``key`` is known, in the order of ``datasets``.
+
+    A row names the upstream's partition, so that mostly only the last dataset directory of a line has to be searched.
+    """
+    found: dict[str, Station] = {}
+    by_path = {str(dataset.root.path): dataset for dataset in datasets}
+    for dataset in reversed(datasets):
+        station = found.get(str(dataset.root.path)) or _search(dataset, key, range(dataset.partitions - 1, -1, -1))
+        while station is not None:
+            found[str(station.dataset.root.path)] = station
+            above = by_path.get(str((station.dataset.header.get("upstream") or {}).get("path")))
+            if above is None or str(above.root.path) in found:
+                break
+            number = station.row["source"].rpartition("/")[2]
+            station = _search(above, key, [int(number)] if number.isdigit() else [])
+    return [found[path] for path in by_path if path in found]
+
+
+def _search(dataset: Dataset, key: str, partitions: Any) -> Station | None:
+    """The newest row of ``key`` in some partitions, newest first."""
+    for index in partitions:
+        if not dataset.root.exists(dataset.path_of(index)):
+            continue
+        reader = SlotReader(dataset, index)
+        if key in set(reader.ledger(["key"])["key"].to_pylist()):
+            rows = [row for row in reader.ledger().to_pylist() if row["key"] == key and not row["container"]]
+            if rows:
+                return Station(dataset, index, rows[0])
+    return None
+
+
+def tell(places: list[Path], key: str, show: str, as_json: bool) -> int:
+    """Print the way of ``key``, and draw it to the file ``show``; 1 if nobody knows the key.
+
+    Raises:
+        ConfigError: the picture cannot be written.
+    """
+    way = stations([Dataset.open(place) for place in places], key)
+    if as_json:
+        print(json.dumps([station.facts() for station in way], indent=1))
+    else:
+        for station in way:
+            facts = station.facts()
+            print(f"{facts.pop('stage')}: {facts.pop('outcome')} {facts.pop('reason', '')}".rstrip())
+            print("\n".join(f"    {name:<13} {value}" for name, value in facts.items()))
+        if not way:
+            print(f"no dataset directory here knows {key}")
+    if show and way:
+        try:
+            picture(way).save(show)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"show={show}: cannot be written: {error}") from None
+        print(f"picture: {show}")
+    return 0 if way else 1
+
+
+# ---- the picture
+
+
+def picture(way: list[Station]) -> Image.Image:
+    """The sample at each stage that kept it, side by side, with its caption."""
+    from PIL import Image, ImageDraw
+
+    panels = [panel for station in way for panel in _panels(station)]
+    margin, line = 12, 16
+    canvas = Image.new("RGB", (max(1, len(panels)) * (_PANEL + margin) + margin, _PANEL + 5 * line), "white")
+    draw = ImageDraw.Draw(canvas)
+    for number, (title, image) in enumerate(panels):
+        left = margin + number * (_PANEL + margin)
+        draw.text((left, 4), title, fill="black")
+        canvas.paste(image, (left, line + 6))
+    rows = [row for row in (station.read() for station in way) if row is not None]
+    caption = next((str(row["caption"]) for row in reversed(rows) if row.get("caption")), "")
+    fits = (canvas.width - 2 * margin) // 6
+    for number, start in enumerate(range(0, min(len(caption), 2 * fits), fits)):
+        text = caption[start : start + fits].encode("latin-1", "replace").decode("latin-1")
+        draw.text((margin, _PANEL + line + 14 + number * line), text, fill="black")
+    return canvas
+
+
+def _panels(station: Station) -> Iterator[tuple[str, Image.Image]]:
+    from PIL import Image
+
+    row = station.read()
+    if row is None:
+        return
+    stage = station.dataset.stage
+    if "jpg" in row:
+        pixels = images.decode(row["jpg"], images.probe(row["jpg"], images.Limits()))
+        yield _panel(f"{stage}: {pixels.shape[1]} x {pixels.shape[0]}", Image.fromarray(pixels))
+    for name in sorted(name for name in row if name.startswith("latents_")):
+        yield _panel(f"{name}, decoded", Image.fromarray(_decoded(station.dataset, row, name)))
+
+
+def _panel(title: str, image: Image.Image) -> tuple[str, Image.Image]:
+    from PIL import Image
+
+    scale = _PANEL / max(image.size)
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    return title, image.resize(size, Image.Resampling.NEAREST if scale > 2 else Image.Resampling.BICUBIC)
+
+
+def _decoded(dataset: Dataset, row: Row, name: str) -> Any:
+    """The picture, uint8 (h, w, 3), that a stored latent stands for."""
+    import numpy as np
+    import torch
+
+    from pipeline.encoders.base import autoencoder, to_pixels
+
+    extra = dataset.header["extra"]
+    latent = np.frombuffer(row[name], extra["dtype"]).reshape(extra["shapes"][name]).astype(np.float32)
+    with torch.inference_mode():
+        return to_pixels(autoencoder(dataset.header["config"]["vae"]).decode(torch.from_numpy(latent)[None]))[0]
