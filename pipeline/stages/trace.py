@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 _PANEL = 256  # edge of one picture, in pixels
+_TEXT = 15
 
 
 @dataclass(frozen=True)
@@ -119,22 +121,22 @@ def tell(places: list[Path], key: str, show: str, as_json: bool) -> int:
 
 def picture(way: list[Station]) -> Image.Image:
     """The sample at each stage that kept it, side by side, with its caption."""
-    from PIL import Image, ImageDraw
+    from PIL import Image, ImageDraw, ImageFont
 
+    font = ImageFont.load_default(_TEXT)
     panels = [panel for station in way for panel in _panels(station)]
-    margin, line = 12, 16
+    margin, line = 12, _TEXT + 4
     canvas = Image.new("RGB", (max(1, len(panels)) * (_PANEL + margin) + margin, _PANEL + 5 * line), "white")
     draw = ImageDraw.Draw(canvas)
     for number, (title, image) in enumerate(panels):
         left = margin + number * (_PANEL + margin)
-        draw.text((left, 4), title, fill="black")
-        canvas.paste(image, (left, line + 6))
+        draw.text((left, 4), title, "black", font)
+        canvas.paste(image, (left, line + 8))
     rows = [row for row in (station.read() for station in way) if row is not None]
     caption = next((str(row["caption"]) for row in reversed(rows) if row.get("caption")), "")
-    fits = (canvas.width - 2 * margin) // 6
-    for number, start in enumerate(range(0, min(len(caption), 2 * fits), fits)):
-        text = caption[start : start + fits].encode("latin-1", "replace").decode("latin-1")
-        draw.text((margin, _PANEL + line + 14 + number * line), text, fill="black")
+    letters = max(1, (canvas.width - 2 * margin) * 2 // _TEXT)
+    for number, text in enumerate(textwrap.wrap(caption, letters)[:3]):
+        draw.text((margin, _PANEL + line + 12 + number * line), text, "black", font)
     return canvas
 
 
