@@ -161,19 +161,56 @@ class TrainConfig(RunConfig):
     name: str = option("", "name of the run folder (default: <task>)")
     model: str = option("nano", "size of the network", identity=True)
     steps: int = option(1000, "optimizer steps", identity=True)
+    epochs: float = option(0.0, "passes over the data, in place of steps= (0: steps counts)", identity=True)
     batch_size: int = option(32, "samples per step, over all ranks", identity=True)
     micro_batch: int = option(0, "samples per forward pass of a rank, to save memory (0: all at once)")
+    workers: int = option(0, "processes per rank that prepare batches ahead (0: none)")
     lr: float = option(3e-3, "peak learning rate", identity=True)
     warmup_steps: int = option(100, "steps of linear warm-up", identity=True)
-    schedule: str = option("cosine", "learning rate after the warm-up", identity=True, choices=("cosine", "constant"))
+    schedule: str = option(
+        "cosine",
+        "learning rate after the warm-up",
+        identity=True,
+        choices=("cosine", "constant", "step", "plateau", "wsd"),
+    )
+    min_lr: float = option(0.0, "the learning rate never falls below this", identity=True)
+    lr_factor: float = option(0.1, "step and plateau: each reduction multiplies the rate by this", identity=True)
+    lr_step: float = option(
+        0.3, "step: a reduction after every such fraction of the way; wsd: the decay's fraction", identity=True
+    )
+    lr_patience: int = option(5, "plateau: evaluations without gain before a reduction", identity=True)
+    beta2: float = option(0.99, "AdamW: decay of the squared gradients' average", identity=True)
     weight_decay: float = option(0.01, "AdamW weight decay", identity=True)
     clip_norm: float = option(1.0, "gradient norm is clipped to this", identity=True)
-    ema_decay: float = option(0.995, "decay of the averaged weights used for sampling", identity=True)
-    caption_drop: float = option(0.1, "fraction of captions hidden, for classifier-free guidance", identity=True)
-    resolution: int = option(0, "which latents_<resolution> to learn (0: the smallest)", identity=True)
+    max_skipped: int = option(10, "steps in a row whose loss may be NaN or infinite (they are left out)", identity=True)
+    ema_decay: float = option(0.995, "decay of the averaged weights used for sampling and evaluation", identity=True)
+    precision: str = option(
+        "float32", "of activations; parameters are float32", identity=True, choices=("float32", "bfloat16")
+    )
+    parallel: str = option(
+        "ddp", "ddp: every rank has the whole model; fsdp: it is spread over the ranks", choices=("ddp", "fsdp")
+    )
+    compile: bool = option(False, "compile the model (torch.compile)")
+    valid_fraction: float = option(
+        0.0, "fraction of the training set that is kept out, to tell which checkpoint is best", identity=True
+    )
+    evaluate_every: int = option(0, "steps between evaluations on it (0: at the end only)", identity=True)
+    early_stop: int = option(0, "stop after so many evaluations without gain (0: never)", identity=True)
+    caption_drop: float = option(
+        0.1, "diffuse: fraction of captions hidden, for classifier-free guidance", identity=True
+    )
+    resolution: int = option(
+        0,
+        "diffuse: which latents_<resolution> to learn (0: the smallest); classify: edge of the model's input",
+        identity=True,
+    )
     checkpoint_every: int = option(500, "steps between checkpoints")
-    keep_checkpoints: int = option(2, "older checkpoints are deleted")
+    keep_checkpoints: int = option(2, "older checkpoints are deleted, but for the best one (0: keep all)")
+    save_in_background: bool = option(True, "write checkpoints while training goes on")
     log_every: int = option(20, "steps between log lines")
+    loggers: tuple[str, ...] = option((), "besides the JSON lines: tensorboard, wandb")
+    wandb_project: str = option("latentmill", "wandb: project")
+    hub_repo: str = option("", "Hugging Face Hub: upload the exported model to this repository")
     threads: int = option(0, "CPU threads per rank (0: all cores shared by the ranks of a node)")
 
 

@@ -111,5 +111,5 @@ def test_training_by_the_script_goes_on_after_a_signal(
     assert field(slurm_cluster, job, "Restarts") == "1", logs
     assert "stopped at a safe boundary: 2 of 2" in logs and "resuming after step" in logs
     assert steps(tmp_path / "run")[-1] == 60
-    weights = "checkpoints/step_000060/model.safetensors"
+    weights = "export/model.safetensors"
     assert (tmp_path / "run" / weights).read_bytes() == (chain / "shapes/runs/diffuse" / weights).read_bytes()

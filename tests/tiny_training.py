@@ -13,8 +13,9 @@ from pipeline.config import TrainConfig
 from pipeline.distributed import Rank
 from pipeline.randomness import normals
 from pipeline.storage import Folder
+from pipeline.training.feed import Chosen
 from pipeline.training.loop import State, train
-from pipeline.training.tasks.base import Keys, Task
+from pipeline.training.tasks.base import Batch, Keys, Task
 
 
 class Points:
@@ -43,7 +44,7 @@ class Regression(Task):
 
     name = "regression"
 
-    def __init__(self, poison: int = -1, plain: bool = False) -> None:
+    def __init__(self, poison: int = -2, plain: bool = False) -> None:
         torch.manual_seed(0)
         extra = [] if plain else [nn.BatchNorm1d(8), nn.Dropout(0.2)]
         self.model = nn.Sequential(nn.Linear(4, 8), *extra, nn.Tanh(), nn.Linear(8, 1))
@@ -53,8 +54,9 @@ class Regression(Task):
         losses = (network(batch["x"])[:, 0] - batch["y"]).square()
         return losses * float("nan") if keys.step == self.poison else losses
 
-    def evaluate(self, network: nn.Module) -> dict[str, float]:
-        return {"training": float(network.training)}
+    def measure(self, network: nn.Module, batch: Batch, keys: Keys) -> dict[str, tuple[Tensor, Tensor]]:
+        losses, weights = super().measure(network, batch, keys)["valid_loss"]
+        return {"valid_loss": (losses, weights), "training": (torch.full_like(losses, network.training), weights)}
 
     def facts(self) -> dict[str, Any]:
         return {"shape": [4, 1]}
@@ -70,6 +72,8 @@ class Run:
         self.rank = rank or Rank()
 
     def __call__(self, task: Task | None = None, **settings: Any) -> State:
-        config = TrainConfig(**{"steps": 12, "batch_size": 8, "checkpoint_every": 5, "log_every": 3, **settings})
+        small = {"steps": 12, "batch_size": 8, "checkpoint_every": 5, "log_every": 3, "valid_fraction": 0.1}
+        config = TrainConfig(**{**small, **settings})
         with Folder.open(self.path) as folder:
-            return train(task or Regression(), self.data, config, self.rank, folder)
+            valid = Chosen(Points(30), 0, 10, 30)
+            return train(task or Regression(), self.data, config, self.rank, folder, valid)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from pipeline import cli
 from pipeline.cli import config_for, nearest
 from pipeline.config import ConfigError, TrainConfig, run_folder
 from pipeline.distributed import Rank, distributed
-from pipeline.loading import LatentDataset
+from pipeline.loading import Batches, LatentDataset
 from pipeline.partitions.dataset import Dataset, RandomAccess
 from pipeline.partitions.stage import open_input
 from pipeline.storage import Folder, StorageError
+
+if TYPE_CHECKING:
+    from pipeline.training.tasks.base import Task
 
 _LATENTS = "latents_"
 
@@ -22,26 +26,37 @@ def main(rank: Rank, config: TrainConfig) -> None:
     if rank.is_main:
         rank.log.info("%s\n%s", type(config).__name__, cli.dump(config))
     dataset = open_input(config, "train")
-    resolution = resolution_of(dataset, config.resolution)
     import torch
 
     from pipeline.training.loop import train
-    from pipeline.training.tasks.diffuse import Diffuse
 
     torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // rank.local_world_size))
-    extra = dataset.header["extra"]
-    shapes = extra["shapes"]
-    image_shape, caption_shape = tuple(shapes[f"{_LATENTS}{resolution}"]), tuple(shapes["caption_latents"])
-    data = LatentDataset(RandomAccess(dataset), image_shape, caption_shape, resolution, extra["dtype"])
-    task = Diffuse(config, data, latent_info(dataset, resolution))
+    task, data, valid = learned(config, dataset)
+    if config.epochs:
+        config = replace(config, steps=max(1, round(config.epochs * len(data) / config.batch_size)))
     place = config.output or run_folder(config, config.name or config.task)
     try:
         run = Folder.open(place, create=True)
     except OSError as error:
         raise StorageError(f"output {place} cannot be made: {error.strerror}") from error
-    train(task, data, config, rank, run)
+    train(task, data, config, rank, run, valid)
     if rank.is_main:
         rank.log.info("%s: finished after %d steps", place, config.steps)
+
+
+def learned(config: TrainConfig, dataset: Dataset) -> tuple[Task, Batches, Batches | None]:
+    """The task, what it is trained on, and what it is measured on meanwhile."""
+    from pipeline.training.feed import Chosen, split
+    from pipeline.training.tasks.diffuse import EVALUATED, Diffuse
+
+    resolution = resolution_of(dataset, config.resolution)
+    extra = dataset.header["extra"]
+    image_shape, caption_shape = (tuple(extra["shapes"][c]) for c in (f"{_LATENTS}{resolution}", "caption_latents"))
+    data = LatentDataset(RandomAccess(dataset), image_shape, caption_shape, resolution, extra["dtype"])
+    task = Diffuse(config, data, latent_info(dataset, resolution))
+    if config.valid_fraction:
+        return task, *split(data, config.valid_fraction, config.seed)
+    return task, data, Chosen(data, config.seed, 0, min(EVALUATED, len(data)))
 
 
 def resolution_of(dataset: Dataset, wanted: int) -> int:

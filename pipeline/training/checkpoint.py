@@ -1,36 +1,67 @@
-"""Checkpoints: folders ``checkpoints/step_<n>`` of a run that appear whole or not at all, and hold no pickle.
+"""Checkpoints: folders ``checkpoints/step_<n>`` of a run that appear whole or not at all.
 
-    checkpoint.json        facts (config, task, positions, counters) and each file's digest; written last; sealed
-    model.safetensors      weights
-    ema.safetensors        averaged weights, for sampling
-    optimizer.safetensors  "<parameter>/<quantity>", for example "out.weight/exp_avg"
+    checkpoint.json     facts (config, task, positions, counters) and each file's digest; written last; sealed
+    __<rank>_0.distcp   tensors, in the layout of torch.distributed.checkpoint (DCP): "model/<name>", "ema/<name>",
+    .metadata           "optimizer/<parameter>/<quantity>"; every rank writes its share, any number of ranks may load
 
+Tensors are read with ``weights_only``; ``.metadata`` is a pickle, of which only the classes that DCP needs are let in.
 There is no random state: all randomness of a step is keyed by (seed, step), see :mod:`pipeline.training.loop`.
 """
 
 from __future__ import annotations
 
+import io
+import logging
+import pickle
 import re
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
-from logging import Logger
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 
 from pipeline.config import ConfigError
-from pipeline.storage import Folder, StorageError, commit, digest, seal
+from pipeline.distributed import Rank
+from pipeline.storage import Folder, StorageError, commit, seal
 
-FORMAT_VERSION = 1
+warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")  # a single rank
+logging.getLogger("c10d-NullHandler-dcp_logger").setLevel(logging.WARNING)  # else two records for each tensor
+
+FORMAT_VERSION = 2
 FOLDER = "checkpoints"
 _RECORD = "checkpoint.json"
+_METADATA = ".metadata"
 _NAME = re.compile(r"step_(\d+)")
 _ATTEMPT = re.compile(r"\.step_\d+\.(\w+)")
+_METADATA_CLASSES = {
+    "builtins": {"set", "frozenset"},
+    "collections": {"OrderedDict"},
+    "torch": {"Size", "strided"} | {str(t)[6:] for t in vars(torch).values() if isinstance(t, torch.dtype)},
+    "torch.serialization": {"_get_layout"},
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.distributed.checkpoint.metadata": {
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+}
 
 
 class Superseded(RuntimeError):
@@ -41,7 +72,7 @@ class Superseded(RuntimeError):
 class Checkpoint:
     """State after ``step`` optimizer steps.
 
-    ``facts``: JSON-able. ``tensors``: by name of the file (model, ema, optimizer), then by name of the tensor.
+    ``facts``: JSON-able. ``tensors``: by part (model, ema, optimizer), then by name.
     """
 
     step: int
@@ -50,58 +81,113 @@ class Checkpoint:
 
 
 class Checkpoints:
-    """The checkpoints of one run, as one life of the run writes them.
+    """The checkpoints of one run, as one life of the run writes them; all its ranks together.
 
     Args:
         run: the run's folder.
-        life: id of this life: no other process has it.
-        keep: how many to keep; older ones are deleted after each save.
+        life: id of this life, the same on all its ranks: no other process has it.
+        keep: how many to keep; older ones are deleted after each save (0: none).
     """
 
-    def __init__(self, run: Folder, life: str, keep: int) -> None:
+    def __init__(self, run: Folder, life: str, keep: int, rank: Rank | None = None) -> None:
         run.mkdir(FOLDER, exist_ok=True)
         self.folder = run.folder(FOLDER)
         self.life = life
         self.keep = keep
+        self._rank = rank or Rank()
+        self._group = self._own_group()
+        self._stager = DefaultStager(StagingOptions(False, False, False, False))
+        self._thread = ThreadPoolExecutor(1, "latentmill-checkpoint")
+        self._pending: Future[None] | None = None
 
-    def save(self, checkpoint: Checkpoint) -> None:
-        """Write ``checkpoint`` and commit it by one rename.
+    def _own_group(self) -> dist.ProcessGroup | None:
+        """A group that saving in the background has to itself, so that its messages never meet those of a step."""
+        if self._rank.world_size == 1:
+            return None
+        self._rank.process_group()
+        group = dist.new_group(backend="gloo")
+        assert isinstance(group, dist.ProcessGroup)
+        return group
+
+    def save(
+        self,
+        step: int,
+        facts: dict[str, Any],
+        tensors: Mapping[str, Tensor],
+        *,
+        spare: frozenset[int] = frozenset(),
+        background: bool = False,
+        done: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Write a checkpoint and commit it by one rename; every rank calls this, with its share of the tensors.
+
+        Args:
+            spare: steps whose checkpoints are not deleted, however old.
+            background: only copy the tensors now, and write them while training goes on. What goes wrong then is
+                raised by the next call, or by :meth:`wait`.
+            done: called when it is committed.
 
         Raises:
             Superseded: another process has written this step.
             OSError: the disk is full, for example; nothing is left behind.
         """
-        name = f"step_{checkpoint.step:06d}"
+        self.wait()
+        staged = self._stager.stage(dict(tensors))
+        assert not isinstance(staged, Future)
+
+        def work() -> None:
+            self._write(step, facts, staged)
+            if self._rank.is_main:
+                self._prune(spare)
+            done()
+
+        self._pending = self._thread.submit(work)
+        if not background:
+            self.wait()
+
+    def wait(self) -> None:
+        """Until what is being written in the background is committed; raises as :meth:`save` does."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def _write(self, step: int, facts: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        name = f"step_{step:06d}"
         attempt = f".{name}.{self.life}"
+        record = {"format_version": FORMAT_VERSION, "step": step, "life": self.life, "facts": facts}
+        writer = _FolderWriter(self.folder, attempt, record)
         try:
-            self.folder.mkdir(attempt)
-            with self.folder.folder(attempt) as folder:
-                _write(folder, checkpoint, self.life)
-            won = commit(self.folder, attempt, name, proof=_RECORD)
+            try:
+                dcp.save(tensors, storage_writer=writer, process_group=self._group, no_dist=self._group is None)
+            except CheckpointException as error:
+                raise _first_failure(error) from None
+            won = not self._rank.is_main or commit(self.folder, attempt, name, proof=_RECORD)
         except BaseException:
-            with suppress(OSError):
-                self.folder.trash(attempt)
+            if self._rank.is_main:
+                with suppress(OSError):
+                    self.folder.trash(attempt)
             raise
         if not won:
             self.folder.trash(attempt)
             raise Superseded(f"{self.folder.path / name}: another process trains this run; this one ends")
-        self._prune()
 
-    def load_latest(self, log: Logger) -> Checkpoint | None:
+    def newest(self, log: logging.Logger) -> Path | None:
         """The newest checkpoint whose bytes are as they were written; damaged ones are reported and deleted."""
         for name in reversed(names(self.folder)):
             try:
                 with self.folder.folder(name) as folder:
-                    return read(folder)
+                    checked_record(folder)
+                return self.folder.path / name
             except StorageError as error:
                 log.warning("%s; going back to the checkpoint before it", error)
                 self.folder.trash(name)
         return None
 
-    def _prune(self) -> None:
+    def _prune(self, spare: frozenset[int]) -> None:
         """Delete checkpoints beyond the newest ``keep`` and what other lives left unfinished."""
         for name in names(self.folder)[: -self.keep or None]:
-            self.folder.trash(name)
+            if step_of(name) not in spare:
+                self.folder.trash(name)
         for name in self.folder.listdir():
             found = _ATTEMPT.fullmatch(name)
             if found and found[1] != self.life:
@@ -110,53 +196,64 @@ class Checkpoints:
 
 def names(folder: Folder) -> list[str]:
     """Names of committed checkpoints, oldest step first."""
-    found = [match for name in folder.listdir() if (match := _NAME.fullmatch(name))]
-    return [match[0] for match in sorted(found, key=lambda match: int(match[1]))]
+    return sorted((name for name in folder.listdir() if _NAME.fullmatch(name)), key=step_of)
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
-    """The checkpoint at ``path``, or the newest of the run at ``path``.
+def step_of(name: str) -> int:
+    """The step in the name of a checkpoint."""
+    return int(name.rpartition("_")[2])
+
+
+def find_checkpoint(path: str | Path, which: str = "last") -> Path:
+    """The checkpoint at ``path``; of a run's folder the ``last``, or the ``best`` that the last one knows of.
 
     Raises:
         ConfigError: there is none.
-        StorageError: it is damaged.
     """
     place = Path(path)
     if (place / FOLDER).is_dir():
         with Folder.open(place / FOLDER) as folder:
             known = names(folder)
-        if not known:
-            raise ConfigError(f"checkpoint={path}: this run has no checkpoint yet")
-        place = place / FOLDER / known[-1]
+            if not known:
+                raise ConfigError(f"checkpoint={path}: this run has no checkpoint yet")
+            name = known[-1]
+            if which == "best":
+                best = (folder.read_sealed(f"{name}/{_RECORD}") or {"facts": {}})["facts"].get("best_step", -1)
+                name = next((one for one in known if step_of(one) == best), name)
+        place = place / FOLDER / name
     if not (place / _RECORD).is_file():
         raise ConfigError(f"checkpoint={path}: neither a run folder nor a checkpoint")
-    with Folder.open(place) as folder:
-        return read(folder)
+    return place
 
 
-def _write(folder: Folder, checkpoint: Checkpoint, life: str) -> None:
-    files = {}
-    for stem, tensors in checkpoint.tensors.items():
-        data = safetensors.torch.save({name: t.detach().cpu().contiguous() for name, t in tensors.items()})
-        with folder.create(f"{stem}.safetensors") as file:
-            file.write(data)
-        files[stem] = {"bytes": file.bytes, "xxh3": file.digest}
-    record = {
-        "format_version": FORMAT_VERSION,
-        "step": checkpoint.step,
-        "life": life,
-        "files": files,
-        "facts": checkpoint.facts,
-    }
-    with folder.create(_RECORD) as file:
-        file.write(seal(record))
+def open_checkpoint(path: str | Path, which: str = "last", parts: tuple[str, ...] = ()) -> Checkpoint:
+    """The checkpoint that :func:`find_checkpoint` finds, in memory as a whole, or only these ``parts`` of it.
+
+    Raises:
+        ConfigError: there is none.
+        StorageError: it is damaged.
+    """
+    with Folder.open(find_checkpoint(path, which)) as folder:
+        record = checked_record(folder)
+        targets = {
+            name: torch.empty(tuple(stored.size), dtype=stored.properties.dtype)
+            for name, stored in stored_tensors(folder.path).items()
+            if not parts or name.partition("/")[0] in parts
+        }
+        load_into(folder.path, targets)
+    tensors: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in targets.items():
+        part, _, rest = name.partition("/")
+        tensors.setdefault(part, {})[rest] = tensor
+    return Checkpoint(record["step"], record["facts"], tensors)
 
 
-def read(folder: Folder) -> Checkpoint:
-    """The checkpoint in ``folder``.
+def checked_record(folder: Folder) -> dict[str, Any]:
+    """What checkpoint.json in ``folder`` says.
 
     Raises:
         StorageError: a file is missing or not as it was written.
+        ConfigError: another version of the format.
     """
     record = folder.read_sealed(_RECORD)
     if record is None:
@@ -165,16 +262,42 @@ def read(folder: Folder) -> Checkpoint:
         raise ConfigError(
             f"{folder.path} has format_version {record['format_version']}, this program reads {FORMAT_VERSION}"
         )
-    tensors = {}
-    for stem, said in record["files"].items():
+    for name, said in record["files"].items():
         try:
-            data = folder.read(f"{stem}.safetensors")
-            if digest(data) != said["xxh3"]:
-                raise StorageError(f"{folder.path}/{stem}.safetensors is damaged: its content does not fit its digest")
-            tensors[stem] = safetensors.torch.load(data)
-        except (FileNotFoundError, SafetensorError) as error:
-            raise StorageError(f"{folder.path}/{stem}.safetensors cannot be read: {error}") from None
-    return Checkpoint(record["step"], record["facts"], tensors)
+            good = folder.digest_of(name) == said["xxh3"]
+        except OSError as error:
+            raise StorageError(f"{folder.path / name} cannot be read: {error.strerror}") from None
+        if not good:
+            raise StorageError(f"{folder.path / name} is damaged: its content does not fit its digest")
+    return record
+
+
+def stored_tensors(path: Path) -> dict[str, TensorStorageMetadata]:
+    """Shapes and types of the tensors in the checkpoint at ``path``, by name."""
+    metadata = _FolderReader(path).read_metadata().state_dict_metadata
+    return {name: stored for name, stored in metadata.items() if isinstance(stored, TensorStorageMetadata)}
+
+
+def load_into(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Fill ``tensors``, which may be shards of larger ones, with what the checkpoint at ``path`` holds for them.
+
+    Raises:
+        ConfigError: it lacks one of them, or has it in another shape: it is of another model.
+    """
+    there = stored_tensors(path)
+    for name, tensor in tensors.items():
+        if name not in there:
+            raise ConfigError(f"{path} is of another model: it has no {name}")
+        if there[name].size != tensor.shape:
+            raise ConfigError(
+                f"{path} is of another model: {name} is {_shape(there[name].size)} there, {_shape(tensor.shape)} here"
+            )
+    if tensors:
+        dcp.load(dict(tensors), storage_reader=_FolderReader(path), no_dist=True)
+
+
+def _shape(size: torch.Size) -> str:
+    return "x".join(map(str, size)) or "a number"
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -191,8 +314,115 @@ def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: 
     """Put back what :func:`optimizer_tensors` returned; rates and the like stay those of ``optimizer``."""
     names_of = {parameter: name for name, parameter in model.named_parameters()}
     listed = [names_of[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+    numbers = {name: number for number, name in enumerate(listed)}
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         name, _, quantity = key.rpartition("/")
-        state.setdefault(listed.index(name), {})[quantity] = value
+        state.setdefault(numbers[name], {})[quantity] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def empty_optimizer_tensors(path: Path, model: nn.Module) -> dict[str, Tensor]:
+    """Room for the optimizer's state in the checkpoint at ``path``, sharded as the parameters of ``model`` are."""
+    parameters = dict(model.named_parameters())
+    room = {}
+    for name, stored in stored_tensors(path).items():
+        part, _, key = name.partition("/")
+        if part == "optimizer":
+            like = parameters.get(key.rpartition("/")[0])
+            if like is None:
+                raise ConfigError(f"{path} is of another model: it has {name}")
+            same = like.shape == stored.size
+            dtype = stored.properties.dtype
+            room[key] = torch.zeros_like(like, dtype=dtype) if same else torch.zeros(tuple(stored.size), dtype=dtype)
+    return room
+
+
+class _FolderWriter(StorageWriter):
+    """Writes DCP's own layout through :mod:`pipeline.storage`, with a digest of every file, into an attempt's folder.
+
+    Args:
+        parent: where the attempt's folder is made.
+        record: what checkpoint.json shall say, besides the files.
+    """
+
+    def __init__(self, parent: Folder, attempt: str, record: dict[str, Any]) -> None:
+        self._parent = parent
+        self._attempt = attempt
+        self._record = record
+
+    def reset(self, checkpoint_id: Any = None) -> None: ...
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None: ...
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
+        return True
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        return plan
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        """On one rank, before any other writes."""
+        self._parent.mkdir(self._attempt)
+        return [replace(plan, storage_data=number) for number, plan in enumerate(plans)]
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Any:
+        name = f"__{plan.storage_data}_0.distcp"
+        results = []
+        with self._parent.folder(self._attempt) as folder:
+            with folder.create(name) as file:
+                for item in plan.items:
+                    start = file.tell()
+                    torch.save(_compact(planner.resolve_data(item)), file)  # type: ignore[arg-type]
+                    place = _StorageInfo(name, start, file.tell() - start)
+                    results.append(WriteResult(item.index, place.length, place))
+            folder.sync()
+        results.append(WriteResult(MetadataIndex(name), file.bytes, {"bytes": file.bytes, "xxh3": file.digest}))
+        future: torch.futures.Future[list[WriteResult]] = torch.futures.Future()
+        future.set_result(results)
+        return future
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """On one rank, when all have written."""
+        every = [result for some in results for result in some]
+        metadata.storage_data = {r.index: r.storage_data for r in every if isinstance(r.storage_data, _StorageInfo)}
+        files = {r.index.fqn: r.storage_data for r in every if isinstance(r.storage_data, dict)}
+        with self._parent.folder(self._attempt) as folder:
+            with folder.create(_METADATA) as file:
+                file.write(pickle.dumps(metadata))
+            files[_METADATA] = {"bytes": file.bytes, "xxh3": file.digest}
+            with folder.create(_RECORD) as file:
+                file.write(seal({**self._record, "files": files}))
+
+
+def _compact(data: Tensor | io.BytesIO) -> Tensor:
+    """A tensor without the rest of the storage that it may be a view of."""
+    assert isinstance(data, Tensor)
+    data = data.detach()
+    return data if data.untyped_storage().nbytes() == data.nbytes else data.clone()
+
+
+class _FolderReader(FileSystemReader):
+    """Reads what :class:`_FolderWriter` has written."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        with (Path(self.path) / _METADATA).open("rb") as file:
+            metadata = _MetadataUnpickler(file).load()
+        if not isinstance(metadata, Metadata):
+            raise StorageError(f"{self.path}/{_METADATA} holds no metadata of torch.distributed.checkpoint")
+        return metadata
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if name not in _METADATA_CLASSES.get(module, ()):
+            raise StorageError(f"{_METADATA} refers to {module}.{name}, which a checkpoint of ours never does")
+        return super().find_class(module, name)
+
+
+def _first_failure(error: CheckpointException) -> BaseException:
+    """What went wrong on the lowest of the ranks that failed, in place of DCP's page of traces."""
+    failures: Iterator[Any] = iter(error.failures[rank] for rank in sorted(error.failures))
+    failure = next(failures)[0]
+    return failure if isinstance(failure, BaseException) else error

@@ -2,17 +2,19 @@
 
 All randomness of a step is keyed by (seed, step) and a sample's place in the global batch. torch's own generator, for
 dropout and the like, is seeded anew for each step. So there is no random state to save, a resumed run continues bit
-for bit (on the CPU, with the same number of ranks and threads), and other numbers of ranks see the same batches.
+for bit (with the same number of ranks and threads, on the CPU or with deterministic kernels), and other numbers of
+ranks see the same batches.
 """
 
 from __future__ import annotations
 
 import math
+import time
 import uuid
-from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,15 +27,51 @@ from pipeline.distributed.signals import Stopped
 from pipeline.loading import Batches, Sampler
 from pipeline.randomness import keyed_seed
 from pipeline.storage import Folder
-from pipeline.training.checkpoint import Checkpoint, Checkpoints, load_optimizer, optimizer_tensors
-from pipeline.training.ema import Ema
-from pipeline.training.logs import Meter, TrainingLog
+from pipeline.training.checkpoint import (
+    Checkpoints,
+    checked_record,
+    empty_optimizer_tensors,
+    load_into,
+    load_optimizer,
+    optimizer_tensors,
+)
+from pipeline.training.ema import Ema, buffers_of
+from pipeline.training.export import export
+from pipeline.training.feed import Feed, Part
+from pipeline.training.logs import Logger, Meter, forward_flops, memory_megabytes, open_loggers, peak_flops
 from pipeline.training.schedule import learning_rate
 from pipeline.training.tasks.base import Keys, Task
 
 
 class NotFinite(RuntimeError):
-    """The loss or the gradient became NaN or infinite; the weights are still those of before the step."""
+    """The loss or the gradient was NaN or infinite too often; the weights are those of the last good step."""
+
+
+@dataclass
+class Progress:
+    """What the metric of the validation set has done so far."""
+
+    evaluated: int = -1
+    """Step of the last evaluation."""
+    best: float | None = None
+    best_step: int = -1
+    without_gain: int = 0
+    """Evaluations since the best one."""
+    since_reduction: int = 0
+    reductions: int = 0
+    """How often schedule=plateau lowered the learning rate."""
+
+    def see(self, step: int, value: float, higher_is_better: bool, patience: int) -> None:
+        """An evaluation gave ``value``; ``patience``: evaluations without gain before the rate is lowered."""
+        self.evaluated = step
+        gained = self.best is None or (value > self.best if higher_is_better else value < self.best)
+        if gained and math.isfinite(value):
+            self.best, self.best_step, self.without_gain, self.since_reduction = value, step, 0, 0
+            return
+        self.without_gain += 1
+        self.since_reduction += 1
+        if self.since_reduction >= patience:
+            self.reductions, self.since_reduction = self.reductions + 1, 0
 
 
 @dataclass
@@ -44,70 +82,147 @@ class State:
     optimizer: torch.optim.Optimizer
     ema: Ema
     sampler: Sampler
+    meter: Meter
     step: int = 0
+    skipped: int = 0
+    """Steps in a row that were not finite."""
+    skipped_ever: int = 0
+    progress: Progress = field(default_factory=Progress)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors of a checkpoint."""
+        optimizer = optimizer_tensors(self.model, self.optimizer)
+        parts = {"model": self.model.state_dict(), "ema": self.ema.weights(), "optimizer": optimizer}
+        return {f"{part}/{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
+
+    def facts(self) -> dict[str, Any]:
+        """All else that a resumed run needs; JSON-able."""
+        return {
+            "sampler": self.sampler.state(),
+            "ema_updates": self.ema.updates,
+            "skipped": self.skipped,
+            "skipped_ever": self.skipped_ever,
+            "progress": asdict(self.progress),
+            "best_step": self.progress.best_step,
+            "meter": [self.meter.total, self.meter.steps],
+        }
+
+    def load(self, place: Path, facts: dict[str, Any], step: int) -> None:
+        """Go on from the checkpoint at ``place``."""
+        optimizer = empty_optimizer_tensors(place, self.model)
+        parts = {"model": self.model.state_dict(), "ema": self.ema.weights(), "optimizer": optimizer}
+        load_into(place, {f"{part}/{name}": t for part, tensors in parts.items() for name, t in tensors.items()})
+        load_optimizer(self.model, self.optimizer, optimizer)
+        self.sampler.load(facts["sampler"])
+        self.step, self.ema.updates = step, facts["ema_updates"]
+        self.skipped, self.skipped_ever = facts["skipped"], facts["skipped_ever"]
+        self.progress = Progress(**facts["progress"])
+        self.meter.total, self.meter.steps = facts["meter"]
 
 
-def train(task: Task, data: Batches, config: TrainConfig, rank: Rank, run: Folder) -> State:
+def train(
+    task: Task, data: Batches, config: TrainConfig, rank: Rank, run: Folder, valid: Batches | None = None
+) -> State:
     """Train ``task`` until ``config.steps``, from the newest checkpoint in the folder ``run`` on, if there is one.
+
+    Args:
+        valid: what metrics are measured on, decide which checkpoint is best, and when to stop early.
 
     Raises:
         ConfigError: the run in this folder was started with other settings.
         NotFinite: see there; the newest checkpoint is from before.
         Stopped: a signal came to any rank; the state was saved.
     """
+    check(config, rank)
+    flops = forward_flops(task.model, task.example())
     state = _start(task, data, config, rank)
+    state.meter = Meter(flops, peak_flops(rank.device) * rank.world_size)
     life = str(rank.broadcast(uuid.uuid4().hex))
-    checkpoints = Checkpoints(run, life, config.keep_checkpoints)
+    checkpoints = Checkpoints(run, life, config.keep_checkpoints, rank)
     saved = _resume(state, checkpoints, config, rank)
-    network = _replicated(state.model, rank)
-    log = TrainingLog(run, life) if rank.is_main else None
-    meter = Meter()
+    network = _wrapped(state.model, config, rank)
+    loggers = open_loggers(run, config, life, state.step) if rank.is_main else []
+    steps = max(0, config.steps - state.step)
+    feed = Feed(task, data, state.sampler, state.step, steps, config, rank) if steps else None
     stopping = False
-    while True:
-        finished = state.step >= config.steps
-        if state.step != saved and (finished or stopping or state.step % config.checkpoint_every == 0):
-            saved = _save(state, task, checkpoints, config, rank)
-        if finished:
-            break
-        if stopping:
-            raise Stopped(f"stopped after step {state.step} of {config.steps}; the same command resumes")
+    try:
+        while True:
+            lr = learning_rate(config, state.step, state.progress.reductions)
+            for group in state.optimizer.param_groups:
+                group["lr"] = lr
 
-        lr = learning_rate(state.step, config.lr, config.warmup_steps, config.steps, config.schedule)
-        for group in state.optimizer.param_groups:
-            group["lr"] = lr
-        share = _accumulate_gradients(task, network, data, state, config, rank)
-        norm = nn.utils.clip_grad_norm_(state.model.parameters(), config.clip_norm)
-        loss, stopping = _agree(share, rank)
-        _require_finite(loss, float(norm), state)
-        state.optimizer.step()
-        state.optimizer.zero_grad(set_to_none=True)
-        state.ema.update(state.model)
-        state.sampler.advance()
-        state.step += 1
+            if not stopping and _due(state, config) and valid and len(valid):
+                stopping = _evaluate(task, state, valid, config, rank, loggers)
+            finished = state.step >= config.steps or _without_hope(state, config)
+            best = state.progress.best_step == state.step
+            if state.step != saved and (
+                finished or stopping or best or state.step % config.checkpoint_every == 0
+            ):  # in the background, unless the process is about to end
+                saved = _save(state, task, checkpoints, config, rank, background=not (finished or stopping))
+            if stopping:
+                raise Stopped(f"stopped after step {state.step} of {config.steps}; the same command resumes")
+            if finished:
+                break
+            assert feed is not None
 
-        meter.add(loss, config.batch_size)
-        if log and (state.step % config.log_every == 0 or state.step == config.steps):
-            values = {**meter.read(), "lr": lr, "grad_norm": float(norm), "epoch": state.sampler.epoch}
-            log.write(step=state.step, **values)
-            rank.log.info(
-                "step %d/%d  loss %.4f  %.0f samples/s",
-                state.step,
-                config.steps,
-                values["loss"],
-                values["samples_per_second"],
-            )
-    if log:
-        log.write(step=state.step, **_evaluate(task, state))
+            share, waited = _accumulate_gradients(task, network, feed, state, config, rank)
+            norm = _clip(state.model, config.clip_norm)
+            loss, stopping = _agree(share, rank)
+            if _finite(loss, norm, state, config, rank):
+                state.optimizer.step()
+                _share_buffers(state.model, rank)
+                state.ema.update(state.model)
+            state.optimizer.zero_grad(set_to_none=True)
+            state.sampler.advance()
+            state.step += 1
+
+            state.meter.add(loss, config.batch_size, waited)
+            if state.step % config.log_every == 0 or state.step == config.steps:
+                _log(state, config, rank, loggers, {"lr": lr, "grad_norm": norm})
+    finally:
+        checkpoints.wait()
+        for logger in loggers:
+            logger.close()
+    if rank.is_main:
+        export(run, state.progress.best_step, config, rank.log)
     return state
+
+
+# ---- the start
+
+
+def check(config: TrainConfig, rank: Rank) -> None:
+    """Refuse settings that cannot work together.
+
+    Raises:
+        ConfigError: names them.
+    """
+    for name in ("steps", "batch_size", "checkpoint_every", "log_every", "lr_patience"):
+        if getattr(config, name) < 1:
+            raise ConfigError(f"{name}={getattr(config, name)}: must be at least 1")
+    if config.batch_size < rank.world_size:
+        raise ConfigError(f"batch_size={config.batch_size}: less than one sample for each of {rank.world_size} ranks")
+    if not 0 < config.lr_step <= 1:
+        raise ConfigError(f"lr_step={config.lr_step}: must be a fraction of the way, above 0 and at most 1")
+    if (config.schedule == "plateau" or config.early_stop) and not config.valid_fraction:
+        name = "schedule=plateau" if config.schedule == "plateau" else f"early_stop={config.early_stop}"
+        raise ConfigError(f"{name} needs a validation set: valid_fraction=0.1, for example")
 
 
 def _start(task: Task, data: Batches, config: TrainConfig, rank: Rank) -> State:
     model = task.model.to(rank.device)
+    if config.parallel == "fsdp":
+        _shard(model, rank)
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        (decayed if task.decays(name, parameter) else plain).append(parameter)
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=True
+        [group for group in groups if group["params"]], lr=config.lr, betas=(0.9, config.beta2), fused=True
     )
     sampler = Sampler(len(data), config.batch_size, config.seed, rank.rank, rank.world_size)
-    return State(model, optimizer, Ema(model, config.ema_decay), sampler)
+    return State(model, optimizer, Ema(model, config.ema_decay), sampler, Meter())
 
 
 def _resume(state: State, checkpoints: Checkpoints, config: TrainConfig, rank: Rank) -> int:
@@ -116,19 +231,16 @@ def _resume(state: State, checkpoints: Checkpoints, config: TrainConfig, rank: R
     Raises:
         ConfigError: it was made with other settings.
     """
-    if not rank.is_main:
-        rank.barrier("newest checkpoint")  # rank 0 has moved damaged ones aside
-    found = checkpoints.load_latest(rank.log)
-    if rank.is_main:
-        rank.barrier("newest checkpoint")
-    if found is None:
+    newest = checkpoints.newest(rank.log) if rank.is_main else None
+    name = rank.broadcast(newest.name if newest else "")
+    if not name:
         return -1
-    _require_same(found.facts["config"], identity(config), checkpoints.folder)
-    state.model.load_state_dict(found.tensors["model"])
-    state.ema.load(found.tensors["ema"], found.facts["ema_updates"])
-    load_optimizer(state.model, state.optimizer, found.tensors["optimizer"])
-    state.sampler.load(found.facts["sampler"])
-    state.step = found.step
+    with checkpoints.folder.folder(name) as folder:
+        record = folder.read_sealed("checkpoint.json") if not rank.is_main else checked_record(folder)
+    assert record is not None
+    facts = record["facts"]
+    _require_same(facts["config"], identity(config), checkpoints.folder)
+    state.load(checkpoints.folder.path / name, facts, record["step"])
     if rank.is_main:
         rank.log.info("resuming after step %d of %d", state.step, config.steps)
     return state.step
@@ -143,44 +255,77 @@ def _require_same(theirs: dict[str, object], ours: dict[str, object], folder: Fo
             )
 
 
-def _replicated(model: nn.Module, rank: Rank) -> nn.Module:
-    """The model, or around it what averages gradients over the ranks (and gives all of them rank 0's weights)."""
-    if rank.world_size == 1:
-        return model
+def _shard(model: nn.Module, rank: Rank) -> None:
+    """FSDP2: parameters, gradients and optimizer state are spread over the ranks, block by block."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
     rank.process_group()
-    return DistributedDataParallel(model, device_ids=[rank.device] if rank.device.type == "cuda" else None)
+    mesh = init_device_mesh(rank.device.type, (rank.world_size,))
+    for block in getattr(model, "blocks", ()):
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def _wrapped(model: nn.Module, config: TrainConfig, rank: Rank) -> nn.Module:
+    """The model, compiled if asked for, in what averages gradients over the ranks."""
+    network = model
+    if config.compile:
+        network = torch.compile(network)  # type: ignore[assignment]
+    if rank.world_size == 1 or config.parallel == "fsdp":
+        return network
+    rank.process_group()
+    return DistributedDataParallel(
+        network, device_ids=[rank.device] if rank.device.type == "cuda" else None, broadcast_buffers=False
+    )
+
+
+# ---- a step
 
 
 def _accumulate_gradients(
-    task: Task, network: nn.Module, data: Batches, state: State, config: TrainConfig, rank: Rank
-) -> Tensor:
-    """Gradients of the global batch's mean loss; returns this rank's share of that mean."""
+    task: Task, network: nn.Module, feed: Feed, state: State, config: TrainConfig, rank: Rank
+) -> tuple[Tensor, float]:
+    """Gradients of the global batch's mean loss; returns this rank's share of that mean, and seconds without data."""
     torch.manual_seed(keyed_seed(config.seed, "step", state.step, rank.rank))
     total = torch.zeros((), device=rank.device)
-    positions, slots = state.sampler.positions(), state.sampler.slots()
-    parts = list(_cut(positions, slots, config.micro_batch))
-    for number, (some, places) in enumerate(parts):
-        batch = {name: tensor.to(rank.device) for name, tensor in data.batch(some).items()}
-        with _communicating(network, number == len(parts) - 1):
-            losses = task.losses(network, batch, Keys(config.seed, state.step, places))
+    waited, last = 0.0, False
+    while not last:
+        start = time.monotonic()
+        part = next(feed)
+        waited += time.monotonic() - start
+        last = part.last
+        with _communicating(network, state.model, last):
+            losses = _losses(task, network, part, config, rank)
             share = losses.sum() / config.batch_size
             (share * rank.world_size).backward()  # the wrapper takes the mean over ranks: of shares, we need the sum
         total += share.detach()
-    return total
+    return total, waited
 
 
-def _cut(positions: np.ndarray, slots: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Parts of at most ``size`` samples (0: all at once)."""
-    size = size or len(positions)
-    for start in range(0, len(positions), size):
-        yield positions[start : start + size], slots[start : start + size]
+def _losses(task: Task, network: nn.Module, part: Part, config: TrainConfig, rank: Rank) -> Tensor:
+    batch = {name: tensor.to(rank.device, non_blocking=True) for name, tensor in part.batch.items()}
+    with _precision(config, rank):
+        return task.losses(network, batch, part.keys).float()
 
 
-def _communicating(network: nn.Module, last: bool) -> AbstractContextManager[None]:
+def _precision(config: TrainConfig, rank: Rank) -> AbstractContextManager[Any]:
+    """Parameters stay in float32; with bfloat16, what gains by it is computed in that."""
+    return torch.autocast(rank.device.type, torch.bfloat16, enabled=config.precision == "bfloat16")
+
+
+def _communicating(network: nn.Module, model: nn.Module, last: bool) -> AbstractContextManager[None]:
     """Gradients travel between ranks once a step, with the last part of its batch."""
     if isinstance(network, DistributedDataParallel) and not last:
         return network.no_sync()  # type: ignore[no-any-return]
+    if hasattr(model, "set_requires_gradient_sync"):
+        model.set_requires_gradient_sync(last)  # type: ignore[operator]
     return nullcontext()
+
+
+def _clip(model: nn.Module, most: float) -> float:
+    norm = nn.utils.clip_grad_norm_(model.parameters(), most)
+    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
 
 def _agree(loss: Tensor, rank: Rank) -> tuple[float, bool]:
@@ -191,41 +336,130 @@ def _agree(loss: Tensor, rank: Rank) -> tuple[float, bool]:
     return total, stops > 0
 
 
-def _require_finite(loss: float, norm: float, state: State) -> None:
-    if not (math.isfinite(loss) and math.isfinite(norm)):
+def _finite(loss: float, norm: float, state: State, config: TrainConfig, rank: Rank) -> bool:
+    """Whether the step may be applied; all ranks find the same, as loss and norm are those of the whole batch."""
+    if math.isfinite(loss) and math.isfinite(norm):
+        state.skipped = 0
+        return True
+    state.skipped += 1
+    state.skipped_ever += 1
+    if state.skipped > config.max_skipped:
         raise NotFinite(
-            f"step {state.step + 1}: loss {loss}, gradient norm {norm}. Nothing of this step was applied. "
-            "A lower lr= or clip_norm= may help; the same command goes on from the newest checkpoint"
+            f"step {state.step + 1}: loss {loss}, gradient norm {norm}, {state.skipped} steps in a row (max_skipped="
+            f"{config.max_skipped}). None of them was applied. A lower lr= or clip_norm= may help; the same command "
+            "goes on from the newest checkpoint"
+        )
+    if rank.is_main:
+        rank.log.warning("step %d is left out: loss %s, gradient norm %s", state.step + 1, loss, norm)
+    return False
+
+
+def _share_buffers(model: nn.Module, rank: Rank) -> None:
+    """Give all ranks rank 0's buffers (a batch norm's, say), so that there is one state to save."""
+    if rank.world_size > 1:
+        import torch.distributed as dist
+
+        for tensor in buffers_of(model).values():
+            dist.broadcast(tensor, 0, group=rank.process_group())
+
+
+def _log(state: State, config: TrainConfig, rank: Rank, loggers: list[Logger], more: dict[str, float]) -> None:
+    values: dict[str, Any] = {**state.meter.read(), **more, "epoch": state.sampler.epoch}
+    values |= {"skipped": state.skipped_ever, "memory_mb": memory_megabytes(rank.device)}
+    for logger in loggers:
+        logger.write(state.step, values)
+    if rank.is_main:
+        rank.log.info(
+            "step %d/%d  loss %.4f  %.0f samples/s",
+            state.step,
+            config.steps,
+            values["loss"],
+            values["samples_per_second"],
         )
 
 
-def _save(state: State, task: Task, checkpoints: Checkpoints, config: TrainConfig, rank: Rank) -> int:
-    """Rank 0 writes, the others wait; returns the step."""
+# ---- now and then
+
+
+def _due(state: State, config: TrainConfig) -> bool:
+    """Whether to evaluate: every so many steps, and at the end."""
+    every = config.evaluate_every or config.steps
+    return (
+        state.step > state.progress.evaluated
+        and state.step > 0
+        and (state.step % every == 0 or state.step >= config.steps)
+    )
+
+
+def _without_hope(state: State, config: TrainConfig) -> bool:
+    return config.early_stop > 0 and state.progress.without_gain >= config.early_stop
+
+
+def _evaluate(task: Task, state: State, valid: Batches, config: TrainConfig, rank: Rank, loggers: list[Logger]) -> bool:
+    """Measure the averaged weights on all ranks together. Returns whether a signal came meanwhile: then the evaluation
+    counts for nothing, and is done again after resuming."""
+    size = max(1, (config.micro_batch or -(-config.batch_size // rank.world_size)))
+    sums: dict[str, Tensor] = {}
+    state.model.eval()
+    try:
+        with state.ema.in_place(state.model), torch.no_grad():
+            for start in range(0, len(valid), size * rank.world_size):
+                if rank.all_reduce(float(rank.stopping), "max"):
+                    return True
+                positions = start + rank.rank * size + np.arange(size)
+                real = torch.from_numpy(positions < len(valid)).to(rank.device)
+                for name, (values, weights) in _measured(task, state, valid, positions, config, rank).items():
+                    weights = torch.where(real, weights, 0.0).double()
+                    total = torch.stack([(values.double() * weights).sum(), weights.sum()])
+                    sums[name] = sums.get(name, torch.zeros_like(total)) + total
+    finally:
+        state.model.train()
+    means = {name: total / weight for name, (total, weight) in _reduced(sums, rank).items() if weight}
+    state.progress.see(state.step, means[task.metric], task.higher_is_better, config.lr_patience)
+    for logger in loggers:
+        logger.write(state.step, means)
     if rank.is_main:
-        facts = {
-            "config": identity(config),
-            "task": task.name,
-            "sampler": state.sampler.state(),
-            "ema_updates": state.ema.updates,
-            "world_size": rank.world_size,
-            **task.facts(),
-        }
-        tensors = {
-            "model": state.model.state_dict(),
-            "ema": state.ema.weights(),
-            "optimizer": optimizer_tensors(state.model, state.optimizer),
-        }
-        checkpoints.save(Checkpoint(state.step, facts, tensors))
-        rank.log.info("saved step %d", state.step)
-    rank.barrier("checkpoint")
-    rank.saved()
-    return state.step
+        rank.log.info("step %d  %s", state.step, "  ".join(f"{name} {mean:.4f}" for name, mean in means.items()))
+    return False
 
 
-def _evaluate(task: Task, state: State) -> dict[str, float]:
-    """The task's metrics with averaged weights; the weights in training are not touched."""
-    averaged = deepcopy(state.model)
-    averaged.load_state_dict(state.ema.weights())
-    averaged.eval()
-    with torch.no_grad():
-        return task.evaluate(averaged)
+def _measured(
+    task: Task, state: State, valid: Batches, positions: np.ndarray, config: TrainConfig, rank: Rank
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Every rank has as many batches: those beyond the end repeat the last sample, which then does not count."""
+    positions = np.minimum(positions, len(valid) - 1)
+    keys = Keys(config.seed, -1, positions, positions, np.zeros_like(positions))
+    batch = task.prepare(valid.batch(positions), keys)
+    with _precision(config, rank):
+        return task.measure(state.model, {name: t.to(rank.device) for name, t in batch.items()}, keys)
+
+
+def _reduced(sums: dict[str, Tensor], rank: Rank) -> dict[str, tuple[float, float]]:
+    if not sums:
+        return {}
+    table = rank.all_reduce(torch.stack(list(sums.values())))
+    return {name: (total, weight) for name, (total, weight) in zip(sums, table.tolist(), strict=True)}
+
+
+def _save(
+    state: State, task: Task, checkpoints: Checkpoints, config: TrainConfig, rank: Rank, *, background: bool
+) -> int:
+    """Every rank writes its share; returns the step."""
+    facts = {"config": identity(config), "task": task.name, "world_size": rank.world_size, **state.facts()}
+    facts |= {**task.facts(), "preprocessing": task.preprocessing()}
+    step = state.step
+
+    def done() -> None:
+        rank.saved()
+        if rank.is_main:
+            rank.log.info("saved step %d", step)
+
+    checkpoints.save(
+        step,
+        facts,
+        state.tensors(),
+        spare=frozenset({state.progress.best_step}),
+        background=background and config.save_in_background,
+        done=done,
+    )
+    return step

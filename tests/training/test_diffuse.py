@@ -16,6 +16,8 @@ from pipeline.loading import LatentDataset
 from pipeline.sources.shapes_scene import caption, render, sample_scene
 from pipeline.stages.generate import load_painter, sample_images
 from pipeline.storage import Folder
+from pipeline.training.feed import Chosen
+from pipeline.training.logs import read_log
 from pipeline.training.loop import train
 from pipeline.training.tasks.base import Keys
 from pipeline.training.tasks.diffuse import Diffuse, LatentInfo, Normalisation, draw
@@ -48,6 +50,10 @@ def data() -> LatentDataset:
     return LatentDataset(Scenes(100), INFO.image_shape, INFO.caption_shape, 32)
 
 
+def keys(seed: int, step: int, slots: np.ndarray) -> Keys:
+    return Keys(seed, step, slots, slots, slots * 0)
+
+
 def config(**settings: Any) -> TrainConfig:
     return TrainConfig(**{"steps": 30, "batch_size": 16, "warmup_steps": 5, "checkpoint_every": 100, **settings})
 
@@ -66,16 +72,16 @@ def test_constant_latents_can_be_normalised() -> None:
 
 
 def test_what_is_drawn_for_a_sample_depends_on_step_and_slot_alone() -> None:
-    together = draw(Keys(0, 5, np.arange(8)), (4, 2, 2), 0.5)
-    halves = [draw(Keys(0, 5, slots), (4, 2, 2), 0.5) for slots in (np.arange(3), np.arange(3, 8))]
+    together = draw(keys(0, 5, np.arange(8)), (4, 2, 2), 0.5)
+    halves = [draw(keys(0, 5, slots), (4, 2, 2), 0.5) for slots in (np.arange(3), np.arange(3, 8))]
     for whole, first, second in zip(together, *halves, strict=True):
         assert torch.equal(whole, torch.cat([first, second]))
-    for other in (Keys(1, 5, np.arange(8)), Keys(0, 6, np.arange(8)), Keys(0, 5, np.arange(8, 16))):
+    for other in (keys(1, 5, np.arange(8)), keys(0, 6, np.arange(8)), keys(0, 5, np.arange(8, 16))):
         assert not torch.equal(draw(other, (4, 2, 2), 0.5)[1], together[1])
 
 
 def test_times_lie_inside_and_captions_are_dropped_as_often_as_asked() -> None:
-    t, noise, drop = draw(Keys(0, 0, np.arange(3000)), (1, 1, 1), 0.1)
+    t, noise, drop = draw(keys(0, 0, np.arange(3000)), (1, 1, 1), 0.1)
     assert t.min() > 0 and t.max() < 1 and 0.6 < float(t.median()) < 0.73
     assert abs(float(noise.mean())) < 0.1 and abs(float(noise.std()) - 1) < 0.1
     assert 0.08 < float(drop.float().mean()) < 0.12
@@ -93,7 +99,7 @@ def run(data: LatentDataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.set_num_threads(1)
     path = tmp_path_factory.mktemp("run")
     with Folder.open(path) as folder:
-        train(Diffuse(config(), data, INFO), data, config(), Rank(), folder)
+        train(Diffuse(config(), data, INFO), data, config(), Rank(), folder, Chosen(data, 0, 0, 64))
     return path
 
 
@@ -122,10 +128,7 @@ def test_averaged_weights_draw(run: Path) -> None:
 
 
 def test_the_end_of_the_log_has_the_loss_at_each_time(run: Path) -> None:
-    import json
-
-    (file,) = (run / "logs").iterdir()
-    last = json.loads(file.read_text().splitlines()[-1])
+    last = read_log(run)[-1]
     assert [last[f"loss_t{quarter}"] > 0 for quarter in (1, 2, 3, 4)] == [True] * 4
 
 

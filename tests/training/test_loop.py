@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,8 +16,10 @@ import pytest
 import torch
 from tiny_training import Regression, Run
 
+from pipeline.config import TrainConfig
 from pipeline.training.checkpoint import open_checkpoint
 from pipeline.training.ema import Ema
+from pipeline.training.logs import read_log
 from pipeline.training.schedule import learning_rate
 
 Runs = Callable[..., Run]
@@ -93,8 +96,7 @@ def test_ranks_learn_what_one_learns_and_all_stop_when_one_is_told_to(run: Runs,
 def test_the_log_has_a_line_for_every_few_steps_and_the_metrics_at_the_end(run: Runs) -> None:
     one = run()
     one(log_every=5, warmup_steps=4, lr=0.01)
-    (file,) = (one.path / "logs").iterdir()
-    lines = [json.loads(text) for text in file.read_text().splitlines()]
+    lines = [json.loads(text) for text in (one.path / "logs/training_log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [5, 10, 12, 12]
     assert {"loss", "lr", "grad_norm", "samples_per_second", "epoch", "time"} <= set(lines[0])
     assert lines[-1]["training"] == 0.0
@@ -104,18 +106,34 @@ def test_the_log_has_a_line_for_every_few_steps_and_the_metrics_at_the_end(run: 
 def test_training_lowers_the_loss(run: Runs) -> None:
     one = run()
     one(steps=150, lr=0.02, log_every=10, task=Regression(plain=True))
-    (file,) = (one.path / "logs").iterdir()
-    losses = [line["loss"] for line in map(json.loads, file.read_text().splitlines()) if "loss" in line]
+    losses = [line["loss"] for line in read_log(one.path) if "loss" in line]
     assert losses[-1] < 0.1 * losses[0]
 
 
 def test_the_rate_rises_then_falls_to_zero() -> None:
-    rates = [learning_rate(step, 1.0, 4, 20) for step in range(21)]
+    config = TrainConfig(lr=1.0, warmup_steps=4, steps=20)
+    rates = [learning_rate(config, step) for step in range(21)]
     assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
     assert rates[4] == 1.0 and rates[12] == pytest.approx(0.5) and rates[20] == pytest.approx(0)
     assert all(a > b for a, b in pairwise(rates[4:]))
-    assert learning_rate(19, 1.0, 4, 20, "constant") == 1.0
-    assert learning_rate(0, 1.0, 0, 20) == 1.0
+    assert learning_rate(replace(config, warmup_steps=0), 0) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("schedule", "rates"),
+    [
+        ("constant", {5: 1.0, 99: 1.0}),
+        ("step", {29: 1.0, 31: 0.1, 61: 0.01, 99: 0.001}),
+        ("wsd", {50: 1.0, 70: 1.0, 85: 0.5005, 100: 0.001}),
+        ("cosine", {50: 0.5005, 100: 0.001}),
+        ("plateau", {5: 1.0, 99: 1.0}),
+    ],
+)
+def test_schedules(schedule: str, rates: dict[int, float]) -> None:
+    config = TrainConfig(lr=1.0, warmup_steps=0, steps=100, min_lr=0.001, schedule=schedule)
+    assert {step: learning_rate(config, step) for step in rates} == pytest.approx(rates)
+    if schedule == "plateau":
+        assert [learning_rate(config, 9, n) for n in (1, 2, 5)] == pytest.approx([0.1, 0.01, 0.001])
 
 
 def test_averages_follow_the_weights_and_forget_the_start_soon() -> None:

@@ -7,19 +7,27 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 from torch import Tensor, nn
+
+Batch = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Keys:
     """What the randomness of a step is keyed by: never the rank, so that 1 or 8 ranks draw the same for each sample.
 
+    ``step`` is -1 in an evaluation, where nothing is augmented.
+
     ``slots``: int64 (b,), the samples' places in the global batch of ``step``.
+    ``positions``, ``epochs``: int64 (b,), which samples these are, and how often each was seen before.
     """
 
     seed: int
     step: int
     slots: np.ndarray
+    positions: np.ndarray
+    epochs: np.ndarray
 
 
 class Task(ABC):
@@ -29,19 +37,40 @@ class Task(ABC):
     model: nn.Module
     """The bare network. The loop trains it, or a wrapper around it."""
 
+    def prepare(self, batch: Batch, keys: Keys) -> Batch:
+        """What is done to a batch on the CPU, ahead of time and maybe in a worker process: augmentation."""
+        return batch
+
     @abstractmethod
-    def losses(self, network: nn.Module, batch: dict[str, Tensor], keys: Keys) -> Tensor:
+    def losses(self, network: nn.Module, batch: Batch, keys: Keys) -> Tensor:
         """Loss of each sample, (b,).
 
         Args:
             network: the model, or what the loop has wrapped around it.
-            batch: as the dataset's ``batch`` returns it, on the model's device.
+            batch: as :meth:`prepare` returns it, on the model's device.
         """
 
-    def evaluate(self, network: nn.Module) -> dict[str, float]:
-        """Metrics of ``network`` (with averaged weights), for the log; none by default."""
-        return {}
+    def measure(self, network: nn.Module, batch: Batch, keys: Keys) -> dict[str, tuple[Tensor, Tensor]]:
+        """Metrics of a batch of the validation set: name → (values (b,), weights (b,)); the loop takes their mean."""
+        losses = self.losses(network, batch, keys)
+        return {"valid_loss": (losses, torch.ones_like(losses))}
+
+    metric: ClassVar[str] = "valid_loss"
+    """Which of them decides what is best, and when to stop."""
+    higher_is_better: ClassVar[bool] = False
+
+    def decays(self, name: str, parameter: Tensor) -> bool:
+        """Whether weight decay applies to a parameter."""
+        return True
+
+    def example(self) -> tuple[Any, ...]:
+        """Arguments of the model for one sample, on the CPU, to count its operations; empty: not counted."""
+        return ()
 
     def facts(self) -> dict[str, Any]:
         """What it takes to use the model without the training data; JSON-able, goes into every checkpoint."""
+        return {}
+
+    def preprocessing(self) -> dict[str, Any]:
+        """How an input becomes what the model takes; JSON-able, goes into the export."""
         return {}

@@ -13,13 +13,14 @@ from pipeline.config import TrainConfig
 from pipeline.loading import LatentDataset, order
 from pipeline.models.dit import DiT, dit_config
 from pipeline.randomness import generator, keyed_seed
-from pipeline.training.tasks.base import Keys, Task
+from pipeline.training.tasks.base import Batch, Keys, Task
 
 _TIME_SHIFT = 0.7
 """Time is sigmoid(N + 0.7): more often noisy than not, because what a picture shows is decided there."""
 _MEASURED = 1024  # samples that the normalisation is measured on
-_EVALUATED = 256  # samples that the evaluation's loss is measured on
+EVALUATED = 256  # samples that the loss is measured on, where no validation set is kept out
 _QUARTERS = 4
+_GOLDEN = (5**0.5 - 1) / 2  # multiples of it, modulo 1, are evenly spread
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,6 @@ class Diffuse(Task):
         self.normalisation = Normalisation.measure(_first(data, config.seed, _MEASURED)["image_latents"])
         torch.manual_seed(keyed_seed(config.seed, "weights"))
         self.model = DiT(dit_config(config.model, info.image_shape, info.caption_shape))
-        self._evaluated = _first(data, config.seed, _EVALUATED)
 
     def losses(self, network: nn.Module, batch: dict[str, Tensor], keys: Keys) -> Tensor:
         """Mean squared error of the velocity, (b,), at a random time, some captions dropped."""
@@ -87,16 +87,16 @@ class Diffuse(Task):
             network, x, t.to(x.device), noise.to(x.device), batch["caption_latents"], drop.to(x.device)
         )
 
-    def evaluate(self, network: nn.Module) -> dict[str, float]:
-        """``loss_t1`` ... ``loss_t4``: loss in each quarter of time, clean to noisy; fixed noise, training samples."""
-        device = next(network.parameters()).device
-        x = self.normalisation.apply(self._evaluated["image_latents"].to(device))
-        text = self._evaluated["caption_latents"].to(device)
-        _, noise, keep = draw(Keys(0, -1, np.arange(len(x))), tuple(x.shape[1:]), 0.0)
-        t = (torch.arange(len(x)) + 0.5) / len(x)
-        losses = velocity_losses(network, x, t.to(device), noise.to(device), text, keep.to(device))
-        quarters = losses.tensor_split(_QUARTERS)
-        return {f"loss_t{number + 1}": float(part.mean()) for number, part in enumerate(quarters)}
+    def measure(self, network: nn.Module, batch: Batch, keys: Keys) -> dict[str, tuple[Tensor, Tensor]]:
+        """``valid_loss`` at times evenly spread, with fixed noise, and ``loss_t1`` ... ``loss_t4``, that of each quarter
+        of time, clean to noisy."""
+        x = self.normalisation.apply(batch["image_latents"])
+        _, noise, keep = draw(keys, tuple(x.shape[1:]), 0.0)
+        t = torch.from_numpy((keys.slots * _GOLDEN % 1).astype(np.float32)).to(x.device)
+        losses = velocity_losses(network, x, t, noise.to(x.device), batch["caption_latents"], keep.to(x.device))
+        quarter = (t * _QUARTERS).long()
+        parts = {f"loss_t{q + 1}": (losses, (quarter == q).float()) for q in range(_QUARTERS)}
+        return {"valid_loss": (losses, torch.ones_like(losses)), **parts}
 
     def facts(self) -> dict[str, Any]:
         return {
