@@ -88,7 +88,7 @@ class Diffuse(Task):
         )
 
     def measure(self, network: nn.Module, batch: Batch, keys: Keys) -> dict[str, tuple[Tensor, Tensor]]:
-        """``valid_loss`` at times evenly spread, with fixed noise, and ``loss_t1`` ... ``loss_t4``, that of each quarter
+        """``valid_loss`` at evenly spread times, fixed noise, and ``loss_t1`` ... ``loss_t4``, that of each quarter
         of time, clean to noisy."""
         x = self.normalisation.apply(batch["image_latents"])
         _, noise, keep = draw(keys, tuple(x.shape[1:]), 0.0)
