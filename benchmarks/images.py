@@ -1,11 +1,14 @@
-"""Images per second on one core: `pipeline.images.process` against what others do, at four sizes.
+"""Images per second on one core: `pipeline.images.process` against what others do, at four sizes; and its fidelity.
 
-    python benchmarks/images.py [photos=<folder>] [rounds=9] [core=0]
+    python benchmarks/images.py photos=<folder> [rounds=9] [core=0] [photo_count=6]
 
 All bring JPEGs (quality 90, 4:2:0) to a smaller edge of 512 and write quality 95, 4:2:0. Contestants take turns on each
 photo; a ratio is the median of the ratios of single turns, so that a change of the machine's speed hits both sides.
-`floor` decodes and encodes, and nothing else: what no resizer can beat without a scaled decode.
-Without `photos`, scikit-learn's two are enlarged, which makes them softer than real ones.
+`floor` decodes in full and encodes, and nothing else: what no resizer can beat without a scaled decode. PSNR and SSIM
+compare pixels before encoding with a full decode and bicubic in floats.
+Without `photos`, scikit-learn's two are enlarged, which makes them softer than real ones. Debian's packages
+gnome-backgrounds, mate-backgrounds and plasma-workspace-wallpapers have some of 12 MP and more.
+pyvips takes part where it is installed (pip install pyvips pyvips-binary).
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator
+from functools import cache
 from io import BytesIO
 from pathlib import Path
 from statistics import median
@@ -23,22 +27,34 @@ import numpy as np
 import simplejpeg
 import torch
 from PIL import Image
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import Resize
 
-from pipeline.images import Limits, Pixels, Rules, decode, probe, process, resize, target_size
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
-SIZES = {"0.7 MP": (1024, 683), "1 MP": (1224, 816), "4 MP": (2464, 1632), "12 MP": (4000, 3000)}
+from pipeline.images import Rules, decode, geometry, probe, process, render, target_size
+
+SIZES = {"0.7 MP": (1024, 683), "1 MP": (1224, 816), "4 MP": (2464, 1642), "12 MP": (4240, 2828)}
 EDGE = 512
+Job = Callable[[bytes], bytes]
 
 
-def ours(backend: str, scaled: bool = True) -> Callable[[bytes], bytes]:
-    rules = Rules(min_image_size=0, max_image_size=EDGE, resize=backend, scaled_decode=scaled)
-    return lambda data: process(data, rules).data
+def rules(backend: str = "fast", scaled: bool = True) -> Rules:
+    return Rules(min_image_size=0, max_image_size=EDGE, resize=backend, scaled_decode=scaled)
 
 
-def pillow_bicubic(data: bytes) -> bytes:
-    """As torchvision's transforms on PIL images do, and trainers that use them."""
+def ours(backend: str = "fast", scaled: bool = True) -> Job:
+    chosen = rules(backend, scaled)
+    return lambda data: process(data, chosen).data
+
+
+_torchvision_resize = Resize(EDGE, InterpolationMode.BICUBIC)
+
+
+def torchvision_on_pil(data: bytes) -> bytes:
+    """As micro_diffusion does."""
     with Image.open(BytesIO(data)) as image:
-        sized = image.convert("RGB").resize(target_size(*image.size, EDGE), Image.Resampling.BICUBIC)
+        sized = _torchvision_resize(image.convert("RGB"))
     file = BytesIO()
     sized.save(file, "JPEG", quality=95, subsampling="4:2:0")
     return file.getvalue()
@@ -54,6 +70,15 @@ def opencv_area(data: bytes) -> bytes:
     return bytes(cv2.imencode(".jpg", sized, options)[1])
 
 
+def vips_thumbnail(data: bytes) -> bytes:
+    import pyvips
+
+    header = probe(data)
+    width, height = target_size(header.width, header.height, EDGE)
+    sized = pyvips.Image.thumbnail_buffer(data, width, height=height, size="force")
+    return bytes(sized.jpegsave_buffer(Q=95, subsample_mode="on"))
+
+
 def floor(data: bytes) -> bytes:
     pixels = simplejpeg.decode_jpeg(data, "RGB")
     size = target_size(pixels.shape[1], pixels.shape[0], EDGE)
@@ -61,49 +86,94 @@ def floor(data: bytes) -> bytes:
     return bytes(simplejpeg.encode_jpeg(corner, 95, "RGB", "420"))
 
 
-CONTESTANTS: dict[str, Callable[[bytes], bytes]] = {
-    "ours, torch": ours("torch"),
-    "ours, pillow": ours("pillow"),
-    "ours, torch, full decode": ours("torch", scaled=False),
-    "Pillow bicubic": pillow_bicubic,
+CONTESTANTS: dict[str, Job] = {
+    "ours": ours(),
+    "ours, full decode": ours(scaled=False),
+    "ours, resize=pillow": ours("pillow"),
+    "torchvision on PIL": torchvision_on_pil,
     "OpenCV area": opencv_area,
     "floor": floor,
 }
+try:
+    import pyvips  # noqa: F401
+
+    CONTESTANTS["pyvips thumbnail"] = vips_thumbnail
+except ImportError:
+    print("(pyvips is not installed: left out)")
 
 
-def photos(folder: str, size: tuple[int, int]) -> Iterator[bytes]:
-    """Up to 6 photos, cut to the aspect of `size` and brought to it (only down, where they come from a folder)."""
+@cache
+def originals(folder: str) -> list[Path]:
+    return sorted(path for path in Path(folder).rglob("*.jp*g") if path.is_file() and not path.is_symlink())
+
+
+def photos(folder: str, size: tuple[int, int], most: int) -> Iterator[bytes]:
+    """Photos cut to the aspect of `size` and brought to it (only down, where they come from a folder)."""
     if folder:
-        found = sorted(path for path in Path(folder).rglob("*.jp*g") if path.is_file() and not path.is_symlink())
-        images: list[Image.Image] = [
-            image for image in map(Image.open, found) if image.width >= size[0] and image.height >= size[1]
-        ]
+        opened = (Image.open(path) for path in originals(folder))
+        images = [image for image in opened if image.width >= size[0] and image.height >= size[1]]
     else:
         from sklearn.datasets import load_sample_images
 
         images = [Image.fromarray(pixels) for pixels in load_sample_images().images]
-    for image in images[:6]:
+    step = max(1, len(images) // most)
+    for image in images[::step][:most]:
         scale = min(image.width / size[0], image.height / size[1])
         box = (0, 0, size[0] * scale, size[1] * scale)
         pixels = np.asarray(image.convert("RGB").resize(size, Image.Resampling.BICUBIC, box=box))
         yield simplejpeg.encode_jpeg(np.ascontiguousarray(pixels), 90, "RGB", "420")
 
 
-def seconds(job: Callable[[bytes], bytes], data: bytes) -> float:
+def seconds(job: Job, data: bytes) -> float:
     start = perf_counter()
     job(data)
     return perf_counter() - start
 
 
-def psnr(data: bytes, backend: str) -> float:
-    """dB of our resized pixels, before encoding, against a full decode with bicubic in floats."""
+def fidelity(data: bytes) -> tuple[float, float]:
+    """PSNR in dB and SSIM of our pixels, before encoding, against a full decode with bicubic in floats."""
     header = probe(data)
-    size = target_size(header.width, header.height, EDGE)
-    full = decode(data, header, Limits())
+    shape = geometry(header.width, header.height, rules())
+    full = decode(data, header)
     planes = [Image.fromarray(full[:, :, channel].astype(np.float32)) for channel in range(3)]
-    exact = np.stack([np.asarray(plane.resize(size, Image.Resampling.BICUBIC)) for plane in planes], -1).clip(0, 255)
-    got: Pixels = resize(decode(data, header, Limits(), at_least=size), size, backend)
-    return float(10 * np.log10(255**2 / np.mean((got - exact) ** 2)))
+    sized = [np.asarray(plane.resize(shape.sized, Image.Resampling.BICUBIC)) for plane in planes]
+    exact = np.stack(sized, -1).clip(0, 255).astype(np.float64)
+    got = render(data, header, shape, rules())[:, :, :3].astype(np.float64)
+    return float(10 * np.log10(255**2 / np.mean((got - exact) ** 2))), ssim(got.mean(-1), exact.mean(-1))
+
+
+def ssim(one: np.ndarray, other: np.ndarray) -> float:
+    """Wang et al. 2004 with a Gaussian window (sigma 1.5), on grey levels 0 to 255."""
+
+    def blurred(image: np.ndarray) -> np.ndarray:
+        return np.asarray(cv2.GaussianBlur(image, (11, 11), 1.5))
+
+    a, b = blurred(one), blurred(other)
+    va, vb, cov = blurred(one * one) - a * a, blurred(other * other) - b * b, blurred(one * other) - a * b
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    return float(np.mean((2 * a * b + c1) * (2 * cov + c2) / ((a * a + b * b + c1) * (va + vb + c2))))
+
+
+def compare(name: str, size: tuple[int, int], files: list[bytes], rounds: int) -> None:
+    turns: dict[str, list[float]] = {contestant: [] for contestant in CONTESTANTS}
+    for turn in range(rounds + 1):
+        for data in files:
+            for contestant, job in CONTESTANTS.items():
+                took = seconds(job, data)
+                if turn:  # the first only warms up
+                    turns[contestant].append(took)
+    psnr, ssims = zip(*map(fidelity, files), strict=True)
+    said = f"PSNR min {min(psnr):.1f} mean {np.mean(psnr):.1f} dB, SSIM min {min(ssims):.4f} mean {np.mean(ssims):.4f}"
+    print(f"\n{name} ({size[0]}x{size[1]}), {len(files)} photos, {said}")
+    print(f"{'':22}{'images/s':>10}{'MP/s':>8}{'x torchvision':>15}{'x OpenCV':>10}{'of floor':>10}")
+    for contestant, times in turns.items():
+        ratios = [
+            median(other / own for other, own in zip(turns[rival], times, strict=True))
+            for rival in ("torchvision on PIL", "OpenCV area", "floor")
+        ]
+        rate = 1 / median(times)
+        line = f"{contestant:22}{rate:10.1f}{rate * size[0] * size[1] / 1e6:8.0f}"
+        print(line + f"{ratios[0]:15.2f}{ratios[1]:10.2f}{ratios[2]:10.0%}")
 
 
 def main() -> None:
@@ -112,26 +182,11 @@ def main() -> None:
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
     for name, size in SIZES.items():
-        files = list(photos(options.get("photos", ""), size))
-        turns: dict[str, list[float]] = {contestant: [] for contestant in CONTESTANTS}
-        for turn in range(int(options.get("rounds", 9)) + 1):
-            for data in files:
-                for contestant, job in CONTESTANTS.items():
-                    took = seconds(job, data)
-                    if turn:  # the first only warms up
-                        turns[contestant].append(took)
-        quality = [psnr(data, "torch") for data in files]
-        fidelity = f"PSNR min {min(quality):.1f} mean {np.mean(quality):.1f} dB"
-        print(f"\n{name} ({size[0]}x{size[1]}), {len(files)} photos, {fidelity}")
-        print(f"{'':26}{'images/s':>10}{'MP/s':>8}{'x Pillow':>10}{'x OpenCV':>10}{'of floor':>10}")
-        for contestant, times in turns.items():
-            ratios = [
-                median(other / own for other, own in zip(turns[rival], times, strict=True))
-                for rival in ("Pillow bicubic", "OpenCV area", "floor")
-            ]
-            rate = 1 / median(times)
-            line = f"{contestant:26}{rate:10.1f}{rate * size[0] * size[1] / 1e6:8.0f}"
-            print(line + f"{ratios[0]:10.2f}{ratios[1]:10.2f}{ratios[2]:10.0%}")
+        files = list(photos(options.get("photos", ""), size, int(options.get("photo_count", 6))))
+        if files:
+            compare(name, size, files, int(options.get("rounds", 9)))
+        else:
+            print(f"\n{name}: no photo is large enough")
 
 
 if __name__ == "__main__":

@@ -13,10 +13,14 @@ import struct
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import BytesIO
+from zlib import decompressobj
+from zlib import error as ZlibError
 
 from PIL import AvifImagePlugin, Image, TiffImagePlugin, UnidentifiedImageError
+
+from pipeline.colour import MAX_PROFILE
 
 logging.getLogger("PIL").setLevel(logging.CRITICAL)  # what it has to say about a bad file is in our errors
 
@@ -70,6 +74,8 @@ class Probe:
     """By the header: an alpha channel or a transparent colour, even if every pixel turns out to be opaque."""
     plain: bool
     """Every decoder of training images reads the same 8-bit RGB or grey pixels from these bytes as from a copy."""
+    icc: bytes = field(default=b"", repr=False)
+    """The ICC profile, unchecked; empty where there is none, or one beyond `colour.MAX_PROFILE`."""
 
     @property
     def upright(self) -> tuple[int, int]:
@@ -143,9 +149,12 @@ _SUBSAMPLINGS = {(1, 1), (2, 1), (2, 2), (1, 2), (4, 1), (1, 4)}
 
 def _probe_jpeg(data: bytes, limits: Limits) -> Probe:
     orientation, frame = 1, None
+    profile: dict[bytes, bytes] = {}
     for marker, start, end in _jpeg_segments(data):
         if marker == 0xE1 and orientation == 1 and data.startswith(b"Exif\0\0", start):
             orientation = exif_orientation(data[start + 6 : end])
+        elif marker == 0xE2 and data.startswith(b"ICC_PROFILE\0", start):  # its number, how many, piece
+            profile.setdefault(data[start + 12 : start + 13], data[start + 14 : end])
         elif _is_frame(marker) and frame is None:
             frame = marker, data[start:end]
     if frame is None:
@@ -161,7 +170,12 @@ def _probe_jpeg(data: bytes, limits: Limits) -> Probe:
     mode = {1: "L", 3: "RGB", 4: "CMYK"}[components]
     # Baseline, extended and progressive Huffman files are read by all; arithmetic coding and odd subsampling are not.
     plain = components != 4 and coding in (0xC0, 0xC1, 0xC2) and _is_common_subsampling(header)
-    return _checked(Probe("jpeg", width, height, mode, orientation, 1, False, plain), limits)
+    icc = _profile(b"".join(profile[number] for number in sorted(profile)))
+    return _checked(Probe("jpeg", width, height, mode, orientation, 1, False, plain, icc), limits)
+
+
+def _profile(icc: bytes) -> bytes:
+    return icc if len(icc) <= MAX_PROFILE else b""
 
 
 def is_turbo_jpeg(data: bytes) -> bool:
@@ -245,12 +259,14 @@ _PNG_MODES = {
 
 
 def _probe_png(data: bytes, limits: Limits) -> Probe:
-    orientation, frames, alpha = 1, 1, False
+    orientation, frames, alpha, icc = 1, 1, False, b""
     for kind, start, end in png_chunks(data):
         if kind == b"tRNS":
             alpha = True
         elif kind == b"eXIf":
             orientation = exif_orientation(data[start:end])
+        elif kind == b"iCCP" and not icc:
+            icc = _inflated_profile(data[start:end])
         elif kind == b"acTL" and end - start == 8:
             frames = max(1, int.from_bytes(data[start : start + 4], "big"))
     width, height, bits, colour = struct.unpack_from(">IIBB", data, 16)
@@ -259,7 +275,15 @@ def _probe_png(data: bytes, limits: Limits) -> Probe:
         raise ImageError("decode_error", f"PNG with {bits} bits of colour type {colour}")
     alpha |= colour in (4, 6)
     plain = mode in ("L", "RGB") and not alpha and frames == 1
-    return _checked(Probe("png", width, height, mode, orientation, frames, alpha, plain), limits)
+    return _checked(Probe("png", width, height, mode, orientation, frames, alpha, plain, icc), limits)
+
+
+def _inflated_profile(chunk: bytes) -> bytes:
+    """Of a PNG: a name, a zero, the method 0, zlib data that may be a bomb."""
+    try:
+        return _profile(decompressobj().decompress(chunk.partition(b"\0")[2][1:], MAX_PROFILE + 1))
+    except ZlibError:
+        return b""
 
 
 def png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
@@ -301,10 +325,11 @@ def _probe_webp(data: bytes, limits: Limits) -> Probe:
     frames = max(1, sum(chunk == b"ANMF" for chunk, _, _ in chunks))
     exif = next((data[begin:end] for chunk, begin, end in chunks if chunk == b"EXIF"), b"")
     orientation = exif_orientation(exif.removeprefix(b"Exif\0\0"))
+    icc = _profile(next((data[begin:end] for chunk, begin, end in chunks if chunk == b"ICCP"), b""))
     animated = any(chunk == b"ANIM" for chunk, _, _ in chunks)
     mode = "RGBA" if alpha else "RGB"
     plain = not alpha and not animated
-    return _checked(Probe("webp", width, height, mode, orientation, frames, alpha, plain), limits)
+    return _checked(Probe("webp", width, height, mode, orientation, frames, alpha, plain, icc), limits)
 
 
 def _webp_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
@@ -386,6 +411,7 @@ def _probe_pillow(data: bytes, limits: Limits) -> Probe:
             frames,
             image.has_transparency_data,
             plain=False,
+            icc=_profile(image.info.get("icc_profile") or b""),
         )
     return _checked(found, limits)
 

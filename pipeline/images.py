@@ -1,30 +1,35 @@
-"""Images, bytes to bytes: probe, decode, filter, resize, encode. No files, no SLURM; torch only where `resize="torch"`.
+"""Images, bytes to bytes: probe, decode, filter, resize, encode. No files, no SLURM, no torch.
 
-The size rule (`target_size`): where the smaller edge exceeds `max_image_size` it becomes exactly that, and the larger
-edge becomes the exact ratio, rounded half up. Nothing is ever upscaled. `min_image_size` is checked on the original.
+What becomes of the sizes is `geometry`; nothing is ever upscaled. `min_image_size`, `max_image_area` and
+`max_aspect_ratio` are checked on the original.
 
 The interpolation is bicubic (a = -0.5) with antialiasing, on 8-bit values as they are stored (no gamma). JPEGs are
-decoded at 1/2, 1/4 or 1/8 of their size where both edges stay at least 2.5 times the target; the rest is bicubic.
+decoded at 1/2, 1/4 or 1/8 of their size where both edges stay at least twice the target; the rest is bicubic. An ICC
+profile is applied after resizing, EXIF's orientation as well.
 
-What passes through untouched: an upright, single-frame JPEG, PNG or WebP of 8-bit RGB or grey without alpha whose size
-needs no change, and which decodes without a complaint. Everything else is encoded anew, without metadata: alpha (over
-white), palettes, CMYK, 16-bit, BMP, TIFF, GIF, AVIF, rotated files, animated ones (their first frame), and JPEGs with
-arithmetic coding or odd subsampling, which training decoders may refuse.
+What passes through untouched: an upright, single-frame JPEG, PNG or WebP of 8-bit RGB or grey without alpha, in sRGB or
+without a profile, whose size needs no change, and which decodes without a complaint. Everything else is encoded anew,
+without metadata: alpha (over `background`), palettes, CMYK, 16-bit, BMP, TIFF, GIF, AVIF, rotated files, animated ones
+(their first frame), and JPEGs with arithmetic coding or odd subsampling, which training decoders may refuse.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from io import BytesIO
 from typing import Any
 from zlib import crc32, decompressobj
 
 import numpy as np
 import numpy.typing as npt
+import PIL
 import simplejpeg
-from PIL import Image, TiffImagePlugin
+from cykooz_resizer import CropBox, FilterType, ResizeAlg, ResizeOptions, Resizer
+from PIL import Image, ImageColor, TiffImagePlugin
 
+from pipeline import colour
 from pipeline.headers import (
     DEFAULT_LIMITS,
     FORMATS,
@@ -43,7 +48,9 @@ __all__ = [
     "ENCODE_FORMATS",
     "FORMATS",
     "RESIZERS",
+    "RESIZE_MODES",
     "Dropped",
+    "Geometry",
     "ImageError",
     "Limits",
     "Pixels",
@@ -52,22 +59,28 @@ __all__ = [
     "Rules",
     "decode",
     "encode",
+    "geometry",
     "probe",
     "process",
+    "render",
     "resize",
     "target_size",
 ]
 
 Pixels = npt.NDArray[np.uint8]
-"""(h, w, 3): RGB, upright, C-contiguous."""
+"""(h, w, 3) RGB, or (h, w, 4) RGBX, whose last byte says nothing; C-contiguous."""
+Size = tuple[int, int]
+"""Width and height in pixels."""
 
+RESIZE_MODES = ("keep_ratio", "keep_ratio_largest", "center_crop", "border", "no")
 ENCODE_FORMATS = ("jpg", "png", "webp", "auto")
+VALIDATIONS = ("full", "header")
+ICC_MODES = ("srgb", "ignore")
 _MAX_EDGE = {"jpeg": 65_500, "webp": 16_383}
 """Pixels per edge that a format can hold."""
-_DCT_MARGIN = 2.5
-"""A scaled decode must leave this many times the target's edge. Measured against a full decode with bicubic in floats,
-on 35 photos of 0.9 to 18 MP: at least 47 dB (mean 55) for 1/2 and 41 dB (mean 54) for 1/4; 38 dB on a picture with
-all its detail at the target's scale. (Margin 2: 45, 39 and 36 dB; margin 1: 29 dB. Quality 95 itself costs down to 40.)
+_DCT_MARGIN = 2
+"""A scaled decode leaves at least this many times the target's edge. Measured by `benchmarks/images.py` against a full
+decode with bicubic in floats; at 1.5 it would be 4 dB less, and at 1 below 40 dB where detail is finer than the target.
 """
 
 
@@ -87,25 +100,58 @@ class Rules:
     min_image_size: int = 256
     """Smaller edge of the upright original in pixels, below which an image is dropped as `too_small`."""
     max_image_size: int = 512
-    """Smaller edge of the result in pixels at most; 0 = no limit."""
+    """What `resize_mode` brings larger images to, in pixels; 0 = no limit."""
+    resize_mode: str = "keep_ratio"
+    """One of `RESIZE_MODES`; see `geometry`."""
+    max_image_area: int = 0
+    """Pixels of the original, above which an image is dropped as `too_large`; 0 = no limit."""
+    max_aspect_ratio: float = 0.0
+    """Larger edge over smaller edge of the original, above which an image is dropped as `too_elongated`; 0 = any."""
     encode_format: str = "jpg"
     """Of images that change: `jpg` (4:2:0), `png`, `webp`, or `auto` (PNG if the source is lossless, else JPEG)."""
     encode_quality: int = 95
     """1 to 100, for JPEG and WebP."""
+    skip_reencode: bool = True
+    """Images that need no change keep their bytes; False: all are written anew."""
+    validate: str = "full"
+    """Images that keep their bytes are decoded to see that they are good (`full`), or trusted (`header`)."""
+    background: str = "white"
+    """Colour under transparent pixels, and of the border: a CSS name or `#rrggbb`."""
+    icc: str = "srgb"
+    """Colours of images with another profile are converted to `srgb`, or the profile is dropped (`ignore`)."""
     scaled_decode: bool = True
     """Decode large JPEGs at a fraction of their size where that changes little; False: always in full."""
-    resize: str = "pillow"
-    """Which bicubic: `pillow`, or `torch` (2 to 7 times as fast, within 2 levels, but importing it takes seconds)."""
+    resize: str = "fast"
+    """Which bicubic, one of `RESIZERS`: `fast` (SIMD), `pillow`, or `simd` (pillow-simd in Pillow's place)."""
 
     def __post_init__(self) -> None:
-        if self.min_image_size < 0 or self.max_image_size < 0:
-            raise ValueError("min_image_size and max_image_size must not be negative")
+        for name in ("min_image_size", "max_image_size", "max_image_area", "max_aspect_ratio"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
         if not 1 <= self.encode_quality <= 100:
             raise ValueError(f"encode_quality={self.encode_quality} is not in 1..100")
-        if self.encode_format not in ENCODE_FORMATS:
-            raise ValueError(f"encode_format={self.encode_format} is not one of {', '.join(ENCODE_FORMATS)}")
-        if self.resize not in RESIZERS:
-            raise ValueError(f"resize={self.resize} is not one of {', '.join(RESIZERS)}")
+        for name, known in (
+            ("encode_format", ENCODE_FORMATS),
+            ("resize", RESIZERS),
+            ("resize_mode", RESIZE_MODES),
+            ("validate", VALIDATIONS),
+            ("icc", ICC_MODES),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}={getattr(self, name)} is not one of {', '.join(known)}")
+        if self.resize_mode in ("border", "center_crop") and self.max_image_size == 0:
+            raise ValueError(f"resize_mode={self.resize_mode} needs a max_image_size")
+        if self.resize == "simd" and ".post" not in PIL.__version__:
+            raise ValueError("resize=simd needs pillow-simd in place of Pillow; resize=fast is as fast without it")
+        try:
+            self.background_rgb  # noqa: B018
+        except ValueError:
+            raise ValueError(f"background={self.background} is no colour: give a name or #rrggbb") from None
+
+    @property
+    def background_rgb(self) -> tuple[int, int, int]:
+        red, green, blue = ImageColor.getrgb(self.background)[:3]
+        return red, green, blue
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,60 +172,157 @@ class Result:
 
 def process(data: bytes, rules: Rules, limits: Limits = DEFAULT_LIMITS) -> Result:
     """One image file brought to the rules: a function of its arguments alone. Whatever is kept has been decoded once
-    and found good. Raises `ImageError` for a bad file, `Dropped` for a good one that the rules leave out."""
+    and found good (unless `validate="header"`). Raises `ImageError` for a bad file, `Dropped` for a good one that the
+    rules leave out."""
     header = probe(data, limits)
     source = header.upright
-    if min(source) < rules.min_image_size:
-        raise Dropped("too_small", f"{source[0]}x{source[1]}, min_image_size is {rules.min_image_size}")
-    size = target_size(*source, rules.max_image_size)
-    if size == source and header.plain and header.orientation == 1:
-        decode(data, header, limits, at_least=(1, 1))  # reads all, but need not compute all pixels
+    _check_source(source, rules)
+    shape = geometry(*source, rules)
+    if rules.icc == "ignore" and header.icc:
+        header = replace(header, icc=b"")
+    if shape.unchanged(source) and rules.skip_reencode and _passes_through(header):
+        if rules.validate == "full":
+            _decode(data, header, limits, at_least=(1, 1))  # reads all, but need not compute all pixels
         return Result(data, header.format, *source, *source, changed=False)
     format = _encode_format(header, rules)
-    if max(size) > _MAX_EDGE.get(format, max(size)):
-        raise ImageError("edge_too_long", f"{size[0]}x{size[1]}, {format} holds {_MAX_EDGE[format]} pixels per edge")
-    pixels = decode(data, header, limits, at_least=size if rules.scaled_decode and size != source else None)
-    # Conversion from the source's ICC profile to sRGB belongs here: after decoding, before resizing.
-    if size != source:
-        pixels = resize(pixels, size, rules.resize)
-    return Result(encode(pixels, format, rules.encode_quality), format, *size, *source, changed=True)
+    if max(shape.canvas) > _MAX_EDGE.get(format, max(shape.canvas)):
+        width, height = shape.canvas
+        raise ImageError("edge_too_long", f"{width}x{height}, {format} holds {_MAX_EDGE[format]} pixels per edge")
+    pixels = render(data, header, shape, rules, limits)
+    data = encode(pixels, format, rules.encode_quality)
+    return Result(data, format, *shape.canvas, *source, changed=True)
 
 
-def target_size(width: int, height: int, max_image_size: int) -> tuple[int, int]:
-    """(width, height) after resizing: the smaller edge at most `max_image_size` (0: any), the larger one the exact
-    ratio, rounded half up. In integers, so that no platform rounds differently."""
-    small = min(width, height)
-    if max_image_size == 0 or small <= max_image_size:
+def render(data: bytes, header: Probe, shape: Geometry, rules: Rules, limits: Limits = DEFAULT_LIMITS) -> Pixels:
+    """The pixels (h, w, c) that an image is to be encoded from: resized, upright, in sRGB, on its canvas."""
+    resized = shape.sized != header.upright
+    pixels, scale = _decode(data, header, limits, shape.sized if rules.scaled_decode and resized else None, rules)
+    if resized:
+        pixels = _resize_stored(pixels, scale, header, shape.sized, rules.resize)
+    pixels = _upright(pixels, _turn(header))
+    if header.icc and header.mode in _BY_PROFILE and colour.converts(header.icc, _BY_PROFILE[header.mode]):
+        pixels = _converted(pixels, header.icc, _BY_PROFILE[header.mode])
+    return _placed(pixels, shape, rules.background_rgb)
+
+
+def _check_source(size: Size, rules: Rules) -> None:
+    width, height = size
+    small, large = sorted(size)
+    if small < rules.min_image_size:
+        raise Dropped("too_small", f"{width}x{height}, min_image_size is {rules.min_image_size}")
+    if rules.max_image_area and width * height > rules.max_image_area:
+        raise Dropped("too_large", f"{width}x{height}, max_image_area is {rules.max_image_area}")
+    if rules.max_aspect_ratio and large > rules.max_aspect_ratio * small:
+        raise Dropped("too_elongated", f"{width}x{height}, max_aspect_ratio is {rules.max_aspect_ratio:g}")
+
+
+def _passes_through(header: Probe) -> bool:
+    if not header.plain or header.orientation != 1:
+        return False
+    return not (header.icc and colour.converts(header.icc, _BY_PROFILE.get(header.mode, "RGB")))
+
+
+# ---------------------------------------------------------------- sizes
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """How an upright image of some size is resized, and placed on a canvas that it fills, exceeds or leaves free."""
+
+    sized: Size
+    canvas: Size
+
+    @property
+    def offset(self) -> tuple[int, int]:
+        """Of the resized image's corner on the canvas, (x, y): half of what is free, or minus half of what is cut off,
+        both rounded towards 0."""
+        (width, height), (across, down) = self.sized, self.canvas
+        return _half(across - width), _half(down - height)
+
+    def unchanged(self, source: Size) -> bool:
+        return self.sized == self.canvas == source
+
+
+def _half(free: int) -> int:
+    return free // 2 if free >= 0 else -(-free // 2)
+
+
+def geometry(width: int, height: int, rules: Rules) -> Geometry:
+    """What `rules` make of an upright image's size. With m = `max_image_size`:
+
+    - `keep_ratio`: a smaller edge above m becomes m, the larger one the exact ratio.
+    - `keep_ratio_largest`: a larger edge above m becomes m, the smaller one the exact ratio, at least 1.
+    - `center_crop`: as `keep_ratio`, then the central square of min(m, smaller edge).
+    - `border`: as `keep_ratio_largest`, then centred on a square of m in the background's colour.
+    - `no`: as it is.
+
+    Ratios are rounded half up, in integers, so that no platform rounds differently.
+    """
+    most = rules.max_image_size
+    if rules.resize_mode == "no" or most == 0:
+        return Geometry((width, height), (width, height))
+    if rules.resize_mode in ("keep_ratio", "center_crop"):
+        sized = target_size(width, height, most)
+        square = min(sized)
+        return Geometry(sized, (square, square) if rules.resize_mode == "center_crop" else sized)
+    sized = _scaled(width, height, most, max(width, height))
+    return Geometry(sized, (most, most) if rules.resize_mode == "border" else sized)
+
+
+def target_size(width: int, height: int, max_image_size: int) -> Size:
+    """(width, height) after resizing with `keep_ratio`: the smaller edge at most `max_image_size` (0: any)."""
+    return _scaled(width, height, max_image_size, min(width, height))
+
+
+def _scaled(width: int, height: int, most: int, edge: int) -> Size:
+    """The size at which `edge`, one of the two, is at most `most` (0: any)."""
+    if most == 0 or edge <= most:
         return width, height
+    return max(1, (2 * width * most + edge) // (2 * edge)), max(1, (2 * height * most + edge) // (2 * edge))
 
-    def scaled(edge: int) -> int:
-        return (2 * edge * max_image_size + small) // (2 * small)
 
-    return scaled(width), scaled(height)
+def _placed(pixels: Pixels, shape: Geometry, background: tuple[int, int, int]) -> Pixels:
+    """The upright resized image (h, w, c) on its canvas."""
+    if shape.canvas == shape.sized:
+        return pixels
+    (x, y), (across, down), (width, height) = shape.offset, shape.canvas, shape.sized
+    cut = pixels[max(0, -y) : max(0, -y) + down, max(0, -x) : max(0, -x) + across, :3]
+    canvas = np.empty((down, across, 3), np.uint8)
+    canvas[:] = background
+    canvas[max(0, y) : max(0, y) + height, max(0, x) : max(0, x) + width] = cut
+    return canvas
 
 
 # ---------------------------------------------------------------- decoding
 
 
-def decode(
-    data: bytes, header: Probe, limits: Limits = DEFAULT_LIMITS, at_least: tuple[int, int] | None = None
-) -> Pixels:
-    """`data` as upright RGB, shape (h, w, 3); the first frame, alpha over white. Raises `ImageError` for whatever is
-    wrong with it, also where a decoder would only warn (a cut JPEG filled with grey) or not look (a PNG's checksums).
+def decode(data: bytes, header: Probe, limits: Limits = DEFAULT_LIMITS) -> Pixels:
+    """`data` as upright RGB, shape (h, w, 3); the first frame, alpha over white, colours as they are stored. Raises
+    `ImageError` for whatever is wrong with it, also where a decoder would only warn (a cut JPEG filled with grey) or
+    not look (a PNG's checksums)."""
+    return np.ascontiguousarray(_upright(_decode(data, header, limits)[0], _turn(header))[:, :, :3])
 
-    With `at_least` (width, height of a target, upright) a JPEG may come smaller: at 1/2, 1/4 or 1/8, both edges still
+
+def _decode(
+    data: bytes, header: Probe, limits: Limits, at_least: Size | None = None, rules: Rules | None = None
+) -> tuple[Pixels, int]:
+    """The image (h, w, c) as it is stored, before it is turned upright, and the denominator of its scale.
+
+    With `at_least` (the target, upright) a JPEG may come smaller: at 1/2, 1/4 or 1/8, rounded up, both edges still
     `_DCT_MARGIN` times the target. Its data is read and checked to the end all the same: what can be wrong shows while
     the coefficients are read, before any pixel is computed."""
-    if header.format == "jpeg" and is_turbo_jpeg(data):
-        pixels = _decode_jpeg(data, header, at_least)
-    else:
-        if header.format == "png":
-            _check_png_sums(data)
-        pixels = _decode_pillow(data, header, limits)
-    return _upright(pixels, header.orientation if header.format != "tiff" else 1)
+    if header.format == "jpeg" and is_turbo_jpeg(data) and not _is_managed_cmyk(header):
+        return _decode_jpeg(data, header, at_least)
+    if header.format == "png":
+        _check_png_sums(data)
+    return _decode_pillow(data, header, limits, rules), 1
 
 
-def _decode_jpeg(data: bytes, header: Probe, at_least: tuple[int, int] | None) -> Pixels:
+def _is_managed_cmyk(header: Probe) -> bool:
+    return header.mode == "CMYK" and colour.converts(header.icc, "CMYK")
+
+
+def _decode_jpeg(data: bytes, header: Probe, at_least: Size | None) -> tuple[Pixels, int]:
     """CMYK is taken as inverted: so Adobe writes it, and so browsers and Pillow read it, Adobe's marker or not."""
     scale = 1
     if at_least is not None:
@@ -188,30 +331,30 @@ def _decode_jpeg(data: bytes, header: Probe, at_least: tuple[int, int] | None) -
         scale = next((s for s in (8, 4, 2) if _scaled_enough(header, s, target)), 1)
     width, height = -(-header.width // scale), -(-header.height // scale)
     try:
-        pixels = simplejpeg.decode_jpeg(data, "RGB", min_width=width, min_height=height, strict=True)
+        pixels = simplejpeg.decode_jpeg(data, "RGBX", min_width=width, min_height=height, strict=True)
     except MemoryError:
         raise ImageError("out_of_memory") from None
     except ValueError as error:
         raise ImageError(*explain(error)) from error
-    return _of_size(pixels, width, height)
+    return _of_size(pixels, width, height), scale
 
 
-def _scaled_enough(header: Probe, scale: int, target: tuple[int, int]) -> bool:
-    width, height = -(-header.width // scale), -(-header.height // scale)
-    return width >= _DCT_MARGIN * target[0] and height >= _DCT_MARGIN * target[1]
+def _scaled_enough(header: Probe, scale: int, target: Size) -> bool:
+    return header.width >= _DCT_MARGIN * scale * target[0] and header.height >= _DCT_MARGIN * scale * target[1]
 
 
-def _decode_pillow(data: bytes, header: Probe, limits: Limits) -> Pixels:
+def _decode_pillow(data: bytes, header: Probe, limits: Limits, rules: Rules | None) -> Pixels:
+    background = rules.background_rgb if rules else (255, 255, 255)
     with opened(data, header.format, limits) as image:
         image.load()
         if header.format == "png":
             _check_png_rows(data, header, image)
-        pixels = np.array(_to_rgb(image, header))  # inside: conversions of damaged palettes raise as well
+        pixels = np.array(_to_rgb(image, header, background))  # inside: conversions of damaged palettes raise as well
     return _of_size(pixels, *(header.upright if header.format == "tiff" else (header.width, header.height)))
 
 
 def _of_size(pixels: Pixels, width: int, height: int) -> Pixels:
-    if pixels.shape != (height, width, 3):
+    if pixels.shape[:2] != (height, width):
         raise ImageError("size_mismatch", f"{pixels.shape[1]}x{pixels.shape[0]}, its header says {width}x{height}")
     return pixels
 
@@ -251,17 +394,19 @@ _ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), 
 """Passes of an interlaced PNG: first column, first row, columns and rows between."""
 
 
-def _to_rgb(image: Image.Image, header: Probe) -> Image.Image:
-    """Any of Pillow's modes as RGB: alpha over white, more than 8 bits scaled down."""
+def _to_rgb(image: Image.Image, header: Probe, background: tuple[int, int, int]) -> Image.Image:
+    """Any of Pillow's modes as RGB: alpha over the background, more than 8 bits scaled down, CMYK by its profile."""
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         image = _narrowed(image)
     elif "transparency" in image.info and header.format == "png":
         image.info["transparency"] = _transparent_level(image.info["transparency"], header.mode)
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        white = Image.new("RGB", image.size, "white")
-        white.paste(image, mask=image.getchannel("A"))
-        return white
+        under = Image.new("RGB", image.size, background)
+        under.paste(image, mask=image.getchannel("A"))
+        return under
+    if image.mode == "CMYK":
+        return colour.to_srgb(image, header.icc)
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
@@ -312,51 +457,117 @@ _TURNS: dict[int, Callable[[npt.NDArray[np.void]], npt.NDArray[np.void]]] = {
 """EXIF orientation → the upright view of a stored image (h, w)."""
 
 
+def _turn(header: Probe) -> int:
+    """The orientation that is left to apply to decoded pixels: Pillow turns TIFF images itself."""
+    return 1 if header.format == "tiff" else header.orientation
+
+
 def _upright(pixels: Pixels, orientation: int) -> Pixels:
     if orientation == 1:
         return pixels
-    # One item of 3 bytes per pixel: numpy copies that twice as fast as an axis of 3.
-    turned = np.ascontiguousarray(_TURNS[orientation](np.ascontiguousarray(pixels).view("V3")[:, :, 0]))
-    return turned.view(np.uint8).reshape(*turned.shape, 3)
+    # One item per pixel: numpy copies that twice as fast as an axis of 3.
+    channels = pixels.shape[2]
+    items = np.ascontiguousarray(pixels).view(f"V{channels}")[:, :, 0]
+    turned = np.ascontiguousarray(_TURNS[orientation](items))
+    return turned.view(np.uint8).reshape(*turned.shape, channels)
+
+
+_BY_PROFILE = {"L": "L", "I;16": "L", "L;2": "L", "L;4": "L", "1": "L", "LA": "L", "LA;16": "L"} | dict.fromkeys(
+    ("RGB", "RGBA", "RGB;16", "RGBA;16", "P", "P;1", "P;2", "P;4"), "RGB"
+)
+"""Mode of a file → the mode of Pillow that its profile speaks of. (CMYK is converted while it is decoded.)"""
+
+
+def _converted(pixels: Pixels, icc: bytes, mode: str) -> Pixels:
+    """RGB pixels (h, w, c), made of what `mode` says, in sRGB: (h, w, 3)."""
+    image = Image.fromarray(np.ascontiguousarray(pixels[:, :, 0] if mode == "L" else pixels[:, :, :3]))
+    return np.asarray(colour.to_srgb(image, icc))
 
 
 # ---------------------------------------------------------------- resizing
 
 
-def resize(pixels: Pixels, size: tuple[int, int], backend: str = "pillow") -> Pixels:
-    """`pixels` (h, w, 3) at `size` (width, height) in antialiased bicubic interpolation, by one of `RESIZERS`."""
-    return RESIZERS[backend](pixels, size)
+def resize(
+    pixels: Pixels, size: Size, backend: str = "fast", box: tuple[float, float, float, float] | None = None
+) -> Pixels:
+    """`pixels` (h, w, c), or the part of them within `box` (left, top, right, bottom; fractions count), at `size` in
+    antialiased bicubic interpolation, by one of `RESIZERS`."""
+    width, height = pixels.shape[1::-1]
+    # CMYK is what Pillow calls four plain bytes per pixel; it takes such an array as it is, without a copy.
+    image = Image.frombuffer("CMYK", (width, height), pixels, "raw", "CMYK", 0, 1) if pixels.shape[2] == 4 else None
+    sized = RESIZERS[backend](image or Image.fromarray(pixels), size, box or (0, 0, width, height))
+    return np.asarray(sized)
 
 
-def _resize_pillow(pixels: Pixels, size: tuple[int, int]) -> Pixels:
-    return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC))
+def _resize_stored(pixels: Pixels, scale: int, header: Probe, size: Size, backend: str) -> Pixels:
+    """An image as it is stored, decoded at 1/`scale` of its size, brought to `size` (upright).
+
+    A fraction that does not divide the size leaves a last row and column of which only a part lies in the picture:
+    taking them as whole ones would shift it by up to a pixel, which costs 6 dB. All orientations give the same pixels:
+    a picture that lies on its side is resized along the other axis first.
+    """
+    width, height = header.upright if header.format == "tiff" else (header.width, header.height)
+    box = (0, 0, width / scale, height / scale)
+    if _turn(header) < 5:
+        return resize(pixels, size, backend, box)
+    across, down = size[::-1]
+    if backend == "fast":  # columns first; Pillow: rows first
+        return resize(
+            resize(pixels, (across, pixels.shape[0]), backend, (0, 0, box[2], pixels.shape[0])),
+            (across, down),
+            backend,
+            (0, 0, across, box[3]),
+        )
+    return resize(
+        resize(pixels, (pixels.shape[1], down), backend, (0, 0, pixels.shape[1], box[3])),
+        (across, down),
+        backend,
+        (0, 0, box[2], down),
+    )
 
 
-def _resize_torch(pixels: Pixels, size: tuple[int, int]) -> Pixels:
-    """In integers, so that its result depends neither on the CPU's instruction set nor on the number of threads
-    (which a worker sets to 1)."""
-    import torch  # costs seconds once per process; only workers that ask for it pay
-
-    if not pixels.flags.writeable:  # torch warns
-        pixels = pixels.copy()
-    stored = torch.from_numpy(pixels).permute(2, 0, 1)[None]  # (1, 3, h, w), channels last in memory
-    sized = torch.nn.functional.interpolate(stored, size[::-1], mode="bicubic", antialias=True)
-    return np.ascontiguousarray(sized[0].permute(1, 2, 0).numpy())
+Box = tuple[float, float, float, float]
 
 
-RESIZERS: dict[str, Callable[[Pixels, tuple[int, int]], Pixels]] = {"pillow": _resize_pillow, "torch": _resize_torch}
+def _resize_pillow(image: Image.Image, size: Size, box: Box) -> Image.Image:
+    return image.resize(size, Image.Resampling.BICUBIC, box)
+
+
+def _resize_fast(image: Image.Image, size: Size, box: Box) -> Image.Image:
+    """In integers: its result does not depend on the CPU's instruction set. One thread, Pillow's memory in and out."""
+    left, top, right, bottom = box
+    sized = Image.new(image.mode, size)
+    options = ResizeOptions(_BICUBIC, crop_box=CropBox(left, top, right - left, bottom - top))
+    _resizer().resize_pil(image, sized, options)
+    return sized
+
+
+_BICUBIC = ResizeAlg.convolution(FilterType.catmull_rom)
+
+
+@cache
+def _resizer() -> Resizer:
+    return Resizer()
+
+
+RESIZERS: dict[str, Callable[[Image.Image, Size, Box], Image.Image]] = {
+    "fast": _resize_fast,
+    "pillow": _resize_pillow,
+    "simd": _resize_pillow,
+}
 
 
 # ---------------------------------------------------------------- encoding
 
 
 def encode(pixels: Pixels, format: str, quality: int = 95) -> bytes:
-    """`pixels` (h, w, 3) as `jpeg` (4:2:0: set here because libraries' defaults differ), `png` or `webp`."""
+    """`pixels` (h, w, c) as `jpeg` (4:2:0: set here because libraries' defaults differ), `png` or `webp`."""
+    pixels = np.ascontiguousarray(pixels)
     if format == "jpeg":
-        return bytes(simplejpeg.encode_jpeg(np.ascontiguousarray(pixels), quality, "RGB", "420"))
+        return bytes(simplejpeg.encode_jpeg(pixels, quality, "RGBX" if pixels.shape[2] == 4 else "RGB", "420"))
     file = BytesIO()
     options = {"quality": quality} if format == "webp" else {}
-    Image.fromarray(pixels).save(file, format.upper(), **options)
+    Image.fromarray(np.ascontiguousarray(pixels[:, :, :3])).save(file, format.upper(), **options)
     return file.getvalue()
 
 
