@@ -112,12 +112,46 @@ class FilterConfig(StageConfig):
     """stage=filter: every image becomes an upright RGB image of a bounded size, or a ledger row that says why not."""
 
     min_image_size: int = option(256, "drop images whose smaller edge is below this", identity=True)
-    max_image_size: int = option(512, "bring larger images down to this smaller edge (0: keep sizes)", identity=True)
-    encode_quality: int = option(95, "JPEG quality of images that had to change", identity=True)
+    max_image_size: int = option(
+        512, "bring larger images down to this, in the way of resize_mode (0: keep sizes)", identity=True
+    )
+    resize_mode: str = option(
+        "keep_ratio",
+        "keep_ratio: the smaller edge counts; keep_ratio_largest: the larger; center_crop, border: squares; no",
+        identity=True,
+        choices=("keep_ratio", "keep_ratio_largest", "center_crop", "border", "no"),
+    )
+    max_image_area: int = option(0, "drop images of more pixels than this (0: any)", identity=True)
+    max_aspect_ratio: float = option(0.0, "drop images whose edges differ by more than this (0: any)", identity=True)
+    encode_format: str = option(
+        "jpg",
+        "of images that had to change; auto: png if the original is lossless, else jpg",
+        identity=True,
+        choices=("jpg", "png", "webp", "auto"),
+    )
+    encode_quality: int = option(95, "JPEG and WebP quality of images that had to change", identity=True)
+    skip_reencode: bool = option(True, "images that need no change keep their bytes", identity=True)
+    validate: str = option(
+        "full", "images that keep their bytes are decoded once (full) or not", identity=True, choices=("full", "header")
+    )
+    background: str = option("white", "colour under transparent pixels and of borders: name or #rrggbb", identity=True)
+    icc: str = option(
+        "srgb", "convert colours by the embedded profile, or ignore it", identity=True, choices=("srgb", "ignore")
+    )
+    resize: str = option(
+        "fast",
+        "which bicubic; simd: pillow-simd, where it replaces Pillow",
+        identity=True,
+        choices=("fast", "pillow", "simd"),
+    )
     max_pixels: int = option(
         100_000_000, "refuse images that claim more pixels than this, before decoding", identity=True
     )
+    max_frames: int = option(10_000, "refuse animations that claim more frames than this", identity=True)
     max_caption_length: int = option(4096, "captions are cut to this many characters", identity=True)
+    workers: str = option("auto", "processes of each rank for images (auto: its CPUs; 0: the rank itself, unprotected)")
+    decode_timeout: float = option(60.0, "seconds that one image may take; then it is failed:decoder_timeout")
+    worker_memory: int = option(2048, "MiB that a worker may take for an image; more is failed:out_of_memory (0: any)")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -36,6 +36,7 @@ class ImageError(Exception):
 
     Both depend on the bytes and the limits alone: no memory address, path or time, so that ledgers are reproducible.
     Reasons: `empty`, `svg`, `html`, `unknown_format`, `too_many_bytes`, `too_many_pixels`, `too_many_scans`,
+    `too_many_frames`,
     `zero_size`, `truncated`, `decode_error`, `size_mismatch`, `unsupported_mode`, `edge_too_long`, `out_of_memory`.
     """
 
@@ -53,6 +54,8 @@ class Limits:
     """Width times height; the default is Pillow's own (a quarter of a gibibyte at 3 bytes per pixel)."""
     max_bytes: int = 128 * 2**20
     """Size of the file in bytes."""
+    max_frames: int = 10_000
+    """Frames of an animation, of which only the first is used."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +141,8 @@ def _checked(found: Probe, limits: Limits) -> Probe:
         raise ImageError("zero_size", f"{found.width}x{found.height}")
     if found.width * found.height > limits.max_pixels:
         raise ImageError("too_many_pixels", f"{found.width}x{found.height}, max_pixels is {limits.max_pixels}")
+    if found.frames > limits.max_frames:
+        raise ImageError("too_many_frames", f"{found.frames}, max_frames is {limits.max_frames}")
     return found
 
 

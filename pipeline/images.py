@@ -60,6 +60,7 @@ __all__ = [
     "decode",
     "encode",
     "geometry",
+    "judge",
     "probe",
     "process",
     "render",
@@ -191,6 +192,16 @@ def process(data: bytes, rules: Rules, limits: Limits = DEFAULT_LIMITS) -> Resul
     pixels = render(data, header, shape, rules, limits)
     data = encode(pixels, format, rules.encode_quality)
     return Result(data, format, *shape.canvas, *source, changed=True)
+
+
+def judge(data: bytes, rules: Rules, limits: Limits = DEFAULT_LIMITS) -> Result | ImageError | Dropped:
+    """`process` for a worker: what it raises is returned."""
+    try:
+        return process(data, rules, limits)
+    except (ImageError, Dropped) as error:
+        return error.with_traceback(None)
+    except MemoryError:
+        return ImageError("out_of_memory")
 
 
 def render(data: bytes, header: Probe, shape: Geometry, rules: Rules, limits: Limits = DEFAULT_LIMITS) -> Pixels:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import fields
 from functools import cached_property
 from typing import Any
 
@@ -16,6 +17,7 @@ from pipeline.partitions.dataset import Stored
 from pipeline.partitions.plan import Partition
 from pipeline.partitions.stage import Stage, follow_upstream
 from pipeline.samples import Outcome, Row, SampleError, Schema, caption_fields, content_hash
+from pipeline.workers import Lost, Pool, worker_count
 
 _NOT_TAKEN = ("svg",)
 """Reasons that are no failure of the data: kinds of file that we do not take."""
@@ -23,6 +25,8 @@ _NOT_TAKEN = ("svg",)
 
 class Filter(Stage):
     name = "filter"
+    version = 2
+    function = "pipeline.images:judge"
 
     def schema(self) -> Schema:
         self.upstream.require_columns("key", "jpg", "captions")
@@ -35,40 +39,48 @@ class Filter(Stage):
     def rules(self) -> images.Rules:
         config = self.config
         try:
-            return images.Rules(config.min_image_size, config.max_image_size, encode_quality=config.encode_quality)
+            return images.Rules(
+                **{f.name: getattr(config, f.name) for f in fields(images.Rules) if hasattr(config, f.name)}
+            )
         except ValueError as error:
             raise ConfigError(str(error)) from None
 
     @cached_property
     def limits(self) -> images.Limits:
-        return images.Limits(max_pixels=self.config.max_pixels)
+        return images.Limits(max_pixels=self.config.max_pixels, max_frames=self.config.max_frames)
+
+    @cached_property
+    def pool(self) -> Pool:
+        config = self.config
+        return Pool(
+            self.function,
+            (self.rules, self.limits),
+            workers=worker_count(config.workers, self.rank.local_world_size),
+            timeout=config.decode_timeout,
+            memory=config.worker_memory * 2**20,
+        )
 
     def plan(self, since: int = 0) -> Iterator[Partition]:
         self.rules  # noqa: B018 - wrong settings are found before the work
         return follow_upstream(self.upstream, since)
 
     def process(self, partition: Partition) -> Iterator[Outcome]:
-        for stored in self.upstream.samples(partition.inputs[0].start):
-            if partition.wants(stored.key):
-                yield self._judge(stored)
+        stored = (s for s in self.upstream.samples(partition.inputs[0].start) if partition.wants(s.key))
+        for (outcome, row), result in self.pool.map(map(_read, stored), self.rank.check_stop):
+            yield self._judged(outcome, row, result)
 
-    def _judge(self, stored: Stored) -> Outcome:
-        outcome = Outcome(stored.key, "failed", source=stored.source, offset=stored.offset)
-        try:
-            row = stored.read()
-            outcome.source_bytes = len(row["jpg"])
-            outcome.source_hash = content_hash(row["jpg"])
-            result = images.process(row["jpg"], self.rules, self.limits)
-        except SampleError as error:
-            outcome.reason, outcome.detail, outcome.retryable = error.reason, error.detail, error.retryable
-        except images.Dropped as error:
-            outcome.status, outcome.reason, outcome.detail = "dropped", error.reason, error.detail
-        except images.ImageError as error:
-            outcome.status = "dropped" if error.reason in _NOT_TAKEN else "failed"
-            outcome.reason, outcome.detail = error.reason, error.detail
-        else:
-            outcome.status, outcome.width, outcome.height = "kept", result.width, result.height
-            outcome.row = self._row(row, result)
+    def _judged(self, outcome: Outcome, row: Row, result: Any) -> Outcome:
+        match result:
+            case images.Result():
+                outcome.status, outcome.width, outcome.height = "kept", result.width, result.height
+                outcome.row = self._row(row, result)
+            case images.Dropped():
+                outcome.status, outcome.reason, outcome.detail = "dropped", result.reason, result.detail
+            case images.ImageError():
+                outcome.status = "dropped" if result.reason in _NOT_TAKEN else "failed"
+                outcome.reason, outcome.detail = result.reason, result.detail
+            case Lost():
+                outcome.reason, outcome.detail, outcome.retryable = f"decoder_{result.reason}", result.detail, True
         return outcome
 
     def _row(self, row: Row, result: images.Result) -> Row:
@@ -82,6 +94,19 @@ class Filter(Stage):
             "height": result.height,
             "min_side": min(result.source_width, result.source_height),
         }
+
+
+def _read(stored: Stored) -> tuple[tuple[Outcome, Row], bytes | None]:
+    """A sample's outcome so far, the rest of its row, and the image; None where it cannot be read."""
+    outcome = Outcome(stored.key, "failed", source=stored.source, offset=stored.offset)
+    try:
+        row = stored.read()
+    except SampleError as error:
+        outcome.reason, outcome.detail, outcome.retryable = error.reason, error.detail, error.retryable
+        return (outcome, {}), None
+    data = row.pop("jpg")
+    outcome.source_bytes, outcome.source_hash = len(data), content_hash(data)
+    return (outcome, row), data
 
 
 @distributed

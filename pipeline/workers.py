@@ -1,0 +1,401 @@
+"""Processes within a rank that work on bytes that may be hostile: a crash, a hang or a flood of memory costs one task.
+
+A worker is a fresh interpreter (no fork: ranks have threads), joined to its rank by a socket. It says when it begins a
+task, so that the right one is blamed; tasks it had not begun go to its successor. It ends by itself when its rank is
+gone, when a task exceeds its time (an alarm, which also ends code that is stuck in C), and between two tasks when it
+has grown beyond its memory. Results come in the order of the tasks; what is under way is bounded in number and bytes.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import resource
+import selectors
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import time
+import traceback
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from pipeline.config import ConfigError
+
+Token = TypeVar("Token")
+
+_DEPTH = 3  # tasks that a worker has, so that the next one is there when one is done
+_TASKS = 32  # per worker: taken in and not yet handed out, in all; one that hangs holds up those behind it
+_BYTES = 2**28  # the same in bytes, of tasks and results
+_GRACE = 10.0  # seconds after twice its time that a worker may fail to end itself, in a system call for instance
+_STARTS = 3  # workers in a row that may die before their first word
+_HEAD = struct.Struct(">BQ")
+_HELLO, _BEGUN, _RESULT, _FAILED = range(4)
+
+
+class WorkerError(RuntimeError):
+    """Workers do not start, or the function raised what it should not: a defect, never bad data."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """The result of a task whose worker died at it."""
+
+    reason: str
+    """`crash` or `timeout`."""
+    detail: str
+
+
+@dataclass(slots=True, eq=False)
+class _Task(Generic[Token]):
+    token: Token
+    data: bytes | None
+    result: Any = None
+    done: bool = False
+    tries: int = 0
+
+    @property
+    def size(self) -> int:
+        return len(self.data or b"")
+
+
+@dataclass(slots=True, eq=False)
+class _Worker:
+    process: subprocess.Popen[bytes]
+    socket: socket.socket
+    tasks: deque[_Task[Any]] = field(default_factory=deque)
+    outbox: deque[memoryview] = field(default_factory=deque)
+    inbox: bytearray = field(default_factory=bytearray)
+    greeted: bool = False
+    begun: float | None = None  # when it began its first task, by our clock
+
+    def send(self, message: bytes) -> None:
+        self.outbox += (memoryview(_HEAD.pack(_RESULT, len(message))), memoryview(message))
+
+
+class Pool:
+    """Runs ``module:function`` on bytes, in ``workers`` processes (0: in this one, unprotected).
+
+    Args:
+        function: called as ``function(data, *arguments)``; raises nothing, returns what can be pickled.
+        timeout: seconds that a task may take; what takes longer twice is lost. 0: any time.
+        memory: bytes that a worker may allocate beyond what it starts with; 0: any. More is a ``MemoryError`` in it.
+    """
+
+    def __init__(
+        self, function: str, arguments: tuple[Any, ...] = (), *, workers: int = 1, timeout: float = 60, memory: int = 0
+    ) -> None:
+        self._count = workers
+        self._timeout = timeout
+        self._function = function
+        self._arguments = arguments
+        self._setup = pickle.dumps((function, arguments, timeout, memory))
+        self._workers: list[_Worker] = []
+        self._selector = selectors.DefaultSelector()
+        self._failed_starts = 0
+        self._finalizer = weakref.finalize(self, _end_all, self._workers)
+
+    def close(self) -> None:
+        """End all workers; they start again when there is work."""
+        _end_all(self._workers)
+        self._selector.close()
+        self._selector = selectors.DefaultSelector()
+
+    @property
+    def pids(self) -> list[int]:
+        """Process ids of the workers that run."""
+        return [worker.process.pid for worker in self._workers]
+
+    def map(
+        self, tasks: Iterable[tuple[Token, bytes | None]], tick: Callable[[], None] = lambda: None
+    ) -> Iterator[tuple[Token, Any]]:
+        """(token, result) of each (token, data) in order; without data the result is None.
+
+        ``tick`` is called now and then while waiting, and may raise.
+
+        Raises:
+            WorkerError: see there.
+        """
+        if self._count == 0:
+            run = _function(self._function)
+            for token, data in tasks:
+                yield token, None if data is None else run(data, *self._arguments)
+            return
+        source = iter(tasks)
+        open_tasks: deque[_Task[Token]] = deque()
+        waiting: deque[_Task[Token]] = deque()
+        more = True
+        while True:
+            if more and len(open_tasks) < _TASKS * self._count and sum(t.size for t in waiting) < _BYTES:
+                taken = next(source, None)
+                more = taken is not None
+                if taken is not None:
+                    task = _Task(*taken, done=taken[1] is None)
+                    open_tasks.append(task)
+                    if not task.done:
+                        waiting.append(task)
+                block = 0.0
+            else:
+                block = 1.0
+            while waiting and self._assign(waiting[0]):
+                waiting.popleft()
+            while open_tasks and open_tasks[0].done:
+                done = open_tasks.popleft()
+                yield done.token, done.result
+                block = 0.0
+            if not more and not open_tasks:
+                return
+            waiting.extendleft(reversed(self._exchange(block)))
+            if block:
+                tick()
+
+    # ---- workers
+
+    def _assign(self, task: _Task[Any]) -> bool:
+        """Give ``task`` to a worker that has room; starts those that are missing."""
+        while len(self._workers) < self._count:
+            self._workers.append(self._start())
+        worker = min(self._workers, key=lambda w: len(w.tasks))
+        if len(worker.tasks) >= _DEPTH:
+            return False
+        assert task.data is not None
+        worker.tasks.append(task)
+        worker.send(task.data)
+        self._selector.modify(worker.socket, selectors.EVENT_READ | selectors.EVENT_WRITE, worker)
+        return True
+
+    def _start(self) -> _Worker:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            for name in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+                ours.setsockopt(socket.SOL_SOCKET, name, 2**20)
+                theirs.setsockopt(socket.SOL_SOCKET, name, 2**20)
+            paths = [path or os.getcwd() for path in sys.path]
+            process = subprocess.Popen(
+                [sys.executable, "-c", f"from pipeline.workers import main; main({theirs.fileno()})"],
+                stdin=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
+            )
+        ours.setblocking(False)
+        worker = _Worker(process, ours)
+        worker.send(self._setup)
+        self._selector.register(ours, selectors.EVENT_READ | selectors.EVENT_WRITE, worker)
+        return worker
+
+    def _exchange(self, timeout: float) -> list[_Task[Any]]:
+        """Send and receive what is due, waiting at most so many seconds; tasks to be assigned anew."""
+        anew: list[_Task[Any]] = []
+        for key, events in self._selector.select(timeout):
+            worker: _Worker = key.data
+            alive = True
+            if events & selectors.EVENT_WRITE:
+                alive = _write(worker)
+                if alive and not worker.outbox:
+                    self._selector.modify(worker.socket, selectors.EVENT_READ, worker)
+            if events & selectors.EVENT_READ:
+                alive = _read(worker)
+                self._take_messages(worker)
+            if not alive:
+                anew += self._bury(worker)
+        late = time.monotonic() - 2 * self._timeout - _GRACE
+        for worker in [w for w in self._workers if self._timeout and w.begun is not None and w.begun < late]:
+            worker.process.kill()
+        return anew
+
+    def _take_messages(self, worker: _Worker) -> None:
+        at = 0
+        while len(worker.inbox) >= at + _HEAD.size:
+            kind, length = _HEAD.unpack_from(worker.inbox, at)
+            start = at + _HEAD.size
+            if len(worker.inbox) < start + length:
+                break
+            at = start + length
+            if kind == _HELLO:
+                worker.greeted, self._failed_starts = True, 0
+            elif kind == _BEGUN:
+                worker.begun = time.monotonic()
+            elif kind == _FAILED:
+                raise WorkerError(f"{self._function} failed in a worker:\n{worker.inbox[start:at].decode()}")
+            else:
+                task = worker.tasks.popleft()
+                task.result, task.done, task.data = pickle.loads(worker.inbox[start:at]), True, None
+                worker.begun = None
+        del worker.inbox[:at]
+
+    def _bury(self, worker: _Worker) -> list[_Task[Any]]:
+        """Forget a worker that has died; its tasks that are to be done by another. The one it was at is blamed, but
+        not at the first time where it may be another's doing: a suspended job, somebody short of memory."""
+        self._selector.unregister(worker.socket)
+        self._workers.remove(worker)
+        worker.socket.close()
+        code = worker.process.wait()
+        if not worker.greeted:
+            self._failed_starts += 1
+            if self._failed_starts >= _STARTS:
+                raise WorkerError(f"worker processes do not start (exit code {code}): see what they say above")
+        if worker.begun is not None:
+            task = worker.tasks[0]
+            task.tries += 1
+            if task.tries > 1 or -code not in (signal.SIGALRM, signal.SIGKILL):
+                worker.tasks.popleft()
+                task.result, task.done, task.data = _lost(code, self._timeout), True, None
+        return list(worker.tasks)
+
+
+def _lost(code: int, timeout: float) -> Lost:
+    if -code == signal.SIGALRM:
+        return Lost("timeout", f"took longer than {timeout:g} s")
+    with suppress(ValueError):
+        return Lost("crash", f"the worker died of {signal.Signals(-code).name}")
+    return Lost("crash", f"the worker ended with code {code}")
+
+
+def _end_all(workers: list[_Worker]) -> None:
+    for worker in workers:
+        worker.process.kill()
+        worker.socket.close()
+    for worker in workers:
+        worker.process.wait()
+    workers.clear()
+
+
+def _write(worker: _Worker) -> bool:
+    """Send what the socket takes; whether the worker is there."""
+    while worker.outbox:
+        try:
+            sent = worker.socket.send(worker.outbox[0])
+        except BlockingIOError:
+            return True
+        except OSError:
+            return True  # what it said before it died is still to be read
+        rest = worker.outbox[0][sent:]
+        if rest:
+            worker.outbox[0] = rest
+        else:
+            worker.outbox.popleft()
+    return True
+
+
+def _read(worker: _Worker) -> bool:
+    """Receive what is there; False at the end."""
+    try:
+        data = worker.socket.recv(2**20)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    worker.inbox += data
+    return bool(data)
+
+
+def available_cpus(local_world_size: int = 1) -> int:
+    """CPUs for each of a node's ranks, at least 1: by the affinity, the cgroup's quota, and what SLURM granted.
+
+    Never ``os.cpu_count()``, which counts the CPUs of the whole node.
+    """
+    cpus = len(os.sched_getaffinity(0))
+    with suppress(OSError, ValueError):
+        quota, period = _cgroup_file("cpu.max").read_text().split()
+        cpus = min(cpus, int(quota) // int(period))
+    if "SLURM_STEP_ID" in os.environ:  # which may have bound this rank to its own share
+        per_task, on_node = (int(os.environ.get(f"SLURM_CPUS_{name}") or 0) for name in ("PER_TASK", "ON_NODE"))
+        return max(1, min(cpus, per_task or on_node // local_world_size))
+    return max(1, cpus // local_world_size)
+
+
+def _cgroup_file(name: str) -> Path:
+    """A control file of this process's own cgroup (version 2)."""
+    own = next(line[3:].strip() for line in Path("/proc/self/cgroup").read_text().splitlines() if line[:3] == "0::")
+    return Path("/sys/fs/cgroup") / own.lstrip("/") / name
+
+
+def worker_count(setting: str, local_world_size: int = 1) -> int:
+    """How many processes ``workers=`` asks for: a number, or ``auto`` for the CPUs of this rank.
+
+    Raises:
+        ConfigError: neither.
+    """
+    if setting == "auto":
+        return available_cpus(local_world_size)
+    if not setting.isdigit():
+        raise ConfigError(f"workers={setting}: give a number, or auto")
+    return int(setting)
+
+
+# ---------------------------------------------------------------- in a worker
+
+
+def main(descriptor: int) -> None:
+    """A worker's life, on the socket with this number."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)  # meant for the rank: a worker ends with it
+    with suppress(ConnectionError, EOFError), socket.socket(fileno=descriptor) as rank:
+        _serve(rank)
+
+
+def _serve(rank: socket.socket) -> None:
+    name, arguments, timeout, memory = pickle.loads(_receive(rank))
+    run = _function(name)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    most = 0
+    if memory:
+        virtual, resident = _memory()
+        resource.setrlimit(resource.RLIMIT_AS, (virtual + memory, virtual + memory))
+        most = resident + memory // 2
+    _say(rank, _HELLO)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # libraries have much to say about bad files
+    while True:
+        data = _receive(rank)
+        _say(rank, _BEGUN)
+        signal.setitimer(signal.ITIMER_REAL, timeout)
+        try:
+            answer = pickle.dumps(run(data, *arguments), protocol=5)
+        except BaseException:
+            _say(rank, _FAILED, traceback.format_exc().encode())
+            return
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        _say(rank, _RESULT, answer)
+        if most and _memory()[1] > most:
+            return
+
+
+def _function(name: str) -> Callable[..., Any]:
+    module, _, function = name.partition(":")
+    return getattr(import_module(module), function)  # type: ignore[no-any-return]
+
+
+def _memory() -> tuple[int, int]:
+    """Virtual and resident memory of this process in bytes."""
+    sizes = Path("/proc/self/statm").read_text().split()
+    return int(sizes[0]) * resource.getpagesize(), int(sizes[1]) * resource.getpagesize()
+
+
+def _say(rank: socket.socket, kind: int, data: bytes = b"") -> None:
+    rank.sendall(_HEAD.pack(kind, len(data)) + data if len(data) < 4096 else _HEAD.pack(kind, len(data)))
+    if len(data) >= 4096:
+        rank.sendall(data)
+
+
+def _receive(rank: socket.socket) -> bytes:
+    length = _HEAD.unpack(_exactly(rank, _HEAD.size))[1]
+    return bytes(_exactly(rank, length))
+
+
+def _exactly(rank: socket.socket, length: int) -> bytearray:
+    data = bytearray(length)
+    view = memoryview(data)
+    while view:
+        count = rank.recv_into(view)
+        if count == 0:
+            raise EOFError
+        view = view[count:]
+    return data

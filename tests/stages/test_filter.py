@@ -1,0 +1,74 @@
+"""stage=filter: bad images cost a row each, whatever they do to the decoder; its options are the image path's."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fake_stage import assert_sound, outcomes
+from PIL import Image
+from stages.conftest import digests, run_stage
+
+from pipeline import images
+from pipeline.config import FilterConfig
+from pipeline.stages.filter import Filter
+
+
+def folder_of_images(place: Path, count: int, **reds: int) -> Path:
+    """PNGs of noise; `n<number>=red` sets the red of the first pixel of one."""
+    place.mkdir()
+    for number in range(count):
+        pixels = np.random.default_rng(number).integers(3, 256, (24, 32, 3), np.uint8)
+        pixels[0, 0, 0] = reds.get(f"n{number}", 3)
+        Image.fromarray(pixels).save(place / f"{number:03d}.png")
+    return place
+
+
+def test_a_crash_and_a_hang_of_the_decoder_cost_one_row_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = folder_of_images(tmp_path / "images", 30, n7=1, n19=2)
+    run_stage("download", source="image_folder", input=str(source), output=str(tmp_path / "download"))
+    monkeypatch.setattr(Filter, "function", "faulty:judge")
+    for workers in (1, 2):
+        run_stage(
+            "filter",
+            input=str(tmp_path / "download"),
+            output=str(tmp_path / f"filter{workers}"),
+            min_image_size=8,
+            workers=str(workers),
+            decode_timeout=1.0,
+        )
+        said = outcomes(tmp_path / f"filter{workers}")
+        assert {key: what for key, what in said.items() if what != "kept:"} == {
+            "007-png": "failed:decoder_crash",
+            "019-png": "failed:decoder_timeout",
+        }
+        assert len(said) == 30
+        assert_sound(tmp_path / f"filter{workers}")
+    assert digests(tmp_path / "filter1") == digests(tmp_path / "filter2")
+
+
+def test_any_number_of_workers_gives_the_same_bytes(tmp_path: Path) -> None:
+    source = folder_of_images(tmp_path / "images", 40)
+    run_stage("download", source="image_folder", input=str(source), output=str(tmp_path / "download"))
+    for workers in (0, 1, 3):
+        settings = {"max_image_size": 16, "min_image_size": 8, "workers": str(workers)}
+        run_stage("filter", input=str(tmp_path / "download"), output=str(tmp_path / str(workers)), **settings)
+    assert digests(tmp_path / "0") == digests(tmp_path / "1") == digests(tmp_path / "3")
+
+
+def test_every_rule_is_an_option_with_the_same_default() -> None:
+    options = {field.name: field for field in fields(FilterConfig)}
+    for rule in fields(images.Rules):
+        if rule.name != "scaled_decode":
+            assert options[rule.name].default == rule.default, rule.name
+            assert options[rule.name].metadata["identity"]
+    for name, known in (
+        ("resize_mode", images.RESIZE_MODES),
+        ("encode_format", images.ENCODE_FORMATS),
+        ("validate", images.VALIDATIONS),
+        ("icc", images.ICC_MODES),
+        ("resize", tuple(images.RESIZERS)),
+    ):
+        assert set(options[name].metadata["choices"]) == set(known)
