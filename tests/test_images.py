@@ -12,13 +12,15 @@ from dataclasses import replace
 from fractions import Fraction
 from io import BytesIO
 from itertools import cycle, islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageCms
+from profiles import ADOBE_RGB, profile
 from sklearn.datasets import load_sample_image
 
 from pipeline import images
@@ -578,6 +580,156 @@ def test_results_have_the_size_of_the_rule(width: int, height: int, least: int, 
     assert result.changed == ((result.width, result.height) != (width, height))
 
 
+@given(
+    st.integers(1, 100_000),
+    st.integers(1, 100_000),
+    st.integers(1, 5_000),
+    st.sampled_from(images.RESIZE_MODES),
+)
+def test_every_mode_follows_its_rule(width: int, height: int, most: int, mode: str) -> None:
+    shape = geometry(width, height, Rules(max_image_size=most, resize_mode=mode))
+    small, large = min(width, height), max(width, height)
+    edge = large if mode in ("keep_ratio_largest", "border") else small
+    if mode == "no" or edge <= most:
+        assert shape.sized == (width, height), "never upscaled"
+    else:
+        ratio = Fraction(most, edge)
+        assert shape.sized == tuple(max(1, (value * ratio + Fraction(1, 2)).__floor__()) for value in (width, height))
+    square = {"border": most, "center_crop": min(small, most)}.get(mode)
+    assert shape.canvas == ((square, square) if square else shape.sized)
+    for offset, free in zip(shape.offset, np.subtract(shape.canvas, shape.sized), strict=True):
+        assert abs(offset) == abs(int(free)) // 2
+        assert offset * int(free) >= 0
+    turned = geometry(height, width, Rules(max_image_size=most, resize_mode=mode))
+    assert (turned.sized, turned.canvas) == (shape.sized[::-1], shape.canvas[::-1])
+
+
+@pytest.mark.parametrize(("width", "height"), [(90, 40), (40, 90), (33, 33), (20, 10), (1, 70)])
+@pytest.mark.parametrize("mode", images.RESIZE_MODES)
+def test_pixels_lie_where_the_geometry_says(mode: str, width: int, height: int) -> None:
+    rules = Rules(0, 32, mode, encode_format="png", background="#102030")
+    data = saved(Image.new("RGB", (width, height), "teal"), "PNG")
+    result = process(data, rules)
+    shape = geometry(width, height, rules)
+    assert (result.width, result.height) == shape.canvas
+    pixels = decode(result.data, probe(result.data))
+    inside = (pixels == (0, 128, 128)).all(-1)
+    assert inside.sum() == min(shape.sized[0], shape.canvas[0]) * min(shape.sized[1], shape.canvas[1])
+    assert (inside | (pixels == (16, 32, 48)).all(-1)).all()
+    x, y = (max(0, offset) for offset in shape.offset)
+    assert inside[y, x]
+
+
+def test_a_crop_takes_the_centre() -> None:
+    ramp = np.repeat(np.arange(0, 200, 2, np.uint8)[None, :, None], 40, 0).repeat(3, 2)
+    result = process(saved(Image.fromarray(ramp), "PNG"), Rules(0, 40, "center_crop", encode_format="png"))
+    assert decode(result.data, probe(result.data))[0, :, 0].tolist() == list(range(60, 140, 2))
+
+
+def test_images_beyond_the_limits_are_dropped_with_a_reason() -> None:
+    data = saved(Image.new("RGB", (90, 30)), "PNG")
+    for rules, reason in (
+        (Rules(31), "too_small"),
+        (Rules(0, max_image_area=2699), "too_large"),
+        (Rules(0, max_aspect_ratio=2.9), "too_elongated"),
+    ):
+        with pytest.raises(Dropped) as caught:
+            process(data, rules)
+        assert caught.value.reason == reason
+    assert not process(data, Rules(30, max_image_area=2700, max_aspect_ratio=3)).changed
+
+
+def test_what_needs_no_change_can_be_trusted_or_written_anew() -> None:
+    data = SAMPLES["png"]
+    assert process(data, replace(KEEP_ALL, skip_reencode=False)).changed
+    bad = bytearray(data)
+    bad[data.index(b"IDAT") + 20] ^= 4
+    assert process(bytes(bad), replace(KEEP_ALL, validate="header")).data == bytes(bad)
+    with pytest.raises(ImageError):
+        process(bytes(bad), KEEP_ALL)
+
+
+# ---------------------------------------------------------------- colours
+
+
+def with_profile(format: str, icc: bytes, colours: list[tuple[int, int, int]]) -> bytes:
+    image = Image.fromarray(np.array([colours], np.uint8).repeat(8, 0).repeat(8, 1))
+    options: dict[str, Any] = {"WEBP": {"lossless": True}, "JPEG": {"quality": 100, "subsampling": 0}}.get(format, {})
+    return saved(image, format, icc_profile=icc, **options)
+
+
+COLOURS = [(200, 100, 50), (10, 60, 90), (128, 128, 128), (255, 255, 255), (0, 0, 0)]
+
+
+def adobe_as_srgb(colour: tuple[int, int, int]) -> np.ndarray:
+    """By the definitions of both spaces."""
+    xyz = np.array(ADOBE_RGB).T @ (np.array(colour) / 255) ** (563 / 256)
+    srgb = np.array(
+        [[0.4360747, 0.3850649, 0.1430804], [0.2225045, 0.7168786, 0.0606169], [0.0139322, 0.0971045, 0.7141733]]
+    )
+    linear = np.linalg.solve(srgb, xyz).clip(0, 1)
+    return 255 * np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "TIFF", "AVIF"])
+def test_colours_with_a_profile_become_srgb(format: str) -> None:
+    data = with_profile(format, profile(563 / 256, ADOBE_RGB), COLOURS)
+    result = process(data, replace(KEEP_ALL, encode_format="png"))
+    assert result.changed
+    assert not probe(result.data).icc
+    got = decode(result.data, probe(result.data))[4, 4::8]
+    tolerance = 12 if format == "AVIF" else 4
+    assert np.abs(got - np.array([adobe_as_srgb(c) for c in COLOURS])).max() <= tolerance
+    if format in ("PNG", "JPEG", "WEBP"):
+        assert process(data, replace(KEEP_ALL, icc="ignore")).data is data
+
+
+def test_a_profile_that_says_srgb_or_nothing_changes_nothing() -> None:
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    for icc in (srgb, b"no profile", profile(1.8), profile(2.2, ADOBE_RGB)[:200], bytes(2**21)):
+        for format in ("PNG", "JPEG", "WEBP") if len(icc) < 2**20 else ("WEBP",):
+            data = with_profile(format, icc, COLOURS)
+            assert process(data, KEEP_ALL).data is data, (format, len(icc))
+
+
+def test_grey_has_profiles_too() -> None:
+    image = Image.fromarray(np.array([[0, 64, 128, 255]], np.uint8))
+    result = process(saved(image, "PNG", icc_profile=profile(1.0)), replace(KEEP_ALL, encode_format="png"))
+    assert np.abs(np.array(pixels_of(result.data))[:, 0] - [0, 137, 188, 255]).max() <= 2
+
+
+def gallery() -> dict[str, bytes]:
+    """A file of each kind that needs more than reading, all of the same photo."""
+    photo = Image.fromarray(load_sample_image("flower.jpg")).crop((160, 60, 448, 252)).resize((96, 64))
+    veil = Image.fromarray(np.linspace(0, 255, 96).astype(np.uint8)[None].repeat(64, 0))
+    faded = photo.copy()
+    faded.putalpha(veil)
+    deep = (np.asarray(photo.convert("L")).astype(">u2") * 257).tobytes()
+    clear = photo.quantize(32)
+    return {
+        "alpha": saved(faded, "PNG"),
+        "cmyk": saved(photo.convert("CMYK"), "TIFF"),
+        "deep": png(96, 64, 16, 0, deep),
+        "palette": saved(clear, "PNG", transparency=clear.getpixel((0, 0))),
+        "icc": saved(photo, "PNG", icc_profile=profile(563 / 256, ADOBE_RGB)),
+        "grey-icc": saved(photo.convert("L"), "PNG", icc_profile=profile(1.0)),
+    }
+
+
+@pytest.mark.parametrize("name", gallery())
+def test_rare_kinds_look_as_they_should(name: str) -> None:
+    """Compared with pictures that were looked at; delete one to make it anew, and look at it again."""
+    rules = Rules(0, 56, "border", encode_format="png", background="#2060a0")
+    result = process(gallery()[name], rules)
+    place = Path(__file__).parent / "data" / "gallery" / f"{name}.png"
+    if not place.exists():
+        place.parent.mkdir(exist_ok=True)
+        place.write_bytes(result.data)
+        pytest.fail(f"{place} was missing: look at the new one")
+    golden = decode(place.read_bytes(), probe(place.read_bytes())).astype(int)
+    assert np.abs(decode(result.data, probe(result.data)) - golden).max() <= 3
+
+
 def test_an_edge_that_no_jpeg_can_hold_is_refused() -> None:
     long = saved(Image.new("RGB", (70_000, 2)), "PNG")
     with pytest.raises(ImageError, match="edge_too_long"):
@@ -586,7 +738,17 @@ def test_an_edge_that_no_jpeg_can_hold_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"encode_quality": 0}, {"encode_format": "gif"}, {"resize": "cv2"}, {"min_image_size": -1}]
+    "wrong",
+    [
+        {"encode_quality": 0},
+        {"encode_format": "gif"},
+        {"resize": "cv2"},
+        {"resize": "simd"},
+        {"resize_mode": "stretch"},
+        {"min_image_size": -1},
+        {"max_aspect_ratio": float("nan")},
+        {"background": "#12"},
+    ],
 )
 def test_wrong_rules_name_the_setting(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
