@@ -11,7 +11,7 @@ UV_VERSION ?= 0.13.8
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help setup slurm test lint format demo bench chaos clean
+.PHONY: help setup slurm test lint format demo bench chaos fuzz clean
 
 help:
 	@echo "make demo     install, then run the whole pipeline on embedded data"
@@ -20,6 +20,7 @@ help:
 	@echo "make slurm    only install what the tests on a real SLURM need (Debian, root)"
 	@echo "make lint     formatting, ruff, mypy       make format   mend what can be mended"
 	@echo "make bench    measure against peers        make clean    remove what was made here"
+	@echo "make fuzz     damaged images for three minutes: nothing may crash, hang or flood; FUZZ='seconds=600 seed=2'"
 	@echo "make chaos    break jobs on a real SLURM in 40 ways (Debian, root), compare results; CHAOS='trials=100 seed=2'"
 
 setup: $(INSTALLED)
@@ -61,6 +62,9 @@ demo: setup
 bench: setup
 	@set -e; for script in $(filter-out benchmarks/chaos.py,$(wildcard benchmarks/[!_]*.py)); do \
 		echo "== $$script"; $(BIN)/python $$script; done
+
+fuzz: setup
+	$(BIN)/python tests/fuzz_images.py $(FUZZ)
 
 chaos: setup slurm
 	$(BIN)/python benchmarks/chaos.py $(CHAOS)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import random
 import re
 import struct
 import warnings
@@ -11,7 +9,6 @@ import zlib
 from dataclasses import replace
 from fractions import Fraction
 from io import BytesIO
-from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +16,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from image_files import ARITHMETIC_JPEG, ODD_JPEG, SAMPLES, bombs, damaged, picture, png, png_chunk, saved
 from PIL import Image, ImageCms
 from profiles import ADOBE_RGB, profile
 from sklearn.datasets import load_sample_image
@@ -40,48 +38,6 @@ from pipeline.images import (
 )
 
 KEEP_ALL = Rules(min_image_size=0, max_image_size=0)
-ARITHMETIC_JPEG = base64.b64decode(
-    "/9j/4AAQSkZJRgABAQAAAQABAAD/2wBDAAMCAgMCAgMDAwMEAwMEBQgFBQQEBQoHBwYIDAoMDAsKCwsNDhIQDQ4RDgsLEBYQERMUFRUVDA8XGBYU"
-    "GBIUFRT/2wBDAQMEBAUEBQkFBQkUDQsNFBQUFBQUFBQUFBQUFBQUFBQUFBQUFBQUFBQUFBQUFBQUFBQUFBQUFBQUFBQUFBQUFBT/yQARCAAQABAD"
-    "ASIAAhEBAxEB/8wACgAQEAUBEBEF/9oADAMBAAIRAxEAPwD/ANH1YMCfTLYdaBKkDsngF50LuuF8RlD/2Q=="
-)
-"""16x16, red above blue, as `cjpeg -arithmetic` writes it."""
-ODD_JPEG = base64.b64decode(
-    "/9j/4AAQSkZJRgABAQAAAQABAAD/2wBDAAMCAgMCAgMDAwMEAwMEBQgFBQQEBQoHBwYIDAoMDAsKCwsNDhIQDQ4RDgsLEBYQERMUFRUVDA8XGBYU"
-    "GBIUFRT/2wBDAQMEBAUEBQkFBQkUDQsNFBQUFBQUFBQUFBQUFBQUFBQUFBQUFBQUFBQUFBQUFBQUFBQUFBQUFBQUFBQUFBQUFBT/wAARCAAQABAD"
-    "ASIAAhIBAyEB/8QAFQABAQAAAAAAAAAAAAAAAAAAAAf/xAAUEAEAAAAAAAAAAAAAAAAAAAAA/8QAFgEBAQEAAAAAAAAAAAAAAAAABwAJ/8QAGBEA"
-    "AgMAAAAAAAAAAAAAAAAAABdko+L/2gAMAwEAAhEDEQA/AIoJeDc0dFlqQrME1IVmD//Z"
-)
-"""The same picture from `cjpeg -sample 2x2,1x2,2x1`, which TurboJPEG does not know."""
-
-
-def saved(image: Image.Image, format: str, **options: Any) -> bytes:
-    file = BytesIO()
-    image.save(file, format, **options)
-    return file.getvalue()
-
-
-def picture(width: int, height: int, seed: int = 0) -> Image.Image:
-    """A smooth colour field with some noise: compresses like a photo, differs under every rotation."""
-    rng = np.random.default_rng(seed)
-    small = Image.fromarray(rng.integers(0, 256, (4, 5, 3), np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
-    return Image.fromarray((np.asarray(small) // 16 * 15 + rng.integers(0, 16, (height, width, 3))).astype(np.uint8))
-
-
-def png(
-    width: int, height: int, bits: int, colour: int, rows: bytes, *chunks: tuple[bytes, bytes], stride: int = 0
-) -> bytes:
-    """A PNG with these packed rows; `chunks` go between header and pixels."""
-    stride = stride or len(rows) // height
-    raw = b"".join(b"\0" + rows[at : at + stride] for at in range(0, len(rows), stride))
-    header = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)
-    parts = [(b"IHDR", header), *chunks, (b"IDAT", zlib.compress(raw)), (b"IEND", b"")]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(map(png_chunk, parts))
-
-
-def png_chunk(part: tuple[bytes, bytes]) -> bytes:
-    kind, payload = part
-    return struct.pack(">I", len(payload)) + kind + payload + struct.pack(">I", zlib.crc32(kind + payload))
 
 
 def pixels_of(data: bytes) -> list[list[int]]:
@@ -93,44 +49,6 @@ def pixels_of(data: bytes) -> list[list[int]]:
 def psnr(one: np.ndarray, other: np.ndarray) -> float:
     error = np.mean((one.astype(np.float64) - other) ** 2)
     return float("inf") if error == 0 else float(10 * np.log10(255**2 / error))
-
-
-def samples() -> dict[str, bytes]:
-    """One small good file of every kind."""
-    image = picture(61, 47)
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    animation = [picture(61, 47, seed) for seed in (1, 2, 3)]
-    faded = image.copy()
-    faded.putalpha(picture(61, 47, 4).convert("L"))
-    return {
-        "jpeg": saved(image, "JPEG"),
-        "jpeg-exif": saved(image, "JPEG", exif=exif),
-        "jpeg-progressive": saved(image, "JPEG", progressive=True),
-        "jpeg-grey": saved(image.convert("L"), "JPEG"),
-        "jpeg-444": saved(image, "JPEG", subsampling=0),
-        "jpeg-cmyk": saved(image.convert("CMYK"), "JPEG"),
-        "jpeg-restart": saved(image, "JPEG", restart_marker_blocks=2),
-        "jpeg-arithmetic": ARITHMETIC_JPEG,
-        "jpeg-odd": ODD_JPEG,
-        "png": saved(image, "PNG"),
-        "png-alpha": saved(faded, "PNG"),
-        "png-palette": saved(image.quantize(16), "PNG"),
-        "apng": saved(image, "PNG", save_all=True, append_images=animation),
-        "webp": saved(image, "WEBP"),
-        "webp-lossless": saved(faded, "WEBP", lossless=True),
-        "webp-exif": saved(image, "WEBP", exif=exif),
-        "webp-animated": saved(image, "WEBP", save_all=True, append_images=animation),
-        "gif": saved(image, "GIF"),
-        "gif-animated": saved(image, "GIF", save_all=True, append_images=animation),
-        "bmp": saved(image, "BMP"),
-        "tiff": saved(image, "TIFF"),
-        "tiff-lzw": saved(image, "TIFF", compression="tiff_lzw"),
-        "avif": saved(image, "AVIF"),
-    }
-
-
-SAMPLES = samples()
 
 
 # ---------------------------------------------------------------- probe
@@ -202,31 +120,6 @@ def test_exif_orientation_survives_any_bytes() -> None:
 # ---------------------------------------------------------------- caps come before decoding
 
 
-def bombs() -> dict[str, bytes]:
-    """Headers that announce gigapixels."""
-    jpeg = bytearray(SAMPLES["jpeg"])
-    at = jpeg.index(b"\xff\xc0")
-    jpeg[at + 5 : at + 9] = b"\xff\xff\xff\xff"
-    webp = b"VP8X" + struct.pack("<IB3x", 10, 0) + b"\xff\x3f\0\xff\x3f\0"
-    bmp = bytearray(SAMPLES["bmp"])
-    bmp[18:26] = struct.pack("<ii", 100_000, 100_000)
-    tiff = SAMPLES["tiff"]
-    for tag in (256, 257):
-        for kind, size in ((3, "H"), (4, "I")):
-            entry = struct.pack("<HHI" + size, tag, kind, 1, 61 if tag == 256 else 47)
-            tiff = tiff.replace(entry, struct.pack("<HHI" + size, tag, kind, 1, 60_000))
-    avif = SAMPLES["avif"].replace(struct.pack(">II", 61, 47), struct.pack(">II", 15_000, 15_000))
-    return {
-        "jpeg": bytes(jpeg),
-        "png": png(100_000, 100_000, 8, 2, bytes(100_000)),
-        "webp": b"RIFF" + struct.pack("<I", 4 + len(webp)) + b"WEBP" + webp,
-        "gif": SAMPLES["gif"][:6] + b"\xff\xff\xff\xff" + SAMPLES["gif"][10:],
-        "bmp": bytes(bmp),
-        "tiff": tiff,
-        "avif": avif,
-    }
-
-
 @pytest.mark.parametrize("name", images.FORMATS)
 def test_a_bomb_is_refused_by_its_header(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(images, "decode", lambda *_, **__: pytest.fail("decoded"))
@@ -271,27 +164,6 @@ def test_a_truncated_file_is_never_kept(name: str) -> None:
             continue  # all pixels are there; missing are an end marker that Pillow does not look for, a row's padding
         with pytest.raises(ImageError):
             process(data[:end], KEEP_ALL)
-
-
-def damaged(count: int) -> list[bytes]:
-    """Good files with flipped bits, overwritten runs, and pieces cut out or repeated, more often near the header."""
-    rng = random.Random(0)
-    out = []
-    for data in islice(cycle(SAMPLES.values()), count):
-        bad = bytearray(data)
-        for _ in range(rng.randint(1, 4)):
-            at = rng.randrange(len(bad)) if rng.random() < 0.5 else rng.randrange(min(len(bad), 200))
-            kind = rng.randrange(4)
-            if kind == 0:
-                bad[at] ^= 1 << rng.randrange(8)
-            elif kind == 1:
-                bad[at : at + 4] = rng.choice([b"\0\0\0\0", b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff", rng.randbytes(4)])
-            elif kind == 2:
-                del bad[at : at + rng.randint(1, 20)]
-            else:
-                bad[at:at] = bad[at : at + rng.randint(1, 20)]
-        out.append(bytes(bad))
-    return out
 
 
 def test_damaged_files_raise_nothing_but_image_errors() -> None:

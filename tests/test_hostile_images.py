@@ -1,0 +1,54 @@
+"""Whatever the web serves: each file gets one outcome, and neither memory nor the rank is ever in danger."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+
+import psutil
+import pytest
+from image_files import SAMPLES, hostile
+
+from pipeline.images import Dropped, ImageError, Limits, Result, Rules
+from pipeline.workers import Lost, Pool
+
+MEMORY = 2**29
+RULES, LIMITS = Rules(min_image_size=8, max_image_size=32), Limits(max_pixels=4_000_000)
+
+
+def pool(workers: int = 1) -> Pool:
+    return Pool("pipeline.images:judge", (RULES, LIMITS), workers=workers, timeout=60, memory=MEMORY)
+
+
+def test_every_file_of_a_hostile_corpus_gets_one_outcome() -> None:
+    corpus = list(hostile())
+    assert len(corpus) >= 2000
+    assert len({data for _, data in corpus}) >= 2000
+    tested = pool()
+    kept: Counter[str] = Counter()
+    reasons: Counter[str] = Counter()
+    most = 0
+    for kind, result in tested.map(corpus):
+        if isinstance(result, Result):
+            kept[kind] += 1
+        else:
+            assert isinstance(result, (ImageError, Dropped)), f"{kind}: {result}"
+            assert re.fullmatch("[a-z_]+", result.reason)
+            reasons[result.reason] += 1
+        most = max([most, *(psutil.Process(pid).memory_info().rss for pid in tested.pids)])
+    tested.close()
+    assert sum(kept.values()) + sum(reasons.values()) == len(corpus)
+    assert most < MEMORY
+    assert not kept["SVG"] + kept["cut ICC"] + kept["a million frames"] + kept["endless scans"]
+    assert not any(kept[kind] for kind in kept if kind.endswith("bomb") and kind not in ("pixel bomb", "profile bomb"))
+    assert reasons >= Counter(("truncated", "decode_error", "too_many_pixels", "too_many_frames", "svg"))
+
+
+@pytest.mark.parametrize("name", ["jpeg", "jpeg-cmyk", "png", "webp", "gif", "tiff"])
+def test_good_files_with_harmless_tails_are_kept(name: str) -> None:
+    """As decoders and browsers do; what comes after the end is not looked at, and goes when the image is changed."""
+    tested = pool()
+    ((_, result),) = tested.map([(name, SAMPLES[name] + b"\0" * 10)])
+    tested.close()
+    assert isinstance(result, Result)
+    assert not isinstance(result, Lost)
