@@ -295,7 +295,8 @@ def idling(output: str, count: int, rank: int, world: int) -> Cost:
 
 
 def _worker(kind: type[Any], dataset: Dataset, count: int, rank: int, world: int) -> Any:
-    return kind(make(str(dataset.root.path), count, rank, world), dataset, Events(dataset.root, rank, world))
+    stage = make(str(dataset.root.path), count, rank, world)
+    return kind(stage, dataset, Events(dataset.root, stage.rank))
 
 
 def status(output: str, world: int) -> Cost:
@@ -303,7 +304,7 @@ def status(output: str, world: int) -> Cost:
     with storage.Folder.open(output) as root:
         shutil.rmtree(Path(output) / "events")  # of the workers before
         for rank in range(world):
-            events = Events(root, rank, world)
+            events = Events(root, Rank(Place(rank=rank, world_size=world)))
             events.totals.update({"partitions": 100, "in": 100_000, "kept": 90_000, "dropped": 10_000, "bytes": 10**10})
             for number in range(EVENTS):
                 events.emit("commit", partition=number, seconds=1.0)

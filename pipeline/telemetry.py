@@ -7,46 +7,74 @@ from __future__ import annotations
 
 import json
 import os
-import resource
+import re
 import socket
+import threading
 import time
 import uuid
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.storage import Folder
+from pipeline.distributed.rank import Rank
+from pipeline.distributed.signals import Stopped
+from pipeline.storage import GONE, Folder
+from pipeline.vitals import Vitals
 
+BEAT = 10.0  # seconds between two signs of life
+ENDS = ("finish", "stop", "error", "hang")
 _PER_BUCKET = 1000
+_TAIL = 16384  # bytes at the end of a file that are read first
+_WHOLE = 65536  # files up to this size are read whole where the past is wanted, larger ones at some places
+_PLACES = 24
+_RECENT = 300.0  # seconds that the speed of a process is the mean of
+_MOST_POINTS = 128
+_APART = 4.0  # seconds between points
+_DEAD = 600.0  # seconds of silence after which a file is looked at once a minute
+
+
+# ---- telling
 
 
 class Events:
-    """The event file of one process."""
+    """The event file of one process.
 
-    def __init__(self, root: Folder, rank: int, world_size: int) -> None:
+    Args:
+        root: the folder that it works on.
+        beat: seconds between two signs of life, for readers to know when silence means something.
+    """
+
+    def __init__(self, root: Folder, rank: Rank, beat: float = BEAT) -> None:
         self._root = root
-        bucket = f"events/{rank // _PER_BUCKET:03d}"
+        bucket = f"events/{rank.rank // _PER_BUCKET:03d}"
         root.mkdir("events", exist_ok=True)
         root.mkdir(bucket, exist_ok=True)
-        self._name = f"{bucket}/{rank:05d}.{uuid.uuid4().hex}.jsonl"
-        self._fixed = {"rank": rank, "world_size": world_size, "host": socket.gethostname(), "pid": os.getpid()}
-        job = {
-            k: os.environ[v] for k, v in (("job", "SLURM_JOB_ID"), ("life", "SLURM_RESTART_COUNT")) if v in os.environ
+        self._name = f"{bucket}/{rank.rank:05d}.{uuid.uuid4().hex}.jsonl"
+        self._rank = rank
+        self._vitals = Vitals(rank)
+        self._fixed = {
+            "begin": time.time(),
+            "rank": rank.rank,
+            "world_size": rank.world_size,
+            "host": rank.node or socket.gethostname(),
+            "pid": os.getpid(),
+            "beat": beat,
+            **_job(),
         }
-        self._fixed |= job
-        self._begin = time.time()
+        self.beat = beat
         self.totals: Counter[str] = Counter()
 
     def emit(self, event: str, **values: Any) -> None:
         """Append one event; values must be JSON-able. A disk that refuses it does not stop the work."""
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         line = {
             "event": event,
             "time": time.time(),
-            "begin": self._begin,
-            "rss": memory,
             **self._fixed,
+            **self._vitals.read(),
+            **self._rank.now,
             "totals": dict(self.totals),
             **values,
         }
@@ -55,16 +83,186 @@ class Events:
         except OSError:
             self.totals["events_lost"] += 1
 
+    @contextmanager
+    def around(self, **values: Any) -> Iterator[None]:
+        """Context: tells of the begin (with ``values``), of life every ``beat`` seconds, and of the end."""
+        ended = threading.Event()
+        thread = threading.Thread(target=self._beats, args=(ended,), name="latentmill-events", daemon=True)
+        self.emit("start", **values)
+        thread.start()
+        last: dict[str, Any] = {"event": "finish"}
+        try:
+            yield
+        except BaseException as error:
+            name = "stop" if isinstance(error, Stopped) else "error"
+            last = {"event": name, "error": f"{type(error).__name__}: {error}"}
+            raise
+        finally:
+            ended.set()
+            thread.join()
+            self.emit(**last)
+
+    def _beats(self, ended: threading.Event) -> None:
+        while not ended.wait(self.beat):
+            self.emit("beat")
+
+
+def _job() -> dict[str, str]:
+    """The SLURM job of this process and where its output goes, as far as the environment (slurm/job.sh) tells."""
+    told = {
+        "job": os.environ.get("SLURM_JOB_ID", ""),
+        "life": os.environ.get("SLURM_RESTART_COUNT", ""),
+        "job_log": os.environ.get("LATENTMILL_JOB_OUTPUT", ""),
+    }
+    if prefix := os.environ.get("LATENTMILL_TASK_OUTPUT"):
+        told["log"] = f"{prefix}-{os.environ.get('SLURM_PROCID', '0')}.log"
+    else:
+        with suppress(OSError):
+            path = os.readlink("/proc/self/fd/2")
+            told["log"] = path if os.path.isfile(path) else ""
+    return {name: value for name, value in told.items() if value}
+
+
+# ---- reading
+
+Point = tuple[float, float, float, float, float]
+"""Time; samples done, bytes read, bytes written, seconds waited since the process began."""
+DONE, READ, WRITTEN, WAITED = 1, 2, 3, 4
+
+
+@dataclass
+class Process:
+    """What one process said of itself.
+
+    Attributes:
+        last: its newest event.
+        ended: the event that was its last word (finish, stop, error, hang); empty if there is none.
+        points: how it went, oldest first.
+    """
+
+    last: dict[str, Any] = field(default_factory=dict)
+    ended: dict[str, Any] = field(default_factory=dict)
+    points: list[Point] = field(default_factory=list)
+
+    def add(self, event: dict[str, Any]) -> None:
+        """Take in an event that is newer than all others."""
+        self.last = event
+        if event["event"] in ENDS and not self.ended:
+            self.ended = event
+        point = _point(event)
+        if len(self.points) > 1 and point[0] - self.points[-2][0] < _APART:
+            self.points.pop()
+        self.points.append(point)
+        if len(self.points) > _MOST_POINTS:
+            recent = next(i for i, old in enumerate(self.points) if old[0] >= point[0] - _RECENT)
+            self.points = [*self.points[:recent:2], *self.points[recent:]]
+
+    def rate(self, column: int, now: float) -> float:
+        """How fast a column of ``points`` grows, per second, over the last minutes of the process (or its life)."""
+        end = self.ended.get("time") or max(now, self.last["time"])
+        first: Point = (self.last["begin"], 0.0, 0.0, 0.0, 0.0)
+        if end - first[0] > _RECENT:
+            first = next((point for point in reversed(self.points) if point[0] <= end - _RECENT), self.points[0])
+        return max(0.0, self.points[-1][column] - first[column]) / max(1.0, end - first[0])
+
+
+def _point(event: dict[str, Any]) -> Point:
+    done = float(event.get("done", event["totals"].get("in", 0)))
+    return (
+        float(event["time"]),
+        done,
+        float(event.get("read", 0)),
+        float(event.get("written", 0)),
+        float(event.get("waited", 0)),
+    )
+
+
+class EventReader:
+    """Reads the event files below ``root``, each time only what was added since: one listing, and for each process that
+    may still run, one look at its file.
+
+    Args:
+        past: also read how things went before, for plots; else only the end of each file.
+    """
+
+    def __init__(self, root: Folder, past: bool = False) -> None:
+        self.processes: dict[str, Process] = {}
+        self._root = root
+        self._past = past
+        self._offsets: dict[str, int] = {}
+        self._looked: dict[str, float] = {}
+
+    def refresh(self) -> list[Process]:
+        """All processes that ever worked on ``root``; unreadable lines are skipped."""
+        now = time.time()
+        for bucket in self._list("events"):
+            for name in self._list(f"events/{bucket}"):
+                path = f"events/{bucket}/{name}"
+                if re.fullmatch(r"\d+\.\w+\.jsonl", name) and self._due(path, now):
+                    with suppress(OSError):
+                        self._read(path)
+                        self._looked[path] = now
+        return list(self.processes.values())
+
+    def _list(self, name: str) -> list[str]:
+        try:
+            with self._root.folder(name) as folder:
+                return folder.listdir()
+        except OSError as error:
+            if error.errno in (*GONE, 20):
+                return []
+            raise
+
+    def _due(self, path: str, now: float) -> bool:
+        process = self.processes.get(path)
+        if process is None:
+            return True
+        dead = now - process.last["time"] > _DEAD
+        return not process.ended and (not dead or now - self._looked[path] >= 60)
+
+    def _read(self, path: str) -> None:
+        fd = self._root.open_file(path)
+        try:
+            if path in self._offsets:
+                start = self._offsets[path]
+                text = _read_from(fd, start)
+            else:
+                size = os.fstat(fd).st_size
+                start = max(0, size - _TAIL) if size > (_WHOLE if self._past else _TAIL) else 0
+                if start and self._past:
+                    for place in range(0, start, max(2048, start // _PLACES)):
+                        self._add(path, os.pread(fd, 4096, place).split(b"\n")[1:-1][:1])
+                text = _read_from(fd, start)
+        finally:
+            os.close(fd)
+        complete = text.rfind(b"\n") + 1
+        lines = text[:complete].split(b"\n")
+        self._add(path, lines[1:] if start and path not in self._offsets else lines)
+        self._offsets[path] = start + complete
+
+    def _add(self, path: str, lines: list[bytes]) -> None:
+        for line in lines:
+            try:
+                event = json.loads(line)
+                _point(event), event["begin"], event["event"]
+            except (ValueError, KeyError, TypeError, AttributeError):
+                continue
+            self.processes.setdefault(path, Process()).add(event)
+
+
+def _read_from(fd: int, start: int) -> bytes:
+    parts = []
+    while part := os.pread(fd, 1 << 20, start):
+        parts.append(part)
+        start += len(part)
+    return b"".join(parts)
+
 
 def last_events(root: Path) -> Iterator[dict[str, Any]]:
-    """The newest event of every process that worked on ``root``; unreadable lines are skipped."""
-    for path in sorted(root.glob("events/*/*.jsonl")):
-        with path.open("rb") as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - 16384))
-            lines = file.read().splitlines()
-        for line in reversed(lines):
-            try:
-                yield json.loads(line)
-                break
-            except ValueError:
-                continue
+    """The newest event of every process that worked on ``root``."""
+    try:
+        folder = Folder.open(root)
+    except OSError:
+        return
+    with folder:
+        yield from (process.last for process in EventReader(folder).refresh())

@@ -46,6 +46,8 @@ fi
 # What the ranks have to say (pipeline/distributed/life.py) goes into a folder for each life and step. A first life
 # begins anew: SLURM gives job ids out again when its controller has lost its memory.
 lm_logs=$LOGS/$SLURM_JOB_NAME-$SLURM_JOB_ID
+export LATENTMILL_TASK_OUTPUT=$lm_logs # for launch/status.py: where a rank's log is, and the job's
+LATENTMILL_JOB_OUTPUT=$(readlink /proc/$$/fd/1) && export LATENTMILL_JOB_OUTPUT || true
 lm_state=$LOGS/.$SLURM_JOB_NAME-$SLURM_JOB_ID
 [ "$lm_life" -gt 0 ] || rm -rf "$lm_state"
 mkdir -p "$lm_state"

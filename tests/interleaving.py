@@ -25,7 +25,7 @@ from typing import Any
 
 import pytest
 
-from pipeline import storage
+from pipeline import storage, telemetry
 from pipeline.config import ConfigError
 from pipeline.partitions import claims, engine, finalize, planning
 from pipeline.partitions.attempt import Superseded
@@ -172,6 +172,7 @@ class World:
             if isinstance(value, cached_property) and hasattr(value, "lock"):  # until Python 3.12, one for all threads
                 self._patch.setattr(value, "lock", nullcontext())
         self._patch.setattr(claims.Claims, "_heartbeat", lambda claims: None)
+        self._patch.setattr(telemetry.Events, "_beats", lambda events, ended: None)
         self._patch.setattr(finalize, "software", self._software)
         self._patch.setattr(uuid, "uuid4", self._uuid)
         self._patch.setattr(Folder, "open", classmethod(self._opening(Folder.open.__func__)))  # type: ignore[attr-defined]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -42,6 +44,10 @@ class Rank:
         self.life = Life(self.place.rank)
         self.steps = 0
         """Safe boundaries that were reached so far."""
+        self.waited = 0.0
+        """Seconds that were spent in :meth:`waiting`."""
+        self.now: dict[str, Any] = {}
+        """What the rank is at, for those who watch it: goes into each of its events."""
         self.on_hang: Callable[[], None] = lambda: None
         """Called, in another thread, when the watchdog has found this rank stuck and is about to end it."""
         self._peers: Peers | None = None
@@ -132,6 +138,15 @@ class Rank:
         if self.stopping:
             raise Stopped(f"{self.signals.received}: stopped at a safe boundary; the same command resumes")
 
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Context: there is nothing to compute, as other ranks or the data are not ready yet."""
+        begin = time.monotonic()
+        try:
+            yield
+        finally:
+            self.waited += time.monotonic() - begin
+
     def saved(self) -> None:
         """Something was done for good, a commit or a checkpoint: a job that gets this far is worth starting again."""
         self.life.saved()
@@ -164,7 +179,8 @@ class Rank:
             PeerFailed: one of them failed or ended meanwhile.
         """
         if self.world_size > 1:
-            self.peers.barrier(name, timeout)
+            with self.waiting():
+                self.peers.barrier(name, timeout)
 
     def broadcast(self, value: Any = None, src: int = 0) -> Any:
         """Give every rank the ``value`` of rank ``src``: anything that JSON can say, up to 4 MiB. Waits for all."""

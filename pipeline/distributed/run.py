@@ -19,6 +19,7 @@ from pipeline.distributed.place import find_place
 from pipeline.distributed.rank import TIMEOUT, Rank
 from pipeline.distributed.signals import EXIT_PEER, EXIT_STOPPED, Stopped
 from pipeline.distributed.watchdog import Watchdog, show_stacks_on_request
+from pipeline.vitals import Progress
 
 P = ParamSpec("P")
 Result = TypeVar("Result")
@@ -83,7 +84,7 @@ def _watched(rank: Rank, timeout: float) -> Watchdog:
         timeout = 0.0
     else:
         show_stacks_on_request()
-    return Watchdog(timeout, lambda: rank.steps, rank.life, lambda: rank.on_hang())
+    return Watchdog(timeout, Progress(rank).made, rank.life, lambda: rank.on_hang())
 
 
 @contextlib.contextmanager

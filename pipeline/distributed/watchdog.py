@@ -7,32 +7,29 @@ import os
 import signal
 import threading
 from collections.abc import Callable
-from contextlib import suppress
 from types import TracebackType
 
 from pipeline.distributed.ending import hard_exit
 from pipeline.distributed.life import Life
 from pipeline.distributed.signals import EXIT_HUNG
 
-_MOVED = 1 << 20  # bytes read or written that count as progress: heartbeats write less, a long download more
 _FAREWELL = 10.0  # seconds to tell others, on a disk that may be what hangs
 
 
 class Watchdog:
     """Context: ends this process when nothing happens for ``timeout`` seconds; 0: never.
 
-    Progress is a step of the work (``steps`` counts them), or a mebibyte read or written. Time during which the whole
-    process was stopped (a suspended job, Ctrl-Z) does not count, and neither can it be noticed from within: for that,
-    the job script looks at ``<rank>.alive`` (see :mod:`pipeline.distributed.life`).
+    Time during which the whole process was stopped (a suspended job, Ctrl-Z) does not count, and neither can it be
+    noticed from within: for that, the job script looks at ``<rank>.alive`` (see :mod:`pipeline.distributed.life`).
 
     Args:
-        steps: how many steps were done so far.
+        moved: whether there was progress since it was last asked.
         tell: says to the outside world that this rank hung; may itself hang.
     """
 
-    def __init__(self, timeout: float, steps: Callable[[], int], life: Life, tell: Callable[[], None]) -> None:
+    def __init__(self, timeout: float, moved: Callable[[], bool], life: Life, tell: Callable[[], None]) -> None:
         self._timeout = timeout
-        self._steps = steps
+        self._moved = moved
         self._life = life
         self._tell = tell
         self._ended = threading.Event()
@@ -53,12 +50,12 @@ class Watchdog:
 
     def _watch(self) -> None:
         tick = min(self._timeout / 10, 10.0)
-        quiet, steps, moved = 0.0, self._steps(), _bytes_moved()
+        quiet = 0.0
         while not self._ended.wait(tick):
             self._life.alive(self._timeout)
             quiet += tick  # not what a clock says: it goes on while the process is stopped
-            if self._steps() != steps or _bytes_moved() - moved >= _MOVED:
-                quiet, steps, moved = 0.0, self._steps(), _bytes_moved()
+            if self._moved():
+                quiet = 0.0
             if quiet >= self._timeout:
                 self._end()
 
@@ -74,13 +71,6 @@ class Watchdog:
     def _force(self) -> None:
         threading.Event().wait(_FAREWELL)
         os._exit(EXIT_HUNG)
-
-
-def _bytes_moved() -> int:
-    """Bytes that this process has read and written, as far as the system tells."""
-    with suppress(OSError, ValueError), open("/proc/self/io") as file:
-        return sum(int(line.split()[1]) for line in file if line.startswith(("rchar", "wchar")))
-    return 0
 
 
 def show_stacks_on_request() -> None:

@@ -13,7 +13,6 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -41,7 +40,7 @@ def _started(pid: int) -> str | None:
 class Claims:
     """The claims of one process on the dataset in ``root``; its heartbeat runs until :meth:`close`."""
 
-    def __init__(self, root: Folder, lease: float, beat: Callable[[], None] | None = None) -> None:
+    def __init__(self, root: Folder, lease: float) -> None:
         self.owner = uuid.uuid4().hex
         self._root = root
         self._lease = lease
@@ -51,7 +50,6 @@ class Claims:
         self._seen: dict[str, tuple[str, float]] = {}
         self._lock = threading.Lock()
         self._stop = threading.Event()
-        self._beat = beat
         self._thread = threading.Thread(target=self._heartbeat, name="heartbeat", daemon=True)
         root.mkdir("claims", exist_ok=True)
         self._thread.start()
@@ -122,8 +120,6 @@ class Claims:
         while not self._stop.wait(self._lease / 6):
             try:
                 self._move()
-                if self._beat:
-                    self._beat()
             except OSError:
                 continue  # a full or removed file system: the worker itself finds that out
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from pipeline import cli
-from pipeline.distributed import Rank, Stopped
+from pipeline.distributed import Rank
 from pipeline.partitions.attempt import Attempt, AttemptRemoved, Superseded, require_output, unless_removed
 from pipeline.partitions.claims import Claims
 from pipeline.partitions.dataset import Dataset
@@ -22,7 +22,7 @@ from pipeline.partitions.stage import Stage
 from pipeline.partitions.takedown import rewritten, without_taken
 from pipeline.samples import Outcome
 from pipeline.storage import GONE, StorageError
-from pipeline.telemetry import Events
+from pipeline.telemetry import BEAT, Events
 
 _POLL = 0.5  # seconds between looks at what others have claimed; grows to a quarter of the lease
 _LOOKUPS = 20  # times that a planned bucket may be not to be seen, before we believe that it is gone
@@ -53,20 +53,15 @@ def run(stage: Stage) -> dict[str, Any]:
 
 def _run(stage: Stage, dataset: Dataset) -> dict[str, Any]:
     stage.planned = dataset.header
-    events = Events(dataset.root, stage.rank.rank, stage.rank.world_size)
-    worker = Worker(stage, dataset, events)
-    stage.rank.on_hang = worker.tell_hang
-    try:
-        events.emit("start", partitions=dataset.partitions, generation=dataset.plans[-1].generation)
-        worker.work()
-        success = worker.finish()
-        events.emit("finish")
-        return success
-    except BaseException as error:
-        events.emit("stop" if isinstance(error, Stopped) else "error", error=f"{type(error).__name__}: {error}")
-        raise
-    finally:
-        worker.close()
+    events = Events(dataset.root, stage.rank, min(BEAT, stage.config.lease / 6))
+    with events.around(partitions=dataset.partitions, generation=dataset.plans[-1].generation):
+        worker = Worker(stage, dataset, events)
+        try:
+            stage.rank.on_hang = worker.tell_hang
+            worker.work()
+            return worker.finish()
+        finally:
+            worker.close()
 
 
 class Worker:
@@ -78,8 +73,8 @@ class Worker:
         self.events = events
         self.config = stage.config
         self.rank = stage.rank
-        self.claims = Claims(dataset.root, self.config.lease, beat=lambda: events.emit("beat", partition=self._at))
-        self._at = -1
+        self.claims = Claims(dataset.root, self.config.lease)
+        self.rank.now = {"partition": -1, "done": 0}
         self._done: set[int] = set()
         self._full: set[int] = set()
         self._missing: set[int] = set()
@@ -194,14 +189,14 @@ class Worker:
         """Try to commit partition ``index``; whether this attempt is the one that counts."""
         partition = self.dataset.partition(index)
         record = None
-        self._at = index
+        self.rank.now["partition"] = index
         try:
             with Attempt(self.dataset, index) as attempt:
                 self.stage.scratch = attempt.scratch
                 record = attempt.run(self._outcomes(partition), self.stage.shard_bytes, self.rank.check_stop)
         except AttemptRemoved:
             require_output(self.dataset.root)  # else by gc: another try will do
-        self._at = -1
+        self.rank.now = {"partition": -1, "done": self.events.totals["in"]}
         if record is not None:
             self._done.add(index)
             self._tell(record)
@@ -219,6 +214,7 @@ class Worker:
             return
         for outcome in self.stage.process(partition):
             if partition.only is None or (not outcome.container and partition.wants(outcome.key)):
+                self.rank.now["done"] += 1
                 yield without_taken(dataset, index, outcome)
 
     def _tell(self, record: dict[str, Any]) -> None:
@@ -228,6 +224,7 @@ class Worker:
         counts = Counter(record["counts"])
         totals.update({name: counts[name] for name in ("in", "kept", "dropped", "failed")})
         totals.update({f"reason:{name}": n for name, n in record["reasons"].items()})
+        self.rank.now["done"] = totals["in"]
         self.events.emit("commit", partition=record["partition"], attempt=record["attempt"], seconds=record["seconds"])
         self.rank.saved()
         limit = self.config.max_failed_fraction
@@ -238,7 +235,7 @@ class Worker:
             )
 
     def tell_hang(self) -> None:
-        self.events.emit("hang", partition=self._at, seconds=self.config.hang_timeout)
+        self.events.emit("hang", seconds=self.config.hang_timeout)
 
     # ---- the end
 
@@ -281,9 +278,10 @@ class Worker:
 
     def _sleep(self, seconds: float) -> None:
         end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            self.rank.check_stop()
-            time.sleep(min(0.1, max(0.0, end - time.monotonic())))
+        with self.rank.waiting():
+            while time.monotonic() < end:
+                self.rank.check_stop()
+                time.sleep(min(0.1, max(0.0, end - time.monotonic())))
 
 
 def buckets(span: range) -> range:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from functools import cached_property
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -84,7 +85,7 @@ class Precompute(Stage):
 
         torch.set_num_threads(self.config.threads)
         samples = self._decoded(partition)
-        while batch := list(islice(samples, self.config.batch_size)):
+        while batch := self._next(samples):
             good = [sample for sample in batch if not isinstance(sample, Outcome)]
             rows = iter(self._encode(good)) if good else iter(())
             for sample in batch:
@@ -97,6 +98,10 @@ class Precompute(Stage):
                     outcome.status, outcome.reason = "failed", "not_finite"
                     outcome.detail = "a latent is NaN or infinite; model_dtype=float32 may help"
                 yield outcome
+
+    def _next(self, samples: Iterator[Decoded | Outcome]) -> list[Decoded | Outcome]:
+        with self.rank.waiting() if self.rank.device.type == "cuda" else nullcontext():  # the GPU waits
+            return list(islice(samples, self.config.batch_size))
 
     def _decoded(self, partition: Partition) -> Iterator[Decoded | Outcome]:
         for stored in self.upstream.samples(partition.inputs[0].start):

@@ -14,6 +14,7 @@ from pipeline.loading import Batches, LatentDataset
 from pipeline.partitions.dataset import Dataset, RandomAccess
 from pipeline.partitions.stage import open_input
 from pipeline.storage import Folder, StorageError
+from pipeline.telemetry import Events
 
 if TYPE_CHECKING:
     from pipeline.training.tasks.base import Task
@@ -39,7 +40,9 @@ def main(rank: Rank, config: TrainConfig) -> None:
         run = Folder.open(place, create=True)
     except OSError as error:
         raise StorageError(f"output {place} cannot be made: {error.strerror}") from error
-    train(task, data, config, rank, run, valid)
+    rank.now = {"of": config.steps}
+    with Events(run, rank).around():
+        train(task, data, config, rank, run, valid)
     if rank.is_main:
         rank.log.info("%s: finished after %d steps", place, config.steps)
 

@@ -145,6 +145,7 @@ def train(
     steps = max(0, config.steps - state.step)
     feed = Feed(task, data, state.sampler, state.step, steps, config, rank) if steps else None
     stopping = False
+    done = 0
     try:
         while True:
             lr = learning_rate(config, state.step, state.progress.reductions)
@@ -177,6 +178,9 @@ def train(
             state.step += 1
 
             state.meter.add(loss, config.batch_size, waited)
+            rank.waited += waited
+            done += config.batch_size // rank.world_size
+            rank.now = {"step": state.step, "of": config.steps, "loss": loss, "done": done}
             if state.step % config.log_every == 0 or state.step == config.steps:
                 _log(state, config, rank, loggers, {"lr": lr, "grad_norm": norm})
     finally:

@@ -207,7 +207,7 @@ def worker(output: Path) -> Worker:
     stage = make(output)
     dataset = open_or_plan(stage)
     stage.planned = dataset.header
-    return Worker(stage, dataset, Events(dataset.root, 0, 1))
+    return Worker(stage, dataset, Events(dataset.root, stage.rank))
 
 
 def test_a_bucket_that_was_called_full_by_mistake_is_worked_on(output: Path) -> None:

@@ -1,0 +1,87 @@
+"""What a process uses: memory, CPU, bytes read and written, its GPU. Asked for now and then, never per sample."""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+import time
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pipeline.distributed import Rank
+
+_MOVED = 1 << 20  # bytes read or written that count as progress: heartbeats write less, a long download more
+_PAGE = os.sysconf("SC_PAGE_SIZE")
+
+
+class Progress:
+    """Whether a rank gets on: it does a step of its work, or reads or writes a mebibyte."""
+
+    def __init__(self, rank: Rank) -> None:
+        self._rank = rank
+        self._steps = rank.steps
+        self._moved = sum(bytes_moved())
+
+    def made(self) -> bool:
+        """Whether there was any since this was last so."""
+        if self._rank.steps == self._steps and sum(bytes_moved()) - self._moved < _MOVED:
+            return False
+        self._steps, self._moved = self._rank.steps, sum(bytes_moved())
+        return True
+
+
+class Vitals:
+    """What the process of ``rank`` uses and does, as JSON-able values; see :meth:`read`."""
+
+    def __init__(self, rank: Rank) -> None:
+        self._rank = rank
+        self._progress = Progress(rank)
+        self._since = time.monotonic()
+
+    def read(self) -> dict[str, Any]:
+        """``rss`` and ``peak`` memory in bytes; ``cpu`` seconds, with those of children that ended; bytes ``read`` and
+        ``written``; seconds ``waited`` for others or for data; seconds that it is ``still``, without progress; ``gpu``
+        if the rank computes on one: ``use`` (0 to 1) and ``memory`` in bytes.
+        """
+        now = time.monotonic()
+        if self._progress.made():
+            self._since = now
+        read, written = bytes_moved()
+        spent = os.times()
+        values = {
+            "rss": _resident(),
+            "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "cpu": round(spent.user + spent.system + spent.children_user + spent.children_system, 2),
+            "read": read,
+            "written": written,
+            "waited": round(self._rank.waited, 3),
+            "still": round(now - self._since, 1),
+        }
+        gpu = _gpu(self._rank)
+        return values | ({"gpu": gpu} if gpu else {})
+
+
+def bytes_moved() -> tuple[int, int]:
+    """Bytes that this process has read and written, as far as the system tells."""
+    with suppress(OSError, ValueError), open("/proc/self/io") as file:
+        said = dict(line.split(":") for line in file)
+        return int(said.get("rchar", 0)), int(said.get("wchar", 0))
+    return 0, 0
+
+
+def _resident() -> int:
+    with suppress(OSError, ValueError, IndexError), open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * _PAGE
+    return 0
+
+
+def _gpu(rank: Rank) -> dict[str, Any]:
+    """Of the rank's GPU if it has begun to use one; nothing where the driver does not tell."""
+    torch, device = sys.modules.get("torch"), vars(rank).get("device")
+    if torch is None or device is None or device.type != "cuda" or not torch.cuda.is_initialized():
+        return {}
+    with suppress(Exception):  # no library for it, a driver that refuses, a GPU that was lost: each in its own words
+        return {"use": torch.cuda.utilization(device) / 100, "memory": torch.cuda.memory_reserved(device)}
+    return {}
