@@ -149,13 +149,21 @@ def scripts_of(job: Job, max_array: int = 0) -> tuple[Script, ...]:
 
 def name_of(job: Job) -> str:
     """The job's name in SLURM: the stage, and what tells this work from any other."""
-    work = str(job.output) if job.output else " ".join(sorted(job.arguments))
-    return f"{job.stage}-{xxhash.xxh3_64_hexdigest(f'{job.stage} {work}')[:10]}"
+    return name_for(job.stage, str(job.output) if job.output else " ".join(sorted(job.arguments)))
+
+
+def name_for(stage: str, work: str) -> str:
+    """The name of the job that does ``stage`` in the folder ``work``."""
+    return f"{stage}-{xxhash.xxh3_64_hexdigest(f'{stage} {work}')[:10]}"
 
 
 def comment_of(job: Job) -> str:
-    """For people who look at squeue."""
-    return str(job.output or "").translate({ord(c): "_" for c in "'\"\\ "})
+    """For people who look at squeue, and for launch/status.py."""
+    return comment_for(job.output or "")
+
+
+def comment_for(output: str | Path) -> str:
+    return str(output).translate({ord(c): "_" for c in "'\"\\ "})
 
 
 def logs_of(job: Job) -> Path:
@@ -299,7 +307,7 @@ def find(name: str) -> tuple[str, ...]:
     command = ("squeue", "--noheader", "--me", f"--name={name}", "--format=%F %T")
     deadline = time.monotonic() + _ENDING
     while True:
-        lines = persistently(lambda: _ask(*command)).splitlines()
+        lines = persistently(lambda: ask(*command)).splitlines()
         states = [line.split() for line in lines if line.strip()]
         if any(state != "COMPLETING" for _, state in states) or not states or time.monotonic() > deadline:
             return tuple(dict.fromkeys(number for number, state in states if state != "COMPLETING"))
@@ -309,14 +317,19 @@ def find(name: str) -> tuple[str, ...]:
 
 def max_array_size() -> int:
     """How many elements SLURM allows in an array."""
-    config = persistently(lambda: _ask("scontrol", "show", "config"))
+    config = persistently(lambda: ask("scontrol", "show", "config"))
     found = re.search(r"^MaxArraySize\s*=\s*(\d+)", config, re.MULTILINE)
     return max(1, int(found[1])) if found else 1000
 
 
-def _ask(*command: str) -> str:
+def ask(*command: str, seconds: float = 120) -> str:
+    """What a command of SLURM prints.
+
+    Raises:
+        SlurmError: it failed, or did not answer in time.
+    """
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=seconds)
     except subprocess.TimeoutExpired:
         raise SlurmError(f"{command[0]}: socket timed out") from None
     if done.returncode:

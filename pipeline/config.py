@@ -375,6 +375,27 @@ class LaunchConfig:
     srun_args: str = option("", "slurm: more options for srun")
 
 
+@dataclass(frozen=True, kw_only=True)
+class StatusConfig:
+    """launch/status.py: how everything below a folder stands."""
+
+    path: str = option(help="data_dir, or any folder below it: a dataset directory, a run; needs no key")
+    stage: str = option("", "only this stage (filter), or the folder of this name (shard-mds)")
+    ranks: int = option(20, "ranks to show of each stage, those in trouble first (0: none)")
+    every: float = option(2.0, "seconds between two looks (SLURM is asked every 10 s at most)")
+    follow: str = option(
+        "auto",
+        "look again and again until all is done; auto: on a terminal, and for html= and port=",
+        choices=("auto", "true", "false"),
+    )
+    logs: str = option("", "show the end of logs instead: rank3, failed (all ranks that did), or job")
+    lines: int = option(40, "lines of each log to show")
+    json: bool = option(False, "print JSON, one object for each look")
+    html: str = option("", "write a page with plots to this file instead")
+    port: int = option(0, "serve metrics for Prometheus on this port")
+    host: str = option("127.0.0.1", "address to serve them at; 0.0.0.0: reachable from other machines")
+
+
 STAGES: dict[str, type] = {
     "download": DownloadConfig,
     "filter": FilterConfig,

@@ -6,6 +6,7 @@ Every event carries the process's totals so far, so that a reader needs only the
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import socket
@@ -125,9 +126,10 @@ def _job() -> dict[str, str]:
 
 # ---- reading
 
-Point = tuple[float, float, float, float, float]
-"""Time; samples done, bytes read, bytes written, seconds waited since the process began."""
-DONE, READ, WRITTEN, WAITED = 1, 2, 3, 4
+Point = tuple[float, ...]
+"""Time; samples done, bytes read, bytes written, seconds waited since the process began; memory in bytes, use of the
+GPU (0 to 1), loss: these two may be NaN."""
+TIME, DONE, READ, WRITTEN, WAITED, MEMORY, GPU, LOSS = range(8)
 
 
 @dataclass
@@ -160,7 +162,7 @@ class Process:
     def rate(self, column: int, now: float) -> float:
         """How fast a column of ``points`` grows, per second, over the last minutes of the process (or its life)."""
         end = self.ended.get("time") or max(now, self.last["time"])
-        first: Point = (self.last["begin"], 0.0, 0.0, 0.0, 0.0)
+        first: Point = (self.last["begin"], 0.0, 0.0, 0.0, 0.0)  # of a column that grows
         if end - first[0] > _RECENT:
             first = next((point for point in reversed(self.points) if point[0] <= end - _RECENT), self.points[0])
         return max(0.0, self.points[-1][column] - first[column]) / max(1.0, end - first[0])
@@ -174,6 +176,9 @@ def _point(event: dict[str, Any]) -> Point:
         float(event.get("read", 0)),
         float(event.get("written", 0)),
         float(event.get("waited", 0)),
+        float(event.get("rss", 0)),
+        float((event.get("gpu") or {}).get("use", math.nan)),
+        math.nan if event.get("loss") is None else float(event["loss"]),
     )
 
 

@@ -45,6 +45,9 @@ try() { # try COMMAND...: again for some minutes while SLURM's controller does n
   return 1
 }
 
+# by its comment, launch/status.py knows what a job is for
+place=$(realpath -m "$DATA_DIR")/$(basename "$DATASET" .yaml)/${SPLIT:-train}
+place=${place//[\'\"\\ ]/_}
 before=""
 for stage in "${stages[@]}"; do
   [ -f "slurm/$stage.sbatch" ] || { echo "no stage '$stage': slurm/$stage.sbatch is not there" >&2; exit 2; }
@@ -57,8 +60,8 @@ for stage in "${stages[@]}"; do
     options=${stage^^}_OPTIONS
     # The dependency is only an economy: each stage looks for itself if its input is finished.
     # shellcheck disable=SC2086 # options are several words
-    id=$(INPUT=$INPUT try sbatch --parsable --job-name="$name" ${before:+--dependency=afterok:$before} \
-      --kill-on-invalid-dep=yes ${!options} "slurm/$stage.sbatch")
+    id=$(INPUT=$INPUT try sbatch --parsable --job-name="$name" --comment="$place/$stage*" \
+      ${before:+--dependency=afterok:$before} --kill-on-invalid-dep=yes ${!options} "slurm/$stage.sbatch")
     id=${id##*$'\n'} # after any warnings
     id=${id%%;*}
     echo "$stage: job $id"
@@ -66,4 +69,4 @@ for stage in "${stages[@]}"; do
   before=$id
   INPUT=""
 done
-echo "watch: squeue --me"
+echo "watch: python launch/status.py $DATA_DIR"

@@ -179,8 +179,9 @@ def train(
 
             state.meter.add(loss, config.batch_size, waited)
             rank.waited += waited
-            done += config.batch_size // rank.world_size
-            rank.now = {"step": state.step, "of": config.steps, "loss": loss, "done": done}
+            batch = config.batch_size // rank.world_size
+            done += batch
+            rank.now = {"step": state.step, "of": config.steps, "loss": loss, "batch": batch, "done": done}
             if state.step % config.log_every == 0 or state.step == config.steps:
                 _log(state, config, rank, loggers, {"lr": lr, "grad_norm": norm})
     finally:

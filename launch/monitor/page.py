@@ -1,0 +1,162 @@
+"""A page that refreshes itself: the tables, and how things went, as plots. One file, nothing to load."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, PackageLoader
+from numpy.typing import NDArray
+
+from launch.monitor import table
+from launch.monitor.ranks import BAD, duration
+from launch.monitor.watch import Snapshot, StageStatus
+from pipeline.storage import Folder
+from pipeline.telemetry import DONE, GPU, LOSS, MEMORY, READ, TIME, WAITED, WRITTEN, Process
+
+_TIMES = 120
+_WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP = 340, 150, 46, 20, 8
+Series = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Plot:
+    title: str
+    svg: str
+
+
+def write(path: Path, snapshot: Snapshot, processes: dict[str, list[Process]], every: float) -> None:
+    """Write the page; readers see the old one or the new one.
+
+    Args:
+        processes: by path of the stage; they remember the past.
+        every: seconds after which the page loads itself again; 0: never.
+    """
+    with Folder.open(path.absolute().parent) as folder:
+        folder.write_atomic(path.name, render(snapshot, processes, every).encode())
+
+
+def render(snapshot: Snapshot, processes: dict[str, list[Process]], every: float) -> str:
+    environment = Environment(loader=PackageLoader("launch.monitor", "."), autoescape=True)
+    environment.globals |= {
+        "bad": BAD,
+        "duration": duration,
+        "megabytes": table.megabytes,
+        "number": table.number,
+        "own_share": table.own_share,
+        "ranks_of": table.ranks_of,
+        "share": table.share,
+        "size": table.size,
+        "foremost": table.foremost,
+    }
+    return environment.get_template("page.html").render(
+        now=snapshot,
+        plots={stage.path: plots(stage, processes.get(stage.path, []), snapshot.time) for stage in snapshot.stages},
+        made=time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(snapshot.time)),
+        every=max(1, round(every)) if every else 0,
+    )
+
+
+def plots(stage: StageStatus, processes: list[Process], now: float) -> list[Plot]:
+    """How it went since its first process began."""
+    if not processes:
+        return []
+    begin = min(process.last["begin"] for process in processes)
+    end = max(process.last["time"] for process in processes)
+    end = now if stage.state == "running" else max(end, begin + 1)
+    times = np.linspace(begin, end, _TIMES)
+    drawn = [
+        ("samples/s", _slope(processes, times, DONE)),
+        ("MB/s in", _slope(processes, times, READ) / 1e6),
+        ("MB/s out", _slope(processes, times, WRITTEN) / 1e6),
+        ("ranks", _level(processes, times, None)),
+        ("memory of all ranks, GB", _level(processes, times, MEMORY) / 1e9),
+        ("idle, %", 100 * _slope(processes, times, WAITED) / np.maximum(1, _level(processes, times, None))),
+    ]
+    gpu = _mean(processes, times, GPU)
+    loss = _mean(processes, times, LOSS)
+    drawn += [("GPU use, %", 100 * gpu)] if np.isfinite(gpu).any() else []
+    drawn += [("loss", loss)] if np.isfinite(loss).any() else []
+    return [Plot(title, draw(times, values)) for title, values in drawn]
+
+
+def _columns(process: Process) -> Series:
+    """(points, columns), with the begin as the first point."""
+    first = [process.last["begin"], *[0.0] * WAITED, *process.points[0][MEMORY:]]
+    return np.array([first, *process.points], np.float64)
+
+
+def _slope(processes: list[Process], times: Series, column: int) -> Series:
+    """What all processes together do per second, of a quantity that each of them counts."""
+    total = np.zeros(len(times))
+    for process in processes:
+        points = _columns(process)
+        total += np.interp(times, points[:, TIME], np.maximum.accumulate(points[:, column]))
+    return np.maximum(0, np.gradient(total, times))
+
+
+def _level(processes: list[Process], times: Series, column: int | None) -> Series:
+    """The sum of a quantity over the processes that live at each time; without a column, their number."""
+    total = np.zeros(len(times))
+    for process in processes:
+        points = _columns(process)
+        alive = (times >= points[0, TIME]) & (times <= points[-1, TIME] + 2 * process.last.get("beat", 10.0))
+        total += alive * (1.0 if column is None else np.interp(times, points[:, TIME], points[:, column]))
+    return total
+
+
+def _mean(processes: list[Process], times: Series, column: int) -> Series:
+    """The mean over the processes that tell, NaN where none does."""
+    total, count = np.zeros(len(times)), np.zeros(len(times))
+    for process in processes:
+        points = _columns(process)
+        points = points[np.isfinite(points[:, column])]
+        if len(points):
+            alive = (times >= points[0, TIME]) & (times <= points[-1, TIME] + 2 * process.last.get("beat", 10.0))
+            total += alive * np.interp(times, points[:, TIME], points[:, column])
+            count += alive
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.asarray(total / count)
+
+
+# ---- drawing
+
+
+def draw(times: Series, values: Series) -> str:
+    """A line over time as SVG."""
+    good = np.isfinite(values)
+    top = nice(float(values[good].max()) if good.any() else 1.0)
+    right, bottom = _WIDTH - 8, _HEIGHT - _BOTTOM
+
+    def x(t: Any) -> Any:
+        return _LEFT + (t - times[0]) / max(1e-9, times[-1] - times[0]) * (right - _LEFT)
+
+    def y(v: Any) -> Any:
+        return bottom - v / top * (bottom - _TOP)
+
+    parts = [f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img">']
+    for level in (0, top / 2, top):
+        parts.append(f'<line class="grid" x1="{_LEFT}" x2="{right}" y1="{y(level):.1f}" y2="{y(level):.1f}"/>')
+        parts.append(f'<text x="{_LEFT - 5}" y="{y(level) + 4:.1f}" text-anchor="end">{level:.4g}</text>')
+    form = "%H:%M:%S" if times[-1] - times[0] < 600 else "%H:%M" if times[-1] - times[0] < 129_600 else "%d %b"
+    for part, anchor in ((0.0, "start"), (0.5, "middle"), (1.0, "end")):
+        at = times[0] + part * (times[-1] - times[0])
+        said = time.strftime(form, time.localtime(at))
+        parts.append(f'<text x="{x(at):.1f}" y="{_HEIGHT - 4}" text-anchor="{anchor}">{said}</text>')
+    points = " ".join(f"{x(t):.1f},{y(v):.1f}" for t, v in zip(times[good], values[good], strict=True))
+    if good.any():
+        first, last = x(times[good][0]), x(times[good][-1])
+        parts.append(f'<polygon points="{first:.1f},{bottom} {points} {last:.1f},{bottom}"/>')
+        parts.append(f'<polyline points="{points}"/>')
+    return "".join([*parts, "</svg>"])
+
+
+def nice(value: float) -> float:
+    """The next larger of 1, 2, 4 or 10 times a power of ten."""
+    if value <= 0:
+        return 1.0
+    power = 10.0 ** np.floor(np.log10(value))
+    return float(next(step * power for step in (1, 2, 4, 10) if step * power >= value * 0.999))

@@ -1,0 +1,152 @@
+"""From what processes said of themselves to the state of each rank."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from launch.monitor.queue import Queue
+from pipeline.telemetry import DONE, READ, WAITED, WRITTEN, Process
+
+LIVE = ("running", "waiting", "slow", "stuck")
+BAD = ("failed", "hung", "lost", "silent", "stuck", "slow")
+"""States that a person should know of, the worst first."""
+_MISSED = 2.5  # heartbeats that did not come: time to ask SLURM
+_SILENT = 6  # heartbeats that did not come: silent in any case
+_STUCK = 30  # heartbeats without progress
+_SLOW = 1 / 3  # of the median speed
+_ENDED = {"finish": "finished", "stop": "stopped", "error": "failed", "hang": "hung"}
+
+
+@dataclass
+class RankStatus:
+    """One rank; sizes in bytes, times in seconds, rates per second of the last five minutes, shares from 0 to 1."""
+
+    rank: int
+    state: str
+    note: str
+    host: str
+    pid: int
+    job: str
+    life: int
+    begin: float
+    heartbeat: float
+    """Seconds since its last sign of life."""
+    at: int
+    """The partition that it works on; -1: none."""
+    partitions: int
+    samples: int
+    kept: int
+    dropped: int
+    failed: int
+    rate: float
+    read_rate: float
+    write_rate: float
+    memory: int
+    peak_memory: int
+    idle: float
+    gpu: float | None
+    gpu_memory: int | None
+    log: str
+    job_log: str
+
+    @property
+    def live(self) -> bool:
+        return self.state in LIVE
+
+
+def current(processes: Iterable[Process]) -> list[Process]:
+    """The newest process of each rank of the newest run, by rank: a run may have had other numbers of ranks before."""
+    newest = sorted(processes, key=lambda process: process.last["begin"])
+    if not newest:
+        return []
+    world = newest[-1].last["world_size"]
+    by_rank = {p.last["rank"]: p for p in newest if p.last["world_size"] == world}
+    return [by_rank[rank] for rank in sorted(by_rank)]
+
+
+def statuses(processes: Iterable[Process], queue: Queue, now: float) -> list[RankStatus]:
+    """The state of each rank of the newest run."""
+    ranks = [_status(process, queue, now) for process in current(processes)]
+    speeds = [rank.rate for rank in ranks if rank.state == "running"]
+    if len(speeds) >= 4:
+        median = statistics.median(speeds)
+        for process, rank in zip(current(processes), ranks, strict=True):
+            settled = now - rank.begin > _SILENT * _beat(process)
+            if rank.state == "running" and settled and rank.rate < _SLOW * median:
+                rank.state = "slow"
+                rank.note = f"{rank.rate:.3g} samples/s, the median is {median:.3g}"
+    return ranks
+
+
+def _status(process: Process, queue: Queue, now: float) -> RankStatus:
+    last, totals = process.last, process.last["totals"]
+    state, note = _state(process, queue, now)
+    live = state in LIVE
+    gpu = last.get("gpu") or {}
+    return RankStatus(
+        rank=last["rank"],
+        state=state,
+        note=note,
+        host=str(last.get("host", "")),
+        pid=int(last.get("pid", 0)),
+        job=str(last.get("job", "")),
+        life=int(last.get("life", 0)),
+        begin=last["begin"],
+        heartbeat=max(0.0, now - last["time"]),
+        at=int(last.get("partition", -1)),
+        partitions=totals.get("partitions", 0),
+        samples=int(process.points[-1][DONE]),
+        kept=totals.get("kept", 0),
+        dropped=totals.get("dropped", 0),
+        failed=totals.get("failed", 0),
+        rate=process.rate(DONE, now) if live else 0.0,
+        read_rate=process.rate(READ, now) if live else 0.0,
+        write_rate=process.rate(WRITTEN, now) if live else 0.0,
+        memory=int(last.get("rss", 0)),
+        peak_memory=int(last.get("peak", 0)),
+        idle=min(1.0, process.rate(WAITED, now)) if live else 0.0,
+        gpu=gpu.get("use"),
+        gpu_memory=gpu.get("memory"),
+        log=str(last.get("log", "")),
+        job_log=str(last.get("job_log", "")),
+    )
+
+
+def _beat(process: Process) -> float:
+    return float(process.last.get("beat", 10.0))
+
+
+def _state(process: Process, queue: Queue, now: float) -> tuple[str, str]:
+    last, ended = process.last, process.ended
+    if ended:
+        if ended["event"] == "hang":
+            note = f"no progress for {duration(ended.get('seconds', 0))}{_place(last)}: ended itself"
+            return "hung", f"{note}; its log shows where"
+        return _ENDED[ended["event"]], str(ended.get("error", "")) if ended["event"] == "error" else ""
+    silence = now - last["time"]
+    over = queue.is_over(str(last.get("job", "")), last["time"]) if silence > _MISSED * _beat(process) else ""
+    if over:
+        return "lost", f"it ended without a word{_place(last)}: {over}"
+    if silence > _SILENT * _beat(process):
+        return "silent", f"no sign of life for {duration(silence)}{_place(last)}: killed, lost or frozen"
+    if last.get("still", 0) > _STUCK * _beat(process):
+        return "stuck", f"no progress for {duration(last['still'])}{_place(last)}"
+    return ("waiting" if last.get("partition") == -1 and last["event"] != "start" else "running"), ""
+
+
+def _place(event: dict[str, object]) -> str:
+    return f" at partition {event['partition']}" if event.get("partition", -1) != -1 else ""
+
+
+def duration(seconds: float) -> str:
+    """``42 s``, ``7 min``, ``3 h 05 min`` or ``2 d 03 h``."""
+    whole = int(seconds)
+    if whole < 120:
+        return f"{whole} s"
+    if whole < 7200:
+        return f"{whole // 60} min"
+    if whole < 172_800:
+        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    return f"{whole // 86400} d {whole % 86400 // 3600:02d} h"

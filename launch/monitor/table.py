@@ -1,0 +1,166 @@
+"""What a person sees on a terminal."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from launch.monitor.ranks import BAD, RankStatus, duration
+from launch.monitor.watch import ACTIVE, Snapshot, StageStatus
+
+_COLOURS = {"finished": "green", "running": "cyan", "pending": "yellow", "slow": "yellow", "stuck": "yellow"}
+_REASONS = 4
+_PROBLEMS = 12
+
+
+def render(snapshot: Snapshot, rows: int) -> RenderableType:
+    """Tables of all stages, and of at most ``rows`` ranks of each that is active or ended badly."""
+    parts: list[RenderableType] = [
+        Text.assemble(
+            (snapshot.root, "bold"), f"   {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(snapshot.time))}"
+        )
+    ]
+    if snapshot.slurm:
+        parts.append(Text(snapshot.slurm, "yellow"))
+    if not snapshot.stages and not snapshot.jobs:
+        parts.append(Text("nothing was planned here yet, and no job for it waits"))
+    if snapshot.stages:
+        parts.append(_stages(snapshot.stages))
+        parts += [note for stage in snapshot.stages for note in _notes(stage)]
+    for stage in snapshot.stages:
+        if rows and stage.ranks and stage.state not in ("finished", "stopped"):
+            parts += [Text(""), _ranks(stage, rows)]
+    problems = [f"{stage.name}: {problem}" for stage in snapshot.stages for problem in stage.problems]
+    problems += [f"{job.name} ({job.id}) pending: {job.why}" for job in snapshot.jobs if job.why]
+    problems += [
+        f"{job.name} ({job.id}) {job.state.lower()}, nothing planned yet" for job in snapshot.jobs if not job.why
+    ]
+    parts += [Text(f"! {problem}", "yellow") for problem in problems[:_PROBLEMS]]
+    if len(problems) > _PROBLEMS:
+        parts.append(Text(f"  and {len(problems) - _PROBLEMS} more (json=true has them all)", "yellow"))
+    return Group(*parts)
+
+
+def _stages(stages: list[StageStatus]) -> Table:
+    rows = [
+        {
+            "stage": stage.name,
+            "state": _coloured(stage.state),
+            "done": share(stage.done, stage.total),
+            "": f"{stage.done}/{stage.total}{' steps' if stage.unit == 'steps' else ''}",
+            "samples": str(stage.samples),
+            "dropped": str(stage.dropped or ""),
+            "failed": Text(str(stage.failed or ""), "red"),
+            "samples/s": number(stage.rate),
+            "MB/s in/out": megabytes(stage.read_rate, stage.write_rate),
+            "ETA": "" if stage.eta is None else duration(stage.eta),
+            "memory": size(stage.memory),
+            "GPU": "" if stage.gpu is None else f"{stage.gpu:.0%}",
+            "idle": "" if stage.idle is None else f"{stage.idle:.0%}",
+            "loss": "" if stage.loss is None else f"{stage.loss:.4f}",
+        }
+        for stage in stages
+    ]
+    return _table(rows)
+
+
+def _notes(stage: StageStatus) -> Iterator[Text]:
+    """The states of the stage's ranks, and why samples were dropped or failed."""
+    if ranks := ranks_of(stage):
+        yield Text(f"{stage.name}: ranks {ranks}")
+    if stage.reasons:
+        most = sorted(stage.reasons.items(), key=lambda reason: -reason[1])[:_REASONS]
+        said = ", ".join(f"{count} {name.replace(':', ': ')}" for name, count in most)
+        more = len(stage.reasons) - len(most)
+        yield Text(f"{stage.name}: {said}{f', and {more} more reasons' if more else ''}")
+
+
+def _ranks(stage: StageStatus, rows: int) -> Table:
+    table = _table(
+        [
+            {
+                "rank": str(rank.rank),
+                "state": _coloured(rank.state),
+                "host": rank.host,
+                "job": f"{rank.job}{f' life {rank.life}' if rank.life else ''}",
+                "at": str(rank.at) if rank.at >= 0 else "",
+                "partitions": f"{rank.partitions}/{own_share(stage, rank)}" if stage.unit == "partitions" else "",
+                "samples": str(rank.samples),
+                "failed": Text(str(rank.failed or ""), "red"),
+                "samples/s": number(rank.rate),
+                "MB/s in/out": megabytes(rank.read_rate, rank.write_rate),
+                "heartbeat": duration(rank.heartbeat) if rank.live or rank.state in BAD else "",
+                "memory": size(rank.memory),
+                "GPU": "" if rank.gpu is None else f"{rank.gpu:.0%} {size(rank.gpu_memory or 0)}",
+                "idle": f"{rank.idle:.0%}" if rank.live else "",
+            }
+            for rank in foremost(stage.ranks, rows)
+        ]
+    )
+    shown = f": {rows} of {len(stage.ranks)} ranks; ranks=1000 shows more" if len(stage.ranks) > rows else ""
+    table.title, table.title_justify = f"{stage.name}{shown}", "left"
+    return table
+
+
+def foremost(ranks: list[RankStatus], rows: int) -> list[RankStatus]:
+    """The ranks to show when there is room for ``rows``: those in trouble first, but in order."""
+    by_need = sorted(ranks, key=lambda r: (BAD.index(r.state) if r.state in BAD else len(BAD), not r.live, r.rank))
+    return sorted(by_need[:rows], key=lambda rank: rank.rank)
+
+
+def own_share(stage: StageStatus, rank: RankStatus) -> int:
+    """Partitions that are this rank's by number; it does more when others are late."""
+    world = max(1, stage.world_size)
+    return stage.total * (rank.rank + 1) // world - stage.total * rank.rank // world
+
+
+def ranks_of(stage: StageStatus) -> str:
+    """``64: 60 running, 4 silent``."""
+    if not stage.states or stage.state == "finished":
+        return ""
+    said = ", ".join(f"{count} {state}" for state, count in stage.states.items())
+    missing = stage.world_size - len(stage.ranks)
+    if missing > 0 and stage.state in ACTIVE:
+        said += f", {missing} not started"
+    return f"{stage.world_size}: {said}"
+
+
+def share(done: int, total: int) -> str:
+    """Percentage, never 100 before all is done."""
+    if not total:
+        return ""
+    return "100%" if done >= total else f"{min(99.9, 100 * done / total):.1f}%"
+
+
+def number(value: float) -> str:
+    return "" if value <= 0 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
+
+
+def megabytes(read: float, written: float) -> str:
+    return f"{read / 1e6:.1f}/{written / 1e6:.1f}" if read or written else ""
+
+
+def size(count: int) -> str:
+    """Bytes for people: ``812 MB``, ``1.5 GB``."""
+    if not count:
+        return ""
+    return f"{count / 1e6:.0f} MB" if count < 1e9 else f"{count / 1e9:.1f} GB"
+
+
+def _table(rows: list[dict[str, str | Text]]) -> Table:
+    """A table of the columns in which anything is said."""
+    table = Table(box=None, padding=(0, 1), header_style="bold", pad_edge=False, title_style="bold")
+    names = [name for name in rows[0] if any(row[name] for row in rows)]
+    for place, name in enumerate(names):
+        table.add_column(name, justify="left" if place < 2 else "right", no_wrap=place > 0)
+    for row in rows:
+        table.add_row(*(row[name] for name in names))
+    return table
+
+
+def _coloured(state: str) -> Text:
+    return Text(state, _COLOURS.get(state, "red" if state in (*BAD, "unreadable") else ""))

@@ -1,0 +1,367 @@
+"""What is below a folder, and how it stands: each look reads only what may have changed since the one before.
+
+Per look and stage: one listing of its folder and one of ``claims/``; one listing for each bucket of 1,000 partitions
+that is not complete, but no more than a hundred; one read for each process that may still run. Nothing per partition.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from launch.monitor.queue import Queue, QueuedJob
+from launch.monitor.ranks import BAD, RankStatus, statuses
+from pipeline.config import MAIN_LINE, ConfigError
+from pipeline.partitions.dataset import Dataset
+from pipeline.partitions.plan import BUCKET
+from pipeline.storage import GONE, Folder, StorageError
+from pipeline.telemetry import DONE, EventReader, Process
+
+_DEPTH = 4  # <data_dir>/<dataset>/<split>/<stage>
+_MOST_NAMES = 2000  # of a folder that holds more, the rest is not ours
+_REDISCOVER = 30.0
+_LISTINGS = 100
+ACTIVE = ("running", "starting")
+
+
+@dataclass
+class StageStatus:
+    """A dataset directory or a training run; units as in :class:`RankStatus`.
+
+    Attributes:
+        done, total: partitions, or steps of a training.
+        rate: samples per second of all ranks together.
+        eta: seconds until it is done; None if that cannot be told.
+        world_size: ranks that were started.
+    """
+
+    path: str
+    name: str
+    stage: str
+    state: str
+    done: int = 0
+    total: int = 0
+    samples: int = 0
+    kept: int = 0
+    dropped: int = 0
+    failed: int = 0
+    reasons: dict[str, int] = field(default_factory=dict)
+    rate: float = 0.0
+    read_rate: float = 0.0
+    write_rate: float = 0.0
+    eta: float | None = None
+    memory: int = 0
+    gpu: float | None = None
+    idle: float | None = None
+    loss: float | None = None
+    world_size: int = 0
+    states: dict[str, int] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    jobs: list[QueuedJob] = field(default_factory=list)
+    ranks: list[RankStatus] = field(default_factory=list)
+
+    @property
+    def unit(self) -> str:
+        return "steps" if self.stage == "train" else "partitions"
+
+
+@dataclass
+class Snapshot:
+    """How everything below ``root`` stood at ``time``. ``jobs``: those in SLURM's queue that have no output yet."""
+
+    root: str
+    time: float
+    stages: list[StageStatus]
+    jobs: list[QueuedJob]
+    slurm: str
+    """What is wrong with SLURM, if anything."""
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing runs or waits to run."""
+        return not self.jobs and not any(stage.jobs or stage.state in ACTIVE for stage in self.stages)
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        stages = [
+            {**asdict(stage), "unit": stage.unit, "jobs": [job.as_dict() for job in stage.jobs]}
+            for stage in self.stages
+        ]
+        return {**asdict(self), "stages": stages, "jobs": [job.as_dict() for job in self.jobs], "over": self.over}
+
+
+class Watch:
+    """Looks at everything below ``root``, which may itself be a dataset directory or a run.
+
+    Args:
+        past: remember how things went, for plots.
+        only: just the stage of this name (of its folder, or filter, shard, …).
+
+    Raises:
+        ConfigError: there is no such folder.
+    """
+
+    def __init__(self, root: str | Path, past: bool = False, only: str = "") -> None:
+        self.root = Path(root).absolute()
+        if not self.root.is_dir():
+            raise ConfigError(f"{root}: no such folder" if not self.root.exists() else f"{root} is not a folder")
+        self.works: dict[Path, Work] = {}
+        self._past = past
+        self._only = only
+        self._queue = Queue(self.root)
+        self._discover_at = 0.0
+
+    def look(self) -> Snapshot:
+        """How things stand now."""
+        if time.monotonic() >= self._discover_at:
+            self._discover()
+            self._discover_at = time.monotonic() + _REDISCOVER
+        self._queue.refresh()
+        now = time.time()
+        stages, gone, taken = [], [], set()
+        for path, work in self.works.items():
+            try:
+                status = work.look(self._queue, now)
+            except (OSError, StorageError, ConfigError) as error:
+                if work.root.in_place():
+                    status = StageStatus(str(path), path.name, "", "unreadable", problems=[str(error)])
+                else:
+                    gone.append(path)  # moved aside: whatever takes its place is found again
+                    continue
+            status.name = os.path.relpath(path, self.root) if path != self.root else path.name
+            stages.append(status)
+            taken |= {job.id for job in status.jobs}
+        for path in gone:
+            self.works.pop(path).root.close()
+            self._discover_at = 0.0
+        if self._only:
+            stages = [s for s in stages if self._only in (s.stage, s.name, Path(s.path).name)]
+        return Snapshot(str(self.root), now, stages, self._coming(taken), self._queue.problem)
+
+    def _discover(self) -> None:
+        for path, kind in find(self.root):
+            if path not in self.works:
+                self.works[path] = kind(path, self._past)
+        order = {stage: number for number, stage in enumerate(MAIN_LINE)}
+
+        def place(path: Path) -> tuple[str, int, str]:
+            stage = path.name.partition("-")[0]
+            dataset = path.parent if stage in order else path.parent.parent
+            return str(dataset), order.get(stage, len(order)), str(path)
+
+        self.works = {path: self.works[path] for path in sorted(self.works, key=place)}
+
+    def _coming(self, taken: set[str]) -> list[QueuedJob]:
+        """Jobs for folders below the root that are not there yet."""
+        if not self._queue.jobs:
+            return []
+        from launch.slurm import comment_for
+
+        root = comment_for(self.root)
+        return [job for job in self._queue.jobs if job.id not in taken and (job.comment + "/").startswith(root + "/")]
+
+
+def find(root: Path) -> Iterator[tuple[Path, type[Work]]]:
+    """Dataset directories and training runs at and below ``root``; their insides are not searched."""
+    level = [root]
+    for depth in range(_DEPTH + 1):
+        below: list[Path] = []
+        for folder in level:
+            try:
+                with os.scandir(folder) as entries:
+                    some = islice(entries, _MOST_NAMES)
+                    names = {entry.name for entry in some if not entry.name.startswith(".") and entry.is_dir()}
+            except OSError:
+                continue
+            if "plan" in names and "data" in names:
+                yield folder, DatasetWork
+            elif "checkpoints" in names or "events" in names:
+                yield folder, RunWork
+            elif depth < _DEPTH:
+                below += [folder / name for name in sorted(names - {"logs"})]
+        level = below
+
+
+class Work:
+    """A folder that ranks work on."""
+
+    def __init__(self, path: Path, past: bool) -> None:
+        self.path = path
+        self.root = Folder.open(path)
+        self._events = EventReader(self.root, past)
+
+    @property
+    def processes(self) -> list[Process]:
+        return list(self._events.processes.values())
+
+    def look(self, queue: Queue, now: float) -> StageStatus:
+        """How it stands.
+
+        Raises:
+            OSError, StorageError, ConfigError: the folder was moved, or is damaged.
+        """
+        if not self.root.in_place():
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.path))
+        self._events.refresh()
+        ranks = statuses(self.processes, queue, now)
+        status = StageStatus(str(self.path), self.path.name, self._stage(), "", ranks=ranks)
+        self._add_up(status)
+        status.jobs = self._jobs(queue, status.stage)
+        self._measure(status)
+        self._judge(status)
+        return status
+
+    def _stage(self) -> str:
+        raise NotImplementedError
+
+    def _measure(self, status: StageStatus) -> None:
+        """Fill in what is done, what there is to do, and when that will be; the state if that is clear."""
+        raise NotImplementedError
+
+    def _add_up(self, status: StageStatus) -> None:
+        totals: Counter[str] = Counter()
+        for process in self.processes:
+            totals.update(process.last["totals"])
+            status.samples += int(process.points[-1][DONE])
+        status.kept, status.dropped, status.failed = totals["kept"], totals["dropped"], totals["failed"]
+        status.reasons = {
+            name.removeprefix("reason:"): n for name, n in totals.most_common() if name.startswith("reason:")
+        }
+        live = [rank for rank in status.ranks if rank.live]
+        gpus = [rank.gpu for rank in live if rank.gpu is not None]
+        status.rate = sum(rank.rate for rank in live)
+        status.read_rate, status.write_rate = sum(r.read_rate for r in live), sum(r.write_rate for r in live)
+        status.memory = sum(rank.memory for rank in live)
+        status.gpu = sum(gpus) / len(gpus) if gpus else None
+        status.idle = sum(rank.idle for rank in live) / len(live) if live else None
+        status.world_size = max((process.last["world_size"] for process in self.processes), default=0)
+        if status.ranks:
+            newest = max(self.processes, key=lambda process: process.last["begin"])
+            status.world_size = newest.last["world_size"]
+        status.states = dict(Counter(rank.state for rank in status.ranks).most_common())
+
+    def _jobs(self, queue: Queue, stage: str) -> list[QueuedJob]:
+        if not queue.jobs:
+            return []
+        from launch.slurm import comment_for, name_for
+
+        known = {process.last.get("job") for process in self.processes} - {None}
+        name, comment = name_for(stage, str(self.path)), comment_for(self.path)
+        return [job for job in queue.jobs if job.name == name or job.number in known or job.speaks_of(comment)]
+
+    def _judge(self, status: StageStatus) -> None:
+        """The state, if it is not clear yet, and what a person should know."""
+        if status.state == "finished":
+            return
+        states = status.states
+        if any(rank.live for rank in status.ranks):
+            status.state = "running"
+        elif status.jobs:
+            status.state = "starting" if any(job.state == "RUNNING" for job in status.jobs) else "pending"
+        elif not status.ranks:
+            status.state = "planned"
+        else:
+            worst = [state for state in ("failed", "hung", "lost", "silent") if states.get(state)]
+            status.state = worst[0] if worst else "stopped"
+        bad = sorted((r for r in status.ranks if r.state in BAD), key=lambda r: (BAD.index(r.state), r.rank))
+        status.problems += [f"rank {r.rank} on {r.host} {r.state}: {r.note}" for r in bad]
+        for job in status.jobs:
+            if job.why:
+                status.problems.append(f"job {job.id} pending: {job.why}")
+
+
+class DatasetWork(Work):
+    """A dataset directory."""
+
+    def __init__(self, path: Path, past: bool) -> None:
+        super().__init__(path, past)
+        self._dataset = Dataset(self.root)
+        self._names: list[str] = []
+        self._counts: dict[int, int] = {}
+        self._turn = 0
+
+    def _stage(self) -> str:
+        return self._dataset.stage
+
+    def _measure(self, status: StageStatus) -> None:
+        names = self.root.listdir()
+        if names != self._names or self._dataset.success is None:
+            fresh = Dataset(self.root)
+            if len(fresh.plans) != len(self._dataset.plans):
+                self._counts.clear()
+            self._dataset, self._names = fresh, names
+        dataset, success = self._dataset, self._dataset.success
+        status.total = dataset.partitions
+        if success is not None:
+            counts = success["counts"]
+            status.state, status.done, status.reasons = "finished", dataset.partitions, dict(success["reasons"])
+            status.samples, status.kept = counts["in"], counts["kept"]
+            status.dropped, status.failed = counts["dropped"], counts["failed"]
+            return
+        status.done = self._committed()
+        expected = [plan.header["expected"] for plan in dataset.plans]
+        left = float(sum(expected) - status.samples)
+        committed = sum(process.last["totals"].get("in", 0) for process in self.processes)
+        partitions = sum(process.last["totals"].get("partitions", 0) for process in self.processes)
+        if min(expected) < 0 or len(expected) > 1 or left < 0:
+            left = (status.total - status.done) * committed / partitions if partitions else -1.0
+        status.eta = left / status.rate if left >= 0 and status.rate > 0 else None
+
+    def _committed(self) -> int:
+        """How many partitions are committed; buckets that are complete are not listed again."""
+        total = self._dataset.partitions
+        buckets = -(-total // BUCKET)
+        spans = [min(BUCKET, total - bucket * BUCKET) for bucket in range(buckets)]
+        mark = re.compile(rf"(\d+)\.{self._dataset.plans[-1].generation}\.full")
+        for name in self._list("claims"):
+            if (found := mark.fullmatch(name)) and int(found[1]) < buckets:
+                self._counts[int(found[1])] = spans[int(found[1])]
+        open_ones = [bucket for bucket in range(buckets) if self._counts.get(bucket) != spans[bucket]]
+        start = self._turn if len(open_ones) > _LISTINGS else 0
+        for bucket in (open_ones[start:] + open_ones[:start])[:_LISTINGS]:
+            self._counts[bucket] = self._count(bucket)
+        self._turn = (start + _LISTINGS) % max(1, len(open_ones))
+        return sum(self._counts.values())
+
+    def _count(self, bucket: int) -> int:
+        names = self._list(f"data/{bucket:03d}")
+        redone = {i for plan in self._dataset.plans for i in plan.redo if i // BUCKET == bucket}
+        if not redone:
+            return sum(name.isdigit() for name in names)
+        slots = {self._dataset.slot(index) for index in redone}
+        return sum(name in slots or (name.isdigit() and int(name) not in redone) for name in names)
+
+    def _list(self, name: str) -> list[str]:
+        try:
+            with self.root.folder(name) as folder:
+                return folder.listdir()
+        except OSError as error:
+            if error.errno not in GONE:
+                raise
+            return []
+
+
+class RunWork(Work):
+    """A training run."""
+
+    def _stage(self) -> str:
+        return "train"
+
+    def _measure(self, status: StageStatus) -> None:
+        by_rank = {rank.rank: rank for rank in status.ranks}
+        last = max((p.last for p in self.processes), key=lambda event: event.get("step", 0), default={})
+        status.done, status.total, status.loss = last.get("step", 0), last.get("of", 0), last.get("loss")
+        if status.ranks and all(rank.state == "finished" for rank in status.ranks):
+            status.state, status.done = "finished", status.total
+            return
+        rank = by_rank.get(last.get("rank", -1))
+        if rank is not None and rank.rate > 0 and last.get("batch"):
+            status.eta = (status.total - status.done) * last["batch"] / rank.rate
