@@ -9,6 +9,7 @@ import contextlib
 import io
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -122,7 +123,9 @@ def _advise(done: list[Submitted]) -> None:
     ids = [i for entry in done for i in entry.ids]
     if ids:
         logs = sorted({str(script.logs) for entry in done if entry.ids for script in entry.scripts})
-        print(f"watch: squeue --jobs={','.join(ids)}\nstop:  scancel {' '.join(ids)}\nlogs:  {' '.join(logs)}")
+        outputs = [str(entry.job.output) for entry in done if entry.ids and entry.job.output]
+        watch = f"python launch/status.py {shlex.quote(os.path.commonpath(outputs))}" if outputs else "squeue --me"
+        print(f"watch: {watch}\nstop:  scancel {' '.join(ids)}\nlogs:  {' '.join(logs)}")
 
 
 def scripts_of(job: Job, max_array: int = 0) -> tuple[Script, ...]:

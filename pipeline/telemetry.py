@@ -163,7 +163,7 @@ class Process:
         """How fast a column of ``points`` grows, per second, over the last minutes of the process (or its life)."""
         end = self.ended.get("time") or max(now, self.last["time"])
         first: Point = (self.last["begin"], 0.0, 0.0, 0.0, 0.0)  # of a column that grows
-        if end - first[0] > _RECENT:
+        if end - first[0] > _RECENT and len(self.points) > 1:
             first = next((point for point in reversed(self.points) if point[0] <= end - _RECENT), self.points[0])
         return max(0.0, self.points[-1][column] - first[column]) / max(1.0, end - first[0])
 
@@ -242,7 +242,7 @@ class EventReader:
             os.close(fd)
         complete = text.rfind(b"\n") + 1
         lines = text[:complete].split(b"\n")
-        self._add(path, lines[1:] if start and path not in self._offsets else lines)
+        self._add(path, lines[1 if start and path not in self._offsets else 0 : -1])
         self._offsets[path] = start + complete
 
     def _add(self, path: str, lines: list[bytes]) -> None:

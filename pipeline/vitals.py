@@ -49,10 +49,10 @@ class Vitals:
         if self._progress.made():
             self._since = now
         read, written = bytes_moved()
-        spent = os.times()
+        spent, resident = os.times(), _resident()
         values = {
-            "rss": _resident(),
-            "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "rss": resident,
+            "peak": max(resident, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024),
             "cpu": round(spent.user + spent.system + spent.children_user + spent.children_system, 2),
             "read": read,
             "written": written,

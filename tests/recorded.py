@@ -36,7 +36,8 @@ def event(name: str, rank: int, world: int, begin: float, at: float, partitions:
     line |= {"pid": 100 + rank, "beat": 10.0, "rss": 10**9, "peak": 2 * 10**9, "cpu": at - begin, "still": 1.0}
     line |= {"read": done * 10_000, "written": done * 5000, "waited": (at - begin) / 4, "partition": rank, "done": done}
     totals = {"partitions": partitions, "in": done, "kept": done * 9 // 10, "dropped": done // 10, "bytes": done * 5000}
-    return {**line, "totals": {**totals, "reason:dropped:small": done // 10}, **values}
+    line |= {"totals": {**totals, "reason:dropped:small": done // 10}, **values}
+    return {name: value for name, value in line.items() if value is not None}
 
 
 def write_events(output: Path, events: Iterable[dict[str, Any]], process: str = "") -> Path:
@@ -51,7 +52,7 @@ def write_events(output: Path, events: Iterable[dict[str, Any]], process: str = 
 
 
 def record(output: Path, ranks: int, partitions: int, now: float, fraction: float = 0.5, events: int = 20) -> None:
-    """``ranks`` at work on ``partitions``, of which they have done the ``fraction``, each from the start of its range."""
+    """``ranks`` at work on ``partitions``; each has done the ``fraction`` of its range, from the start."""
     plan(output, partitions)
     begin = now - 1000.0
     for rank in range(ranks):

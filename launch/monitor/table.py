@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -46,7 +46,7 @@ def render(snapshot: Snapshot, rows: int) -> RenderableType:
 
 
 def _stages(stages: list[StageStatus]) -> Table:
-    rows = [
+    rows: list[dict[str, str | Text]] = [
         {
             "stage": stage.name,
             "state": _coloured(stage.state),
@@ -151,7 +151,7 @@ def size(count: int) -> str:
     return f"{count / 1e6:.0f} MB" if count < 1e9 else f"{count / 1e9:.1f} GB"
 
 
-def _table(rows: list[dict[str, str | Text]]) -> Table:
+def _table(rows: Sequence[Mapping[str, str | Text]]) -> Table:
     """A table of the columns in which anything is said."""
     table = Table(box=None, padding=(0, 1), header_style="bold", pad_edge=False, title_style="bold")
     names = [name for name in rows[0] if any(row[name] for row in rows)]

@@ -29,6 +29,7 @@ _DEPTH = 4  # <data_dir>/<dataset>/<split>/<stage>
 _MOST_NAMES = 2000  # of a folder that holds more, the rest is not ours
 _REDISCOVER = 30.0
 _LISTINGS = 100
+_MANY = 4  # more ranks than this with the same trouble are told of in one line
 ACTIVE = ("running", "starting")
 
 
@@ -271,11 +272,27 @@ class Work:
         else:
             worst = [state for state in ("failed", "hung", "lost", "silent") if states.get(state)]
             status.state = worst[0] if worst else "stopped"
-        bad = sorted((r for r in status.ranks if r.state in BAD), key=lambda r: (BAD.index(r.state), r.rank))
-        status.problems += [f"rank {r.rank} on {r.host} {r.state}: {r.note}" for r in bad]
+        for state in BAD:
+            bad = [rank for rank in status.ranks if rank.state == state]
+            if len(bad) > _MANY:
+                first = f"rank {bad[0].rank} on {bad[0].host}: {bad[0].note}"
+                status.problems.append(f"{len(bad)} ranks {state}: {ranges([r.rank for r in bad])}; {first}")
+            else:
+                status.problems += [f"rank {r.rank} on {r.host} {state}: {r.note}" for r in bad]
         for job in status.jobs:
             if job.why:
                 status.problems.append(f"job {job.id} pending: {job.why}")
+
+
+def ranges(numbers: list[int]) -> str:
+    """Ascending numbers as ``0-4,7``."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1] = [parts[-1][0], number]
+        else:
+            parts.append([number])
+    return ",".join("-".join(map(str, part)) for part in parts)
 
 
 class DatasetWork(Work):

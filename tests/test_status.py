@@ -1,0 +1,581 @@
+"""launch/status.py: how things stand, told from what ranks leave behind, by few looks at the file system."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import time
+import urllib.request
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from recorded import SAMPLES, commit, event, plan, record, write_events
+
+from launch.monitor import logs, metrics, page, table, watch
+from launch.monitor.queue import Queue
+from launch.monitor.watch import StageStatus, Watch, ranges
+from pipeline import storage, telemetry
+from pipeline.config import ConfigError
+
+ROOT = Path(__file__).resolve().parent.parent
+STATUS = [sys.executable, str(ROOT / "launch/status.py")]
+NOW = 1_800_000_000.0
+
+
+@pytest.fixture(autouse=True)
+def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """The time that readers see; call it to let some pass. No SLURM is there unless a test brings one."""
+    passed = [0.0]
+    start = time.monotonic()
+    for module in (watch, telemetry):
+        fake = type("Clock", (), {"time": lambda: NOW + passed[0], "monotonic": lambda: start + passed[0]})
+        monkeypatch.setattr(module, "time", fake)
+    monkeypatch.setattr(Queue, "__init__", _no_slurm(Queue.__init__))
+
+    def let_pass(seconds: float) -> None:
+        passed[0] += seconds
+
+    return let_pass
+
+
+def _no_slurm(init: Callable[..., None]) -> Callable[..., None]:
+    def changed(self: Queue, folder: Path) -> None:
+        init(self, folder)
+        self.available = False
+
+    return changed
+
+
+def look(folder: Path, **options: Any) -> StageStatus:
+    (stage,) = Watch(folder, **options).look().stages
+    return stage
+
+
+def program(*arguments: object, path: str | None = None) -> subprocess.CompletedProcess[str]:
+    environment = {"PATH": "/nowhere"} if path is None else {"PATH": path}
+    return subprocess.run(
+        [*STATUS, *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+# ---- few operations
+
+
+class Operations:
+    """Counts what goes through pipeline.storage: all that status does with a dataset directory."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.seen: list[tuple[str, str]] = []
+        monkeypatch.setattr(storage, "interpose", self._note)
+
+    def _note(self, operation: str, path: str, do: Callable[[], Any]) -> Any:
+        self.seen.append((operation, path))
+        return do()
+
+    def since(self) -> Counter[str]:
+        """Operations since the last call, by kind and part of the directory."""
+        part = re.compile(r".*/filter(/(events|data|claims|plan))?.*")
+        seen, self.seen = self.seen, []
+        return Counter(f"{operation} {(part.sub(lambda m: m[2] or 'root', path))}" for operation, path in seen)
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """1,000 ranks have done half of 100,000 partitions."""
+    output = tmp_path_factory.mktemp("large") / "filter"
+    record(output, 1000, 100_000, NOW)
+    return output
+
+
+def test_a_thousand_ranks_and_a_hundred_thousand_partitions_take_few_operations(
+    large: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    operations = Operations(monkeypatch)
+    looking = Watch(large)
+    (stage,) = looking.look().stages
+    assert (stage.done, stage.total, stage.states) == (50_000, 100_000, {"running": 1000})
+    assert stage.samples == 50_000 * SAMPLES and stage.dropped == stage.samples // 10
+    first = operations.since()
+    assert first["read events"] == 1000 and sum(first.values()) < 1300
+
+    for rank in range(10):
+        write_events(large, [event("finish", rank, 1000, NOW - 1000, NOW, 60)], process="a")
+    parsed: list[bytes] = []
+    loads = json.loads
+    monkeypatch.setattr(telemetry.json, "loads", lambda line: parsed.append(line) or loads(line))
+    (stage,) = looking.look().stages
+    assert stage.states == {"running": 990, "finished": 10}
+    second = operations.since()
+    assert second == {
+        "read events": 1000,
+        "open events": 2,
+        "listdir events": 2,
+        "open data": 100,
+        "listdir data": 100,
+        "open claims": 1,
+        "listdir root": 2,
+        "stat root": 1,
+        "read plan": 1,
+        "read root": 1,
+    } | {name: second[name] for name in ("listdir claims",) if name in second}
+    assert len([line for line in parsed if b"finish" in line]) == 10 and len(parsed) < 20
+
+    looking.look()
+    assert operations.since()["read events"] == 990  # who has ended is not asked again
+
+
+def test_finished_stages_are_not_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fake_stage
+
+    from pipeline.config import STAGES
+
+    monkeypatch.setitem(STAGES, "fake", fake_stage.FakeConfig)
+    fake_stage.run(tmp_path / "filter")
+    operations = Operations(monkeypatch)
+    looking = Watch(tmp_path)
+    (stage,) = looking.look().stages
+    assert (stage.state, stage.done, stage.total) == ("finished", 5, 5)
+    assert (stage.samples, stage.kept, stage.dropped, stage.failed) == (20, 12, 2, 6)
+    assert stage.reasons == {"dropped:small": 2, "failed:broken": 2, "failed:busy": 4}
+    operations.since()
+    looking.look()
+    assert not any("data" in name or "read" in name for name in operations.since())
+
+
+def test_buckets_are_listed_in_turns_until_they_are_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "_LISTINGS", 2)
+    output = tmp_path / "filter"
+    plan(output, 4500)
+    commit(output, range(1500))
+    commit(output, range(3000, 3100))
+    (output / "claims").mkdir()
+    looking, operations = Watch(tmp_path), Operations(monkeypatch)
+    seen = [looking.look().stages[0].done for _ in range(3)]
+    assert seen == [1500, 1600, 1600]
+    operations.since()
+    (output / "claims/001.0.full").touch()
+    commit(output, range(1500, 2000))
+    (stage,) = looking.look().stages
+    assert stage.done == 2100
+    paths = {path[-3:] for operation, path in operations.seen if operation == "listdir" and "/data/" in path}
+    assert paths == {"002", "003"} or paths == {"004", "002"} or paths == {"003", "004"}
+
+
+def test_what_was_replaced_by_another_output_is_found_again(tmp_path: Path) -> None:
+    plan(tmp_path / "filter", 10)
+    looking = Watch(tmp_path)
+    assert looking.look().stages[0].total == 10
+    (tmp_path / "filter").rename(tmp_path / ".old")
+    plan(tmp_path / "filter", 20)
+    looking.look()
+    assert [stage.total for stage in looking.look().stages] == [20]
+
+
+# ---- ranks
+
+
+def write(output: Path, *events: dict[str, Any]) -> StageStatus:
+    plan(output, 100)
+    for one in events:
+        write_events(output, [one])
+    return look(output)
+
+
+@pytest.mark.parametrize(
+    ("last", "state", "note"),
+    [
+        (event("beat", 0, 1, NOW - 100, NOW - 5, 1), "running", ""),
+        (event("beat", 0, 1, NOW - 100, NOW - 5, 1, partition=-1), "waiting", ""),
+        (event("beat", 0, 1, NOW - 900, NOW - 400, 1), "silent", "no sign of life for 6 min at partition 0: killed"),
+        (event("beat", 0, 1, NOW - 900, NOW - 5, 1, still=400), "stuck", "no progress for 6 min at partition 0"),
+        (event("finish", 0, 1, NOW - 900, NOW - 400, 1), "finished", ""),
+        (event("stop", 0, 1, NOW - 900, NOW - 400, 1), "stopped", ""),
+        (event("error", 0, 1, NOW - 900, NOW - 400, 1, error="OSError: full"), "failed", "OSError: full"),
+        (event("hang", 0, 1, NOW - 900, NOW - 400, 1, seconds=300), "hung", "no progress for 5 min at partition 0"),
+    ],
+)
+def test_the_state_of_a_rank(last: dict[str, Any], state: str, note: str, tmp_path: Path) -> None:
+    stage = write(tmp_path / "filter", last)
+    assert stage.ranks[0].state == state
+    assert stage.ranks[0].note.startswith(note)
+    assert bool(stage.problems) == bool(note)
+
+
+def test_a_rank_far_below_the_others_is_called_slow(tmp_path: Path) -> None:
+    ranks = [event("beat", rank, 5, NOW - 200, NOW, 1 if rank == 3 else 10) for rank in range(5)]
+    stage = write(tmp_path / "filter", *ranks)
+    assert stage.states == {"running": 4, "slow": 1}
+    assert stage.problems == ["rank 3 on node0 slow: 5 samples/s, the median is 50"]
+
+
+def test_speed_and_what_is_left_are_those_of_the_last_minutes(tmp_path: Path) -> None:
+    output = tmp_path / "filter"
+    plan(output, 100)
+    slow = [event("commit", 0, 1, NOW - 4000, NOW - 4000 + 100 * k, k // 10) for k in range(1, 34)]
+    fast = [event("commit", 0, 1, NOW - 4000, NOW - 700 + 100 * k, 3 + 3 * k) for k in range(1, 8)]
+    write_events(output, [event("start", 0, 1, NOW - 4000, NOW - 4000, 0), *slow, *fast])
+    commit(output, range(24))
+    stage = look(output)
+    assert stage.rate == pytest.approx(3 * SAMPLES / 100)
+    assert stage.eta == pytest.approx((100 - 24) * SAMPLES / stage.rate)
+
+
+def test_only_the_newest_run_has_ranks_but_all_count(tmp_path: Path) -> None:
+    before = [event("beat", rank, 8, NOW - 9000, NOW - 8000, 2) for rank in range(8)]
+    again = [event("beat", rank, 2, NOW - 900, NOW - 5, 3) for rank in range(2)]
+    stage = write(tmp_path / "filter", *before, event("stop", 0, 2, NOW - 5000, NOW - 4000, 1), *again)
+    assert (stage.world_size, stage.states) == (2, {"running": 2})
+    assert stage.samples == (8 * 2 + 1 + 2 * 3) * SAMPLES
+
+
+def test_many_ranks_in_the_same_trouble_are_one_line(tmp_path: Path) -> None:
+    stage = write(tmp_path / "filter", *(event("beat", r, 9, NOW - 900, NOW - 90, 1) for r in (0, 1, 2, 5, 7, 8)))
+    assert stage.state == "silent"
+    (said,) = stage.problems
+    assert said.startswith("6 ranks silent: 0-2,5,7-8; rank 0 on node0: no sign of life for 90 s")
+    assert ranges([3]) == "3"
+
+
+def test_a_training_run_counts_steps(tmp_path: Path) -> None:
+    (tmp_path / "runs/diffuse/checkpoints").mkdir(parents=True)
+    facts = {"step": 250, "of": 1000, "loss": 0.25, "batch": 16, "done": 4000, "partition": None}
+    for rank in range(2):
+        write_events(tmp_path / "runs/diffuse", [event("beat", rank, 2, NOW - 100, NOW, 0, **facts)])
+    stage = look(tmp_path)
+    assert (stage.name, stage.state, stage.done, stage.total) == ("runs/diffuse", "running", 250, 1000)
+    assert (stage.loss, stage.rate, stage.eta) == (0.25, 80.0, 300.0)
+
+
+# ---- reading events
+
+
+def test_the_past_is_read_too_where_it_is_wanted(tmp_path: Path) -> None:
+    output = tmp_path / "filter"
+    plan(output, 10_000)
+    many = [event("beat", 0, 1, NOW - 20_000, NOW - 20_000 + 10 * k, k) for k in range(2000)]
+    write_events(output, many)
+    processes = {}
+    for past in (False, True):
+        looking = Watch(output, past=past)
+        looking.look()
+        (processes[past],) = looking.works[output].processes
+    assert processes[False].last == processes[True].last == many[-1]
+    assert processes[False].points[0][telemetry.TIME] > NOW - 1000
+    first, *_, last = processes[True].points
+    assert first[telemetry.TIME] < NOW - 19_000 and last[telemetry.DONE] == 1999 * SAMPLES
+    assert 20 < len(processes[True].points) <= telemetry._MOST_POINTS
+
+
+def test_lines_that_are_half_written_or_damaged_are_left_out(tmp_path: Path) -> None:
+    output = tmp_path / "filter"
+    plan(output, 10)
+    path = write_events(output, [event("commit", 0, 1, NOW - 50, NOW - 20, 1)])
+    with path.open("ab") as file:
+        file.write(b'\0\0\0\n[1]\n{"event": "beat"}\n')
+        whole = json.dumps(event("commit", 0, 1, NOW - 50, NOW - 10, 2)).encode() + b"\n"
+        file.write(whole[:40])
+    looking = Watch(output)
+    assert looking.look().stages[0].ranks[0].partitions == 1
+    with path.open("ab") as file:
+        file.write(whole[40:])
+    assert looking.look().stages[0].ranks[0].partitions == 2
+
+
+def test_who_is_long_dead_is_looked_at_once_a_minute(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock: Callable[[float], None]
+) -> None:
+    output = tmp_path / "filter"
+    plan(output, 10)
+    write_events(output, [event("beat", 0, 1, NOW - 9000, NOW - 8000, 1)])
+    looking, operations = Watch(output), Operations(monkeypatch)
+    reads = []
+    for seconds in (0, 10, 30, 30):
+        clock(seconds)
+        looking.look()
+        reads.append(operations.since()["read events"])
+    assert reads == [1, 0, 0, 1]
+
+
+# ---- SLURM's queue
+
+SQUEUE = """#!/bin/sh
+echo called >> {calls}
+test ! -e {fail} || {{ echo "slurm_load_jobs error: Unable to contact slurm controller" >&2; exit 1; }}
+cat {answer}
+"""
+
+
+@pytest.fixture
+def squeue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """A squeue that answers with the lines it was given last."""
+    bin_ = tmp_path / "bin"
+    bin_.mkdir()
+    names = {name: bin_ / name for name in ("calls", "fail", "answer")}
+    (bin_ / "squeue").write_text(SQUEUE.format(**names))
+    (bin_ / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{bin_}:/usr/bin:/bin")
+    init = Queue.__init__
+
+    def available(self: Queue, folder: Path) -> None:
+        init(self, folder)
+        self.available = True
+
+    monkeypatch.setattr(Queue, "__init__", available)
+    clock = type("Clock", (), {"time": lambda: NOW, "monotonic": time.monotonic})
+    monkeypatch.setattr("launch.monitor.queue.time", clock)
+
+    def answer(*lines: tuple[str, ...]) -> None:
+        names["answer"].write_text("".join("\t".join(line) + "\n" for line in lines))
+
+    return answer
+
+
+def line(number: str, name: str, state: str, reason: str, comment: str = "") -> tuple[str, ...]:
+    return (number, number, number, name, state, "N/A", "0:00", "1:00:00", "2", "node[1-2]", reason, comment)
+
+
+def test_jobs_belong_to_outputs_by_name_number_or_comment(tmp_path: Path, squeue: Callable[..., None]) -> None:
+    from launch.slurm import name_for
+
+    root = tmp_path / "data"
+    output = root / "train/filter"
+    plan(output, 10)
+    write_events(output, [event("beat", 0, 1, NOW - 50, NOW - 5, 1, job="11")])
+    squeue(
+        line("11", "job", "RUNNING", "None"),
+        line("12", name_for("filter", str(output)), "PENDING", "Priority"),
+        line("13", "data-filter", "PENDING", "(QOSMaxJobsPerUserLimit)", f"{root}/train/filter*"),
+        line("14", "shard-12ab", "PENDING", "Dependency", f"{root}/train/shard-mds"),
+        line("15", "other", "PENDING", "Resources", f"{root}elsewhere/shard-mds"),
+    )
+    now = Watch(root).look()
+    assert [job.number for job in now.stages[0].jobs] == ["11", "12", "13"]
+    assert [job.number for job in now.jobs] == ["14"]
+    assert now.stages[0].problems == [
+        "job 12 pending: others come first (Priority)",
+        "job 13 pending: a limit of the account or quality of service is reached (QOSMaxJobsPerUserLimit)",
+    ]
+    assert not now.over
+
+
+def test_slurm_is_asked_once_in_ten_seconds(tmp_path: Path, squeue: Callable[..., None]) -> None:
+    squeue(line("1", "a", "RUNNING", "None"))
+    looking = Watch(tmp_path)
+    for _ in range(5):
+        looking.look()
+    assert (tmp_path / "bin/calls").read_text() == "called\n"
+
+
+def test_a_controller_that_is_away_is_said_and_blames_no_rank(tmp_path: Path, squeue: Callable[..., None]) -> None:
+    output = tmp_path / "filter"
+    plan(output, 10)
+    write_events(output, [event("beat", 0, 1, NOW - 90, NOW - 40, 1, job="11")])
+    squeue()
+    (tmp_path / "bin/fail").touch()
+    now = Watch(output).look()
+    assert now.slurm == "SLURM does not answer: slurm_load_jobs error: Unable to contact slurm controller"
+    assert now.stages[0].ranks[0].state == "running"
+    (tmp_path / "bin/fail").unlink()
+    (rank,) = Watch(output).look().stages[0].ranks
+    assert (rank.state, rank.note) == (
+        "lost",
+        "it ended without a word at partition 0: its job is no longer in SLURM's queue",
+    )
+
+
+# ---- what is shown
+
+
+@pytest.fixture
+def mixed(tmp_path: Path) -> Path:
+    output = tmp_path / "jdb/train/filter"
+    gpu = {"gpu": {"use": 0.5, "memory": 10**10}}
+    ranks = [event("beat", rank, 5, NOW - 500, NOW, 10, **gpu) for rank in range(4)]
+    write(output, *ranks, event("error", 4, 5, NOW - 500, NOW, 1, error='OSError: "<b>" \\ full'))
+    commit(output, range(41))
+    return tmp_path
+
+
+def test_the_table_names_stages_ranks_and_problems(mixed: Path) -> None:
+    from rich.console import Console
+
+    console = Console(width=160, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(table.render(Watch(mixed).look(), 2))
+    said = console.export_text()
+    assert re.search(
+        r"jdb/train/filter +running +41\.0% +41/100 +41000 +4100 +80\.0 +0\.8/0\.4 +12 min +4\.0 GB +50% +25%", said
+    )
+    assert "jdb/train/filter: ranks 5: 4 running, 1 failed" in said
+    assert "jdb/train/filter: 4100 dropped: small" in said
+    assert "2 of 5 ranks" in said
+    assert re.search(r"4 +failed +node0 .* 1/20", said)
+    assert '! jdb/train/filter: rank 4 on node0 failed: OSError: "<b>" \\ full' in said
+
+
+def test_the_page_is_whole_in_itself_and_refreshes(mixed: Path) -> None:
+    looking = Watch(mixed, past=True)
+    now = looking.look()
+    processes = {str(path): work.processes for path, work in looking.works.items()}
+    page.write(mixed / "page.html", now, processes, 2.0)
+    text = (mixed / "page.html").read_text()
+    assert '<meta http-equiv="refresh" content="2">' in text
+    assert not re.search(r"(src|href)=|https?://|@import|<b>", text)
+    titles = re.findall(r"<figcaption>(.*?)</figcaption>", text)
+    assert titles[:2] == ["samples/s", "MB/s in"] and "GPU use, %" in titles
+    assert text.count("<polyline") == len(titles)
+    assert "http-equiv" not in page.render(now, processes, 0)
+
+
+def test_the_speed_that_is_drawn_is_that_of_all_processes(tmp_path: Path) -> None:
+    output = tmp_path / "filter"
+    plan(output, 100)
+    for rank in range(2):
+        write_events(output, [event("beat", rank, 2, NOW - 1000, NOW - 1000 + 50 * k, k) for k in range(21)])
+    looking = Watch(output, past=True)
+    now = looking.look()
+    import numpy as np
+
+    times = np.linspace(NOW - 1000, NOW, 50)
+    speed = page._slope(looking.works[output].processes, times, telemetry.DONE)
+    np.testing.assert_allclose(speed, 2 * SAMPLES / 50, rtol=1e-6)
+    assert [page.nice(value) for value in (0, 0.03, 3, 25, 100, 101)] == pytest.approx([1, 0.04, 4, 40, 100, 200])
+    assert len(page.plots(now.stages[0], looking.works[output].processes, NOW)) == 6
+
+
+METRIC = re.compile(r'(# (HELP|TYPE) latentmill_\w+ .+|latentmill_\w+\{(\w+="([^"\\\n]|\\.)*",?)+\} -?[\d.e+-]+)')
+
+
+def test_prometheus_gets_its_text(mixed: Path) -> None:
+    text = metrics.text(Watch(mixed).look())
+    assert all(METRIC.fullmatch(line) for line in text.splitlines()), text
+    place = f'stage="filter",path="{mixed}/jdb/train/filter"'
+    assert f"latentmill_stage_done{{{place}}} 41\n" in text
+    assert f'latentmill_stage_bad_samples{{{place},outcome="dropped",reason="small"}} 4100\n' in text
+    assert f'latentmill_stage_ranks{{{place},state="failed"}} 1\n' in text
+    assert text.count("# TYPE latentmill_rank_idle gauge\n") == 1
+    server = metrics.Server("127.0.0.1", 0, lambda: text)
+    try:
+        with urllib.request.urlopen(server.address) as answer:
+            assert answer.read().decode() == text
+            assert answer.headers["Content-Type"].startswith("text/plain; version=0.0.4")
+        with pytest.raises(ConfigError, match="cannot listen at 127.0.0.1"):
+            metrics.Server("127.0.0.1", int(server.address.split(":")[2].split("/")[0]), lambda: text)
+    finally:
+        server.close()
+
+
+# ---- logs
+
+
+def test_the_right_logs_are_chosen(tmp_path: Path) -> None:
+    output = tmp_path / "train/filter"
+    for rank in range(3):
+        (tmp_path / f"rank{rank}.log").write_text(f"this is rank {rank}\n")
+    last = ("beat", "error", "beat")
+    write(output, *(event(last[r], r, 3, NOW - 50, NOW, 1, log=str(tmp_path / f"rank{r}.log")) for r in range(3)))
+    now = Watch(tmp_path).look()
+    assert logs.choose(now, "rank2") == logs.choose(now, "2") == [tmp_path / "rank2.log"]
+    assert logs.choose(now, "failed") == [tmp_path / "rank1.log"]
+    for wanted, said in (
+        ("rank7", "no log of it is known"),
+        ("fialed", "did you mean failed"),
+        ("job", "no log of it"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            logs.choose(now, wanted)
+
+
+def test_the_log_of_a_rank_that_failed_before_it_could_say_so(tmp_path: Path) -> None:
+    """A wrong setting ends a rank before there is an output; slurm/job.sh keeps its exit code beside the log."""
+    folder = tmp_path / "train/logs/filter.slurm"
+    life = folder / ".filter-ab-17/0.0"
+    life.mkdir(parents=True)
+    for name in ("0.0", "1.2", "saved", "ended"):
+        (life / name).touch()
+    for name in ("filter-ab-17.out", "filter-ab-17-0.log", "filter-ab-17-1.log"):
+        (folder / name).write_text(name)
+    now = Watch(tmp_path / "train").look()
+    now.root = str(tmp_path / "train/filter")
+    assert logs.choose(now, "failed") == [folder / "filter-ab-17-1.log"]
+    assert logs.choose(now, "job") == [folder / "filter-ab-17.out"]
+
+
+def test_following_shows_what_is_added_until_all_is_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one, two = tmp_path / "rank0.log", tmp_path / "rank1.log"
+    one.write_text("".join(f"line {n}\n" for n in range(100)))
+    two.write_text("begin\n")
+    rounds = iter([True, True, False])
+
+    def more() -> bool:
+        going_on = next(rounds)
+        with one.open("a") as file:
+            file.write(f"more {going_on}\n")
+        return going_on
+
+    logs.show([one, two], 2, more)
+    said = capsys.readouterr().out
+    assert said.startswith(f"==> {one} <==\nline 98\nline 99\n")
+    assert f"\n==> {two} <==\nbegin\n\n==> {one} <==\nmore True\nmore True\nmore False\n" in said
+
+
+# ---- the program
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["nowhere"], "nowhere: no such folder"),
+        ([], "missing: path=... (data_dir, or any folder below it"),
+        ([".", "folow=true"], "unknown key 'folow'; did you mean follow?"),
+        ([".", "follow=yes"], "follow=yes: known: auto, false, true"),
+        ([".", "every=0"], "every=0: must be more than 0"),
+        ([".", "port=99999"], "port=99999: must be a port number"),
+        (["../status.py", "path=."], "path is given twice"),
+        ([".", "logs=rank1"], "logs=rank1: no log of it is known"),
+        ([".", "html=/nowhere/page.html"], "html=/nowhere/page.html: cannot be written"),
+    ],
+)
+def test_what_is_wrong_is_one_line(arguments: list[str], said: str, tmp_path: Path, capsys: Any) -> None:
+    from launch.status import main
+
+    arguments = [str(tmp_path) if word == "." else word for word in arguments]
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    assert end.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {said}") and error.count("\n") == 1
+
+
+def test_a_run_of_two_ranks_from_its_begin_to_its_end(tmp_path: Path) -> None:
+    """Without torch, and the same folder may be given as data_dir, as data set or as output."""
+    submit = [
+        sys.executable,
+        str(ROOT / "launch/submit.py"),
+        "stage=download",
+        "dataset=shapes",
+        f"data_dir={tmp_path}",
+    ]
+    subprocess.run([*submit, "count=60", "partition_size=10", "ranks=2"], check=True, capture_output=True, timeout=120)
+    for folder in (tmp_path, tmp_path / "shapes", tmp_path / "shapes/train/download"):
+        done = program(folder, "json=true", "follow=true")
+        assert done.returncode == 0, done.stderr
+        said = json.loads(done.stdout)
+        assert said["over"]
+        (stage,) = said["stages"]
+        assert (stage["stage"], stage["state"], stage["done"]) == ("download", "finished", 6)
+        assert {rank["state"] for rank in stage["ranks"]} == {"finished"}
+        assert all(rank["memory"] > 10**7 and rank["peak_memory"] >= rank["memory"] for rank in stage["ranks"])
+        assert sum(rank["partitions"] for rank in stage["ranks"]) == 6
+    assert "100%" in program(tmp_path).stdout
+    assert "download: finished: 60 in" in program(tmp_path, "logs=rank0").stdout
+    assert "no rank of it failed" in program(tmp_path, "logs=failed").stderr
+    done = program(tmp_path, f"html={tmp_path}/page.html")
+    assert done.stdout == f"page: {tmp_path}/page.html\n" and "finished" in (tmp_path / "page.html").read_text()
+    check = "import sys; sys.argv = ['status']; import launch.status, launch.slurm, launch.monitor.page; " \
+            "import launch.monitor.metrics, launch.monitor.logs; sys.exit('torch' in sys.modules)"  # fmt: skip
+    assert subprocess.run([sys.executable, "-c", check], cwd=ROOT, timeout=60, check=False).returncode == 0
