@@ -25,7 +25,7 @@ def run_stage(stage: str, rank: Rank | None = None, **settings: object) -> dict[
 
 def digests(output: Path) -> dict[str, str]:
     """Data files and ledgers with the hashes of their bytes."""
-    files = sorted(p for p in output.glob("data/*/*/*") if p.name != "record.json")
+    files = sorted(p for p in output.glob("data/*/[0-9]*/*") if p.name != "record.json")
     return {str(p.relative_to(output)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
