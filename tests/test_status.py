@@ -111,18 +111,9 @@ def test_a_thousand_ranks_and_a_hundred_thousand_partitions_take_few_operations(
     (stage,) = looking.look().stages
     assert stage.states == {"running": 990, "finished": 10}
     second = operations.since()
-    assert second == {
-        "read events": 1000,
-        "open events": 2,
-        "listdir events": 2,
-        "open data": 100,
-        "listdir data": 100,
-        "open claims": 1,
-        "listdir root": 2,
-        "stat root": 1,
-        "read plan": 1,
-        "read root": 1,
-    } | {name: second[name] for name in ("listdir claims",) if name in second}
+    assert second.pop("read events") == 1000
+    assert second.pop("listdir data") == second.pop("open data") == 100
+    assert sum(second.values()) < 10, second
     assert len([line for line in parsed if b"finish" in line]) == 10 and len(parsed) < 20
 
     looking.look()
@@ -147,6 +138,23 @@ def test_finished_stages_are_not_counted(tmp_path: Path, monkeypatch: pytest.Mon
     assert not any("data" in name or "read" in name for name in operations.since())
 
 
+def test_partitions_that_are_to_be_done_again_count_when_they_are(tmp_path: Path) -> None:
+    from pipeline.partitions.plan import commit_plan
+    from pipeline.storage import Folder
+
+    output = tmp_path / "filter"
+    plan(output, 10)
+    commit(output, range(10))
+    looking = Watch(tmp_path)
+    assert looking.look().stages[0].done == 10
+    header = {"generation": 1, "first": 10, "kind": "repair", "redo": [2, 3], "stage": "filter"}
+    with Folder.open(output) as root:
+        assert commit_plan(root, header, ())
+    assert looking.look().stages[0].done == 8
+    (output / "data/000/00003.1").mkdir()
+    assert looking.look().stages[0].done == 9
+
+
 def test_buckets_are_listed_in_turns_until_they_are_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watch, "_LISTINGS", 2)
     output = tmp_path / "filter"
@@ -155,15 +163,16 @@ def test_buckets_are_listed_in_turns_until_they_are_complete(tmp_path: Path, mon
     commit(output, range(3000, 3100))
     (output / "claims").mkdir()
     looking, operations = Watch(tmp_path), Operations(monkeypatch)
-    seen = [looking.look().stages[0].done for _ in range(3)]
-    assert seen == [1500, 1600, 1600]
-    operations.since()
+    assert looking.look().stages[0].done == 1600
     (output / "claims/001.0.full").touch()
     commit(output, range(1500, 2000))
-    (stage,) = looking.look().stages
-    assert stage.done == 2100
-    paths = {path[-3:] for operation, path in operations.seen if operation == "listdir" and "/data/" in path}
-    assert paths == {"002", "003"} or paths == {"004", "002"} or paths == {"003", "004"}
+    commit(output, range(2000, 2010))
+    commit(output, range(3100, 3110))
+    commit(output, range(4000, 4010))
+    operations.seen.clear()
+    assert [looking.look().stages[0].done for _ in range(2)] == [2120, 2130]
+    listed = [path[-3:] for operation, path in operations.seen if operation == "listdir" and "/data/" in path]
+    assert listed == ["002", "003", "004", "002"]
 
 
 def test_what_was_replaced_by_another_output_is_found_again(tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
 """What is below a folder, and how it stands: each look reads only what may have changed since the one before.
 
 Per look and stage: one listing of its folder and one of ``claims/``; one listing for each bucket of 1,000 partitions
-that is not complete, but no more than a hundred; one read for each process that may still run. Nothing per partition.
+that is not complete, but after the first look no more than a hundred; one read for each process that may still run.
+Nothing per partition.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 from launch.monitor.queue import Queue, QueuedJob
 from launch.monitor.ranks import BAD, RankStatus, statuses
 from pipeline.config import MAIN_LINE, ConfigError
-from pipeline.partitions.dataset import Dataset
+from pipeline.partitions.dataset import SUCCESS, Dataset
 from pipeline.partitions.plan import BUCKET
 from pipeline.storage import GONE, Folder, StorageError
 from pipeline.telemetry import DONE, EventReader, Process
@@ -303,18 +304,20 @@ class DatasetWork(Work):
         self._dataset = Dataset(self.root)
         self._names: list[str] = []
         self._counts: dict[int, int] = {}
-        self._turn = 0
+        self._redone: dict[int, str] = {}
 
     def _stage(self) -> str:
         return self._dataset.stage
 
     def _measure(self, status: StageStatus) -> None:
         names = self.root.listdir()
-        if names != self._names or self._dataset.success is None:
-            fresh = Dataset(self.root)
-            if len(fresh.plans) != len(self._dataset.plans):
+        if names != self._names or (self._dataset.success is None and SUCCESS in names):
+            plans = len(self._dataset.plans)
+            self._dataset, self._names = Dataset(self.root), names
+            if len(self._dataset.plans) != plans or not self._counts:
                 self._counts.clear()
-            self._dataset, self._names = fresh, names
+                redone = set().union(*(plan.redo for plan in self._dataset.plans))
+                self._redone = {index: self._dataset.slot(index) for index in redone}
         dataset, success = self._dataset, self._dataset.success
         status.total = dataset.partitions
         if success is not None:
@@ -341,20 +344,19 @@ class DatasetWork(Work):
         for name in self._list("claims"):
             if (found := mark.fullmatch(name)) and int(found[1]) < buckets:
                 self._counts[int(found[1])] = spans[int(found[1])]
-        open_ones = [bucket for bucket in range(buckets) if self._counts.get(bucket) != spans[bucket]]
-        start = self._turn if len(open_ones) > _LISTINGS else 0
-        for bucket in (open_ones[start:] + open_ones[:start])[:_LISTINGS]:
+        unseen = [bucket for bucket in range(buckets) if bucket not in self._counts]
+        seen = [bucket for bucket, count in self._counts.items() if count < spans[bucket]]
+        for bucket in unseen + seen[: max(0, _LISTINGS - len(unseen))]:
+            self._counts.pop(bucket, None)  # to the end of the queue
             self._counts[bucket] = self._count(bucket)
-        self._turn = (start + _LISTINGS) % max(1, len(open_ones))
         return sum(self._counts.values())
 
     def _count(self, bucket: int) -> int:
         names = self._list(f"data/{bucket:03d}")
-        redone = {i for plan in self._dataset.plans for i in plan.redo if i // BUCKET == bucket}
-        if not redone:
+        if not self._redone:
             return sum(name.isdigit() for name in names)
-        slots = {self._dataset.slot(index) for index in redone}
-        return sum(name in slots or (name.isdigit() and int(name) not in redone) for name in names)
+        slots = ((name, int(name.partition(".")[0])) for name in names if name[:1].isdigit())
+        return sum(name == self._redone.get(index, f"{index:05d}") for name, index in slots)
 
     def _list(self, name: str) -> list[str]:
         try:

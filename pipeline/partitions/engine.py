@@ -214,7 +214,7 @@ class Worker:
             return
         for outcome in self.stage.process(partition):
             if partition.only is None or (not outcome.container and partition.wants(outcome.key)):
-                self.rank.now["done"] += 1
+                self.rank.now["done"] += not outcome.container
                 yield without_taken(dataset, index, outcome)
 
     def _tell(self, record: dict[str, Any]) -> None:
