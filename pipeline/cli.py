@@ -87,6 +87,25 @@ def dataset_settings(name: str) -> Settings:
     return values
 
 
+def chosen(settings: Settings, split: str, subset: str, where: str) -> Settings:
+    """``settings`` with those of its sections ``splits`` and ``subsets`` (a split's too) for ``split``, ``subset``.
+
+    Raises:
+        ConfigError: the sections have none of that name.
+    """
+    plain = {name: value for name, value in settings.items() if name not in ("about", "splits", "subsets")}
+    splits = settings.get("splits") or {}
+    if splits and split not in splits:
+        raise ConfigError(f"{where}split={split}: there is none; {nearest(split, splits)}")
+    plain |= splits.get(split) or {}
+    subsets = {**(settings.get("subsets") or {}), **(plain.pop("subsets", None) or {})}
+    if subset and subset not in subsets:
+        raise ConfigError(
+            f"{where}subset={subset}: there is none; {nearest(subset, subsets) if subsets else 'take all'}"
+        )
+    return plain | (subsets.get(subset) or {})
+
+
 def select(settings: Mapping[str, Any], stage: str, where: str) -> Settings:
     """Of ``settings`` for any stage, what ``stage`` takes; qualified keys win over plain ones.
 
@@ -177,7 +196,9 @@ def load(stage: str, arguments: Sequence[str]) -> Any:
         own[name if dot and section == stage else key] = value
     settings: Settings = {}
     if own.get("dataset") and issubclass(cls, RunConfig):
-        settings = select(dataset_settings(own["dataset"]), stage, f"{own['dataset']}.yaml: ")
+        where = f"{own['dataset']}.yaml: "
+        values = chosen(dataset_settings(own["dataset"]), own.get("split", "train"), own.get("subset", ""), where)
+        settings = select(values, stage, where)
     return build(cls, settings | own)
 
 

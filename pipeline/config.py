@@ -46,6 +46,7 @@ class RunConfig:
     dataset: str = option("", "a name in pipeline/conf/dataset (shapes, image_folder, ...) or a path to your own YAML")
     data_dir: str = option("", "root of everything: <data_dir>/<dataset>/<split>/<stage>[-<variant>]")
     split: str = option("train", "part of the data set: train, valid, test, ...")
+    subset: str = option("", "small: about 1 % of a published data set, for a first try; lies in <dataset>-<subset>")
     input: str = option("", "folder to read, instead of the upstream stage's place below data_dir")
     output: str = option("", "folder to write, instead of the stage's place below data_dir")
     variant: str = option("", "suffix of the stage's folder, to keep several results side by side")
@@ -76,7 +77,12 @@ class StageConfig(RunConfig):
 class DownloadConfig(StageConfig):
     """stage=download: bring a data set's samples under data_dir, each with its key, captions and content hash."""
 
-    source: str = option("", "where samples come from: shapes, image_folder, http_archive", identity=True)
+    source: str = option(
+        "",
+        "where samples come from: shapes, image_folder, url_list, http_archive, huggingface, parquet, webdataset, "
+        "torchvision",
+        identity=True,
+    )
     partition_size: int = option(
         1000, "samples per partition (sources whose samples are known beforehand)", identity=True
     )
@@ -93,17 +99,62 @@ class DownloadConfig(StageConfig):
         True, "shapes: leave out a fixed list of colour-shape pairs, to test new combinations", identity=True
     )
     urls: tuple[str, ...] = option(
-        (), "http_archive: URLs of .tar (plain, .gz, .bz2, .xz) or .zip files", identity=True
+        (),
+        "http_archive, webdataset, parquet: URLs of tar, zip or parquet files, {000..199} being a range; "
+        "url_list: URLs of lists",
+        identity=True,
     )
     sha256: tuple[str, ...] = option(
         (), "http_archive: expected hashes, in the order of urls (empty: not known)", identity=True
     )
-    max_archive_bytes: int = option(2**40, "http_archive: larger files are refused")
-    max_members: int = option(2_000_000, "http_archive: an archive with more members is refused")
+    fraction: float = option(
+        1.0, "take only the first files, or rows of a list, as this fraction of them", identity=True
+    )
+    repo: str = option("", "huggingface: the data set's repository, as owner/name", identity=True)
+    revision: str = option("main", "huggingface: branch, tag or commit; recorded as a commit", identity=True)
+    files: tuple[str, ...] = option(
+        (), "huggingface: files to take, as paths with * and ranges like {000..199}", identity=True
+    )
+    metadata: tuple[str, ...] = option(
+        (), "files that hold captions and fields: URLs, paths, or paths in the repository", identity=True
+    )
+    annotations: str = option(
+        "",
+        "how they are laid out: jdb, diffusiondb, coco, textcaps, flickr30k, texts; or caltech256, folders",
+        identity=True,
+    )
+    metadata_member: str = option("", "which member of a metadata archive to read", identity=True)
+    metadata_split: str = option("", "which split to take of metadata that hold several", identity=True)
+    listed_only: bool = option(False, "leave out images that the metadata do not list", identity=True)
+    labels: bool = option(False, "take the label from .cls files, or from the label column", identity=True)
+    max_nsfw: float = option(0.2, "diffusiondb: drop images with a higher score for image or prompt", identity=True)
+    url_column: str = option("", "url_list: name or number of the column with URLs (default: url)", identity=True)
+    caption_column: str = option(
+        "", "url_list, parquet: column with one or several captions (default: caption, text, ...)", identity=True
+    )
+    image_column: str = option("", "parquet: column with the images (default: image, jpg, ...)", identity=True)
+    hash_column: str = option("", "url_list: column with an MD5, SHA-1 or SHA-256 to check", identity=True)
+    columns: tuple[str, ...] = option((), "url_list, parquet: further columns to keep in meta", identity=True)
+    split_column: str = option("", "url_list: column that tells the split", identity=True)
+    split_values: tuple[str, ...] = option((), "url_list: its values in this split", identity=True)
+    max_archive_bytes: int = option(2**40, "http: larger files are refused")
+    max_members: int = option(2_000_000, "an archive with more members is refused")
     max_member_bytes: int = option(2**30, "a member or file larger than this is failed:too_many_bytes", identity=True)
-    timeout: float = option(60.0, "http: seconds with (almost) no byte before a request counts as failed")
-    deadline: float = option(86400.0, "http: seconds that one file may take, all tries and redirects together")
+    timeout: float = option(0.0, "http: seconds with (almost) no byte (0: 60 for archives, 10 for images)")
+    deadline: float = option(
+        0.0, "http: seconds that one file may take, all tries and redirects together (0: a day; images: 60)"
+    )
     retries: int = option(3, "http: tries after the first, with exponential backoff")
+    connections: int = option(512, "url_list: requests at a time, of each rank")
+    per_host: int = option(8, "url_list: requests at a time at one host, of each rank")
+    per_second: float = option(0.0, "url_list: requests a second at one host, of each rank (0: any number)")
+    contact: str = option("", "http: a URL or e-mail address for the User-Agent, so that servers know whom to tell")
+    robots_txt: bool = option(False, "url_list: ask hosts for their robots.txt, and heed it", identity=True)
+    opt_outs: tuple[str, ...] = option(
+        ("noai", "noimageai", "noindex", "noimageindex"),
+        "url_list: drop images whose X-Robots-Tag says one of these",
+        identity=True,
+    )
     allow_private_hosts: bool = option(False, "http: allow addresses that are not globally routable")
 
 
@@ -470,19 +521,20 @@ def stage_folder(config: RunConfig, stage: str, variant: str = "") -> Path:
     if not config.data_dir or not config.dataset:
         raise ConfigError(f"give data_dir= and dataset=, or input= and output=, to place stage {stage!r}")
     name = f"{stage}-{variant}" if variant else stage
-    return Path(config.data_dir) / dataset_name(config.dataset) / config.split / name
+    return Path(config.data_dir) / dataset_name(config.dataset, config.subset) / config.split / name
 
 
 def run_folder(config: RunConfig, name: str) -> Path:
     """Where a training run lies: ``<data_dir>/<dataset>/runs/<name>``."""
     if not config.data_dir or not config.dataset:
         raise ConfigError("give data_dir= and dataset=, or output=, to place the run")
-    return Path(config.data_dir) / dataset_name(config.dataset) / "runs" / name
+    return Path(config.data_dir) / dataset_name(config.dataset, config.subset) / "runs" / name
 
 
-def dataset_name(dataset: str) -> str:
-    """Folder name of a data set: its own name, or the stem of its YAML file."""
-    return Path(dataset).stem if dataset.endswith((".yaml", ".yml")) else dataset
+def dataset_name(dataset: str, subset: str = "") -> str:
+    """Folder name of a data set: its own name, or the stem of its YAML file, and the subset."""
+    name = Path(dataset).stem if dataset.endswith((".yaml", ".yml")) else dataset
+    return f"{name}-{subset}" if subset else name
 
 
 def default_variant(config: RunConfig) -> str:

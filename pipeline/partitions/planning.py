@@ -21,7 +21,7 @@ from pipeline.partitions.stage import Stage
 from pipeline.storage import GONE, Folder, StorageError, probe
 
 _POLL = 0.2
-_OURS = ("plan", "data", "claims", "events")
+_OURS = ("plan", "data", "claims", "events", "partial", "tables")
 
 
 class Stale(ConfigError):

@@ -26,6 +26,8 @@ class Source(ABC):
         self.config = config
         self.planned: dict[str, Any] = {}
         """What :meth:`extra` said when the plan was made."""
+        self.home = Path()
+        """The output folder; sources keep what they need besides in ``partial`` and ``tables`` below it."""
         self.scratch: Path | None = None
         """A folder for files that are needed for a while only."""
         self.check_stop: Callable[[], None] = lambda: None
@@ -56,7 +58,19 @@ class Source(ABC):
         return ""
 
 
-_MODULES = {"shapes": "shapes", "image_folder": "image_folder", "http_archive": "http_archive"}
+_MODULES = {
+    name: name
+    for name in (
+        "shapes",
+        "image_folder",
+        "url_list",
+        "http_archive",
+        "huggingface",
+        "parquet",
+        "webdataset",
+        "torchvision",
+    )
+}
 
 
 def get_source(config: DownloadConfig) -> Source:

@@ -22,7 +22,10 @@ class Download(Stage):
 
     @cached_property
     def source(self) -> Source:
-        return get_source(self.config)
+        source = get_source(self.config)
+        source.home = self.output
+        source.check_stop = self.rank.check_stop
+        return source
 
     @property
     def rechecks(self) -> bool:  # type: ignore[override]
@@ -47,7 +50,6 @@ class Download(Stage):
     def process(self, partition: Partition) -> Iterator[Outcome]:
         self.source.planned = self.planned["extra"]
         self.source.scratch = self.scratch
-        self.source.check_stop = self.rank.check_stop
         return self.source.samples(partition)
 
 

@@ -135,6 +135,7 @@ def reset(data: bytes, after: int) -> Reply:
     """The connection breaks after so many bytes."""
 
     def reply(handler: BaseHTTPRequestHandler) -> None:
+        handler.close_connection = True
         handler.send_response(200)
         handler.send_header("Content-Length", str(len(data)))
         handler.end_headers()

@@ -1,0 +1,316 @@
+"""Captions and fields that lie apart from the images: read once, kept as a table on disk, looked up by image name.
+
+A reader turns one published layout into ``(image name, Entry)``; :data:`READERS` has them by the name that a data set's
+YAML gives as ``annotations=``. The table is SQLite below ``<output>/tables``, so that memory does not grow with it.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import sqlite3
+import tarfile
+import uuid
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing, suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import pyarrow.parquet as pq
+import xxhash
+
+from pipeline.config import ConfigError, DownloadConfig, public
+from pipeline.samples import SampleError, Schema, content_hash
+from pipeline.sources.archives import members
+from pipeline.sources.archives.compression import unpacked
+
+_MOST = 1 << 40  # bytes that a file with annotations may unpack to
+_LARGEST = 4 << 30  # bytes of one JSON document
+_SMALL = 1 << 16  # bytes of a caption's own file
+_BATCH = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What is known of an image; ``dropped`` is the reason why it is left out."""
+
+    captions: list[str] = field(default_factory=list)
+    meta: dict[str, Any] = field(default_factory=dict)
+    label: int | None = None
+    dropped: str = ""
+
+
+Found = Iterator[tuple[str, Entry]]
+Reader = Callable[[IO[bytes], DownloadConfig], Found]
+
+
+# ---- one function for each published layout
+
+
+def _jdb(file: IO[bytes], config: DownloadConfig) -> Found:
+    """JourneyDB: JSON lines in a tgz, ``img_path`` and ``prompt``."""
+    for line in _lines(file):
+        row = json.loads(line)
+        caption = (row.get("Task2") or {}).get("Caption")
+        yield row["img_path"], Entry([row["prompt"]], {"caption_gpt": caption} if caption else {})
+
+
+def _diffusiondb(file: IO[bytes], config: DownloadConfig) -> Found:
+    """DiffusionDB: one parquet with prompts, settings and two scores of safety in 0..1 (2: blurred)."""
+    fields = ("image_name", "prompt", "image_nsfw", "prompt_nsfw", "seed", "step", "cfg", "sampler", "part_id")
+    parquet = pq.ParquetFile(file)
+    columns = [name for name in fields if name in parquet.schema_arrow.names]
+    for batch in parquet.iter_batches(_BATCH, columns=columns):
+        for row in batch.to_pylist():
+            name, prompt = row.pop("image_name"), row.pop("prompt")
+            unsafe = max(row.get("image_nsfw") or 0.0, row.get("prompt_nsfw") or 0.0) > config.max_nsfw
+            yield name, Entry([prompt or ""], row, dropped="nsfw" if unsafe else "")
+
+
+def _coco(file: IO[bytes], config: DownloadConfig) -> Found:
+    """COCO: a JSON document with ``images`` and ``annotations``, bare or as ``metadata_member`` of a zip."""
+    document = json.loads(_document(file, config.metadata_member))
+    captions: dict[int, list[str]] = defaultdict(list)
+    for note in document["annotations"]:
+        captions[note["image_id"]].append(note["caption"].strip())
+    for image in document["images"]:
+        yield image["file_name"], Entry(captions[image["id"]], {"image_id": image["id"]})
+
+
+def _textcaps(file: IO[bytes], config: DownloadConfig) -> Found:
+    """TextCaps: a JSON document whose ``data`` have ``image_id`` and ``reference_strs``; a row per caption or image."""
+    captions: dict[str, list[str]] = {}
+    for row in json.loads(_document(file, config.metadata_member))["data"]:
+        texts = row.get("reference_strs") or [row["caption_str"]]
+        known = captions.setdefault(row["image_id"], [])
+        known += [text for text in texts if text not in known]
+    for name, texts in captions.items():
+        yield name, Entry(texts, {"image_id": name})
+
+
+def _flickr30k(file: IO[bytes], config: DownloadConfig) -> Found:
+    """Flickr30k: CSV with ``raw`` (a JSON list of captions), ``filename`` and Karpathy's ``split``."""
+    csv.field_size_limit(_LARGEST)
+    for row in csv.DictReader(io.TextIOWrapper(file, "utf-8-sig", newline="")):
+        if row["split"] == config.metadata_split:
+            captions = [text.strip() for text in json.loads(row["raw"])]
+            yield row["filename"], Entry(captions, {"image_id": row["img_id"]})
+
+
+def _texts(file: IO[bytes], config: DownloadConfig) -> Found:
+    """An archive of ``<image name>.txt``, as SAM-LLaVA's captions are."""
+    for member in members(file, 2**62, lambda name, size: min(size, _SMALL) if name.endswith(".txt") else None):
+        if not member.error:
+            stem = member.name.rpartition("/")[2].removesuffix(".txt")
+            yield stem, Entry([member.data.decode("utf-8", "replace").strip()])
+
+
+READERS: dict[str, Reader] = {
+    "jdb": _jdb,
+    "diffusiondb": _diffusiondb,
+    "coco": _coco,
+    "textcaps": _textcaps,
+    "flickr30k": _flickr30k,
+    "texts": _texts,
+}
+
+
+def _caltech256(name: str) -> Entry | None:
+    """``…/012.binoculars/012_0001.jpg``: the folder is the class, its number less one the label; 257 is clutter."""
+    found = re.search(r"(?:^|/)(\d{3})\.([^/]+)/[^/]+$", name)
+    if not found:
+        return None
+    return Entry([re.sub(r"-101$", "", found[2]).replace("-", " ")], label=int(found[1]) - 1)
+
+
+def _folders(name: str) -> Entry | None:
+    """The folder is the caption."""
+    folder = name.rpartition("/")[0].rpartition("/")[2]
+    return Entry([folder]) if folder else None
+
+
+LAYOUTS: dict[str, tuple[Callable[[str], Entry | None], Schema]] = {
+    "caltech256": (_caltech256, {"label": "int"}),
+    "folders": (_folders, {}),
+}
+"""What the name of an image alone tells, and the columns that come of it."""
+
+
+# ---- pieces of files
+
+
+def _lines(file: IO[bytes]) -> Iterator[bytes]:
+    """The lines of the first file of a (compressed) tar, or of the file itself."""
+    stream = unpacked(file, _MOST)
+    start = stream.peek(512)[:512] if hasattr(stream, "peek") else file.read(512)
+    if stream is file:
+        file.seek(0)
+    if start[257:262] != b"ustar":
+        yield from stream
+        return
+    with tarfile.open(fileobj=stream, mode="r|") as archive:
+        for member in archive:
+            inside = archive.extractfile(member) if member.isreg() else None
+            if inside:
+                yield from inside
+                return
+
+
+def _document(file: IO[bytes], member: str) -> bytes:
+    """The whole file, or a member of it if it is an archive.
+
+    Raises:
+        ConfigError: it has no such member.
+    """
+    start = file.read(4)
+    file.seek(0)
+    if start[:1] in b"{[":
+        return file.read(_LARGEST)
+    wanted = (lambda name: name.endswith(member)) if member else (lambda name: name.endswith(".json"))
+    for found in members(file, 1_000_000, lambda name, size: min(size, _LARGEST) if wanted(name) else None):
+        if not found.error:
+            return found.data
+    raise ConfigError(f"metadata: no member {member or '*.json'} in it")
+
+
+# ---- the table
+
+
+class Annotations:
+    """Answers for one data set what is known of an image by its name."""
+
+    def __init__(self, config: DownloadConfig) -> None:
+        self._config = config
+        self._read = READERS.get(config.annotations)
+        layout = LAYOUTS.get(config.annotations)
+        self._layout = layout[0] if layout else None
+        own = layout[1] if layout else {}
+        self.columns: Schema = {"meta": "json", **own, **({"label": "int"} if config.labels else {})}
+        self.listed_only = config.listed_only
+        self.extra: dict[str, Any] = {}
+        self._table: sqlite3.Connection | None = None
+
+    def _place(self, home: Path) -> Path:
+        config = self._config
+        said = [config.annotations, public(config.metadata), config.metadata_member, config.metadata_split]
+        said += [config.max_nsfw, config.repo, config.revision]
+        return home / "tables" / f"{content_hash(json.dumps(said).encode())}.sqlite"
+
+    def prepare(self, home: Path, files: Iterable[tuple[str, IO[bytes]]]) -> None:
+        """Read the files into the table, if it is not there."""
+        if not self._read:
+            return
+        place = self._place(home)
+        if not place.exists():
+            place.parent.mkdir(parents=True, exist_ok=True)
+            attempt = place.with_suffix(f".{uuid.uuid4().hex}.tmp")
+            try:
+                self._write(attempt, files)
+                attempt.replace(place)
+            finally:
+                attempt.unlink(missing_ok=True)
+        with closing(_opened(place)) as table:
+            self.extra = json.loads(table.execute("select value from about").fetchone()[0])
+
+    def _write(self, place: Path, files: Iterable[tuple[str, IO[bytes]]]) -> None:
+        assert self._read is not None
+        digests = {}
+        with closing(sqlite3.connect(place)) as table:
+            table.execute("pragma journal_mode=off")
+            table.execute("pragma synchronous=off")
+            table.execute("create table images (name text primary key, value text) without rowid")
+            table.execute("create table about (value text)")
+            for name, file in files:
+                try:
+                    content = xxhash.xxh3_128()
+                    while block := file.read(1 << 20):
+                        content.update(block)
+                    digests[name] = content.hexdigest()
+                    file.seek(0)
+                    rows = ((_plain(image), _packed(entry)) for image, entry in self._read(file, self._config))
+                    table.executemany("insert or ignore into images values (?, ?)", rows)
+                except SampleError as error:
+                    raise ConfigError(f"metadata: {name}: {error}") from None
+                except (ValueError, KeyError, TypeError, tarfile.TarError) as error:
+                    raise ConfigError(
+                        f"metadata: {name} is not laid out as annotations={self._config.annotations} expects "
+                        f"({type(error).__name__}: {error})"
+                    ) from None
+            about = {"metadata": digests}
+            table.execute("insert into about values (?)", (json.dumps(about, sort_keys=True),))
+            table.commit()
+
+    def open(self, home: Path, files: Callable[[], Iterable[tuple[str, IO[bytes]]]], planned: dict[str, Any]) -> None:
+        """Be ready to answer; the table is made again if it has been deleted since it was planned.
+
+        Raises:
+            ConfigError: what it is made of has changed.
+        """
+        if not self._read or self._table:
+            return
+        self.prepare(home, files() if not self._place(home).exists() else ())
+        if planned.get("metadata") != self.extra.get("metadata"):
+            raise ConfigError(
+                "metadata: the files have changed since the plan: choose another output=, or overwrite=true"
+            )
+        self._table = _opened(self._place(home))
+
+    def of(self, name: str) -> Entry | None:
+        """What is known of the image called ``name``; None if it is not listed."""
+        if self._layout:
+            return self._layout(name)
+        if not self._table:
+            return None
+        for candidate in _candidates(name):
+            with suppress(UnicodeEncodeError):
+                found = self._table.execute("select value from images where name = ?", (candidate,)).fetchone()
+                if found:
+                    return Entry(**json.loads(found[0]))
+        return None
+
+
+def _opened(place: Path) -> sqlite3.Connection:
+    """Read-only, without locks, which network file systems may not have."""
+    return sqlite3.connect(f"{place.absolute().as_uri()}?mode=ro&immutable=1", uri=True)
+
+
+def _packed(entry: Entry) -> str:
+    return json.dumps({name: value for name, value in asdict(entry).items() if value not in ([], {}, None, "")})
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"^(\.?/)+", "", name).encode("utf-8", "replace").decode()
+
+
+def _candidates(name: str) -> Iterator[str]:
+    """Names that a list may have the image under: its path, the end of it, its name with and without extension."""
+    path = re.sub(r"^(\.?/)+", "", name)
+    parts = path.split("/")
+    yield path
+    if len(parts) > 2:
+        yield "/".join(parts[-2:])
+    if len(parts) > 1:
+        yield parts[-1]
+    yield parts[-1].rpartition(".")[0]
+
+
+def get_annotations(config: DownloadConfig) -> Annotations:
+    """What ``annotations=`` names.
+
+    Raises:
+        ConfigError: there is nothing of that name, or it has nothing to read.
+    """
+    from pipeline.cli import nearest
+
+    name = config.annotations
+    if name and name not in READERS and name not in LAYOUTS:
+        raise ConfigError(f"annotations={name}: {nearest(name, {*READERS, *LAYOUTS})}")
+    if name in READERS and not config.metadata:
+        raise ConfigError(f"annotations={name} needs metadata=[...]: the files that hold them")
+    if config.metadata and name not in READERS:
+        raise ConfigError(f"metadata= needs annotations=: {', '.join(READERS)}")
+    return Annotations(config)

@@ -1,0 +1,208 @@
+"""Files that hold many samples (archives, parquet): each is one partition, brought in whole and checked."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import IO, Any
+
+import xxhash
+
+from pipeline.config import ConfigError, public
+from pipeline.partitions.plan import Input, Partition
+from pipeline.samples import IMAGE_COLUMNS, Outcome, SampleError, Schema, make_key, real_path
+from pipeline.sources import parquet_rows
+from pipeline.sources.annotations import Annotations, get_annotations
+from pipeline.sources.archives import reader as archive_reader
+from pipeline.sources.base import Source
+from pipeline.sources.http import Policy, fetch
+from pipeline.sources.partial import Partial
+
+_BLOCK = 1 << 20
+_IDLE, _DEADLINE = 60.0, 86400.0
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a file is: a URL (with headers for its server), or a path here; the hashes that are known of it."""
+
+    url: str = ""
+    path: str = ""
+    sha256: str = ""
+    md5: str = ""
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+
+
+class FileSource(Source):
+    """A source whose partitions are files."""
+
+    @abstractmethod
+    def inputs(self) -> Iterator[Input]:
+        """The files in order, each with a name of its own.
+
+        Raises:
+            ConfigError: a setting is missing, or the input is not there.
+        """
+
+    @abstractmethod
+    def locate(self, file: Input) -> Place:
+        """Where a planned file is."""
+
+    def metadata(self) -> list[tuple[str, Place]]:
+        """Names and places of the files with captions that ``metadata=`` names."""
+        return [(name, Place(url=name) if "://" in name else Place(path=name)) for name in self.config.metadata]
+
+    # ---- planning
+
+    def schema(self) -> Schema:
+        return {**IMAGE_COLUMNS, **self.annotations.columns}
+
+    def extra(self) -> dict[str, Any]:
+        self.annotations.prepare(self.home, self._metadata_files())
+        return self.annotations.extra
+
+    def plan(self) -> Iterator[Partition]:
+        check_settings(self.config)
+        files = list(self.inputs())
+        check_space(self.home, sum(max(file.size, 0) for file in files))
+        for file in files:
+            yield Partition((file,))
+
+    @cached_property
+    def annotations(self) -> Annotations:
+        return get_annotations(self.config)
+
+    def _metadata_files(self) -> Iterator[tuple[str, IO[bytes]]]:
+        for name, place in self.metadata():
+            with self._fetched(name, place) as (file, _, _):
+                yield name, file
+
+    # ---- bringing in
+
+    def samples(self, partition: Partition) -> Iterator[Outcome]:
+        (planned,) = partition.inputs
+        container = Outcome(make_key(planned.path), "failed", source=planned.path, container=True, complete=False)
+        self.annotations.open(self.home, self._metadata_files, self.planned)
+        try:
+            place = self.locate(planned)
+            with self._fetched(planned.path, place, planned) as (file, size, digest):
+                container.source_bytes, container.source_hash = size, digest
+                for outcome in self.read(planned, file):
+                    container.count += 1
+                    yield outcome
+            container.status, container.complete = "kept", True
+        except SampleError as error:
+            container.reason, container.detail, container.retryable = error.reason, error.detail, error.retryable
+            container.source_bytes = container.source_bytes or int(getattr(error, "came", 0))
+        yield container
+
+    def read(self, planned: Input, file: IO[bytes]) -> Iterator[Outcome]:
+        """What becomes of each sample of the file.
+
+        Raises:
+            SampleError: the file as a whole cannot be used; nothing was yielded then.
+        """
+        magic = file.read(4)
+        file.seek(0)
+        if magic == b"PAR1":
+            return parquet_rows.outcomes(planned.path, file, self.config, self.annotations.columns)
+        return archive_reader.outcomes(planned.path, file, self.config, self.annotations, self.check_stop)
+
+    @contextmanager
+    def _fetched(self, name: str, place: Place, planned: Input | None = None) -> Iterator[tuple[IO[bytes], int, str]]:
+        """The file, its size and its XXH3-128, checked against what is known of it."""
+        if place.path:
+            with self._opened(place, planned) as found:
+                yield found
+            return
+        identity = public(place.url)
+        with Partial(self.home / "partial", self.scratch, str(identity), place.sha256, place.md5) as partial:
+            size = fetch(place.url, partial, policy(self.config, self.check_stop), place.headers)
+            try:
+                file, digest = partial.whole()
+                yield file, size, digest
+            except SampleError as error:
+                error.came = size  # type: ignore[attr-defined]
+                partial.done()
+                raise
+            partial.done()
+
+    @contextmanager
+    def _opened(self, place: Place, planned: Input | None) -> Iterator[tuple[IO[bytes], int, str]]:
+        """A file of this machine."""
+        try:
+            file = Path(real_path(place.path)).open("rb")  # noqa: SIM115 - closed below
+        except OSError as error:
+            raise SampleError("unreadable", error.strerror or "", retryable=True) from None
+        with file:
+            state = os.fstat(file.fileno())
+            if planned and (state.st_size, state.st_mtime_ns) != (planned.size, planned.mtime_ns):
+                raise SampleError("changed_since_plan", "size or time of change differ from the plan")
+            digest = xxhash.xxh3_128()
+            while block := file.read(_BLOCK):
+                digest.update(block)
+                self.check_stop()
+            file.seek(0)
+            yield file, state.st_size, digest.hexdigest()
+
+
+def local_input(path: str, name: str) -> Input:
+    """A file of this machine, as a plan has it.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    try:
+        state = Path(path).stat()
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from None
+    return Input(name, size=state.st_size, mtime_ns=state.st_mtime_ns)
+
+
+def policy(config: Any, step: Any) -> Policy:
+    """How large files are fetched."""
+    return Policy(
+        timeout=config.timeout or _IDLE,
+        deadline=config.deadline or _DEADLINE,
+        retries=config.retries,
+        max_bytes=config.max_archive_bytes,
+        allow_private_hosts=config.allow_private_hosts,
+        user_agent=user_agent(config.contact),
+        step=step,
+    )
+
+
+def user_agent(contact: str) -> str:
+    """Who asks, and where to complain."""
+    return f"latentmill (+{contact})" if contact else "latentmill"
+
+
+def check_settings(config: Any) -> None:
+    """Raises ConfigError for limits that make no sense."""
+    for name in ("max_archive_bytes", "max_members", "max_member_bytes", "connections", "per_host"):
+        if not getattr(config, name) > 0:
+            raise ConfigError(f"{name}={getattr(config, name)}: must be more than 0")
+    for name in ("timeout", "deadline", "retries", "per_second"):
+        if getattr(config, name) < 0:
+            raise ConfigError(f"{name}={getattr(config, name)}: must not be negative")
+    if any(ord(char) < 32 or ord(char) > 126 for char in config.contact):
+        raise ConfigError("contact: plain ASCII characters only")
+
+
+def check_space(folder: Path, expected: int) -> None:
+    """Raises ConfigError if what is to come does not fit on the disk."""
+    if not expected:
+        return
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    if expected > free:
+        raise ConfigError(
+            f"output {folder}: about {expected / 1e9:,.1f} GB are to come, {free / 1e9:,.1f} GB are free: "
+            "choose another data_dir=, a subset=, or fuse=true, which stores the resized images alone"
+        )

@@ -1,0 +1,79 @@
+"""Host names to addresses: remembered, checked, and used for the connection as they are."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from aiohttp.abc import AbstractResolver
+
+from pipeline.sources.http.target import FetchError, is_internal
+
+_REMEMBERED = 300.0  # seconds that an answer counts, a failure too
+_MOST = 100_000  # names to remember
+_LOOKUPS = 32  # at a time; the system's resolver blocks
+
+
+class Names(AbstractResolver):
+    """Looks each name up once for a while, in threads; refuses those that have an internal address."""
+
+    def __init__(self, allow_private: bool) -> None:
+        self._allow_private = allow_private
+        self._known: dict[str, tuple[float, asyncio.Future[list[str]]]] = {}
+        self._threads = ThreadPoolExecutor(_LOOKUPS, "names")
+
+    async def addresses(self, host: str) -> list[str]:
+        """The addresses of ``host``; looking up again at once gives the same.
+
+        Raises:
+            FetchError: ``dns`` if there is none, ``private_address`` if one is not globally routable.
+        """
+        loop = asyncio.get_running_loop()
+        expires, answer = self._known.get(host, (0.0, None))
+        if answer is None or loop.time() >= expires:
+            if len(self._known) >= _MOST:
+                self._known.clear()
+            answer = asyncio.ensure_future(self._look_up(host))
+            answer.add_done_callback(lambda done: done.cancelled() or done.exception())  # seen, even if nobody waits
+            self._known[host] = loop.time() + _REMEMBERED, answer
+        return await asyncio.shield(answer)
+
+    async def _look_up(self, host: str) -> list[str]:
+        found = await asyncio.get_running_loop().run_in_executor(self._threads, _lookup, host)
+        if not found:
+            raise FetchError("dns", host, at_once=True)
+        if not self._allow_private and any(is_internal(address) for address in found):
+            raise FetchError("private_address", "allow_private_hosts=true would allow it", retryable=True)
+        return found
+
+    def forget(self, host: str) -> None:
+        """Look ``host`` up anew the next time."""
+        self._known.pop(host, None)
+
+    async def resolve(self, host: str, port: int = 0, family: Any = socket.AF_INET) -> list[Any]:
+        """What aiohttp connects to."""
+        return [
+            {
+                "hostname": host,
+                "host": address,
+                "port": port,
+                "family": socket.AF_INET6 if ":" in address else socket.AF_INET,
+                "proto": 0,
+                "flags": socket.AI_NUMERICHOST,
+            }
+            for address in await self.addresses(host)
+        ]
+
+    async def close(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+def _lookup(host: str) -> list[str]:
+    """The addresses of ``host``, none if it is not known."""
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError):
+        return []
+    return list(dict.fromkeys(str(entry[4][0]) for entry in found))

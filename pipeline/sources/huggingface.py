@@ -1,0 +1,117 @@
+"""Files of a data set's repository on the Hugging Face Hub: revision pinned, hashes of the Hub checked.
+
+What there is comes from ``huggingface_hub`` (endpoint and token as it finds them: ``HF_ENDPOINT``, ``HF_TOKEN``, its
+own login); the files themselves by the same client as all archives, so that they are resumed and checked alike.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+import re
+from collections.abc import Iterator
+from functools import cached_property
+from itertools import islice
+from typing import Any
+
+from pipeline.config import ConfigError
+from pipeline.partitions.plan import Input
+from pipeline.sources.files import FileSource, Place
+from pipeline.sources.http_archive import share
+from pipeline.sources.webdataset import expand
+
+_SHA256 = "sha256:"
+
+
+class HuggingFace(FileSource):
+    """Tar, zip and parquet files of ``repo=``, those that ``files=`` name."""
+
+    @cached_property
+    def _api(self) -> Any:
+        os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+        from huggingface_hub import HfApi, constants, get_token
+
+        return HfApi(endpoint=os.environ.get("HF_ENDPOINT") or constants.ENDPOINT, token=get_token() or False)
+
+    @cached_property
+    def commit(self) -> str:
+        """The commit that ``revision=`` stands for: that of the plan, once there is one.
+
+        Raises:
+            ConfigError: repository or revision are not there, or not for us.
+        """
+        if planned := self.planned.get("commit"):
+            return str(planned)
+        config = self.config
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", config.repo):
+            raise ConfigError("source=huggingface needs repo=<owner>/<name>")
+        return str(self._asked(lambda: self._api.dataset_info(config.repo, revision=config.revision).sha))
+
+    def _asked(self, ask: Any) -> Any:
+        from huggingface_hub import errors
+
+        config = self.config
+        try:
+            return ask()
+        except errors.GatedRepoError:
+            raise ConfigError(
+                f"repo={config.repo} is gated: accept its terms on the Hub, then give your token as HF_TOKEN or by "
+                "`huggingface-cli login`"
+            ) from None
+        except errors.RevisionNotFoundError:
+            raise ConfigError(f"revision={config.revision}: {config.repo} has none of that name") from None
+        except errors.RepositoryNotFoundError:
+            raise ConfigError(f"repo={config.repo}: not found, or private and no token (HF_TOKEN) for it") from None
+        except (errors.HfHubHTTPError, OSError, ValueError) as error:
+            raise ConfigError(f"repo={config.repo}: the Hub does not answer ({type(error).__name__})") from None
+
+    def extra(self) -> dict[str, Any]:
+        return {**super().extra(), "repo": self.config.repo, "commit": self.commit}
+
+    def inputs(self) -> Iterator[Input]:
+        if not self.config.files:
+            raise ConfigError("source=huggingface needs files=[...]: which files, as paths with * and {000..199}")
+        found = {file.path: file for file in self._asked(lambda: list(self._listed()))}
+        chosen: list[str] = []
+        for pattern in expand(self.config.files):
+            matching = fnmatch.filter(sorted(found), pattern) if re.search(r"[*?\[]", pattern) else [pattern]
+            if not matching or not all(path in found for path in matching):
+                raise ConfigError(f"files: {self.config.repo} has no {pattern} at {self.commit[:12]}")
+            chosen += matching
+        chosen = list(dict.fromkeys(chosen))
+        for path in islice(chosen, share(len(chosen), self.config.fraction)):
+            file = found[path]
+            etag = _SHA256 + file.lfs.sha256 if file.lfs else file.blob_id
+            yield Input(path, size=file.size, etag=etag)
+
+    def _listed(self) -> Iterator[Any]:
+        from huggingface_hub.hf_api import RepoFile
+
+        tree = self._api.list_repo_tree(
+            self.config.repo, recursive=True, revision=self.commit, repo_type="dataset", path_in_repo=self._root
+        )
+        return (entry for entry in tree if isinstance(entry, RepoFile))
+
+    @property
+    def _root(self) -> str | None:
+        """The folder that all patterns lie in, so that a large repository need not be listed as a whole."""
+        folders = [re.split(r"[*?\[{]", pattern)[0].rpartition("/")[0] for pattern in self.config.files]
+        return os.path.commonpath(folders) or None if all(folders) else None
+
+    def locate(self, file: Input) -> Place:
+        sha256 = file.etag.removeprefix(_SHA256) if file.etag.startswith(_SHA256) else ""
+        return self._place(file.path, sha256)
+
+    def _place(self, path: str, sha256: str = "") -> Place:
+        from huggingface_hub import hf_hub_url
+
+        url = hf_hub_url(self.config.repo, path, repo_type="dataset", revision=self.commit, endpoint=self._api.endpoint)
+        headers = {"Authorization": f"Bearer {self._api.token}"} if self._api.token else {}
+        return Place(url, sha256=sha256, headers=headers)
+
+    def metadata(self) -> list[tuple[str, Place]]:
+        """Files with captions are in the repository, unless they are URLs."""
+        return [(name, Place(url=name) if "://" in name else self._place(name)) for name in self.config.metadata]
+
+
+SOURCE = HuggingFace

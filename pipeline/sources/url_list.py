@@ -1,0 +1,252 @@
+"""Images by URL from lists of any size: thousands of requests at a time, politely, each with its own outcome."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Iterator
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from multidict import MultiMapping
+
+from pipeline.config import ConfigError, public
+from pipeline.headers import ImageError, sniff
+from pipeline.partitions.plan import Input, Partition
+from pipeline.samples import IMAGE_COLUMNS, Outcome, SampleError, Schema, make_key
+from pipeline.sources.annotations import Entry
+from pipeline.sources.archives.compression import unpacked
+from pipeline.sources.archives.reader import settle
+from pipeline.sources.base import Source
+from pipeline.sources.files import check_settings, local_input, policy, user_agent
+from pipeline.sources.http import FetchError, Head, Policy, fetch
+from pipeline.sources.http.crawler import Crawler
+from pipeline.sources.http_archive import check_url, share
+from pipeline.sources.lists import SUFFIXES, List, Record, Span, check_columns, open_list, record
+from pipeline.sources.partial import Partial
+
+_LARGEST = 64 << 20  # bytes of an image
+_IDLE, _DEADLINE = 10.0, 60.0
+_HASHES = {32: "md5", 40: "sha1", 64: "sha256"}
+
+
+class UrlList(Source):
+    """Rows of txt, csv, tsv, json, jsonl or parquet lists: a file or folder ``input=``, or fetched from ``urls=``."""
+
+    # ---- planning
+
+    def schema(self) -> Schema:
+        return {**IMAGE_COLUMNS, "url": "str", "meta": "json"}
+
+    def plan(self) -> Iterator[Partition]:
+        config = self.config
+        check_settings(config)
+        if config.partition_size < 1:
+            raise ConfigError(f"partition_size={config.partition_size}: must be at least 1")
+        if config.split_column and not config.split_values:
+            raise ConfigError("split_column= needs split_values=[...]")
+        for path in self.lists:
+            planned = local_input(str(path), path.name)
+            yield from self._spans(path, planned)
+
+    def _spans(self, path: Path, planned: Input) -> Iterator[Partition]:
+        rows = open_list(path)
+        first = next(rows.rows(Span(0, 1, next((s.offset for s in rows.spans(1)), 0))), None)
+        if first is None:
+            return
+        check_columns(first, self.config, path.name)
+        spans = rows.spans(self.config.partition_size)
+        if self.config.fraction < 1:
+            every = list(spans)
+            spans = iter(every[: share(len(every), self.config.fraction)])
+        for span in spans:
+            file = Input(path.name, span.start, span.stop, planned.size, planned.mtime_ns, f"offset {span.offset}")
+            if count := self._count(rows, span):
+                yield Partition((file,), count)
+
+    def _count(self, rows: List, span: Span) -> int:
+        if not self.config.split_column:
+            return span.stop - span.start
+        return sum(self._wanted(record(row, self.config)) for row in rows.rows(span))
+
+    def _wanted(self, said: Record) -> bool:
+        return not self.config.split_column or said.split in self.config.split_values
+
+    @cached_property
+    def lists(self) -> list[Path]:
+        """The files with rows, in order; those by URL are fetched once and stay below the output."""
+        config = self.config
+        if config.urls:
+            return [self._fetched(url) for url in config.urls]
+        if not config.input:
+            raise ConfigError("source=url_list needs input=<a list of URLs or a folder of lists>, or urls=[...]")
+        path = Path(config.input).absolute()
+        if path.is_dir():
+            found = sorted(
+                p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith((".", "_"))
+            )
+            if not found:
+                raise ConfigError(f"input={config.input}: no {', '.join(SUFFIXES)} files in it")
+            return found
+        if not path.is_file():
+            raise ConfigError(f"input={config.input}: no such file or folder")
+        return [path]
+
+    def _fetched(self, url: str) -> Path:
+        check_url(url)
+        name = unquote(urlsplit(url).path).rpartition("/")[2] or "list.txt"
+        digest = hashlib.sha256(str(public(url)).encode()).hexdigest()[:16]
+        place = self.home / "tables" / f"list-{digest}" / name
+        if place.exists():
+            return place
+        place.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with Partial(self.home / "partial", place.parent, str(public(url))) as partial:
+                fetch(url, partial, policy(self.config, self.check_stop))
+                file, _ = partial.whole()
+                attempt = place.with_name(f".{name}.tmp")
+                with attempt.open("wb") as copy:
+                    while block := file.read(1 << 20):
+                        copy.write(block)
+                attempt.replace(place)
+                partial.done()
+        except SampleError as error:
+            raise ConfigError(f"urls: {public(url)}: {error}") from None
+        return place
+
+    # ---- bringing in
+
+    def samples(self, partition: Partition) -> Iterator[Outcome]:
+        (planned,) = partition.inputs
+        jobs = list(self._jobs(planned, partition))
+        for (outcome, said), result in zip(jobs, self._results(jobs), strict=True):
+            yield self._outcome(outcome, said, result)
+
+    def _jobs(self, planned: Input, partition: Partition) -> Iterator[tuple[Outcome, Record]]:
+        path = next((path for path in self.lists if path.name == planned.path), None)
+        if path is None:
+            raise FileNotFoundError(2, "the list is gone", planned.path)
+        state = path.stat()
+        if state.st_size != planned.size or (not self.config.urls and state.st_mtime_ns != planned.mtime_ns):
+            raise ConfigError(
+                f"{planned.path} has changed since it was planned: choose another output=, or overwrite=true"
+            )
+        offset = int(planned.etag.rpartition(" ")[2])
+        rows = open_list(path).rows(Span(planned.start, planned.stop, offset))
+        for number, row in enumerate(islice(rows, planned.stop - planned.start), planned.start):
+            said = record(row, self.config)
+            key = make_key(f"{planned.path}/{number:09d}")
+            if self._wanted(said) and partition.wants(key):
+                shown = str(public(said.url.encode("utf-8", "replace").decode()))
+                yield Outcome(key, "failed", source=planned.path, member=shown, offset=number), said
+
+    def _results(self, jobs: list[tuple[Outcome, Record]]) -> Iterator[bytes | SampleError]:
+        limit = min(self.config.max_member_bytes, _LARGEST)
+        refused = self._refused
+        sinks = [ImageSink(limit, refused) for _ in jobs]
+        asked = [(said.url, sink) for (_, said), sink in zip(jobs, sinks, strict=True)]
+        return self._crawler.fetch_all(asked, self.check_stop, self.scratch)
+
+    @cached_property
+    def _crawler(self) -> Crawler:
+        config = self.config
+        rules = Policy(
+            timeout=config.timeout or _IDLE,
+            deadline=config.deadline or _DEADLINE,
+            retries=config.retries,
+            max_bytes=min(config.max_member_bytes, _LARGEST),
+            allow_private_hosts=config.allow_private_hosts,
+            connections=config.connections,
+            per_host=config.per_host,
+            per_second=config.per_second,
+            user_agent=user_agent(config.contact),
+        )
+        return Crawler(rules, robots_txt=config.robots_txt)
+
+    @cached_property
+    def _refused(self) -> frozenset[str]:
+        return frozenset(directive.lower() for directive in self.config.opt_outs)
+
+    def _outcome(self, outcome: Outcome, said: Record, result: bytes | SampleError) -> Outcome:
+        if isinstance(result, SampleError):
+            outcome.status = "dropped" if result.reason in ("opted_out", "robots_txt") else "failed"
+            outcome.reason, outcome.detail, outcome.retryable = result.reason, result.detail, result.retryable
+            return outcome
+        outcome.source_bytes = len(result)
+        if said.hash and not _matches(result, said.hash):
+            outcome.reason, outcome.detail = "wrong_hash", f"of {len(result)} bytes"
+            return outcome
+        try:
+            format = sniff(result)
+        except ImageError as error:
+            outcome.reason, outcome.detail = error.reason, error.detail
+            return outcome
+        settle(outcome, result, format, Entry(said.captions, said.meta), self.schema())
+        if outcome.row is not None:
+            outcome.row["url"] = outcome.member
+        return outcome
+
+
+def _matches(data: bytes, expected: str) -> bool:
+    name = _HASHES.get(len(expected))
+    return bool(name) and hashlib.new(str(name), data).hexdigest() == expected
+
+
+class ImageSink:
+    """Holds one small file; refuses it when its headers say that it is not meant for us."""
+
+    def __init__(self, limit: int, refused: frozenset[str]) -> None:
+        self._limit = limit
+        self._refused = refused
+        self._parts: list[bytes] = []
+        self._encoding = ""
+
+    def have(self) -> tuple[int, str]:
+        return 0, ""
+
+    def begin(self, head: Head) -> None:
+        self._parts = []
+        self._encoding = head.headers.get("Content-Encoding", "").lower()
+        if directive := opt_out(head.headers, self._refused):
+            raise FetchError("opted_out", directive)
+
+    def write(self, data: bytes) -> None:
+        self._parts.append(data)
+
+    def data(self) -> bytes:
+        """The file; unpacked, if the server has packed it although nobody asked for that.
+
+        Raises:
+            SampleError: it unpacks to more than the limit, or is damaged.
+        """
+        data = b"".join(self._parts)
+        self._parts = []
+        if self._encoding in ("gzip", "x-gzip"):
+            try:
+                data = unpacked(io.BytesIO(data), self._limit).read()
+            except SampleError as error:
+                reason = "too_many_bytes" if error.reason == "archive_bomb" else "damaged"
+                raise SampleError(reason, "packed by gzip") from None
+        return data
+
+
+def opt_out(headers: MultiMapping[str], refused: frozenset[str], agent: str = "latentmill") -> str:
+    """The directive of X-Robots-Tag, for all or for ``agent``, that refuses us; empty if there is none."""
+    values = (
+        headers.getall("X-Robots-Tag", []) if isinstance(headers, MultiMapping) else [headers.get("X-Robots-Tag", "")]
+    )
+    for value in values:
+        concerned = True
+        for part in value.lower().split(","):
+            name, colon, rest = part.partition(":")
+            if colon:
+                concerned = name.strip() in (agent, "*")
+            directive = (rest if colon else name).strip()
+            if concerned and directive in refused:
+                return str(directive)
+    return ""
+
+
+SOURCE = UrlList

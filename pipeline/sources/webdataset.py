@@ -1,0 +1,95 @@
+"""WebDataset tars, by URL or on this machine: ``urls=[part-{0000..0099}.tar]``, or a folder of tars as ``input=``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+
+from pipeline.config import ConfigError
+from pipeline.partitions.plan import Input
+from pipeline.samples import path_text
+from pipeline.sources.files import FileSource, Place, local_input
+from pipeline.sources.http_archive import check_url, share
+
+_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+_MOST = 1_000_000
+
+
+class WebDataset(FileSource):
+    """Tar files whose neighbours of one stem are a sample: image, ``.txt``, ``.json``, ``.cls``."""
+
+    suffixes: tuple[str, ...] = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".zip")
+
+    @cached_property
+    def places(self) -> dict[str, str]:
+        """Name → URL or path of each file, in order.
+
+        Raises:
+            ConfigError: there are none, or two have one name.
+        """
+        config = self.config
+        if config.urls:
+            found = expand(config.urls)
+            for url in found:
+                if "://" in url:
+                    check_url(url)
+        elif config.input:
+            found = [str(path) for path in self._below(Path(config.input).absolute())]
+        else:
+            raise ConfigError(f"source={config.source} needs urls=[...] or input=<a file or folder>")
+        names = {path_text(_name(place)): place for place in found}
+        if len(names) < len(found):
+            base = Path(config.input).absolute()
+            names = {path_text(str(Path(place).relative_to(base))): place for place in found} if config.input else {}
+            if not names:
+                raise ConfigError("urls: two files have the same name")
+        return names
+
+    def _below(self, path: Path) -> list[Path]:
+        if path.is_dir():
+            found = sorted(p for p in path.rglob("*") if p.name.lower().endswith(self.suffixes) and p.is_file())
+            if not found:
+                raise ConfigError(f"input={path}: no {', '.join(self.suffixes)} files in it")
+            return found
+        if not path.is_file():
+            raise ConfigError(f"input={path}: no such file or folder")
+        return [path]
+
+    def inputs(self) -> Iterator[Input]:
+        for name, place in islice(self.places.items(), share(len(self.places), self.config.fraction)):
+            yield Input(name) if "://" in place else local_input(place, name)
+
+    def locate(self, file: Input) -> Place:
+        place = self.places[file.path]
+        return Place(url=place) if "://" in place else Place(path=place)
+
+
+def _name(place: str) -> str:
+    return re.sub(r"[?#].*", "", place).rpartition("/")[2] if "://" in place else place.rpartition("/")[2]
+
+
+def expand(patterns: Sequence[str]) -> list[str]:
+    """``a-{08..11}.tar`` → ``a-08.tar``, ``a-09.tar``, …; several ranges in one pattern make all combinations.
+
+    Raises:
+        ConfigError: a range is empty, or they are too many.
+    """
+    found: list[str] = []
+    for pattern in patterns:
+        matched = _RANGE.search(pattern)
+        if not matched:
+            found.append(pattern)
+            continue
+        first, last = int(matched[1]), int(matched[2])
+        if last < first or last - first >= _MOST:
+            raise ConfigError(f"{matched[0]}: an empty or very long range")
+        width = len(matched[1])
+        head, tail = pattern[: matched.start()], pattern[matched.end() :]
+        found += expand([f"{head}{number:0{width}d}{tail}" for number in range(first, last + 1)])
+    return found
+
+
+SOURCE = WebDataset
