@@ -177,3 +177,29 @@ def drip(head: bytes, piece: bytes, pause: float) -> Reply:
 def endless(piece: bytes = bytes(1 << 16)) -> Reply:
     """A body without a length that never ends."""
     return drip(b"HTTP/1.1 200 OK\r\n\r\n", piece, 0.0)
+
+
+def ranged(data: bytes, etag: str, cut: int | None = None, **headers: str) -> Reply:
+    """``data`` as servers of large files give it: with a strong ETag, and in parts to those who ask with If-Range.
+
+    The connection breaks after ``cut`` bytes of a body.
+    """
+
+    def reply(handler: BaseHTTPRequestHandler) -> None:
+        asked = handler.headers.get("Range", "")
+        start = int(asked.removeprefix("bytes=").removesuffix("-")) if asked else 0
+        if handler.headers.get("If-Range") != etag:
+            start = 0
+        handler.send_response(206 if start else 200)
+        handler.send_header("ETag", etag)
+        handler.send_header("Content-Length", str(len(data) - start))
+        if start:
+            handler.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
+        for name, value in headers.items():
+            handler.send_header(name.replace("_", "-"), value)
+        handler.end_headers()
+        handler.wfile.write(data[start:] if cut is None else data[start : start + cut])
+        if cut is not None:
+            handler.close_connection = True
+
+    return reply
