@@ -133,9 +133,15 @@ def _folders(name: str) -> Entry | None:
     return Entry([folder]) if folder else None
 
 
+def _archives(name: str) -> Entry | None:
+    """What all images of an archive have in common is for :meth:`Annotations.enter` to say."""
+    return None
+
+
 LAYOUTS: dict[str, tuple[Callable[[str], Entry | None], Schema]] = {
     "caltech256": (_caltech256, {"label": "int"}),
     "folders": (_folders, {}),
+    "archives": (_archives, {"label": "int"}),
 }
 """What the name of an image alone tells, and the columns that come of it."""
 
@@ -193,6 +199,12 @@ class Annotations:
         self.listed_only = config.listed_only
         self.extra: dict[str, Any] = {}
         self._table: sqlite3.Connection | None = None
+        self._shared: Entry | None = None
+
+    def enter(self, archive: str, number: int) -> None:
+        """An archive begins; with ``annotations=archives`` it is a class, its place among them the label."""
+        if self._config.annotations == "archives":
+            self._shared = Entry([archive_class(archive)], label=number)
 
     def _place(self, home: Path) -> Path:
         config = self._config
@@ -261,6 +273,8 @@ class Annotations:
 
     def of(self, name: str) -> Entry | None:
         """What is known of the image called ``name``; None if it is not listed."""
+        if self._shared:
+            return self._shared
         if self._layout:
             return self._layout(name)
         if not self._table:
@@ -296,6 +310,11 @@ def _candidates(name: str) -> Iterator[str]:
     if len(parts) > 1:
         yield parts[-1]
     yield parts[-1].rpartition(".")[0]
+
+
+def archive_class(archive: str) -> str:
+    """``sub/n01440764.tar`` → ``n01440764``."""
+    return archive.rpartition("/")[2].partition(".")[0]
 
 
 def get_annotations(config: DownloadConfig) -> Annotations:

@@ -18,7 +18,7 @@ from pipeline.config import ConfigError, public
 from pipeline.partitions.plan import Input, Partition
 from pipeline.samples import IMAGE_COLUMNS, Outcome, SampleError, Schema, make_key, real_path
 from pipeline.sources import parquet_rows
-from pipeline.sources.annotations import Annotations, get_annotations
+from pipeline.sources.annotations import Annotations, archive_class, get_annotations
 from pipeline.sources.archives import reader as archive_reader
 from pipeline.sources.base import Source
 from pipeline.sources.http import Policy, fetch
@@ -65,6 +65,8 @@ class FileSource(Source):
 
     def extra(self) -> dict[str, Any]:
         self.annotations.prepare(self.home, self._metadata_files())
+        if self.config.annotations == "archives":
+            return {"classes": [archive_class(file.path) for file in self.inputs()]}
         return self.annotations.extra
 
     def plan(self) -> Iterator[Partition]:
@@ -108,6 +110,7 @@ class FileSource(Source):
         Raises:
             SampleError: the file as a whole cannot be used; nothing was yielded then.
         """
+        self.annotations.enter(planned.path, planned.start)
         magic = file.read(4)
         file.seek(0)
         if magic == b"PAR1":
@@ -152,7 +155,7 @@ class FileSource(Source):
             yield file, state.st_size, digest.hexdigest()
 
 
-def local_input(path: str, name: str) -> Input:
+def local_input(path: str, name: str, number: int = 0) -> Input:
     """A file of this machine, as a plan has it.
 
     Raises:
@@ -162,7 +165,7 @@ def local_input(path: str, name: str) -> Input:
         state = Path(path).stat()
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from None
-    return Input(name, size=state.st_size, mtime_ns=state.st_mtime_ns)
+    return Input(name, number, number + 1, size=state.st_size, mtime_ns=state.st_mtime_ns)
 
 
 def policy(config: Any, step: Any) -> Policy:

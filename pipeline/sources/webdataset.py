@@ -59,8 +59,9 @@ class WebDataset(FileSource):
         return [path]
 
     def inputs(self) -> Iterator[Input]:
-        for name, place in islice(self.places.items(), share(len(self.places), self.config.fraction)):
-            yield Input(name) if "://" in place else local_input(place, name)
+        chosen = islice(self.places.items(), share(len(self.places), self.config.fraction))
+        for number, (name, place) in enumerate(chosen):
+            yield Input(name, number, number + 1) if "://" in place else local_input(place, name, number)
 
     def locate(self, file: Input) -> Place:
         place = self.places[file.path]

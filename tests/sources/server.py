@@ -94,6 +94,7 @@ def announced(data: bytes, length: int | None, **headers: str) -> Reply:
 
     def reply(handler: BaseHTTPRequestHandler) -> None:
         handler.send_response(200)
+        handler.send_header("Connection", "close")
         if length is not None:
             handler.send_header("Content-Length", str(length))
         for name, value in headers.items():

@@ -254,7 +254,7 @@ def test_a_nasty_server(server: Server, memory: Path, monkeypatch: pytest.Monkey
     rows.append({"url": "javascript:alert(1)", "sha": ""})
     random.Random(1).shuffle(rows)
     listed = write_list(memory, "jsonl", rows)
-    settings = {"allow_private_hosts": False, "timeout": 1.0, "deadline": 20.0, "max_member_bytes": 4 << 20}
+    settings = {"allow_private_hosts": False, "timeout": 3.0, "deadline": 60.0, "max_member_bytes": 4 << 20}
     settings |= {"partition_size": 20, "hash_column": "sha"}
     bad_url = {"javascript:alert(1)": "bad_url"}
 
