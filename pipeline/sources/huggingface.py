@@ -53,6 +53,8 @@ class HuggingFace(FileSource):
         config = self.config
         try:
             return ask()
+        except ConfigError:
+            raise
         except errors.GatedRepoError:
             raise ConfigError(
                 f"repo={config.repo} is gated: accept its terms on the Hub, then give your token as HF_TOKEN or by "

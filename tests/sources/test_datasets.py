@@ -293,7 +293,7 @@ CASES: dict[str, Callable[[Server, Path], Case]] = {
 def run(stage: str, *arguments: str) -> dict[str, Any]:
     known = set(cli.STAGES[stage].__dataclass_fields__)
     own = [argument for argument in arguments if argument.partition("=")[0] in known]
-    return engine.run(get_stage(stage)(cli.load(stage, own), Rank()))
+    return engine.run(get_stage(stage)(cli.load(stage, list(dict.fromkeys(own))), Rank()))
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
