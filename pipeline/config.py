@@ -284,6 +284,18 @@ class TrainConfig(RunConfig):
     caption_drop: float = option(
         0.1, "diffuse: fraction of captions hidden, for classifier-free guidance", identity=True
     )
+    process: str = option(
+        "flow", "diffuse: rectified flow, or EDM preconditioning", identity=True, choices=("flow", "edm")
+    )
+    noise_mean: float = option(
+        0.7, "diffuse: mean of the noise level's logit (flow) or logarithm (edm: -0.6 is usual)", identity=True
+    )
+    noise_std: float = option(1.0, "diffuse: its deviation (edm: 1.2 is usual)", identity=True)
+    sigma_data: float = option(0.9, "diffuse, edm: deviation of the data", identity=True)
+    mask_ratio: float = option(0.0, "diffuse: fraction of tokens that the backbone does not see", identity=True)
+    start_from: str = option(
+        "", "diffuse: run folder or checkpoint whose averaged weights are the first ones", identity=True
+    )
     resolution: int = option(
         0,
         "diffuse: which latents_<resolution> to learn (0: the smallest); classify: edge of the model's input",

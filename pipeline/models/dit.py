@@ -1,7 +1,15 @@
-"""A small text-conditioned diffusion transformer, after Peebles and Xie, "Scalable diffusion models with transformers".
+"""Text-conditioned diffusion transformers, from a demo's on a CPU to micro-budget training at 1.16 billion parameters.
 
-Besides attention, each block has a depthwise 3x3 convolution over the grid of tokens: with few tokens and little
-training, neighbourhood is worth being told. The text conditions every block through adaptive layer norms.
+After Peebles and Xie, "Scalable diffusion models with transformers", and Sehwag et al., "Stretching each dollar:
+diffusion training from scratch on a micro-budget" (2024). What can be chosen:
+
+- *Deferred masking*: a light patch mixer sees all tokens, then the backbone works on a random part of them. As each
+  token that is left has seen its neighbours, little is lost.
+- *Layer-wise scaling*: attention and MLPs widen from the first block of the backbone to the last.
+- *Experts* in every second block: each expert chooses its tokens, so that all have the same work.
+- A depthwise 3x3 convolution beside the attention, over the grid of tokens: with few tokens and little training,
+  neighbourhood is worth being told.
+- The text as one vector (all states side by side), or also attended to in every block.
 """
 
 from __future__ import annotations
@@ -22,7 +30,20 @@ from pipeline.config import ConfigError
 class DiTConfig:
     """Everything that is needed to build the network again; a checkpoint holds it.
 
-    ``channels``, ``height``, ``width``: of the image latents. ``text_length``, ``text_width``: of the text states.
+    Attributes:
+        channels, height, width: of the image latents.
+        text_length, text_width: of the text states.
+        dim, depth, heads: of the backbone; a head of the first block is as wide as one of the last.
+        patch: edge of the squares of latents that make a token.
+        mlp_ratio, qkv_ratio: widths of the last block's MLP and attention, in units of ``dim``.
+        first_mlp_ratio, first_qkv_ratio: those of the first block; in between they grow evenly (0: all the same).
+        mixer_dim, mixer_depth: of the blocks that see all tokens before some are masked.
+        experts, capacity: MLPs in every second block, and how many of them a token meets on average (0: no experts).
+        text: ``vector``: all states → one vector; ``attention``: also attended to.
+        local: whether blocks have a convolution.
+        qk_norm, gated, bias: whether queries and keys are normalised, MLPs gated (SwiGLU), and linear layers biased.
+        round_to: MLPs' widths are rounded up to a multiple of this.
+        base: positions are told as on a grid with so many rows, whatever the resolution (0: as they are).
     """
 
     channels: int
@@ -35,16 +56,55 @@ class DiTConfig:
     heads: int = 4
     patch: int = 2
     mlp_ratio: float = 4.0
+    qkv_ratio: float = 1.0
+    first_mlp_ratio: float = 0.0
+    first_qkv_ratio: float = 0.0
+    mixer_dim: int = 0
+    mixer_depth: int = 0
+    experts: int = 0
+    capacity: float = 2.0
+    text: str = "vector"
+    local: bool = True
+    qk_norm: bool = False
+    gated: bool = False
+    bias: bool = True
+    round_to: int = 1
+    base: int = 0
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of tokens."""
+        return self.height // self.patch, self.width // self.patch
+
+    @property
+    def tokens(self) -> int:
+        return self.grid[0] * self.grid[1]
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
-SIZES: dict[str, dict[str, int]] = {
+_MICRO: dict[str, Any] = {
+    "first_mlp_ratio": 0.5,
+    "first_qkv_ratio": 0.5,
+    "experts": 8,
+    "text": "attention",
+    "local": False,
+    "qk_norm": True,
+    "gated": True,
+    "bias": False,
+    "round_to": 256,
+    "base": 16,
+}
+SIZES: dict[str, dict[str, Any]] = {
     "nano": {"dim": 128, "depth": 4, "heads": 4},
+    "nano_mixer": {"dim": 128, "depth": 3, "heads": 4, "mixer_dim": 128, "mixer_depth": 1},
+    "mini": {"dim": 192, "depth": 6, "heads": 6, "qk_norm": True},
     "tiny": {"dim": 256, "depth": 8, "heads": 4},
     "small": {"dim": 384, "depth": 12, "heads": 6},
     "base": {"dim": 768, "depth": 12, "heads": 12},
+    "MicroDiT_Tiny_2": {"dim": 512, "depth": 16, "heads": 16, "mixer_dim": 512, "mixer_depth": 4, **_MICRO},
+    "MicroDiT_XL_2": {"dim": 1024, "depth": 28, "heads": 16, "mixer_dim": 768, "mixer_depth": 6, **_MICRO},
 }
 
 
@@ -65,85 +125,236 @@ def dit_config(size: str, image_shape: tuple[int, int, int], caption_shape: tupl
 
 
 class DiT(nn.Module):
-    """Predicts the velocity of flow matching."""
+    """Predicts what a process of :mod:`pipeline.models.processes` asks for."""
 
     config: DiTConfig
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         self.config = config
-        dim, patch = config.dim, config.patch
-        self.grid = (config.height // patch, config.width // patch)
-        self.patches = nn.Linear(config.channels * patch * patch, dim)
-        self.register_buffer("positions", _grid_positions(*self.grid, dim), persistent=False)
-        self.text = TextCondition(config.text_length, config.text_width, dim)
+        dim, features = config.dim, config.channels * config.patch**2
+        self.grid = config.grid
+        self.patches = nn.Linear(features, dim)
+        self.register_buffer("positions", _grid_positions(*self.grid, dim, config.base), persistent=False)
+        self.attends = config.text == "attention"
+        self.text: TextCondition | TextAttention
+        if self.attends:
+            self.text = TextAttention(config)
+        else:
+            self.text = TextCondition(config.text_length, config.text_width, dim)
         self.time = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim))
-        self.blocks = nn.ModuleList(Block(dim, config.heads, config.mlp_ratio, self.grid) for _ in range(config.depth))
+        self.mixer = Mixer(config) if config.mixer_depth else None
+        self.blocks = nn.ModuleList(_backbone_block(config, number) for number in range(config.depth))
         self.norm = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
         self.modulation = nn.Linear(dim, 2 * dim)
-        self.out = nn.Linear(dim, config.channels * patch * patch)
+        self.out = nn.Linear(dim, features)
         for last in (self.modulation, self.out):
             nn.init.zeros_(last.weight)
             nn.init.zeros_(last.bias)
 
-    def forward(self, x: Tensor, t: Tensor, text: Tensor, drop: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, t: Tensor, text: Tensor, drop: Tensor | None = None, keep: Tensor | None = None
+    ) -> Tensor:
         """One evaluation.
 
         Args:
             x: (b, c, h, w) noisy latents.
-            t: (b,) time in [0, 1].
+            t: (b,) time, of the order of 1.
             text: (b, l, d) text states.
             drop: (b,) bool, True where the text is to be ignored; None means nowhere.
+            keep: (b, m) int64, the tokens (row by row) that go through the backbone; None means all.
 
         Returns:
-            (b, c, h, w) velocity.
+            (b, c, h, w), or with ``keep`` (b, m, c * p * p): just these tokens, as :func:`patchify` has them.
         """
-        condition = F.silu(self.time(time_embedding(t, self.config.dim)) + self.text(text, drop))
+        condition = self.time(time_embedding(t, self.config.dim).to(x.dtype))
+        states: Tensor | None = None
+        if self.attends:
+            vector, states = self.text(text, drop)
+        else:
+            vector = self.text(text, drop)
+        condition = F.silu(condition + vector)
         tokens = self.patches(patchify(x, self.config.patch)) + self.positions
+        if self.mixer is not None:
+            tokens = self.mixer(tokens, condition, states)
+        if keep is not None:
+            tokens = take(tokens, keep)
         for block in self.blocks:
-            tokens = block(tokens, condition)
+            tokens = block(tokens, condition, states, keep)
         shift, scale = self.modulation(condition).unsqueeze(1).chunk(2, dim=-1)
-        return unpatchify(self.out(self.norm(tokens) * (1 + scale) + shift), self.config.patch, self.grid)
+        out: Tensor = self.out(self.norm(tokens) * (1 + scale) + shift)
+        return out if keep is not None else unpatchify(out, self.config.patch, self.grid)
+
+
+class Mixer(nn.Module):
+    """A few blocks of their own width, which see all tokens."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        dim, width = config.dim, config.mixer_dim
+        self.narrow = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, width))
+        self.narrow_text = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, width)) if config.text != "vector" else None
+        self.blocks = nn.ModuleList(
+            Block(config, width, 1.0, 4.0, experts=number % 2 == 1) for number in range(config.mixer_depth)
+        )
+        self.widen = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, dim))
+
+    def forward(self, tokens: Tensor, condition: Tensor, text: Tensor | None) -> Tensor:
+        """tokens (b, n, dim), condition (b, dim), text (b, l, dim) or None → (b, n, dim)."""
+        tokens = self.narrow(tokens)
+        if self.narrow_text is not None:
+            text = self.narrow_text(text)
+        for block in self.blocks:
+            tokens = block(tokens, condition, text, None)
+        widened: Tensor = self.widen(tokens)
+        return widened
+
+
+def _backbone_block(config: DiTConfig, number: int) -> Block:
+    """Wider from block to block; experts in every second one, but not in the last."""
+    along = number / max(1, config.depth - 1)
+    qkv, mlp = (
+        (first or last) + along * (last - (first or last))
+        for first, last in ((config.first_qkv_ratio, config.qkv_ratio), (config.first_mlp_ratio, config.mlp_ratio))
+    )
+    return Block(config, config.dim, qkv, mlp, experts=number % 2 == 1 and number < config.depth - 1)
 
 
 class Block(nn.Module):
-    """Attention and depthwise convolution, then an MLP; residual, modulated by the condition, gated from zero."""
+    """Attention (and convolution, and attention to the text), then an MLP; residual, modulated by the condition.
 
-    def __init__(self, dim: int, heads: int, mlp_ratio: float, grid: tuple[int, int]) -> None:
+    All of it begins as the identity.
+    """
+
+    def __init__(self, config: DiTConfig, dim: int, qkv_ratio: float, mlp_ratio: float, experts: bool) -> None:
         super().__init__()
-        self.heads = heads
-        self.grid = grid
-        hidden = int(dim * mlp_ratio)
+        self.grid = config.grid
+        head = config.dim // config.heads
+        width = dim if qkv_ratio == 1 else _round_up(int(dim * qkv_ratio), 2 * head)
         self.norm1 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
         self.norm2 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.project = nn.Linear(dim, dim)
-        self.local = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
-        self.expand = nn.Linear(dim, hidden)
-        self.contract = nn.Linear(hidden, dim)
-        self.modulation = nn.Linear(dim, 6 * dim)
+        self.attention = Attention(dim, width, head, qk_norm=config.qk_norm, bias=config.bias)
+        self.local = nn.Conv2d(dim, dim, 3, padding=1, groups=dim) if config.local else None
+        self.norm_text: nn.Module | None = None
+        self.text: Attention | None = None
+        if config.text == "attention":
+            self.norm_text = nn.LayerNorm(dim, eps=1e-6)
+            self.text = Attention(dim, dim, head, qk_norm=config.qk_norm, bias=config.bias)
+            nn.init.zeros_(self.text.project.weight)
+        hidden = int(dim * mlp_ratio)
+        self.mlp: Mlp | Experts
+        if experts and config.experts:
+            self.mlp = Experts(dim, _round_up(hidden, config.round_to), config.experts, config.capacity)
+        else:
+            self.mlp = Mlp(dim, hidden, gated=config.gated, bias=config.bias, round_to=config.round_to)
+        self.modulation = nn.Linear(config.dim, 6 * dim)
         nn.init.zeros_(self.modulation.weight)
         nn.init.zeros_(self.modulation.bias)
 
-    def forward(self, tokens: Tensor, condition: Tensor) -> Tensor:
-        """tokens (b, n, dim), condition (b, dim) → (b, n, dim)."""
+    def forward(self, tokens: Tensor, condition: Tensor, text: Tensor | None, keep: Tensor | None) -> Tensor:
+        """tokens (b, n, dim), condition (b, d), text (b, l, dim) or None, keep (b, n) or None → (b, n, dim)."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition).unsqueeze(1).chunk(6, dim=-1)
         inner = self.norm1(tokens) * (1 + scale1) + shift1
-        tokens = tokens + gate1 * (self.attend(inner) + self.convolve(inner))
+        attended = self.attention(inner, inner)
+        if self.local is not None:
+            attended = attended + self.convolve(inner, keep)
+        tokens = tokens + gate1 * attended
+        if self.text is not None and self.norm_text is not None:
+            tokens = tokens + self.text(self.norm_text(tokens), text)
         inner = self.norm2(tokens) * (1 + scale2) + shift2
-        return tokens + gate2 * self.contract(F.gelu(self.expand(inner), approximate="tanh"))
+        changed: Tensor = tokens + gate2 * self.mlp(inner)
+        return changed
 
-    def attend(self, tokens: Tensor) -> Tensor:
-        b, n, dim = tokens.shape
-        q, k, v = self.qkv(tokens).view(b, n, 3, self.heads, dim // self.heads).permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(q, k, v)
-        out: Tensor = self.project(attended.transpose(1, 2).reshape(b, n, dim))
+    def convolve(self, tokens: Tensor, keep: Tensor | None) -> Tensor:
+        """(b, n, dim) → (b, n, dim); tokens that are not kept count as zeros."""
+        assert self.local is not None
+        b, _, dim = tokens.shape
+        if keep is not None:
+            places = keep[:, :, None].expand(-1, -1, dim)
+            tokens = tokens.new_zeros(b, self.grid[0] * self.grid[1], dim).scatter(1, places, tokens)
+        grid = tokens.transpose(1, 2).reshape(b, dim, *self.grid)
+        whole = self.local(grid).flatten(2).transpose(1, 2)
+        return whole if keep is None else take(whole, keep)
+
+
+class Attention(nn.Module):
+    """Multi-head attention; with ``qk_norm`` queries and keys are normalised in each head (Dehghani et al. 2023)."""
+
+    def __init__(self, dim: int, width: int, head: int, *, qk_norm: bool, bias: bool) -> None:
+        super().__init__()
+        if width % head:
+            raise ConfigError(f"attention of width {width} does not divide into heads of {head}")
+        self.head, self.width = head, width
+        self.query = nn.Linear(dim, width, bias=bias)
+        self.key_value = nn.Linear(dim, 2 * width, bias=bias)
+        self.project = nn.Linear(width, dim, bias=bias)
+        self.query_norm = nn.RMSNorm(head, eps=1e-6) if qk_norm else nn.Identity()
+        self.key_norm = nn.RMSNorm(head, eps=1e-6) if qk_norm else nn.Identity()
+
+    def forward(self, tokens: Tensor, others: Tensor) -> Tensor:
+        """Of tokens (b, n, dim) to others (b, m, dim) → (b, n, dim)."""
+        q = self._heads(self.query(tokens))
+        key, value = self.key_value(others).chunk(2, dim=-1)
+        k, v = self._heads(key), self._heads(value)
+        attended = F.scaled_dot_product_attention(self.query_norm(q).to(v.dtype), self.key_norm(k).to(v.dtype), v)
+        out: Tensor = self.project(attended.transpose(1, 2).flatten(2))
         return out
 
-    def convolve(self, tokens: Tensor) -> Tensor:
+    def _heads(self, x: Tensor) -> Tensor:
+        """(b, n, width) → (b, heads, n, head)."""
+        return x.unflatten(2, (-1, self.head)).transpose(1, 2)
+
+
+class Mlp(nn.Module):
+    """Two layers with GELU, or gated (SwiGLU, Shazeer 2020) and narrower by a third for as many parameters."""
+
+    def __init__(self, dim: int, hidden: int, *, gated: bool = False, bias: bool = True, round_to: int = 1) -> None:
+        super().__init__()
+        hidden = _round_up(2 * hidden // 3 if gated else hidden, round_to)
+        self.expand = nn.Linear(dim, hidden, bias=bias)
+        self.gate = nn.Linear(dim, hidden, bias=bias) if gated else None
+        self.contract = nn.Linear(hidden, dim, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = self.expand(x)
+        inner = F.gelu(inner, approximate="tanh") if self.gate is None else F.silu(inner) * self.gate(x)
+        out: Tensor = self.contract(inner)
+        return out
+
+
+class Experts(nn.Module):
+    """A mixture of MLPs where experts choose tokens (Zhou et al. 2022): each takes the :meth:`chosen` ones that it is
+    given the highest weight for, so that none is idle or overfull. Tokens that none chooses stay as they are."""
+
+    def __init__(self, dim: int, hidden: int, experts: int, capacity: float) -> None:
+        super().__init__()
+        self.experts, self.capacity = experts, capacity
+        self.router = nn.Linear(dim, experts, bias=False)
+        self.expand = nn.Parameter(torch.empty(experts, dim, hidden))
+        self.contract = nn.Parameter(torch.empty(experts, hidden, dim))
+        for weight in (self.router.weight, self.expand, self.contract):
+            nn.init.trunc_normal_(weight, std=0.02)
+
+    def chosen(self, tokens: int) -> int:
+        """How many of a sample's tokens each expert takes: capacity * tokens / experts, 1 at least."""
+        return min(tokens, max(1, int(self.capacity * tokens / self.experts)))
+
+    def choices(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """tokens (b, n, dim) → weights (b, experts, k) and places (b, experts, k) of each expert's tokens."""
+        weights = self.router(tokens).softmax(dim=-1, dtype=torch.float32)
+        highest = weights.transpose(1, 2).topk(self.chosen(tokens.shape[1]), dim=-1)
+        return highest.values, highest.indices
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(b, n, dim) → (b, n, dim)."""
         b, _, dim = tokens.shape
-        grid = tokens.transpose(1, 2).reshape(b, dim, *self.grid)
-        return self.local(grid).flatten(2).transpose(1, 2)
+        weights, places = self.choices(tokens)
+        index = places.flatten(1)[:, :, None].expand(-1, -1, dim)
+        inner = tokens.gather(1, index).view(b, self.experts, -1, dim)
+        inner = F.gelu(torch.einsum("bekd,edf->bekf", inner, self.expand), approximate="tanh")
+        inner = torch.einsum("bekf,efd->bekd", inner, self.contract)
+        changed = (weights.to(inner.dtype)[..., None] * inner).flatten(1, 2)
+        return torch.zeros_like(tokens).scatter_add(1, index, changed.to(tokens.dtype))
 
 
 class TextCondition(nn.Module):
@@ -162,7 +373,56 @@ class TextCondition(nn.Module):
     def forward(self, text: Tensor, drop: Tensor | None = None) -> Tensor:
         """text (b, l, d), drop (b,) bool or None → (b, dim)."""
         vector: Tensor = self.mlp(self.project(text).flatten(1))
-        return vector if drop is None else torch.where(drop[:, None], self.nothing, vector)
+        return vector if drop is None else torch.where(drop[:, None], self.nothing.to(vector.dtype), vector)
+
+
+class TextAttention(nn.Module):
+    """Text states → states of the network's width, which have looked at each other once, and one vector: their mean.
+
+    A learned state takes the place of each state of a dropped text.
+    """
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        dim = config.dim
+        self.nothing = nn.Parameter(torch.zeros(config.text_width))
+        self.project = nn.Sequential(
+            nn.Linear(config.text_width, dim), nn.GELU("tanh"), nn.LayerNorm(dim), nn.Linear(dim, dim)
+        )
+        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.attention = Attention(dim, dim, dim // config.heads, qk_norm=config.qk_norm, bias=config.bias)
+        self.mlp = Mlp(dim, 4 * dim, gated=config.gated, bias=config.bias, round_to=config.round_to)
+        self.pooled = nn.Sequential(nn.Linear(dim, dim), nn.GELU("tanh"), nn.LayerNorm(dim), nn.Linear(dim, dim))
+
+    def forward(self, text: Tensor, drop: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """text (b, l, d), drop (b,) bool or None → (b, dim), (b, l, dim)."""
+        if drop is not None:
+            text = torch.where(drop[:, None, None], self.nothing.to(text.dtype), text)
+        states = self.project(text)
+        inner = self.norm1(states)
+        states = states + self.attention(inner, inner)
+        states = states + self.mlp(self.norm2(states))
+        return self.pooled(states.mean(1)), states
+
+
+def take(tokens: Tensor, keep: Tensor) -> Tensor:
+    """Of tokens (b, n, d) those at keep (b, m) → (b, m, d)."""
+    return tokens.gather(1, keep[:, :, None].expand(-1, -1, tokens.shape[2]))
+
+
+def kept_tokens(tokens: int, mask_ratio: float) -> int:
+    """How many of ``tokens`` go through the backbone: (1 - mask_ratio) of them, 1 at least.
+
+    Raises:
+        ConfigError: ``mask_ratio`` is not in [0, 1).
+    """
+    if not 0 <= mask_ratio < 1:
+        raise ConfigError(f"mask_ratio={mask_ratio}: must be at least 0 and below 1")
+    return max(1, round(tokens * (1 - mask_ratio)))
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
 
 
 def patchify(x: Tensor, patch: int) -> Tensor:
@@ -187,11 +447,12 @@ def time_embedding(t: Tensor, dim: int) -> Tensor:
     return torch.cat([torch.cos(angles), torch.sin(angles)], dim=1)
 
 
-def _grid_positions(height: int, width: int, dim: int) -> Tensor:
+def _grid_positions(height: int, width: int, dim: int, base: int = 0) -> Tensor:
     """(height * width, dim): half of the features tell the row, half the column, by sinusoids."""
     quarter = dim // 4
     frequencies = 100.0 ** (-torch.arange(quarter) / quarter)
-    rows, columns = (torch.arange(n)[:, None] * frequencies for n in (height, width))
+    scale = base / height if base else 1.0
+    rows, columns = (scale * torch.arange(n)[:, None] * frequencies for n in (height, width))
     row = torch.cat([rows.sin(), rows.cos()], 1)[:, None].expand(height, width, -1)
     column = torch.cat([columns.sin(), columns.cos()], 1)[None].expand(height, width, -1)
     return torch.cat([row, column], -1).reshape(height * width, -1)

@@ -1,25 +1,25 @@
-"""Text to image: flow matching on latents."""
+"""Text to image: diffusion on latents."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pipeline.config import TrainConfig
-from pipeline.loading import LatentDataset, order
-from pipeline.models.dit import DiT, dit_config
-from pipeline.randomness import generator, keyed_seed
+from pipeline.config import ConfigError, TrainConfig
+from pipeline.loading import Batches, order
+from pipeline.models.dit import DiT, DiTConfig, dit_config, kept_tokens, patchify, take
+from pipeline.models.processes import Process, process_of
+from pipeline.randomness import generator, keyed_seed, normals
 from pipeline.training.tasks.base import Batch, Keys, Task
 
-_TIME_SHIFT = 0.7
-"""Time is sigmoid(N + 0.7): more often noisy than not, because what a picture shows is decided there."""
 _MEASURED = 1024  # samples that the normalisation is measured on
 EVALUATED = 256  # samples that the loss is measured on, where no validation set is kept out
 _QUARTERS = 4
+_EDGE = 0.005  # what is left out of the distribution of levels at both ends, where a metric is taken
 _GOLDEN = (5**0.5 - 1) / 2  # multiples of it, modulo 1, are evenly spread
 
 
@@ -27,7 +27,8 @@ _GOLDEN = (5**0.5 - 1) / 2  # multiples of it, modulo 1, are evenly spread
 class LatentInfo:
     """Where latents come from: what it takes to make new ones of prompts and pictures of them.
 
-    ``data``: content digest of the dataset that they were read from.
+    ``data``: content digest of the dataset that they were read from. ``moments``: what is stored are means and
+    deviations, (2c, h, w); ``image_shape`` is that of a sample.
     """
 
     autoencoder: str
@@ -36,6 +37,7 @@ class LatentInfo:
     image_shape: tuple[int, int, int]
     caption_shape: tuple[int, int]
     data: str = ""
+    moments: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,66 +69,146 @@ class Normalisation:
 
 
 class Diffuse(Task):
-    """A :class:`DiT` that learns the velocity from pictures' latents to noise, given text states."""
+    """A :class:`DiT` that learns to take the noise from pictures' latents, given text states."""
 
     name = "diffuse"
     model: DiT
 
-    def __init__(self, config: TrainConfig, data: LatentDataset, info: LatentInfo) -> None:
+    def __init__(self, config: TrainConfig, data: Batches, info: LatentInfo) -> None:
         self.info = info
         self.drop = config.caption_drop
-        self.normalisation = Normalisation.measure(_first(data, config.seed, _MEASURED)["image_latents"])
+        self.process = process_of(
+            {"name": config.process, "mean": config.noise_mean, "std": config.noise_std}
+            | ({"sigma_data": config.sigma_data} if config.process == "edm" else {})
+        )
         torch.manual_seed(keyed_seed(config.seed, "weights"))
         self.model = DiT(dit_config(config.model, info.image_shape, info.caption_shape))
+        self.kept = kept_tokens(self.model.config.tokens, config.mask_ratio)
+        if config.start_from:
+            self.normalisation = start_from(config.start_from, self.model, self.process)
+        else:
+            latents = _first(data, config.seed, _MEASURED)["image_latents"]
+            self.normalisation = Normalisation.measure(latents.chunk(2, 1)[0] if info.moments else latents)
+
+    def clean(self, batch: Batch, keys: Keys) -> Tensor:
+        """Normalised latents (b, c, h, w); of stored moments a sample, which is another one at every step."""
+        latents = batch["image_latents"]
+        if self.info.moments:
+            latents = posterior_sample(latents, keys)
+        return self.normalisation.apply(latents)
 
     def losses(self, network: nn.Module, batch: dict[str, Tensor], keys: Keys) -> Tensor:
-        """Mean squared error of the velocity, (b,), at a random time, some captions dropped."""
-        x = self.normalisation.apply(batch["image_latents"])
-        t, noise, drop = draw(keys, tuple(x.shape[1:]), self.drop)
-        return velocity_losses(
-            network, x, t.to(x.device), noise.to(x.device), batch["caption_latents"], drop.to(x.device)
-        )
+        """Mean squared error of the prediction, (b,), at a random level, some captions dropped, some tokens masked."""
+        x = self.clean(batch, keys)
+        model = self.model.config
+        drawn = draw(keys, tuple(x.shape[1:]), self.drop, self.process, model.tokens, self.kept).to(x.device)
+        return diffusion_losses(network, self.process, x, batch["caption_latents"], drawn, model.patch)
 
     def measure(self, network: nn.Module, batch: Batch, keys: Keys) -> dict[str, tuple[Tensor, Tensor]]:
-        """``valid_loss`` at evenly spread times, fixed noise, and ``loss_t1`` ... ``loss_t4``, that of each quarter
-        of time, clean to noisy."""
-        x = self.normalisation.apply(batch["image_latents"])
-        _, noise, keep = draw(keys, tuple(x.shape[1:]), 0.0)
-        t = torch.from_numpy((keys.slots * _GOLDEN % 1).astype(np.float32)).to(x.device)
-        losses = velocity_losses(network, x, t, noise.to(x.device), batch["caption_latents"], keep.to(x.device))
-        quarter = (t * _QUARTERS).long()
+        """``valid_loss`` at levels spread as in training, fixed noise, nothing masked; and ``loss_t1`` ... ``loss_t4``,
+        that of each quarter of the levels, clean to noisy."""
+        x = self.clean(batch, keys)
+        drawn = draw(keys, tuple(x.shape[1:]), 0.0, self.process)
+        place = torch.from_numpy((keys.slots * _GOLDEN + 0.5) % 1).clamp(_EDGE, 1 - _EDGE)
+        levels = self.process.levels(torch.special.ndtri(place).float())
+        drawn = replace(drawn, levels=levels, drop=torch.zeros_like(drawn.drop)).to(x.device)
+        losses = diffusion_losses(network, self.process, x, batch["caption_latents"], drawn, self.model.config.patch)
+        quarter = (place * _QUARTERS).long().to(x.device)
         parts = {f"loss_t{q + 1}": (losses, (quarter == q).float()) for q in range(_QUARTERS)}
         return {"valid_loss": (losses, torch.ones_like(losses)), **parts}
 
     def facts(self) -> dict[str, Any]:
         return {
             "model": self.model.config.to_dict(),
+            "process": self.process.to_dict(),
             "normalisation": asdict(self.normalisation),
             "latents": asdict(self.info),
         }
 
 
-def velocity_losses(network: nn.Module, x: Tensor, t: Tensor, noise: Tensor, text: Tensor, drop: Tensor) -> Tensor:
-    """Flow matching: ||network((1 - t) x + t noise, t) - (noise - x)||^2, mean over a sample's elements: (b,)."""
-    time = t[:, None, None, None]
-    velocity = network((1 - time) * x + time * noise, t, text, drop)
-    return (velocity - (noise - x)).square().flatten(1).mean(1)
+@dataclass(frozen=True)
+class Drawn:
+    """What is random in the loss of a batch.
+
+    ``levels``: (b,) of noise; ``noise``: (b, c, h, w); ``drop``: (b,) bool, captions that are hidden; ``keep``:
+    (b, m) int64, tokens that are not masked, or None for all.
+    """
+
+    levels: Tensor
+    noise: Tensor
+    drop: Tensor
+    keep: Tensor | None = None
+
+    def to(self, device: torch.device) -> Drawn:
+        keep = None if self.keep is None else self.keep.to(device)
+        return Drawn(self.levels.to(device), self.noise.to(device), self.drop.to(device), keep)
 
 
-def _first(data: LatentDataset, seed: int, most: int) -> dict[str, Tensor]:
+def diffusion_losses(
+    network: nn.Module, process: Process, x: Tensor, text: Tensor, drawn: Drawn, patch: int = 2
+) -> Tensor:
+    """Squared error of what the network predicts for noisy ``x`` (b, c, h, w), mean over elements kept: (b,)."""
+    inner, time = process.input(process.noisy(x, drawn.noise, drawn.levels), drawn.levels)
+    target = process.target(x, drawn.noise, drawn.levels)
+    if drawn.keep is None:
+        predicted = network(inner, time, text, drawn.drop)
+    else:
+        predicted = network(inner, time, text, drawn.drop, drawn.keep)
+        target = take(patchify(target, patch), drawn.keep)
+    return (predicted - target).square().flatten(1).mean(1)
+
+
+def posterior_sample(moments: Tensor, keys: Keys) -> Tensor:
+    """Means and deviations (b, 2c, h, w) → a sample (b, c, h, w), each from its own key."""
+    mean, deviation = moments.chunk(2, 1)
+    shape = tuple(mean.shape[1:])
+    noise = np.stack([normals(shape, keys.seed, "moments", keys.step, int(slot)) for slot in keys.slots])
+    return mean + deviation * torch.from_numpy(noise).to(mean)
+
+
+def start_from(place: str, model: DiT, process: Process) -> Normalisation:
+    """Give ``model`` the averaged weights of a run or checkpoint; its normalisation. Resolutions may differ.
+
+    Raises:
+        ConfigError: the checkpoint does not fit.
+    """
+    from pipeline.training.checkpoint import open_checkpoint
+
+    found = open_checkpoint(place)
+    if found.facts["task"] != "diffuse":
+        raise ConfigError(f"start_from={place}: its task is {found.facts['task']}, expected diffuse")
+    ours, theirs = model.config.to_dict(), DiTConfig(**found.facts["model"]).to_dict()
+    for name in ours.keys() - {"height", "width"}:
+        if ours[name] != theirs[name]:
+            raise ConfigError(f"start_from={place}: its network has {name}={theirs[name]}, this one {ours[name]}")
+    if found.facts.get("process", {"name": "flow"})["name"] != process.to_dict()["name"]:
+        raise ConfigError(f"start_from={place}: it was trained with another process=")
+    model.load_state_dict(found.tensors["ema"])
+    return Normalisation(tuple(found.facts["normalisation"]["mean"]), found.facts["normalisation"]["scale"])
+
+
+def _first(data: Batches, seed: int, most: int) -> dict[str, Tensor]:
     """The first samples of the first epoch: a fixed random choice."""
     count = min(most, len(data))
     return data.batch(order(seed, 0, len(data))[np.arange(count)])
 
 
-def draw(keys: Keys, shape: tuple[int, ...], drop: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Times (b,), noise (b, *shape) and whether the caption is dropped (b,) bool, each sample's from its own key."""
-    noise = np.empty((len(keys.slots), *shape), np.float32)
-    times = np.empty(len(keys.slots), np.float32)
-    dropped = np.empty(len(keys.slots), np.bool_)
+def draw(
+    keys: Keys, shape: tuple[int, ...], drop: float, process: Process, tokens: int = 0, kept: int = 0
+) -> Drawn:
+    """Draw for each sample from its own key; ``kept`` of ``tokens`` tokens, in order, unless it is all of them."""
+    count = len(keys.slots)
+    noise = np.empty((count, *shape), np.float32)
+    normal = np.empty(count, np.float32)
+    dropped = np.empty(count, np.bool_)
+    keep = np.empty((count, kept), np.int64)
     for i, slot in enumerate(keys.slots):
         random = generator(keys.seed, "diffuse", keys.step, int(slot))
-        times[i] = 1 / (1 + np.exp(-random.standard_normal() - _TIME_SHIFT))
+        normal[i] = random.standard_normal()
         dropped[i] = random.random() < drop
         random.standard_normal(dtype=np.float32, out=noise[i])
-    return torch.from_numpy(times), torch.from_numpy(noise), torch.from_numpy(dropped)
+        if kept < tokens:
+            keep[i] = np.sort(random.permutation(tokens)[:kept])
+    levels = process.levels(torch.from_numpy(normal))
+    places = torch.from_numpy(keep) if kept < tokens else None
+    return Drawn(levels, torch.from_numpy(noise), torch.from_numpy(dropped), places)
