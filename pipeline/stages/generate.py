@@ -17,6 +17,7 @@ from pipeline.cli import config_for, errors_as_one_line
 from pipeline.config import ConfigError, EvaluateConfig, GenerateConfig, run_folder
 from pipeline.encoders.base import Autoencoder, TextEncoder, autoencoder, text_encoder, to_pixels
 from pipeline.models.dit import DiT, DiTConfig
+from pipeline.models.processes import Process, process_of
 from pipeline.models.sampling import sample
 from pipeline.partitions.dataset import RandomAccess
 from pipeline.partitions.stage import open_input
@@ -35,6 +36,7 @@ class Painter:
     """All that it takes to turn prompts into pictures; ``step`` of training that the weights are from."""
 
     model: DiT
+    process: Process
     normalisation: Normalisation
     autoencoder: Autoencoder
     text_encoder: TextEncoder
@@ -56,6 +58,7 @@ def load_painter(checkpoint: str | Path, device: str | torch.device = "cpu") -> 
     latents = loaded.facts["latents"]
     return Painter(
         model.to(device).eval().requires_grad_(False),
+        process_of(loaded.facts["process"]),
         normalisation,
         autoencoder(latents["autoencoder"], device),
         text_encoder(latents["text_encoder"], device),

@@ -13,6 +13,8 @@ from pipeline.config import ConfigError, TrainConfig
 from pipeline.distributed import Rank
 from pipeline.encoders.base import autoencoder, text_encoder
 from pipeline.loading import LatentDataset
+from pipeline.models.dit import patchify
+from pipeline.models.processes import Flow
 from pipeline.sources.shapes_scene import caption, render, sample_scene
 from pipeline.stages.generate import load_painter, sample_images
 from pipeline.storage import Folder
@@ -20,7 +22,7 @@ from pipeline.training.feed import Chosen
 from pipeline.training.logs import read_log
 from pipeline.training.loop import train
 from pipeline.training.tasks.base import Keys
-from pipeline.training.tasks.diffuse import Diffuse, LatentInfo, Normalisation, draw
+from pipeline.training.tasks.diffuse import Diffuse, LatentInfo, Normalisation, draw, posterior_sample
 
 INFO = LatentInfo("embedded", "embedded", 32, (4, 4, 4), (16, 64), data="digest")
 
@@ -72,19 +74,54 @@ def test_constant_latents_can_be_normalised() -> None:
 
 
 def test_what_is_drawn_for_a_sample_depends_on_step_and_slot_alone() -> None:
-    together = draw(keys(0, 5, np.arange(8)), (4, 2, 2), 0.5)
-    halves = [draw(keys(0, 5, slots), (4, 2, 2), 0.5) for slots in (np.arange(3), np.arange(3, 8))]
-    for whole, first, second in zip(together, *halves, strict=True):
+    def drawn(seed: int, step: int, slots: np.ndarray) -> list[torch.Tensor]:
+        one = draw(keys(seed, step, slots), (4, 2, 2), 0.5, Flow(), tokens=16, kept=8)
+        assert one.keep is not None
+        return [one.levels, one.noise, one.drop, one.keep]
+
+    together = drawn(0, 5, np.arange(8))
+    for whole, first, second in zip(together, drawn(0, 5, np.arange(3)), drawn(0, 5, np.arange(3, 8)), strict=True):
         assert torch.equal(whole, torch.cat([first, second]))
-    for other in (keys(1, 5, np.arange(8)), keys(0, 6, np.arange(8)), keys(0, 5, np.arange(8, 16))):
-        assert not torch.equal(draw(other, (4, 2, 2), 0.5)[1], together[1])
+    for other in (drawn(1, 5, np.arange(8)), drawn(0, 6, np.arange(8)), drawn(0, 5, np.arange(8, 16))):
+        assert not torch.equal(other[1], together[1])
+        assert not torch.equal(other[3], together[3])
 
 
-def test_times_lie_inside_and_captions_are_dropped_as_often_as_asked() -> None:
-    t, noise, drop = draw(keys(0, 0, np.arange(3000)), (1, 1, 1), 0.1)
-    assert t.min() > 0 and t.max() < 1 and 0.6 < float(t.median()) < 0.73
-    assert abs(float(noise.mean())) < 0.1 and abs(float(noise.std()) - 1) < 0.1
-    assert 0.08 < float(drop.float().mean()) < 0.12
+def test_levels_lie_inside_and_captions_are_dropped_as_often_as_asked() -> None:
+    drawn = draw(keys(0, 0, np.arange(3000)), (1, 1, 1), 0.1, Flow())
+    assert drawn.levels.min() > 0 and drawn.levels.max() < 1 and 0.6 < float(drawn.levels.median()) < 0.73
+    assert abs(float(drawn.noise.mean())) < 0.1 and abs(float(drawn.noise.std()) - 1) < 0.1
+    assert 0.08 < float(drawn.drop.float().mean()) < 0.12
+
+
+def test_each_token_is_kept_as_often_as_any_other() -> None:
+    keep = draw(keys(0, 0, np.arange(2000)), (1, 1, 1), 0.1, Flow(), tokens=16, kept=4).keep
+    assert keep is not None and keep.shape == (2000, 4)
+    assert (keep.diff(dim=1) > 0).all()  # in order, none twice
+    counts = torch.bincount(keep.flatten(), minlength=16)
+    assert counts.min() > 400 and counts.max() < 600
+
+
+@pytest.mark.parametrize("process", ["flow", "edm"])
+def test_a_masked_loss_counts_the_kept_tokens_alone(data: LatentDataset, process: str) -> None:
+    task = Diffuse(config(process=process, mask_ratio=0.5, model="nano_mixer"), data, INFO)
+    batch = data.batch(np.arange(6))
+    losses = task.losses(task.model, batch, keys(0, 0, np.arange(6)))
+    drawn = draw(keys(0, 0, np.arange(6)), (4, 4, 4), 0.1, task.process, tokens=4, kept=2)
+    assert drawn.keep is not None
+    x = task.normalisation.apply(batch["image_latents"])
+    target = patchify(task.process.target(x, drawn.noise, drawn.levels), 2)
+    by_hand = [target[i, drawn.keep[i]].square().mean() for i in range(6)]  # a fresh network answers 0
+    torch.testing.assert_close(losses, torch.stack(by_hand))
+
+
+def test_samples_of_moments_have_their_mean_and_deviation() -> None:
+    moments = torch.cat([torch.full((500, 2, 2, 2), 3.0), torch.full((500, 2, 2, 2), 0.5)], 1)
+    sampled = posterior_sample(moments, keys(0, 0, np.arange(500)))
+    assert sampled.shape == (500, 2, 2, 2)
+    assert float(sampled.mean()) == pytest.approx(3, abs=0.05) and float(sampled.std()) == pytest.approx(0.5, abs=0.03)
+    assert torch.equal(sampled[3:5], posterior_sample(moments[3:5], keys(0, 0, np.arange(3, 5))))
+    assert not torch.equal(sampled, posterior_sample(moments, keys(0, 1, np.arange(500))))
 
 
 def test_the_first_weights_depend_on_the_seed_alone(data: LatentDataset) -> None:
@@ -140,3 +177,14 @@ def test_drawing_without_prompts_or_from_nothing_is_one_clear_error(run: Path, t
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(ConfigError, match="this run has no checkpoint yet"):
         load_painter(tmp_path)
+
+
+def test_a_run_goes_on_from_another_ones_averaged_weights(run: Path, data: LatentDataset) -> None:
+    started = Diffuse(config(start_from=str(run)), data, INFO)
+    averaged = load_painter(run)
+    assert all(torch.equal(p, averaged.model.state_dict()[n]) for n, p in started.model.state_dict().items())
+    assert started.normalisation == averaged.normalisation
+    with pytest.raises(ConfigError, match="start_from=.*dim=128, this one 256"):
+        Diffuse(config(start_from=str(run), model="tiny"), data, INFO)
+    with pytest.raises(ConfigError, match="another process="):
+        Diffuse(config(start_from=str(run), process="edm"), data, INFO)

@@ -178,7 +178,7 @@ def start_from(place: str, model: DiT, process: Process) -> Normalisation:
     if found.facts["task"] != "diffuse":
         raise ConfigError(f"start_from={place}: its task is {found.facts['task']}, expected diffuse")
     ours, theirs = model.config.to_dict(), DiTConfig(**found.facts["model"]).to_dict()
-    for name in ours.keys() - {"height", "width"}:
+    for name in [name for name in ours if name not in ("height", "width")]:
         if ours[name] != theirs[name]:
             raise ConfigError(f"start_from={place}: its network has {name}={theirs[name]}, this one {ours[name]}")
     if found.facts.get("process", {"name": "flow"})["name"] != process.to_dict()["name"]:
@@ -193,9 +193,7 @@ def _first(data: Batches, seed: int, most: int) -> dict[str, Tensor]:
     return data.batch(order(seed, 0, len(data))[np.arange(count)])
 
 
-def draw(
-    keys: Keys, shape: tuple[int, ...], drop: float, process: Process, tokens: int = 0, kept: int = 0
-) -> Drawn:
+def draw(keys: Keys, shape: tuple[int, ...], drop: float, process: Process, tokens: int = 0, kept: int = 0) -> Drawn:
     """Draw for each sample from its own key; ``kept`` of ``tokens`` tokens, in order, unless it is all of them."""
     count = len(keys.slots)
     noise = np.empty((count, *shape), np.float32)
