@@ -379,7 +379,7 @@ class RunWork(Work):
         last = max((p.last for p in self.processes), key=lambda event: event.get("step", 0), default={})
         status.done, status.total, status.loss = last.get("step", 0), last.get("of", 0), last.get("loss")
         if status.ranks and all(rank.state == "finished" for rank in status.ranks):
-            status.state, status.done = "finished", status.total
+            status.state, status.total = "finished", status.done  # it may have stopped early
             return
         rank = by_rank.get(last.get("rank", -1))
         if rank is not None and rank.rate > 0 and last.get("batch"):

@@ -1,0 +1,55 @@
+"""What a rank tells of itself: memory, CPU, bytes, waiting, progress, its GPU."""
+
+from __future__ import annotations
+
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from pipeline import vitals
+from pipeline.distributed import Rank
+from pipeline.vitals import Progress, Vitals
+
+
+def test_a_process_tells_what_it_uses() -> None:
+    rank = Rank()
+    said = Vitals(rank).read()
+    assert 10**6 < said["rss"] <= said["peak"]
+    assert said["cpu"] > 0 and said["waited"] == 0
+    assert "gpu" not in said
+    with rank.waiting():
+        pass
+    assert rank.waited > 0
+
+
+def test_stillness_ends_with_a_step_or_a_mebibyte(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, moved = [100.0], [0]
+    monkeypatch.setattr(vitals, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(vitals, "bytes_moved", lambda: (moved[0], 0))
+    rank = Rank()
+    one, still = Vitals(rank), []
+    for change in ("", "step", "", "beat", "megabyte", ""):
+        now[0] += 5
+        rank.steps += change == "step"
+        moved[0] += {"beat": 500, "megabyte": 1 << 20}.get(change, 0)
+        still.append(one.read()["still"])
+    assert still == [5, 0, 5, 10, 0, 5]
+    assert not Progress(rank).made()
+
+
+def test_a_gpu_is_told_of_once_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    rank = Rank()
+    calls: dict[str, Any] = {"is_initialized": lambda: True, "utilization": lambda device: 87}
+    calls["memory_reserved"] = lambda device: 5 << 30
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=SimpleNamespace(**calls)))
+    assert "gpu" not in Vitals(rank).read()  # which one is not decided yet
+    vars(rank)["device"] = SimpleNamespace(type="cuda")
+    assert Vitals(rank).read()["gpu"] == {"use": 0.87, "memory": 5 << 30}
+
+    def refuse(device: object) -> int:
+        raise RuntimeError("driver")
+
+    monkeypatch.setattr(sys.modules["torch"].cuda, "utilization", refuse)
+    assert "gpu" not in Vitals(rank).read()
