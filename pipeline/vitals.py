@@ -7,6 +7,7 @@ import resource
 import sys
 import time
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -41,9 +42,9 @@ class Vitals:
         self._since = time.monotonic()
 
     def read(self) -> dict[str, Any]:
-        """``rss`` and ``peak`` memory in bytes; ``cpu`` seconds, with those of children that ended; bytes ``read`` and
-        ``written``; seconds ``waited`` for others or for data; seconds that it is ``still``, without progress; ``gpu``
-        if the rank computes on one: ``use`` (0 to 1) and ``memory`` in bytes.
+        """``rss`` and ``peak`` memory in bytes, the first with children; ``cpu`` seconds, with those of children that
+        ended; bytes ``read`` and ``written``; seconds ``waited`` for others or for data; seconds that it is ``still``,
+        without progress; ``gpu`` if the rank computes on one: ``use`` (0 to 1) and ``memory`` in bytes.
         """
         now = time.monotonic()
         if self._progress.made():
@@ -72,9 +73,16 @@ def bytes_moved() -> tuple[int, int]:
 
 
 def _resident() -> int:
-    with suppress(OSError, ValueError, IndexError), open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * _PAGE
-    return 0
+    """Resident memory of this process and of its children: image workers, data loaders."""
+    children: list[str] = []
+    with suppress(OSError):
+        for thread in os.listdir("/proc/self/task"):
+            children += Path(f"/proc/self/task/{thread}/children").read_text().split()
+    pages = 0
+    for process in ("self", *children):
+        with suppress(OSError, ValueError, IndexError):
+            pages += int(Path(f"/proc/{process}/statm").read_text().split()[1])
+    return pages * _PAGE
 
 
 def _gpu(rank: Rank) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +23,17 @@ def test_a_process_tells_what_it_uses() -> None:
     with rank.waiting():
         pass
     assert rank.waited > 0
+
+
+def test_the_memory_of_workers_counts() -> None:
+    body = "hold = bytearray(200_000_000); print(flush=True); input()"
+    before = Vitals(Rank()).read()["rss"]
+    worker = subprocess.Popen([sys.executable, "-c", body], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert worker.stdout is not None
+    worker.stdout.readline()
+    during = Vitals(Rank()).read()["rss"]
+    worker.communicate(b"\n")
+    assert during - before > 150_000_000
 
 
 def test_stillness_ends_with_a_step_or_a_mebibyte(monkeypatch: pytest.MonkeyPatch) -> None:
