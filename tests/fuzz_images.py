@@ -58,7 +58,7 @@ def main() -> None:
     options = dict(argument.split("=", 1) for argument in sys.argv[1:])
     seconds, seed = float(options.get("seconds", 180)), int(options.get("seed", 1))
     rng = random.Random(seed)
-    seeds = [*SAMPLES.values(), *{data for _, data in hostile(0) if len(data) < 20_000}]
+    seeds = list(dict.fromkeys([*SAMPLES.values(), *(data for _, data in hostile(0) if 0 < len(data) < 20_000)]))
     end = time.monotonic() + seconds
 
     def files() -> Iterator[tuple[bytes, bytes]]:
