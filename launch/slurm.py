@@ -24,7 +24,7 @@ import xxhash
 from submitit.core.utils import FailedJobError
 
 from launch.script import LOCKSTEP, SINGLE, Array, Script
-from pipeline.config import MAIN_LINE, ConfigError, identity, public_text
+from pipeline.config import MAIN_LINE, UPSTREAMS, ConfigError, identity, public_text
 
 if TYPE_CHECKING:
     from launch.submit import Job
@@ -191,7 +191,7 @@ def dependency_of(job: Job, before: list[Submitted]) -> dict[str, str]:
 def _needs(stage: str, other: str) -> bool:
     """Drawing and judging need what the main line made; any other stage needs all that come before it."""
     if stage in ("generate", "evaluate"):
-        return other in MAIN_LINE
+        return other in (*MAIN_LINE, *UPSTREAMS)
     return True
 
 
@@ -204,7 +204,7 @@ def already_done(job: Job) -> bool:
     from pipeline.stages import get_stage
     from pipeline.storage import StorageError
 
-    if job.stage not in MAIN_LINE[1:-1] or job.config.overwrite or job.config.retry_failed:
+    if job.stage not in (*MAIN_LINE[1:-1], *UPSTREAMS) or job.config.overwrite or job.config.retry_failed:
         return False  # the first stage looks at its source again
     try:
         dataset, upstream = Dataset.open(job.output or ""), Dataset.open(job.config.input)

@@ -26,6 +26,7 @@ from pipeline import cli
 from pipeline.config import (
     MAIN_LINE,
     STAGES,
+    UPSTREAMS,
     ConfigError,
     LaunchConfig,
     RunConfig,
@@ -76,7 +77,7 @@ def jobs_of(launch: LaunchConfig, settings: dict[str, str], requests: Mapping[st
         keys = {f.name for f in fields(STAGES[name])}
         if number and "input" in keys:
             own.pop("input", None)
-            if name in MAIN_LINE and jobs[-1].output:
+            if name in (*MAIN_LINE, *UPSTREAMS) and jobs[-1].output:
                 own["input"] = str(jobs[-1].output)
         if "run_id" in keys:
             own.setdefault("run_id", run_id)
@@ -122,7 +123,7 @@ def size_of(job: Job) -> str:
     from pipeline.partitions.dataset import Dataset, Unfinished
     from pipeline.stages import get_stage
 
-    if job.stage not in MAIN_LINE[:-1]:
+    if job.stage not in (*MAIN_LINE[:-1], *UPSTREAMS):
         return "one process" if job.stage in SINGLE else "one run"
     try:
         dataset = Dataset.open(job.output or "")

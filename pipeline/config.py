@@ -206,6 +206,15 @@ class FilterConfig(StageConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class DedupConfig(StageConfig):
+    """stage=dedup: of images that are the same, or nearly so, one stays; optional, between filter and shard."""
+
+    hamming: int = option(
+        20, "images are near duplicates if at most this many of their 128 bits differ (-1: only exact)", identity=True
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class ShardConfig(StageConfig):
     """stage=shard: cut the kept samples into even partitions of a storage format."""
 
@@ -464,6 +473,7 @@ class StatusConfig:
 STAGES: dict[str, type] = {
     "download": DownloadConfig,
     "filter": FilterConfig,
+    "dedup": DedupConfig,
     "shard": ShardConfig,
     "precompute": PrecomputeConfig,
     "train": TrainConfig,
@@ -475,6 +485,8 @@ STAGES: dict[str, type] = {
     "takedown": TakedownConfig,
     "report": ReportConfig,
 }
+UPSTREAMS = {"dedup": ("filter",), "shard": ("dedup", "filter")}
+"""What a stage reads by default, where that is not just the one before it on the main line: the first that is there."""
 MAIN_LINE = ("download", "filter", "shard", "precompute", "train")
 
 

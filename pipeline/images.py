@@ -43,6 +43,7 @@ from pipeline.headers import (
     png_chunks,
     probe,
 )
+from pipeline.phash import EDGE, phash
 
 __all__ = [
     "ENCODE_FORMATS",
@@ -169,6 +170,8 @@ class Result:
     source_height: int
     changed: bool
     """False: `data` is the original, bit for bit."""
+    phash: str = ""
+    """The perceptual hash of the whole upright picture; empty where there is none, or nothing was decoded."""
 
 
 def process(data: bytes, rules: Rules, limits: Limits = DEFAULT_LIMITS) -> Result:
@@ -182,16 +185,21 @@ def process(data: bytes, rules: Rules, limits: Limits = DEFAULT_LIMITS) -> Resul
     if rules.icc == "ignore" and header.icc:
         header = replace(header, icc=b"")
     if shape.unchanged(source) and rules.skip_reencode and _passes_through(header):
-        if rules.validate == "full":
-            _decode(data, header, limits, at_least=(1, 1))  # reads all, but need not compute all pixels
-        return Result(data, header.format, *source, *source, changed=False)
+        look = ""
+        if rules.validate == "full":  # reads all, but need not compute all pixels
+            look = _phash(_decode(data, header, limits, at_least=(EDGE, EDGE))[0])
+        return Result(data, header.format, *source, *source, changed=False, phash=look)
     format = _encode_format(header, rules)
     if max(shape.canvas) > _MAX_EDGE.get(format, max(shape.canvas)):
         width, height = shape.canvas
         raise ImageError("edge_too_long", f"{width}x{height}, {format} holds {_MAX_EDGE[format]} pixels per edge")
-    pixels = render(data, header, shape, rules, limits)
-    data = encode(pixels, format, rules.encode_quality)
-    return Result(data, format, *shape.canvas, *source, changed=True)
+    pixels = _whole(data, header, shape.sized, rules, limits)
+    data = encode(_placed(pixels, shape, rules.background_rgb), format, rules.encode_quality)
+    return Result(data, format, *shape.canvas, *source, changed=True, phash=_phash(pixels))
+
+
+def _phash(pixels: Pixels) -> str:
+    return phash(resize(pixels, (EDGE, EDGE)))
 
 
 def judge(data: bytes, rules: Rules, limits: Limits = DEFAULT_LIMITS) -> Result | ImageError | Dropped:
@@ -206,14 +214,19 @@ def judge(data: bytes, rules: Rules, limits: Limits = DEFAULT_LIMITS) -> Result 
 
 def render(data: bytes, header: Probe, shape: Geometry, rules: Rules, limits: Limits = DEFAULT_LIMITS) -> Pixels:
     """The pixels (h, w, c) that an image is to be encoded from: resized, upright, in sRGB, on its canvas."""
-    resized = shape.sized != header.upright
-    pixels, scale = _decode(data, header, limits, shape.sized if rules.scaled_decode and resized else None, rules)
+    return _placed(_whole(data, header, shape.sized, rules, limits), shape, rules.background_rgb)
+
+
+def _whole(data: bytes, header: Probe, size: Size, rules: Rules, limits: Limits) -> Pixels:
+    """All of the picture at `size`, upright, in sRGB."""
+    resized = size != header.upright
+    pixels, scale = _decode(data, header, limits, size if rules.scaled_decode and resized else None, rules)
     if resized:
-        pixels = _resize_stored(pixels, scale, header, shape.sized, rules.resize)
+        pixels = _resize_stored(pixels, scale, header, size, rules.resize)
     pixels = _upright(pixels, _turn(header))
     if header.icc and header.mode in _BY_PROFILE and colour.converts(header.icc, _BY_PROFILE[header.mode]):
         pixels = _converted(pixels, header.icc, _BY_PROFILE[header.mode])
-    return _placed(pixels, shape, rules.background_rgb)
+    return pixels
 
 
 def _check_source(size: Size, rules: Rules) -> None:

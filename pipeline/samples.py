@@ -65,7 +65,8 @@ class Outcome:
     """What became of one input sample, or (``container``) of one archive that holds samples.
 
     ``source``, ``member`` and ``offset`` say where the input lay, relative to the stage's input; ``source_hash`` is
-    the XXH3-128 of its bytes. ``count`` and ``complete`` are a container's: samples found in it, end marker seen.
+    the XXH3-128 of its bytes, ``source_pixels`` how many pixels it had, ``phash`` how it looks. ``count`` and
+    ``complete`` are a container's: samples found in it, end marker seen.
     """
 
     key: str
@@ -84,6 +85,8 @@ class Outcome:
     container: bool = False
     count: int = 0
     complete: bool = True
+    source_pixels: int = 0
+    phash: str = ""
 
 
 def content_hash(data: bytes) -> str:

@@ -64,7 +64,7 @@ class Format(ABC):
         return iter(())
 
 
-_MODULES = {"tar": "tar", "mds": "mds", "reference": "reference"}
+_MODULES = {"pointer": "pointer", "tar": "tar", "mds": "mds", "reference": "reference"}
 
 
 def get_format(name: str) -> Format:

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.config import MAIN_LINE, ConfigError
+from pipeline.config import STAGES, ConfigError
 from pipeline.formats.base import Format, get_format
 from pipeline.partitions.ledger import FILE as LEDGER
 from pipeline.partitions.ledger import read_ledger
@@ -375,5 +375,5 @@ def find_datasets(folder: Path) -> list[Dataset]:
             found.append(Dataset.open(place))
             folders.clear()
         folders[:] = sorted(name for name in folders if not name.startswith(".") and name != "logs")
-    order = {stage: number for number, stage in enumerate(MAIN_LINE)}
+    order = {stage: number for number, stage in enumerate(STAGES)}
     return sorted(found, key=lambda d: (str(d.root.path.parent), order.get(d.stage, 99), str(d.root.path)))

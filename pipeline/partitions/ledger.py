@@ -27,6 +27,8 @@ SCHEMA = pa.schema(
         ("source_offset", pa.int64()),
         ("source_bytes", pa.int64()),
         ("source_hash", pa.string()),  # XXH3-128 of the input's bytes
+        ("source_pixels", pa.int64()),  # filter: width times height of the original
+        ("phash", pa.string()),  # filter: perceptual hash
         ("width", pa.int32()),
         ("height", pa.int32()),
         ("count", pa.int64()),  # containers: samples found inside
@@ -114,6 +116,8 @@ class Ledger:
             "source_offset": [r.offset for r in rows],
             "source_bytes": [r.source_bytes for r in rows],
             "source_hash": [r.source_hash for r in rows],
+            "source_pixels": [r.source_pixels for r in rows],
+            "phash": [r.phash for r in rows],
             "width": [r.width for r in rows],
             "height": [r.height for r in rows],
             "count": [r.count for r in rows],

@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
-from pipeline.config import MAIN_LINE, ConfigError, StageConfig, default_variant, stage_folder
+from pipeline.config import MAIN_LINE, UPSTREAMS, ConfigError, StageConfig, default_variant, stage_folder
 from pipeline.distributed import Rank
 from pipeline.partitions.dataset import Dataset
 from pipeline.partitions.plan import Input, Partition
@@ -110,10 +110,10 @@ def input_folder(config: Any, stage: str) -> Path:
     """
     if config.input:
         return Path(config.input).absolute()
-    upstream = MAIN_LINE[MAIN_LINE.index(stage) - 1]
-    place = stage_folder(config, upstream).absolute()
-    if place.exists():
-        return place
+    for upstream in UPSTREAMS.get(stage) or (MAIN_LINE[MAIN_LINE.index(stage) - 1],):
+        place = stage_folder(config, upstream).absolute()
+        if place.exists():
+            return place
     found = sorted(p for p in place.parent.glob(f"{upstream}-*") if p.is_dir())
     if len(found) > 1:
         raise ConfigError(

@@ -76,6 +76,8 @@ def rewritten(dataset: Dataset, index: int) -> Iterator[Outcome]:
                 container=row["container"],
                 count=row["count"],
                 complete=row["complete"],
+                source_pixels=row.get("source_pixels", 0),  # which older ledgers do not have
+                phash=row.get("phash", ""),
             ),
         )
         if outcome.status == "kept" and not outcome.container:

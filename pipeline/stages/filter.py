@@ -73,6 +73,7 @@ class Filter(Stage):
         match result:
             case images.Result():
                 outcome.status, outcome.width, outcome.height = "kept", result.width, result.height
+                outcome.source_pixels, outcome.phash = result.source_width * result.source_height, result.phash
                 outcome.row = self._row(row, result)
             case images.Dropped():
                 outcome.status, outcome.reason, outcome.detail = "dropped", result.reason, result.detail
