@@ -27,8 +27,6 @@ SCHEMA = pa.schema(
         ("source_offset", pa.int64()),
         ("source_bytes", pa.int64()),
         ("source_hash", pa.string()),  # XXH3-128 of the input's bytes
-        ("source_pixels", pa.int64()),  # filter: width times height of the original
-        ("phash", pa.string()),  # filter: perceptual hash
         ("width", pa.int32()),
         ("height", pa.int32()),
         ("count", pa.int64()),  # containers: samples found inside
@@ -38,6 +36,9 @@ SCHEMA = pa.schema(
         ("length", pa.int64()),
     ]
 )
+
+LOOKS = (pa.field("source_pixels", pa.int64()), pa.field("phash", pa.string()))
+"""More columns of the ledgers of stages that look at pixels: width times height of the original, perceptual hash."""
 
 
 class LedgerError(RuntimeError):
@@ -126,7 +127,11 @@ class Ledger:
             "offset": [w[1] for w in where],
             "length": [w[2] for w in where],
         }
-        pq.write_table(pa.table(columns, schema=SCHEMA), file, compression="zstd")
+        looked = any(row.source_pixels for row in rows)
+        schema = pa.schema([*SCHEMA, *LOOKS]) if looked else SCHEMA
+        pq.write_table(
+            pa.table({name: columns[name] for name in schema.names}, schema=schema), file, compression="zstd"
+        )
 
 
 def read_ledger(folder: Folder, columns: list[str] | None = None) -> pa.Table:

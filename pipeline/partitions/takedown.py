@@ -76,7 +76,7 @@ def rewritten(dataset: Dataset, index: int) -> Iterator[Outcome]:
                 container=row["container"],
                 count=row["count"],
                 complete=row["complete"],
-                source_pixels=row.get("source_pixels", 0),  # which older ledgers do not have
+                source_pixels=row.get("source_pixels", 0),  # which not every ledger has
                 phash=row.get("phash", ""),
             ),
         )

@@ -56,10 +56,13 @@ class Dedup(Stage):
         return duplicates(pa.concat_tables(tables), self.config.hamming)
 
     def _ledger(self, index: int) -> pa.Table:
-        table = SlotReader(self.upstream, index).ledger([*SCHEMA.names, "container", "outcome"])
-        return table.filter(pc.and_(pc.equal(table["outcome"], "kept"), pc.invert(table["container"]))).select(
-            SCHEMA.names
-        )
+        table = SlotReader(self.upstream, index).ledger()
+        kept = table.filter(pc.and_(pc.equal(table["outcome"], "kept"), pc.invert(table["container"])))
+        if "phash" in kept.column_names:
+            return kept.select(SCHEMA.names)
+        if len(kept):
+            raise ConfigError(f"{self.upstream.root.path} was filtered by an older version: run stage=filter anew")
+        return SCHEMA.empty_table()
 
     def process(self, partition: Partition) -> Iterator[Outcome]:
         (span,) = partition.inputs

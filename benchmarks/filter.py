@@ -1,0 +1,89 @@
+"""How much of the bare image function's speed the whole filter stage keeps, with 1 and 2 processes.
+
+    python benchmarks/filter.py [photos=<folder>] [count=1500] [processes=1,2] [rounds=3]
+
+Bare: so many processes call `pipeline.images.judge` on photos of 1 MP in memory, and drop the result. Stage: the same
+photos as files in a folder, through one rank with so many workers: reading, hashing, ledger, tar, fsync and commit; its
+rate is the difference between `count` and a sixth of it, without its start. Rounds alternate; ratios are medians.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parent))
+
+from images import SIZES, photos
+
+from pipeline.config import DownloadConfig, FilterConfig
+from pipeline.distributed import Rank
+from pipeline.images import DEFAULT_LIMITS, Rules, judge
+from pipeline.partitions import engine
+from pipeline.stages.download import Download
+from pipeline.stages.filter import Filter
+
+
+def bare(files: Sequence[bytes], count: int) -> None:
+    for number in range(count):
+        judge(files[number % len(files)], Rules(), DEFAULT_LIMITS)
+
+
+def bare_seconds(files: Sequence[bytes], count: int, processes: int) -> float:
+    with ProcessPoolExecutor(processes, get_context("forkserver")) as pool:
+        list(pool.map(bare, [files] * processes, [len(files)] * processes))  # they have started
+        begin = perf_counter()
+        list(pool.map(bare, [files] * processes, [count // processes] * processes))
+        return perf_counter() - begin
+
+
+def stage_seconds(download: Path, processes: int) -> float:
+    with tempfile.TemporaryDirectory(dir=download.parent) as place:
+        config = FilterConfig(input=str(download), output=f"{place}/filter", workers=str(processes))
+        stage = Filter(config, Rank())
+        begin = perf_counter()
+        engine.run(stage)
+        took = perf_counter() - begin
+        stage.pool.close()
+        return took
+
+
+def folder(place: Path, files: Sequence[bytes], count: int) -> Path:
+    """A finished download stage of `count` files."""
+    (place / f"images{count}").mkdir()
+    for number in range(count):
+        (place / f"images{count}" / f"{number:05d}.jpg").write_bytes(files[number % len(files)])
+    config = DownloadConfig(
+        source="image_folder", input=str(place / f"images{count}"), output=str(place / f"download{count}")
+    )
+    engine.run(Download(config, Rank()))
+    return place / f"download{count}"
+
+
+def main() -> None:
+    options = dict(argument.split("=", 1) for argument in sys.argv[1:])
+    count = int(options.get("count", 1500))
+    files = list(photos(options.get("photos", ""), SIZES["1 MP"], 6))
+    print(f"{count} photos of 1 MP, {len(os.sched_getaffinity(0))} CPUs")
+    print(f"{'processes':>10}{'bare, images/s':>16}{'stage, images/s':>17}{'stage of bare':>15}")
+    with tempfile.TemporaryDirectory() as text:
+        small, large = (folder(Path(text), files, size) for size in (count // 6, count))
+        for processes in map(int, options.get("processes", "1,2").split(",")):
+            rates: list[tuple[float, float]] = []
+            for _ in range(int(options.get("rounds", 3))):
+                stage = (count - count // 6) / (stage_seconds(large, processes) - stage_seconds(small, processes))
+                rates.append((count / bare_seconds(files, count, processes), stage))
+            shares = median(stage / alone for alone, stage in rates)
+            print(f"{processes:10}{median(r[0] for r in rates):16.0f}{median(r[1] for r in rates):17.0f}{shares:15.0%}")
+
+
+if __name__ == "__main__":
+    main()
