@@ -5,11 +5,14 @@
 Bare: so many processes call `pipeline.images.judge` on photos of 1 MP in memory, and drop the result. Stage: the same
 photos as files in a folder, through one rank with so many workers: reading, hashing, ledger, tar, fsync and commit; its
 rate is the difference between `count` and a sixth of it, without its start. Rounds alternate; ratios are medians.
+`by CPU time` compares seconds of CPU per image, of rank and workers together: where all cores are busy, that is what
+counts, and other programs on the machine disturb it less.
 """
 
 from __future__ import annotations
 
 import os
+import resource
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -37,23 +40,33 @@ def bare(files: Sequence[bytes], count: int) -> None:
         judge(files[number % len(files)], Rules(), DEFAULT_LIMITS)
 
 
-def bare_seconds(files: Sequence[bytes], count: int, processes: int) -> float:
+def bare_seconds(files: Sequence[bytes], count: int, processes: int) -> tuple[float, float]:
+    """By the clock, and of CPU (of one process)."""
+    cpu = cpu_seconds()
+    bare(files, count // processes)
+    cpu = (cpu_seconds() - cpu) * processes
     with ProcessPoolExecutor(processes, get_context("forkserver")) as pool:
         list(pool.map(bare, [files] * processes, [len(files)] * processes))  # they have started
         begin = perf_counter()
         list(pool.map(bare, [files] * processes, [count // processes] * processes))
-        return perf_counter() - begin
+        return perf_counter() - begin, cpu
 
 
-def stage_seconds(download: Path, processes: int) -> float:
+def cpu_seconds() -> float:
+    """Of this process and all children that have ended."""
+    return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+
+
+def stage_seconds(download: Path, processes: int) -> tuple[float, float]:
+    """By the clock, and of CPU."""
     with tempfile.TemporaryDirectory(dir=download.parent) as place:
         config = FilterConfig(input=str(download), output=f"{place}/filter", workers=str(processes))
         stage = Filter(config, Rank())
-        begin = perf_counter()
+        begin, cpu = perf_counter(), cpu_seconds()
         engine.run(stage)
         took = perf_counter() - begin
         stage.pool.close()
-        return took
+        return took, cpu_seconds() - cpu
 
 
 def folder(place: Path, files: Sequence[bytes], count: int) -> Path:
@@ -73,16 +86,19 @@ def main() -> None:
     count = int(options.get("count", 1500))
     files = list(photos(options.get("photos", ""), SIZES["1 MP"], 6))
     print(f"{count} photos of 1 MP, {len(os.sched_getaffinity(0))} CPUs")
-    print(f"{'processes':>10}{'bare, images/s':>16}{'stage, images/s':>17}{'stage of bare':>15}")
+    print(f"{'processes':>10}{'bare, images/s':>16}{'stage, images/s':>17}{'stage of bare':>15}{'by CPU time':>13}")
     with tempfile.TemporaryDirectory() as text:
         small, large = (folder(Path(text), files, size) for size in (count // 6, count))
         for processes in map(int, options.get("processes", "1,2").split(",")):
-            rates: list[tuple[float, float]] = []
+            rates: list[tuple[float, float, float]] = []
             for _ in range(int(options.get("rounds", 3))):
-                stage = (count - count // 6) / (stage_seconds(large, processes) - stage_seconds(small, processes))
-                rates.append((count / bare_seconds(files, count, processes), stage))
-            shares = median(stage / alone for alone, stage in rates)
-            print(f"{processes:10}{median(r[0] for r in rates):16.0f}{median(r[1] for r in rates):17.0f}{shares:15.0%}")
+                (longer, more), (shorter, less) = stage_seconds(large, processes), stage_seconds(small, processes)
+                alone, cpu = bare_seconds(files, count, processes)
+                most = count - count // 6
+                rates.append((count / alone, most / (longer - shorter), cpu / count / ((more - less) / most)))
+            shares = median(stage / alone for alone, stage, _ in rates)
+            alone, stage, by_cpu = (median(column) for column in zip(*rates, strict=True))
+            print(f"{processes:10}{alone:16.0f}{stage:17.0f}{shares:15.0%}{by_cpu:13.0%}")
 
 
 if __name__ == "__main__":
