@@ -200,6 +200,13 @@ class FilterConfig(StageConfig):
     )
     max_frames: int = option(10_000, "refuse animations that claim more frames than this", identity=True)
     max_caption_length: int = option(4096, "captions are cut to this many characters", identity=True)
+    min_caption_length: int = option(0, "captions of fewer characters are left out", identity=True)
+    caption_checks: tuple[str, ...] = option(
+        (), "captions to leave out: [empty,url,repetitive]; a sample without any other is dropped", identity=True
+    )
+    scores: tuple[str, ...] = option(
+        (), "drop samples whose columns do not meet these, as [nsfw<0.5,aesthetic>=5]", identity=True
+    )
     workers: str = option("auto", "processes of each rank for images (auto: its CPUs; 0: the rank itself, unprotected)")
     decode_timeout: float = option(60.0, "seconds that one image may take; then it is failed:decoder_timeout")
     worker_memory: int = option(2048, "MiB that a worker may take for an image; more is failed:out_of_memory (0: any)")

@@ -101,13 +101,13 @@ class Pool:
         self._workers: list[_Worker] = []
         self._selector = selectors.DefaultSelector()
         self._failed_starts = 0
-        self._finalizer = weakref.finalize(self, _end_all, self._workers)
+        self._finalizer = weakref.finalize(self, _end, self._workers, self._selector)
 
     def close(self) -> None:
         """End all workers; they start again when there is work."""
+        for worker in self._workers:
+            self._selector.unregister(worker.socket)
         _end_all(self._workers)
-        self._selector.close()
-        self._selector = selectors.DefaultSelector()
 
     @property
     def pids(self) -> list[int]:
@@ -257,6 +257,11 @@ def _lost(code: int, timeout: float) -> Lost:
     with suppress(ValueError):
         return Lost("crash", f"the worker died of {signal.Signals(-code).name}")
     return Lost("crash", f"the worker ended with code {code}")
+
+
+def _end(workers: list[_Worker], selector: selectors.BaseSelector) -> None:
+    _end_all(workers)
+    selector.close()
 
 
 def _end_all(workers: list[_Worker]) -> None:

@@ -7,9 +7,9 @@ from dataclasses import fields
 from functools import cached_property
 from typing import Any
 
-from pipeline import images
+from pipeline import filters, images
 from pipeline.captions import clean_caption
-from pipeline.cli import config_for
+from pipeline.cli import config_for, nearest
 from pipeline.config import ConfigError, FilterConfig
 from pipeline.distributed import Rank, distributed
 from pipeline.partitions import engine
@@ -60,17 +60,32 @@ class Filter(Stage):
             memory=config.worker_memory * 2**20,
         )
 
+    @cached_property
+    def caption_checks(self) -> list[filters.CaptionCheck]:
+        config = self.config
+        for name in config.caption_checks:
+            if name not in filters.CAPTION_CHECKS:
+                raise ConfigError(f"caption_checks={name}: {nearest(name, filters.CAPTION_CHECKS)}")
+        checks = [filters.CAPTION_CHECKS[name] for name in config.caption_checks]
+        return checks + ([filters.at_least(config.min_caption_length)] if config.min_caption_length else [])
+
+    @cached_property
+    def row_checks(self) -> list[filters.RowCheck]:
+        return [filters.score(text) for text in self.config.scores]
+
     def plan(self, since: int = 0) -> Iterator[Partition]:
-        self.rules  # noqa: B018 - wrong settings are found before the work
+        self.rules, self.caption_checks, self.row_checks  # noqa: B018 - wrong settings are found before the work
         return follow_upstream(self.upstream, since)
 
     def process(self, partition: Partition) -> Iterator[Outcome]:
         stored = (s for s in self.upstream.samples(partition.inputs[0].start) if partition.wants(s.key))
-        for (outcome, row), result in self.pool.map(map(_read, stored), self.rank.check_stop):
+        for (outcome, row), result in self.pool.map(map(self._read, stored), self.rank.check_stop):
             yield self._judged(outcome, row, result)
 
     def _judged(self, outcome: Outcome, row: Row, result: Any) -> Outcome:
         match result:
+            case None:
+                pass  # decided before it was looked at
             case images.Result():
                 outcome.status, outcome.width, outcome.height = "kept", result.width, result.height
                 outcome.source_pixels, outcome.phash = result.source_width * result.source_height, result.phash
@@ -84,30 +99,34 @@ class Filter(Stage):
                 outcome.reason, outcome.detail, outcome.retryable = f"decoder_{result.reason}", result.detail, True
         return outcome
 
-    def _row(self, row: Row, result: images.Result) -> Row:
+    def _read(self, stored: Stored) -> tuple[tuple[Outcome, Row], bytes | None]:
+        """A sample's outcome so far, the rest of its row, and the image; None where there is no need to look at it."""
+        outcome = Outcome(stored.key, "failed", source=stored.source, offset=stored.offset)
+        try:
+            row = stored.read()
+        except SampleError as error:
+            outcome.reason, outcome.detail, outcome.retryable = error.reason, error.detail, error.retryable
+            return (outcome, {}), None
+        data = row.pop("jpg")
+        outcome.source_bytes, outcome.source_hash = len(data), content_hash(data)
         captions = [clean_caption(caption, self.config.max_caption_length) for caption in row["captions"]]
+        good, reason = filters.good_captions(captions, self.caption_checks)
+        row |= caption_fields([caption for caption in good if caption])
+        reason = next(filter(None, (check(row) for check in self.row_checks)), reason)
+        if reason:
+            outcome.status, outcome.reason = "dropped", reason
+            return (outcome, {}), None
+        return (outcome, row), data
+
+    def _row(self, row: Row, result: images.Result) -> Row:
         return {
             **row,
-            **caption_fields([caption for caption in captions if caption]),
             "jpg": result.data,
             "format": result.format,
             "width": result.width,
             "height": result.height,
             "min_side": min(result.source_width, result.source_height),
         }
-
-
-def _read(stored: Stored) -> tuple[tuple[Outcome, Row], bytes | None]:
-    """A sample's outcome so far, the rest of its row, and the image; None where it cannot be read."""
-    outcome = Outcome(stored.key, "failed", source=stored.source, offset=stored.offset)
-    try:
-        row = stored.read()
-    except SampleError as error:
-        outcome.reason, outcome.detail, outcome.retryable = error.reason, error.detail, error.retryable
-        return (outcome, {}), None
-    data = row.pop("jpg")
-    outcome.source_bytes, outcome.source_hash = len(data), content_hash(data)
-    return (outcome, row), data
 
 
 @distributed

@@ -1,0 +1,77 @@
+"""Which samples are left out for what is written about them: small checks that give a reason, or "" for a good one.
+
+A check is a function of one caption, or of one row; stages combine as many as they like. They know no language.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Callable, Iterable, Sequence
+
+from pipeline.config import ConfigError
+from pipeline.samples import Row
+
+CaptionCheck = Callable[[str], str]
+RowCheck = Callable[[Row], str]
+
+_URL = re.compile(r"\s*(https?://|www\.)\S+\s*", re.IGNORECASE)
+_SCORE = re.compile(r"([A-Za-z_]\w*)(<=|>=|<|>)(-?\d+(?:\.\d+)?(?:e-?\d+)?)")
+_COMPARE = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
+_LOOKED_AT = 200  # characters of a caption; long texts repeat themselves more
+
+
+def empty(caption: str) -> str:
+    """No letter and no digit of any script."""
+    return "" if any(character.isalnum() for character in caption) else "caption_empty"
+
+
+def url(caption: str) -> str:
+    """Nothing but an address."""
+    return "caption_url" if _URL.fullmatch(caption) else ""
+
+
+def repetitive(caption: str) -> str:
+    """Of 40 characters and more, less than a quarter of the runs of three are different."""
+    text = caption[:_LOOKED_AT].casefold()
+    runs = [text[at : at + 3] for at in range(len(text) - 2)]
+    return "caption_repetitive" if len(text) >= 40 and len(set(runs)) < len(runs) / 4 else ""
+
+
+CAPTION_CHECKS: dict[str, CaptionCheck] = {"empty": empty, "url": url, "repetitive": repetitive}
+
+
+def at_least(length: int) -> CaptionCheck:
+    """So many characters."""
+    return lambda caption: "caption_short" if len(caption) < length else ""
+
+
+def first_reason(caption: str, checks: Iterable[CaptionCheck]) -> str:
+    return next(filter(None, (check(caption) for check in checks)), "")
+
+
+def good_captions(captions: Sequence[str], checks: Sequence[CaptionCheck]) -> tuple[list[str], str]:
+    """The captions that pass all checks; if none does, why not: the reason of the first (`caption_empty` of none)."""
+    reasons = [first_reason(caption, checks) for caption in captions]
+    good = [caption for caption, reason in zip(captions, reasons, strict=True) if not reason]
+    return good, "" if good or not checks else next(iter(reasons), "caption_empty")
+
+
+def score(text: str) -> RowCheck:
+    """A condition on a numeric column, as `nsfw<0.5`: what does not meet it is `score_<column>`, and so
+    is what has no number there.
+
+    Raises:
+        ConfigError: no such condition.
+    """
+    match = _SCORE.fullmatch(text.replace(" ", ""))
+    if match is None:
+        raise ConfigError(f"scores={text}: write <column><limit>, as nsfw<0.5 or aesthetic>=5")
+    column, compare, limit = match[1], _COMPARE[match[2]], float(match[3])
+
+    def check(row: Row) -> str:
+        value = row.get(column)
+        good = isinstance(value, (int, float)) and not isinstance(value, bool) and compare(value, limit)
+        return "" if good else f"score_{column.lower()}"
+
+    return check
