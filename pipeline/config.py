@@ -74,8 +74,8 @@ class StageConfig(RunConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DownloadConfig(StageConfig):
-    """stage=download: bring a data set's samples under data_dir, each with its key, captions and content hash."""
+class SourceConfig(StageConfig):
+    """Where samples come from."""
 
     source: str = option(
         "",
@@ -159,8 +159,17 @@ class DownloadConfig(StageConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FilterConfig(StageConfig):
+class DownloadConfig(SourceConfig):
+    """stage=download: bring a data set's samples under data_dir, each with its key, captions and content hash."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FilterConfig(SourceConfig):
     """stage=filter: every image becomes an upright RGB image of a bounded size, or a ledger row that says why not."""
+
+    fuse: bool = option(
+        False, "take the samples from their source as they arrive; no stage=download, no raw data", identity=True
+    )
 
     min_image_size: int = option(256, "drop images whose smaller edge is below this", identity=True)
     max_image_size: int = option(
@@ -499,7 +508,14 @@ MAIN_LINE = ("download", "filter", "shard", "precompute", "train")
 
 def identity(config: Any) -> dict[str, Any]:
     """The fields of ``config`` that the bytes of the result depend on, as JSON-able values."""
-    return {f.name: public(getattr(config, f.name)) for f in dataclasses.fields(config) if f.metadata.get("identity")}
+    unused: set[str] = set()
+    if isinstance(config, FilterConfig) and not config.fuse:
+        unused = set(SourceConfig.__annotations__)
+    return {
+        f.name: public(getattr(config, f.name))
+        for f in dataclasses.fields(config)
+        if f.metadata.get("identity") and f.name not in unused
+    }
 
 
 def public(value: Any) -> Any:

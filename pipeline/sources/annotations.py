@@ -23,7 +23,7 @@ from typing import IO, Any
 import pyarrow.parquet as pq
 import xxhash
 
-from pipeline.config import ConfigError, DownloadConfig, public
+from pipeline.config import ConfigError, SourceConfig, public
 from pipeline.samples import SampleError, Schema, content_hash
 from pipeline.sources.archives import members
 from pipeline.sources.archives.compression import unpacked
@@ -45,13 +45,13 @@ class Entry:
 
 
 Found = Iterator[tuple[str, Entry]]
-Reader = Callable[[IO[bytes], DownloadConfig], Found]
+Reader = Callable[[IO[bytes], SourceConfig], Found]
 
 
 # ---- one function for each published layout
 
 
-def _jdb(file: IO[bytes], config: DownloadConfig) -> Found:
+def _jdb(file: IO[bytes], config: SourceConfig) -> Found:
     """JourneyDB: JSON lines in a tgz, ``img_path`` and ``prompt``."""
     for line in _lines(file):
         row = json.loads(line)
@@ -59,7 +59,7 @@ def _jdb(file: IO[bytes], config: DownloadConfig) -> Found:
         yield row["img_path"], Entry([row["prompt"]], {"caption_gpt": caption} if caption else {})
 
 
-def _diffusiondb(file: IO[bytes], config: DownloadConfig) -> Found:
+def _diffusiondb(file: IO[bytes], config: SourceConfig) -> Found:
     """DiffusionDB: one parquet with prompts, settings and two scores of safety in 0..1 (2: blurred)."""
     fields = ("image_name", "prompt", "image_nsfw", "prompt_nsfw", "seed", "step", "cfg", "sampler", "part_id")
     parquet = pq.ParquetFile(file)
@@ -71,7 +71,7 @@ def _diffusiondb(file: IO[bytes], config: DownloadConfig) -> Found:
             yield name, Entry([prompt or ""], row, dropped="nsfw" if unsafe else "")
 
 
-def _coco(file: IO[bytes], config: DownloadConfig) -> Found:
+def _coco(file: IO[bytes], config: SourceConfig) -> Found:
     """COCO: a JSON document with ``images`` and ``annotations``, bare or as ``metadata_member`` of a zip."""
     document = json.loads(_document(file, config.metadata_member))
     captions: dict[int, list[str]] = defaultdict(list)
@@ -81,7 +81,7 @@ def _coco(file: IO[bytes], config: DownloadConfig) -> Found:
         yield image["file_name"], Entry(captions[image["id"]], {"image_id": image["id"]})
 
 
-def _textcaps(file: IO[bytes], config: DownloadConfig) -> Found:
+def _textcaps(file: IO[bytes], config: SourceConfig) -> Found:
     """TextCaps: a JSON document whose ``data`` have ``image_id`` and ``reference_strs``; a row per caption or image."""
     captions: dict[str, list[str]] = {}
     for row in json.loads(_document(file, config.metadata_member))["data"]:
@@ -92,7 +92,7 @@ def _textcaps(file: IO[bytes], config: DownloadConfig) -> Found:
         yield name, Entry(texts, {"image_id": name})
 
 
-def _flickr30k(file: IO[bytes], config: DownloadConfig) -> Found:
+def _flickr30k(file: IO[bytes], config: SourceConfig) -> Found:
     """Flickr30k: CSV with ``raw`` (a JSON list of captions), ``filename`` and Karpathy's ``split``."""
     csv.field_size_limit(_LARGEST)
     for row in csv.DictReader(io.TextIOWrapper(file, "utf-8-sig", newline="")):
@@ -101,7 +101,7 @@ def _flickr30k(file: IO[bytes], config: DownloadConfig) -> Found:
             yield row["filename"], Entry(captions, {"image_id": row["img_id"]})
 
 
-def _texts(file: IO[bytes], config: DownloadConfig) -> Found:
+def _texts(file: IO[bytes], config: SourceConfig) -> Found:
     """An archive of ``<image name>.txt``, as SAM-LLaVA's captions are."""
     for member in members(file, 2**62, lambda name, size: min(size, _SMALL) if name.endswith(".txt") else None):
         if not member.error:
@@ -189,7 +189,7 @@ def _document(file: IO[bytes], member: str) -> bytes:
 class Annotations:
     """Answers for one data set what is known of an image by its name."""
 
-    def __init__(self, config: DownloadConfig) -> None:
+    def __init__(self, config: SourceConfig) -> None:
         self._config = config
         self._read = READERS.get(config.annotations)
         layout = LAYOUTS.get(config.annotations)
@@ -317,7 +317,7 @@ def archive_class(archive: str) -> str:
     return archive.rpartition("/")[2].partition(".")[0]
 
 
-def get_annotations(config: DownloadConfig) -> Annotations:
+def get_annotations(config: SourceConfig) -> Annotations:
     """What ``annotations=`` names.
 
     Raises:

@@ -8,7 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import ConfigError, DownloadConfig
+from pipeline.config import ConfigError, SourceConfig
 from pipeline.partitions.plan import Partition
 from pipeline.samples import IMAGE_COLUMNS, Outcome, Schema
 
@@ -22,7 +22,7 @@ class Source(ABC):
     format: str = "tar"
     """Storage format of what is brought in."""
 
-    def __init__(self, config: DownloadConfig) -> None:
+    def __init__(self, config: SourceConfig) -> None:
         self.config = config
         self.planned: dict[str, Any] = {}
         """What :meth:`extra` said when the plan was made."""
@@ -73,8 +73,8 @@ _MODULES = {
 }
 
 
-def get_source(config: DownloadConfig) -> Source:
-    """The source that ``config.source`` names.
+def get_source(config: SourceConfig, home: Path, check_stop: Callable[[], None]) -> Source:
+    """The source that ``config.source`` names, for the output folder ``home``.
 
     Raises:
         ConfigError: there is none of that name.
@@ -88,4 +88,6 @@ def get_source(config: DownloadConfig) -> Source:
             else "no source: give dataset= (a YAML that names one) or source="
         )
         raise ConfigError(f"{what}; {nearest(config.source, _MODULES)}")
-    return import_module(f"pipeline.sources.{_MODULES[config.source]}").SOURCE(config)  # type: ignore[no-any-return]
+    source: Source = import_module(f"pipeline.sources.{_MODULES[config.source]}").SOURCE(config)
+    source.home, source.check_stop = home, check_stop
+    return source

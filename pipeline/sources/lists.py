@@ -15,7 +15,7 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.config import ConfigError, DownloadConfig
+from pipeline.config import ConfigError, SourceConfig
 
 URL_COLUMNS = ("url", "image_url", "img_url", "link")
 CAPTION_COLUMNS = ("captions", "caption", "text", "descriptions", "title", "alt")
@@ -258,7 +258,7 @@ def open_list(path: Path) -> List:
     raise ConfigError(f"{path}: a list of URLs is one of {', '.join(SUFFIXES)}")
 
 
-def record(row: Row, config: DownloadConfig) -> Record:
+def record(row: Row, config: SourceConfig) -> Record:
     """What ``row`` says, by the columns that the settings name or that names suggest."""
     lower = {name.lower(): name for name in row}
     url_column = config.url_column or _first(lower, URL_COLUMNS) or _with_url(row)
@@ -276,7 +276,7 @@ def record(row: Row, config: DownloadConfig) -> Record:
     )
 
 
-def check_columns(row: Row, config: DownloadConfig, place: str) -> None:
+def check_columns(row: Row, config: SourceConfig, place: str) -> None:
     """Raises ConfigError if the first row of a list lacks a column that the settings name, or has no URL."""
     named = ("url_column", "caption_column", "hash_column", "split_column")
     wanted = [(name, getattr(config, name)) for name in named] + [("columns", name) for name in config.columns]

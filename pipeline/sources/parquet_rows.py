@@ -9,7 +9,7 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.config import DownloadConfig
+from pipeline.config import SourceConfig
 from pipeline.headers import ImageError, sniff
 from pipeline.samples import Outcome, SampleError, Schema, make_key
 from pipeline.sources.annotations import Entry
@@ -21,7 +21,7 @@ _LABEL_COLUMNS = ("label", "cls", "fine_label", "class")
 _BATCH = 64  # rows with images in memory at a time
 
 
-def outcomes(name: str, file: IO[bytes], config: DownloadConfig, columns: Schema) -> Iterator[Outcome]:
+def outcomes(name: str, file: IO[bytes], config: SourceConfig, columns: Schema) -> Iterator[Outcome]:
     """What becomes of each row; the image is bytes, or ``{bytes, path}``.
 
     Raises:
@@ -49,7 +49,7 @@ def _rows(
     parquet: pq.ParquetFile,
     wanted: list[str],
     roles: tuple[str, str, str],
-    config: DownloadConfig,
+    config: SourceConfig,
     columns: Schema,
 ) -> Iterator[Outcome]:
     image, caption, label = roles

@@ -22,10 +22,7 @@ class Download(Stage):
 
     @cached_property
     def source(self) -> Source:
-        source = get_source(self.config)
-        source.home = self.output
-        source.check_stop = self.rank.check_stop
-        return source
+        return get_source(self.config, self.output, self.rank.check_stop)
 
     @property
     def rechecks(self) -> bool:  # type: ignore[override]

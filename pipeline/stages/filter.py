@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -17,6 +17,7 @@ from pipeline.partitions.dataset import Stored
 from pipeline.partitions.plan import Partition
 from pipeline.partitions.stage import Stage, follow_upstream
 from pipeline.samples import Outcome, Row, SampleError, Schema, caption_fields, content_hash
+from pipeline.sources.base import Source, get_source
 from pipeline.workers import Lost, Pool, worker_count
 
 _NOT_TAKEN = ("svg",)
@@ -28,12 +29,27 @@ class Filter(Stage):
     version = 2
     function = "pipeline.images:judge"
 
+    @property
+    def reads_upstream(self) -> bool:  # type: ignore[override]
+        return not self.config.fuse
+
+    @property
+    def rechecks(self) -> bool:  # type: ignore[override]
+        return bool(self.config.fuse) and self.source.rechecks
+
+    @cached_property
+    def source(self) -> Source:
+        """Where samples come from, with ``fuse=true``."""
+        return get_source(replace(self.config, copy=True), self.output, self.rank.check_stop)
+
     def schema(self) -> Schema:
-        self.upstream.require_columns("key", "jpg", "captions")
-        return {**self.upstream.schema, "width": "int", "height": "int", "min_side": "int"}
+        if not self.config.fuse:
+            self.upstream.require_columns("key", "jpg", "captions")
+        before = self.source.schema() if self.config.fuse else self.upstream.schema
+        return {**before, "width": "int", "height": "int", "min_side": "int"}
 
     def extra(self) -> dict[str, Any]:
-        return dict(self.upstream.header["extra"])
+        return self.source.extra() if self.config.fuse else dict(self.upstream.header["extra"])
 
     @cached_property
     def rules(self) -> images.Rules:
@@ -75,12 +91,36 @@ class Filter(Stage):
 
     def plan(self, since: int = 0) -> Iterator[Partition]:
         self.rules, self.caption_checks, self.row_checks  # noqa: B018 - wrong settings are found before the work
-        return follow_upstream(self.upstream, since)
+        return self.source.plan() if self.config.fuse else follow_upstream(self.upstream, since)
 
     def process(self, partition: Partition) -> Iterator[Outcome]:
-        stored = (s for s in self.upstream.samples(partition.inputs[0].start) if partition.wants(s.key))
-        for (outcome, row), result in self.pool.map(map(self._read, stored), self.rank.check_stop):
+        for (outcome, row), result in self.pool.map(self._images(partition), self.rank.check_stop):
             yield self._judged(outcome, row, result)
+
+    def _images(self, partition: Partition) -> Iterator[tuple[tuple[Outcome, Row], bytes | None]]:
+        """Outcomes so far, the rest of their rows, and the images, None where there is none to judge."""
+        if self.config.fuse:
+            self.source.planned, self.source.scratch = self.planned["extra"], self.scratch
+            arrived = (_arrived(outcome) for outcome in self.source.samples(partition))
+        else:
+            stored = self.upstream.samples(partition.inputs[0].start)
+            arrived = (_read(sample) for sample in stored if partition.wants(sample.key))
+        for outcome, row in arrived:
+            if row is None or not self._described(outcome, row):
+                yield (outcome, {}), None
+            else:
+                data = row.pop("jpg")
+                yield (outcome, row), data
+
+    def _described(self, outcome: Outcome, row: Row) -> bool:
+        """Clean the captions; whether they, and the score columns, are such that the image is worth looking at."""
+        captions = [clean_caption(caption, self.config.max_caption_length) for caption in row["captions"]]
+        good, reason = filters.good_captions(captions, self.caption_checks)
+        row |= caption_fields([caption for caption in good if caption])
+        reason = next(filter(None, (check(row) for check in self.row_checks)), reason)
+        if reason:
+            outcome.status, outcome.reason = "dropped", reason
+        return not reason
 
     def _judged(self, outcome: Outcome, row: Row, result: Any) -> Outcome:
         match result:
@@ -99,25 +139,6 @@ class Filter(Stage):
                 outcome.reason, outcome.detail, outcome.retryable = f"decoder_{result.reason}", result.detail, True
         return outcome
 
-    def _read(self, stored: Stored) -> tuple[tuple[Outcome, Row], bytes | None]:
-        """A sample's outcome so far, the rest of its row, and the image; None where there is no need to look at it."""
-        outcome = Outcome(stored.key, "failed", source=stored.source, offset=stored.offset)
-        try:
-            row = stored.read()
-        except SampleError as error:
-            outcome.reason, outcome.detail, outcome.retryable = error.reason, error.detail, error.retryable
-            return (outcome, {}), None
-        data = row.pop("jpg")
-        outcome.source_bytes, outcome.source_hash = len(data), content_hash(data)
-        captions = [clean_caption(caption, self.config.max_caption_length) for caption in row["captions"]]
-        good, reason = filters.good_captions(captions, self.caption_checks)
-        row |= caption_fields([caption for caption in good if caption])
-        reason = next(filter(None, (check(row) for check in self.row_checks)), reason)
-        if reason:
-            outcome.status, outcome.reason = "dropped", reason
-            return (outcome, {}), None
-        return (outcome, row), data
-
     def _row(self, row: Row, result: images.Result) -> Row:
         return {
             **row,
@@ -127,6 +148,26 @@ class Filter(Stage):
             "height": result.height,
             "min_side": min(result.source_width, result.source_height),
         }
+
+
+def _read(stored: Stored) -> tuple[Outcome, Row | None]:
+    """A sample's outcome so far, and its row; None where it cannot be read."""
+    outcome = Outcome(stored.key, "failed", source=stored.source, offset=stored.offset)
+    try:
+        row = stored.read()
+    except SampleError as error:
+        outcome.reason, outcome.detail, outcome.retryable = error.reason, error.detail, error.retryable
+        return outcome, None
+    outcome.source_bytes, outcome.source_hash = len(row["jpg"]), content_hash(row["jpg"])
+    return outcome, row
+
+
+def _arrived(outcome: Outcome) -> tuple[Outcome, Row | None]:
+    """The same of what a source has brought in."""
+    row, outcome.row = outcome.row, None
+    if row is not None:
+        outcome.status = "failed"  # until it is judged
+    return outcome, row
 
 
 @distributed

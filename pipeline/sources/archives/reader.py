@@ -9,7 +9,7 @@ from typing import IO, Any
 
 import xxhash
 
-from pipeline.config import DownloadConfig
+from pipeline.config import SourceConfig
 from pipeline.samples import FORMATS, Outcome, SampleError, caption_fields, content_hash, make_key, path_text
 from pipeline.sources.annotations import Annotations, Entry
 from pipeline.sources.archives import check, members
@@ -24,7 +24,7 @@ _CAPTION_FIELDS = ("caption", "captions", "text")
 
 
 def outcomes(
-    archive: str, file: IO[bytes], config: DownloadConfig, annotations: Annotations, step: Callable[[], None]
+    archive: str, file: IO[bytes], config: SourceConfig, annotations: Annotations, step: Callable[[], None]
 ) -> Iterator[Outcome]:
     """What becomes of the image members of ``file``, an archive that is looked through as a whole first.
 
@@ -35,7 +35,7 @@ def outcomes(
     return _outcomes(archive, file, config, annotations)
 
 
-def _outcomes(archive: str, file: IO[bytes], config: DownloadConfig, annotations: Annotations) -> Iterator[Outcome]:
+def _outcomes(archive: str, file: IO[bytes], config: SourceConfig, annotations: Annotations) -> Iterator[Outcome]:
     most = config.max_member_bytes
     seen: Counter[int] = Counter()
 
