@@ -33,6 +33,7 @@ from pipeline.stages import get_stage
 
 EDGE = 260
 NAMES = [path.stem for path in sorted((cli.CONF / "dataset").glob("*.yaml"))]
+README = Path(__file__).parents[2] / "README.md"
 OWN = ("shapes", "image_folder")
 """Sets that nobody publishes."""
 
@@ -346,7 +347,10 @@ def test_every_set_is_described_and_tested() -> None:
     assert set(CASES) == {name for name in NAMES if name not in OWN}
     for name in CASES:
         settings = cli.dataset_settings(name)
-        assert set(settings["about"]) == {"title", "home", "terms", "images", "size", "small"}
+        about = settings["about"]
+        assert set(about) == {"title", "home", "terms", "images", "size", "small"}
+        (line,) = [line for line in README.read_text().splitlines() if line.startswith(f"| `{name}` |")]
+        assert all(str(value) in line for value in about.values()), name
         for split in settings["splits"]:
             cli.load("download", [f"dataset={name}", f"split={split}", "subset=small", "data_dir=x", "input=x"])
 
