@@ -5,10 +5,12 @@ from __future__ import annotations
 import base64
 import json
 import time
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 from jinja2 import Environment, PackageLoader
@@ -22,6 +24,7 @@ from pipeline.partitions.ledger import read_ledger
 from pipeline.samples import SampleError
 
 _LEDGERS = 50  # partitions whose ledgers the histograms are drawn from, evenly spread
+_HOSTS = 20  # the most that are listed
 _THUMBNAIL = 160  # pixels
 _INK = "#3b6ea5"
 
@@ -87,6 +90,8 @@ def describe(dataset: Dataset, samples: int, sheet: bool) -> dict[str, Any]:
         "digest": success["content_digest"],
         "settings": dataset.header["identity"],
     }
+    if dataset.header["upstream"] is None:
+        facts["hosts"] = hosts(dataset)
     if dataset.stage == "filter":
         facts["histograms"] = size_histograms(dataset)
     if sheet:
@@ -109,6 +114,27 @@ def spread_samples(dataset: Dataset, most: int) -> Iterator[tuple[int, Stored]]:
         if index not in opened:
             opened = {index: SlotReader(dataset, index).stored()}
         yield index, opened[index][position - int(dataset.starts[index])]
+
+
+def hosts(dataset: Dataset) -> list[dict[str, Any]]:
+    """How the servers of most images did, of samples that came by URL: kept, asked for, and why most failed."""
+    asked: dict[str, Counter[str]] = defaultdict(Counter)
+    for index in spread(dataset.partitions, _LEDGERS):
+        with dataset.root.folder(dataset.path_of(index)) as folder:
+            table = read_ledger(folder, ["outcome", "reason", "member"]).to_pydict()
+        for outcome, reason, member in zip(table["outcome"], table["reason"], table["member"], strict=True):
+            if "://" in (member or ""):
+                asked[urlsplit(member).hostname or "?"][reason if outcome != "kept" else ""] += 1
+    largest = sorted(asked.items(), key=lambda item: (-item[1].total(), item[0]))[:_HOSTS]
+    return [
+        {
+            "host": host,
+            "asked": reasons.total(),
+            "kept": reasons[""],
+            "reasons": ", ".join(f"{reason} {n}" for reason, n in reasons.most_common(4) if reason),
+        }
+        for host, reasons in largest
+    ]
 
 
 def size_histograms(dataset: Dataset) -> list[str]:

@@ -318,3 +318,14 @@ def test_results_come_in_order_however_they_arrive(server: Server, memory: Path)
     finally:
         held(before)
     assert made[0] == made[1]
+
+
+def test_the_report_says_how_hosts_did(server: Server, memory: Path) -> None:
+    from pipeline.stages import report
+
+    urls = [server.put("/a", PICTURES[0]), server.put("/b", PICTURES[1]), server.url("/gone"), "ftp://files.example/x"]
+    download(memory, write_list(memory, "txt", [{"url": url} for url in urls]), retries=0)
+    ours, other = report.hosts(Dataset.open(memory / "download"))
+    assert ours == {"host": "127.0.0.1", "asked": 3, "kept": 2, "reasons": "http_404 1"}
+    assert other == {"host": "files.example", "asked": 1, "kept": 0, "reasons": "bad_url 1"}
+    assert "127.0.0.1" in report.page(memory / "download", 0)
