@@ -12,6 +12,8 @@ from pathlib import Path
 from pipeline.partitions.dataset import Dataset
 from pipeline.storage import GONE, TRASH, Folder, StorageError
 
+PARTIAL = "partial"
+"""Where a stage keeps what it has fetched of its inputs; of no use once it has finished."""
 _SLOT = re.compile(r"(\d+)(?:\.(\d+))?")
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}")  # .<name>.<uuid>: an attempt, a temporary file or something trashed
 
@@ -34,6 +36,9 @@ def collect(dataset: Dataset, older_than: float) -> Iterator[Path]:
 def _collect_all(dataset: Dataset, older_than: float) -> Iterator[Path]:
     yield from _collect(dataset.root, {}, older_than)
     yield from _collect_moved_aside(dataset.root, older_than)
+    if dataset.success is not None and dataset.root.exists(PARTIAL):
+        with dataset.root.folder(PARTIAL) as partial:
+            yield from _collect(partial, {}, older_than, re.compile(".+"))
     with dataset.root.folder("data") as data:
         for bucket in data.listdir():
             with data.folder(bucket) as folder:

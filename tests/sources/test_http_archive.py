@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from sources.packing import END, PACKED, entry, header, padded, tar_of, tar_of_entries, zip_of
-from sources.server import Server, body, drip, endless, in_turn, redirect, reset, status
+from sources.server import Server, body, drip, endless, in_turn, ranged, redirect, reset, status
 
 from pipeline import cli
 from pipeline.config import ConfigError, DownloadConfig, FilterConfig
@@ -312,6 +312,17 @@ def test_a_broken_archive_counts_for_nothing_until_the_server_heals(
     fake_stage.assert_sound(output)
     assert (server.asked("/good.tar"), server.asked(f"/{name}")) == (1, 2)
     clean(output)
+
+
+def test_gc_takes_away_what_nobody_will_go_on_with(server: Server, run: Run, output: Path) -> None:
+    from pipeline.partitions.gc import collect
+
+    run(server.put("/a.tar", ranged(NOISE, '"one"', cut=1000)), retries=0)
+    left = sorted((output / "partial").iterdir())
+    assert len(left) == 2
+    assert list(collect(Dataset.open(output), 3600.0)) == []
+    assert sorted(collect(Dataset.open(output), -1.0)) == left
+    assert list((output / "partial").iterdir()) == []
 
 
 def test_most_archives_failing_is_an_error_that_a_retry_mends(server: Server, run: Run, output: Path) -> None:
