@@ -134,7 +134,11 @@ class SourceConfig(StageConfig):
     )
     image_column: str = option("", "parquet: column with the images (default: image, jpg, ...)", identity=True)
     hash_column: str = option("", "url_list: column with an MD5, SHA-1 or SHA-256 to check", identity=True)
-    columns: tuple[str, ...] = option((), "url_list, parquet: further columns to keep in meta", identity=True)
+    columns: tuple[str, ...] = option(
+        (),
+        "url_list, parquet: further columns to keep in meta; archives: fields of .json files (none: all)",
+        identity=True,
+    )
     split_column: str = option("", "url_list: column that tells the split", identity=True)
     split_values: tuple[str, ...] = option((), "url_list: its values in this split", identity=True)
     max_archive_bytes: int = option(2**40, "http: larger files are refused")

@@ -147,7 +147,10 @@ def cc12m_urls(server: Server, folder: Path) -> Case:
 def sa1b(server: Server, folder: Path) -> Case:
     lines = "file_name\tcdn_link\n"
     for a in range(2):
-        tar = {f"./sa_{a}{n}.jpg": photo(a + n) for n in range(2)} | {f"./sa_{a}{n}.json": b"{}" for n in range(2)}
+        tar = {}
+        for n in range(2):
+            note = {"image": {"image_id": n}, "annotations": [n] * 99}
+            tar |= {f"./sa_{a}{n}.jpg": photo(a + n), f"./sa_{a}{n}.json": json.dumps(note).encode()}
         lines += f"sa_00000{a}.tar\t{server.put(f'/v/{a}', tar_of(tar))}?oe=67A68F58&_nc_sid=hushhush\n"
     (folder / "links.txt").write_text(lines)
     texts = tar_of({f"all/sa_{a}{n}.txt": b"llava %d %d" % (a, n) for a in range(2) for n in range(2)})
@@ -155,7 +158,8 @@ def sa1b(server: Server, folder: Path) -> Case:
     metadata = local(server, url)
     server.put(re.sub(r"https?://[^/]+", "", url), PACKED["gz"](texts))
     arguments = [f"input={folder / 'links.txt'}", f"metadata={metadata}"]
-    return Case([[f"llava {a} {n}"] for a in range(2) for n in range(2)], arguments)
+    meta = [{"image": {"image_id": n}} for a in range(2) for n in range(2)]
+    return Case([[f"llava {a} {n}"] for a in range(2) for n in range(2)], arguments, meta=meta)
 
 
 def textcaps(server: Server, folder: Path) -> Case:
@@ -312,7 +316,9 @@ def test_a_data_set_by_name(server: Server, memory: Path, monkeypatch: pytest.Mo
     data_dir = memory / "data"
     shared = [f"dataset={name}", f"data_dir={data_dir}", "max_failed_fraction=0.9"]
     shared += [argument for argument in case.arguments if argument.startswith(("split=", "subset="))]
-    success = run("download", *shared, *case.arguments, "allow_private_hosts=true", "retries=0")
+    success = run(
+        "download", *shared, *case.arguments, "allow_private_hosts=true", "retries=0", "timeout=100", "deadline=200"
+    )
     count = len(case.captions) or len(case.labels)
     dropped = sum(case.reasons.values())
     assert (success["counts"]["kept"], success["counts"]["in"]) == (count, count + dropped)
@@ -334,7 +340,12 @@ def test_a_data_set_by_name(server: Server, memory: Path, monkeypatch: pytest.Mo
     for stage in ("download", "filter", "shard-mds"):
         fake_stage.assert_sound(place.parent / stage)
 
-    assert run("download", *shared, *case.arguments, "allow_private_hosts=true", "retries=0") == success
+    assert (
+        run(
+            "download", *shared, *case.arguments, "allow_private_hosts=true", "retries=0", "timeout=100", "deadline=200"
+        )
+        == success
+    )
     planning = [request for request in server.requests[asked:] if "/api/" not in request.path]
     assert planning == []
     for path in data_dir.rglob("*"):

@@ -51,7 +51,13 @@ def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def config_of(memory: Path, listed: Path, **settings: Any) -> DownloadConfig:
-    defaults = {"allow_private_hosts": True, "max_failed_fraction": 1.0, "retries": 1}
+    defaults = {
+        "allow_private_hosts": True,
+        "max_failed_fraction": 1.0,
+        "retries": 1,
+        "timeout": 100.0,
+        "deadline": 200.0,
+    }
     return DownloadConfig(
         source="url_list", input=str(listed), output=str(memory / "download"), **{**defaults, **settings}
     )

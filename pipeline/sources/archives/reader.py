@@ -17,7 +17,7 @@ from pipeline.sources.archives.member import Member
 
 _LONGEST_NAME = 4096  # bytes of a member's name; what a path may have on Linux
 _SHOWN = 200  # characters of a longer one
-_SIDECARS = {"txt": 1 << 16, "json": 1 << 20, "cls": 64}
+_SIDECARS = {"txt": 1 << 16, "json": 8 << 20, "cls": 64}
 """Files beside an image that say something of it, and how many bytes of each are read."""
 _GROUP = 16  # most members that belong together
 _CAPTION_FIELDS = ("caption", "captions", "text")
@@ -45,7 +45,7 @@ def _outcomes(archive: str, file: IO[bytes], config: SourceConfig, annotations: 
         return (size if size <= most else 0) if _format(name) else None
 
     for group in _groups(members(file, config.max_members, wants), most):
-        beside = _beside(group)
+        beside = _beside(group, config.columns)
         for member in group:
             if not _format(member.name):
                 continue
@@ -71,14 +71,15 @@ def _groups(found: Iterator[Member], most_bytes: int) -> Iterator[list[Member]]:
         yield group
 
 
-def _beside(group: list[Member]) -> Entry:
-    """What the sidecars of a group say; the text's caption goes before those in the JSON."""
+def _beside(group: list[Member], fields: tuple[str, ...]) -> Entry:
+    """What the sidecars of a group say, of JSON these fields (none given: all); the text's caption goes first."""
     texts = {_extension(member.name): member.data for member in reversed(group) if not member.error}
     meta = _object(texts.get("json", b""))
     caption = texts.get("txt", b"").decode("utf-8", "replace").strip()
     said: Any = next((meta[name] for name in _CAPTION_FIELDS if meta.get(name)), [])
     captions = [caption] if caption else [str(text) for text in (said if isinstance(said, list) else [said])]
     label = texts.get("cls", b"").strip()
+    meta = {name: value for name, value in meta.items() if not fields or name in fields}
     return Entry(captions, meta, int(label) if label.isdigit() else None)
 
 
