@@ -39,6 +39,10 @@ def option(
     return dataclasses.field(default=default, metadata=metadata)
 
 
+FORMATS = ("mds", "tar", "parquet", "ipc", "memmap", "hdf5")
+"""Storage formats that stage=shard writes."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """What every stage that is launched as ranks takes."""
@@ -236,12 +240,26 @@ class DedupConfig(StageConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class ShardConfig(StageConfig):
-    """stage=shard: cut the kept samples into even partitions of a storage format."""
+    """stage=shard: cut the kept samples, or a folder of images, into even partitions of a storage format."""
 
-    format: str = option("mds", "storage format", identity=True, choices=("mds", "tar"))
+    format: str = option("mds", "storage format", identity=True, choices=FORMATS)
     shuffle: bool = option(False, "shuffle the whole data set by a permutation keyed by the seed", identity=True)
     partition_size: int = option(0, "samples per partition (0: about 512 MiB of data)", identity=True)
-    shard_bytes: int = option(2**26, "largest size of one data file", identity=True)
+    shard_bytes: int = option(2**26, "largest size of one data file (tar: one file for each partition)", identity=True)
+    shape: tuple[int, ...] = option((), "bring images to [height,width]; masks by their nearest pixel", identity=True)
+    im_mode: str = option("", "bring images to this mode: RGB, L, RGBA, LA or I;16", identity=True)
+    encode: str = option(
+        "", "encode images anew (empty: their bytes as they are)", identity=True, choices=("", "png", "jpeg", "webp")
+    )
+    quality: int = option(95, "encode=jpeg and webp: 1 to 100", identity=True)
+    compression: str = option("", "hdf5: compress each image", identity=True, choices=("", "gzip"))
+    captions: str = option(
+        "none", "folders of images: auto, txt, folder, none, or a captions .json/.jsonl/.csv file", identity=True
+    )
+    labels: str = option("", "folders of images: file of image names and classes, where no folder tells", identity=True)
+    classes: str = option(
+        "", "folders of images: class names in order: a converted dataset, a folder, a .json or .txt", identity=True
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

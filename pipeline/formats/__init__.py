@@ -1,1 +1,66 @@
-"""Storage formats: how the samples of a partition lie on disk."""
+"""Storage formats: how the samples of a partition lie on disk; converters and readers for people who work in Python."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pipeline.formats.converter import (
+        Converter,
+        ConverterFixedSize,
+        ConverterFlexibleSize,
+        DenseIpcConverter,
+        DenseMemmapConverter,
+        HDF5Converter,
+        IpcConverter,
+        MDSConverter,
+        MemmapConverter,
+        PairedFolders,
+        ParquetConverter,
+        ResizeAndConvert,
+        TarConverter,
+    )
+    from pipeline.formats.reader import (
+        DenseIpcReader,
+        DenseMemmapReader,
+        HDF5Reader,
+        IpcReader,
+        MDSReader,
+        MemmapReader,
+        ParquetReader,
+        Reader,
+        TarReader,
+    )
+
+__all__ = [
+    "Converter",
+    "ConverterFixedSize",
+    "ConverterFlexibleSize",
+    "DenseIpcConverter",
+    "DenseIpcReader",
+    "DenseMemmapConverter",
+    "DenseMemmapReader",
+    "HDF5Converter",
+    "HDF5Reader",
+    "IpcConverter",
+    "IpcReader",
+    "MDSConverter",
+    "MDSReader",
+    "MemmapConverter",
+    "MemmapReader",
+    "PairedFolders",
+    "ParquetConverter",
+    "ParquetReader",
+    "Reader",
+    "ResizeAndConvert",
+    "TarConverter",
+    "TarReader",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """The classes are loaded when they are asked for: the engine, which they use, uses this package's modules."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{'reader' if name.endswith('Reader') else 'converter'}"), name)

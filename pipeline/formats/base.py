@@ -1,25 +1,40 @@
 """The interface of a storage format, and the formats by name.
 
-A format turns rows into data files of a partition and says where each row went: file, offset, length. Those bytes
-alone give the row back, so that reading a sample at random costs one read in every format.
+A format turns rows into data files of a partition and says where each row went: file, offset, length. Readers open one
+data file at a time and take rows out of it by that location, which costs one read in every format. Two families:
+
+- *flexible* (tar, mds, parquet, ipc, reference): the image as the bytes it came as;
+- *fixed* (memmap, hdf5): pixels of one size and mode. Their rows look the same from outside: the image is then a
+  lossless PNG (``npy`` where a PNG cannot hold it), made when it is asked for.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from importlib import import_module
 from typing import Any
 
+import numpy as np
+
 from pipeline.config import ConfigError
+from pipeline.formats.blocks import BlockFile
 from pipeline.samples import Row, Schema
 from pipeline.storage import Folder, HashedFile
 
+IMAGE = "jpg"
+"""Column of the image's bytes; in rows for a fixed format, an array (h, w) or (h, w, c) in their place."""
+MASK = "mask"
+"""Column of the dense label's bytes, a PNG or ``.npy``; in rows for a fixed format, an array (h, w) or (h, w, c)."""
+
 Location = tuple[str, int, int]
-"""File in the partition's folder, offset and length in bytes."""
+"""File in the partition's folder, offset and length in bytes: of the row, or of its image where columns lie apart."""
 
 Create = Callable[[str], HashedFile]
 """Makes a data file of the partition being written."""
+
+Open = Callable[[str], BlockFile]
+"""Opens a data file of the partition being read."""
 
 
 class Writer(ABC):
@@ -34,27 +49,50 @@ class Writer(ABC):
         """Finish all files; where each row lies, in the order of the writes."""
 
 
-class Format(ABC):
-    """One storage format: a maker of writers, a decoder of rows, and what its own readers expect beside the data."""
-
-    name: str
+class FileReader(ABC):
+    """Rows of one data file; made and used in one process at a time, but safe to carry over a fork."""
 
     @abstractmethod
-    def writer(self, create: Create, partition: int, schema: Schema, shard_bytes: int) -> Writer:
-        """A writer of partition number ``partition`` that makes its files by ``create``."""
-
-    @abstractmethod
-    def decode(self, raw: bytes, schema: Schema, origin: Folder | None) -> Row:
-        """The row in the ``raw`` bytes of its location; ``origin`` is the folder that rows may refer to.
+    def row(self, number: int, offset: int, length: int, columns: Collection[str] | None = None) -> Row:
+        """Row ``number`` of the file, which lies at ``offset``; of its ``columns`` only these (None: all).
 
         Raises:
-            SampleError: what the row refers to is gone or has changed.
-            ValueError: the bytes are no row.
+            SampleError: what the row refers to, outside of the file, is gone or has changed.
+            ValueError: the bytes are damaged, or no row.
         """
 
-    def copied(self, raw: bytes, schema: Schema, origin: Folder | None) -> Row:
-        """The row in ``raw`` as a writer takes it, to write the same bytes again."""
-        return self.decode(raw, schema, origin)
+    def copied(self, number: int, offset: int, length: int) -> Row:
+        """The row as a writer of this format takes it, to write the same bytes again."""
+        return self.row(number, offset, length)
+
+    def array(self, number: int, offset: int, length: int) -> np.ndarray:
+        """Pixels of a fixed format (h, w) or (h, w, c), without a copy where they are stored as they are."""
+        raise TypeError("only formats of fixed size hold arrays")
+
+
+class Format(ABC):
+    """One storage format: a maker of writers and readers, and what its own readers expect beside the data."""
+
+    name: str
+    fixed: bool = False
+    """Whether it holds pixels, all of one size, in place of image files."""
+
+    @abstractmethod
+    def writer(self, create: Create, partition: int, schema: Schema, shard_bytes: int, compression: str = "") -> Writer:
+        """A writer of partition number ``partition`` that makes its files by ``create``.
+
+        Args:
+            shard_bytes: largest size of one data file, where the format has several.
+            compression: of a format that knows one.
+        """
+
+    @abstractmethod
+    def open(self, open: Open, name: str, schema: Schema, origin: Folder | None) -> FileReader:
+        """A reader of the data file ``name``; ``origin`` is the folder that rows may refer to.
+
+        Raises:
+            ValueError: the file is damaged.
+        """
 
     index_file: str = ""
     """Name of what the format's own readers expect in the root; most need nothing there."""
@@ -64,7 +102,16 @@ class Format(ABC):
         return iter(())
 
 
-_MODULES = {"pointer": "pointer", "tar": "tar", "mds": "mds", "reference": "reference"}
+_MODULES = {
+    "tar": "tar",
+    "mds": "mds",
+    "parquet": "parquet",
+    "ipc": "ipc",
+    "memmap": "memmap",
+    "hdf5": "hdf5",
+    "reference": "reference",
+    "pointer": "pointer",
+}
 
 
 def get_format(name: str) -> Format:

@@ -7,12 +7,14 @@ sizes of its columns of variable size, then the columns, sorted by name (layout 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+import struct
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import numpy as np
 
-from pipeline.formats.base import Create, Format, Location, Writer, chunked
+from pipeline.formats.base import Create, FileReader, Format, Location, Open, Writer, chunked
+from pipeline.formats.blocks import BlockFile
 from pipeline.samples import Row, Schema
 from pipeline.storage import Folder
 
@@ -96,26 +98,35 @@ class MdsWriter(Writer):
         return self._locations
 
 
+class MdsReader(FileReader):
+    def __init__(self, data: BlockFile, schema: Schema) -> None:
+        self._data = data
+        self._columns = [(name, schema[name], _SIZES.get(schema[name])) for name in sorted(schema)]
+        self._head = struct.Struct(f"<{sum(size is None for _, _, size in self._columns)}I")
+
+    def row(self, number: int, offset: int, length: int, columns: Collection[str] | None = None) -> Row:
+        sizes = iter(self._head.unpack(self._data.bytes(offset, self._head.size)))
+        at = offset + self._head.size
+        row: Row = {}
+        for name, kind, size in self._columns:
+            size = next(sizes) if size is None else size
+            if columns is None or name in columns:
+                row[name] = _decode(kind, self._data.bytes(at, size))
+            at += size
+        if at != offset + length:
+            raise ValueError(f"an MDS sample of {length} bytes says that it has {at - offset}")
+        return row
+
+
 class Mds(Format):
     name = "mds"
     index_file = "index.json"
 
-    def writer(self, create: Create, partition: int, schema: Schema, shard_bytes: int) -> Writer:
+    def writer(self, create: Create, partition: int, schema: Schema, shard_bytes: int, compression: str = "") -> Writer:
         return MdsWriter(create, schema, shard_bytes)
 
-    def decode(self, raw: bytes, schema: Schema, origin: Folder | None = None) -> Row:
-        names = sorted(schema)
-        variable = [name for name in names if schema[name] not in _SIZES]
-        sizes = dict(zip(variable, np.frombuffer(raw, np.uint32, len(variable)).tolist(), strict=True))
-        at = 4 * len(variable)
-        row: Row = {}
-        for name in names:
-            size = sizes[name] if name in sizes else _SIZES[schema[name]]
-            row[name] = _decode(schema[name], raw[at : at + size])
-            at += size
-        if at != len(raw):
-            raise ValueError(f"an MDS sample of {len(raw)} bytes says that it has {at}")
-        return row
+    def open(self, open: Open, name: str, schema: Schema, origin: Folder | None = None) -> FileReader:
+        return MdsReader(open(name), schema)
 
     def index(self, schema: Schema, files: Iterable[dict[str, Any]]) -> Iterator[bytes]:
         """``index.json``, which names every shard by its path below the root."""

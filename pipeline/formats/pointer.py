@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from typing import TYPE_CHECKING
-from weakref import WeakKeyDictionary
 
-from pipeline.formats.base import Create, Format, Location, Writer
+from pipeline.formats.base import Create, FileReader, Format, Location, Open, Writer
+from pipeline.formats.blocks import BlockFile
 from pipeline.samples import Row, SampleError, Schema
 from pipeline.storage import Folder
 
@@ -31,30 +32,23 @@ class PointerWriter(Writer):
         return self._locations
 
 
-class Pointer(Format):
-    name = "pointer"
+class PointerReader(FileReader):
+    def __init__(self, data: BlockFile, origin: Folder | None) -> None:
+        self._data = data
+        self._origin = origin
+        self._upstream: RandomAccess | None = None
 
-    def __init__(self) -> None:
-        self._upstreams: WeakKeyDictionary[Folder, RandomAccess] = WeakKeyDictionary()
-
-    def writer(self, create: Create, partition: int, schema: Schema, shard_bytes: int) -> Writer:
-        return PointerWriter(create)
-
-    def copied(self, raw: bytes, schema: Schema, origin: Folder | None) -> Row:
-        return json.loads(raw)  # type: ignore[no-any-return]
-
-    def decode(self, raw: bytes, schema: Schema, origin: Folder | None) -> Row:
+    def row(self, number: int, offset: int, length: int, columns: Collection[str] | None = None) -> Row:
         """Raises SampleError ``missing`` or ``changed_since_plan`` if the upstream is not what was recorded."""
         from pipeline.partitions.dataset import Dataset, RandomAccess, Unfinished
 
-        pointer = json.loads(raw)
-        if origin is None:
+        pointer = self.copied(number, offset, length)
+        if self._origin is None:
             raise SampleError("missing", "the dataset directory that the samples lie in is gone", retryable=True)
         try:
-            if origin not in self._upstreams:
-                self._upstreams[origin] = RandomAccess(Dataset(origin), taken=True)
-            upstream = self._upstreams[origin]
-            row = upstream.stored(pointer["place"]).read()
+            if self._upstream is None:
+                self._upstream = RandomAccess(Dataset(self._origin), taken=True)
+            row = self._upstream.stored(pointer["place"]).read()
         except Unfinished as error:
             raise SampleError("missing", str(error), retryable=True) from None
         except IndexError:
@@ -62,6 +56,19 @@ class Pointer(Format):
         if row["key"] != pointer["key"]:
             raise SampleError("changed_since_plan", f"the upstream has {row['key']} in the place of {pointer['key']}")
         return row
+
+    def copied(self, number: int, offset: int, length: int) -> Row:
+        return json.loads(self._data.bytes(offset, length))  # type: ignore[no-any-return]
+
+
+class Pointer(Format):
+    name = "pointer"
+
+    def writer(self, create: Create, partition: int, schema: Schema, shard_bytes: int, compression: str = "") -> Writer:
+        return PointerWriter(create)
+
+    def open(self, open: Open, name: str, schema: Schema, origin: Folder | None) -> FileReader:
+        return PointerReader(open(name), origin)
 
 
 FORMAT = Pointer()

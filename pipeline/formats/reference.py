@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Collection
 
-from pipeline.formats.base import Create, Format, Location, Writer
+from pipeline.formats.base import IMAGE, Create, FileReader, Format, Location, Open, Writer
+from pipeline.formats.blocks import BlockFile
 from pipeline.samples import Row, SampleError, Schema, content_hash, real_path
 from pipeline.storage import GONE, Folder
-
-_IMAGE = "jpg"
 
 
 class ReferenceWriter(Writer):
@@ -22,7 +22,7 @@ class ReferenceWriter(Writer):
 
     def write(self, row: Row) -> None:
         start = self._file.tell()
-        kept = {name: row[name] for name in (*self._schema, "path", "hash") if name != _IMAGE}
+        kept = {name: row[name] for name in (*self._schema, "path", "hash") if name != IMAGE}
         self._file.write(json.dumps(kept, sort_keys=True, ensure_ascii=False).encode() + b"\n")
         self._locations.append((self._file.name, start, self._file.tell() - start))
 
@@ -31,30 +31,44 @@ class ReferenceWriter(Writer):
         return self._locations
 
 
-class Reference(Format):
-    name = "reference"
+class ReferenceReader(FileReader):
+    def __init__(self, data: BlockFile, origin: Folder | None) -> None:
+        self._data = data
+        self._origin = origin
 
-    def writer(self, create: Create, partition: int, schema: Schema, shard_bytes: int) -> Writer:
-        return ReferenceWriter(create, schema)
-
-    def copied(self, raw: bytes, schema: Schema, origin: Folder | None) -> Row:
-        return json.loads(raw)  # type: ignore[no-any-return]
-
-    def decode(self, raw: bytes, schema: Schema, origin: Folder | None) -> Row:
+    def row(self, number: int, offset: int, length: int, columns: Collection[str] | None = None) -> Row:
         """Raises SampleError ``missing`` or ``changed_since_plan`` if the file is not what was recorded."""
-        row = json.loads(raw)
+        row: Row = json.loads(self._data.bytes(offset, length))
         path, expected = row.pop("path"), row.pop("hash")
-        if origin is None:
+        if columns is None or IMAGE in columns:
+            row[IMAGE] = self._image(path, expected)
+        return row
+
+    def copied(self, number: int, offset: int, length: int) -> Row:
+        return json.loads(self._data.bytes(offset, length))  # type: ignore[no-any-return]
+
+    def _image(self, path: str, expected: str) -> bytes:
+        if self._origin is None:
             raise SampleError("missing", "the folder that the samples lie in is gone", retryable=True)
         try:
-            with os.fdopen(origin.open_file(real_path(path)), "rb") as file:
-                row[_IMAGE] = file.read()
+            with os.fdopen(self._origin.open_file(real_path(path)), "rb") as file:
+                data = file.read()
         except OSError as error:
             reason = "missing" if error.errno in GONE else "unreadable"
             raise SampleError(reason, error.strerror or "", retryable=True) from None
-        if content_hash(row[_IMAGE]) != expected:
+        if content_hash(data) != expected:
             raise SampleError("changed_since_plan", "the file is not the one that was recorded", retryable=False)
-        return row  # type: ignore[no-any-return]
+        return data
+
+
+class Reference(Format):
+    name = "reference"
+
+    def writer(self, create: Create, partition: int, schema: Schema, shard_bytes: int, compression: str = "") -> Writer:
+        return ReferenceWriter(create, schema)
+
+    def open(self, open: Open, name: str, schema: Schema, origin: Folder | None = None) -> FileReader:
+        return ReferenceReader(open(name), origin)
 
 
 FORMAT = Reference()

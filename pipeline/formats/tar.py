@@ -5,12 +5,13 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+from collections.abc import Collection, Iterator
 
-from pipeline.formats.base import Create, Format, Location, Writer
+from pipeline.formats.base import IMAGE, Create, FileReader, Format, Location, Open, Writer
+from pipeline.formats.blocks import BlockFile
+from pipeline.formats.columns import WIDE
 from pipeline.samples import EXTENSIONS, Row, Schema
 from pipeline.storage import Folder
-
-_IMAGE = "jpg"
 
 
 def _member(name: str, data: bytes) -> bytes:
@@ -21,21 +22,36 @@ def _member(name: str, data: bytes) -> bytes:
     return header + data + bytes(-len(data) % tarfile.BLOCKSIZE)
 
 
+def _binary_columns(schema: Schema) -> list[str]:
+    """Columns of bytes beside the image: each is a member of its own, ``<key>.<column>.<extension>``."""
+    return sorted(name for name, kind in schema.items() if kind in WIDE and name != IMAGE)
+
+
+def _binary_extension(name: str, data: bytes) -> str:
+    return f"{name}.{'png' if data.startswith(_PNG) else 'npy' if data.startswith(_NPY) else 'bin'}"
+
+
+_PNG, _NPY = b"\x89PNG", b"\x93NUMPY"
+
+
 class TarWriter(Writer):
     """One tar per partition; members carry no times or owners, so that equal samples give equal bytes."""
 
     def __init__(self, create: Create, partition: int, schema: Schema) -> None:
         self._file = create(f"{partition:05d}.tar")
         self._schema = schema
+        self._binary = _binary_columns(schema)
         self._locations: list[Location] = []
 
     def write(self, row: Row) -> None:
         start = self._file.tell()
         key = row["key"]
         extension = EXTENSIONS.get(row["format"], "bin")
-        self._file.write(_member(f"{key}.{extension}", row[_IMAGE]))
+        self._file.write(_member(f"{key}.{extension}", row[IMAGE]))
         self._file.write(_member(f"{key}.txt", row["caption"].encode()))
-        rest = {name: row[name] for name in self._schema if name != _IMAGE}
+        for name in self._binary:
+            self._file.write(_member(f"{key}.{_binary_extension(name, row[name])}", row[name]))
+        rest = {name: row[name] for name, kind in self._schema.items() if kind not in WIDE}
         self._file.write(_member(f"{key}.json", json.dumps(rest, sort_keys=True, ensure_ascii=False).encode()))
         self._locations.append((self._file.name, start, self._file.tell() - start))
 
@@ -46,28 +62,62 @@ class TarWriter(Writer):
         return self._locations
 
 
+class TarReader(FileReader):
+    """Walks the members of one sample; headers are parsed here, as the standard library takes longer than the read."""
+
+    def __init__(self, data: BlockFile, schema: Schema) -> None:
+        self._data = data
+        self._schema = schema
+        self._binary = _binary_columns(schema)
+
+    def row(self, number: int, offset: int, length: int, columns: Collection[str] | None = None) -> Row:
+        wanted = set(self._schema if columns is None else columns)
+        row: Row = {}
+        for name, start, size in self._members(offset, offset + length):
+            if wanted <= row.keys():
+                break
+            stem, _, extension = name.rpartition(".")
+            if extension == "json":
+                row |= json.loads(self._data.bytes(start, size))
+            elif column := next((c for c in self._binary if stem.endswith(f".{c}")), ""):
+                if column in wanted:
+                    row[column] = self._data.bytes(start, size)
+            elif extension != "txt" and IMAGE in wanted:
+                row[IMAGE] = self._data.bytes(start, size)
+        if not wanted <= row.keys():
+            raise ValueError(f"a tar sample has the columns {sorted(row)}, not {sorted(wanted)}")
+        return row if columns is None else {name: row[name] for name in wanted}
+
+    def _members(self, at: int, stop: int) -> Iterator[tuple[str, int, int]]:
+        """Name, start and size of the data of each regular member."""
+        block = tarfile.BLOCKSIZE
+        while at < stop:
+            header = self._data.bytes(at, block)
+            size = int(header[124:136].rstrip(b"\0 ") or b"0", 8)
+            kind = header[156:157]
+            if kind in (b"x", b"g"):  # a long name, in the extended header before the member's own
+                yield from self._long(at, stop)
+                return
+            yield header[:100].rstrip(b"\0").decode("utf-8", "replace"), at + block, size
+            at += block + size + -size % block
+
+    def _long(self, at: int, stop: int) -> Iterator[tuple[str, int, int]]:
+        try:
+            with tarfile.open(fileobj=io.BytesIO(self._data.bytes(at, stop - at)), mode="r:") as archive:
+                for member in archive:
+                    yield member.name, at + member.offset_data, member.size
+        except tarfile.TarError as error:
+            raise ValueError(f"not a tar sample: {error}") from None
+
+
 class Tar(Format):
     name = "tar"
 
-    def writer(self, create: Create, partition: int, schema: Schema, shard_bytes: int) -> Writer:
+    def writer(self, create: Create, partition: int, schema: Schema, shard_bytes: int, compression: str = "") -> Writer:
         return TarWriter(create, partition, schema)
 
-    def decode(self, raw: bytes, schema: Schema, origin: Folder | None = None) -> Row:
-        row: Row = {}
-        try:
-            with tarfile.open(fileobj=io.BytesIO(raw), mode="r:") as archive:
-                for member in archive:
-                    file = archive.extractfile(member)
-                    data = file.read() if file else b""
-                    if member.name.endswith(".json"):
-                        row |= json.loads(data)
-                    elif not member.name.endswith(".txt"):
-                        row[_IMAGE] = data
-        except (tarfile.TarError, TypeError) as error:
-            raise ValueError(f"not a tar sample: {error}") from None
-        if row.keys() != schema.keys():
-            raise ValueError(f"a tar sample has the columns {sorted(row)}, not {sorted(schema)}")
-        return row
+    def open(self, open: Open, name: str, schema: Schema, origin: Folder | None = None) -> FileReader:
+        return TarReader(open(name), schema)
 
 
 FORMAT = Tar()

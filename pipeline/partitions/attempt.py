@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import ConfigError
+from pipeline.formats.base import Writer
 from pipeline.partitions.dataset import RECORD, Dataset
 from pipeline.partitions.ledger import FILE as LEDGER
 from pipeline.partitions.ledger import Ledger
@@ -93,8 +94,16 @@ class Attempt:
         self._files.append(file)
         return file
 
-    def run(self, outcomes: Iterable[Outcome], shard_bytes: int, step: Callable[[], None]) -> dict[str, Any] | None:
+    def run(
+        self,
+        outcomes: Iterable[Outcome],
+        shard_bytes: int,
+        step: Callable[[], None],
+        adapted: Callable[[Writer], Writer] = lambda writer: writer,
+    ) -> dict[str, Any] | None:
         """Write all ``outcomes``, check that they balance, commit; ``step`` is called after each, and may raise.
+
+        ``adapted`` may put something in front of the format's writer.
 
         Returns:
             The record, or None if another attempt was first.
@@ -105,7 +114,8 @@ class Attempt:
             StorageError: the disk is full or broken, or the input cannot be read.
         """
         try:
-            record = self._write(self._read(outcomes), shard_bytes, step)
+            writer = adapted(self._writer(shard_bytes))
+            record = self._write(self._read(outcomes), writer, step)
             self._won = commit(self._bucket, self._name, self._slot, RECORD)
         except OSError as error:
             raise self._explain(error) from error
@@ -122,10 +132,13 @@ class Attempt:
                 f"{self._dataset.root.path}: cannot read the input of partition {self.index}: {error}"
             ) from error
 
-    def _write(self, outcomes: Iterable[Outcome], shard_bytes: int, step: Callable[[], None]) -> dict[str, Any]:
-        assert self._folder is not None
+    def _writer(self, shard_bytes: int) -> Writer:
         dataset = self._dataset
-        writer = dataset.format.writer(self._create, self.index, dataset.schema, shard_bytes)
+        compression = dataset.header["config"].get("compression", "")
+        return dataset.format.writer(self._create, self.index, dataset.schema, shard_bytes, compression)
+
+    def _write(self, outcomes: Iterable[Outcome], writer: Writer, step: Callable[[], None]) -> dict[str, Any]:
+        assert self._folder is not None
         for outcome in outcomes:
             row = outcome.row
             self.ledger.add(outcome)

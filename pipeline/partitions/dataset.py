@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import bisect
 import os
-from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.config import STAGES, ConfigError
-from pipeline.formats.base import Format, get_format
+from pipeline.formats.base import FileReader, Format, get_format
+from pipeline.formats.blocks import BlockFile, Verify
 from pipeline.partitions.ledger import FILE as LEDGER
 from pipeline.partitions.ledger import read_ledger
 from pipeline.partitions.plan import BUCKET, Partition, PartitionReader, Plan, read_plans
@@ -27,6 +28,7 @@ from pipeline.storage import GONE, Folder, StorageError, digest
 SUCCESS = "_SUCCESS"
 RECORD = "record.json"
 MANIFEST = "manifest.parquet"
+Value = TypeVar("Value")
 
 
 class Unfinished(ConfigError):
@@ -55,7 +57,7 @@ class Stored:
         source: the partition, as path ``data/BBB/PPPPP`` below the dataset's root.
         offset: its place among the samples that were ever kept there. Unlike a position in bytes, this outlasts a
             repair or takedown of the partition.
-        file, start, length: where its bytes lie in the partition's folder.
+        file, start, length: where its bytes lie in the partition's folder; ``number`` is its row in the file.
     """
 
     key: str
@@ -64,10 +66,11 @@ class Stored:
     file: str
     start: int
     length: int
+    number: int
     reader: SlotReader
 
-    def read(self) -> Row:
-        """The sample as its format holds it.
+    def read(self, columns: Collection[str] | None = None) -> Row:
+        """The sample as its format holds it; of its columns only these (None: all).
 
         Raises:
             SampleError: what it refers to, outside of the dataset directory, is gone or has changed.
@@ -76,45 +79,94 @@ class Stored:
         if not self.file:
             raise SampleError(TAKEN, "removed by stage=takedown")
         try:
-            return self.reader.row(self.file, self.start, self.length)
-        except (ValueError, KeyError, OSError) as error:
-            raise StorageError(
-                f"{self.reader.root}: sample {self.key} in {self.reader.path}/{self.file} is damaged "
-                f"({type(error).__name__}: {error}): run stage=repair on {self.reader.root}"
-            ) from error
+            return self.reader.open(self.file).row(self.number, self.start, self.length, columns)
+        except DAMAGE as error:
+            raise self._damaged(error) from error
+
+    def copied(self) -> Row:
+        """The row as the format's writer takes it, to write the same bytes again; raises StorageError as above."""
+        try:
+            return self.reader.open(self.file).copied(self.number, self.start, self.length)
+        except DAMAGE as error:
+            raise self._damaged(error) from error
+
+    def _damaged(self, error: Exception) -> StorageError:
+        return damaged(self.reader.root, f"{self.reader.path}/{self.file}", self.key, error)
+
+
+DAMAGE = (ValueError, KeyError, IndexError, OSError)
+
+
+def damaged(root: Path, source: str, key: str, error: Exception) -> StorageError:
+    """What is wrong with the bytes of a sample, with its name and that of its file."""
+    return StorageError(
+        f"{root}: sample {key} in {source} is damaged ({type(error).__name__}: {error}): run stage=repair on {root}"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Index:
+    """Where the kept samples of a partition lie, in order: a few bytes each, so that those of many may stay."""
+
+    names: list[str]
+    """Data files."""
+    files: np.ndarray
+    """Which of them, int16 (n,)."""
+    numbers: np.ndarray
+    """Row in its file, int32 (n,)."""
+    offsets: np.ndarray
+    """First byte in its file, int64 (n,)."""
+    lengths: np.ndarray
+    """Bytes, int64 (n,)."""
 
 
 class SlotReader:
-    """Reads rows out of one committed partition; data files stay open between reads."""
+    """Reads rows out of one committed partition; data files stay open between reads.
 
-    def __init__(self, dataset: Dataset, index: int) -> None:
+    Args:
+        verify: when blocks of data files are checked against their hashes, see :class:`BlockFile`.
+    """
+
+    def __init__(self, dataset: Dataset, index: int, verify: Verify = "first") -> None:
         self.path = dataset.path_of(index)
         self.root = dataset.root.path
         self._dataset = dataset
         self._index = index
+        self._verify = verify
         try:
             self._folder = dataset.root.folder(self.path)
         except OSError as error:
             if error.errno in GONE:
                 raise StorageError(f"{dataset.root.path / self.path} is missing: run stage=repair on it") from None
             raise
-        self._files: dict[str, int] = {}
+        self._readers: dict[str, FileReader] = {}
 
-    def row(self, file: str, offset: int, length: int) -> Row:
-        """The row whose bytes lie there."""
-        return self._dataset.format.decode(self._raw(file, offset, length), self._dataset.schema, self._dataset.origin)
+    @cached_property
+    def _record(self) -> dict[str, Any]:
+        record = self._folder.read_sealed(RECORD)
+        if record is None:
+            raise StorageError(f"{self.root / self.path} is damaged: run stage=repair on {self.root}")
+        return record
 
-    def copied(self, file: str, offset: int, length: int) -> Row:
-        """The row as the format's writer takes it, to write the same bytes again."""
-        return self._dataset.format.copied(self._raw(file, offset, length), self._dataset.schema, self._dataset.origin)
+    @cached_property
+    def _files(self) -> dict[str, dict[str, Any]]:
+        return {file["name"]: file for file in self._record["files"]}
 
-    def _raw(self, file: str, offset: int, length: int) -> bytes:
-        if file not in self._files:
-            self._files[file] = self._folder.open_file(file)
-        raw = os.pread(self._files[file], length, offset)
-        if len(raw) != length:
-            raise ValueError(f"{self.path}/{file} ends before byte {offset + length}")
-        return raw
+    def open(self, file: str) -> FileReader:
+        """The reader of a data file.
+
+        Raises:
+            KeyError, OSError, ValueError: there is none, or it is damaged.
+        """
+        if file not in self._readers:
+            dataset = self._dataset
+            self._readers[file] = dataset.format.open(self._blocks, file, dataset.schema, dataset.origin)
+        return self._readers[file]
+
+    def _blocks(self, file: str) -> BlockFile:
+        entry = self._files[file]
+        fd = self._folder.open_file(file)
+        return BlockFile(fd, f"{self.path}/{file}", entry["bytes"], entry["blocks"], self._verify)
 
     def stored(self, taken: bool = False) -> list[Stored]:
         """The kept samples of the partition, in order; with ``taken`` also those that were, and have been taken down.
@@ -125,13 +177,41 @@ class SlotReader:
         columns = ["key", "container", "outcome", "reason", "file", "offset", "length"]
         table = self.ledger(columns).to_pydict()
         source = self._dataset.partition_path(self._index)
-        places = count()
-        stored = [
-            Stored(key, source, next(places), file or "", start, length, self)
-            for key, container, outcome, reason, file, start, length in zip(*(table[c] for c in columns), strict=True)
-            if not container and (outcome == "kept" or (outcome == "dropped" and reason == TAKEN))
-        ]
+        numbers: Counter[str] = Counter()
+        stored: list[Stored] = []
+        for key, container, outcome, reason, file, start, length in zip(*(table[c] for c in columns), strict=True):
+            if not container and (outcome == "kept" or (outcome == "dropped" and reason == TAKEN)):
+                name = file or ""
+                stored.append(Stored(key, source, len(stored), name, start, length, numbers[name], self))
+                numbers[name] += 1
         return stored if taken else [sample for sample in stored if sample.file]
+
+    def index(self) -> Index:
+        """Where the kept samples lie; raises StorageError if record or ledger are damaged."""
+        table = self._kept(["file", "offset", "length"])
+        encoded = table["file"].combine_chunks().dictionary_encode()
+        files = np.asarray(encoded.indices.to_numpy(zero_copy_only=False), np.int16)
+        numbers = np.zeros(len(files), np.int32)
+        for file in range(len(encoded.dictionary)):
+            mine = files == file
+            numbers[mine] = np.arange(mine.sum())
+        return Index(
+            encoded.dictionary.to_pylist(),
+            files,
+            numbers,
+            table["offset"].to_numpy(),
+            table["length"].to_numpy(),
+        )
+
+    def keys(self) -> list[str]:
+        """The keys of the kept samples, in order."""
+        keys: list[str] = self._kept(["key"])["key"].to_pylist()
+        return keys
+
+    def _kept(self, columns: list[str]) -> pa.Table:
+        table = self.ledger([*columns, "container", "outcome"])
+        kept = pc.and_(pc.equal(table["outcome"], "kept"), pc.invert(table["container"]))
+        return table.filter(kept).select(columns)
 
     def ledger(self, columns: list[str] | None = None) -> pa.Table:
         """The ledger, checked first: a changed byte in it could change a key or hide a sample without a sign.
@@ -139,26 +219,14 @@ class SlotReader:
         Raises:
             StorageError: record or ledger are damaged.
         """
-        record = self._folder.read_sealed(RECORD)
-        files = {file["name"]: file for file in (record or {"files": []})["files"]}
         try:
-            if record is None or self._folder.digest_of(LEDGER) != files[LEDGER]["xxh3"]:
+            if self._folder.digest_of(LEDGER) != self._files[LEDGER]["xxh3"]:
                 raise StorageError(f"{self.root / self.path} is damaged: run stage=repair on {self.root}")
         except OSError as error:
             raise StorageError(
                 f"{self.root / self.path / LEDGER} cannot be read ({error.strerror}): run stage=repair on {self.root}"
             ) from error
         return read_ledger(self._folder, columns)
-
-    def close(self) -> None:
-        for fd in self._files.values():
-            os.close(fd)
-        self._files = {}
-        self._folder.close()
-
-    def __del__(self) -> None:
-        if hasattr(self, "_files"):
-            self.close()
 
 
 class Dataset:
@@ -334,37 +402,111 @@ class Dataset:
 
 
 class RandomAccess:
-    """Kept samples of a finished dataset by position; the partitions that were used last stay open.
+    """Kept samples of a finished dataset by position. Nothing in it minds a fork.
 
     Args:
-        open_partitions: how many; each holds the positions of its samples in memory.
-        taken: positions are those of :attr:`Dataset.places`, of all samples that were ever kept.
+        verify: when blocks of data files are checked against their hashes, see :class:`BlockFile`.
+        open_files: data files that stay open; those used last.
+        taken: positions are those of :attr:`Dataset.places`, of all samples that were ever kept (:meth:`stored` alone).
     """
 
-    def __init__(self, dataset: Dataset, open_partitions: int = 64, taken: bool = False) -> None:
+    most_samples = 1 << 25
+    """Samples whose places are kept in memory, at 22 bytes each; beyond, those of partitions used last."""
+
+    def __init__(self, dataset: Dataset, verify: Verify = "first", open_files: int = 256, taken: bool = False) -> None:
         self.dataset = dataset
+        self._verify = verify
+        self._most_files = open_files
         self._taken = taken
-        self._starts = dataset.places if taken else dataset.starts
-        self._most = open_partitions
-        self._open: OrderedDict[int, list[Stored]] = OrderedDict()
+        self._starts: list[int] = (dataset.places if taken else dataset.starts).tolist()
+        self._index: OrderedDict[int, Index] = OrderedDict()
+        self._indexed = 0
+        self._slots: OrderedDict[int, SlotReader] = OrderedDict()
+        self._readers: OrderedDict[tuple[int, int], FileReader] = OrderedDict()
+        self._keys: OrderedDict[int, list[str]] = OrderedDict()
+        self._stored: OrderedDict[int, list[Stored]] = OrderedDict()
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return self._starts[-1]
+
+    def _place(self, position: int) -> tuple[int, int, Index]:
+        """Partition of the sample at ``position``, its place in it, and the partition's index."""
+        if not 0 <= position < self._starts[-1]:
+            raise IndexError(f"there is no sample {position}: {self.dataset.root.path} has {self._starts[-1]}")
+        number = bisect.bisect_right(self._starts, position) - 1
+        index = self._index.get(number)
+        if index is None:
+            index = self._index[number] = self._slot(number).index()
+            self._indexed += len(index.files)
+            while self._indexed > self.most_samples and len(self._index) > 1:
+                self._indexed -= len(self._index.popitem(last=False)[1].files)
+        return number, position - self._starts[number], index
+
+    def _slot(self, number: int) -> SlotReader:
+        return _recent(self._slots, number, 64, lambda: SlotReader(self.dataset, number, self._verify))
+
+    def _reader(self, number: int, index: Index, file: int) -> FileReader:
+        key = (number, file)
+        reader = self._readers.get(key)
+        if reader is not None:
+            return reader
+        # a fresh slot for each file: it goes, and closes what it has open, when the file is the one used longest ago
+        slot = SlotReader(self.dataset, number, self._verify)
+        return _recent(self._readers, key, self._most_files, lambda: slot.open(index.names[file]))
+
+    def key(self, position: int) -> str:
+        """The key of the sample at ``position``."""
+        number, local, _ = self._place(position)
+        return _recent(self._keys, number, 64, lambda: self._slot(number).keys())[local]
 
     def stored(self, position: int) -> Stored:
         """The sample at ``position`` of ``range(len(self))``."""
-        starts = self._starts
-        index = int(np.searchsorted(starts, position, "right")) - 1
-        if index not in self._open:
-            self._open[index] = SlotReader(self.dataset, index).stored(self._taken)
-            if len(self._open) > self._most:
-                self._open.popitem(last=False)
-        self._open.move_to_end(index)
-        return self._open[index][position - int(starts[index])]
+        number = bisect.bisect_right(self._starts, position) - 1
+        samples = _recent(self._stored, number, 64, lambda: self._slot(number).stored(self._taken))
+        return samples[position - self._starts[number]]
 
-    def rows(self, positions: Iterable[int]) -> list[Row]:
+    def row(self, position: int, columns: Collection[str] | None = None) -> Row:
+        """The sample at ``position``; of its columns only these (None: all).
+
+        Raises:
+            IndexError: there is no such sample.
+            SampleError: what it refers to, outside of the dataset directory, is gone or has changed.
+            StorageError: the dataset directory is damaged; names file and sample.
+        """
+        number, local, index = self._place(position)
+        try:
+            reader = self._reader(number, index, int(index.files[local]))
+            return reader.row(int(index.numbers[local]), int(index.offsets[local]), int(index.lengths[local]), columns)
+        except DAMAGE as error:
+            raise self._damaged(position, error) from error
+
+    def array(self, position: int) -> np.ndarray:
+        """Pixels of a sample in a format of fixed size, (h, w) or (h, w, c); raises what :meth:`row` raises."""
+        number, local, index = self._place(position)
+        try:
+            reader = self._reader(number, index, int(index.files[local]))
+            return reader.array(int(index.numbers[local]), int(index.offsets[local]), int(index.lengths[local]))
+        except DAMAGE as error:
+            raise self._damaged(position, error) from error
+
+    def _damaged(self, position: int, error: Exception) -> StorageError:
+        number, local, index = self._place(position)
+        source = f"{self.dataset.path_of(number)}/{index.names[index.files[local]]}"
+        return damaged(self.dataset.root.path, source, self.key(position), error)
+
+    def rows(self, positions: Iterable[int], columns: Collection[str] | None = None) -> list[Row]:
         """The samples at ``positions``, decoded from their storage format."""
-        return [self.stored(int(position)).read() for position in positions]
+        return [self.row(int(position), columns) for position in positions]
+
+
+def _recent(cache: OrderedDict[Any, Value], key: Any, most: int, make: Callable[[], Value]) -> Value:
+    """The value of ``key``, made if it is not there; the values used last stay."""
+    if key not in cache:
+        cache[key] = make()
+        if len(cache) > most:
+            cache.popitem(last=False)
+    cache.move_to_end(key)
+    return cache[key]
 
 
 def find_datasets(folder: Path) -> list[Dataset]:

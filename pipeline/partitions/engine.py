@@ -193,7 +193,9 @@ class Worker:
         try:
             with Attempt(self.dataset, index) as attempt:
                 self.stage.scratch = attempt.scratch
-                record = attempt.run(self._outcomes(partition), self.stage.shard_bytes, self.rank.check_stop)
+                record = attempt.run(
+                    self._outcomes(partition), self.stage.shard_bytes, self.rank.check_stop, self.stage.adapted
+                )
         except AttemptRemoved:
             require_output(self.dataset.root)  # else by gc: another try will do
         self.rank.now = {"partition": -1, "done": self.events.totals["in"]}

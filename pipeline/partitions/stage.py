@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 from pipeline.config import MAIN_LINE, UPSTREAMS, ConfigError, StageConfig, default_variant, stage_folder
 from pipeline.distributed import Rank
+from pipeline.formats.base import Writer
 from pipeline.partitions.dataset import Dataset
 from pipeline.partitions.plan import Input, Partition
 from pipeline.samples import Outcome, Schema
@@ -77,6 +78,10 @@ class Stage(ABC):
     @property
     def shard_bytes(self) -> int:
         return int(getattr(self.config, "shard_bytes", 2**26))
+
+    def adapted(self, writer: Writer) -> Writer:
+        """The format's writer, or what the stage puts in front of it."""
+        return writer
 
     @abstractmethod
     def schema(self) -> Schema:

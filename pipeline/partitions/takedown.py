@@ -56,7 +56,9 @@ def rewritten(dataset: Dataset, index: int) -> Iterator[Outcome]:
         StorageError: what it held is damaged.
     """
     before = SlotReader(Dataset(dataset.root, dataset.counts_by(index).generation), index)
+    kept = iter(before.stored())
     for row in before.ledger().to_pylist():
+        stored = next(kept) if row["outcome"] == "kept" and not row["container"] else None
         outcome = without_taken(
             dataset,
             index,
@@ -80,8 +82,8 @@ def rewritten(dataset: Dataset, index: int) -> Iterator[Outcome]:
                 phash=row.get("phash", ""),
             ),
         )
-        if outcome.status == "kept" and not outcome.container:
-            outcome.row = before.copied(row["file"], row["offset"], row["length"])
+        if outcome.status == "kept" and stored is not None:
+            outcome.row = stored.copied()
         yield outcome
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import xxhash
 
-from pipeline.partitions.dataset import RECORD, SUCCESS, Dataset
+from pipeline.partitions.dataset import RECORD, SUCCESS, Dataset, SlotReader
 from pipeline.partitions.finalize import Tally, Unbalanced, check_balance, records
 from pipeline.partitions.ledger import FILE as LEDGER
 from pipeline.partitions.ledger import read_ledger
@@ -150,11 +150,9 @@ def _verify_ledger(dataset: Dataset, folder: Folder, index: int, counts: dict[st
         yield Finding(index, "a key stands there twice", LEDGER)
     first = next((row for row in samples if row["outcome"] == "kept"), None)
     if first is not None:
-        with os.fdopen(folder.open_file(first["file"]), "rb") as file:
-            file.seek(first["offset"])
-            raw = file.read(first["length"])
         try:
-            row = dataset.format.decode(raw, dataset.schema, dataset.origin)
+            reader = SlotReader(dataset, index, "never").open(first["file"])
+            row = reader.row(0, first["offset"], first["length"])
             if row["key"] != first["key"]:
                 yield Finding(
                     index, f"holds {row['key']} where the ledger says {first['key']}", first["file"], first["key"]

@@ -1,77 +1,234 @@
-"""stage=shard: all kept samples, shuffled if asked, in even partitions of a storage format."""
+"""stage=shard: all kept samples, shuffled if asked, in even partitions of a storage format.
+
+The input is a dataset directory (any format, so that any converts into any other) or a folder of images. Flexible
+formats keep the bytes, unless ``shape=``, ``im_mode=`` or ``encode=`` ask for others; those of fixed size hold pixels.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
+from pipeline import images
 from pipeline.cli import config_for
 from pipeline.config import ConfigError, ShardConfig
 from pipeline.distributed import Rank, distributed
-from pipeline.loading import Permutation
+from pipeline.formats.base import IMAGE, MASK, get_format
+from pipeline.formats.columns import WIDE
+from pipeline.formats.pixels import MODES, mask_array, natural_mode, to_array, to_bytes
 from pipeline.partitions import engine
-from pipeline.partitions.dataset import RandomAccess, Stored
-from pipeline.partitions.plan import Input, Partition
+from pipeline.partitions.plan import Partition
 from pipeline.partitions.stage import Stage
-from pipeline.randomness import keyed_seed
-from pipeline.samples import Outcome, SampleError, Schema, content_hash
+from pipeline.samples import Outcome, Row, SampleError, Schema
+from pipeline.stages.items import Folder, Items, Upstream, is_image_folder
 
-_PARTITION_BYTES = 512 << 20
+_CURE = "give shape=[height,width] to resize them, or choose a flexible format (ipc, parquet, tar, mds)"
 
 
 class Shard(Stage):
     name = "shard"
 
     @property
+    def reads_upstream(self) -> bool:  # type: ignore[override]
+        return not is_image_folder(self.config.input)
+
+    @property
+    def rechecks(self) -> bool:  # type: ignore[override]
+        return not self.reads_upstream
+
+    @property
     def format(self) -> str:
         return str(self.config.format)
 
+    @cached_property
+    def fixed(self) -> bool:
+        return get_format(self.format).fixed
+
+    @cached_property
+    def items(self) -> Items:
+        """What there is to convert."""
+        return Upstream(self.config, self.upstream) if self.reads_upstream else Folder(self.config)
+
+    def forget_upstream(self) -> None:
+        super().forget_upstream()
+        self.__dict__.pop("items", None)
+
     def schema(self) -> Schema:
-        return dict(self.upstream.schema)
+        schema = self.items.schema()
+        if not any(kind in WIDE for kind in schema.values()):
+            raise ConfigError(f"input={self.config.input}: there is no column of bytes to store")
+        if (self.fixed or self.changes_pixels) and IMAGE not in schema:
+            raise ConfigError(f"format={self.format}: the input has no column {IMAGE!r}, but {', '.join(schema)}")
+        if self.fixed and any(kind in WIDE for name, kind in schema.items() if name not in (IMAGE, MASK)):
+            wide = ", ".join(name for name, kind in schema.items() if kind in WIDE and name not in (IMAGE, MASK))
+            raise ConfigError(f"format={self.format} holds images, masks and short columns, not {wide}")
+        return schema
 
     def extra(self) -> dict[str, Any]:
-        return dict(self.upstream.header["extra"])
+        inherited = {name: value for name, value in self.items.extra().items() if name != "image"}
+        return {**inherited, "image": self._first_image} if self.fixed else inherited
+
+    # ---- pixels
+
+    @property
+    def changes_pixels(self) -> bool:
+        config = self.config
+        return bool(config.shape or config.im_mode or config.encode)
+
+    @cached_property
+    def size(self) -> tuple[int, int] | None:
+        """(height, width) that was asked for."""
+        shape = self.config.shape
+        if len(shape) not in (0, 2) or min(shape, default=1) < 1:
+            raise ConfigError(f"shape={list(shape)}: expected [height,width] in pixels")
+        return (shape[0], shape[1]) if shape else None
+
+    @cached_property
+    def _first_image(self) -> dict[str, Any]:
+        """Shape, dtype and mode that all images of a fixed format have: as asked for, else the first one's."""
+        for row in self.items.some():
+            try:
+                mode = self.config.im_mode or _mode_of(row)
+                array = to_array(row[IMAGE], mode, self.size)
+                masks = {"mask": _kind(_with_channels(mask_array(row[MASK], self.size)))} if MASK in row else {}
+            except SampleError:
+                continue
+            return {**_kind(array), "mode": mode, **masks}
+        raise ConfigError(f"input={self.config.input}: none of its first images can be decoded")
+
+    def _check_settings(self) -> None:
+        config = self.config
+        if config.partition_size < 0:
+            raise ConfigError(f"partition_size={config.partition_size}: must be at least 1, or 0 for about 512 MiB")
+        if config.shard_bytes < 1:
+            raise ConfigError(f"shard_bytes={config.shard_bytes}: must be at least 1")
+        if config.im_mode and config.im_mode not in MODES:
+            raise ConfigError(f"im_mode={config.im_mode}: expected one of {', '.join(MODES)}")
+        if not 1 <= config.quality <= 100:
+            raise ConfigError(f"quality={config.quality}: expected 1 to 100")
+        if not self.fixed and (self.size or config.im_mode) and not config.encode:
+            raise ConfigError("shape= and im_mode= change pixels: say how to store them, encode=png or encode=jpeg")
+        if self.fixed and config.encode:
+            raise ConfigError(f"encode={config.encode}: format={config.format} holds pixels, not files")
+        if config.compression and config.format != "hdf5":
+            raise ConfigError(f"compression={config.compression}: only format=hdf5 knows it")
+
+    def _to_pixels(self, row: Row, source: str) -> None:
+        """Put arrays in place of the files of image and mask; all of a fixed format have the first one's shape."""
+        first = self.planned["extra"]["image"]
+        natural = _mode_of(row)
+        if not self.config.im_mode and natural != first["mode"]:
+            raise ConfigError(
+                f"{source or row['key']} has mode {natural}, but format={self.format} holds images of one mode, "
+                f"{first['mode']} as the first has: give im_mode=RGB, or choose a flexible format"
+            )
+        array = to_array(row[IMAGE], first["mode"], self.size)
+        if list(array.shape) != first["shape"] or str(array.dtype) != first["dtype"]:
+            raise ConfigError(
+                f"{source or row['key']} is {_shape(array.shape)}, but format={self.format} holds images of one size, "
+                f"{_shape(first['shape'])} as the first has: {_CURE}"
+            )
+        row[IMAGE] = array
+        if MASK in row:
+            row[MASK] = self._mask(row, first["mask"], source)
+        self._describe(row, array, to_format(array))
+
+    def _mask(self, row: Row, first: dict[str, Any], source: str) -> np.ndarray:
+        values = _with_channels(mask_array(row[MASK], self.size))
+        if list(values.shape) != first["shape"] or str(values.dtype) != first["dtype"]:
+            raise ConfigError(
+                f"the mask of {source or row['key']} is {_shape(values.shape)} {values.dtype}, but "
+                f"format={self.format} holds masks of one kind, {_shape(first['shape'])} {first['dtype']} as the first "
+                f"is: {_CURE}"
+            )
+        return values
+
+    def _encode(self, row: Row) -> None:
+        """New files of image and mask, as ``encode=`` says."""
+        array = to_array(row[IMAGE], self.config.im_mode or _encodable(_mode_of(row), self.config.encode), self.size)
+        kind = self.config.encode
+        if kind == "png":
+            row[IMAGE], kind = to_bytes(array)
+        else:
+            pixels = array if array.ndim == 3 and array.shape[2] == 3 else to_array(row[IMAGE], "RGB", self.size)
+            row[IMAGE] = images.encode(pixels, kind, self.config.quality)
+        if MASK in row and self.size:
+            row[MASK] = to_bytes(mask_array(row[MASK], self.size))[0]
+        self._describe(row, array, kind)
+
+    def _describe(self, row: Row, array: np.ndarray, kind: str) -> None:
+        row |= {
+            name: value
+            for name, value in (
+                ("format", kind),
+                ("width", array.shape[1]),
+                ("height", array.shape[0]),
+                ("mode", natural_mode_of(array)),
+            )
+            if name in row
+        }
+
+    # ---- work
 
     def plan(self, since: int = 0) -> Iterator[Partition]:
-        """Even cuts of the upstream's positions; what it gained later is cut and shuffled by itself."""
-        starts = self.upstream.places
-        first, total = int(starts[since]), int(starts[-1] - starts[since])
-        count = -(-total // self._partition_size())
-        for number in range(count):
-            start, stop = total * number // count, total * (number + 1) // count
-            yield Partition((Input("upstream", first, first + total), Input("positions", start, stop)), stop - start)
-
-    def _partition_size(self) -> int:
-        size = int(self.config.partition_size)
-        if size < 0:
-            raise ConfigError(f"partition_size={size}: must be at least 1, or 0 for about 512 MiB")
-        counts = self.upstream.require_success()["counts"]
-        return size or max(1, int(_PARTITION_BYTES * counts["kept"] / max(counts["bytes"], 1)))
+        self._check_settings()
+        sample_bytes = 0
+        if self.fixed:
+            first = self._first_image
+            sample_bytes = int(np.prod(first["shape"])) * np.dtype(first["dtype"]).itemsize
+        return self.items.plan(since, sample_bytes)
 
     def process(self, partition: Partition) -> Iterator[Outcome]:
-        whole, span = partition.inputs
-        positions = np.arange(span.start, span.stop)
-        if self.config.shuffle:
-            seed = keyed_seed(self.config.seed, "shard", whole.start)
-            positions = Permutation(whole.stop - whole.start, seed)[positions]
-        upstream = RandomAccess(self.upstream, taken=True)
-        for position in positions:
-            yield _copy(upstream.stored(whole.start + int(position)))
+        for outcome in self.items.outcomes(partition, self.planned["extra"]):
+            if outcome.row is not None and (self.fixed or self.changes_pixels):
+                try:
+                    if self.fixed:
+                        self._to_pixels(outcome.row, outcome.source)
+                    else:
+                        self._encode(outcome.row)
+                except SampleError as error:
+                    outcome.row, outcome.status = None, "failed"
+                    outcome.reason, outcome.detail = error.reason, error.detail
+            yield outcome
 
 
-def _copy(stored: Stored) -> Outcome:
-    outcome = Outcome(stored.key, "failed", source=stored.source, offset=stored.offset)
-    try:
-        row = stored.read()
-    except SampleError as error:
-        outcome.reason, outcome.detail, outcome.retryable = error.reason, error.detail, error.retryable
-        return outcome
-    outcome.status, outcome.row = "kept", row
-    outcome.width, outcome.height = row.get("width", 0), row.get("height", 0)
-    outcome.source_bytes, outcome.source_hash = len(row["jpg"]), content_hash(row["jpg"])
-    return outcome
+def _mode_of(row: Row) -> str:
+    return "" if row.get("format") == "npy" else natural_mode(row[IMAGE])
+
+
+def _kind(array: np.ndarray) -> dict[str, Any]:
+    return {"shape": list(array.shape), "dtype": str(array.dtype)}
+
+
+def _with_channels(values: np.ndarray) -> np.ndarray:
+    """Masks have an axis of channels, so that a file of them is (n, h, w, c)."""
+    return values[:, :, None] if values.ndim == 2 else values
+
+
+def _encodable(mode: str, encode: str) -> str:
+    return mode if encode == "png" else "RGB"
+
+
+def to_format(array: np.ndarray) -> str:
+    """The file that a row of a fixed format gives: ``png``, or ``npy`` where a PNG cannot hold it."""
+    channels = array.shape[2] if array.ndim == 3 else 1
+    png = (array.dtype == np.uint8 and channels <= 4) or (array.dtype == np.uint16 and channels == 1)
+    return "png" if png else "npy"
+
+
+def natural_mode_of(array: np.ndarray) -> str:
+    """Pillow's mode of an array's pixels; of what Pillow cannot hold, the dtype."""
+    channels = array.shape[2] if array.ndim == 3 else 1
+    if array.dtype == np.uint8 and channels <= 4:
+        return ("L", "LA", "RGB", "RGBA")[channels - 1]
+    return "I;16" if array.dtype == np.uint16 and channels == 1 else str(array.dtype)
+
+
+def _shape(shape: Any) -> str:
+    return "×".join(map(str, shape))
 
 
 @distributed

@@ -1,0 +1,75 @@
+"""Columns of Arrow tables: what parquet, ipc and the formats of fixed size keep beside the image."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.samples import Row, Schema
+
+_TYPES = {"str": pa.string(), "int": pa.int64(), "json": pa.string(), "bytes": pa.large_binary()}
+_TYPES["jpeg"] = _TYPES["bytes"]
+WIDE = ("bytes", "jpeg")
+"""Types of columns whose values may be large."""
+
+
+def arrow_schema(schema: Schema, names: Iterable[str]) -> pa.Schema:
+    """The fields ``names``; ``json`` is text."""
+    return pa.schema([(name, _TYPES[schema[name]]) for name in names])
+
+
+def arrow_table(rows: Sequence[Row], schema: Schema, names: Sequence[str]) -> pa.Table:
+    """The columns ``names`` of ``rows``."""
+    fields = arrow_schema(schema, names)
+    columns = [pa.array([_stored(schema[name], row[name]) for row in rows], fields.field(name).type) for name in names]
+    return pa.table(columns, fields)
+
+
+def _stored(kind: str, value: Any) -> Any:
+    return json.dumps(value, ensure_ascii=False) if kind == "json" else value
+
+
+class Columns:
+    """Columns of some rows in memory, to take single rows out of fast."""
+
+    def __init__(self, table: pa.Table, schema: Schema) -> None:
+        self._values: dict[str, Any] = {}
+        self._kinds = {name: schema[name] for name in table.column_names}
+        for name in table.column_names:
+            column = table[name].combine_chunks()
+            if isinstance(column, pa.ChunkedArray):  # of no rows
+                column = column.chunk(0) if column.num_chunks else pa.array([], column.type)
+            self._values[name] = column.to_numpy(zero_copy_only=False) if schema[name] == "int" else column
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._values)
+
+    def __getitem__(self, name: str) -> Any:
+        """The whole column: int64 (n,) of integers, else an Arrow array."""
+        return self._values[name]
+
+    def value(self, name: str, number: int) -> Any:
+        """The value of row ``number``.
+
+        Raises:
+            ValueError: it is no JSON, or there is no such row.
+        """
+        kind = self._kinds[name]
+        try:
+            value = self._values[name][number]
+        except IndexError:
+            raise ValueError(f"there is no row {number}") from None
+        if kind == "int":
+            return int(value)
+        found = value.as_py()
+        return json.loads(found) if kind == "json" else found
+
+    def integers(self, name: str) -> np.ndarray:
+        """An ``int`` column, int64 (n,)."""
+        values: np.ndarray = self._values[name]
+        return values

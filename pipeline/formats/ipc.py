@@ -1,0 +1,113 @@
+"""Arrow IPC files: one record batch each, memory-mapped, so that an image is read at the cost of copying its bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.formats.base import IMAGE, Create, FileReader, Format, Location, Open, Writer
+from pipeline.formats.blocks import BlockFile
+from pipeline.formats.columns import WIDE, Columns, arrow_table
+from pipeline.samples import Row, Schema
+from pipeline.storage import Folder
+
+
+def ordered(schema: Schema) -> list[str]:
+    """Columns with small values first, then those of bytes, the image last: small ones lie together in a file."""
+    return sorted(schema, key=lambda name: (schema[name] in WIDE, name == IMAGE, name))
+
+
+class IpcWriter(Writer):
+    """Collects rows up to ``shard_bytes`` and writes them as one file."""
+
+    def __init__(self, create: Create, schema: Schema, shard_bytes: int) -> None:
+        self._create = create
+        self._schema = schema
+        self._names = ordered(schema)
+        self._limit = shard_bytes
+        self._rows: list[Row] = []
+        self._size = 0
+        self._files = 0
+        self._locations: list[Location] = []
+
+    def write(self, row: Row) -> None:
+        size = sum(len(value) for value in row.values() if isinstance(value, (bytes, str)))
+        if self._rows and self._size + size > self._limit:
+            self._flush()
+        self._rows.append(row)
+        self._size += size
+
+    def _flush(self) -> None:
+        table = arrow_table(self._rows, self._schema, self._names)
+        (batch,) = table.to_batches()
+        name = f"samples.{self._files:05d}.arrow"
+        with self._create(name) as file:
+            with pa.ipc.new_file(file, table.schema) as writer:
+                writer.write_batch(batch)
+                end = file.tell()  # the last column's data ends here, padded to 8 bytes
+            sizes = [len(row[self._names[-1]]) for row in self._rows]
+        at = end - sum(sizes) - -sum(sizes) % 8
+        for size in sizes:
+            self._locations.append((name, at, size))
+            at += size
+        self._rows, self._size = [], 0
+        self._files += 1
+
+    def close(self) -> list[Location]:
+        if self._rows:
+            self._flush()
+        return self._locations
+
+
+class IpcReader(FileReader):
+    """Small columns in memory; values of bytes are taken from where they lie."""
+
+    def __init__(self, data: BlockFile, schema: Schema) -> None:
+        self._data = data
+        self._schema = schema
+        small = [number for number, name in enumerate(ordered(schema)) if schema[name] not in WIDE]
+        try:  # through the file object: footer, metadata and small columns are checked before they are believed
+            checked = pa.ipc.open_file(
+                pa.PythonFile(data.file(), mode="r"), options=pa.ipc.IpcReadOptions(included_fields=small)
+            )
+            self._columns = Columns(pa.Table.from_batches([checked.get_batch(0)]), schema)
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(f"{data.name}: {error}") from None
+        self._wide = self._spans()
+
+    def _spans(self) -> dict[str, tuple[int, np.ndarray]]:
+        """Of each column of bytes: where its data begins in the file, and the offsets (n + 1,) of its values in it."""
+        whole = pa.py_buffer(self._data.unchecked())
+        batch = pa.ipc.open_file(whole).get_batch(0)
+        spans = {}
+        for name in batch.schema.names:
+            if self._schema[name] in WIDE:
+                _, offsets, values = batch.column(name).buffers()
+                self._data.check(offsets.address - whole.address, offsets.size)
+                spans[name] = (values.address - whole.address, np.frombuffer(offsets, np.int64, len(batch) + 1))
+        return spans
+
+    def row(self, number: int, offset: int, length: int, columns: Collection[str] | None = None) -> Row:
+        row: Row = {}
+        for name in self._schema if columns is None else columns:
+            if name in self._wide:
+                base, offsets = self._wide[name]
+                row[name] = self._data.bytes(base + int(offsets[number]), int(offsets[number + 1] - offsets[number]))
+            else:
+                row[name] = self._columns.value(name, number)
+        return row
+
+
+class Ipc(Format):
+    name = "ipc"
+
+    def writer(self, create: Create, partition: int, schema: Schema, shard_bytes: int, compression: str = "") -> Writer:
+        return IpcWriter(create, schema, shard_bytes)
+
+    def open(self, open: Open, name: str, schema: Schema, origin: Folder | None = None) -> FileReader:
+        return IpcReader(open(name), schema)
+
+
+FORMAT = Ipc()

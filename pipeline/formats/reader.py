@@ -1,0 +1,281 @@
+"""Readers for PyTorch's DataLoader: map-style, random access, safe to fork, to spawn and to pickle."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from pipeline import images
+from pipeline.config import ConfigError
+from pipeline.distributed import ignore_signals
+from pipeline.formats.base import IMAGE, MASK, get_format
+from pipeline.formats.blocks import VERIFY, Verify
+from pipeline.formats.pixels import MODES, from_npy, mask_array, to_array, to_image
+from pipeline.partitions.dataset import Dataset, RandomAccess
+from pipeline.samples import Row, Schema
+from pipeline.storage import StorageError
+
+OUTPUTS = ("image", "array", "bytes")
+_NPY = b"\x93NUMPY"
+
+
+class Reader:
+    """Samples of a finished dataset directory, of any storage format: ``reader[i]`` is ``(image, target)``.
+
+    Args:
+        dataset_path: what a converter or a stage has written.
+        transform: called with each image.
+        target_transform: called with each target.
+        output: ``image``: PIL image, upright; ``array``: pixels (h, w) or (h, w, c), without a copy where the format
+            holds them as they are (then read-only); ``bytes``: the file as it is stored.
+        target: column that is the target; empty: ``label``, else ``mask``, else ``caption``, whichever is there. A
+            mask comes as an array (h, w) or (h, w, c) with its values unchanged.
+        mode: bring images to this mode (RGB, L, RGBA, LA, I;16); empty: as they are.
+        verify: when a block of 4 MiB of a data file is checked against its hash: ``first`` time that it is touched,
+            ``always``, ``never``.
+        open_files: data files that stay open, in each process.
+
+    Raises:
+        ConfigError: there is no finished dataset of this format, or an argument is wrong.
+    """
+
+    format: ClassVar[str] = ""
+    """Storage format of the class; empty: any."""
+    default_target: ClassVar[str] = ""
+
+    def __init__(
+        self,
+        dataset_path: str | Path,
+        transform: Callable[[Any], Any] | None = None,
+        target_transform: Callable[[Any], Any] | None = None,
+        *,
+        output: str = "image",
+        target: str = "",
+        mode: str = "",
+        verify: Verify = "first",
+        open_files: int = 256,
+    ) -> None:
+        _choice("output", output, OUTPUTS)
+        _choice("verify", verify, VERIFY)
+        if mode:
+            _choice("mode", mode, MODES)
+        self.dataset_path = Path(dataset_path).absolute()
+        self.transform = transform
+        self.target_transform = target_transform
+        self.output = output
+        self.mode = mode
+        self.verify = verify
+        self.open_files = open_files
+        self._access: RandomAccess | None = None
+        dataset = Dataset.open(self.dataset_path)
+        self._content = dataset.require_success()["content_digest"]
+        stored = dataset.format.name
+        if self.format and stored != self.format:
+            raise ConfigError(f"{self.dataset_path} has format {stored}, not {self.format}: use {_class_of(stored)}")
+        self.storage_format = stored
+        self.fixed = get_format(stored).fixed
+        self.schema: Schema = dict(dataset.schema)
+        """Column name → type."""
+        dataset.require_columns(IMAGE)
+        self.classes: list[str] = list(dataset.header["extra"].get("classes", []))
+        """Names of the classes, by label."""
+        self.class_to_idx = {name: number for number, name in enumerate(self.classes)}
+        self.target = target or self.default_target or self._usual_target()
+        if self.target:
+            dataset.require_columns(self.target)
+        self._length = len(dataset)
+
+    def _usual_target(self) -> str:
+        return next((name for name in ("label", MASK, "caption") if name in self.schema), "")
+
+    # ---- samples
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        """``(image, target)`` of one sample; the target is None where there is none.
+
+        Raises:
+            IndexError: there is no such sample.
+            StorageError: its bytes have changed since they were written; names file and sample.
+            SampleError: the image cannot be decoded.
+        """
+        index = self._position(index)
+        return self._image(index), self._target(index)
+
+    def __getitems__(self, indices: Sequence[int]) -> list[tuple[Any, Any]]:
+        """Several samples at once, as DataLoader asks for them: read in the order in which they lie in the files."""
+        positions = [self._position(index) for index in indices]
+        found = {position: (self._image(position), self._target(position)) for position in sorted(set(positions))}
+        return [found[position] for position in positions]
+
+    def __iter__(self) -> Iterator[tuple[Any, Any]]:
+        return (self[index] for index in range(len(self)))
+
+    def row(self, index: int) -> Row:
+        """All columns of a sample, as they are stored."""
+        return self.access.row(self._position(index))
+
+    def rows(self, indices: Sequence[int]) -> list[Row]:
+        """All columns of several samples."""
+        return [self.row(index) for index in indices]
+
+    def key(self, index: int) -> str:
+        """The sample's key, which tells where it came from."""
+        return self.access.key(self._position(index))
+
+    def array(self, index: int) -> np.ndarray:
+        """Pixels of a sample (h, w) or (h, w, c); of a format of fixed size as they lie in the file, read-only."""
+        position = self._position(index)
+        if self.fixed:
+            return self.access.array(position)
+        data = self._bytes(position)
+        return to_array(data, self.mode or _mode_of(data))
+
+    def _position(self, index: int) -> int:
+        position = int(index) + self._length if index < 0 else int(index)
+        if not 0 <= position < self._length:
+            raise IndexError(f"there is no sample {index}: {self.dataset_path} has {self._length}")
+        return position
+
+    def _bytes(self, position: int) -> bytes:
+        data: bytes = self.access.row(position, (IMAGE,))[IMAGE]
+        return data
+
+    def _image(self, position: int) -> Any:
+        if self.output == "bytes":
+            image: Any = self._bytes(position)
+        elif self.output == "array":
+            image = self.array(position)
+        elif self.fixed:
+            image = to_image(self.access.array(position))
+        else:
+            image = open_image(self._bytes(position), self.mode)
+        if self.fixed and self.mode and self.output == "image" and image.mode != self.mode:
+            image = image.convert(self.mode)
+        return image if self.transform is None else self.transform(image)
+
+    def _target(self, position: int) -> Any:
+        if not self.target:
+            return None
+        value = self.access.row(position, (self.target,))[self.target]
+        if self.target == MASK:
+            value = mask_array(value)
+        return value if self.target_transform is None else self.target_transform(value)
+
+    # ---- processes
+
+    @property
+    def access(self) -> RandomAccess:
+        """Rows by position; opened when first used, in each process that got this reader by pickle."""
+        if self._access is None:
+            dataset = Dataset.open(self.dataset_path)
+            if dataset.require_success()["content_digest"] != self._content:
+                raise StorageError(f"{self.dataset_path} has changed since this reader was made: make it anew")
+            self._access = RandomAccess(dataset, self.verify, self.open_files)
+        return self._access
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_access": None}
+
+    @staticmethod
+    def worker_init_fn(worker: int) -> None:
+        """For DataLoader, if you like: nothing has to be opened; workers leave signals to the process they work for."""
+        ignore_signals(worker)
+
+    def __repr__(self) -> str:
+        columns = ", ".join(f"{name}: {kind}" for name, kind in self.schema.items())
+        lines = [f"{type(self).__name__}({str(self.dataset_path)!r})", f"  samples: {self._length}"]
+        lines += [f"  format: {self.storage_format}", f"  columns: {columns}"]
+        if self.classes:
+            lines.append(f"  classes: {len(self.classes)} ({', '.join(self.classes[:3])}, ...)")
+        return "\n".join([*lines, f"  target: {self.target or 'none'}"])
+
+
+def open_image(data: bytes, mode: str = "") -> Image.Image:
+    """A PIL image of a file, upright; in ``mode``, if one is given.
+
+    Raises:
+        SampleError: the file is damaged.
+        TypeError: it holds an array that is no image.
+    """
+    if mode or data.startswith(_NPY):
+        return to_image(from_npy(data) if data.startswith(_NPY) else to_array(data, mode))
+    images.probe(data)
+    image = Image.open(io.BytesIO(data))
+    ImageOps.exif_transpose(image, in_place=True)
+    image.load()
+    return image
+
+
+def _mode_of(data: bytes) -> str:
+    from pipeline.formats.pixels import natural_mode
+
+    return "" if data.startswith(_NPY) else natural_mode(data)
+
+
+def _choice(name: str, value: str, known: Sequence[str]) -> None:
+    if value not in known:
+        raise ConfigError(f"{name}={value}: expected one of {', '.join(known)}")
+
+
+def _class_of(format: str) -> str:
+    found = (cls.__name__ for cls in _ALL if cls.format == format)
+    return next(found, "Reader")
+
+
+class MemmapReader(Reader):
+    """Fixed size, ``.npy``."""
+
+    format = "memmap"
+
+
+class HDF5Reader(Reader):
+    """Fixed size, HDF5."""
+
+    format = "hdf5"
+
+
+class ParquetReader(Reader):
+    """Flexible size, Parquet."""
+
+    format = "parquet"
+
+
+class TarReader(Reader):
+    """Flexible size, WebDataset tar."""
+
+    format = "tar"
+
+
+class IpcReader(Reader):
+    """Flexible size, Arrow IPC."""
+
+    format = "ipc"
+
+
+class MDSReader(Reader):
+    """Flexible size, MDS."""
+
+    format = "mds"
+
+
+class DenseMemmapReader(MemmapReader):
+    """``(image, mask)`` of fixed size."""
+
+    default_target = MASK
+
+
+class DenseIpcReader(IpcReader):
+    """``(image, mask)`` of flexible size."""
+
+    default_target = MASK
+
+
+_ALL = (MemmapReader, HDF5Reader, ParquetReader, TarReader, IpcReader, MDSReader)

@@ -1,0 +1,468 @@
+"""What stage=shard converts: a dataset directory, a folder of images, or a map-style Dataset of Python objects."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline import images
+from pipeline.config import ConfigError, DownloadConfig, ShardConfig
+from pipeline.formats.base import IMAGE, MASK
+from pipeline.formats.pixels import to_bytes
+from pipeline.loading import Permutation
+from pipeline.partitions.dataset import Dataset, RandomAccess
+from pipeline.partitions.plan import Input, Partition
+from pipeline.randomness import keyed_seed
+from pipeline.samples import IMAGE_COLUMNS, Outcome, Row, SampleError, Schema, caption_fields, content_hash
+from pipeline.sources.image_folder import ImageFolder, walk
+
+PARTITION_BYTES = 512 << 20
+_HEADER_COLUMNS: Schema = {"width": "int", "height": "int", "mode": "str"}
+_OF_A_DATASET = ("plan", "data", "claims", "events")
+
+
+def is_image_folder(path: str) -> bool:
+    """Whether ``path`` is a folder that no stage has made."""
+    folder = Path(path)
+    if not path or not folder.is_dir() or (folder / "plan").is_dir():
+        return False
+    return any(not name.startswith(".") and name not in _OF_A_DATASET for name in os.listdir(folder))
+
+
+class Items(ABC):
+    """Samples in an order of their own, and how they are cut into partitions."""
+
+    def __init__(self, config: ShardConfig) -> None:
+        self.config = config
+
+    @abstractmethod
+    def schema(self) -> Schema:
+        """Columns of the rows."""
+
+    def extra(self) -> dict[str, Any]:
+        """What the manifest should say of them."""
+        return {}
+
+    @abstractmethod
+    def plan(self, since: int, sample_bytes: int) -> Iterator[Partition]:
+        """Even cuts; ``sample_bytes`` is what one sample will take, 0 if that is not known."""
+
+    @abstractmethod
+    def outcomes(self, partition: Partition, planned: dict[str, Any]) -> Iterator[Outcome]:
+        """What becomes of each sample of the partition; ``planned`` is what :meth:`extra` said."""
+
+    @abstractmethod
+    def some(self) -> Iterator[Row]:
+        """Good samples from the first on, to learn of what kind they are."""
+
+    def cuts(self, total: int, sample_bytes: float) -> Iterator[tuple[int, int]]:
+        """Even ranges of ``total`` samples of about this size."""
+        size = self.config.partition_size or max(1, int(PARTITION_BYTES / max(sample_bytes, 1)))
+        count = -(-total // size)
+        for number in range(count):
+            yield total * number // count, total * (number + 1) // count
+
+    def order(self, positions: np.ndarray, total: int, *key: int) -> np.ndarray:
+        """``positions`` of ``range(total)`` as they are, or through the permutation that the seed and ``key`` give."""
+        if not self.config.shuffle:
+            return positions
+        return Permutation(total, keyed_seed(self.config.seed, "shard", *key))[positions]
+
+
+class Upstream(Items):
+    """The kept samples of a dataset directory."""
+
+    def __init__(self, config: ShardConfig, dataset: Dataset) -> None:
+        super().__init__(config)
+        self.dataset = dataset
+
+    def schema(self) -> Schema:
+        return dict(self.dataset.schema)
+
+    def extra(self) -> dict[str, Any]:
+        return dict(self.dataset.header["extra"])
+
+    def plan(self, since: int, sample_bytes: int) -> Iterator[Partition]:
+        """What the upstream gained later is cut and shuffled by itself."""
+        starts = self.dataset.places
+        first, total = int(starts[since]), int(starts[-1] - starts[since])
+        counts = self.dataset.require_success()["counts"]
+        for start, stop in self.cuts(total, sample_bytes or counts["bytes"] / max(counts["kept"], 1)):
+            yield Partition((Input("upstream", first, first + total), Input("positions", start, stop)), stop - start)
+
+    def outcomes(self, partition: Partition, planned: dict[str, Any]) -> Iterator[Outcome]:
+        whole, span = partition.inputs
+        positions = self.order(np.arange(span.start, span.stop), whole.stop - whole.start, whole.start)
+        access = RandomAccess(self.dataset, taken=True)
+        for position in positions:
+            stored = access.stored(whole.start + int(position))
+            outcome = Outcome(stored.key, "failed", source=stored.source, offset=stored.offset)
+            try:
+                outcome.row = stored.read()
+            except SampleError as error:
+                yield _failed(outcome, error)
+                continue
+            yield _kept(outcome)
+
+    def some(self) -> Iterator[Row]:
+        access = RandomAccess(self.dataset)
+        for position in range(min(len(access), 100)):
+            try:
+                yield access.row(position)
+            except SampleError:
+                continue
+
+
+class Folder(Items):
+    """Images in a folder, read where they lie."""
+
+    @cached_property
+    def source(self) -> ImageFolder:
+        config = self.config
+        given = DownloadConfig(source="image_folder", input=config.input, copy=True, captions=config.captions)
+        return ImageFolder(given)
+
+    @cached_property
+    def labels(self) -> dict[str, str]:
+        """Image's file name → class, from the file that the setting names."""
+        return read_labels(Path(self.config.labels)) if self.config.labels else {}
+
+    @cached_property
+    def classes(self) -> list[str]:
+        if self.config.classes:
+            return read_classes(Path(self.config.classes))
+        return sorted(set(self.labels.values())) if self.labels else self.source.classes
+
+    def schema(self) -> Schema:
+        return {**IMAGE_COLUMNS, **_HEADER_COLUMNS, **({"label": "int"} if self.classes else {})}
+
+    def extra(self) -> dict[str, Any]:
+        return {"classes": self.classes} if self.classes else {}
+
+    def plan(self, since: int, sample_bytes: int) -> Iterator[Partition]:
+        files = [(path, state.st_size, state.st_mtime_ns) for path, state in walk(self.source.root)]
+        if not files:
+            raise ConfigError(f"input={self.config.input}: no image below this folder")
+        mean = sum(size for _, size, _ in files) / len(files)
+        for start, stop in self.cuts(len(files), sample_bytes or mean):
+            chosen = self.order(np.arange(start, stop), len(files), 0)
+            inputs = tuple(Input(path, size=size, mtime_ns=time) for path, size, time in (files[i] for i in chosen))
+            yield Partition(inputs, stop - start)
+
+    def outcomes(self, partition: Partition, planned: dict[str, Any]) -> Iterator[Outcome]:
+        self.source.planned = {"classes": []}
+        numbers = {name: number for number, name in enumerate(planned.get("classes", []))}
+        for outcome in self.source.samples(partition):
+            if outcome.row is not None:
+                try:
+                    outcome.row |= header_columns(outcome.row[IMAGE])
+                    if numbers:
+                        outcome.row["label"] = self._label(outcome.source, numbers)
+                except SampleError as error:
+                    outcome.row = None
+                    yield _failed(outcome, error)
+                    continue
+                outcome = _kept(outcome)
+            yield outcome
+
+    def _label(self, path: str, numbers: dict[str, int]) -> int:
+        name = path.partition("/")[0]
+        if self.labels:
+            file = path.rpartition("/")[2]
+            name = self.labels.get(path) or self.labels.get(file) or self.labels.get(file.rpartition(".")[0]) or ""
+        if name not in numbers:
+            raise SampleError("no_label", f"{name!r} is no class" if name else "not in the file of labels")
+        return numbers[name]
+
+    def some(self) -> Iterator[Row]:
+        planned = self.extra()
+        for path, state in walk(self.source.root):
+            file = Input(path, size=state.st_size, mtime_ns=state.st_mtime_ns)
+            for outcome in self.outcomes(Partition((file,), 1), planned):
+                if outcome.row is not None:
+                    yield outcome.row
+
+
+Collate = Callable[[list[Any]], list[Row]]
+"""Turns items of a Dataset into rows with ``image`` and whatever else there is; see :func:`rows_of`."""
+
+
+class Objects(Items):
+    """The items of a map-style Dataset.
+
+    Args:
+        dataset: anything with ``__len__`` and ``__getitem__``.
+        collate: items → rows.
+        batch_size: items that ``collate`` gets at once.
+    """
+
+    def __init__(self, config: ShardConfig, dataset: Any, collate: Collate, batch_size: int) -> None:
+        super().__init__(config)
+        if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+            raise ConfigError(f"input_data: {type(dataset).__name__} has no __len__ and __getitem__")
+        if not len(dataset):
+            raise ConfigError(f"input_data: {type(dataset).__name__} is empty")
+        self.dataset = dataset
+        self.collate = collate
+        self.batch_size = batch_size
+
+    def schema(self) -> Schema:
+        row = next(self.some(), None)
+        if row is None:
+            raise ConfigError(f"input_data: none of the first items of {type(self.dataset).__name__} can be read")
+        known = {**IMAGE_COLUMNS, **_HEADER_COLUMNS, "label": "int", MASK: "bytes"}
+        return {name: known.get(name) or kind_of(value) for name, value in row.items()}
+
+    def extra(self) -> dict[str, Any]:
+        classes = getattr(self.dataset, "classes", None)
+        return {"classes": [str(name) for name in classes]} if classes else {}
+
+    def plan(self, since: int, sample_bytes: int) -> Iterator[Partition]:
+        total = len(self.dataset)
+        name = type(self.dataset).__qualname__
+        for start, stop in self.cuts(total, sample_bytes or PARTITION_BYTES / 1000):
+            yield Partition((Input(name, 0, total), Input("positions", start, stop)), stop - start)
+
+    def outcomes(self, partition: Partition, planned: dict[str, Any]) -> Iterator[Outcome]:
+        whole, span = partition.inputs
+        positions = self.order(np.arange(span.start, span.stop), whole.stop - whole.start, 0).tolist()
+        for start in range(0, len(positions), self.batch_size):
+            yield from self._batch(positions[start : start + self.batch_size])
+
+    def some(self) -> Iterator[Row]:
+        for position in range(min(len(self.dataset), 100)):
+            for outcome in self._batch([position]):
+                if outcome.row is not None:
+                    yield outcome.row
+
+    def _batch(self, positions: Sequence[int]) -> Iterator[Outcome]:
+        found: list[Any] = [self._item(position) for position in positions]
+        good = [item for item in found if not isinstance(item, SampleError)]
+        rows = iter(self.collate(good) if good else [])
+        for position, item in zip(positions, found, strict=True):
+            outcome = Outcome(f"{position:09d}", "failed", source=str(position), offset=position)
+            try:
+                if isinstance(item, SampleError):
+                    raise item
+                row = next(rows, None)
+                if row is None:
+                    raise ValueError("_custom_collate_fn gave fewer rows than it got items")
+                outcome.row = completed(outcome.key, row)
+            except SampleError as error:
+                yield _failed(outcome, error)
+                continue
+            yield _kept(outcome)
+
+    def _item(self, position: int) -> Any:
+        try:
+            return self.dataset[position]
+        except Exception as error:  # a user's Dataset raises anything; it concerns this sample alone
+            first = str(error).partition("\n")[0][:200]
+            return SampleError("dataset_raised", f"{type(error).__name__}: {first}" if first else type(error).__name__)
+
+
+def _kept(outcome: Outcome) -> Outcome:
+    row = outcome.row or {}
+    outcome.status = "kept"
+    outcome.width, outcome.height = row.get("width", 0), row.get("height", 0)
+    if isinstance(data := row.get(IMAGE), bytes):
+        outcome.source_bytes, outcome.source_hash = len(data), content_hash(data)
+    return outcome
+
+
+def _failed(outcome: Outcome, error: SampleError) -> Outcome:
+    outcome.status, outcome.reason, outcome.detail = "failed", error.reason, error.detail
+    outcome.retryable = error.retryable
+    return outcome
+
+
+# ---- rows
+
+
+def rows_of(items: list[Any]) -> list[Row]:
+    """Rows of items: ``(image, label)``, ``(image, mask)``, an image, or a mapping with ``image`` and other columns.
+
+    An image or mask is the bytes or the path of a file, a PIL image, an array (h, w[, c]) or a tensor (c, h, w). A
+    label is an integer; a text or a list of texts are captions.
+    """
+    return [_row(item) for item in items]
+
+
+def _row(item: Any) -> Row:
+    if isinstance(item, dict):
+        row = dict(item)
+    elif isinstance(item, (tuple, list)):
+        row = {"image": item[0]}
+        if len(item) > 1 and item[1] is not None:
+            row[_name_of(item[1])] = item[1]
+        if len(item) > 2:
+            raise ConfigError(
+                f"input_data: an item has {len(item)} parts: give (image, label), a mapping, or your own collate"
+            )
+    else:
+        row = {"image": item}
+    if "image" not in row and IMAGE not in row:
+        raise ConfigError(f"input_data: an item has no 'image', but {', '.join(map(str, row))}")
+    return row
+
+
+def _name_of(target: Any) -> str:
+    if isinstance(target, (bool, int, np.integer)) or getattr(target, "ndim", None) == 0:
+        return "label"
+    texts = isinstance(target, str) or (isinstance(target, (list, tuple)) and all(isinstance(t, str) for t in target))
+    return "captions" if texts else MASK
+
+
+def completed(key: str, row: Row) -> Row:
+    """``row`` with the columns that every sample has, its values as they are stored."""
+    row = dict(row)
+    data, kind = file_of(row.pop("image") if "image" in row else row[IMAGE])
+    captions = row.pop("captions", row.pop("caption", []))
+    made: Row = {
+        "key": str(row.pop("key", key)),
+        IMAGE: data,
+        "format": kind,
+        **caption_fields([captions] if isinstance(captions, str) else list(captions)),
+        **(header_columns(data) if kind != "npy" else _npy_columns(data)),
+    }
+    row.pop(IMAGE, None)
+    if "label" in row:
+        made["label"] = int(row.pop("label"))
+    if row.get(MASK) is not None:
+        made[MASK] = file_of(row.pop(MASK))[0]
+    return made | {str(name): _plain(value) for name, value in row.items() if name not in made}
+
+
+def file_of(value: Any) -> tuple[bytes, str]:
+    """The bytes of an image file and its format; of what is no file yet, one without loss."""
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        data = bytes(value)
+    elif isinstance(value, (str, os.PathLike)):
+        try:
+            data = Path(value).read_bytes()
+        except OSError as error:
+            raise SampleError("unreadable", error.strerror or "") from None
+    else:
+        return to_bytes(array_of(value))
+    if data.startswith(b"\x93NUMPY"):
+        return data, "npy"
+    try:
+        return data, images.probe(data).format
+    except images.ImageError as error:
+        raise SampleError(error.reason, error.detail) from None
+
+
+def array_of(value: Any) -> np.ndarray:
+    """(h, w) or (h, w, c) of a PIL image, an array, or a tensor (c, h, w)."""
+    if hasattr(value, "detach"):
+        array = value.detach().cpu().numpy()
+        return np.ascontiguousarray(array.transpose(1, 2, 0)) if array.ndim == 3 else array
+    array = np.asarray(value)
+    if array.ndim not in (2, 3):
+        raise SampleError("no_image", f"{type(value).__name__} of shape {array.shape}")
+    return array.astype(np.uint8) if array.dtype == np.bool_ else array
+
+
+def header_columns(data: bytes) -> Row:
+    """Format, size and mode as the image's header says, whatever its name promises."""
+    try:
+        header = images.probe(data)
+    except images.ImageError as error:
+        raise SampleError(error.reason, error.detail) from None
+    width, height = header.upright
+    return {"format": header.format, "width": width, "height": height, "mode": header.mode}
+
+
+def _npy_columns(data: bytes) -> Row:
+    from pipeline.formats.pixels import from_npy
+
+    array = from_npy(data)
+    return {"width": array.shape[1], "height": array.shape[0], "mode": str(array.dtype)}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, np.ndarray) or hasattr(value, "detach"):
+        from pipeline.formats.pixels import to_npy
+
+        return to_npy(value.detach().cpu().numpy() if hasattr(value, "detach") else value)
+    return value
+
+
+def kind_of(value: Any) -> str:
+    """The type of a column that holds values like this one."""
+    if isinstance(value, bytes):
+        return "bytes"
+    return "int" if isinstance(value, int) else "str" if isinstance(value, str) else "json"
+
+
+# ---- classes
+
+
+def read_classes(path: Path) -> list[str]:
+    """Names in the order of their numbers, from a converted dataset, a folder of class folders, ``.json`` or ``.txt``.
+
+    Raises:
+        ConfigError: it is none of these.
+    """
+    try:
+        if (path / "plan").is_dir():
+            found = Dataset.open(path).header["extra"].get("classes")
+        elif path.is_dir():
+            found = sorted(entry.name for entry in os.scandir(path) if entry.is_dir())
+        elif path.suffix == ".json":
+            found = json.loads(path.read_text())
+        else:
+            found = [words[0] for line in path.read_text().splitlines() if (words := line.split())]
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"classes={path}: cannot be read: {error}") from None
+    if isinstance(found, dict):  # of names to numbers
+        found = sorted(found, key=lambda name: found[name])
+    if not found:
+        raise ConfigError(f"classes={path}: names no classes")
+    return [str(name) for name in found]
+
+
+def read_labels(path: Path) -> dict[str, str]:
+    """File name → class: ``.csv`` with two columns (ImageNet's ``LOC_val_solution.csv``: the first word counts),
+    ``.json``, ``.txt`` with a pair a line, or ``ILSVRC2012_validation_ground_truth.txt`` of ImageNet's devkit, whose
+    numbers are not in WordNet order: ``meta.mat`` beside it, or in its parent, tells which class they mean.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    try:
+        if path.name.endswith("validation_ground_truth.txt"):
+            names = _devkit_names(path)
+            numbers = path.read_text().split()
+            return {f"ILSVRC2012_val_{n:08d}": names[int(number)] for n, number in enumerate(numbers, 1)}
+        if path.suffix == ".json":
+            return {str(name): str(label) for name, label in json.loads(path.read_text()).items()}
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            pairs = csv.reader(file) if path.suffix == ".csv" else (line.split(None, 1) for line in file)
+            labels = {pair[0].strip(): pair[1].split()[0] for pair in pairs if len(pair) > 1 and pair[1].strip()}
+        header = next(iter(labels), "")
+        if path.suffix == ".csv" and header.lower() in ("imageid", "image", "file", "file_name", "filename", "name"):
+            del labels[header]
+        return labels
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise ConfigError(f"labels={path}: cannot be read: {error}") from None
+
+
+def _devkit_names(path: Path) -> dict[int, str]:
+    from scipy.io import loadmat
+
+    found = next((folder / "meta.mat" for folder in path.parents[:2] if (folder / "meta.mat").is_file()), None)
+    if found is None:
+        raise ConfigError(f"labels={path}: meta.mat of the devkit must lie beside it")
+    synsets = loadmat(found, squeeze_me=True)["synsets"]
+    return {int(entry["ILSVRC2012_ID"]): str(entry["WNID"]) for entry in synsets}
