@@ -8,8 +8,11 @@ a sample.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from math import floor
 from typing import TYPE_CHECKING, Any, Protocol, overload
 
 import numpy as np
@@ -101,14 +104,181 @@ def order(seed: int, epoch: int, n: int) -> Permutation:
     return Permutation(n, keyed_seed(seed, "epoch", epoch))
 
 
+class Indexed(Protocol):
+    """The order of one epoch: place (int64 array) → sample (int64 array)."""
+
+    def __getitem__(self, index: np.ndarray, /) -> np.ndarray: ...
+
+
+Order = Callable[[int, int, int], Indexed]
+"""(seed, epoch, number of samples) → the order of that epoch."""
+
+
+def sequential(seed: int, epoch: int, n: int) -> Indexed:
+    """Samples as they lie."""
+    return _Identity()
+
+
+class _Identity:
+    def __getitem__(self, index: np.ndarray) -> np.ndarray:
+        return np.asarray(index, np.int64)
+
+
+class ShardLocal:
+    """An order for slow disks: blocks (partitions, or shards) come in a shuffled order, ``window`` of them at a time,
+    and their samples are shuffled among these. Memory grows with the number of blocks alone.
+
+    Args:
+        starts: first sample of each block, and the number of samples at the end; of a dataset, ``dataset.starts``.
+        window: blocks that are mixed.
+    """
+
+    def __init__(self, starts: Sequence[int] | np.ndarray, window: int = 8) -> None:
+        self.starts = np.asarray(starts, np.int64)
+        if len(self.starts) < 2 or self.starts[0] != 0 or (np.diff(self.starts) < 0).any():
+            raise ValueError("starts must rise from 0 to the number of samples")
+        if window < 1:
+            raise ValueError(f"window={window}: must be at least 1")
+        self.window = window
+
+    def __call__(self, seed: int, epoch: int, n: int) -> Indexed:
+        if n != self.starts[-1]:
+            raise ValueError(f"the blocks hold {self.starts[-1]} samples, but there are {n}")
+        return _Blocks(self.starts, self.window, keyed_seed(seed, "blocks", epoch))
+
+    def __repr__(self) -> str:
+        return f"ShardLocal({digest(0, str(self.starts.tolist())).hex()}, {self.window})"
+
+
+class _Blocks:
+    def __init__(self, starts: np.ndarray, window: int, seed: int) -> None:
+        count = len(starts) - 1
+        order = Permutation(count, seed)[np.arange(count)]
+        self._firsts = starts[order]  # of the blocks in their shuffled order
+        self._ends = np.cumsum(np.diff(starts)[order])
+        self._window = window
+        self._seed = seed
+
+    def __getitem__(self, index: np.ndarray) -> np.ndarray:
+        index = np.asarray(index, np.int64)
+        result = np.empty_like(index)
+        windows = np.searchsorted(self._ends, index, "right") // self._window
+        for window in np.unique(windows):
+            first = int(window) * self._window
+            last = min(first + self._window, len(self._ends)) - 1
+            start = int(self._ends[first - 1]) if first else 0
+            chosen = windows == window
+            permutation = Permutation(int(self._ends[last]) - start, keyed_seed(self._seed, "window", int(window)))
+            places = start + permutation[index[chosen] - start]
+            blocks = np.searchsorted(self._ends, places, "right")
+            before = np.where(blocks > 0, self._ends[blocks - 1], 0)
+            result[chosen] = self._firsts[blocks] + places - before
+        return result
+
+
+class Stream(Protocol):
+    """An endless sequence of samples, any place of which can be computed."""
+
+    n: int
+    """Samples in an epoch."""
+
+    def samples(self, places: np.ndarray) -> np.ndarray:
+        """The samples (int64) at these places of the stream."""
+        ...
+
+
+class Epochs:
+    """Epoch after epoch of ``n`` samples, each in an order of its own.
+
+    Args:
+        order: how the order of an epoch comes about; a full shuffle by default.
+    """
+
+    def __init__(self, n: int, seed: int, order: Order = order) -> None:
+        if n < 1:
+            raise ValueError("there are no samples to train on")
+        self.n = n
+        self.seed = seed
+        self.order = order
+
+    def samples(self, places: np.ndarray) -> np.ndarray:
+        epochs, within = places // self.n, places % self.n
+        samples = np.empty_like(places)
+        for epoch in np.unique(epochs):
+            chosen = epochs == epoch
+            samples[chosen] = self.order(self.seed, int(epoch), self.n)[within[chosen]]
+        return samples
+
+    def __repr__(self) -> str:
+        name = getattr(self.order, "__name__", repr(self.order))
+        return f"Epochs({self.n}, {self.seed}, {name})"
+
+
+class Mixture:
+    """Several datasets, mixed by weight; a sample's number is its place in their concatenation.
+
+    Of each ``block`` places, every dataset has its share to within one sample, and the shares add up exactly in the
+    long run; where in the block they lie is shuffled. Each dataset goes through its own epochs, every sample once in
+    each. An epoch of the mixture is as many samples as all datasets have together.
+
+    Args:
+        streams: one for each dataset.
+        weights: positive; they need not sum to 1.
+    """
+
+    def __init__(self, streams: Sequence[Stream], weights: Sequence[float], seed: int, block: int = 1024) -> None:
+        if len(streams) != len(weights) or not streams:
+            raise ValueError(f"{len(streams)} datasets and {len(weights)} weights: give one weight for each dataset")
+        if not all(0 < weight < float("inf") for weight in weights):
+            raise ValueError(f"weights={list(weights)}: must be positive")
+        self.streams = list(streams)
+        self.n = sum(stream.n for stream in streams)
+        self.seed = seed
+        self._block = block
+        self._weights = [Fraction(weight) for weight in weights]
+        total = sum(self._weights)
+        self._shares = [sum(self._weights[: i + 1], Fraction(0)) / total for i in range(len(streams))]  # cumulative
+        self._firsts = np.cumsum([0, *(stream.n for stream in streams)])
+
+    def _given(self, block: int) -> np.ndarray:
+        """How many places each dataset has before ``block``: int64 (datasets,)."""
+        bounds = [floor(share * block * self._block + Fraction(1, 2)) for share in self._shares]
+        return np.diff([0, *bounds])
+
+    def samples(self, places: np.ndarray) -> np.ndarray:
+        places = np.asarray(places, np.int64)
+        result = np.empty_like(places)
+        blocks = places // self._block
+        for block in np.unique(blocks):
+            chosen = blocks == block
+            before, after = self._given(int(block)), self._given(int(block) + 1)
+            owners = np.repeat(np.arange(len(self.streams)), after - before)
+            shuffled = Permutation(self._block, keyed_seed(self.seed, "mixture", int(block)))
+            owners = owners[shuffled[np.arange(self._block)]]
+            wanted = places[chosen] - int(block) * self._block
+            found = np.empty(len(wanted), np.int64)
+            for number, stream in enumerate(self.streams):
+                mine = owners == number
+                rank = np.cumsum(mine) - 1  # how many of this dataset came before in the block
+                here = mine[wanted]
+                found[here] = self._firsts[number] + stream.samples(before[number] + rank[wanted[here]])
+            result[chosen] = found
+        return result
+
+    def __repr__(self) -> str:
+        return f"Mixture({self.streams}, {[str(w) for w in self._weights]}, {self.seed}, {self._block})"
+
+
 @dataclass
 class Sampler:
-    """Deals the endless stream of shuffled epochs out in global batches, and these to ranks.
+    """Deals a stream of samples out in global batches, and these to ranks.
 
     Args:
         n: number of samples.
         batch_size: samples per step over all ranks.
         position: samples that earlier steps took, over all ranks and epochs: all the state there is.
+        stream: the samples in their order; by default epoch after epoch, each shuffled by the seed.
+        epochs: stop after so many; the last batch may then be smaller, even empty for some ranks. 0: never.
     """
 
     n: int
@@ -117,6 +287,8 @@ class Sampler:
     rank: int = 0
     world_size: int = 1
     position: int = 0
+    stream: Stream | None = None
+    epochs: int = 0
 
     def __post_init__(self) -> None:
         if self.n < 1:
@@ -125,45 +297,157 @@ class Sampler:
             raise ValueError(
                 f"batch_size={self.batch_size} is less than one sample for each of {self.world_size} ranks"
             )
+        if self.stream is not None and self.stream.n != self.n:
+            raise ValueError(f"the stream is of {self.stream.n} samples, not of {self.n}")
+        self._stream = self.stream or Epochs(self.n, self.seed)
 
     @property
     def epoch(self) -> int:
         return self.position // self.n
 
+    @property
+    def finished(self) -> bool:
+        """Whether all epochs that were asked for are done."""
+        return self.epochs > 0 and self.position >= self.n * self.epochs
+
+    def _size(self) -> int:
+        """Samples in the next global batch."""
+        left = self.n * self.epochs - self.position if self.epochs else self.batch_size
+        return min(self.batch_size, left)
+
     def slots(self) -> np.ndarray:
         """This rank's places (int64, contiguous) in the next global batch; ranks' sizes differ by one at most."""
-        first, last = (self.batch_size * r // self.world_size for r in (self.rank, self.rank + 1))
+        size = self._size()
+        first, last = (size * r // self.world_size for r in (self.rank, self.rank + 1))
         return np.arange(first, last)
 
     def positions(self) -> np.ndarray:
         """The samples (int64) that this rank takes in the next step; a batch may reach into the next epoch."""
-        stream = self.position + self.slots()
-        epochs, places = stream // self.n, stream % self.n
-        samples = np.empty_like(stream)
-        for epoch in np.unique(epochs):
-            chosen = epochs == epoch
-            samples[chosen] = order(self.seed, int(epoch), self.n)[places[chosen]]
-        return samples
+        return self._stream.samples(self.position + self.slots())
 
     def advance(self) -> None:
         """The step is done: the next batch follows."""
-        self.position += self.batch_size
+        self.position += self._size()
 
     def state(self) -> dict[str, int]:
-        return {"seed": self.seed, "n": self.n, "epoch": self.epoch, "position": self.position}
+        state = {"seed": self.seed, "n": self.n, "epoch": self.epoch, "position": self.position}
+        return state | ({"stream": keyed_seed(0, repr(self.stream))} if self.stream is not None else {})
 
     def load(self, state: Mapping[str, int]) -> None:
         """Go on where ``state`` was taken.
 
         Raises:
-            ValueError: the state belongs to other data or to another seed, so its position means nothing here.
+            ValueError: the state belongs to other data, another seed or another order: its position means nothing here.
         """
-        for name in ("seed", "n"):
-            if state[name] != getattr(self, name):
+        mine = self.state()
+        for name in ("seed", "n", "stream"):
+            if state.get(name) != mine.get(name):
                 raise ValueError(
-                    f"cannot go on: the checkpoint has {name}={state[name]}, this run has {name}={getattr(self, name)}"
+                    f"cannot go on: the checkpoint has {name}={state.get(name)}, this run has {name}={mine.get(name)}"
                 )
         self.position = state["position"]
+
+
+class Loader:
+    """Batches of a map-style dataset in a sampler's order, read by worker processes; goes on exactly where it stopped.
+
+    Its state counts the batches that were handed out, not those that workers have read ahead. It can be loaded into
+    a loader of any number of ranks and workers and any batch size: no sample is missed or comes twice.
+
+    Args:
+        dataset: has ``__getitem__`` or, for a batch at once, ``__getitems__``; a reader of :mod:`pipeline.formats`.
+        sampler: which samples are this rank's; its position advances with each batch.
+        options: of torch's DataLoader: ``num_workers``, ``collate_fn``, ``pin_memory``, ``multiprocessing_context``, …
+    """
+
+    def __init__(self, dataset: Any, sampler: Sampler, **options: Any) -> None:
+        for name in ("batch_size", "shuffle", "sampler", "batch_sampler", "drop_last"):
+            if name in options:
+                raise ValueError(f"{name} is the sampler's affair")
+        self.dataset = dataset
+        self.sampler = sampler
+        self.options = options
+
+    def __iter__(self) -> Iterator[Any]:
+        """Batches from the sampler's position on, until its epochs are done. A rank without a share of the last one
+        gets one batch less."""
+        from torch.utils.data import DataLoader
+
+        ahead = replace(self.sampler)
+        loader = DataLoader(self.dataset, batch_sampler=_Ahead(ahead), **self.options)  # type: ignore[arg-type]
+        for batch in loader:
+            self.sampler.advance()
+            yield batch
+        while not self.sampler.finished:
+            self.sampler.advance()  # others' last batch
+
+    def state_dict(self) -> dict[str, int]:
+        return self.sampler.state()
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Raises ValueError if the state is of other data, another seed or another order."""
+        self.sampler.load(state)
+
+
+class _Ahead:
+    """This rank's samples, batch by batch, from the sampler's position on."""
+
+    def __init__(self, sampler: Sampler) -> None:
+        self._start = sampler
+
+    def __iter__(self) -> Iterator[list[int]]:
+        sampler = replace(self._start)
+        while not sampler.finished:
+            positions = sampler.positions().tolist()
+            if positions:
+                yield positions
+            sampler.advance()
+
+
+class Concatenated:
+    """Several map-style datasets one after the other, as :class:`Mixture` numbers their samples."""
+
+    def __init__(self, datasets: Sequence[Any]) -> None:
+        self.datasets = list(datasets)
+        self._ends = np.cumsum([len(dataset) for dataset in datasets]).tolist()
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, index: int) -> Any:
+        number = bisect_right(self._ends, index)
+        return self.datasets[number][index - (self._ends[number - 1] if number else 0)]
+
+
+class RemoteMds:
+    """Remote MDS by mosaicml's StreamingDataset, for our samplers: it fetches and caches shards, we say which samples.
+
+    Args:
+        remote: URL of a finished dataset directory of format mds (``s3://…``); empty: ``local`` alone.
+        local: folder for what was fetched.
+        options: of StreamingDataset.
+    """
+
+    def __init__(self, remote: str, local: str, **options: Any) -> None:
+        self._arguments = {"remote": remote or None, "local": local, "shuffle": False, "batch_size": 1, **options}
+        self._dataset: Any = None
+
+    @property
+    def dataset(self) -> Any:
+        if self._dataset is None:
+            from streaming import StreamingDataset
+
+            self._dataset = StreamingDataset(**self._arguments)
+        return self._dataset
+
+    def __len__(self) -> int:
+        return int(self.dataset.num_samples)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return dict(self.dataset[index])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_dataset": None}
 
 
 class Rows(Protocol):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from itertools import chain
+from itertools import chain, islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.loading import LatentDataset, Permutation, Sampler, order
+from pipeline.formats import MDSConverter
+from pipeline.loading import (
+    Concatenated,
+    Epochs,
+    LatentDataset,
+    Loader,
+    Mixture,
+    Permutation,
+    RemoteMds,
+    Sampler,
+    ShardLocal,
+    order,
+    sequential,
+)
 
 
 @given(n=st.integers(0, 3000), seed=st.integers(0, 2**64))
@@ -148,3 +162,146 @@ def test_a_sample_of_another_shape_or_without_the_column_is_named() -> None:
 def test_importing_the_sampler_does_not_import_torch() -> None:
     program = "import sys, pipeline.loading, pipeline.encoders.base; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+# ---- other orders, and loaders
+
+
+@given(
+    sizes=st.lists(st.integers(0, 30), min_size=1, max_size=20).filter(any),
+    window=st.integers(1, 6),
+    seed=st.integers(0, 99),
+)
+def test_shard_local_order_is_a_permutation_that_stays_in_a_window_of_blocks(
+    sizes: list[int], window: int, seed: int
+) -> None:
+    starts = np.cumsum([0, *sizes])
+    n = int(starts[-1])
+    chosen = ShardLocal(starts, window)(seed, 0, n)[np.arange(n)]
+    assert np.array_equal(np.sort(chosen), np.arange(n))
+    blocks = np.searchsorted(starts, chosen, "right") - 1
+    _, last = np.unique(blocks[::-1], return_index=True)
+    first = {block: int(np.argmax(blocks == block)) for block in set(blocks.tolist())}
+    for block in first:  # from its first to its last sample, no more than a window of blocks is touched
+        span = blocks[first[block] : n - int(last[sorted(first).index(block)])]
+        assert len(set(span.tolist())) <= window
+
+
+def test_shard_local_order_differs_by_epoch_and_can_be_asked_anywhere() -> None:
+    order_of = ShardLocal([0, 10, 20, 30, 47], 2)
+    one, two = (order_of(1, epoch, 47)[np.arange(47)] for epoch in (0, 1))
+    assert not np.array_equal(one, two)
+    assert np.array_equal(order_of(1, 0, 47)[np.array([40, 3])], one[[40, 3]])
+    with pytest.raises(ValueError, match="hold 47 samples, but there are 48"):
+        order_of(1, 0, 48)
+    with pytest.raises(ValueError, match="starts must rise"):
+        ShardLocal([0, 5, 3])
+
+
+def test_a_mixture_has_the_shares_that_it_was_given_and_each_dataset_its_epochs() -> None:
+    mixture = Mixture([Epochs(100, 1), Epochs(40, 2), Epochs(7, 3)], [0.5, 0.3, 0.2], seed=4, block=64)
+    stream = mixture.samples(np.arange(6400))
+    owners = np.searchsorted([100, 140, 147], stream, "right")
+    assert np.bincount(owners).tolist() == [3200, 1920, 1280]
+    for stop in range(64, 6400, 64):
+        assert np.abs(np.bincount(owners[:stop], minlength=3) - np.array([0.5, 0.3, 0.2]) * stop).max() <= 1
+    for number, (first, n) in enumerate([(0, 100), (100, 40), (140, 7)]):
+        own = stream[owners == number] - first
+        for epoch in range(len(own) // n):
+            assert sorted(own[epoch * n : (epoch + 1) * n]) == list(range(n))
+    assert np.array_equal(mixture.samples(np.array([5000, 17, 17])), stream[[5000, 17, 17]])
+    for weights in ([1.0], [1.0, 0.0, 1.0], [1.0, float("inf"), 1.0]):
+        with pytest.raises(ValueError, match="weight"):
+            Mixture([Epochs(3, 0)] * 3, weights, 0)
+
+
+LIVES = st.lists(st.tuples(st.integers(1, 6), st.integers(1, 40), st.integers(0, 9)), min_size=1, max_size=5)
+"""(ranks, batch size, batches until the stop) of each life."""
+STREAMS = {
+    "shuffled": lambda n: None,
+    "shard-local": lambda n: Epochs(n, 3, ShardLocal([0, n // 3, n // 2, n], 2)),
+    "sequential": lambda n: Epochs(n, 3, sequential),
+}
+
+
+@pytest.mark.parametrize("stream", STREAMS)
+@given(n=st.integers(3, 150), epochs=st.integers(1, 3), lives=LIVES)
+def test_any_sequence_of_ranks_batch_sizes_and_stops_gives_each_sample_once_an_epoch_in_one_order(
+    stream: str, n: int, epochs: int, lives: list[tuple[int, int, int]]
+) -> None:
+    def samplers(ranks: int, batch: int) -> list[Sampler]:
+        return [
+            Sampler(n, max(batch, ranks), 3, rank, ranks, stream=STREAMS[stream](n), epochs=epochs)
+            for rank in range(ranks)
+        ]
+
+    state = samplers(1, 1)[0].state()
+    seen: list[int] = []
+    for ranks, batch, steps in [*lives, (2, 7, 10**6)]:
+        running = samplers(ranks, batch)
+        for sampler in running:
+            sampler.load(state)
+        for _ in range(steps):
+            if running[0].finished:
+                break
+            seen += [int(sample) for sampler in running for sample in sampler.positions()]
+            for sampler in running:
+                sampler.advance()
+        state = running[-1].state()
+    alone = samplers(1, n * epochs)[0]
+    assert seen == alone.positions().tolist()
+    for epoch in range(epochs):
+        assert sorted(seen[epoch * n : (epoch + 1) * n]) == list(range(n))
+
+
+def test_a_state_of_another_order_is_refused() -> None:
+    state = Sampler(60, 8, 3).state()
+    with pytest.raises(ValueError, match="stream="):
+        Sampler(60, 8, 3, stream=Epochs(60, 3, sequential)).load(state)
+    with pytest.raises(ValueError, match="the stream is of 60 samples, not of 61"):
+        Sampler(61, 8, 3, stream=Epochs(60, 3))
+
+
+class Squares:
+    def __len__(self) -> int:
+        return 50
+
+    def __getitem__(self, index: int) -> int:
+        return index * index
+
+
+def test_loaders_go_on_with_other_ranks_and_workers_whatever_was_read_ahead() -> None:
+    """(ranks, workers, batch size, batches until the stop) of each life; every rank has a loader of its own."""
+    state = Sampler(50, 1, 9).state()
+    seen: list[int] = []
+    for ranks, workers, batch, steps in [(1, 2, 7, 3), (3, 0, 8, 2), (2, 1, 5, 4), (1, 0, 50, 99)]:
+        loaders = [
+            Loader(Squares(), Sampler(50, batch, 9, rank, ranks, epochs=2), num_workers=workers, collate_fn=list)
+            for rank in range(ranks)
+        ]
+        for loader in loaders:
+            loader.load_state_dict(state)
+        for batches in islice(zip(*loaders, strict=True), steps):
+            seen += chain.from_iterable(batches)
+            state = loaders[-1].state_dict()
+    expected = [*order(9, 0, 50), *order(9, 1, 50)]
+    assert seen == [index * index for index in expected]
+    with pytest.raises(ValueError, match="batch_size is the sampler's affair"):
+        Loader(Squares(), Sampler(50, 1, 9), batch_size=3)
+
+
+def test_mixed_datasets_are_numbered_as_the_mixture_numbers_them() -> None:
+    both = Concatenated([Squares(), ["a", "b", "c"]])
+    assert len(both) == 53 and [both[0], both[49], both[50], both[52]] == [0, 2401, "a", "c"]
+    mixture = Mixture([Epochs(50, 1), Epochs(3, 1)], [1, 1], seed=2, block=10)
+    samples = list(islice(Loader(both, Sampler(53, 10, 2, stream=mixture), collate_fn=list), 4))
+    assert [sum(isinstance(value, str) for value in batch) for batch in samples] == [5, 5, 5, 5]
+
+
+def test_remote_mds_is_read_by_streaming_dataset_in_our_order(tmp_path: Path) -> None:
+    pytest.importorskip("streaming")
+    items = [{"image": np.full((4, 4, 3), n, np.uint8), "label": n} for n in range(12)]
+    MDSConverter(items, tmp_path / "remote", images_per_file=5).convert()
+    dataset = RemoteMds(str(tmp_path / "remote"), str(tmp_path / "cache"))
+    loader = Loader(dataset, Sampler(12, 5, 1, epochs=1), collate_fn=list)
+    assert [sample["label"] for batch in loader for sample in batch] == list(order(1, 0, 12))

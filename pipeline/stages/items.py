@@ -256,6 +256,7 @@ class Objects(Items):
                 if row is None:
                     raise ValueError("_custom_collate_fn gave fewer rows than it got items")
                 outcome.row = completed(outcome.key, row)
+                outcome.key = outcome.row["key"]
             except SampleError as error:
                 yield _failed(outcome, error)
                 continue

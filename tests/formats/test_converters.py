@@ -257,8 +257,8 @@ def test_items_that_raise_and_files_that_are_damaged_are_counted_and_named(tmp_p
     output = formats.IpcConverter(Photos(20, bad=(4, 5)), tmp_path / "out", max_failed_fraction=0.2).convert()
     assert Dataset.open(output).require_success()["reasons"] == {"failed:dataset_raised": 2}
     assert len(Reader(output)) == 18
-    with pytest.raises(StorageError, match="2 of 20 samples failed"):
-        formats.IpcConverter(Photos(20, bad=(4, 5)), tmp_path / "strict").convert()
+    with pytest.raises(StorageError, match="3 of 20 samples failed"):
+        formats.IpcConverter(Photos(20, bad=(4, 5, 6)), tmp_path / "strict").convert()
     folder = tmp_path / "folder/a"
     folder.mkdir(parents=True)
     for number in range(20):

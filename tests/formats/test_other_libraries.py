@@ -115,10 +115,9 @@ def test_tar_members_are_named_as_their_bytes_are(small: dict[str, Path]) -> Non
     import tarfile
 
     with tarfile.open(data_files(small["tar"], "*.tar")[0]) as archive:
-        members = {member.name: archive.extractfile(member) for member in archive}
-    for name, file in members.items():
+        members = {member.name: archive.extractfile(member).read() for member in archive}  # type: ignore[union-attr]
+    for name, data in members.items():
         extension = name.rpartition(".")[2]
         if extension not in ("txt", "json"):
-            data = file.read() if file else b""
             expected = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP", "gif": "GIF"}[extension]
             assert Image.open(io.BytesIO(data)).format == expected

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from formats.conftest import CLASSES, FIXED, FLEXIBLE, FORMATS, SIZE, convert, write_folder
+from formats.conftest import CLASSES, FIXED, FORMATS, SIZE, convert, write_folder
 from PIL import Image
 
 import pipeline.formats as formats
@@ -92,19 +92,21 @@ def test_wrong_arguments_are_named(small: dict[str, Path], tmp_path: Path) -> No
 # ---- processes
 
 LOADER = """
-import sys, pickle
-from torch.utils.data import DataLoader
+import sys
 from pipeline.formats import Reader
-reader = Reader(sys.argv[1], output="bytes" if sys.argv[2] == "bytes" else "array")
-reader[0]  # opened before the workers are made
-loader = DataLoader(reader, batch_size=7, num_workers=2, multiprocessing_context=sys.argv[3], collate_fn=list,
-                    worker_init_fn=reader.worker_init_fn)
+
 if __name__ == "__main__":
-    for _ in range(2):
-        batches = list(loader)
-        assert [label for batch in batches for _, label in batch] == [0] * 20 + [1] * 20 + [2] * 20
-        assert all((image == reader[i][0]) if isinstance(image, bytes) else (image == reader[i][0]).all()
-                   for i, (image, _) in enumerate(sample for batch in batches for sample in batch))
+    from torch.utils.data import DataLoader
+
+    for path, output in zip(sys.argv[2::2], sys.argv[3::2]):
+        reader = Reader(path, output=output)
+        reader[0]  # opened before the workers are made
+        loader = DataLoader(reader, batch_size=7, num_workers=2, multiprocessing_context=sys.argv[1], collate_fn=list,
+                            worker_init_fn=reader.worker_init_fn)
+        samples = [sample for batch in loader for sample in batch]
+        assert [label for _, label in samples] == [0] * 20 + [1] * 20 + [2] * 20
+        for index, (image, _) in enumerate(samples):
+            assert image == reader[index][0] if output == "bytes" else (image == reader[index][0]).all()
 """
 
 
@@ -112,12 +114,12 @@ if __name__ == "__main__":
 def test_a_dataloader_with_two_workers(small: dict[str, Path], tmp_path: Path, context: str) -> None:
     script = tmp_path / "load.py"
     script.write_text(LOADER)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    for format in ("ipc", "memmap") if context == "spawn" else ("parquet", "hdf5"):
-        output = "bytes" if format in FLEXIBLE else "array"
-        command = [sys.executable, str(script), str(small[format]), output, context]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, env=environment)
-        assert done.returncode == 0, done.stderr
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
+    pairs = {"fork": ("parquet", "hdf5", "tar"), "spawn": ("ipc",), "forkserver": ("memmap", "mds")}[context]
+    arguments = [word for name in pairs for word in (small[name], "array" if name in FIXED else "bytes")]
+    command = [sys.executable, str(script), context, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=500, env=environment)
+    assert done.returncode == 0, done.stderr
 
 
 def _labels(reader: Reader) -> list[int]:
