@@ -265,6 +265,7 @@ def test_items_that_raise_and_files_that_are_damaged_are_counted_and_named(tmp_p
         (folder / f"{number}.jpg").write_bytes(image_file(8 * number)[1])
     (folder / "3.jpg").write_bytes(b"")
     (folder / "4.jpg").write_bytes((folder / "5.jpg").read_bytes()[:300])
+    (folder / "6.jpg").unlink()
     (folder / "6.jpg").symlink_to("nowhere")
     output = formats.TarConverter(tmp_path / "folder", tmp_path / "images", max_failed_fraction=0.2).convert()
     reasons = Dataset.open(output).require_success()["reasons"]

@@ -106,12 +106,12 @@ def test_pixels_of_another_mode_are_kept_too(small_folder: Path, tmp_path: Path,
 def test_files_are_cut_by_their_size_and_bytes_do_not_depend_on_anything_else(
     small_folder: Path, tmp_path: Path, format: str
 ) -> None:
-    settings = {"shard_bytes": 50_000, "partition_size": 25, "shuffle": True, "seed": 3}
+    settings = {"shard_bytes": 10_000, "partition_size": 25, "shuffle": True, "seed": 3}
     outputs = [convert(small_folder, tmp_path / name, format, **settings) for name in ("one", "two")]
     assert digests(outputs[0]) == digests(outputs[1])
     if format != "tar":
         sizes = [p.stat().st_size for p in outputs[0].glob("data/000/00000/*") if p.stem.startswith(("im", "sa", "sh"))]
-        assert len(sizes) > 1 and max(sizes) < 75_000
+        assert len(sizes) > 1 and max(sizes) < 40_000
     reader = Reader(outputs[0])
     assert len({reader.key(index) for index in range(60)}) == 60
     assert reader.key(0) != Reader(convert(small_folder, tmp_path / "plain", format)).key(0)
