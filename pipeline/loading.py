@@ -200,13 +200,20 @@ class Epochs:
         self.n = n
         self.seed = seed
         self.order = order
+        self._known: dict[int, Indexed] = {}
+
+    def _order_of(self, epoch: int) -> Indexed:
+        if epoch not in self._known:
+            self._known = {known: found for known, found in self._known.items() if known == epoch - 1}
+            self._known[epoch] = self.order(self.seed, epoch, self.n)
+        return self._known[epoch]
 
     def samples(self, places: np.ndarray) -> np.ndarray:
         epochs, within = places // self.n, places % self.n
         samples = np.empty_like(places)
         for epoch in np.unique(epochs):
             chosen = epochs == epoch
-            samples[chosen] = self.order(self.seed, int(epoch), self.n)[within[chosen]]
+            samples[chosen] = self._order_of(int(epoch))[within[chosen]]
         return samples
 
     def __repr__(self) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.formats import MDSConverter
@@ -167,6 +167,7 @@ def test_importing_the_sampler_does_not_import_torch() -> None:
 # ---- other orders, and loaders
 
 
+@settings(deadline=None, max_examples=50)
 @given(
     sizes=st.lists(st.integers(0, 30), min_size=1, max_size=20).filter(any),
     window=st.integers(1, 6),
@@ -225,6 +226,7 @@ STREAMS = {
 
 
 @pytest.mark.parametrize("stream", STREAMS)
+@settings(deadline=None, max_examples=50)
 @given(n=st.integers(3, 150), epochs=st.integers(1, 3), lives=LIVES)
 def test_any_sequence_of_ranks_batch_sizes_and_stops_gives_each_sample_once_an_epoch_in_one_order(
     stream: str, n: int, epochs: int, lives: list[tuple[int, int, int]]
