@@ -106,13 +106,12 @@ class Reader:
             StorageError: its bytes have changed since they were written; names file and sample.
             SampleError: the image cannot be decoded.
         """
-        index = self._position(index)
-        return self._image(index), self._target(index)
+        return self._sample(self._position(index))
 
     def __getitems__(self, indices: Sequence[int]) -> list[tuple[Any, Any]]:
         """Several samples at once, as DataLoader asks for them: read in the order in which they lie in the files."""
         positions = [self._position(index) for index in indices]
-        found = {position: (self._image(position), self._target(position)) for position in sorted(set(positions))}
+        found = {position: self._sample(position) for position in sorted(set(positions))}
         return [found[position] for position in positions]
 
     def __iter__(self) -> Iterator[tuple[Any, Any]]:
@@ -148,26 +147,31 @@ class Reader:
         data: bytes = self.access.row(position, (IMAGE,))[IMAGE]
         return data
 
-    def _image(self, position: int) -> Any:
-        if self.output == "bytes":
-            image: Any = self._bytes(position)
-        elif self.output == "array":
-            image = self.array(position)
-        elif self.fixed:
-            image = to_image(self.access.array(position))
+    def _sample(self, position: int) -> tuple[Any, Any]:
+        access = self.access
+        if self.fixed and self.output != "bytes":
+            image = self._of_pixels(access.array(position))
+            target: Any = access.row(position, (self.target,))[self.target] if self.target else None
         else:
-            image = open_image(self._bytes(position), self.mode)
-        if self.fixed and self.mode and self.output == "image" and image.mode != self.mode:
-            image = image.convert(self.mode)
-        return image if self.transform is None else self.transform(image)
-
-    def _target(self, position: int) -> Any:
-        if not self.target:
-            return None
-        value = self.access.row(position, (self.target,))[self.target]
+            row = access.row(position, (IMAGE, self.target) if self.target else (IMAGE,))
+            image = self._of_file(row[IMAGE])
+            target = row[self.target] if self.target else None
         if self.target == MASK:
-            value = mask_array(value)
-        return value if self.target_transform is None else self.target_transform(value)
+            target = mask_array(target)
+        if self.target and self.target_transform is not None:
+            target = self.target_transform(target)
+        return (image if self.transform is None else self.transform(image)), target
+
+    def _of_file(self, data: bytes) -> Any:
+        if self.output == "bytes":
+            return data
+        return open_image(data, self.mode) if self.output == "image" else to_array(data, self.mode or _mode_of(data))
+
+    def _of_pixels(self, array: np.ndarray) -> Any:
+        if self.output == "array":
+            return array
+        image = to_image(array)
+        return image.convert(self.mode) if self.mode and image.mode != self.mode else image
 
     # ---- processes
 
