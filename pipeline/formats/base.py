@@ -69,6 +69,10 @@ class FileReader(ABC):
         """Pixels of a fixed format (h, w) or (h, w, c), without a copy where they are stored as they are."""
         raise TypeError("only formats of fixed size hold arrays")
 
+    def mask(self, number: int) -> np.ndarray:
+        """Dense label of row ``number`` in a format of fixed size, (h, w, c), likewise."""
+        raise TypeError("only formats of fixed size hold arrays")
+
 
 class Format(ABC):
     """One storage format: a maker of writers and readers, and what its own readers expect beside the data."""

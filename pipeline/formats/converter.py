@@ -276,7 +276,7 @@ class ResizeAndConvert:
     def _box(self, width: int, height: int) -> tuple[float, float, float, float]:
         """The middle of an image that has our aspect ratio: left, upper, right, lower."""
         scale = min(width / self.size[1], height / self.size[0])
-        w, h = self.size[1] * scale, self.size[0] * scale
+        w, h = min(self.size[1] * scale, width), min(self.size[0] * scale, height)  # not above by a rounding error
         return ((width - w) / 2, (height - h) / 2, (width + w) / 2, (height + h) / 2)
 
     def _cut(self, values: np.ndarray) -> np.ndarray:

@@ -69,10 +69,6 @@ class FixedReader(FileReader):
         self.columns = columns
         self.schema = schema
 
-    @abstractmethod
-    def mask(self, number: int) -> np.ndarray:
-        """The dense label of row ``number``, (h, w) or (h, w, c)."""
-
     def row(self, number: int, offset: int, length: int, columns: Collection[str] | None = None) -> Row:
         row: Row = {}
         for name in self.schema if columns is None else columns:

@@ -34,7 +34,7 @@ class Reader:
         output: ``image``: PIL image, upright; ``array``: pixels (h, w) or (h, w, c), without a copy where the format
             holds them as they are (then read-only); ``bytes``: the file as it is stored.
         target: column that is the target; empty: ``label``, else ``mask``, else ``caption``, whichever is there. A
-            mask comes as an array (h, w) or (h, w, c) with its values unchanged.
+            mask comes as an array with its values unchanged, (h, w, c) of a format of fixed size, else as it was.
         mode: bring images to this mode (RGB, L, RGBA, LA, I;16); empty: as they are.
         verify: when a block of 4 MiB of a data file is checked against its hash: ``first`` time that it is touched,
             ``always``, ``never``.
@@ -151,16 +151,21 @@ class Reader:
         access = self.access
         if self.fixed and self.output != "bytes":
             image = self._of_pixels(access.array(position))
-            target: Any = access.row(position, (self.target,))[self.target] if self.target else None
+            target: Any = self._target_of_pixels(position)
         else:
             row = access.row(position, (IMAGE, self.target) if self.target else (IMAGE,))
             image = self._of_file(row[IMAGE])
             target = row[self.target] if self.target else None
-        if self.target == MASK:
-            target = mask_array(target)
+            if self.target == MASK:
+                target = mask_array(target)
         if self.target and self.target_transform is not None:
             target = self.target_transform(target)
         return (image if self.transform is None else self.transform(image)), target
+
+    def _target_of_pixels(self, position: int) -> Any:
+        if self.target == MASK:
+            return self.access.mask(position)
+        return self.access.row(position, (self.target,))[self.target] if self.target else None
 
     def _of_file(self, data: bytes) -> Any:
         if self.output == "bytes":

@@ -489,6 +489,14 @@ class RandomAccess:
         except DAMAGE as error:
             raise self._damaged(position, error) from error
 
+    def mask(self, position: int) -> np.ndarray:
+        """The dense label of a sample in a format of fixed size, (h, w, c); raises what :meth:`row` raises."""
+        number, local, index = self._place(position)
+        try:
+            return self._reader(number, index, int(index.files[local])).mask(int(index.numbers[local]))
+        except DAMAGE as error:
+            raise self._damaged(position, error) from error
+
     def _damaged(self, position: int, error: Exception) -> StorageError:
         number, local, index = self._place(position)
         source = f"{self.dataset.path_of(number)}/{index.names[index.files[local]]}"
