@@ -1,6 +1,6 @@
-"""Text towers of open_clip: the states of all tokens after the last layer norm, before pooling and projection.
+"""open_clip: the states of all tokens after the last layer norm, before pooling and projection; and image embeddings.
 
-That is what text-to-image models condition on, and what micro_diffusion's ``precompute.py`` stores.
+The states are what text-to-image models condition on, and what micro_diffusion's ``precompute.py`` stores.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import torch
 
 from pipeline.cli import nearest
 from pipeline.config import ConfigError
-from pipeline.encoders.base import weights_digest
+from pipeline.encoders.base import ImageEncoder, TextEncoder, commit_of, weights_digest
+from pipeline.encoders.preprocessing import Preprocessing
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -21,7 +22,7 @@ _SCHEMAS = ("hf-hub:", "local-dir:")
 _RANDOM = "random"
 
 
-class OpenClipTextEncoder:
+class OpenClipTextEncoder(TextEncoder):
     """The text tower of ``<model>[:<pretrained>]``.
 
     Args:
@@ -29,24 +30,33 @@ class OpenClipTextEncoder:
             ``hf-hub:apple/DFN5B-CLIP-ViT-H-14-378``, ``local-dir:/path`` (both bring their weights), or
             ``ViT-B-32:random`` (always the same random weights, to try things out).
         dtype: precision of the network; states go out as float32.
+        layer: ``last``; or ``penultimate``: without the last block, through the same layer norm (Stable Diffusion 2).
 
     Raises:
         ConfigError: no such model or weights, or a text tower that is not open_clip's own.
     """
 
-    def __init__(self, spec: str, device: str | torch.device = "cpu", dtype: str = "float32") -> None:
+    def __init__(
+        self, spec: str, device: str | torch.device = "cpu", dtype: str = "float32", layer: str = "last"
+    ) -> None:
         import open_clip
 
         self.name = f"openclip:{spec}"
         self.device = torch.device(device)
         self.dtype = getattr(torch, dtype)
+        self.layer = layer
         model_name, pretrained = _split(spec)
-        model = _create(self.name, model_name, pretrained)
+        self._model_name = model_name
+        model = _create(f"text_encoder={self.name}", model_name, pretrained)
+        del model.visual
         self._tokenize = open_clip.get_tokenizer(model_name)
         norm = _final_norm(self.name, model)
         self.length = int(model.context_length)
         self.width = int(norm.weight.shape[0])
         self._weights = weights_digest(model)
+        if layer == "penultimate":
+            tower = getattr(model, "text", model)
+            del tower.transformer.resblocks[-1]
         self._model = model.to(self.device, self.dtype).eval().requires_grad_(False)
         self._states: Tensor | None = None
         norm.register_forward_hook(self._keep)
@@ -65,8 +75,10 @@ class OpenClipTextEncoder:
     def describe(self) -> dict[str, Any]:
         return {
             "name": self.name,
+            **_commit(self._model_name),
             "length": self.length,
             "width": self.width,
+            "layer": self.layer,
             "dtype": str(self.dtype).removeprefix("torch."),
             "weights_xxh3": self._weights,
         }
@@ -81,16 +93,16 @@ def _split(spec: str) -> tuple[str, str]:
 
 
 def _create(name: str, model_name: str, pretrained: str) -> Any:
-    """The model in float32 on the CPU, without its picture tower."""
+    """The model in float32 on the CPU. ``name``: the setting and its value, for messages."""
     import open_clip
 
     if not model_name.startswith(_SCHEMAS):
         if model_name not in open_clip.list_models():
-            raise ConfigError(f"text_encoder={name}: {nearest(model_name, open_clip.list_models())}")
+            raise ConfigError(f"{name}: {nearest(model_name, open_clip.list_models())}")
         if not pretrained:
             tags = open_clip.list_pretrained_tags_by_model(model_name)
             raise ConfigError(
-                f"text_encoder={name}: say which weights, as openclip:{model_name}:<pretrained>, with one of "
+                f"{name}: say which weights, as openclip:{model_name}:<pretrained>, with one of "
                 f"{', '.join([*tags, _RANDOM])}, or a file"
             )
     with torch.random.fork_rng(devices=[]):
@@ -101,9 +113,57 @@ def _create(name: str, model_name: str, pretrained: str) -> Any:
             )
         except (OSError, RuntimeError, ValueError) as error:
             reason = " ".join(str(error).split())[:300]
-            raise ConfigError(f"text_encoder={name}: cannot be loaded: {reason}") from error
-    del model.visual
+            raise ConfigError(f"{name}: cannot be loaded: {reason}") from error
     return model
+
+
+def _commit(model_name: str) -> dict[str, str]:
+    """The commit of a model that came from the hub."""
+    schema, _, place = model_name.rpartition("hf-hub:")
+    return {} if schema or place == model_name else commit_of(place, None, "open_clip_config.json")
+
+
+class OpenClipImageEncoder(ImageEncoder):
+    """open_clip's embedding of a picture, of unit length; ``spec`` as for :class:`OpenClipTextEncoder`.
+
+    Raises:
+        ConfigError: no such model or weights, or it wants pictures with borders.
+    """
+
+    def __init__(self, spec: str, device: str | torch.device = "cpu", dtype: str = "float32") -> None:
+        self.name = f"openclip:{spec}"
+        self.device = torch.device(device)
+        self.dtype = getattr(torch, dtype)
+        self._model_name, pretrained = _split(spec)
+        model = _create(f"image_encoder={self.name}", self._model_name, pretrained)
+        wants = model.visual.preprocess_cfg
+        size = wants["size"]
+        self.resolution = int(size if isinstance(size, int) else size[0])
+        if wants["resize_mode"] == "longest" or not (isinstance(size, int) or size[0] == size[1]):
+            raise ConfigError(f"image_encoder={self.name}: it does not take square pictures without borders")
+        self.preprocessing = Preprocessing(
+            tuple(wants["mean"]), tuple(wants["std"]), wants["interpolation"], wants["resize_mode"] == "squash"
+        )
+        self._weights = weights_digest(model.visual)
+        self._model = model.visual.to(self.device, self.dtype).eval().requires_grad_(False)
+        with torch.no_grad():
+            self.width = int(self.encode(torch.zeros(1, 3, self.resolution, self.resolution)).shape[1])
+
+    @torch.no_grad()
+    def encode(self, x: Tensor) -> Tensor:
+        """float (b, 3, resolution, resolution) → float32 (b, width)."""
+        return torch.nn.functional.normalize(self._model(x.to(self.device, self.dtype)).float(), dim=-1)
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            **_commit(self._model_name),
+            "width": self.width,
+            "resolution": self.resolution,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "preprocessing": self.preprocessing.describe(),
+            "weights_xxh3": self._weights,
+        }
 
 
 def _final_norm(name: str, model: Any) -> Any:

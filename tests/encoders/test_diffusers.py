@@ -102,7 +102,7 @@ def test_the_vae_of_a_whole_pipeline_is_found(folder: Path, tmp_path: Path, x: t
 def test_weights_that_are_pickles_are_refused(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
     torch.save({}, tmp_path / "diffusion_pytorch_model.bin")
-    with pytest.raises(ConfigError, match="no AutoencoderKL can be loaded"):
+    with pytest.raises(ConfigError, match="no autoencoder can be loaded"):
         autoencoder(str(tmp_path))
 
 
@@ -110,5 +110,61 @@ def test_a_missing_repository_is_one_clear_error(monkeypatch: pytest.MonkeyPatch
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(ConfigError, match="vae=nobody/nothing: no AutoencoderKL can be loaded from there"):
+    with pytest.raises(ConfigError, match="vae=nobody/nothing: no autoencoder can be loaded from there"):
         autoencoder("nobody/nothing")
+
+
+@torch.no_grad()
+def test_moments_are_the_scaled_posterior(folder: Path, direct, x: torch.Tensor) -> None:  # type: ignore[no-untyped-def]
+    posterior = direct.encode(x).latent_dist
+    mean, deviation = autoencoder(str(folder)).moments(x).chunk(2, 1)
+    assert torch.equal(mean, (posterior.mean - SHIFT) * SCALING)
+    torch.testing.assert_close(deviation, posterior.std * SCALING)
+
+
+@torch.no_grad()
+def test_samples_scatter_about_the_mode_as_the_moments_say(folder: Path, x: torch.Tensor) -> None:
+    vae = autoencoder(str(folder))
+    mean, deviation = vae.moments(x[:1]).chunk(2, 1)
+    noise = torch.randn(4000, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    samples = torch.cat([vae.encode(x[:1], part) for part in noise.split(1000)])
+    torch.testing.assert_close(samples.mean(0), mean[0], atol=float(deviation.max()) * 0.08, rtol=0)
+    torch.testing.assert_close(samples.std(0), deviation[0], rtol=0.08, atol=0)
+    assert torch.equal(vae.encode(x[:1]), mean)
+
+
+def test_a_model_that_overflows_in_half_precision_runs_in_single(folder: Path, tmp_path: Path) -> None:
+    from diffusers import AutoencoderKL
+
+    assert autoencoder(str(folder), dtype="float16").describe()["dtype"] == "float32"  # force_upcast: the default
+    safe = AutoencoderKL.from_pretrained(folder)
+    safe.register_to_config(force_upcast=False)
+    safe.save_pretrained(tmp_path)
+    assert autoencoder(str(tmp_path), dtype="float16").describe()["dtype"] == "float16"
+
+
+@torch.no_grad()
+def test_deep_compression_autoencoders_have_no_posterior(tmp_path: Path, x: torch.Tensor) -> None:
+    from diffusers import AutoencoderDC
+
+    torch.manual_seed(2)
+    blocks = {f"{way}_block_types": ("ResBlock", "ResBlock", "EfficientViTBlock") for way in ("encoder", "decoder")}
+    widths = {f"{way}_block_out_channels": (8, 16, 16) for way in ("encoder", "decoder")}
+    layers = {f"{way}_layers_per_block": (1, 1, 1) for way in ("encoder", "decoder")}
+    scales = {f"{way}_qkv_multiscales": ((), (), (5,)) for way in ("encoder", "decoder")}
+    direct = AutoencoderDC(
+        latent_channels=4, attention_head_dim=8, scaling_factor=0.41, **blocks, **widths, **layers, **scales
+    ).eval()
+    direct.save_pretrained(tmp_path)
+    vae = autoencoder(str(tmp_path))
+    z = vae.encode(x, torch.randn(2, 4, 8, 8))
+    assert (vae.channels, vae.downsample, z.shape) == (4, 4, (2, 4, 8, 8))
+    assert torch.equal(z, direct.encode(x).latent * 0.41)
+    assert torch.equal(vae.decode(z), direct.decode(z / 0.41).sample.clamp(-1, 1))
+    assert float(vae.moments(x)[:, 4:].abs().max()) == 0
+
+
+def test_other_kinds_are_named(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"_class_name": "VQModel", "_diffusers_version": "0.30.0"}')
+    with pytest.raises(ConfigError, match="it is of class VQModel; known: AutoencoderDC, AutoencoderKL"):
+        autoencoder(str(tmp_path))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import open_clip
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from pipeline.config import ConfigError
-from pipeline.encoders.base import text_encoder
+from pipeline.encoders.base import image_encoder, text_encoder
 
 CAPTIONS = ["a small red circle", "", "word " * 100]
 TINY = "tiny-for-tests"
@@ -101,3 +102,32 @@ def test_wrong_models_and_files_are_one_clear_error(tiny: str, tmp_path: Path) -
         text_encoder("openclip:ViT-B-33:openai")
     with pytest.raises(ConfigError, match="cannot be loaded"):
         text_encoder(f"openclip:{tiny}:{tmp_path / 'missing.pt'}")
+
+
+@torch.no_grad()
+def test_the_penultimate_layer_goes_through_the_last_norm(tiny: str, tmp_path: Path) -> None:
+    model, path = saved(tiny, tmp_path, seed=6)
+    states = text_encoder(f"openclip:{tiny}:{path}#layer=penultimate").encode(CAPTIONS)
+    tower = getattr(model, "text", model)
+    x = tower.token_embedding(open_clip.get_tokenizer("ViT-B-32")(CAPTIONS)) + tower.positional_embedding
+    torch.testing.assert_close(states, tower.ln_final(tower.transformer.resblocks[0](x, attn_mask=tower.attn_mask)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("squash", [False, True])
+def test_image_embeddings_are_open_clips(tiny: str, tmp_path: Path, squash: bool) -> None:
+    import numpy as np
+    from PIL import Image
+
+    model, path = saved(tiny, tmp_path, seed=7)
+    wants = {**model.visual.preprocess_cfg, "resize_mode": "squash" if squash else "shortest"}  # type: ignore[operator,dict-item]
+    encoder = image_encoder(f"openclip:{tiny}:{path}")
+    encoder.preprocessing = replace(encoder.preprocessing, squash=squash)
+    picture = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
+    steps = open_clip.transform.image_transform(
+        32, False, mean=wants["mean"], std=wants["std"], resize_mode=wants["resize_mode"], interpolation="bicubic"
+    )
+    x = steps(Image.fromarray(picture))[None]
+    torch.testing.assert_close(encoder.preprocess([picture]), x, atol=2.01 / 255 / 0.26, rtol=0)
+    torch.testing.assert_close(encoder.encode(x), model.encode_image(x, normalize=True))  # type: ignore[operator]
+    assert encoder.width == 16 and encoder.encode(x).norm() == pytest.approx(1)

@@ -1,0 +1,174 @@
+"""CLIP and T5 of the transformers library."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from pipeline.config import ConfigError
+from pipeline.encoders.base import ImageEncoder, TextEncoder, commit_of, repository, weights_digest
+from pipeline.encoders.preprocessing import Preprocessing
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_SUBFOLDERS = ("", "text_encoder")
+_TOKENIZERS = {"": "", "text_encoder": "tokenizer"}
+
+
+class _Loaded:
+    """A model in the precision asked for, what it is called, and its digest."""
+
+    def __init__(self, kind: str, model: Any, place: str, device: str | torch.device, dtype: str) -> None:
+        self.name = f"{kind}:{place}"
+        self.device = torch.device(device)
+        self.dtype = getattr(torch, dtype)
+        self._place = place
+        self._weights = weights_digest(model)
+        self._model = model.to(self.device, self.dtype).eval().requires_grad_(False)
+
+    def _said(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            **commit_of(*repository(self._place)),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "weights_xxh3": self._weights,
+        }
+
+
+class ClipTextEncoder(_Loaded, TextEncoder):
+    """The text tower of CLIP: the states of all tokens.
+
+    Args:
+        place: a repository (``owner/name[@revision]``) or folder, of CLIP itself or of a pipeline with
+            ``text_encoder/`` and ``tokenizer/``.
+        layer: ``last``, after the last layer norm (Stable Diffusion 1); ``penultimate``, what the last block takes, as
+            it is (Stable Diffusion XL).
+
+    Raises:
+        ConfigError: no such repository or folder, or no safetensors.
+    """
+
+    def __init__(
+        self, place: str, device: str | torch.device = "cpu", dtype: str = "float32", layer: str = "last"
+    ) -> None:
+        from transformers import CLIPTextModel, CLIPTokenizer
+
+        model, self._tokenizer = _load_text("clip", place, CLIPTextModel, CLIPTokenizer)
+        super().__init__("clip", model, place, device, dtype)
+        self.layer = layer
+        self.length = int(model.config.max_position_embeddings)
+        self.width = int(model.config.hidden_size)
+
+    @torch.no_grad()
+    def encode(self, captions: Sequence[str]) -> Tensor:
+        """Captions → float32 (b, length, width); the tokenizer cuts and pads."""
+        tokens = self._tokenizer(
+            list(captions), padding="max_length", max_length=self.length, truncation=True, return_tensors="pt"
+        )
+        penultimate = self.layer == "penultimate"
+        states = self._model(tokens["input_ids"].to(self.device), output_hidden_states=penultimate)
+        chosen: Tensor = states.hidden_states[-2] if penultimate else states.last_hidden_state
+        return chosen.float()
+
+    def describe(self) -> dict[str, Any]:
+        return {**self._said(), "length": self.length, "width": self.width, "layer": self.layer}
+
+
+class T5TextEncoder(_Loaded, TextEncoder):
+    """T5's encoder: the states of a caption's tokens, zeros after its end.
+
+    Padding is masked, so states do not depend on it; batches are padded to their longest caption only.
+
+    Args:
+        place: a repository (``owner/name[@revision]``) or folder, of T5 itself or of a pipeline with
+            ``text_encoder/`` and ``tokenizer/``.
+        length: captions are cut to this many tokens.
+
+    Raises:
+        ConfigError: no such repository or folder, or no safetensors.
+    """
+
+    def __init__(
+        self, place: str, device: str | torch.device = "cpu", dtype: str = "float32", length: int = 256
+    ) -> None:
+        from transformers import AutoTokenizer, T5EncoderModel
+
+        # bfloat16 has float32's range; in float16 the feed-forward layers of T5 v1.1 overflow
+        model, self._tokenizer = _load_text("t5", place, T5EncoderModel, AutoTokenizer)
+        super().__init__("t5", model, place, device, "float32" if dtype == "float16" else dtype)
+        self.length = length
+        self.width = int(model.config.d_model)
+
+    def lengths(self, captions: Sequence[str]) -> list[int]:
+        ids = self._tokenizer(list(captions), max_length=self.length, truncation=True)["input_ids"]
+        return [len(row) for row in ids]
+
+    @torch.no_grad()
+    def encode(self, captions: Sequence[str]) -> Tensor:
+        """Captions → float32 (b, length, width)."""
+        tokens = self._tokenizer(
+            list(captions), padding="longest", max_length=self.length, truncation=True, return_tensors="pt"
+        ).to(self.device)
+        mask = tokens["attention_mask"]
+        states = self._model(tokens["input_ids"], attention_mask=mask).last_hidden_state.float()
+        padded = states.new_zeros((len(captions), self.length, self.width))
+        padded[:, : states.shape[1]] = states * mask[:, :, None]
+        return padded
+
+    def describe(self) -> dict[str, Any]:
+        return {**self._said(), "length": self.length, "width": self.width, "padding": "zeros"}
+
+
+class ClipImageEncoder(_Loaded, ImageEncoder):
+    """CLIP's embedding of a picture: pooled, projected, of unit length.
+
+    Raises:
+        ConfigError: no such repository or folder, or no safetensors.
+    """
+
+    def __init__(self, place: str, device: str | torch.device = "cpu", dtype: str = "float32") -> None:
+        from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
+
+        name, revision = repository(place)
+        where: dict[str, Any] = {"revision": revision}
+        try:
+            model = CLIPVisionModelWithProjection.from_pretrained(name, use_safetensors=True, **where)
+            steps: Any = CLIPImageProcessor.from_pretrained(name, **where)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"image_encoder=clip:{place}: cannot be loaded: {_reason(error)}") from error
+        super().__init__("clip", model, place, device, dtype)
+        self.width = int(model.config.projection_dim)
+        self.resolution = int(model.config.image_size)
+        mode = "bilinear" if int(steps.resample) == 2 else "bicubic"
+        self.preprocessing = Preprocessing(tuple(steps.image_mean), tuple(steps.image_std), mode)
+
+    @torch.no_grad()
+    def encode(self, x: Tensor) -> Tensor:
+        """float (b, 3, resolution, resolution) → float32 (b, width)."""
+        embeds = self._model(x.to(self.device, self.dtype)).image_embeds.float()
+        return torch.nn.functional.normalize(embeds, dim=-1)
+
+    def describe(self) -> dict[str, Any]:
+        said = {"width": self.width, "resolution": self.resolution, "preprocessing": self.preprocessing.describe()}
+        return {**self._said(), **said}
+
+
+def _load_text(kind: str, place: str, model_class: Any, tokenizer_class: Any) -> tuple[Any, Any]:
+    """Model in float32 on the CPU, and tokenizer; of a pipeline, the first text encoder."""
+    name, revision = repository(place)
+    reason = ""
+    for subfolder in _SUBFOLDERS:
+        try:
+            model = model_class.from_pretrained(name, subfolder=subfolder, revision=revision, use_safetensors=True)
+            tokenizer = tokenizer_class.from_pretrained(name, subfolder=_TOKENIZERS[subfolder], revision=revision)
+            return model.float(), tokenizer
+        except (OSError, ValueError, TypeError) as error:
+            reason = reason or _reason(error)
+    raise ConfigError(f"text_encoder={kind}:{place}: cannot be loaded: {reason}")
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
