@@ -266,11 +266,36 @@ class ShardConfig(StageConfig):
 class PrecomputeConfig(StageConfig):
     """stage=precompute: image latents at each resolution and text-encoder states, as MDS."""
 
-    vae: str = option("embedded", "embedded, embedded16, or a diffusers AutoencoderKL repo or folder", identity=True)
-    text_encoder: str = option("embedded", "embedded, or openclip:<model>[:<pretrained>]", identity=True)
+    vae: str = option(
+        "embedded",
+        "embedded, embedded16, or an AutoencoderKL or AutoencoderDC of diffusers: owner/name[@revision] or a folder",
+        identity=True,
+    )
+    text_encoder: tuple[str, ...] = option(
+        ("embedded",),
+        "embedded, openclip:<model>[:<pretrained>], clip:<repo or folder>, t5:<repo or folder>[#length=256]; the first "
+        "one's states are caption_latents, of further ones caption_latents_2, ...; CLIPs take #layer=penultimate",
+        identity=True,
+    )
+    image_encoder: str = option(
+        "",
+        "store an image_embedding too: embedded, openclip:<model>[:<pretrained>] or clip:<repo or folder>",
+        identity=True,
+    )
     image_resolutions: tuple[int, ...] = option((256, 512), "edges of the square crops to encode", identity=True)
-    batch_size: int = option(32, "images per forward pass", identity=True)
-    latent: str = option("sample", "take the posterior's sample or its mode", identity=True, choices=("sample", "mode"))
+    batch_size: str = option("32", "images per forward pass; auto: as many as make a GPU fastest", identity=True)
+    latent: str = option(
+        "sample",
+        "take the posterior's sample, its mode, or its moments (mean and deviation: training draws samples of them)",
+        identity=True,
+        choices=("sample", "mode", "moments"),
+    )
+    text_storage: str = option(
+        "dense",
+        "text states as they are, one copy per distinct caption of a partition, or in 8 bits with a scale per token",
+        identity=True,
+        choices=("dense", "dedup", "int8", "fp8", "int8+dedup", "fp8+dedup"),
+    )
     model_dtype: str = option(
         "bfloat16",
         "precision of the models on a GPU (CPUs use float32)",
@@ -283,6 +308,8 @@ class PrecomputeConfig(StageConfig):
     save_images: bool = option(False, "store the image bytes beside the latents", identity=True)
     shard_bytes: int = option(2**26, "largest size of one data file", identity=True)
     threads: int = option(1, "CPU threads per rank (results depend on it in the last bit)", identity=True)
+    workers: int = option(-1, "decoding processes per rank (-1: none on a CPU, else its CPUs without one)")
+    gpu_hour_price: float = option(0.0, "what a GPU hour costs: the events then tell the cost of a million images")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -320,11 +320,11 @@ def _placed(pixels: Pixels, shape: Geometry, background: tuple[int, int, int]) -
 # ---------------------------------------------------------------- decoding
 
 
-def decode(data: bytes, header: Probe, limits: Limits = DEFAULT_LIMITS) -> Pixels:
+def decode(data: bytes, header: Probe, limits: Limits = DEFAULT_LIMITS, at_least: Size | None = None) -> Pixels:
     """`data` as upright RGB, shape (h, w, 3); the first frame, alpha over white, colours as they are stored. Raises
     `ImageError` for whatever is wrong with it, also where a decoder would only warn (a cut JPEG filled with grey) or
-    not look (a PNG's checksums)."""
-    return np.ascontiguousarray(_upright(_decode(data, header, limits)[0], _turn(header))[:, :, :3])
+    not look (a PNG's checksums). With `at_least` (a target, upright) it may come smaller, see `_decode`."""
+    return np.ascontiguousarray(_upright(_decode(data, header, limits, at_least)[0], _turn(header))[:, :, :3])
 
 
 def _decode(

@@ -32,7 +32,7 @@ from pipeline.config import (
 )
 def test_ways_to_write_the_same_settings(arguments: list[str]) -> None:
     config = cli.load("precompute", arguments)
-    assert (config.image_resolutions, config.batch_size, config.save_images) == ((256, 512), 8, True)
+    assert (config.image_resolutions, config.batch_size, config.save_images) == ((256, 512), "8", True)
 
 
 @pytest.mark.parametrize(

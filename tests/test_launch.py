@@ -31,7 +31,7 @@ def test_each_stage_reads_what_the_one_before_writes() -> None:
     assert line["shard"].config.input == str(line["filter"].output) == "/d/shapes/train/filter"
     assert line["train"].config.input == str(line["precompute"].output) == "/d/shapes/train/precompute-embedded16"
     assert line["train"].config.batch_size == 7
-    assert line["precompute"].config.batch_size == 100  # of the data set's YAML
+    assert line["precompute"].config.batch_size == "100"  # of the data set's YAML
     assert line["report"].ranks == 1
     assert len({job.config.run_id for job in jobs if hasattr(job.config, "run_id")}) == 1
 

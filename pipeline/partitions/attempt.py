@@ -53,6 +53,7 @@ class Attempt:
     def __init__(self, dataset: Dataset, index: int) -> None:
         self.index = index
         self.ledger = Ledger(index, dataset.partition(index).count)
+        self.notes: dict[str, Any] = {}
         self._dataset = dataset
         self._slot = dataset.slot(index)
         self._plan = dataset.counts_by(index)
@@ -186,6 +187,7 @@ class Attempt:
             "pid": os.getpid(),
             "begin": self._begin,
             "seconds": time.time() - self._begin,
+            "notes": self.notes,
         }
 
     def _explain(self, error: OSError) -> Exception:

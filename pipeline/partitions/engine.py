@@ -6,8 +6,8 @@ import random
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager
 from typing import Any
 
 from pipeline import cli
@@ -191,11 +191,10 @@ class Worker:
         record = None
         self.rank.now["partition"] = index
         try:
-            with Attempt(self.dataset, index) as attempt:
+            with Attempt(self.dataset, index) as attempt, closing(self._outcomes(partition)) as outcomes:
                 self.stage.scratch = attempt.scratch
-                record = attempt.run(
-                    self._outcomes(partition), self.stage.shard_bytes, self.rank.check_stop, self.stage.adapted
-                )
+                self.stage.notes = attempt.notes
+                record = attempt.run(outcomes, self.stage.shard_bytes, self.rank.check_stop, self.stage.adapted)
         except AttemptRemoved:
             require_output(self.dataset.root)  # else by gc: another try will do
         self.rank.now = {"partition": -1, "done": self.events.totals["in"]}
@@ -209,7 +208,7 @@ class Worker:
         self.events.emit("lost", partition=index)
         return False
 
-    def _outcomes(self, partition: Partition) -> Iterator[Outcome]:
+    def _outcomes(self, partition: Partition) -> Generator[Outcome, None, None]:
         dataset, index = self.dataset, partition.index
         if dataset.counts_by(index).header["kind"] == TAKEDOWN:
             yield from rewritten(dataset, index)
@@ -227,7 +226,13 @@ class Worker:
         totals.update({name: counts[name] for name in ("in", "kept", "dropped", "failed")})
         totals.update({f"reason:{name}": n for name, n in record["reasons"].items()})
         self.rank.now["done"] = totals["in"]
-        self.events.emit("commit", partition=record["partition"], attempt=record["attempt"], seconds=record["seconds"])
+        self.events.emit(
+            "commit",
+            partition=record["partition"],
+            attempt=record["attempt"],
+            seconds=record["seconds"],
+            **record["notes"],
+        )
         self.rank.saved()
         limit = self.config.max_failed_fraction
         if totals["in"] >= 10_000 and totals["failed"] > limit * totals["in"]:

@@ -42,6 +42,8 @@ class Stage(ABC):
         """plan.json of the first generation, once the plan is there."""
         self.scratch: Path | None = None
         """While a partition is processed: a folder for files that are needed for a while only."""
+        self.notes: dict[str, Any] = {}
+        """What the record and the event of the partition should say as well once it is processed; JSON-able."""
 
     @cached_property
     def output(self) -> Path:

@@ -1,0 +1,75 @@
+"""How text states are stored: as they are, or in 8 bits with a scale for each token.
+
+A packed caption is its scales, float16 (l,), then its values, one byte each (l, d): value = byte * scale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_LARGEST = {"int8": 127.0, "fp8": 448.0}
+_FP8 = torch.float8_e4m3fn
+
+
+def kind_of(storage: str) -> str:
+    """``dense``, ``int8`` or ``fp8``, of a setting such as ``int8+dedup``."""
+    kind = storage.partition("+")[0]
+    return "dense" if kind == "dedup" else kind
+
+
+def is_dedup(storage: str) -> bool:
+    return storage.endswith("dedup")
+
+
+def size_of(shape: Sequence[int], storage: str, dtype: str) -> int:
+    """Bytes of a caption's states of ``shape`` (l, d)."""
+    length, width = shape
+    if kind_of(storage) == "dense":
+        return length * width * np.dtype(dtype).itemsize
+    return length * (2 + width)
+
+
+def pack(states: Tensor, storage: str, dtype: str) -> Tensor:
+    """float (b, l, d) → uint8 (b, bytes), on the same device."""
+    kind = kind_of(storage)
+    if kind == "dense":
+        return states.to(getattr(torch, dtype)).contiguous().flatten(1).view(torch.uint8)
+    largest = _LARGEST[kind]
+    scales = (states.abs().amax(2) / largest).to(torch.float16)
+    divided = states / scales.float().clamp(min=2.0**-24)[:, :, None]
+    clipped = divided.clamp(-largest, largest)
+    values = clipped.round().to(torch.int8) if kind == "int8" else clipped.to(_FP8)
+    parts = [scales.contiguous().view(torch.uint8), values.contiguous().flatten(1).view(torch.uint8)]
+    return torch.cat(parts, 1)
+
+
+def unpack(packed: Tensor, shape: Sequence[int], storage: str, dtype: str) -> Tensor:
+    """uint8 (b, bytes) → (b, l, d): of ``dtype`` as it was stored, or of float16 where it was packed.
+
+    Values that are not finite in the packed form stay so: a NaN's scale is NaN.
+    """
+    length, width = shape
+    kind = kind_of(storage)
+    if kind == "dense":
+        return packed.contiguous().view(getattr(torch, dtype)).reshape(-1, length, width)
+    scales = packed[:, : 2 * length].contiguous().view(torch.float16)
+    values = packed[:, 2 * length :].contiguous().view(torch.int8 if kind == "int8" else _FP8)
+    values = values.reshape(-1, length, width)
+    if kind == "fp8":
+        values = values.to(torch.float16)
+    return values * scales[:, :, None]
+
+
+def cosine_error(states: Tensor, storage: str, dtype: str) -> dict[str, float]:
+    """1 - cosine between each token's states (b, l, d) and what comes back: mean and largest, zero tokens left out."""
+    back = unpack(pack(states, storage, dtype), states.shape[1:], storage, dtype).double()
+    exact = states.double()
+    there = exact.abs().amax(2) > 0
+    errors = 1 - torch.nn.functional.cosine_similarity(exact[there], back[there], dim=-1, eps=1e-30)
+    if not errors.numel():
+        return {"mean": 0.0, "max": 0.0}
+    return {"mean": round(float(errors.mean()), 9), "max": round(float(errors.max()), 9)}

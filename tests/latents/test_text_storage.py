@@ -1,0 +1,50 @@
+"""Packed text states: half the size, and near enough to what they were."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pipeline.latents.text_storage import cosine_error, is_dedup, kind_of, pack, size_of, unpack
+
+
+@pytest.fixture(scope="module")
+def states() -> torch.Tensor:
+    """Like those of CLIP: normal, with a few channels that are loud in every token."""
+    random = torch.Generator().manual_seed(0)
+    values = torch.randn(4, 77, 1024, generator=random)
+    values[:, :, [13, 500]] *= 25
+    values[0, 10:] = 0
+    return values
+
+
+def test_dense_is_exact_in_half_precision(states: torch.Tensor) -> None:
+    packed = pack(states, "dense", "float16")
+    assert packed.shape == (4, size_of((77, 1024), "dense", "float16")) == (4, 157_696)
+    assert torch.equal(unpack(packed, (77, 1024), "dense", "float16"), states.half())
+
+
+@pytest.mark.parametrize(("storage", "most"), [("int8", 0.003), ("fp8", 0.003)])
+def test_eight_bits_are_half_the_size_and_near(states: torch.Tensor, storage: str, most: float) -> None:
+    packed = pack(states, storage, "float16")
+    size = size_of((77, 1024), storage, "float16")
+    assert packed.shape == (4, size) and size == 79_002
+    back = unpack(packed, (77, 1024), storage, "float16")
+    assert back.dtype == torch.float16 and back.shape == states.shape
+    assert torch.equal(back[0, 10:], torch.zeros(67, 1024).half())
+    error = cosine_error(states, storage, "float16")
+    assert 0 < error["mean"] <= error["max"] < most
+
+
+@pytest.mark.parametrize("storage", ["int8", "fp8"])
+def test_very_quiet_very_loud_and_broken_tokens(storage: str) -> None:
+    states = torch.ones(1, 3, 8) * torch.tensor([1e-5, 3e4, float("nan")])[None, :, None]
+    back = unpack(pack(states, storage, "float16"), (3, 8), storage, "float16").float()
+    assert float(back[0, 0].abs().max()) < 3e-5
+    torch.testing.assert_close(back[0, 1], states[0, 1], rtol=5e-3, atol=0)
+    assert torch.isnan(back[0, 2]).all()
+
+
+def test_names() -> None:
+    assert [kind_of(name) for name in ("dense", "dedup", "int8", "fp8+dedup")] == ["dense", "dense", "int8", "fp8"]
+    assert [is_dedup(name) for name in ("dense", "dedup", "int8", "fp8+dedup")] == [False, True, False, True]

@@ -1,0 +1,260 @@
+"""stage=precompute on small models with random weights: values of direct calls, whatever the batches; nothing lost."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from PIL import Image
+from stages.conftest import digests, run_stage
+
+from pipeline import images
+from pipeline.config import ConfigError
+from pipeline.encoders.base import posterior_noise
+from pipeline.encoders.preprocessing import fit
+from pipeline.latents import text_storage
+from pipeline.partitions.dataset import Dataset
+from pipeline.stages.precompute import Precompute
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+COUNT, SEED = 23, 7
+CLIP = "tiny-for-precompute"
+
+
+@pytest.fixture(scope="module")
+def upstream(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Filtered pictures of all shapes in three partitions; some captions come again, within and across partitions."""
+    root = tmp_path_factory.mktemp("upstream")
+    random = np.random.default_rng(0)
+    (root / "images").mkdir()
+    for number in range(COUNT):
+        size = tuple(int(edge) for edge in random.integers(33, 100, 2))
+        small = random.integers(0, 256, (6, 6, 3), dtype=np.uint8)
+        Image.fromarray(small).resize(size, Image.Resampling.BICUBIC).save(root / f"images/{number:02}.png")
+        (root / f"images/{number:02}.txt").write_text(
+            "the same" if number % 3 == 0 else f"number {'very ' * number}{number}"
+        )
+    run_stage("download", source="image_folder", input=str(root / "images"), output=str(root / "raw"), partition_size=9)
+    run_stage("filter", input=str(root / "raw"), output=str(root / "filter"), min_image_size=8, max_image_size=64)
+    return root / "filter"
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    model = AutoencoderKL(
+        block_out_channels=(8, 16), latent_channels=4, norm_num_groups=4, scaling_factor=0.5, shift_factor=0.1, **blocks
+    )
+    path = tmp_path_factory.mktemp("vae")
+    model.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> str:
+    text = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
+    vision = {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16}
+    path = tmp_path_factory.mktemp("config") / f"{CLIP}.json"
+    path.write_text(json.dumps({"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}))
+    open_clip.add_model_config(path)
+    return f"openclip:{CLIP}:random"
+
+
+@pytest.fixture
+def encoded(upstream: Path, vae: Path, clip: str, tmp_path: Path) -> Callable[..., Dataset]:
+    def encode(name: str = "latents", **settings: Any) -> Dataset:
+        given = {"vae": str(vae), "text_encoder": clip, "image_resolutions": (32, 64), "batch_size": "8", "seed": SEED}
+        run_stage("precompute", input=str(upstream), output=str(tmp_path / name), **(given | settings))
+        return Dataset.open(tmp_path / name)
+
+    return encode
+
+
+def rows_of(dataset: Dataset) -> dict[str, dict[str, Any]]:
+    rows = [stored.read() for index in range(dataset.partitions) for stored in dataset.samples(index)]
+    assert len(rows) == len({row["key"] for row in rows}) == dataset.require_success()["counts"]["in"]
+    return {row["key"]: row for row in rows}
+
+
+def values(dataset: Dataset, row: dict[str, Any], column: str) -> torch.Tensor:
+    extra = dataset.header["extra"]
+    return torch.from_numpy(np.frombuffer(row[column], extra["dtype"]).reshape(extra["shapes"][column]).copy()).float()
+
+
+def assert_near(a: bytes, b: bytes) -> None:
+    """Within one unit in the last place of float16, or 1e-5 of the largest."""
+    one, other = np.frombuffer(a, np.float16), np.frombuffer(b, np.float16)
+    near = np.abs(one.astype(np.float64) - other) <= 1e-5 * np.abs(one).max()
+    assert (near | (np.nextafter(one, other) == other)).all()
+
+
+@torch.no_grad()
+def test_values_are_those_of_direct_calls(
+    encoded: Callable[..., Dataset], upstream: Path, vae: Path, tmp_path: Path
+) -> None:
+    from diffusers import AutoencoderKL
+
+    dataset = encoded()
+    direct = AutoencoderKL.from_pretrained(vae).eval()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        clip = open_clip.create_model(CLIP, load_weights=False).eval()
+    tokenize = open_clip.get_tokenizer(CLIP)
+    sources = rows_of(Dataset.open(upstream))
+    stored = rows_of(dataset)
+    assert stored.keys() == sources.keys() and len(stored) == COUNT
+    for key, row in list(stored.items())[::5]:
+        assert set(row) == {"key", "caption", "caption_latents", "latents_32", "latents_64", "min_side"}
+        assert row["caption"] == sources[key]["caption"] and row["min_side"] == sources[key]["min_side"]
+        picture = images.decode(sources[key]["jpg"], images.probe(sources[key]["jpg"]))
+        for resolution in (32, 64):
+            x = fit([picture], resolution, "cpu") / 127.5 - 1
+            posterior = direct.encode(x).latent_dist
+            noise = posterior_noise(SEED, [key], resolution, (4, resolution // 2, resolution // 2))
+            expected = (posterior.mean + posterior.std * noise - 0.1) * 0.5
+            torch.testing.assert_close(values(dataset, row, f"latents_{resolution}"), expected[0], rtol=2e-3, atol=1e-4)
+        tokens = tokenize([row["caption"]])
+        states = clip.transformer(clip.token_embedding(tokens) + clip.positional_embedding, attn_mask=clip.attn_mask)
+        torch.testing.assert_close(
+            values(dataset, row, "caption_latents"), clip.ln_final(states)[0], rtol=2e-3, atol=1e-3
+        )
+
+
+def test_neither_batches_nor_workers_change_what_is_stored(encoded: Callable[..., Dataset]) -> None:
+    eight = encoded("eight")
+    workers = encoded("workers", workers=2)
+    assert digests(workers.root.path) == digests(eight.root.path)
+    rows = rows_of(eight)
+    for size in ("3", "auto"):
+        others = rows_of(encoded(size, batch_size=size))
+        assert list(others) == list(rows)
+        for key, row in rows.items():
+            for column in ("caption_latents", "latents_32", "latents_64"):
+                assert_near(row[column], others[key][column])
+
+
+def test_a_batch_that_does_not_fit_is_halved_and_that_is_recorded(
+    encoded: Callable[..., Dataset], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipeline.encoders.diffusers import KlAutoencoder
+
+    before = rows_of(encoded("before"))
+    moments = KlAutoencoder.moments
+
+    def small(self: KlAutoencoder, x: torch.Tensor) -> torch.Tensor:
+        if len(x) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return moments(self, x)
+
+    monkeypatch.setattr(KlAutoencoder, "moments", small)
+    dataset = encoded("after")
+    for key, row in rows_of(dataset).items():
+        assert_near(row["latents_64"], before[key]["latents_64"])
+    record = dataset.record(0)
+    assert record and record["notes"]["speed"]["pictures of 8 at once: out of memory"] == 1
+    assert record["notes"]["speed"]["pictures of 4 at once: out of memory"] == 1
+    monkeypatch.setattr(KlAutoencoder, "moments", lambda self, x: small(self, torch.cat([x] * 4)))
+    with pytest.raises(ConfigError, match="not even one of the pictures fits into the memory of cpu"):
+        encoded("never")
+
+
+def test_moments_give_the_mode_and_the_sample(encoded: Callable[..., Dataset]) -> None:
+    sample, mode, moments = (encoded(name, latent=name) for name in ("sample", "mode", "moments"))
+    assert moments.header["extra"]["shapes"]["latents_64"] == [8, 32, 32]
+    samples, modes = rows_of(sample), rows_of(mode)
+    for key, row in rows_of(moments).items():
+        mean, deviation = values(moments, row, "latents_64").chunk(2)
+        assert torch.equal(mean, values(mode, modes[key], "latents_64"))
+        noise = posterior_noise(SEED, [key], 64, (4, 32, 32))[0]
+        torch.testing.assert_close(
+            values(sample, samples[key], "latents_64"), mean + deviation * noise, rtol=5e-3, atol=5e-3
+        )
+
+
+def test_several_text_encoders_and_an_image_encoder(encoded: Callable[..., Dataset], clip: str) -> None:
+    dataset = encoded(text_encoder=(clip, "embedded"), image_encoder=clip, save_images=True, text_storage="int8")
+    extra = dataset.header["extra"]
+    assert extra["shapes"]["caption_latents_2"] == [16, 64] and extra["shapes"]["image_embedding"] == [16]
+    assert extra["text_encoders"]["caption_latents_2"]["name"] == "embedded"
+    assert 0 < extra["text_storage"]["caption_latents"]["cosine_error"]["max"] < 0.003
+    manifest = json.loads((dataset.root.path / "manifest.json").read_text())
+    assert manifest["vae"]["scaling"] == 0.5 and len(manifest["vae"]["weights_xxh3"]) == 32
+    for row in rows_of(dataset).values():
+        assert np.linalg.norm(values(dataset, row, "image_embedding")) == pytest.approx(1, abs=1e-2)
+        assert len(row["caption_latents"]) == 77 * 34 and row["jpg"]
+
+
+def test_a_caption_is_stored_once_where_it_stands_first(encoded: Callable[..., Dataset]) -> None:
+    dense, dedup = rows_of(encoded("dense")), encoded("dedup", text_storage="dedup")
+    assert digests(dedup.root.path) != {}
+    saved = 0
+    for index in range(dedup.partitions):
+        rows = [stored.read() for stored in dedup.samples(index)]
+        for place, row in enumerate(rows):
+            home = rows[place - row["caption_back"]]
+            assert home["caption"] == row["caption"] and home["caption_back"] == 0
+            assert home["caption_latents"] == dense[row["key"]]["caption_latents"]
+            saved += not row["caption_latents"]
+    assert saved == len([1 for n in range(COUNT) if n % 3 == 0]) - 3
+
+
+def test_text_is_encoded_once_for_each_caption_of_a_partition(
+    encoded: Callable[..., Dataset], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipeline.encoders.openclip import OpenClipTextEncoder
+
+    seen: list[str] = []
+    encode = OpenClipTextEncoder.encode
+    monkeypatch.setattr(OpenClipTextEncoder, "encode", lambda self, c: seen.extend(c) or encode(self, c))
+    encoded()
+    assert seen.count("the same") == 3 and len(seen) == COUNT - 8 + 3
+
+
+def test_a_latent_that_is_not_finite_is_no_latent(
+    encoded: Callable[..., Dataset], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipeline.encoders.diffusers import KlAutoencoder
+
+    moments = KlAutoencoder.moments
+
+    def poisoned(self: KlAutoencoder, x: torch.Tensor) -> torch.Tensor:
+        result = moments(self, x)
+        result[1:2, 0, 0, 0] = float("nan")
+        return result
+
+    monkeypatch.setattr(KlAutoencoder, "moments", poisoned)
+    dataset = encoded(max_failed_fraction=0.5)
+    success = dataset.require_success()
+    assert success["counts"]["failed"] == 3 and success["reasons"] == {"failed:not_finite": 3}
+    assert len(dataset) == COUNT - 3
+
+
+def test_wrong_settings_are_one_clear_error(encoded: Callable[..., Dataset]) -> None:
+    with pytest.raises(ConfigError, match="batch_size=0: must be a number of at least 1, or auto"):
+        encoded(batch_size="0")
+    with pytest.raises(ConfigError, match="image_resolutions=33: must be a multiple of 2"):
+        encoded(image_resolutions=(33,))
+    with pytest.raises(ConfigError, match="text_encoder=\\[\\]: name at least one"):
+        encoded(text_encoder=())
+
+
+def test_captions_that_are_not_near_are_forgotten() -> None:
+    from collections import OrderedDict
+
+    from pipeline.stages import precompute
+
+    known: OrderedDict[str, None] = OrderedDict()
+    many = [str(number) for number in range(precompute._REMEMBERED)]
+    assert precompute._news(known, [*many, "0"]) == (many, [])
+    assert precompute._news(known, ["new", "2", "0"]) == (["new"], ["1"])
+    assert precompute._news(known, ["1"]) == (["1"], ["3"])
+    assert Precompute.version == 2 and text_storage.kind_of("dedup") == "dense"
