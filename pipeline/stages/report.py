@@ -189,7 +189,7 @@ def decoded_latents(dataset: Dataset, most: int) -> Iterator[dict[str, Any]]:
         latent = np.frombuffer(row[name], extra["dtype"]).reshape(extra["shapes"][name]).astype(np.float32)
         with torch.inference_mode():
             original = to_pixels(vae.preprocess([picture], resolution))[0]
-            decoded = to_pixels(vae.decode(torch.from_numpy(latent)[None]))[0]
+            decoded = to_pixels(vae.decode(torch.from_numpy(latent[: vae.channels])[None]))[0]
         yield {
             "key": stored.key,
             "caption": row["caption"],

@@ -171,5 +171,6 @@ def _decoded(dataset: Dataset, row: Row, name: str) -> Any:
 
     extra = dataset.header["extra"]
     latent = np.frombuffer(row[name], extra["dtype"]).reshape(extra["shapes"][name]).astype(np.float32)
+    vae = autoencoder(dataset.header["config"]["vae"])
     with torch.inference_mode():
-        return to_pixels(autoencoder(dataset.header["config"]["vae"]).decode(torch.from_numpy(latent)[None]))[0]
+        return to_pixels(vae.decode(torch.from_numpy(latent[: vae.channels])[None]))[0]

@@ -10,8 +10,8 @@ from pipeline import cli
 from pipeline.cli import config_for, nearest
 from pipeline.config import ConfigError, TrainConfig, run_folder
 from pipeline.distributed import Rank, distributed
-from pipeline.loading import Batches, LatentDataset
-from pipeline.partitions.dataset import Dataset, RandomAccess
+from pipeline.loading import Batches
+from pipeline.partitions.dataset import Dataset
 from pipeline.partitions.stage import open_input
 from pipeline.storage import Folder, StorageError
 from pipeline.telemetry import Events
@@ -49,14 +49,13 @@ def main(rank: Rank, config: TrainConfig) -> None:
 
 def learned(config: TrainConfig, dataset: Dataset) -> tuple[Task, Batches, Batches | None]:
     """The task, what it is trained on, and what it is measured on meanwhile."""
+    from pipeline.latents.loading import LatentFolder, TrainingLatents
     from pipeline.training.feed import Chosen, split
     from pipeline.training.tasks.diffuse import EVALUATED, Diffuse
 
     resolution = resolution_of(dataset, config.resolution)
-    extra = dataset.header["extra"]
-    image_shape, caption_shape = (tuple(extra["shapes"][c]) for c in (f"{_LATENTS}{resolution}", "caption_latents"))
-    data = LatentDataset(RandomAccess(dataset), image_shape, caption_shape, resolution, extra["dtype"])
-    task = Diffuse(config, data, latent_info(dataset, resolution))
+    data = TrainingLatents(LatentFolder(dataset.root.path), resolution)
+    task = Diffuse(config, data, latent_info(dataset, resolution, data.image_shape))
     if config.valid_fraction:
         return task, *split(data, config.valid_fraction, config.seed)
     return task, data, Chosen(data, config.seed, 0, min(EVALUATED, len(data)))
@@ -76,7 +75,7 @@ def resolution_of(dataset: Dataset, wanted: int) -> int:
     return wanted or there[0]
 
 
-def latent_info(dataset: Dataset, resolution: int) -> Any:
+def latent_info(dataset: Dataset, resolution: int, image_shape: tuple[int, int, int]) -> Any:
     """What a checkpoint says of where its latents came from."""
     from pipeline.training.tasks.diffuse import LatentInfo
 
@@ -84,11 +83,12 @@ def latent_info(dataset: Dataset, resolution: int) -> Any:
     settings = dataset.header["config"]
     return LatentInfo(
         settings["vae"],
-        settings["text_encoder"],
+        settings["text_encoder"][0],
         resolution,
-        tuple(extra["shapes"][f"{_LATENTS}{resolution}"]),
+        image_shape,
         tuple(extra["shapes"]["caption_latents"]),
         dataset.require_success()["content_digest"],
+        extra.get("latent") == "moments",
     )
 
 
