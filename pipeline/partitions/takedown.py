@@ -10,7 +10,9 @@ from collections.abc import Iterator, Set
 
 from pipeline.partitions.dataset import Dataset, SlotReader
 from pipeline.partitions.plan import TAKEDOWN
-from pipeline.samples import TAKEN, TAKEN_UNKEPT, Outcome
+from pipeline.samples import TAKEN, TAKEN_UNKEPT, Outcome, Row
+
+_BACK, _TEXT = "caption_back", "caption_latents"
 
 Taken = dict[str, tuple[int, str]]
 """Key → the partition that its newest row is in, and the reason that this row will have."""
@@ -55,6 +57,7 @@ def rewritten(dataset: Dataset, index: int) -> Iterator[Outcome]:
     Raises:
         StorageError: what it held is damaged.
     """
+    shared = SharedText() if _BACK in dataset.schema else None
     before = SlotReader(Dataset(dataset.root, dataset.counts_by(index).generation), index)
     kept = iter(before.stored())
     for row in before.ledger().to_pylist():
@@ -82,9 +85,36 @@ def rewritten(dataset: Dataset, index: int) -> Iterator[Outcome]:
                 phash=row.get("phash", ""),
             ),
         )
-        if outcome.status == "kept" and stored is not None:
-            outcome.row = stored.copied()
+        if stored is not None and (outcome.status == "kept" or shared):
+            stays = outcome.status == "kept"
+            copied = shared.moved(stored.copied(), stays) if shared else stored.copied()
+            outcome.row = copied if stays else None
         yield outcome
+
+
+class SharedText:
+    """Text states that several rows share go to the first of them that stays.
+
+    A row with ``caption_back`` has none of its own, but those of the row so many rows before.
+    """
+
+    def __init__(self) -> None:
+        self._old = self._new = -1
+        self._homes: dict[int, int] = {}
+        self._removed: dict[int, Row] = {}
+
+    def moved(self, row: Row, stays: bool) -> Row:
+        """The next row of a partition as it is to be written, if it ``stays``."""
+        self._old += 1
+        home = self._old - row[_BACK]
+        if not stays:
+            if home == self._old:
+                self._removed[home] = {name: row[name] for name in row if name.startswith(_TEXT)}
+            return row
+        self._new += 1
+        first = self._homes.setdefault(home, self._new)
+        own = self._removed.get(home, {}) if first == self._new else {}
+        return {**row, **own, _BACK: self._new - first}
 
 
 def is_takedown(dataset: Dataset) -> bool:

@@ -99,6 +99,10 @@ class Checker:
                 if fault:
                     yield Finding(index, fault, sample.file, sample.key)
             yield from self._compare_keys(index)
+            if self.dataset.stage == "precompute" and self.dataset.success is not None:
+                from pipeline.latents.validation import validate  # imports torch
+
+                yield from validate(self.dataset, index)
         except StorageError as error:
             yield Finding(index, str(error))
 
