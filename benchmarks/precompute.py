@@ -1,0 +1,216 @@
+"""stage=precompute against its limit, the models' own forward, and against the plain loop that most people write.
+
+    python benchmarks/precompute.py [models=small] [images=192] [resolutions=64,128] [batch=16] [rounds=2] [folder=...]
+
+`models=sdxl` takes SDXL's autoencoder and ViT-H-14's text tower with random weights (a GPU is advisable, with
+`images=4096 resolutions=256,512 batch=32`). All contestants have one CPU thread for the models.
+
+- bare: autoencoder and text encoder on a batch that lies ready on the device, again and again;
+- stage: decoding, resizing, encoding, writing MDS, ledgers, hashes and commits; without its first partition, in which
+  processes start;
+- plain loop: Pillow and torchvision transforms in a DataLoader with two workers, synchronous copies, MDSWriter.
+
+Rounds take turns; ratios are medians over the rounds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import open_clip
+import simplejpeg
+import torch
+from PIL import Image
+from streaming import MDSWriter
+from torchvision import transforms
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from pipeline.cli import build
+from pipeline.config import STAGES
+from pipeline.distributed import Rank
+from pipeline.encoders.base import autoencoder, text_encoder
+from pipeline.partitions import engine
+from pipeline.partitions.dataset import Dataset
+from pipeline.stages import get_stage
+
+PARTS = 4  # partitions of the stage's input; the first is not counted
+
+
+def pictures(folder: Path, count: int) -> None:
+    """JPEGs of 640x512 pixels with detail at all scales, and captions of 5 to 60 words."""
+    random = np.random.default_rng(0)
+    words = [f"word{number}" for number in range(500)]
+    folder.mkdir(parents=True)
+    for number in range(count):
+        picture = np.zeros((512, 640, 3))
+        for scale in (8, 32, 128):
+            noise = Image.fromarray(random.integers(0, 256, (512 // scale, 640 // scale, 3), dtype=np.uint8))
+            picture += np.asarray(noise.resize((640, 512), Image.Resampling.BICUBIC)) / 3
+        (folder / f"{number:06}.jpg").write_bytes(simplejpeg.encode_jpeg(picture.astype(np.uint8), 90))
+        caption = " ".join(random.choice(words, int(random.integers(5, 60))))
+        (folder / f"{number:06}.txt").write_text(caption)
+
+
+def models(kind: str, folder: Path) -> tuple[str, str]:
+    """Settings vae= and text_encoder= of models with random weights, saved below ``folder``."""
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    widths = (128, 256, 512, 512) if kind == "sdxl" else (32, 32, 64)
+    blocks = {
+        "down_block_types": ("DownEncoderBlock2D",) * len(widths),
+        "up_block_types": ("UpDecoderBlock2D",) * len(widths),
+    }
+    layers = 2 if kind == "sdxl" else 1
+    vae = AutoencoderKL(block_out_channels=widths, layers_per_block=layers, sample_size=512, **blocks)
+    vae.save_pretrained(folder / "vae")
+    if kind == "sdxl":
+        return str(folder / "vae"), "openclip:ViT-H-14:random"
+    text = {"context_length": 77, "vocab_size": 49408, "width": 128, "heads": 2, "layers": 4}
+    vision = {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16}
+    (folder / "small-text.json").write_text(json.dumps({"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}))
+    open_clip.add_model_config(folder / "small-text.json")
+    return str(folder / "vae"), "openclip:small-text:random"
+
+
+def run_stage(stage: str, **settings: Any) -> Dataset:
+    made = get_stage(stage)(build(STAGES[stage], settings), Rank())
+    engine.run(made)
+    return Dataset.open(settings["output"])
+
+
+def bare(
+    vae: Any, text: Any, images: list[np.ndarray], captions: list[str], resolutions: list[int], batch: int
+) -> float:
+    """Images per second of the models alone."""
+    x = {resolution: vae.preprocess(images[:batch], resolution) for resolution in resolutions}
+    count = 0
+    begin = 0.0
+    with torch.inference_mode():
+        for turn in range(1 + len(images) // batch):
+            if turn == 1:
+                synchronize()
+                begin = perf_counter()
+            for resolution in resolutions:
+                vae.moments(x[resolution])
+            text.encode(captions[turn * batch % len(captions) :][:batch] or captions[:batch])
+            count += batch if turn else 0
+        synchronize()
+    return count / (perf_counter() - begin)
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def stage_rate(upstream: Path, output: Path, **settings: Any) -> tuple[float, dict[str, Any]]:
+    """Images per second of all partitions but the first, and what the last one noted."""
+    dataset = run_stage("precompute", input=str(upstream), output=str(output), **settings)
+    records = [dataset.record(index) or {} for index in range(1, dataset.partitions)]
+    kept = sum(record["counts"]["kept"] for record in records)
+    return kept / sum(record["seconds"] for record in records), records[-1]["notes"]["speed"]
+
+
+class Plain(torch.utils.data.Dataset[Any]):
+    """Files → tensors, as in micro_diffusion's precompute.py."""
+
+    def __init__(self, folder: Path, resolutions: list[int]) -> None:
+        self.files = sorted(folder.glob("*.jpg"))
+        self.steps = [
+            transforms.Compose(
+                [
+                    transforms.Resize(resolution, transforms.InterpolationMode.BICUBIC),
+                    transforms.CenterCrop(resolution),
+                    transforms.ToTensor(),
+                    transforms.Normalize([0.5] * 3, [0.5] * 3),
+                ]
+            )
+            for resolution in resolutions
+        ]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, at: int) -> dict[str, Any]:
+        torch.set_num_threads(1)
+        image = Image.open(self.files[at]).convert("RGB")
+        caption = self.files[at].with_suffix(".txt").read_text()
+        return {"caption": caption, **{str(n): step(image) for n, step in enumerate(self.steps)}}
+
+
+def plain(folder: Path, output: Path, vae: Any, text: Any, resolutions: list[int], batch: int) -> float:
+    """Images per second of the loop, from its second batch on."""
+    columns = {"caption": "str", "caption_latents": "bytes", **{f"latents_{r}": "bytes" for r in resolutions}}
+    loader = torch.utils.data.DataLoader(Plain(folder, resolutions), batch, num_workers=2, prefetch_factor=2)
+    begin, count = 0.0, 0
+    with MDSWriter(out=str(output), columns=columns, size_limit=2**28) as writer, torch.inference_mode():
+        for turn, rows in enumerate(loader):
+            if turn == 1:
+                begin = perf_counter()
+            latents = {
+                f"latents_{r}": vae.encode(rows[str(n)].to(vae.device), torch.randn(1, device=vae.device))
+                for n, r in enumerate(resolutions)
+            }
+            latents["caption_latents"] = text.encode(rows["caption"])
+            stored = {name: values.cpu().numpy().astype(np.float16) for name, values in latents.items()}
+            for at, caption in enumerate(rows["caption"]):
+                writer.write({"caption": caption, **{name: values[at].tobytes() for name, values in stored.items()}})
+            count += len(rows["caption"]) if turn else 0
+    return count / (perf_counter() - begin)
+
+
+def main() -> None:
+    options = dict(argument.split("=", 1) for argument in sys.argv[1:])
+    torch.set_num_threads(1)
+    kind, batch = options.get("models", "small"), int(options.get("batch", 16))
+    resolutions = [int(edge) for edge in options.get("resolutions", "64,128").split(",")]
+    count = int(options.get("images", 192))
+    root = Path(tempfile.mkdtemp(dir=options.get("folder")))
+    try:
+        pictures(root / "images", count)
+        vae_name, text_name = models(kind, root)
+        run_stage(
+            "download", source="image_folder", input=str(root / "images"), output=str(root / "raw"), copy=True,
+            partition_size=-(-count // PARTS),
+        )  # fmt: skip
+        device = Rank().device
+        dtype = "bfloat16" if device.type == "cuda" else "float32"
+        vae, text = autoencoder(vae_name, device, dtype), text_encoder(text_name, device, dtype)
+        files = sorted((root / "images").glob("*.jpg"))[: batch * 8]
+        images = [np.asarray(Image.open(file)) for file in files]
+        captions = [file.with_suffix(".txt").read_text() for file in files]
+        workers = len(os.sched_getaffinity(0)) - 1 or 1
+        rates: dict[str, list[float]] = {"bare": [], "stage": [], "plain loop": []}
+        notes: dict[str, Any] = {}
+        for turn in range(int(options.get("rounds", 2))):
+            rates["bare"].append(bare(vae, text, images, captions, resolutions, batch))
+            rate, notes = stage_rate(
+                root / "raw", root / f"stage{turn}", vae=vae_name, text_encoder=text_name,
+                image_resolutions=resolutions, batch_size=str(batch), workers=workers, max_failed_fraction=0.0,
+            )  # fmt: skip
+            rates["stage"].append(rate)
+            rates["plain loop"].append(plain(root / "images", root / f"plain{turn}", vae, text, resolutions, batch))
+            rates["bare"].append(bare(vae, text, images, captions, resolutions, batch))
+    finally:
+        shutil.rmtree(root, ignore_errors=True)
+    print(f"{kind} models, {resolutions} pixels and text, batches of {batch}, on {device}")
+    limit = median(rates["bare"])
+    for name, values in rates.items():
+        print(f"{name:12}{median(values):10.1f} images/s{median(values) / limit:8.2f} of bare")
+    print(f"stage / plain loop: {median(rates['stage']) / median(rates['plain loop']):.2f}")
+    print("last partition:", json.dumps(notes))
+
+
+if __name__ == "__main__":
+    main()
