@@ -1,0 +1,363 @@
+"""State space models: Mamba-2's SSD and Mamba-1's selective scan, in plain torch, or by mamba_ssm's kernels on CUDA.
+
+Both compute, for each channel and along the sequence, h_t = exp(dt_t a) h_{t-1} + dt_t B_t x_t, y_t = C_t h_t + D x_t.
+In Mamba-1 (Gu and Dao 2023) ``a`` has a value for each channel and state; in Mamba-2 (Dao and Gu 2024) one for each
+head, so that a chunk of the sequence becomes matrix products. States are float32 under autocast too: in bfloat16 such
+sums lose what they remember.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import math
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline.config import ConfigError
+
+BACKENDS = ("auto", "torch", "mamba_ssm")
+_CHUNK = 64
+_KEEP_EVERY = 16  # steps between the states that the selective scan keeps for its backward pass
+
+
+# ---- Mamba-1
+
+
+def selective_scan(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, keep_every: int = 1) -> Tensor:
+    """The scan of Mamba-1.
+
+    Args:
+        x: (n, l, d) input.
+        dt: (n, l, d) positive time steps.
+        a: (d, s) negative rates.
+        b, c: (n, l, s) how the input enters the state, and how the output leaves it.
+        d: (d,) what of the input goes straight to the output.
+        keep_every: 1 keeps all states for the backward pass; k keeps every k-th, and computes the rest again.
+
+    Returns:
+        (n, l, d), of the type of ``x``.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        out: Tensor = _SelectiveScan.apply(*_exact(x, dt, a, b, c, d), keep_every)
+    return out.to(x.dtype)
+
+
+def _exact(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """At least float32: the scan adds up many small numbers."""
+    return tuple(t if t.dtype == torch.float64 else t.float() for t in tensors)
+
+
+class _SelectiveScan(torch.autograd.Function):
+    """One loop over time forward, one backward, in place of a graph of thousands of small operations.
+
+    States are (n, s, d): the long axis lies last, so that each operation runs over contiguous memory.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, keep_every: int) -> Tensor:
+        at = a.t().contiguous()  # (s, d)
+        length = x.shape[1]
+        y = torch.empty_like(x)
+        state = x.new_zeros(x.shape[0], a.shape[1], x.shape[2])
+        kept = x.new_empty(-(-length // keep_every), *state.shape)
+        for t in range(length):
+            if t % keep_every == 0:
+                kept[t // keep_every] = state
+            state = _advance(state, x, dt, at, b, t)
+            y[:, t] = (c[:, t, None] @ state)[:, 0]
+        ctx.save_for_backward(x, dt, at, b, c, d, kept)
+        ctx.keep_every = keep_every
+        return torch.addcmul(y, x, d)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, dt, at, b, c, d, kept = ctx.saved_tensors
+        length, every = x.shape[1], ctx.keep_every
+        dx, ddt, db, dc = (torch.empty_like(t) for t in (x, dt, b, c))
+        dat = torch.zeros_like(kept[0])
+        dstate = torch.zeros_like(kept[0])
+        for first in reversed(range(0, length, every)):
+            last = min(first + every, length)
+            states = [kept[first // every]]  # before each step of the segment, and after its last
+            for t in range(first, last):
+                states.append(_advance(states[-1], x, dt, at, b, t))
+            for t in reversed(range(first, last)):
+                before, after = states[t - first], states[t - first + 1]
+                dc[:, t] = (after @ dy[:, t, :, None])[..., 0]
+                dstate = torch.addcmul(dstate, c[:, t, :, None], dy[:, t, None])
+                decay = torch.exp(dt[:, t, None] * at)
+                into = dt[:, t] * x[:, t]
+                db[:, t] = (dstate @ into[..., None])[..., 0]
+                dinto = (b[:, t, None] @ dstate)[:, 0]
+                dx[:, t] = dinto * dt[:, t]
+                dstate = dstate * decay
+                rate = dstate * before  # gradient of dt a
+                ddt[:, t] = torch.addcmul((rate * at).sum(1), dinto, x[:, t])
+                dat.addcmul_(rate, dt[:, t, None])
+        dx.addcmul_(dy, d)
+        return dx, ddt, dat.sum(0).t(), db, dc, (dy * x).sum((0, 1)), None
+
+
+def _advance(state: Tensor, x: Tensor, dt: Tensor, at: Tensor, b: Tensor, t: int) -> Tensor:
+    """(n, s, d) after step ``t``."""
+    decay = torch.exp(dt[:, t, None] * at)
+    return torch.addcmul(decay.mul_(state), b[:, t, :, None], (dt[:, t] * x[:, t])[:, None])
+
+
+# ---- Mamba-2
+
+
+def ssd(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, chunk: int = 0) -> Tensor:
+    """The scan of Mamba-2: within a chunk a masked product like attention, between chunks a recurrence of states.
+
+    After Dao and Gu 2024, "Transformers are SSMs", section 6, with decays as sums of masked rates, not as differences
+    of sums, which lose digits.
+
+    Args:
+        x: (n, l, h, p) input: heads of p channels.
+        dt: (n, l, h) positive time steps.
+        a: (h,) negative rates.
+        b, c: (n, l, s), shared by all heads.
+        d: (h,) what of the input goes straight to the output.
+        chunk: length of a chunk (0: what is fast); the result does not depend on it, but for rounding.
+
+    Returns:
+        (n, l, h, p), of the type of ``x``.
+    """
+    kind = x.dtype
+    x, dt, a, b, c, d = _exact(x, dt, a, b, c, d)
+    with torch.autocast(x.device.type, enabled=False):
+        return _ssd(x, dt, a, b, c, d, chunk or chunk_length(x.shape[1])).to(kind)
+
+
+def chunk_length(length: int) -> int:
+    """The work within chunks grows with their length, that between them with their number."""
+    return max(1, min(length, 32 if length > 2 * _CHUNK else _CHUNK))
+
+
+def _ssd(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, q: int) -> Tensor:
+    n, length, h, p = x.shape
+    s = b.shape[-1]
+    pad = -length % q
+    if pad:  # steps with dt = 0 change nothing
+        x, dt, b, c = (F.pad(t, (0, 0) * (t.dim() - 2) + (0, pad)) for t in (x, dt, b, c))
+    k = (length + pad) // q
+    into = (x * dt[..., None]).view(n, k, q, h, p).permute(0, 1, 3, 2, 4)  # (n, k, h, q, p)
+    rates = (dt * a).view(n, k, q, h).transpose(2, 3)  # (n, k, h, q)
+    b, c = b.view(n, k, 1, q, s), c.view(n, k, 1, q, s)
+    y = ((c @ b.transpose(-1, -2)) * _decays(rates)) @ into  # within chunks
+    if k > 1:
+        total = rates.cumsum(-1)
+        until_end = torch.exp(
+            rates.flip(-1).cumsum(-1).flip(-1) - rates
+        )  # of what enters at i, left at the chunk's end
+        states = (b * until_end[..., None]).transpose(-1, -2) @ into  # (n, k, h, s, p): what each chunk adds
+        whole = torch.exp(total[..., -1])[..., None, None]
+        state, before = torch.zeros_like(states[:, 0]), []
+        for number in range(k):
+            before.append(state)
+            state = torch.addcmul(states[:, number], whole[:, number], state)
+        y = y + (c * torch.exp(total)[..., None]) @ torch.stack(before, 1)
+    y = y.permute(0, 1, 3, 2, 4).reshape(n, k * q, h, p)
+    skip = d.expand(k * q, h)[
+        ..., None
+    ]  # so the gradient of d is summed in two steps: one loses digits
+    return (y + x * skip)[:, :length]
+
+
+def _decays(rates: Tensor) -> Tensor:
+    """(..., q) → (..., q, q): exp of the sum of rates j + 1 to i at [i, j], 0 above the diagonal."""
+    q = rates.shape[-1]
+    below = torch.ones(q, q, dtype=torch.bool, device=rates.device).tril(-1)
+    sums = torch.where(below, rates[..., None], 0).cumsum(-2)
+    return torch.where(below | torch.eye(q, dtype=torch.bool, device=rates.device), sums.exp(), 0)
+
+
+# ---- which implementation
+
+
+def backend_of(wanted: str, device: torch.device) -> str:
+    """torch or mamba_ssm, for tensors on ``device``; "auto" takes the kernels where they are really there.
+
+    Raises:
+        ConfigError: the kernels are asked for, and cannot be used.
+    """
+    if wanted == "torch" or (wanted == "auto" and device.type != "cuda"):
+        return "torch"
+    reason = "they need a CUDA device" if device.type != "cuda" else _kernels()[0]
+    if wanted == "mamba_ssm" and reason:
+        raise ConfigError(f"scan_backend=mamba_ssm: its kernels cannot be used: {reason}")
+    choice = "torch" if reason else "mamba_ssm"
+    if wanted == "auto":
+        _tell(choice, reason)
+    return choice
+
+
+@cache
+def _tell(choice: str, reason: str) -> None:
+    logging.getLogger("pipeline").info("scan_backend=auto: %s%s", choice, f" ({reason})" if reason else "")
+
+
+@cache
+def _kernels() -> tuple[str, Any, Any]:
+    """(why not, selective_scan_fn, mamba_chunk_scan_combined). Importing is the only test that tells the truth: a
+    package that was built without CUDA is found, and fails when it is used."""
+    try:
+        scan = importlib.import_module("mamba_ssm.ops.selective_scan_interface")
+        importlib.import_module("selective_scan_cuda")
+        combined = importlib.import_module("mamba_ssm.ops.triton.ssd_combined")
+    except Exception as error:
+        return f"{type(error).__name__}: {error}", None, None
+    return "", scan.selective_scan_fn, combined.mamba_chunk_scan_combined
+
+
+def _selective_scan_cuda(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
+    exact = [t.float().transpose(1, 2).contiguous() for t in (x, dt, b, c)]
+    out: Tensor = _kernels()[1](exact[0], exact[1], a.float(), exact[2], exact[3], d.float())
+    return out.transpose(1, 2).to(x.dtype)
+
+
+def _ssd_cuda(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
+    out: Tensor = _kernels()[2](x, dt.float(), a.float(), b[:, :, None], c[:, :, None], chunk_size=_CHUNK, D=d.float())
+    return out
+
+
+# ---- mixers
+
+
+class Mamba1(nn.Module):
+    """Sequence mixer of Mamba-1: causal depthwise convolution, selective scan, gate.
+
+    Args:
+        dim: width of the tokens.
+        expand: inner width = expand * dim.
+    """
+
+    def __init__(
+        self, dim: int, d_state: int = 16, d_conv: int = 4, expand: int = 2, backend: str = "auto", keep_every: int = 1
+    ) -> None:
+        super().__init__()
+        self.inner, self.d_state, self.backend, self.keep_every = expand * dim, d_state, backend, keep_every
+        self.rank = math.ceil(dim / 16)
+        self.into = nn.Linear(dim, 2 * self.inner, bias=False)
+        self.conv = CausalConv(self.inner, d_conv)
+        self.select = nn.Linear(self.inner, self.rank + 2 * d_state, bias=False)
+        self.step = nn.Linear(self.rank, self.inner)
+        self.log_rate = nn.Parameter(torch.arange(1.0, d_state + 1).log().repeat(self.inner, 1))
+        self.skip = nn.Parameter(torch.ones(self.inner))
+        self.out = nn.Linear(self.inner, dim, bias=False)
+        nn.init.uniform_(self.step.weight, -(self.rank**-0.5), self.rank**-0.5)
+        with torch.no_grad():
+            self.step.bias.copy_(_initial_steps(self.inner))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(b, l, dim) → (b, l, dim); token t sees tokens up to t."""
+        x, gate = self.into(tokens).chunk(2, -1)
+        x = F.silu(self.conv(x))
+        step, b, c = self.select(x).split([self.rank, self.d_state, self.d_state], -1)
+        dt = F.softplus(self.step(step).float())
+        a = -self.log_rate.float().exp()
+        if backend_of(self.backend, x.device) == "mamba_ssm":
+            y = _selective_scan_cuda(x, dt, a, b, c, self.skip)
+        else:
+            y = selective_scan(x, dt, a, b, c, self.skip, self.keep_every)
+        out: Tensor = self.out(y * F.silu(gate))
+        return out
+
+
+class Mamba2(nn.Module):
+    """Sequence mixer of Mamba-2: causal depthwise convolution, SSD, gated norm.
+
+    Args:
+        dim: width of the tokens.
+        expand: inner width = expand * dim, in heads of at most ``head_dim``.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        d_state: int = 64,
+        d_conv: int = 4,
+        expand: int = 2,
+        head_dim: int = 64,
+        backend: str = "auto",
+        chunk: int = 0,
+    ) -> None:
+        super().__init__()
+        self.inner, self.d_state, self.backend, self.chunk = expand * dim, d_state, backend, chunk
+        self.heads = max(1, self.inner // head_dim)
+        if self.inner % self.heads:
+            raise ConfigError(f"a width of {self.inner} does not divide into heads of {head_dim}")
+        self.into = nn.Linear(dim, 2 * self.inner + 2 * d_state + self.heads, bias=False)
+        self.conv = CausalConv(self.inner + 2 * d_state, d_conv)
+        self.step_bias = nn.Parameter(_initial_steps(self.heads))
+        self.log_rate = nn.Parameter(torch.empty(self.heads).uniform_(1, 16).log())
+        self.skip = nn.Parameter(torch.ones(self.heads))
+        self.norm = nn.RMSNorm(self.inner, eps=1e-5)
+        self.out = nn.Linear(self.inner, dim, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(b, l, dim) → (b, l, dim); token t sees tokens up to t."""
+        gate, xbc, step = self.into(tokens).split([self.inner, self.inner + 2 * self.d_state, self.heads], -1)
+        x, b, c = F.silu(self.conv(xbc)).split([self.inner, self.d_state, self.d_state], -1)
+        x = x.unflatten(-1, (self.heads, -1))
+        dt = F.softplus(step.float() + self.step_bias)
+        a = -self.log_rate.float().exp()
+        if backend_of(self.backend, x.device) == "mamba_ssm":
+            y = _ssd_cuda(x, dt, a, b, c, self.skip)
+        else:
+            y = ssd(x, dt, a, b, c, self.skip, self.chunk)
+        out: Tensor = self.out(self.norm(y.flatten(2) * F.silu(gate)))
+        return out
+
+
+class CausalConv(nn.Module):
+    """Depthwise convolution along the sequence: token t takes in tokens t - width + 1 to t."""
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, width).uniform_(-(width**-0.5), width**-0.5))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, l, channels) → the same shape. Shifted sums: for few taps faster than a convolution's set-up on CPUs."""
+        width, length = self.weight.shape[1], x.shape[1]
+        padded = F.pad(x, (0, 0, width - 1, 0))
+        y = self.bias.to(x.dtype).expand_as(x)
+        for tap in range(width):
+            y = torch.addcmul(y, padded[:, tap : tap + length], self.weight[:, tap].to(x.dtype))
+        return y
+
+
+def _initial_steps(count: int, low: float = 1e-3, high: float = 0.1) -> Tensor:
+    """(count,): softplus of it is log-uniform between ``low`` and ``high``, as in Mamba's reference."""
+    dt = torch.exp(torch.rand(count) * (math.log(high) - math.log(low)) + math.log(low))
+    return dt + torch.log(-torch.expm1(-dt))
+
+
+class Bidirectional(nn.Module):
+    """Two mixers, one along the sequence and one against it, averaged: (forward + flipped backward) / 2.
+
+    Args:
+        mixer: "mamba2" or "mamba1"; ``options`` are theirs.
+        directions: 1 leaves out the second, so that tokens see only those before them.
+    """
+
+    def __init__(self, mixer: str, dim: int, directions: int = 2, **options: Any) -> None:
+        super().__init__()
+        self.scans = nn.ModuleList(MIXERS[mixer](dim, **options) for _ in range(directions))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(b, l, dim) → (b, l, dim)."""
+        out: Tensor = self.scans[0](tokens)
+        if len(self.scans) > 1:
+            out = (out + self.scans[1](tokens.flip(1)).flip(1)) / 2
+        return out
+
+
+MIXERS: dict[str, type[nn.Module]] = {"mamba2": Mamba2, "mamba1": Mamba1}
