@@ -11,10 +11,11 @@ UV_VERSION ?= 0.13.8
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help setup slurm test lint format demo bench chaos fuzz clean
+.PHONY: help setup slurm test lint format demo demo-classify bench chaos fuzz clean
 
 help:
 	@echo "make demo     install, then run the whole pipeline on embedded data"
+	@echo "make demo-classify  the same, training a Vision Mamba on scanned digits; TRAIN='seed=1 name=other'"
 	@echo "make test     install (where root and apt allow it, SLURM too), then run all tests"
 	@echo "make setup    only install, into $(VENV)"
 	@echo "make slurm    only install what the tests on a real SLURM need (Debian, root)"
@@ -58,6 +59,11 @@ format: setup
 
 demo: setup
 	$(BIN)/python launch/submit.py stage=all dataset=shapes data_dir=demo_data
+
+demo-classify: setup
+	$(BIN)/python launch/submit.py stage=download,filter,shard dataset=digits data_dir=demo_data split=test
+	$(BIN)/python launch/submit.py stage=download,filter,shard,train dataset=digits data_dir=demo_data $(TRAIN)
+	$(BIN)/python -m pipeline.stages.evaluate dataset=digits data_dir=demo_data
 
 bench: setup
 	@set -e; for script in $(filter-out benchmarks/chaos.py,$(wildcard benchmarks/[!_]*.py)); do \

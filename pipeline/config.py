@@ -83,7 +83,7 @@ class SourceConfig(StageConfig):
 
     source: str = option(
         "",
-        "where samples come from: shapes, image_folder, url_list, http_archive, huggingface, parquet, webdataset, "
+        "where samples come from: shapes, digits, image_folder, url_list, http_archive, huggingface, parquet, webdataset, "
         "torchvision",
         identity=True,
     )
@@ -316,7 +316,7 @@ class PrecomputeConfig(StageConfig):
 class TrainConfig(RunConfig):
     """stage=train: fit a model to a data set; goes on from the last checkpoint of its run folder."""
 
-    task: str = option("diffuse", "what to learn", identity=True, choices=("diffuse",))
+    task: str = option("diffuse", "what to learn", identity=True, choices=("diffuse", "classify"))
     name: str = option("", "name of the run folder (default: <task>)")
     model: str = option("nano", "size of the network", identity=True)
     steps: int = option(1000, "optimizer steps", identity=True)
@@ -375,6 +375,35 @@ class TrainConfig(RunConfig):
         "diffuse: which latents_<resolution> to learn (0: the smallest); classify: edge of the model's input",
         identity=True,
     )
+    classes: int = option(0, "classify: number of classes (0: as the labels tell)", identity=True)
+    blocks: str = option("", "classify: kinds of blocks, repeated: ssm, attention, hybrid, or a list", identity=True)
+    mixer: str = option("", "classify: mamba2 (default) or mamba1", identity=True)
+    scan_backend: str = option(
+        "auto", "kernels of the scan; auto: mamba_ssm where it really works", choices=("auto", "torch", "mamba_ssm")
+    )
+    patch: int = option(0, "classify: edge of a patch (0: as the model has it; so in what follows)", identity=True)
+    stem: str = option("", "classify: patch, or conv for small images", identity=True)
+    pool: str = option("", "classify: mean, or a class token", identity=True)
+    depth: int = option(0, "classify: number of blocks", identity=True)
+    heads: int = option(0, "classify: of attention", identity=True)
+    d_state: int = option(0, "classify: states of a channel", identity=True)
+    d_conv: int = option(0, "classify: taps of the convolution before the scan", identity=True)
+    expand: int = option(0, "classify: inner width of the scan, in widths of the model", identity=True)
+    mlp_ratio: float = option(0.0, "classify: width of the MLP after each mixer (0: none)", identity=True)
+    dropout: float = option(0.0, "classify: dropout", identity=True)
+    drop_path: float = option(0.0, "classify: drop-path of the last block; it rises from 0", identity=True)
+    crop_scale: float = option(1.0, "classify: random crops take this fraction of the area at least", identity=True)
+    shift: float = option(0.0, "classify: images are shifted by up to so many pixels", identity=True)
+    flip: float = option(0.0, "classify: probability of mirroring left and right", identity=True)
+    rotate: float = option(0.0, "classify: images are turned by up to so many degrees", identity=True)
+    shear: float = option(0.0, "classify: images are sheared by up to this", identity=True)
+    randaugment: int = option(0, "classify: operations of RandAugment on each image", identity=True)
+    randaugment_magnitude: float = option(9.0, "classify: their strength, 0 to 10", identity=True)
+    mixup: float = option(0.0, "classify: alpha of mixup (0: none)", identity=True)
+    cutmix: float = option(0.0, "classify: alpha of cutmix (0: none); with mixup, one of both", identity=True)
+    mix_probability: float = option(1.0, "classify: fraction of samples that are mixed, if any", identity=True)
+    erase: float = option(0.0, "classify: probability of random erasing", identity=True)
+    label_smoothing: float = option(0.0, "classify: label smoothing", identity=True)
     checkpoint_every: int = option(500, "steps between checkpoints")
     keep_checkpoints: int = option(2, "older checkpoints are deleted, but for the best one (0: keep all)")
     save_in_background: bool = option(True, "write checkpoints while training goes on")
@@ -404,7 +433,11 @@ class EvaluateConfig(RunConfig):
 
     checkpoint: str = option("", "run folder, or one checkpoint in it (default: the data set's run)")
     name: str = option("", "name of the run folder, as in stage=train")
-    metric: str = option("", "what to measure; shapes: colour and shape as the prompt says", choices=("", "shapes"))
+    metric: str = option(
+        "",
+        "what to measure; shapes: colour and shape as the prompt says; classes: of task=classify",
+        choices=("", "shapes", "classes"),
+    )
     sampler: str = option("euler", "how noise becomes a picture", choices=("euler", "heun", "dpm++"))
     steps: int = option(20, "steps of the sampler")
     guidance: float = option(1.5, "classifier-free guidance scale (1: none)")

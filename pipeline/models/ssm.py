@@ -164,9 +164,7 @@ def _ssd(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, q: i
             state = torch.addcmul(states[:, number], whole[:, number], state)
         y = y + (c * torch.exp(total)[..., None]) @ torch.stack(before, 1)
     y = y.permute(0, 1, 3, 2, 4).reshape(n, k * q, h, p)
-    skip = d.expand(k * q, h)[
-        ..., None
-    ]  # so the gradient of d is summed in two steps: one loses digits
+    skip = d.expand(k * q, h)[..., None]  # so the gradient of d is summed in two steps: one loses digits
     return (y + x * skip)[:, :length]
 
 

@@ -62,6 +62,7 @@ _MODULES = {
     name: name
     for name in (
         "shapes",
+        "digits",
         "image_folder",
         "url_list",
         "http_archive",

@@ -28,16 +28,34 @@ Draw = Callable[[list[str], int], np.ndarray]
 
 def main(config: EvaluateConfig) -> None:
     with errors_as_one_line():
-        if not config.metric:
-            raise ConfigError("metric=...: what to measure; known: shapes")
         run = run_of(config)
         set_threads(config.threads)
-        result = evaluate_shapes(config, run)
+        metric = config.metric or metric_of(config.checkpoint or run)
+        result = _METRICS[metric](config, run)
         with Folder.open(run) as folder:
             folder.write_json("evaluation.json", result)
     for score in result["scores"]:
         print(f"{score['name']}: {score['right']} of {score['of']}")
     print(f"evaluation: {run / 'evaluation.json'}")
+
+
+def metric_of(checkpoint: str | Path) -> str:
+    """What a run can be judged by, if that is not said.
+
+    Raises:
+        ConfigError: it depends on the data.
+    """
+    from pipeline.training.checkpoint import open_checkpoint
+
+    if open_checkpoint(checkpoint, parts=("none",)).facts["task"] != "classify":
+        raise ConfigError("metric=...: what to measure; known: shapes")
+    return "classes"
+
+
+def _evaluate_classes(config: EvaluateConfig, run: Path) -> dict[str, Any]:
+    from pipeline.stages.evaluate_classes import evaluate_classes
+
+    return evaluate_classes(config, run)
 
 
 def evaluate_shapes(config: EvaluateConfig, run: Path) -> dict[str, Any]:
@@ -100,6 +118,8 @@ def _shuffled(prompts: list[str]) -> Iterator[list[str]]:
 def _score(name: str, right: list[bool]) -> dict[str, Any]:
     return {"name": name, "right": sum(right), "of": len(right)}
 
+
+_METRICS = {"shapes": evaluate_shapes, "classes": _evaluate_classes}
 
 if __name__ == "__main__":
     main(config_for("evaluate"))

@@ -28,6 +28,7 @@ from pipeline.training.tasks.diffuse import Normalisation
 
 _BATCH = 32
 _DEFAULT_PROMPTS = 16
+_RUNS = ("diffuse", "classify")  # names that runs have by default
 _LOOKED_AT = 400  # samples whose captions the default prompts are taken from
 
 
@@ -107,7 +108,8 @@ def run_of(config: GenerateConfig | EvaluateConfig) -> Path:
         checkpoint = Path(config.checkpoint).absolute()
         run = checkpoint.parent.parent if checkpoint.parent.name == FOLDER else checkpoint
     else:
-        run = run_folder(config, config.name or "diffuse").absolute()
+        folders = [run_folder(config, name).absolute() for name in ([config.name] if config.name else _RUNS)]
+        run = next((folder for folder in folders if folder.is_dir()), folders[0])
     if not run.is_dir():
         raise ConfigError(f"{run}: there is no such training run; checkpoint= names one")
     return run

@@ -26,7 +26,8 @@ _LATENTS = "latents_"
 def main(rank: Rank, config: TrainConfig) -> None:
     if rank.is_main:
         rank.log.info("%s\n%s", type(config).__name__, cli.dump(config))
-    dataset = open_input(config, "train")
+    # classifiers read pictures: what the stage before precompute writes
+    dataset = open_input(config, "precompute" if config.task == "classify" else "train")
     import torch
 
     from pipeline.training.loop import train
@@ -51,6 +52,15 @@ def learned(config: TrainConfig, dataset: Dataset) -> tuple[Task, Batches, Batch
     """The task, what it is trained on, and what it is measured on meanwhile."""
     from pipeline.latents.loading import LatentFolder, TrainingLatents
     from pipeline.training.feed import Chosen, split
+
+    if config.task == "classify":
+        from pipeline.training.images import ImageDataset
+        from pipeline.training.tasks.classify import Classify
+
+        dataset.require_columns("jpg", "label")
+        images = ImageDataset(RandomAccess(dataset), config.resolution or 224)
+        task: Task = Classify(config, images)
+        return task, *split(images, config.valid_fraction, config.seed)
     from pipeline.training.tasks.diffuse import EVALUATED, Diffuse
 
     resolution = resolution_of(dataset, config.resolution)

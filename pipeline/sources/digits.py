@@ -1,0 +1,73 @@
+"""Embedded data: scikit-learn's 1,797 scanned digits of 8x8 pixels, labelled; split=train or test, always the same."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cached_property
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from pipeline.config import ConfigError
+from pipeline.loading import Permutation
+from pipeline.partitions.plan import Input, Partition
+from pipeline.samples import IMAGE_COLUMNS, Outcome, Schema, caption_fields, content_hash
+from pipeline.sources.base import Source
+
+_TEST = 450
+
+
+class Digits(Source):
+    """1,347 for training, 450 for the test, chosen at random once for all."""
+
+    rechecks = True
+
+    def extra(self) -> dict[str, Any]:
+        return {"classes": [str(digit) for digit in range(10)]}
+
+    def schema(self) -> Schema:
+        return {**IMAGE_COLUMNS, "label": "int"}
+
+    def plan(self) -> Iterator[Partition]:
+        if self.config.split not in ("train", "test"):
+            raise ConfigError(f"split={self.config.split}: digits has train and test")
+        for start in range(0, len(self._chosen), self.config.partition_size):
+            stop = min(start + self.config.partition_size, len(self._chosen))
+            yield Partition((Input(f"digits-{self.config.split}", start, stop),), stop - start)
+
+    @cached_property
+    def _chosen(self) -> np.ndarray:
+        order = Permutation(len(self._all[1]), 0)[np.arange(len(self._all[1]))]
+        return np.sort(order[:_TEST] if self.config.split == "test" else order[_TEST:])
+
+    @cached_property
+    def _all(self) -> tuple[np.ndarray, np.ndarray]:
+        from sklearn.datasets import load_digits
+
+        data = load_digits()
+        return np.round(data.images * (255 / 16)).astype(np.uint8), data.target
+
+    def samples(self, partition: Partition) -> Iterator[Outcome]:
+        (some,) = partition.inputs
+        for index in self._chosen[some.start : some.stop].tolist():
+            file = BytesIO()
+            Image.fromarray(self._all[0][index]).save(file, "PNG")
+            data, label = file.getvalue(), int(self._all[1][index])
+            key = f"{label}/{index:04d}"
+            row = {"key": key, "jpg": data, "format": "png", "label": label, **caption_fields([])}
+            yield Outcome(
+                key,
+                "kept",
+                source="digits",
+                offset=index,
+                source_bytes=len(data),
+                source_hash=content_hash(data),
+                width=8,
+                height=8,
+                row=row,
+            )
+
+
+SOURCE = Digits

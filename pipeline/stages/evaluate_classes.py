@@ -1,0 +1,233 @@
+"""stage=evaluate of a classifier: numbers as JSON, plots as PNG, and a page with the worst mistakes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jinja2 import Environment, PackageLoader
+
+from pipeline.config import ConfigError, EvaluateConfig, StageConfig, dataset_name, stage_folder
+from pipeline.metrics.classes import scores
+from pipeline.models.vision_mamba import VisionMamba, VisionMambaConfig
+from pipeline.partitions.dataset import Dataset, RandomAccess
+from pipeline.partitions.stage import open_input
+from pipeline.stages.report import embed
+from pipeline.storage import Folder
+from pipeline.training.checkpoint import open_checkpoint
+from pipeline.training.images import ImageDataset
+from pipeline.training.logs import read_log
+from pipeline.training.tasks.classify import normalised
+
+_BATCH = 256
+_SHOWN = 24  # mistakes, and as many other samples
+_INK, _WARM = "#3b6ea5", "#c8553d"
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A trained model, ready for uint8 images (b, 3, size, size)."""
+
+    model: VisionMamba
+    names: list[str]
+    mean: list[float]
+    std: list[float]
+    size: int
+    step: int
+
+    @torch.inference_mode()
+    def probabilities(self, images: torch.Tensor) -> np.ndarray:
+        """float32 (b, classes)."""
+        device = next(self.model.parameters()).device
+        logits = self.model(normalised(images.to(device), self.mean, self.std))
+        return logits.float().softmax(1).cpu().numpy()
+
+
+def load_classifier(checkpoint: str | Path, device: str | torch.device = "cpu") -> Classifier:
+    """The averaged weights of ``checkpoint`` (of a run's folder, the best).
+
+    Raises:
+        ConfigError: no checkpoint there, or one of another task.
+    """
+    found = open_checkpoint(checkpoint, "best", parts=("ema",))
+    if found.facts["task"] != "classify":
+        raise ConfigError(f"checkpoint={checkpoint}: its task is {found.facts['task']}, expected classify")
+    model = VisionMamba(VisionMambaConfig(**found.facts["model"]))
+    model.load_state_dict(found.tensors["ema"])
+    how = found.facts["preprocessing"]
+    return Classifier(
+        model.to(device).eval(), list(found.facts["classes"]), how["mean"], how["std"], how["size"], found.step
+    )
+
+
+def evaluate_classes(config: EvaluateConfig, run: Path) -> dict[str, Any]:
+    """Judge a run on the test set (``input=``, else split=test of the data set); write the page into ``output=``, else
+    into ``evaluation/`` of the run."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    classifier = load_classifier(config.checkpoint or run, device)
+    dataset = test_set(config)
+    dataset.require_columns("jpg", "label")
+    data = ImageDataset(RandomAccess(dataset), classifier.size)
+    parts = [data.batch(np.arange(i, min(i + _BATCH, len(data)))) for i in range(0, len(data), _BATCH)]
+    probabilities = np.concatenate([classifier.probabilities(part["images"]) for part in parts])
+    labels = np.concatenate([part["labels"].numpy() for part in parts])
+    if labels.max() >= len(classifier.names):
+        raise ConfigError(
+            f"input={dataset.root.path}: has label {labels.max()}, but the model knows {len(classifier.names)} classes"
+        )
+    result = {
+        "metric": "classes",
+        "step": classifier.step,
+        "data": str(dataset.root.path),
+        "names": classifier.names,
+        **scores(probabilities, labels),
+    }
+    output = Path(config.output) if config.output else run / "evaluation"
+    with Folder.open(output, create=True) as folder:
+        _write(folder, result, probabilities, labels, data, read_log(run))
+    right = round(result["accuracy"] * len(labels))
+    return {**result, "scores": [{"name": "test images: class", "right": right, "of": len(labels)}], "wrong": []}
+
+
+def test_set(config: EvaluateConfig) -> Dataset:
+    """``input=``, or the shards of split=test of the data set."""
+    if config.input:
+        return open_input(config, "precompute")
+    if not config.data_dir or not config.dataset:
+        raise ConfigError("input=...: the dataset directory to judge the model on")
+    split = config.split if config.split != "train" else "test"
+    place = StageConfig(dataset=dataset_name(config.dataset), data_dir=config.data_dir, split=split)
+    if not stage_folder(place, "shard").parent.is_dir():
+        raise ConfigError(f"split={split}: {stage_folder(place, 'shard').parent} is not there; input= names a test set")
+    return open_input(place, "precompute")
+
+
+def _write(
+    folder: Folder,
+    result: dict[str, Any],
+    probabilities: np.ndarray,
+    labels: np.ndarray,
+    data: ImageDataset,
+    log: list[dict[str, Any]],
+) -> None:
+    names = result["names"]
+    confusion = np.array(result["confusion"])
+    plots = {
+        "confusion_matrix.png": _matrix(confusion, names, "samples"),
+        "confusion_matrix_normalised.png": _matrix(
+            confusion / np.maximum(confusion.sum(1, keepdims=True), 1), names, "share of the class"
+        ),
+        "calibration.png": _calibration(result),
+        "training_curves.png": _curves(log),
+    }
+    for name, picture in plots.items():
+        folder.write_atomic(name, picture)
+    folder.write_json("evaluation.json", result)
+    predicted = probabilities.argmax(1)
+    own = probabilities[np.arange(len(labels)), labels]
+    mistakes = [int(i) for i in np.argsort(own) if predicted[i] != labels[i]][:_SHOWN]
+    spread = [int(i) for i in np.linspace(0, len(labels) - 1, min(len(labels), _SHOWN))]
+
+    def shown(positions: list[int]) -> list[dict[str, Any]]:
+        if not positions:
+            return []
+        pictures = data.batch(np.array(positions, np.int64))["images"].numpy()
+        return [
+            {
+                "image": embed(picture.transpose(1, 2, 0)),
+                "label": names[labels[i]],
+                "predicted": names[predicted[i]],
+                "confidence": float(probabilities[i, predicted[i]]),
+            }
+            for i, picture in zip(positions, pictures, strict=True)
+        ]
+
+    environment = Environment(loader=PackageLoader("pipeline", "templates"), autoescape=True)
+    page = environment.get_template("evaluation.html").render(
+        result=result,
+        classes=list(zip(names, result["classes"], strict=True)),
+        plots=list(plots),
+        mistakes=shown(mistakes),
+        samples=shown(spread),
+    )
+    folder.write_atomic("evaluation.html", page.encode())
+
+
+# ---- plots
+
+
+def _axes(width: float = 5.0, height: float = 4.0) -> Any:
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    return pyplot.subplots(figsize=(width, height), layout="constrained")
+
+
+def _png(figure: Any) -> bytes:
+    from matplotlib import pyplot
+
+    file = BytesIO()
+    figure.savefig(file, format="png", dpi=120)
+    pyplot.close(figure)
+    return file.getvalue()
+
+
+def _matrix(values: np.ndarray, names: list[str], label: str) -> bytes:
+    size = min(16.0, 3 + 0.35 * len(names))
+    figure, axes = _axes(size + 1, size)
+    picture = axes.imshow(values, cmap="Blues")
+    figure.colorbar(picture, label=label)
+    axes.set_xlabel("taken for")
+    axes.set_ylabel("is")
+    if len(names) <= 40:
+        axes.set_xticks(range(len(names)), names, rotation=90)
+        axes.set_yticks(range(len(names)), names)
+    if len(names) <= 20:
+        for row, column in np.argwhere(values > 0):
+            value = values[row, column]
+            colour = "white" if value > values.max() / 2 else "black"
+            text = f"{value:.2f}" if values.dtype.kind == "f" else str(value)
+            axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=7)
+    return _png(figure)
+
+
+def _calibration(result: dict[str, Any]) -> bytes:
+    figure, axes = _axes()
+    bins = result["calibration"]
+    axes.plot([0, 1], [0, 1], color="#999", linewidth=0.8)
+    axes.scatter(
+        [b["confidence"] for b in bins],
+        [b["accuracy"] for b in bins],
+        s=[20 + 200 * b["count"] / result["samples"] for b in bins],
+        color=_INK,
+    )
+    axes.set_xlabel("confidence")
+    axes.set_ylabel("accuracy")
+    axes.set_title(f"expected calibration error {result['ece']:.3f}")
+    return _png(figure)
+
+
+def _curves(log: list[dict[str, Any]]) -> bytes:
+    figure, axes = _axes()
+    for name, colour in (("loss", _INK), ("valid_loss", _WARM)):
+        points = [(line["step"], line[name]) for line in log if line.get(name) is not None]
+        if points:
+            axes.plot(*zip(*points, strict=True), color=colour, label=name, marker="." if len(points) < 3 else None)
+    accuracy = [(line["step"], line["valid_accuracy"]) for line in log if line.get("valid_accuracy") is not None]
+    if accuracy:
+        right = axes.twinx()
+        right.plot(
+            *zip(*accuracy, strict=True), color="#555", linestyle="--", marker="." if len(accuracy) < 3 else None
+        )
+        right.set_ylabel("accuracy on the validation set (dashed)")
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss")
+    if axes.lines:
+        axes.legend(frameon=False)
+    return _png(figure)

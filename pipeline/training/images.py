@@ -1,0 +1,230 @@
+"""Labelled images as tensors, and their augmentation, in which all chance is keyed by (seed, epoch, sample)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageEnhance, ImageOps
+from torch import Tensor
+
+from pipeline import images
+from pipeline.config import ConfigError, TrainConfig
+from pipeline.loading import Rows
+from pipeline.randomness import uniforms
+from pipeline.training.tasks.base import Batch, Keys
+
+_CACHED = 2**30  # bytes of pixels up to which a data set is decoded once and kept
+_BLOCK = 256
+Draws = np.ndarray
+"""Uniform numbers of one sample, float64 (n,)."""
+
+
+class ImageDataset:
+    """Images and labels of stored samples.
+
+    Small sets are decoded once and kept; of larger ones each image is decoded whenever it is asked for.
+
+    Args:
+        rows: samples with ``jpg`` and ``label``.
+        size: edge of the square images.
+        margin: images are brought to ``size * margin`` and their middle is taken (for large images, 1.143 = 256 / 224).
+    """
+
+    def __init__(self, rows: Rows, size: int, margin: float = 1.0) -> None:
+        self.rows, self.size, self._margin = rows, size, margin
+        self.names: dict[int, str] = {}
+        """What the top folder of a sample's key says of its label."""
+        self._images: np.ndarray | None = None
+        self.labels: np.ndarray | None = None
+        if len(rows) * size * size * 3 <= _CACHED:
+            self._keep()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def _keep(self) -> None:
+        pixels = np.empty((len(self), 3, self.size, self.size), np.uint8)
+        labels = np.empty(len(self), np.int64)
+        for start in range(0, len(self), _BLOCK):
+            some = range(start, min(start + _BLOCK, len(self)))
+            pixels[some.start : some.stop], labels[some.start : some.stop] = self._decoded(np.array(some))
+        self._images, self.labels = pixels, labels
+
+    def batch(self, positions: np.ndarray) -> Batch:
+        """``images`` uint8 (b, 3, h, w) and ``labels`` int64 (b,), in the order asked for.
+
+        Raises:
+            ValueError: a sample has no label, or an image that cannot be decoded.
+        """
+        if self._images is not None and self.labels is not None:
+            pixels, labels = self._images[positions], self.labels[positions]
+        else:
+            pixels, labels = self._decoded(positions)
+        return {"images": torch.from_numpy(pixels), "labels": torch.from_numpy(labels)}
+
+    def _decoded(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        rows = self.rows.rows([int(position) for position in positions])
+        pixels = np.stack([self._pixels(row) for row in rows])
+        labels = np.array([self._label(row) for row in rows], np.int64)
+        return pixels, labels
+
+    def _label(self, row: dict[str, Any]) -> int:
+        if row.get("label") is None:
+            raise ValueError(f"sample {row.get('key')!r} has no label")
+        label = int(row["label"])
+        folder, slash, _ = str(row.get("key", "")).partition("/")
+        if slash:
+            self.names.setdefault(label, folder)
+        return label
+
+    def _pixels(self, row: dict[str, Any]) -> np.ndarray:
+        try:
+            pixels = images.decode(row["jpg"], images.probe(row["jpg"], images.Limits()))
+        except images.ImageError as error:
+            raise ValueError(f"sample {row.get('key')!r}: {error}") from error
+        edge = max(self.size, round(self.size * self._margin))
+        height, width = pixels.shape[:2]
+        if min(height, width) != edge:
+            scale = edge / min(height, width)
+            pixels = images.resize(pixels, (max(edge, round(width * scale)), max(edge, round(height * scale))))
+        top, left = (pixels.shape[0] - self.size) // 2, (pixels.shape[1] - self.size) // 2
+        return np.ascontiguousarray(pixels[top : top + self.size, left : left + self.size].transpose(2, 0, 1))
+
+
+class Augmentation:
+    """What training does to images: some of crop, flip, affine, RandAugment, erasing, as the config says.
+
+    Raises:
+        ConfigError: a probability or strength that cannot be.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        for name in ("flip", "erase", "mix_probability"):
+            if not 0 <= getattr(config, name) <= 1:
+                raise ConfigError(f"{name}={getattr(config, name)}: must be between 0 and 1")
+        self._config = config
+
+    def __call__(self, pixels: Tensor, keys: Keys) -> Tensor:
+        """uint8 (b, 3, h, w) → the same; sample i depends on (seed, epoch i, position i) alone."""
+        config = self._config
+        draws = np.stack(
+            [
+                uniforms(16 + 3 * config.randaugment, keys.seed, "augment", int(epoch), int(position))
+                for epoch, position in zip(keys.epochs, keys.positions, strict=True)
+            ]
+        )
+        moved = self._moved(pixels, torch.from_numpy(draws[:, :8]).float())
+        out = []
+        for image, draw in zip(moved, draws, strict=True):
+            if config.randaugment:
+                image = _randaugment(image, draw[16:], config.randaugment_magnitude / 10)
+            if draw[8] < config.erase:
+                image = _erased(image, draw[9:13])
+            out.append(image)
+        return torch.stack(out)
+
+    def _moved(self, pixels: Tensor, u: Tensor) -> Tensor:
+        """Crop, flip and affine map in one resampling; whole pixels stay exact where nothing is turned or scaled."""
+        config = self._config
+        b, _, height, width = pixels.shape
+        angle = (2 * u[:, 0] - 1) * config.rotate * torch.pi / 180
+        shear = (2 * u[:, 1] - 1) * config.shear
+        lowest = config.crop_scale
+        zoom = (lowest + (1 - lowest) * u[:, 2]).sqrt()  # edge of the crop, as a fraction
+        aspect = torch.exp((2 * u[:, 6] - 1) * np.log(4 / 3)) if lowest < 1 else torch.ones(b)
+        wide, high = (zoom * aspect.sqrt()).clamp(max=1), (zoom / aspect.sqrt()).clamp(max=1)
+        shift_x = (2 * u[:, 3] - 1) * (1 - wide) + 2 * torch.round((2 * u[:, 3] - 1) * config.shift) / width
+        shift_y = (2 * u[:, 4] - 1) * (1 - high) + 2 * torch.round((2 * u[:, 4] - 1) * config.shift) / height
+        mirror = torch.where(u[:, 5] < config.flip, -1.0, 1.0)
+        cos, sin = angle.cos(), angle.sin()
+        rows = [
+            torch.stack([cos * wide * mirror, (shear - sin) * high, shift_x], 1),
+            torch.stack([sin * wide * mirror, cos * high, shift_y], 1),
+        ]
+        grid = F.affine_grid(torch.stack(rows, 1), [b, 3, height, width], align_corners=False)
+        moved = F.grid_sample(pixels.float(), grid, align_corners=False, padding_mode="zeros")
+        return moved.round().clamp(0, 255).to(torch.uint8)
+
+
+def _erased(image: Tensor, u: Draws) -> Tensor:
+    """Random erasing (Zhong et al. 2020): a rectangle of 2 to 33 % of the area becomes grey."""
+    _, height, width = image.shape
+    area, aspect = 0.02 + 0.31 * u[0], np.exp((2 * u[1] - 1) * np.log(1 / 0.3))
+    h = min(height, max(1, round(height * np.sqrt(area * aspect))))
+    w = min(width, max(1, round(width * np.sqrt(area / aspect))))
+    top, left = int(u[2] * (height - h + 1)), int(u[3] * (width - w + 1))
+    image = image.clone()
+    image[:, top : top + h, left : left + w] = 127
+    return image
+
+
+def _affine(
+    image: Image.Image, a: float = 1, b: float = 0, c: float = 0, d: float = 0, e: float = 1, f: float = 0
+) -> Any:
+    return image.transform(
+        image.size, Image.Transform.AFFINE, (a, b, c, d, e, f), Image.Resampling.BILINEAR, fillcolor=(127, 127, 127)
+    )
+
+
+_OPERATIONS: tuple[Callable[[Image.Image, float], Image.Image], ...] = (
+    lambda image, m: image,
+    lambda image, m: ImageOps.autocontrast(image),
+    lambda image, m: ImageOps.equalize(image),
+    lambda image, m: image.rotate(30 * m, Image.Resampling.BILINEAR, fillcolor=(127, 127, 127)),
+    lambda image, m: ImageOps.posterize(image, 8 - round(4 * abs(m))),
+    lambda image, m: ImageOps.solarize(image, round(256 * (1 - abs(m)))),
+    lambda image, m: ImageEnhance.Color(image).enhance(1 + 0.9 * m),
+    lambda image, m: ImageEnhance.Contrast(image).enhance(1 + 0.9 * m),
+    lambda image, m: ImageEnhance.Brightness(image).enhance(1 + 0.9 * m),
+    lambda image, m: ImageEnhance.Sharpness(image).enhance(1 + 0.9 * m),
+    lambda image, m: _affine(image, b=0.3 * m),
+    lambda image, m: _affine(image, d=0.3 * m),
+    lambda image, m: _affine(image, c=0.45 * m * image.width),
+    lambda image, m: _affine(image, f=0.45 * m * image.height),
+)
+
+
+def _randaugment(image: Tensor, u: Draws, magnitude: float) -> Tensor:
+    """RandAugment (Cubuk et al. 2020) with magnitudes in [-1, 1], each a little random, as in timm."""
+    picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+    for which, strength, sign in u.reshape(-1, 3):
+        m = float(np.clip(magnitude + 0.1 * (strength - 0.5), 0, 1)) * (1 if sign < 0.5 else -1)
+        picture = _OPERATIONS[int(which * len(_OPERATIONS))](picture, m)
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+
+
+def mixes(keys: Keys, config: TrainConfig, height: int, width: int) -> Batch:
+    """How much of each sample stays when it is mixed with its neighbour in the batch: ``keep`` float32 (b,), and for
+    cutmix (Yun et al. 2019) ``box`` int64 (b, 4), the rows and columns that come from the neighbour; else empty boxes.
+
+    Neighbours are the slots 2i and 2i + 1, which share their draw. So the number of ranks changes nothing.
+
+    Raises:
+        ConfigError: ranks or parts of the batch would tear pairs apart.
+    """
+    if keys.slots[0] % 2 or len(keys.slots) % 2:
+        raise ConfigError(
+            "mixup= and cutmix= pair samples: batch_size= must be a multiple of twice the number of ranks, and "
+            "micro_batch= even"
+        )
+    keep = np.ones(len(keys.slots), np.float32)
+    box = np.zeros((len(keys.slots), 4), np.int64)
+    for place in range(0, len(keys.slots), 2):
+        u = np.random.default_rng([keys.seed, 7, keys.step, int(keys.slots[place])])
+        if u.random() >= config.mix_probability:
+            continue
+        cut = config.cutmix > 0 and (config.mixup <= 0 or u.random() < 0.5)
+        alpha = config.cutmix if cut else config.mixup
+        share = float(u.beta(alpha, alpha))
+        if cut:
+            edge = np.sqrt(1 - share)
+            h, w = round(height * edge), round(width * edge)
+            top, left = int(u.integers(0, height - h + 1)), int(u.integers(0, width - w + 1))
+            box[place : place + 2] = top, top + h, left, left + w
+            share = 1 - h * w / (height * width)
+        keep[place : place + 2] = share
+    return {"keep": torch.from_numpy(keep), "box": torch.from_numpy(box)}

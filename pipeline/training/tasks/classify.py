@@ -1,0 +1,125 @@
+"""Which class an image belongs to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline.config import ConfigError, TrainConfig
+from pipeline.models.vision_mamba import VisionMamba, vision_mamba_config
+from pipeline.randomness import keyed_seed
+from pipeline.training.images import Augmentation, ImageDataset, mixes
+from pipeline.training.tasks.base import Batch, Keys, Task
+
+_MEASURED = 2048  # images that mean and deviation are taken from
+_MODEL = ("patch", "stem", "blocks", "mixer", "pool", "depth", "d_state", "d_conv", "expand", "heads")
+"""Settings of the model whose empty value, "" or 0, means: as the size has it."""
+
+
+class Classify(Task):
+    """A :class:`VisionMamba` that learns labels.
+
+    Raises:
+        ConfigError: more classes in the data than ``classes=`` says, or a setting of the model that cannot be.
+    """
+
+    name = "classify"
+    metric = "valid_accuracy"
+    higher_is_better = True
+    model: VisionMamba
+
+    def __init__(self, config: TrainConfig, data: ImageDataset) -> None:
+        self.config = config
+        self.classes = _classes(config, data)
+        self.names = [data.names.get(number, str(number)) for number in range(self.classes)]
+        some = data.batch(np.linspace(0, len(data) - 1, min(len(data), _MEASURED)).astype(np.int64))["images"].double()
+        self.mean = [round(float(m), 4) for m in some.mean((0, 2, 3)) / 255]
+        self.std = [round(max(float(s), 1.0) / 255, 4) for s in some.std((0, 2, 3))]
+        settings = {name: getattr(config, name) for name in _MODEL if getattr(config, name)}
+        settings |= {name: getattr(config, name) for name in ("dropout", "drop_path", "mlp_ratio", "scan_backend")}
+        torch.manual_seed(keyed_seed(config.seed, "weights"))
+        self.model = VisionMamba(vision_mamba_config(config.model, (3, data.size, data.size), self.classes, **settings))
+        self._augmented = Augmentation(config)
+        self._mixing = config.mixup > 0 or config.cutmix > 0
+
+    def prepare(self, batch: Batch, keys: Keys) -> Batch:
+        if keys.step < 0:
+            return batch
+        batch = {**batch, "images": self._augmented(batch["images"], keys)}
+        return {**batch, **mixes(keys, self.config, *batch["images"].shape[2:])} if self._mixing else batch
+
+    def losses(self, network: nn.Module, batch: Batch, keys: Keys) -> Tensor:
+        """Cross entropy with smoothed labels, (b,); of mixed samples that with both labels."""
+        images = normalised(batch["images"], self.mean, self.std)
+        targets = F.one_hot(batch["labels"], self.classes).float()
+        if "keep" in batch:
+            images, targets = _mixed(images, targets, batch["keep"], batch["box"])
+        logits = network(images).float()
+        return F.cross_entropy(logits, targets, reduction="none", label_smoothing=self.config.label_smoothing)
+
+    def measure(self, network: nn.Module, batch: Batch, keys: Keys) -> dict[str, tuple[Tensor, Tensor]]:
+        """``valid_loss``, without smoothing, and ``valid_accuracy``."""
+        logits = network(normalised(batch["images"], self.mean, self.std)).float()
+        losses = F.cross_entropy(logits, batch["labels"], reduction="none")
+        weights = torch.ones_like(losses)
+        return {
+            "valid_loss": (losses, weights),
+            "valid_accuracy": ((logits.argmax(1) == batch["labels"]).float(), weights),
+        }
+
+    def decays(self, name: str, parameter: Tensor) -> bool:
+        """Matrices, but neither vectors nor what sets the rates of a scan, nor positions."""
+        return parameter.dim() > 1 and not name.endswith(("log_rate", "positions", "token"))
+
+    def example(self) -> tuple[Any, ...]:
+        return (torch.zeros(1, 3, self.model.config.height, self.model.config.width),)
+
+    def facts(self) -> dict[str, Any]:
+        return {"model": self.model.config.to_dict(), "classes": self.names}
+
+    def preprocessing(self) -> dict[str, Any]:
+        size = self.model.config.height
+        return {
+            "mean": self.mean,
+            "std": self.std,
+            "size": size,
+            "resize": "bicubic",
+            "crop": "centre",
+            "scale": 1 / 255,
+        }
+
+
+def normalised(images: Tensor, mean: list[float], std: list[float]) -> Tensor:
+    """uint8 (b, 3, h, w) → float32 of zero mean and unit deviation."""
+    shape = (1, 3, 1, 1)
+    means, deviations = (images.new_tensor(v, dtype=torch.float32).view(shape) for v in (mean, std))
+    return (images.float() / 255 - means) / deviations
+
+
+def _mixed(images: Tensor, targets: Tensor, keep: Tensor, box: Tensor) -> tuple[Tensor, Tensor]:
+    """Each sample with its neighbour: blended, or where it has a box, with that cut out of the neighbour."""
+    partner = torch.arange(len(images), device=images.device) ^ 1
+    rows, columns = (torch.arange(n, device=images.device) for n in images.shape[2:])
+    inside = ((rows >= box[:, :1]) & (rows < box[:, 1:2]))[:, None, :, None] & (
+        (columns >= box[:, 2:3]) & (columns < box[:, 3:])
+    )[:, None, None]
+    cut = (box[:, 1] > box[:, 0])[:, None, None, None]
+    share = keep[:, None, None, None]
+    pasted = torch.where(inside, images[partner], images)
+    blended = share * images + (1 - share) * images[partner]
+    return torch.where(cut, pasted, blended), keep[:, None] * targets + (1 - keep[:, None]) * targets[partner]
+
+
+def _classes(config: TrainConfig, data: ImageDataset) -> int:
+    if data.labels is None:
+        if not config.classes:
+            raise ConfigError("classes=...: how many there are; this data set is too large to look at all of it")
+        return config.classes
+    found = int(data.labels.max()) + 1
+    if config.classes and config.classes < found:
+        raise ConfigError(f"classes={config.classes}: the data has labels up to {found - 1}")
+    return config.classes or found
