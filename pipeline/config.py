@@ -83,8 +83,8 @@ class SourceConfig(StageConfig):
 
     source: str = option(
         "",
-        "where samples come from: shapes, digits, image_folder, url_list, http_archive, huggingface, parquet, webdataset, "
-        "torchvision",
+        "where samples come from: shapes, digits, image_folder, url_list, http_archive, huggingface, parquet, "
+        "webdataset, torchvision",
         identity=True,
     )
     partition_size: int = option(
