@@ -43,9 +43,9 @@ def main(rank: Rank, config: TrainConfig) -> None:
         raise StorageError(f"output {place} cannot be made: {error.strerror}") from error
     rank.now = {"of": config.steps}
     with Events(run, rank).around():
-        train(task, data, config, rank, run, valid)
+        state = train(task, data, config, rank, run, valid)
     if rank.is_main:
-        rank.log.info("%s: finished after %d steps", place, config.steps)
+        rank.log.info("%s: finished after %d steps", place, state.step)
 
 
 def learned(config: TrainConfig, dataset: Dataset) -> tuple[Task, Batches, Batches | None]:

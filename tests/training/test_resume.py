@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_training import Regression, Run
+from torch import nn
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from pipeline import storage
@@ -223,3 +225,41 @@ def test_a_loss_that_is_not_finite_stops_before_it_spoils_the_weights(run: Runs)
         one(task=poisoned, max_skipped=0)
     assert open_checkpoint(one.path).step == 5
     assert all(p.isfinite().all() for p in poisoned.model.parameters())
+
+
+def test_a_step_that_is_not_finite_is_left_out_and_counted(run: Runs, caplog: Any) -> None:
+    one = run()
+    state = one(task=Regression(poison=7))
+    assert state.step == 12 and state.ema.updates == 11
+    assert (state.skipped, state.skipped_ever) == (0, 1)
+    assert "step 8 is left out: loss nan" in caplog.text
+
+
+def test_a_checkpoint_of_another_model_is_refused(run: Runs) -> None:
+    class Wider(Regression):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = nn.Sequential(nn.Linear(4, 9), nn.Tanh(), nn.Linear(9, 1))
+
+    run()()
+    with pytest.raises(ConfigError, match=r"is of another model: model/0.weight is 8x4 there, 9x4 here"):
+        run()(task=Wider(), steps=12)
+
+
+def test_the_best_checkpoint_outlives_newer_ones_and_a_run_without_gain_stops(run: Runs) -> None:
+    class Worse(Regression):
+        """Its metric gets no better after the second evaluation."""
+
+        seen = 0
+
+        def measure(self, network: nn.Module, batch: Any, keys: Any) -> Any:
+            losses, weights = super().measure(network, batch, keys)["valid_loss"]
+            self.seen += 1
+            return {"valid_loss": (torch.full_like(losses, -min(self.seen, 8)), weights)}
+
+    one = run()
+    state = one(task=Worse(), steps=100, evaluate_every=2, early_stop=3, keep_checkpoints=1)
+    assert state.progress.without_gain == 3
+    assert state.step == state.progress.best_step + 6
+    assert checkpoints(one.path) == [f"step_{step:06d}" for step in (state.progress.best_step, state.step)]
+    assert json.loads((one.path / "export/config.json").read_text())["step"] == state.progress.best_step
