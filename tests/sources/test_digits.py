@@ -24,7 +24,7 @@ def test_each_digit_is_in_one_part_as_it_was_scanned() -> None:
             assert outcome.row is not None
             assert outcome.row["label"] == data.target[outcome.offset]
             pixels = np.asarray(Image.open(BytesIO(outcome.row["jpg"])))
-            assert np.array_equal(np.round(pixels * 16 / 255), data.images[outcome.offset])
+            assert np.array_equal(np.round(pixels.astype(float) * (16 / 255)), data.images[outcome.offset])
         seen += [outcome.offset for outcome in found]
     assert sorted(seen) == list(range(1797))
 
