@@ -109,9 +109,10 @@ class State:
 
     def load(self, place: Path, facts: dict[str, Any], step: int) -> None:
         """Go on from the checkpoint at ``place``."""
-        optimizer = empty_optimizer_tensors(place, self.model)
-        parts = {"model": self.model.state_dict(), "ema": self.ema.weights(), "optimizer": optimizer}
+        parts = {"model": self.model.state_dict(), "ema": self.ema.weights()}
         load_into(place, {f"{part}/{name}": t for part, tensors in parts.items() for name, t in tensors.items()})
+        optimizer = empty_optimizer_tensors(place, self.model)
+        load_into(place, {f"optimizer/{name}": tensor for name, tensor in optimizer.items()})
         load_optimizer(self.model, self.optimizer, optimizer)
         self.sampler.load(facts["sampler"])
         self.step, self.ema.updates = step, facts["ema_updates"]
