@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,9 +15,13 @@ HOME = Path(__file__).resolve().parent.parent
 """The checkout."""
 LOCKSTEP = ("train",)
 """Stages whose ranks wait for each other."""
-SINGLE = ("generate", "evaluate", "report", "verify", "repair", "gc", "takedown")
-"""Stages that are one process whatever is asked for."""
+_SINGLE = ("generate", "evaluate", "report", "verify", "repair", "gc", "takedown")
 _GPU_SINGLE = ("generate", "evaluate")
+
+
+def is_single(stage: str, arguments: Sequence[str]) -> bool:
+    """Whether a stage is one process whatever is asked for; generate is so unless it has an output of its own."""
+    return stage in _SINGLE and not (stage == "generate" and any(a.startswith("output=") for a in arguments))
 
 
 @dataclass(frozen=True)
@@ -43,13 +48,17 @@ class Script:
     workdir: Path = field(default_factory=Path.cwd)
 
     @property
+    def single(self) -> bool:
+        return is_single(self.stage, self.arguments)
+
+    @property
     def tasks_per_node(self) -> int:
         config = self.request.config
-        return 1 if self.stage in SINGLE else config.tasks_per_node or config.gpus_per_node or 1
+        return 1 if self.single else config.tasks_per_node or config.gpus_per_node or 1
 
     @property
     def nodes(self) -> int:
-        return 1 if self.stage in SINGLE else self.request.config.nodes
+        return 1 if self.single else self.request.config.nodes
 
     @property
     def ranks(self) -> int:
@@ -86,7 +95,7 @@ class Script:
 
     def _gpus(self) -> str:
         gpus = self.request.config.gpus_per_node
-        if self.stage in SINGLE:
+        if self.single:
             gpus = min(gpus, 1) if self.stage in _GPU_SINGLE else 0
         return str(gpus) if gpus else ""
 

@@ -23,7 +23,7 @@ import submitit
 import xxhash
 from submitit.core.utils import FailedJobError
 
-from launch.script import LOCKSTEP, SINGLE, Array, Script
+from launch.script import LOCKSTEP, Array, Script
 from pipeline.config import MAIN_LINE, UPSTREAMS, ConfigError, identity, public_text
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ def scripts_of(job: Job, max_array: int = 0) -> tuple[Script, ...]:
     """
     config = job.request.config
     single = Script(job.stage, name_of(job), comment_of(job), job.arguments, logs_of(job), job.request)
-    if not config.array or job.stage in SINGLE:
+    if not config.array or single.single:
         return (single,)
     if job.stage in LOCKSTEP:
         raise ConfigError(f"array={config.array}: the ranks of stage {job.stage} wait for each other: use nodes=")

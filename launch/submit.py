@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from launch import local
 from launch.request import PRESETS, Launch, Request, read
-from launch.script import SINGLE
+from launch.script import is_single
 from pipeline import cli
 from pipeline.config import (
     MAIN_LINE,
@@ -87,7 +87,7 @@ def jobs_of(launch: LaunchConfig, settings: dict[str, str], requests: Mapping[st
         config = cli.load(name, arguments)
         if launch.stage == "all" and name == "evaluate" and not config.metric:
             continue  # nothing that this data set could be judged by
-        ranks = 1 if name in SINGLE else launch.ranks
+        ranks = 1 if is_single(name, arguments) else launch.ranks
         request = (requests or {}).get(name, Request(launch))
         jobs.append(Job(name, config, arguments, ranks, output_of(name, config), request))
     return jobs
@@ -126,7 +126,7 @@ def size_of(job: Job) -> str:
     from pipeline.stages import get_stage
 
     if job.stage not in (*MAIN_LINE[:-1], *UPSTREAMS):
-        return "one process" if job.stage in SINGLE else "one run"
+        return "one process" if is_single(job.stage, job.arguments) else "one run"
     try:
         dataset = Dataset.open(job.output or "")
         return f"{dataset.partitions} partitions, {'finished' if dataset.success else 'begun'}"

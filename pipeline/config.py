@@ -415,16 +415,21 @@ class TrainConfig(RunConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateConfig(RunConfig):
-    """stage=generate: draw pictures for prompts with a trained run."""
+class GenerateConfig(StageConfig):
+    """stage=generate: draw pictures for prompts with a trained run; with output= as a dataset directory, by any ranks."""
 
     checkpoint: str = option("", "run folder, or one checkpoint in it (default: the data set's run)")
     name: str = option("", "name of the run folder, as in stage=train")
-    prompts: tuple[str, ...] = option((), "captions to draw, or one path of a text file with a prompt a line")
-    sampler: str = option("euler", "how noise becomes a picture", choices=("euler", "heun", "dpm++"))
-    steps: int = option(20, "steps of the sampler")
-    guidance: float = option(1.5, "classifier-free guidance scale (1: none)")
-    threads: int = option(0, "CPU threads (0: all cores)")
+    prompts: tuple[str, ...] = option(
+        (), "captions to draw, or one path of a text file with a prompt a line", identity=True
+    )
+    images_per_prompt: int = option(1, "pictures of each prompt, from different noise", identity=True)
+    sampler: str = option("euler", "how noise becomes a picture", identity=True, choices=("euler", "heun", "dpm++"))
+    steps: int = option(20, "steps of the sampler", identity=True)
+    guidance: float = option(1.5, "classifier-free guidance scale (1: none)", identity=True)
+    batch_size: int = option(32, "with output=: pictures drawn at a time", identity=True)
+    partition_size: int = option(256, "with output=: pictures in a partition", identity=True)
+    threads: int = option(0, "CPU threads (0: all cores; with output= results depend on it in the last bit)")
 
 
 @dataclass(frozen=True, kw_only=True)

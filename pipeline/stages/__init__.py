@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def get_stage(name: str) -> type[Stage]:
-    """The class of a stage with partitions: download, filter, shard or precompute."""
+    """The class of a stage with partitions: download, filter, shard, precompute or generate."""
     return getattr(import_module(f"pipeline.stages.{name}"), name.capitalize())  # type: ignore[no-any-return]
 
 

@@ -60,12 +60,12 @@ def _evaluate_classes(config: EvaluateConfig, run: Path) -> dict[str, Any]:
 
 def evaluate_shapes(config: EvaluateConfig, run: Path) -> dict[str, Any]:
     """Judge pictures of fixed prompts and of combinations that training never saw; and how reliable the judge is."""
-    from pipeline.stages.generate import load_painter, sample_images
+    from pipeline.stages.generate import Manner, load_painter, sample_images
 
     painter = load_painter(config.checkpoint or run)
 
     def draw(prompts: list[str], seed: int) -> np.ndarray:
-        return sample_images(painter, prompts, seed, config.steps, config.guidance)
+        return sample_images(painter, prompts, seed, Manner.of(config))
 
     prompts = fixed_prompts(_PROMPTS)
     pictures = draw(prompts, config.seed)

@@ -1,29 +1,39 @@
-"""stage=generate: pictures for prompts, drawn with a trained run, into ``samples/`` of its folder."""
+"""stage=generate: pictures for prompts, drawn with a trained run.
+
+Without ``output=`` a few, with a grid of them, into ``samples/`` of the run's folder. With it, any number by any number
+of ranks into a dataset directory, as every other stage writes it: exactly once, and the same bytes whoever draws.
+"""
 
 from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
-from pipeline.cli import config_for, errors_as_one_line
+from pipeline.cli import config_for
 from pipeline.config import ConfigError, EvaluateConfig, GenerateConfig, run_folder
+from pipeline.distributed import Rank, distributed
 from pipeline.encoders.base import Autoencoder, TextEncoder, autoencoder, text_encoder, to_pixels
 from pipeline.models.dit import DiT, DiTConfig
 from pipeline.models.processes import Process, process_of
 from pipeline.models.sampling import sample
+from pipeline.partitions import engine
 from pipeline.partitions.dataset import RandomAccess
-from pipeline.partitions.stage import open_input
+from pipeline.partitions.plan import Input, Partition
+from pipeline.partitions.stage import Stage, open_input
 from pipeline.randomness import normals
+from pipeline.samples import IMAGE_COLUMNS, Outcome, Schema, caption_fields, content_hash
 from pipeline.storage import Folder
-from pipeline.training.checkpoint import FOLDER, open_checkpoint
+from pipeline.training.checkpoint import FOLDER, RECORD, find_checkpoint, open_checkpoint, step_of
 from pipeline.training.tasks.diffuse import Normalisation
 
 _BATCH = 32
@@ -42,6 +52,22 @@ class Painter:
     autoencoder: Autoencoder
     text_encoder: TextEncoder
     step: int
+
+
+@dataclass(frozen=True)
+class Manner:
+    """How to sample; see :func:`pipeline.models.sampling.sample`."""
+
+    steps: int = 20
+    guidance: float = 1.5
+    sampler: str = "euler"
+
+    @classmethod
+    def of(cls, config: GenerateConfig | EvaluateConfig) -> Manner:
+        return cls(config.steps, config.guidance, config.sampler)
+
+
+_DEFAULT = Manner()
 
 
 def load_painter(checkpoint: str | Path, device: str | torch.device = "cpu") -> Painter:
@@ -68,33 +94,124 @@ def load_painter(checkpoint: str | Path, device: str | torch.device = "cpu") -> 
 
 
 def sample_images(
-    painter: Painter, prompts: Sequence[str], seed: int = 0, steps: int = 20, guidance: float = 1.5
+    painter: Painter, prompts: Sequence[str], seed: int = 0, manner: Manner = _DEFAULT, first: int = 0
 ) -> np.ndarray:
-    """Pictures uint8 (n, h, w, 3), one for each prompt; picture i starts from noise keyed by (seed, i) alone."""
+    """Pictures uint8 (n, h, w, 3), one for each prompt; number ``first + i`` starts from noise keyed by (seed, that).
+
+    Raises:
+        ConfigError: there are no prompts.
+    """
     if not prompts:
         raise ConfigError("prompts=: there is nothing to draw")
-    config = painter.model.config
-    shape = (config.channels, config.height, config.width)
-    device = next(painter.model.parameters()).device
     pictures = []
     for start in range(0, len(prompts), _BATCH):
         some = prompts[start : start + _BATCH]
-        noise = np.stack([normals(shape, seed, "picture", start + i) for i in range(len(some))])
-        latents = sample(
-            painter.model, torch.from_numpy(noise).to(device), painter.text_encoder.encode(some), steps, guidance
-        )
-        pictures.append(to_pixels(painter.autoencoder.decode(painter.normalisation.invert(latents))))
+        pictures.append(_drawn(painter, some, range(first + start, first + start + len(some)), seed, manner))
     return np.concatenate(pictures)
 
 
-def main(config: GenerateConfig) -> None:
-    with errors_as_one_line():
-        run = run_of(config)
-        set_threads(config.threads)
-        painter = load_painter(config.checkpoint or run)
-        prompts = prompts_of(config)
-        pictures = sample_images(painter, prompts, config.seed, config.steps, config.guidance)
-        place = write_samples(run, prompts, pictures, config.seed)
+def _drawn(painter: Painter, prompts: Sequence[str], numbers: Sequence[int], seed: int, manner: Manner) -> np.ndarray:
+    """One batch."""
+    config = painter.model.config
+    shape = (config.channels, config.height, config.width)
+    device = next(painter.model.parameters()).device
+    noise = torch.from_numpy(np.stack([normals(shape, seed, "picture", number) for number in numbers])).to(device)
+    states = painter.text_encoder.encode(prompts).to(device)
+    process, sampler = painter.process, manner.sampler
+    latents = sample(painter.model, noise, states, manner.steps, manner.guidance, process, sampler)
+    return to_pixels(painter.autoencoder.decode(painter.normalisation.invert(latents)))
+
+
+class Generate(Stage):
+    """Pictures of prompts as a dataset directory; a partition is a range of pictures."""
+
+    name = "generate"
+    reads_upstream = False
+    rechecks = True
+
+    @property
+    def output(self) -> Path:  # type: ignore[override]
+        return Path(self.config.output).absolute()
+
+    def schema(self) -> Schema:
+        return {**IMAGE_COLUMNS, "seed": "int"}
+
+    def extra(self) -> dict[str, Any]:
+        return {"checkpoint": self.checkpoint.name, "step": step_of(self.checkpoint.name)}
+
+    @cached_property
+    def checkpoint(self) -> Path:
+        return find_checkpoint(self.config.checkpoint or run_of(self.config))
+
+    @cached_property
+    def prompts(self) -> list[str]:
+        return prompts_of(self.config)
+
+    @cached_property
+    def painter(self) -> Painter:
+        return load_painter(self.checkpoint, self.rank.device)
+
+    def plan(self, since: int = 0) -> Iterator[Partition]:
+        for name in ("images_per_prompt", "partition_size", "batch_size", "steps"):
+            if getattr(self.config, name) < 1:
+                raise ConfigError(f"{name}={getattr(self.config, name)}: must be at least 1")
+        if not self.prompts:
+            raise ConfigError("prompts=: there is nothing to draw")
+        total = len(self.prompts) * self.config.images_per_prompt
+        for start in range(0, total, self.config.partition_size):
+            stop = min(total, start + self.config.partition_size)
+            yield Partition((Input(self.checkpoint.name, start, stop, etag=self._digest(start, stop)),), stop - start)
+
+    def _digest(self, start: int, stop: int) -> str:
+        """Of the weights and the prompts that these pictures depend on."""
+        prompts = [self._prompt(number) for number in range(start, stop)]
+        return content_hash((self._weights + "\n".join(prompts)).encode())
+
+    @cached_property
+    def _weights(self) -> str:
+        with Folder.open(self.checkpoint) as folder:
+            return folder.digest_of(RECORD)
+
+    def _prompt(self, number: int) -> str:
+        return self.prompts[number // self.config.images_per_prompt]
+
+    def process(self, partition: Partition) -> Iterator[Outcome]:
+        """Batches never reach over partitions, so that the result does not depend on who does which of them."""
+        set_threads(self.config.threads)
+        (pictures,) = partition.inputs
+        if pictures.etag != self._digest(pictures.start, pictures.stop):
+            raise ConfigError("the prompts or the checkpoint changed since the plan was made: overwrite=true")
+        manner = Manner.of(self.config)
+        for start in range(pictures.start, pictures.stop, self.config.batch_size):
+            self.rank.check_stop()
+            numbers = range(start, min(start + self.config.batch_size, pictures.stop))
+            prompts = [self._prompt(number) for number in numbers]
+            drawn = _drawn(self.painter, prompts, numbers, self.config.seed, manner)
+            for number, prompt, picture in zip(numbers, prompts, drawn, strict=True):
+                yield self._outcome(number, prompt, picture)
+
+    def _outcome(self, number: int, prompt: str, picture: np.ndarray) -> Outcome:
+        key, data = f"{number:08d}", png(picture)
+        row = {"key": key, "jpg": data, "format": "png", "seed": self.config.seed, **caption_fields([prompt])}
+        height, width = picture.shape[:2]
+        return Outcome(key, "kept", source=self.checkpoint.name, offset=number, width=width, height=height, row=row)
+
+
+@distributed
+def main(rank: Rank, config: GenerateConfig) -> None:
+    if config.output:
+        engine.main(Generate, config, rank)
+        return
+    if not rank.is_main:
+        return
+    if config.images_per_prompt < 1:
+        raise ConfigError(f"images_per_prompt={config.images_per_prompt}: must be at least 1")
+    run = run_of(config)
+    set_threads(config.threads)
+    painter = load_painter(config.checkpoint or run, rank.device)
+    prompts = [prompt for prompt in prompts_of(config) for _ in range(config.images_per_prompt)]
+    pictures = sample_images(painter, prompts, config.seed, Manner.of(config))
+    place = write_samples(run, prompts, pictures, config.seed)
     print(f"{len(prompts)} pictures: {place}")
 
 
@@ -151,10 +268,15 @@ def write_samples(run: Path, prompts: Sequence[str], pictures: np.ndarray, seed:
 
 
 def _write_png(folder: Folder, name: str, picture: np.ndarray) -> None:
+    with folder.create(name) as target:
+        target.write(png(picture))
+
+
+def png(picture: np.ndarray) -> bytes:
+    """uint8 (h, w, 3) as a PNG file."""
     file = BytesIO()
     Image.fromarray(picture).save(file, "PNG")
-    with folder.create(name) as target:
-        target.write(file.getvalue())
+    return file.getvalue()
 
 
 def grid(pictures: np.ndarray) -> np.ndarray:

@@ -42,7 +42,7 @@ logging.getLogger("c10d-NullHandler-dcp_logger").setLevel(logging.WARNING)  # el
 
 FORMAT_VERSION = 2
 FOLDER = "checkpoints"
-_RECORD = "checkpoint.json"
+RECORD = "checkpoint.json"
 _METADATA = ".metadata"
 _NAME = re.compile(r"step_(\d+)")
 _ATTEMPT = re.compile(r"\.step_\d+\.(\w+)")
@@ -161,7 +161,7 @@ class Checkpoints:
                 dcp.save(tensors, storage_writer=writer, process_group=self._group, no_dist=self._group is None)
             except CheckpointException as error:
                 raise _first_failure(error) from None
-            won = not self._rank.is_main or commit(self.folder, attempt, name, proof=_RECORD)
+            won = not self._rank.is_main or commit(self.folder, attempt, name, proof=RECORD)
         except BaseException:
             if self._rank.is_main:
                 with suppress(OSError):
@@ -218,10 +218,10 @@ def find_checkpoint(path: str | Path, which: str = "last") -> Path:
                 raise ConfigError(f"checkpoint={path}: this run has no checkpoint yet")
             name = known[-1]
             if which == "best":
-                best = (folder.read_sealed(f"{name}/{_RECORD}") or {"facts": {}})["facts"].get("best_step", -1)
+                best = (folder.read_sealed(f"{name}/{RECORD}") or {"facts": {}})["facts"].get("best_step", -1)
                 name = next((one for one in known if step_of(one) == best), name)
         place = place / FOLDER / name
-    if not (place / _RECORD).is_file():
+    if not (place / RECORD).is_file():
         raise ConfigError(f"checkpoint={path}: neither a run folder nor a checkpoint")
     return place
 
@@ -255,9 +255,9 @@ def checked_record(folder: Folder) -> dict[str, Any]:
         StorageError: a file is missing or not as it was written.
         ConfigError: another version of the format.
     """
-    record = folder.read_sealed(_RECORD)
+    record = folder.read_sealed(RECORD)
     if record is None:
-        raise StorageError(f"{folder.path} has no {_RECORD}")
+        raise StorageError(f"{folder.path} has no {RECORD}")
     if record["format_version"] != FORMAT_VERSION:
         raise ConfigError(
             f"{folder.path} has format_version {record['format_version']}, this program reads {FORMAT_VERSION}"
@@ -392,7 +392,7 @@ class _FolderWriter(StorageWriter):
             with folder.create(_METADATA) as file:
                 file.write(pickle.dumps(metadata))
             files[_METADATA] = {"bytes": file.bytes, "xxh3": file.digest}
-            with folder.create(_RECORD) as file:
+            with folder.create(RECORD) as file:
                 file.write(seal({**self._record, "files": files}))
 
 

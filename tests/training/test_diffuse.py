@@ -16,7 +16,7 @@ from pipeline.loading import LatentDataset
 from pipeline.models.dit import patchify
 from pipeline.models.processes import Flow
 from pipeline.sources.shapes_scene import caption, render, sample_scene
-from pipeline.stages.generate import load_painter, sample_images
+from pipeline.stages.generate import Manner, load_painter, sample_images
 from pipeline.storage import Folder
 from pipeline.training.feed import Chosen
 from pipeline.training.logs import read_log
@@ -130,6 +130,10 @@ def test_the_first_weights_depend_on_the_seed_alone(data: LatentDataset) -> None
     assert not all(torch.equal(first[name], other[name]) for name in first)
 
 
+def train_task(settings: TrainConfig, data: LatentDataset, folder: Folder) -> None:
+    train(Diffuse(settings, data, INFO), data, settings, Rank(), folder)
+
+
 @pytest.fixture(scope="module")
 def run(data: LatentDataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that was trained a little, stopped, and resumed."""
@@ -142,7 +146,7 @@ def run(data: LatentDataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_checkpoint_is_all_that_drawing_needs(run: Path) -> None:
     painter = load_painter(run)
-    pictures = sample_images(painter, ["a small red circle", "a large blue square"], steps=3)
+    pictures = sample_images(painter, ["a small red circle", "a large blue square"], manner=Manner(3))
     assert painter.step == 30 and painter.autoencoder.name == "embedded" and painter.text_encoder.name == "embedded"
     assert pictures.shape == (2, 32, 32, 3) and pictures.dtype == np.uint8
 
@@ -150,11 +154,11 @@ def test_a_checkpoint_is_all_that_drawing_needs(run: Path) -> None:
 def test_a_picture_depends_on_its_prompt_its_place_and_the_seed_alone(run: Path) -> None:
     painter = load_painter(run)
     prompts = [f"a {size} red circle" for size in ("small", "large") for _ in range(20)]  # more than one batch
-    pictures = sample_images(painter, prompts, seed=4, steps=2)
-    assert np.array_equal(pictures, sample_images(painter, prompts, seed=4, steps=2))
-    assert np.abs(sample_images(painter, prompts[:3], seed=4, steps=2).astype(int) - pictures[:3]).max() <= 1
+    pictures = sample_images(painter, prompts, seed=4, manner=Manner(2))
+    assert np.array_equal(pictures, sample_images(painter, prompts, seed=4, manner=Manner(2)))
+    assert np.abs(sample_images(painter, prompts[:3], seed=4, manner=Manner(2)).astype(int) - pictures[:3]).max() <= 1
     assert not np.array_equal(pictures[0], pictures[1])
-    assert not np.array_equal(sample_images(painter, prompts[:1], seed=5, steps=2)[0], pictures[0])
+    assert not np.array_equal(sample_images(painter, prompts[:1], seed=5, manner=Manner(2))[0], pictures[0])
 
 
 def test_averaged_weights_draw(run: Path) -> None:
