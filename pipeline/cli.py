@@ -72,12 +72,17 @@ def dataset_settings(name: str) -> Settings:
     Raises:
         ConfigError: there is no such data set, or the file is not a mapping.
     """
+    return _settings_of("dataset", name)
+
+
+def _settings_of(kind: str, name: str) -> Settings:
     import yaml
 
-    path = Path(name) if name.endswith((".yaml", ".yml")) else CONF / "dataset" / f"{name}.yaml"
+    path = Path(name) if name.endswith((".yaml", ".yml")) else CONF / kind / f"{name}.yaml"
     if not path.is_file():
-        known = (p.stem for p in (CONF / "dataset").glob("*.yaml"))
-        raise ConfigError(f"dataset={name}: no such data set; {nearest(name, known)} (or give a path to a .yaml file)")
+        known = (p.stem for p in (CONF / kind).glob("*.yaml"))
+        what = "data set" if kind == "dataset" else kind
+        raise ConfigError(f"{kind}={name}: no such {what}; {nearest(name, known)} (or give a path to a .yaml file)")
     try:
         values = yaml.safe_load(path.read_text()) or {}
     except yaml.YAMLError as error:
@@ -104,6 +109,30 @@ def chosen(settings: Settings, split: str, subset: str, where: str) -> Settings:
             f"{where}subset={subset}: there is none; {nearest(subset, subsets) if subsets else 'take all'}"
         )
     return plain | (subsets.get(subset) or {})
+
+
+def phases_of(recipe: str) -> list[str]:
+    """Names of a recipe's phases, in order; empty if it has none."""
+    return [str(name) for name in _settings_of("recipe", recipe).get("phases") or {}]
+
+
+def recipe_settings(recipe: str, phase: str) -> Settings:
+    """Settings of one phase of a recipe: those of all phases, then its own. It starts from the phase before it.
+
+    Raises:
+        ConfigError: no such recipe, phase or key.
+    """
+    settings = _settings_of("recipe", recipe)
+    phases = {str(key): value for key, value in (settings.pop("phases", None) or {}).items()}
+    if phase not in phases and (phases or phase):
+        raise ConfigError(f"recipe={recipe}, phase={phase}: {nearest(phase, phases)}")
+    name = Path(recipe).stem
+    if phase:
+        names = list(phases)
+        before = names[: names.index(phase)]
+        settings |= phases[phase] or {}
+        settings |= {"name": f"{name}-{phase}"} | ({"start_from": f"{name}-{before[-1]}"} if before else {})
+    return select(settings, "train", f"{name}.yaml: ")
 
 
 def select(settings: Mapping[str, Any], stage: str, where: str) -> Settings:
@@ -187,7 +216,7 @@ def _type_name(field: dataclasses.Field[Any]) -> str:
 
 
 def load(stage: str, arguments: Sequence[str]) -> Any:
-    """The config of ``stage`` from command-line ``arguments`` and the data set's YAML."""
+    """The config of ``stage`` from command-line ``arguments``, the recipe's YAML and the data set's."""
     given = parse(arguments)
     cls = STAGES[stage]
     own: Settings = {}
@@ -199,6 +228,8 @@ def load(stage: str, arguments: Sequence[str]) -> Any:
         where = f"{own['dataset']}.yaml: "
         values = chosen(dataset_settings(own["dataset"]), own.get("split", "train"), own.get("subset", ""), where)
         settings = select(values, stage, where)
+    if stage == "train" and own.get("recipe"):
+        settings |= recipe_settings(own["recipe"], own.get("phase", ""))
     return build(cls, settings | own)
 
 

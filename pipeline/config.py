@@ -368,8 +368,13 @@ class TrainConfig(RunConfig):
     sigma_data: float = option(0.9, "diffuse, edm: deviation of the data", identity=True)
     mask_ratio: float = option(0.0, "diffuse: fraction of tokens that the backbone does not see", identity=True)
     start_from: str = option(
-        "", "diffuse: run folder or checkpoint whose averaged weights are the first ones", identity=True
+        "", "diffuse: run folder, checkpoint, or name of the data set's run whose averaged weights are the first ones"
     )
+    mix: tuple[str, ...] = option(
+        (), "diffuse: more latents to train on, as <folder>*<weight>; those of input= have weight 1", identity=True
+    )
+    recipe: str = option("", "settings by a name in pipeline/conf/recipe, or by your own YAML")
+    phase: str = option("", "which phase of the recipe to train; it starts from the one before")
     resolution: int = option(
         0,
         "diffuse: which latents_<resolution> to learn (0: the smallest); classify: edge of the model's input",
@@ -416,7 +421,7 @@ class TrainConfig(RunConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateConfig(StageConfig):
-    """stage=generate: draw pictures for prompts with a trained run; with output= as a dataset directory, by any ranks."""
+    """stage=generate: draw pictures for prompts with a trained run; with output=, any number of them by any ranks."""
 
     checkpoint: str = option("", "run folder, or one checkpoint in it (default: the data set's run)")
     name: str = option("", "name of the run folder, as in stage=train")
@@ -430,6 +435,24 @@ class GenerateConfig(StageConfig):
     batch_size: int = option(32, "with output=: pictures drawn at a time", identity=True)
     partition_size: int = option(256, "with output=: pictures in a partition", identity=True)
     threads: int = option(0, "CPU threads (0: all cores; with output= results depend on it in the last bit)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CostConfig:
+    """stage=cost: what training by a recipe takes: steps, tokens, memory, GPU hours, money. Trains nothing."""
+
+    recipe: str = option(help="a name in pipeline/conf/recipe, or your own YAML")
+    phase: str = option("", "only this phase")
+    channels: int = option(4, "of the image latents")
+    downsample: int = option(8, "pixels per latent")
+    caption_shape: tuple[int, ...] = option((77, 1024), "length and width of the text states")
+    gpu: str = option("h100", "kind of GPU, for its peak", choices=("a100", "h100", "h200", "b200"))
+    gpus: int = option(8, "how many")
+    mfu: float = option(0.2, "part of the GPUs' peak in bfloat16 that training reaches, where nothing was measured")
+    images_per_second: tuple[float, ...] = option(
+        (), "measured training speed of one GPU in each phase, in place of mfu"
+    )
+    gpu_hour_price: float = option(3.79, "money for an hour of one GPU")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -582,6 +605,7 @@ STAGES: dict[str, type] = {
     "train": TrainConfig,
     "generate": GenerateConfig,
     "evaluate": EvaluateConfig,
+    "cost": CostConfig,
     "verify": VerifyConfig,
     "repair": RepairConfig,
     "gc": GcConfig,

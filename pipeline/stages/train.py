@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline import cli
@@ -11,7 +12,7 @@ from pipeline.cli import config_for, nearest
 from pipeline.config import ConfigError, TrainConfig, run_folder
 from pipeline.distributed import Rank, distributed
 from pipeline.loading import Batches
-from pipeline.partitions.dataset import Dataset
+from pipeline.partitions.dataset import Dataset, RandomAccess
 from pipeline.partitions.stage import open_input
 from pipeline.storage import Folder, StorageError
 from pipeline.telemetry import Events
@@ -50,7 +51,6 @@ def main(rank: Rank, config: TrainConfig) -> None:
 
 def learned(config: TrainConfig, dataset: Dataset) -> tuple[Task, Batches, Batches | None]:
     """The task, what it is trained on, and what it is measured on meanwhile."""
-    from pipeline.latents.loading import LatentFolder, TrainingLatents
     from pipeline.training.feed import Chosen, split
 
     if config.task == "classify":
@@ -64,11 +64,33 @@ def learned(config: TrainConfig, dataset: Dataset) -> tuple[Task, Batches, Batch
     from pipeline.training.tasks.diffuse import EVALUATED, Diffuse
 
     resolution = resolution_of(dataset, config.resolution)
-    data = TrainingLatents(LatentFolder(dataset.root.path), resolution)
-    task = Diffuse(config, data, latent_info(dataset, resolution, data.image_shape))
+    data = latents_of(config, dataset, resolution)
+    if config.start_from and not Path(config.start_from).exists():
+        config = replace(config, start_from=str(run_folder(config, config.start_from)))
+    task = Diffuse(config, data, latent_info(dataset, resolution))
     if config.valid_fraction:
         return task, *split(data, config.valid_fraction, config.seed)
     return task, data, Chosen(data, config.seed, 0, min(EVALUATED, len(data)))
+
+
+def latents_of(config: TrainConfig, dataset: Dataset, resolution: int) -> Batches:
+    """The latents of the data set, and of those that are to be mixed in.
+
+    Raises:
+        ConfigError: they were not made alike.
+    """
+    from pipeline.latents.loading import LatentFolder, TrainingLatents
+    from pipeline.training.mixture import Mixture, parse_mix
+
+    parts: list[tuple[Batches, float]] = []
+    for place, weight in [(dataset.root.path, 1.0), *parse_mix(config.mix)]:
+        part = dataset if place == dataset.root.path else Dataset.open(place)
+        part.require_success()
+        ours, theirs = (latent_info(one, resolution_of(one, resolution)) for one in (dataset, part))
+        if replace(ours, data="") != replace(theirs, data=""):
+            raise ConfigError(f"mix={place}: {replace(theirs, data='')}, but {dataset.root.path}: {ours}")
+        parts.append((TrainingLatents(LatentFolder(part.root.path), resolution), weight))
+    return parts[0][0] if len(parts) == 1 else Mixture(parts, config.seed)
 
 
 def resolution_of(dataset: Dataset, wanted: int) -> int:
@@ -85,20 +107,22 @@ def resolution_of(dataset: Dataset, wanted: int) -> int:
     return wanted or there[0]
 
 
-def latent_info(dataset: Dataset, resolution: int, image_shape: tuple[int, int, int]) -> Any:
+def latent_info(dataset: Dataset, resolution: int) -> Any:
     """What a checkpoint says of where its latents came from."""
     from pipeline.training.tasks.diffuse import LatentInfo
 
     extra = dataset.header["extra"]
     settings = dataset.header["config"]
+    channels, *edges = extra["shapes"][f"{_LATENTS}{resolution}"]
+    moments = extra.get("latent") == "moments"
     return LatentInfo(
         settings["vae"],
         settings["text_encoder"][0],
         resolution,
-        image_shape,
+        (channels // 2 if moments else channels, *edges),
         tuple(extra["shapes"]["caption_latents"]),
         dataset.require_success()["content_digest"],
-        extra.get("latent") == "moments",
+        moments,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -172,9 +173,11 @@ def start_from(place: str, model: DiT, process: Process) -> Normalisation:
     Raises:
         ConfigError: the checkpoint does not fit.
     """
-    from pipeline.training.checkpoint import open_checkpoint
+    from pipeline.training.checkpoint import FOLDER, open_checkpoint
 
-    found = open_checkpoint(place)
+    found = open_checkpoint(place, parts=("ema",))
+    if (steps := found.facts["config"]["steps"]) > found.step and (Path(place) / FOLDER).is_dir():
+        raise ConfigError(f"start_from={place}: that run is at step {found.step} of {steps}")
     if found.facts["task"] != "diffuse":
         raise ConfigError(f"start_from={place}: its task is {found.facts['task']}, expected diffuse")
     ours, theirs = model.config.to_dict(), DiTConfig(**found.facts["model"]).to_dict()
