@@ -441,7 +441,7 @@ class GenerateConfig(StageConfig):
 class CostConfig:
     """stage=cost: what training by a recipe takes: steps, tokens, memory, GPU hours, money. Trains nothing."""
 
-    recipe: str = option(help="a name in pipeline/conf/recipe, or your own YAML")
+    recipe: str = option("microdit", "a name in pipeline/conf/recipe, or your own YAML")
     phase: str = option("", "only this phase")
     channels: int = option(4, "of the image latents")
     downsample: int = option(8, "pixels per latent")
@@ -463,9 +463,17 @@ class EvaluateConfig(RunConfig):
     name: str = option("", "name of the run folder, as in stage=train")
     metric: str = option(
         "",
-        "what to measure; shapes: colour and shape as the prompt says; classes: of task=classify",
-        choices=("", "shapes", "classes"),
+        "what to measure; shapes: whether pictures show what the prompt says; fidelity: FID, KID, CLIP score; "
+        "classes: of task=classify",
+        choices=("", "shapes", "fidelity", "classes"),
     )
+    generated: str = option("", "fidelity: dataset directory with the pictures to judge (stage=generate output=...)")
+    reference: str = option("", "fidelity: dataset directory with real pictures, for FID and KID")
+    features: str = option(
+        "", "fidelity: TorchScript file of the features, such as inception-2015-12-05.pt; pixels: average colours"
+    )
+    clip: str = option("", "fidelity: <model>:<weights> of open_clip, for the CLIP score")
+    objects: int = option(1, "shapes: objects in the prompts, 1 or 2")
     sampler: str = option("euler", "how noise becomes a picture", choices=("euler", "heun", "dpm++"))
     steps: int = option(20, "steps of the sampler")
     guidance: float = option(1.5, "classifier-free guidance scale (1: none)")

@@ -136,10 +136,26 @@ def single_captions(held_out: bool) -> list[str]:
     return [f"a {size} {colour} {shape}" for colour, shape in (HOLDOUT if held_out else seen_pairs()) for size in SIZES]
 
 
-def fixed_prompts(count: int = 32) -> list[str]:
-    """Fixed prompts for judging a model: every single object that training data has, then again from the start."""
+def fixed_prompts(count: int = 32, objects: int = 1) -> list[str]:
+    """Fixed prompts for judging a model: every single object that training data has, then again from the start.
+
+    With two objects: different captions, drawn as those of training data.
+    """
+    if objects == 2:
+        drawn = (caption(sample_scene(-1, index, 2)) for index in range(16 * count))
+        return list(dict.fromkeys(drawn))[:count]
     captions = single_captions(held_out=False)
     return [captions[i % len(captions)] for i in range(count)]
+
+
+def unseen_prompts(objects: int = 1) -> list[str]:
+    """Prompts with combinations that training data never have: of two objects, one is held out."""
+    singles = single_captions(held_out=True)
+    if objects == 1:
+        return singles
+    scenes = (sample_scene(-2, index, 2, holdout=False) for index in range(1000))
+    captions = [caption(s) for s in scenes if sum((t.colour, t.shape) in HOLDOUT for t in s.things) == 1]
+    return list(dict.fromkeys(captions))[:16]
 
 
 def render(scene: Scene, size: int) -> np.ndarray:

@@ -12,7 +12,8 @@ from pipeline.cli import config_for, errors_as_one_line
 from pipeline.config import ConfigError, EvaluateConfig
 from pipeline.loading import Permutation
 from pipeline.metrics.shapes import judge, matches
-from pipeline.sources.shapes_scene import caption, fixed_prompts, render, sample_scene, single_captions
+from pipeline.partitions.dataset import Dataset, RandomAccess
+from pipeline.sources.shapes_scene import caption, fixed_prompts, render, sample_scene, unseen_prompts
 from pipeline.stages.generate import run_of, set_threads
 from pipeline.storage import Folder
 
@@ -33,10 +34,11 @@ def main(config: EvaluateConfig) -> None:
         metric = config.metric or metric_of(config.checkpoint or run)
         result = _METRICS[metric](config, run)
         with Folder.open(run) as folder:
-            folder.write_json("evaluation.json", result)
+            folder.write_json("fidelity.json" if metric == "fidelity" else "evaluation.json", result)
     for score in result["scores"]:
         print(f"{score['name']}: {score['right']} of {score['of']}")
-    print(f"evaluation: {run / 'evaluation.json'}")
+    for name, value in result.get("values", {}).items():
+        print(f"{name}: {value:.4g}")
 
 
 def metric_of(checkpoint: str | Path) -> str:
@@ -48,7 +50,7 @@ def metric_of(checkpoint: str | Path) -> str:
     from pipeline.training.checkpoint import open_checkpoint
 
     if open_checkpoint(checkpoint, parts=("none",)).facts["task"] != "classify":
-        raise ConfigError("metric=...: what to measure; known: shapes")
+        raise ConfigError(f"metric=...: what to measure; known: {', '.join(_METRICS)}")
     return "classes"
 
 
@@ -62,25 +64,29 @@ def evaluate_shapes(config: EvaluateConfig, run: Path) -> dict[str, Any]:
     """Judge pictures of fixed prompts and of combinations that training never saw; and how reliable the judge is."""
     from pipeline.stages.generate import Manner, load_painter, sample_images
 
+    if config.objects not in (1, 2):
+        raise ConfigError(f"objects={config.objects}: expected 1 or 2")
     painter = load_painter(config.checkpoint or run)
 
     def draw(prompts: list[str], seed: int) -> np.ndarray:
         return sample_images(painter, prompts, seed, Manner.of(config))
 
-    prompts = fixed_prompts(_PROMPTS)
+    prompts = fixed_prompts(_PROMPTS, config.objects)
     pictures = draw(prompts, config.seed)
-    held_out = single_captions(held_out=True)
+    held_out = unseen_prompts(config.objects)
     right = [matches(picture, prompt) for picture, prompt in zip(pictures, prompts, strict=True)]
     held_out_pictures = draw(held_out, config.seed + 1)
-    sizes = [matches(picture, prompt, size=True) for picture, prompt in zip(pictures, prompts, strict=True)]
     unseen = [matches(picture, prompt) for picture, prompt in zip(held_out_pictures, held_out, strict=True)]
     chance = [matches(p, c) for order in _shuffled(prompts) for p, c in zip(pictures, order, strict=True)]
-    scores = [
-        _score("prompts: colour and shape", right),
-        _score("prompts: size as well", sizes),
+    one = config.objects == 1
+    scores = [_score("prompts: colour and shape" if one else "prompts: both colours, both shapes, relation", right)]
+    if one:
+        sizes = [matches(picture, prompt, size=True) for picture, prompt in zip(pictures, prompts, strict=True)]
+        scores.append(_score("prompts: size as well", sizes))
+    scores += [
         _score("combinations never trained on", unseen),
-        _score("judge: prompts shuffled (chance is 1 in 15)", chance),
-        *judge_scores(painter),
+        _score(f"judge: prompts shuffled (chance is 1 in {15 if one else 420})", chance),
+        *judge_scores(painter, config.objects),
     ]
     wrong = [
         {"prompt": prompt, "judged": str(judge(picture))}
@@ -90,21 +96,52 @@ def evaluate_shapes(config: EvaluateConfig, run: Path) -> dict[str, Any]:
     return {"metric": "shapes", "step": painter.step, "seed": config.seed, "scores": scores, "wrong": wrong}
 
 
-def judge_scores(painter: Painter) -> list[dict[str, Any]]:
+def evaluate_fidelity(config: EvaluateConfig, run: Path) -> dict[str, Any]:
+    """FID and KID between two dataset directories of pictures, and the CLIP score of the drawn ones."""
+    from pipeline.metrics.fidelity import clip_score, distances
+
+    if not config.generated:
+        raise ConfigError("generated=: the dataset directory of pictures to judge; stage=generate output=... makes one")
+    drawn = _pictures(config.generated)
+    values: dict[str, float] = {}
+    if config.reference:
+        values |= distances(_pictures(config.reference), drawn, config.features, config.seed)
+    if config.clip:
+        values["clip_score"] = clip_score(drawn, config.clip)
+    if not values:
+        raise ConfigError("metric=fidelity needs reference= (for FID and KID), clip= (for the CLIP score), or both")
+    names = {"generated": config.generated, "reference": config.reference, "features": config.features}
+    return {"metric": "fidelity", "images": len(drawn), **names, "clip": config.clip, "scores": [], "values": values}
+
+
+def _pictures(place: str) -> RandomAccess:
+    dataset = Dataset.open(place)
+    dataset.require_success()
+    dataset.require_columns("jpg", "caption")
+    return RandomAccess(dataset)
+
+
+_METRICS: dict[str, Callable[[EvaluateConfig, Path], dict[str, Any]]] = {
+    "shapes": evaluate_shapes,
+    "fidelity": evaluate_fidelity,
+}
+
+
+def judge_scores(painter: Painter, objects: int = 1) -> list[dict[str, Any]]:
     """How far the judge can be trusted: on real renders, and on renders that went through the autoencoder."""
     import torch
 
     from pipeline.encoders.base import to_pixels
 
     size = painter.model.config.height * painter.autoencoder.downsample
-    scenes = [sample_scene(-1, index, 1, holdout=False) for index in range(_RENDERS)]
+    scenes = [sample_scene(-1, index, objects, holdout=False) for index in range(_RENDERS)]
     renders = [render(scene, size) for scene in scenes]
     some = renders[:_PROMPTS]
     with torch.inference_mode():
         vae = painter.autoencoder
         decoded = to_pixels(vae.decode(vae.encode(vae.preprocess(some, size))))
     captions = [caption(scene) for scene in scenes]
-    sharp = [matches(picture, text, size=True) for picture, text in zip(renders, captions, strict=True)]
+    sharp = [matches(picture, text, size=objects == 1) for picture, text in zip(renders, captions, strict=True)]
     soft = [matches(picture, text) for picture, text in zip(decoded, captions[:_PROMPTS], strict=True)]
     return [_score("judge: real renders", sharp), _score("judge: decoded latents of real renders", soft)]
 
