@@ -11,11 +11,12 @@ UV_VERSION ?= 0.13.8
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help setup slurm test lint format demo demo-classify bench chaos fuzz clean
+.PHONY: help setup slurm test lint format demo demo-classify demo-diffuse bench chaos fuzz clean
 
 help:
 	@echo "make demo     install, then run the whole pipeline on embedded data"
 	@echo "make demo-classify  the same, training a Vision Mamba on scanned digits; TRAIN='seed=1 name=other'"
+	@echo "make demo-diffuse   the same with scenes of two objects, which takes longer"
 	@echo "make test     install (where root and apt allow it, SLURM too), then run all tests"
 	@echo "make setup    only install, into $(VENV)"
 	@echo "make slurm    only install what the tests on a real SLURM need (Debian, root)"
@@ -64,6 +65,9 @@ demo-classify: setup
 	$(BIN)/python launch/submit.py stage=download,filter,shard dataset=digits data_dir=demo_data split=test
 	$(BIN)/python launch/submit.py stage=download,filter,shard,train dataset=digits data_dir=demo_data $(TRAIN)
 	$(BIN)/python -m pipeline.stages.evaluate dataset=digits data_dir=demo_data
+
+demo-diffuse: setup
+	$(BIN)/python launch/submit.py stage=all dataset=pairs data_dir=demo_data ranks=$(JOBS)
 
 bench: setup
 	@set -e; for script in $(filter-out benchmarks/chaos.py,$(wildcard benchmarks/[!_]*.py)); do \
