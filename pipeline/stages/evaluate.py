@@ -124,6 +124,7 @@ def _pictures(place: str) -> RandomAccess:
 _METRICS: dict[str, Callable[[EvaluateConfig, Path], dict[str, Any]]] = {
     "shapes": evaluate_shapes,
     "fidelity": evaluate_fidelity,
+    "classes": _evaluate_classes,
 }
 
 
@@ -155,8 +156,6 @@ def _shuffled(prompts: list[str]) -> Iterator[list[str]]:
 def _score(name: str, right: list[bool]) -> dict[str, Any]:
     return {"name": name, "right": sum(right), "of": len(right)}
 
-
-_METRICS = {"shapes": evaluate_shapes, "classes": _evaluate_classes}
 
 if __name__ == "__main__":
     main(config_for("evaluate"))
