@@ -1,0 +1,240 @@
+"""Writing texts token by token: greedy, by beams, or drawn at random.
+
+All texts of a batch start at place 0, whatever the lengths of their prompts: while a prompt lasts, its tokens are taken
+in place of the model's choice. So nothing is padded in front, and a text does not depend on what it is written beside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.config import ConfigError
+from pipeline.models.captioner import Captioner
+from pipeline.randomness import uniforms
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How texts are written.
+
+    Attributes:
+        beams: texts that are followed at once; 1 is greedy.
+        length_penalty: of beams; a text counts as its log probability / length ** length_penalty.
+        top_p: draw from the fewest tokens that have this share of the probability (Holtzman et al. 2020); 0: no drawing.
+        temperature: of drawing.
+        min_length, max_length: tokens of a text, without prompt and end.
+        seed: of drawing, with a key for each text.
+        cached: whether what was computed for earlier tokens is kept; the texts are the same.
+    """
+
+    beams: int = 1
+    length_penalty: float = 1.0
+    top_p: float = 0.0
+    temperature: float = 1.0
+    min_length: int = 1
+    max_length: int = 32
+    seed: int = 0
+    cached: bool = True
+
+    def __post_init__(self) -> None:
+        if self.beams < 1:
+            raise ConfigError(f"beams={self.beams}: must be at least 1")
+        if not 0 <= self.top_p <= 1:
+            raise ConfigError(f"top_p={self.top_p}: must be between 0 (no drawing) and 1")
+        if self.top_p and self.beams > 1:
+            raise ConfigError("top_p= draws texts at random, beams= searches for the best: choose one")
+        if self.temperature <= 0:
+            raise ConfigError(f"temperature={self.temperature}: must be above 0")
+        if not 0 <= self.min_length <= self.max_length or self.max_length < 1:
+            raise ConfigError(f"min_length={self.min_length}, max_length={self.max_length}: no text can be that long")
+
+
+@dataclass(frozen=True)
+class Marks:
+    """Tokens with a meaning; ``never`` are those that a text does not have."""
+
+    pad: int
+    end: int
+    never: tuple[int, ...]
+
+
+@torch.no_grad()
+def write(
+    model: Captioner,
+    features: Tensor,
+    prompts: Sequence[Sequence[int]],
+    marks: Marks,
+    how: Decoding,
+    keys: Sequence[str] | None = None,
+) -> list[list[int]]:
+    """Texts about pictures, without prompt and end.
+
+    Args:
+        features: (b, m, image_width).
+        prompts: tokens that each text begins with, at least one.
+        keys: of each picture, for drawing (default: its place in the batch).
+
+    Raises:
+        ConfigError: the longest prompt and ``max_length`` are more than the model was made for.
+    """
+    if not len(features):
+        return []
+    longest = max(map(len, prompts))
+    if longest + how.max_length > model.config.max_length:
+        raise ConfigError(
+            f"max_length={how.max_length}: with {longest} tokens before it more than the model's "
+            f"{model.config.max_length}"
+        )
+    work = _Work(model, features, prompts, marks, how, keys or [str(i) for i in range(len(features))])
+    return _beams(work) if how.beams > 1 else _one_by_one(work)
+
+
+class _Work:
+    """A batch of texts being written: their cache, what is forced, and what is forbidden."""
+
+    def __init__(
+        self,
+        model: Captioner,
+        features: Tensor,
+        prompts: Sequence[Sequence[int]],
+        marks: Marks,
+        how: Decoding,
+        keys: Sequence[str],
+    ) -> None:
+        self.how, self.marks, self.keys = how, marks, keys
+        self.device = features.device
+        lengths = [len(prompt) for prompt in prompts]
+        self.first, self.stop = min(lengths), max(lengths) + how.max_length
+        self.lengths = torch.tensor(lengths, device=self.device)
+        forced = torch.full((len(prompts), max(lengths)), -1)
+        for row, prompt in zip(forced, prompts, strict=True):
+            row[: len(prompt)] = torch.tensor(prompt)
+        self.forced = forced.to(self.device)
+        self.never = torch.zeros(model.config.vocab, device=self.device)
+        self.never[list(marks.never)] = -torch.inf
+        self.cache = model.begin(features, how.beams, self.stop, how.cached)
+        self.start = self.forced[:, : self.first].repeat_interleave(how.beams, 0)
+
+    def allowed(self, logits: Tensor, place: int) -> Tensor:
+        """(b, ..., vocab): -inf where a token may not stand at ``place``."""
+        logits = logits.float() + self.never
+        early = place - self.lengths < self.how.min_length
+        if early.any():
+            logits[early, ..., self.marks.end] = -torch.inf
+        return logits
+
+    def prompt_at(self, place: int) -> Tensor | None:
+        """(b,) the prompts' tokens at ``place``, -1 where the prompt is over; None if all are."""
+        return self.forced[:, place] if place < self.forced.shape[1] else None
+
+
+def _one_by_one(work: _Work) -> list[list[int]]:
+    how, marks = work.how, work.marks
+    count = len(work.lengths)
+    done = torch.zeros(count, dtype=torch.bool, device=work.device)
+    chosen: list[Tensor] = []
+    chances = _chances(work) if how.top_p else None
+    logits = work.cache.step(work.start)
+    for place in range(work.first, work.stop):
+        logits = work.allowed(logits, place)
+        written = place - work.lengths
+        token = _draw(logits, written, chances, how) if chances is not None else logits.argmax(-1)
+        ended = (token == marks.end) | (written >= how.max_length)
+        forced = work.prompt_at(place)
+        if forced is not None:
+            ended &= forced < 0
+            token = torch.where(forced < 0, token, forced)
+        done |= ended
+        token = torch.where(done, marks.pad, token)
+        chosen.append(token)
+        if bool(done.all()) or place + 1 == work.stop:
+            break
+        logits = work.cache.step(token[:, None])
+    table = torch.stack(chosen, 1).tolist()
+    return [_body(row[length - work.first :], marks) for row, length in zip(table, work.lengths.tolist(), strict=True)]
+
+
+def _body(row: list[int], marks: Marks) -> list[int]:
+    return row[: row.index(marks.pad)] if marks.pad in row else row
+
+
+def _chances(work: _Work) -> Tensor:
+    """(b, max_length) uniform numbers, keyed by seed and picture: a text does not depend on its neighbours."""
+    rows = [uniforms(work.how.max_length + 1, work.how.seed, "top_p", key) for key in work.keys]
+    return torch.from_numpy(np.stack(rows)).to(work.device)
+
+
+def _draw(logits: Tensor, written: Tensor, chances: Tensor, how: Decoding) -> Tensor:
+    """A token (b,) from the nucleus of each distribution."""
+    shares, tokens = torch.sort((logits.double() / how.temperature).softmax(-1), descending=True, stable=True)
+    above = shares.cumsum(-1) - shares
+    nucleus = torch.where(above < how.top_p, shares, 0.0).cumsum(-1)
+    chance = chances.gather(1, written.clamp(0, how.max_length)[:, None])
+    place = torch.searchsorted(nucleus, chance * nucleus[:, -1:], right=True)
+    return tokens.gather(1, place.clamp(max=logits.shape[-1] - 1))[:, 0]
+
+
+def _beams(work: _Work) -> list[list[int]]:
+    """Beam search. A text that ends is set aside if it is among the best ``beams``; a picture is done when it has that
+    many, or at the greatest length."""
+    how, marks, k = work.how, work.marks, work.how.beams
+    b = len(work.lengths)
+    scores = torch.full((b, k), -torch.inf, device=work.device)
+    scores[:, 0] = 0.0
+    texts = torch.empty(b, k, 0, dtype=torch.int64, device=work.device)
+    ended: list[list[tuple[float, list[int]]]] = [[] for _ in range(b)]
+    done = [False] * b
+    offsets = torch.arange(b, device=work.device)[:, None] * k
+    lengths = work.lengths.tolist()
+    logits = work.cache.step(work.start)
+    for place in range(work.first, work.stop + 1):
+        for row in range(b):
+            if not done[row] and place - lengths[row] == how.max_length:
+                _set_aside(ended[row], scores[row], texts[row], lengths[row] - work.first, how)
+                done[row] = True
+        if all(done):
+            break
+        steps = work.allowed(logits.view(b, k, -1), place).log_softmax(-1)
+        forced = work.prompt_at(place)
+        if forced is not None:
+            rows = (forced >= 0).nonzero()[:, 0]
+            steps[rows] = -torch.inf
+            steps[rows, :, forced[rows]] = 0.0
+        best, flat = (scores[..., None] + steps).flatten(1).topk(2 * k, -1)
+        beams, tokens = flat // steps.shape[-1], flat % steps.shape[-1]
+        is_end = (tokens == marks.end) & best.isfinite()
+        if forced is not None:
+            is_end &= forced[:, None] < 0
+        for row in is_end[:, :k].any(1).nonzero()[:, 0].tolist():
+            if done[row]:
+                continue
+            for rank in is_end[row, :k].nonzero()[:, 0].tolist():
+                body = texts[row, beams[row, rank], lengths[row] - work.first :].tolist()
+                ended[row].append((_score(float(best[row, rank]), len(body) + 1, how), body))
+            done[row] = len(ended[row]) >= k
+        order = is_end.int().argsort(dim=-1, stable=True)[:, :k]  # the best that go on
+        scores, beams, tokens = (t.gather(1, order) for t in (best, beams, tokens))
+        texts = torch.cat([texts.gather(1, beams[..., None].expand(-1, -1, texts.shape[2])), tokens[..., None]], -1)
+        if all(done) or place + 1 > work.stop - 1:
+            continue
+        work.cache.reorder((offsets + beams).flatten())
+        logits = work.cache.step(tokens.reshape(-1, 1))
+    return [max(found, key=lambda pair: pair[0])[1] for found in ended]
+
+
+def _set_aside(
+    ended: list[tuple[float, list[int]]], scores: Tensor, texts: Tensor, start: int, how: Decoding
+) -> None:
+    """The texts that are as long as they may be."""
+    for score, text in zip(scores.tolist(), texts[:, start:].tolist(), strict=True):
+        if score > -torch.inf:
+            ended.append((_score(score, len(text), how), text))
+
+
+def _score(log_probability: float, length: int, how: Decoding) -> float:
+    return log_probability / max(1, length) ** how.length_penalty
