@@ -97,6 +97,7 @@ class SourceConfig(StageConfig):
         "auto", "image_folder: auto, txt, folder, none, or a captions .json/.jsonl/.csv file", identity=True
     )
     count: int = option(1000, "shapes: number of scenes", identity=True)
+    questions: bool = option(False, "shapes: with questions and answers, for prompt=question", identity=True)
     image_size: int = option(64, "shapes: edge of the square pictures, in pixels", identity=True)
     objects: int = option(1, "shapes: objects in a scene, 1 or 2 (0: both kinds)", identity=True)
     holdout: bool = option(
@@ -313,10 +314,28 @@ class PrecomputeConfig(StageConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class FeaturesConfig(StageConfig):
+    """stage=features: a frozen encoder's features of each picture, for task=caption, as MDS."""
+
+    encoder: str = option(
+        "embedded",
+        "embedded, vit:<repo or folder>, clip:<repo or folder>, or openclip:<model>[:<pretrained>]",
+        identity=True,
+    )
+    features: str = option(
+        "patch", "all tokens of its last layer, or the one for the picture", identity=True, choices=("patch", "pooled")
+    )
+    batch_size: int = option(32, "pictures per forward pass", identity=True)
+    save_dtype: str = option("float16", "precision of what is stored", identity=True, choices=("float16", "float32"))
+    shard_bytes: int = option(2**26, "largest size of one data file", identity=True)
+    threads: int = option(1, "CPU threads per rank (results depend on it in the last bit)", identity=True)
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig(RunConfig):
     """stage=train: fit a model to a data set; goes on from the last checkpoint of its run folder."""
 
-    task: str = option("diffuse", "what to learn", identity=True, choices=("diffuse", "classify"))
+    task: str = option("diffuse", "what to learn", identity=True, choices=("diffuse", "classify", "caption"))
     name: str = option("", "name of the run folder (default: <task>)")
     model: str = option("nano", "size of the network", identity=True)
     steps: int = option(1000, "optimizer steps", identity=True)
@@ -353,6 +372,7 @@ class TrainConfig(RunConfig):
     valid_fraction: float = option(
         0.0, "fraction of the training set that is kept out, to tell which checkpoint is best", identity=True
     )
+    valid_input: str = option("", "caption: dataset directory that is kept for this, in place of valid_fraction=")
     evaluate_every: int = option(0, "steps between evaluations on it (0: at the end only)", identity=True)
     early_stop: int = option(0, "stop after so many evaluations without gain (0: never)", identity=True)
     caption_drop: float = option(
@@ -395,7 +415,7 @@ class TrainConfig(RunConfig):
     d_conv: int = option(0, "classify: taps of the convolution before the scan", identity=True)
     expand: int = option(0, "classify: inner width of the scan, in widths of the model", identity=True)
     mlp_ratio: float = option(0.0, "classify: width of the MLP after each mixer (0: none)", identity=True)
-    dropout: float = option(0.0, "classify: dropout", identity=True)
+    dropout: float = option(0.0, "classify, caption: dropout", identity=True)
     drop_path: float = option(0.0, "classify: drop-path of the last block; it rises from 0", identity=True)
     crop_scale: float = option(1.0, "classify: random crops take this fraction of the area at least", identity=True)
     shift: float = option(0.0, "classify: images are shifted by up to so many pixels", identity=True)
@@ -408,7 +428,27 @@ class TrainConfig(RunConfig):
     cutmix: float = option(0.0, "classify: alpha of cutmix (0: none); with mixup, one of both", identity=True)
     mix_probability: float = option(1.0, "classify: fraction of samples that are mixed, if any", identity=True)
     erase: float = option(0.0, "classify: probability of random erasing", identity=True)
-    label_smoothing: float = option(0.0, "classify: label smoothing", identity=True)
+    label_smoothing: float = option(
+        0.0, "classify, caption: share of the target spread over all classes or tokens", identity=True
+    )
+    decoder: str = option(
+        "transformer", "caption: what writes the texts", identity=True, choices=("transformer", "mamba")
+    )
+    positions: str = option(
+        "learned", "caption: positions of the transformer", identity=True, choices=("learned", "rotary")
+    )
+    prompt: str = option(
+        "none", "caption: question: answer the samples' questions", identity=True, choices=("none", "question")
+    )
+    encoder: str = option(
+        "", "caption: encode pictures while training with this encoder, not from stage=features", identity=True
+    )
+    features: str = option("patch", "caption, with encoder=: as in stage=features", identity=True)
+    tokenizer: str = option(
+        "bpe", "caption: bpe (learned from the captions), or a pretrained one: repo or folder", identity=True
+    )
+    vocab_size: int = option(8000, "caption: tokens of a learned tokenizer, at most", identity=True)
+    max_length: int = option(64, "caption: tokens of a text, with its begin, end and question", identity=True)
     checkpoint_every: int = option(500, "steps between checkpoints")
     keep_checkpoints: int = option(2, "older checkpoints are deleted, but for the best one (0: keep all)")
     save_in_background: bool = option(True, "write checkpoints while training goes on")
@@ -478,6 +518,28 @@ class EvaluateConfig(RunConfig):
     steps: int = option(20, "steps of the sampler")
     guidance: float = option(1.5, "classifier-free guidance scale (1: none)")
     threads: int = option(0, "CPU threads (0: all cores)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionConfig(StageConfig):
+    """stage=caption: texts about pictures by a trained run: at image_path=, else a data set's, as a column."""
+
+    checkpoint: str = option(
+        "", "run folder, checkpoint, or export folder (default: the data set's run)", identity=True
+    )
+    name: str = option("", "name of the run folder, as in stage=train")
+    image_path: str = option("", "picture, folder of pictures, URL of a picture, or dataset directory")
+    question: str = option("", "what to answer, for runs with prompt=question", identity=True)
+    beams: int = option(1, "texts that are followed at once; 1 is greedy", identity=True)
+    length_penalty: float = option(1.0, "beams: log probability / length ** this decides", identity=True)
+    top_p: float = option(0.0, "draw from the likeliest tokens with this share of probability (0: no)", identity=True)
+    temperature: float = option(1.0, "of drawing", identity=True)
+    min_length: int = option(1, "tokens of a text at least", identity=True)
+    max_length: int = option(0, "tokens of a text at most (0: what the model was trained for)", identity=True)
+    batch_size: int = option(32, "pictures at a time", identity=True)
+    column: str = option("generated", "data set: column that the new captions go into", identity=True)
+    shard_bytes: int = option(2**26, "largest size of one data file", identity=True)
+    threads: int = option(1, "CPU threads per rank")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -610,17 +672,19 @@ STAGES: dict[str, type] = {
     "dedup": DedupConfig,
     "shard": ShardConfig,
     "precompute": PrecomputeConfig,
+    "features": FeaturesConfig,
     "train": TrainConfig,
     "generate": GenerateConfig,
     "evaluate": EvaluateConfig,
     "cost": CostConfig,
+    "caption": CaptionConfig,
     "verify": VerifyConfig,
     "repair": RepairConfig,
     "gc": GcConfig,
     "takedown": TakedownConfig,
     "report": ReportConfig,
 }
-UPSTREAMS = {"dedup": ("filter",), "shard": ("dedup", "filter")}
+UPSTREAMS = {"dedup": ("filter",), "shard": ("dedup", "filter"), "features": ("shard",), "caption": ("shard",)}
 """What a stage reads by default, where that is not just the one before it on the main line: the first that is there."""
 MAIN_LINE = ("download", "filter", "shard", "precompute", "train")
 

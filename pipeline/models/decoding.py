@@ -25,7 +25,7 @@ class Decoding:
     Attributes:
         beams: texts that are followed at once; 1 is greedy.
         length_penalty: of beams; a text counts as its log probability / length ** length_penalty.
-        top_p: draw from the fewest tokens that have this share of the probability (Holtzman et al. 2020); 0: no drawing.
+        top_p: draw from the fewest tokens with this share of the probability (Holtzman et al. 2020); 0: no drawing.
         temperature: of drawing.
         min_length, max_length: tokens of a text, without prompt and end.
         seed: of drawing, with a key for each text.
@@ -227,9 +227,7 @@ def _beams(work: _Work) -> list[list[int]]:
     return [max(found, key=lambda pair: pair[0])[1] for found in ended]
 
 
-def _set_aside(
-    ended: list[tuple[float, list[int]]], scores: Tensor, texts: Tensor, start: int, how: Decoding
-) -> None:
+def _set_aside(ended: list[tuple[float, list[int]]], scores: Tensor, texts: Tensor, start: int, how: Decoding) -> None:
     """The texts that are as long as they may be."""
     for score, text in zip(scores.tolist(), texts[:, start:].tolist(), strict=True):
         if score > -torch.inf:

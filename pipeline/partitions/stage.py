@@ -117,7 +117,16 @@ def input_folder(config: Any, stage: str) -> Path:
     """
     if config.input:
         return Path(config.input).absolute()
-    for upstream in UPSTREAMS.get(stage) or (MAIN_LINE[MAIN_LINE.index(stage) - 1],):
+    return place_of(config, *(UPSTREAMS.get(stage) or (MAIN_LINE[MAIN_LINE.index(stage) - 1],)))
+
+
+def place_of(config: Any, *upstreams: str) -> Path:
+    """Where the result of the first of the stages ``upstreams`` that is there lies, whatever its variant.
+
+    Raises:
+        ConfigError: several variants are there.
+    """
+    for upstream in upstreams:
         place = stage_folder(config, upstream).absolute()
         if place.exists():
             return place

@@ -9,15 +9,18 @@ from PIL import Image
 
 from pipeline.config import ConfigError
 from pipeline.partitions.plan import Input, Partition
-from pipeline.samples import Outcome, caption_fields, content_hash
+from pipeline.samples import Outcome, Schema, caption_fields, content_hash
 from pipeline.sources.base import Source
-from pipeline.sources.shapes_scene import caption, render, sample_scene
+from pipeline.sources.shapes_scene import caption, questions, render, sample_scene
 
 
 class Shapes(Source):
     """``count`` scenes of ``image_size`` pixels; scene number i depends on the seed and i alone."""
 
     rechecks = True
+
+    def schema(self) -> Schema:
+        return {**super().schema(), **({"questions": "json"} if self.config.questions else {})}
 
     def plan(self) -> Iterator[Partition]:
         for name in ("count", "image_size", "partition_size"):
@@ -40,6 +43,8 @@ class Shapes(Source):
         data = file.getvalue()
         key = f"shapes/{index:08d}"
         row = {"key": key, "jpg": data, "format": "png", **caption_fields([caption(scene)])}
+        if config.questions:
+            row["questions"] = questions(scene)
         return Outcome(
             key,
             "kept",

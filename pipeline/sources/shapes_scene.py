@@ -121,6 +121,24 @@ def caption(scene: Scene) -> str:
     )
 
 
+def questions(scene: Scene) -> list[list[str]]:
+    """Questions about the scene with their answers."""
+    if scene.relation:
+        first, second = scene.things
+        where = {"above": ("above", "below"), "left of": ("left", "right")}[scene.relation]
+        pairs = [
+            [f"what is {place}?", f"a {t.colour} {t.shape}"] for place, t in zip(where, (first, second), strict=True)
+        ]
+    else:
+        (thing,) = scene.things
+        pairs = [
+            [f"what colour is the {thing.shape}?", thing.colour],
+            [f"what is {thing.colour}?", f"a {thing.shape}"],
+            [f"how large is the {thing.shape}?", thing.size],
+        ]
+    return [*pairs, ["how many objects are there?", "one" if len(scene.things) == 1 else "two"]]
+
+
 def parse_caption(text: str) -> Scene | None:
     """The scene that ``text`` describes (places and radii unknown), or None if it is not of this grammar."""
     found = _CAPTION.fullmatch(" ".join(text.lower().split()))

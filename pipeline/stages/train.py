@@ -13,7 +13,7 @@ from pipeline.config import ConfigError, TrainConfig, run_folder
 from pipeline.distributed import Rank, distributed
 from pipeline.loading import Batches
 from pipeline.partitions.dataset import Dataset, RandomAccess
-from pipeline.partitions.stage import open_input
+from pipeline.partitions.stage import open_input, place_of
 from pipeline.storage import Folder, StorageError
 from pipeline.telemetry import Events
 
@@ -27,8 +27,7 @@ _LATENTS = "latents_"
 def main(rank: Rank, config: TrainConfig) -> None:
     if rank.is_main:
         rank.log.info("%s\n%s", type(config).__name__, cli.dump(config))
-    # classifiers read pictures: what the stage before precompute writes
-    dataset = open_input(config, "precompute" if config.task == "classify" else "train")
+    dataset = _input(config)
     import torch
 
     from pipeline.training.loop import train
@@ -49,8 +48,22 @@ def main(rank: Rank, config: TrainConfig) -> None:
         rank.log.info("%s: finished after %d steps", place, state.step)
 
 
+def _input(config: TrainConfig) -> Dataset:
+    """Latents; for classes, the pictures; for captions, features or (encoder=) the pictures."""
+    if config.task == "classify":
+        return open_input(config, "precompute")
+    if config.task != "caption" or config.input:
+        return open_input(config, "train")
+    upstream = "shard" if config.encoder else "features"
+    return open_input(replace(config, input=str(place_of(config, upstream))), "train")
+
+
 def learned(config: TrainConfig, dataset: Dataset) -> tuple[Task, Batches, Batches | None]:
     """The task, what it is trained on, and what it is measured on meanwhile."""
+    if config.task == "caption":
+        from pipeline.training.tasks.caption import learned as captioning
+
+        return captioning(config, dataset)
     from pipeline.training.feed import Chosen, split
 
     if config.task == "classify":

@@ -100,8 +100,12 @@ class Chosen:
     def __len__(self) -> int:
         return self.stop - self.first
 
+    def places(self, positions: np.ndarray) -> np.ndarray:
+        """Where they are in ``data``."""
+        return order(self.seed, 0, len(self.data))[self.first + positions]
+
     def batch(self, positions: np.ndarray) -> Batch:
-        return self.data.batch(order(self.seed, 0, len(self.data))[self.first + positions])
+        return self.data.batch(self.places(positions))
 
 
 def split(data: Batches, fraction: float, seed: int) -> tuple[Chosen, Chosen]:

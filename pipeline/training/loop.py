@@ -420,7 +420,7 @@ def _evaluate(task: Task, state: State, valid: Batches, config: TrainConfig, ran
                     sums[name] = sums.get(name, torch.zeros_like(total)) + total
     finally:
         state.model.train()
-    means = {name: total / weight for name, (total, weight) in _reduced(sums, rank).items() if weight}
+    means = task.summary({name: total / weight for name, (total, weight) in _reduced(sums, rank).items() if weight})
     state.progress.see(state.step, means[task.metric], task.higher_is_better, config.lr_patience)
     for logger in loggers:
         logger.write(state.step, means)

@@ -55,6 +55,10 @@ class Task(ABC):
         losses = self.losses(network, batch, keys)
         return {"valid_loss": (losses, torch.ones_like(losses))}
 
+    def summary(self, means: dict[str, float]) -> dict[str, float]:
+        """What is logged, from the means over the whole validation set."""
+        return means
+
     metric: ClassVar[str] = "valid_loss"
     """Which of them decides what is best, and when to stop."""
     higher_is_better: ClassVar[bool] = False

@@ -1,0 +1,317 @@
+"""stage=caption: texts about pictures, by a trained run.
+
+``image_path=`` takes a file, a folder, a URL or a dataset directory, and gives JSON lines and a page. Without it a
+whole data set is captioned anew, as a stage with partitions: its samples, and a column with the new texts.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from io import BytesIO
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jinja2 import Environment, PackageLoader
+from PIL import Image
+from safetensors.torch import load_file
+
+from pipeline import images
+from pipeline.cli import config_for, errors_as_one_line
+from pipeline.config import CaptionConfig, ConfigError, run_folder
+from pipeline.distributed import Rank, distributed
+from pipeline.encoders.vision import VisionEncoder, vision_encoder
+from pipeline.metrics.captions import caption_scores, with_java, words
+from pipeline.models.captioner import Captioner, CaptionerConfig
+from pipeline.models.decoding import Decoding, write
+from pipeline.partitions import engine
+from pipeline.partitions.dataset import Dataset, SlotReader
+from pipeline.samples import FORMATS, Row, Schema
+from pipeline.stages.pictures import PictureStage
+from pipeline.storage import Folder
+from pipeline.tokenizer import Tokenizer
+from pipeline.training.checkpoint import open_checkpoint
+from pipeline.training.tasks.caption import marks_of
+
+_THUMBNAIL = 224  # pixels
+_SHOWN = 500  # pictures on a page
+_URL_SECONDS = 60
+_URL_BYTES = 2**26
+
+
+@dataclass(frozen=True)
+class CaptionWriter:
+    """All that it takes to write about pictures; ``step`` of training that the weights are from."""
+
+    model: Captioner
+    encoder: VisionEncoder
+    tokenizer: Tokenizer
+    prompt: str
+    step: int
+
+    @property
+    def longest(self) -> int:
+        return self.model.config.max_length
+
+    @torch.no_grad()
+    def write(
+        self, pictures: Sequence[np.ndarray], how: Decoding, question: str = "", keys: Sequence[str] | None = None
+    ) -> list[str]:
+        """A text about each picture, uint8 (h, w, 3), of any sizes."""
+        features = self.encoder.encode(self.encoder.preprocess(pictures))
+        prompts = self.tokenizer.prompts([question or None] * len(pictures))
+        texts = write(self.model, features.to(self.model.places.device), prompts, marks_of(self.tokenizer), how, keys)
+        return self.tokenizer.decode(texts)
+
+
+def load_writer(checkpoint: str | Path, device: str | torch.device = "cpu") -> CaptionWriter:
+    """From a run's folder (its best checkpoint), one checkpoint, or an export folder; nothing else is needed.
+
+    Raises:
+        ConfigError: none of them, or of another task.
+    """
+    place = Path(checkpoint)
+    if (place / "model.safetensors").is_file():
+        facts = json.loads((place / "config.json").read_text())
+        facts["preprocessing"] = json.loads((place / "preprocessing.json").read_text())
+        weights, step = load_file(place / "model.safetensors"), facts["step"]
+    else:
+        loaded = open_checkpoint(place, which="best", parts=("ema",))
+        facts, weights, step = loaded.facts, loaded.tensors["ema"], loaded.step
+    if facts["task"] != "caption":
+        raise ConfigError(f"checkpoint={checkpoint}: its task is {facts['task']}, expected caption")
+    about = facts["preprocessing"]
+    model = Captioner(CaptionerConfig(**facts["model"]))
+    model.load_state_dict(weights)
+    encoder = vision_encoder(about["encoder"]["name"], about["encoder"]["features"], device)
+    expected, found = about["encoder"].get("weights"), encoder.describe().get("weights")
+    if expected != found:
+        raise ConfigError(f"checkpoint={checkpoint}: trained with other weights of {encoder.name} than there are now")
+    return CaptionWriter(
+        model.to(device).eval().requires_grad_(False),
+        encoder,
+        Tokenizer.from_json(about["tokenizer"]),
+        about["prompt"],
+        step,
+    )
+
+
+def decoding_of(config: CaptionConfig, writer: CaptionWriter) -> Decoding:
+    """The settings of writing, checked.
+
+    Raises:
+        ConfigError: they do not fit together, or not the model.
+    """
+    if (writer.prompt == "question") != bool(config.question):
+        raise ConfigError(
+            "question=: this run answers questions: give one"
+            if writer.prompt == "question"
+            else f"question={config.question}: this run writes captions; train with prompt=question for answers"
+        )
+    (prompt,) = writer.tokenizer.prompts([config.question or None])
+    longest = config.max_length or writer.longest - len(prompt)
+    return Decoding(
+        beams=config.beams,
+        length_penalty=config.length_penalty,
+        top_p=config.top_p,
+        temperature=config.temperature,
+        min_length=config.min_length,
+        max_length=longest,
+        seed=config.seed,
+    )
+
+
+def checkpoint_of(config: CaptionConfig) -> str:
+    """Raises ConfigError if there is none at the place."""
+    place = config.checkpoint or str(run_folder(config, config.name or "caption").absolute())
+    if not Path(place).is_dir():
+        raise ConfigError(f"checkpoint={place}: there is no such training run")
+    return place
+
+
+# ---- a data set anew
+
+
+class Caption(PictureStage):
+    name = "caption"
+
+    @property
+    def format(self) -> str:
+        return str(self.upstream.header["format"])
+
+    @cached_property
+    def writer(self) -> CaptionWriter:
+        return load_writer(checkpoint_of(self.config), self.rank.device)
+
+    def schema(self) -> Schema:
+        self.upstream.require_columns("key", "jpg")
+        if self.config.column in self.upstream.schema:
+            raise ConfigError(f"column={self.config.column}: {self.upstream.root.path} has such a column already")
+        return {**self.upstream.schema, self.config.column: "str"}
+
+    def extra(self) -> dict[str, Any]:
+        by = {"encoder": self.writer.encoder.describe(), "step": self.writer.step, "column": self.config.column}
+        return {**self.upstream.header["extra"], "captioner": by}
+
+    def describe_batch(self, rows: Sequence[Row], pictures: Sequence[np.ndarray]) -> list[Row]:
+        how = decoding_of(self.config, self.writer)
+        texts = self.writer.write(pictures, how, self.config.question, [row["key"] for row in rows])
+        return [{**row, self.config.column: text} for row, text in zip(rows, texts, strict=True)]
+
+
+# ---- some pictures
+
+
+@dataclass(frozen=True)
+class Found:
+    """A picture to write about; ``references`` are what a data set says of it."""
+
+    name: str
+    data: bytes
+    references: tuple[str, ...] = ()
+
+
+def find_pictures(path: str) -> Iterator[Found]:
+    """The pictures at ``image_path``.
+
+    Raises:
+        ConfigError: nothing is there.
+    """
+    place = Path(path)
+    if path.startswith(("http://", "https://")):
+        yield Found(path, _fetched(path))
+    elif (place / "plan").is_dir():
+        dataset = Dataset.open(place)
+        dataset.require_success()
+        dataset.require_columns("key", "jpg")
+        for index in range(dataset.partitions):
+            for stored in SlotReader(dataset, index).stored():
+                row = stored.read()
+                yield Found(stored.key, row["jpg"], tuple(row.get("captions", ())))
+    elif place.is_dir():
+        files = sorted(file for file in place.rglob("*") if file.suffix[1:].lower() in FORMATS and file.is_file())
+        if not files:
+            raise ConfigError(f"image_path={path}: no pictures in this folder")
+        for file in files:
+            yield Found(str(file.relative_to(place)), file.read_bytes())
+    elif place.is_file():
+        yield Found(place.name, place.read_bytes())
+    else:
+        raise ConfigError(f"image_path={path}: no such file or folder")
+
+
+def _fetched(url: str) -> bytes:
+    from urllib.error import URLError
+    from urllib.request import Request, urlopen
+
+    try:
+        with urlopen(Request(url, headers={"User-Agent": "latentmill"}), timeout=_URL_SECONDS) as answer:
+            data: bytes = answer.read(_URL_BYTES + 1)
+    except (URLError, OSError, ValueError) as error:
+        raise ConfigError(f"image_path={url}: cannot be fetched: {error}") from None
+    if len(data) > _URL_BYTES:
+        raise ConfigError(f"image_path={url}: larger than {_URL_BYTES >> 20} MiB")
+    return data
+
+
+def write_about(config: CaptionConfig, device: torch.device) -> tuple[Path, list[dict[str, Any]], dict[str, float]]:
+    """Caption what ``image_path`` names: where, what, and (if there are references) scores.
+
+    captions.jsonl has a line for each picture: ``image``, ``caption`` (or ``error``), ``references``; gallery.html
+    shows them. They lie in ``output=``, else in ``captions/`` of the working folder.
+    """
+    torch.set_num_threads(config.threads)
+    writer = load_writer(checkpoint_of(config), device)
+    how = decoding_of(config, writer)
+    place = Path(config.output or "captions")
+    lines: list[dict[str, Any]] = []
+    thumbnails: list[str] = []
+    found = find_pictures(config.image_path)
+    with Folder.open(place, create=True) as folder:
+        while batch := list(islice(found, config.batch_size)):
+            lines += _captioned(batch, writer, how, config.question, thumbnails)
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        scores = _scores(lines)
+        about = {"checkpoint": checkpoint_of(config), "step": writer.step, "how": how, "question": config.question}
+        page = Environment(loader=PackageLoader("pipeline", "templates"), autoescape=True).get_template("captions.html")
+        shown = list(zip(lines, thumbnails, strict=False))
+        html = page.render(samples=shown, count=len(lines), scores=scores, **about)
+        for name, content in (("captions.jsonl", text), ("gallery.html", html)):
+            attempt = f".{name}.{os.getpid()}"
+            with folder.create(attempt) as file:
+                file.write(content.encode())
+            os.replace(place / attempt, place / name)
+    return place, lines, scores
+
+
+def _captioned(
+    batch: Sequence[Found], writer: CaptionWriter, how: Decoding, question: str, thumbnails: list[str]
+) -> list[dict[str, Any]]:
+    lines: list[dict[str, Any]] = []
+    good: list[tuple[dict[str, Any], np.ndarray]] = []
+    for one in batch:
+        line: dict[str, Any] = {"image": one.name, "caption": ""}
+        if one.references:
+            line["references"] = list(one.references)
+        try:
+            picture = images.decode(one.data, images.probe(one.data, images.Limits()))
+        except images.ImageError as error:
+            line["error"] = str(error)
+        else:
+            good.append((line, picture))
+        if len(thumbnails) < _SHOWN:
+            thumbnails.append("" if "error" in line else _thumbnail(good[-1][1]))
+        lines.append(line)
+    if good:
+        texts = writer.write([p for _, p in good], how, question, [line["image"] for line, _ in good])
+        for (line, _), text in zip(good, texts, strict=True):
+            line["caption"] = text
+    return lines
+
+
+def _thumbnail(picture: np.ndarray) -> str:
+    image = Image.fromarray(picture)
+    image.thumbnail((_THUMBNAIL, _THUMBNAIL))
+    file = BytesIO()
+    image.save(file, "JPEG", quality=88)
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def _scores(lines: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Of those that have references; also the share that equals one."""
+    judged = [line for line in lines if line.get("references") and "error" not in line]
+    if not judged:
+        return {}
+    texts = [words(line["caption"]) for line in judged]
+    references = [[words(text) for text in line["references"]] for line in judged]
+    exact = sum(text in known for text, known in zip(texts, references, strict=True)) / len(texts)
+    java, skipped = with_java(texts, references)
+    for name, reason in skipped.items():
+        print(f"{name} is skipped: {reason}")
+    return {"exact": exact, **caption_scores(texts, references), **java}
+
+
+@distributed
+def main(rank: Rank, config: CaptionConfig) -> None:
+    if not config.image_path:
+        engine.main(Caption, config, rank)
+        return
+    if not rank.is_main:
+        return
+    with errors_as_one_line():
+        place, lines, scores = write_about(config, rank.device)
+    for name, score in scores.items():
+        print(f"{name:8} {score:.4f}")
+    failed = sum("error" in line for line in lines)
+    print(f"{len(lines) - failed} captions{f', {failed} pictures could not be read' if failed else ''}: {place}")
+
+
+if __name__ == "__main__":
+    main(config_for("caption"))

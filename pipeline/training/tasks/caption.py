@@ -1,0 +1,226 @@
+"""Pictures to texts: next-token prediction given a frozen encoder's features; captions, or answers to questions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline import images
+from pipeline.config import ConfigError, TrainConfig
+from pipeline.encoders.vision import VisionEncoder, vision_encoder
+from pipeline.loading import Batches
+from pipeline.metrics.captions import Cider, bleu_counts, bleu_of, rouge_l, words
+from pipeline.models.captioner import Captioner, captioner_config
+from pipeline.models.decoding import Decoding, Marks, write
+from pipeline.partitions.dataset import Dataset, RandomAccess
+from pipeline.randomness import keyed_seed
+from pipeline.samples import Row
+from pipeline.tokenizer import Tokenizer, pretrained, train_bpe
+from pipeline.training.feed import Chosen, split
+from pipeline.training.tasks.base import Batch, Keys, Task
+
+_LEARNED_FROM = 5000  # samples that a tokenizer is learned from
+_MEASURED = 256  # samples that texts are written for, where no validation set is kept out
+_COUNTS = ("matches_1", "matches_2", "matches_3", "matches_4", "grams_1", "grams_2", "grams_3", "grams_4")
+_COUNTS += ("length", "nearest_length")
+
+
+class CaptionDataset:
+    """Features (or pixels) and texts of stored samples, as tensors.
+
+    Args:
+        encoder: what pixels are prepared for; None: features are stored.
+        questions: texts are answers, each after its question.
+    """
+
+    def __init__(
+        self, dataset: Dataset, tokenizer: Tokenizer, max_length: int, encoder: VisionEncoder | None, questions: bool
+    ) -> None:
+        self.rows = RandomAccess(dataset)
+        self.tokenizer, self.max_length, self.encoder, self.questions = tokenizer, max_length, encoder, questions
+        extra = dataset.header["extra"]
+        self.shape = (encoder.tokens, encoder.width) if encoder else tuple(extra["shapes"]["features"])
+        self.dtype = "" if encoder else extra["dtype"]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def batch(self, positions: np.ndarray) -> Batch:
+        """``features`` (b, m, width) float32 or ``pixels`` (b, 3, r, r); ``tokens`` (b, c, max_length) int64, all texts
+        of each sample; ``count`` (b,), how many; ``start`` (b, c), where each text begins behind its question."""
+        rows = self.rows.rows([int(position) for position in positions])
+        pairs = [texts_of(row, self.questions) for row in rows]
+        most = max(map(len, pairs))
+        filled = [pair for texts in pairs for pair in texts + [texts[0]] * (most - len(texts))]
+        asked = [question for question, _ in filled] if self.questions else None
+        tokens = self.tokenizer.encode([text for _, text in filled], self.max_length, asked)
+        starts = (tokens == self.tokenizer.answer).argmax(1) + 1 if self.questions else np.ones(len(tokens), np.int64)
+        return {
+            **self._pictures(rows),
+            "tokens": torch.from_numpy(tokens).view(len(rows), most, -1),
+            "count": torch.tensor([len(texts) for texts in pairs]),
+            "start": torch.from_numpy(starts).view(len(rows), most),
+        }
+
+    def _pictures(self, rows: Sequence[Row]) -> Batch:
+        if self.encoder is None:
+            values = [np.frombuffer(row["features"], self.dtype).reshape(self.shape) for row in rows]
+            return {"features": torch.from_numpy(np.stack(values).astype(np.float32))}
+        pixels = [images.decode(row["jpg"], images.probe(row["jpg"], images.Limits())) for row in rows]
+        return {"pixels": self.encoder.preprocess(pixels)}
+
+
+def texts_of(row: Row, questions: bool) -> list[tuple[str, str]]:
+    """(question, text) pairs of a sample; one empty text if it has none."""
+    if questions:
+        return [(question, answer) for question, answer in row["questions"]] or [("", "")]
+    return [("", caption) for caption in row["captions"]] or [("", "")]
+
+
+class Caption(Task):
+    """A :class:`Captioner`; in each epoch another of a sample's texts is learned."""
+
+    name = "caption"
+    model: Captioner
+
+    def __init__(
+        self, config: TrainConfig, data: CaptionDataset, about_encoder: dict[str, Any], references: list[list[str]]
+    ) -> None:
+        self.tokenizer, self.encoder, self.about_encoder = data.tokenizer, data.encoder, about_encoder
+        self.seed, self.smoothing, self.prompt = config.seed, config.label_smoothing, config.prompt
+        self.cider = Cider(references)
+        tokens, width = data.shape
+        torch.manual_seed(keyed_seed(config.seed, "weights"))
+        self.model = Captioner(
+            captioner_config(
+                config.model,
+                image_tokens=tokens,
+                image_width=width,
+                vocab=len(self.tokenizer),
+                max_length=config.max_length,
+                decoder=config.decoder,
+                positions=config.positions,
+                dropout=config.dropout,
+            )
+        )
+
+    def prepare(self, batch: Batch, keys: Keys) -> Batch:
+        """Of each sample the text that it is the turn of, cut to the longest; in an evaluation the first, and all."""
+        count = batch["count"].numpy()
+        shift = np.array([keyed_seed(self.seed, "text", int(position)) for position in keys.positions])
+        turn = np.zeros_like(count) if keys.step < 0 else (shift % count + keys.epochs) % count
+        rows, chosen = torch.arange(len(count)), torch.from_numpy(turn)
+        tokens = batch["tokens"][rows, chosen]
+        longest = int((tokens != self.tokenizer.pad).sum(1).max())
+        prepared = {name: batch[name] for name in ("features", "pixels") if name in batch}
+        prepared |= {"tokens": tokens[:, :longest], "start": batch["start"][rows, chosen]}
+        return prepared | ({"all": batch["tokens"], "count": batch["count"]} if keys.step < 0 else {})
+
+    def losses(self, network: nn.Module, batch: Batch, keys: Keys) -> Tensor:
+        """Cross-entropy per token of each sample's text, (b,), with label smoothing while training."""
+        return self._losses(network, self._features(batch), batch, 0.0 if keys.step < 0 else self.smoothing)
+
+    def _features(self, batch: Batch) -> Tensor:
+        return batch["features"] if self.encoder is None else self.encoder.encode(batch["pixels"])
+
+    def _losses(self, network: nn.Module, features: Tensor, batch: Batch, smoothing: float) -> Tensor:
+        tokens = batch["tokens"]
+        logits = network(features, tokens[:, :-1]).float()
+        targets = tokens[:, 1:]
+        places = torch.arange(1, tokens.shape[1], device=tokens.device)
+        counts = (targets != self.tokenizer.pad) & (places >= batch["start"][:, None])
+        each = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none", label_smoothing=smoothing)
+        return (each * counts).sum(1) / counts.sum(1).clamp(min=1)
+
+    def measure(self, network: nn.Module, batch: Batch, keys: Keys) -> dict[str, tuple[Tensor, Tensor]]:
+        """``valid_loss``; of texts written greedily: ``exact`` (equal to one of the references), ``rouge_l``,
+        ``cider``, and the counts that BLEU is made of."""
+        features = self._features(batch)
+        losses = self._losses(network, features, batch, 0.0)
+        written = self._write(features, batch)
+        values: dict[str, list[float]] = {name: [] for name in ("exact", "rouge_l", "cider", *_COUNTS)}
+        for text, tokens, count in zip(written, batch["all"], batch["count"].tolist(), strict=True):
+            known = [
+                words(t) for t in self.tokenizer.decode(tokens[: 1 if self.prompt == "question" else count].tolist())
+            ]
+            values["exact"].append(float(text in known))
+            values["rouge_l"].append(rouge_l(text, known))
+            values["cider"].append(self.cider.score(text, known))
+            for name, value in zip(_COUNTS, bleu_counts(text, known), strict=True):
+                values[name].append(value)
+        ones = torch.ones_like(losses)
+        measured = {name: (torch.tensor(value, device=losses.device), ones) for name, value in values.items()}
+        return {"valid_loss": (losses, ones), **measured}
+
+    def summary(self, means: dict[str, float]) -> dict[str, float]:
+        """BLEU is a function of means over all samples, not a mean of something."""
+        counts = [means.pop(name) for name in _COUNTS]
+        return {**means, **{f"bleu_{n}": score for n, score in enumerate(bleu_of(counts), 1)}}
+
+    def _write(self, features: Tensor, batch: Batch) -> list[str]:
+        prompts = [row[:start] for row, start in zip(batch["tokens"].tolist(), batch["start"].tolist(), strict=True)]
+        room = self.model.config.max_length - max(map(len, prompts))
+        texts = write(self.model, features, prompts, marks_of(self.tokenizer), Decoding(max_length=room))
+        return [words(text) for text in self.tokenizer.decode(texts)]
+
+    def decays(self, name: str, parameter: Tensor) -> bool:
+        return parameter.dim() > 1 and not name.endswith(("positions", "places", "log_rate"))
+
+    def facts(self) -> dict[str, Any]:
+        return {"model": self.model.config.to_dict()}
+
+    def preprocessing(self) -> dict[str, Any]:
+        """The encoder and the tokenizer: with the weights, all that it takes to write about new pictures."""
+        return {"encoder": self.about_encoder, "prompt": self.prompt, "tokenizer": self.tokenizer.to_json()}
+
+
+def marks_of(tokenizer: Tokenizer) -> Marks:
+    return Marks(tokenizer.pad, tokenizer.end, (tokenizer.pad, tokenizer.begin, tokenizer.answer))
+
+
+def learned(config: TrainConfig, dataset: Dataset) -> tuple[Task, Batches, Batches | None]:
+    """The task, what it is trained on, and what it is measured on meanwhile."""
+    questions = config.prompt == "question"
+    dataset.require_columns("key", "jpg" if config.encoder else "features", "questions" if questions else "captions")
+    encoder = vision_encoder(config.encoder, config.features) if config.encoder else None
+    tokenizer = tokenizer_of(config, dataset)
+    data = CaptionDataset(dataset, tokenizer, config.max_length, encoder, questions)
+    if not len(data):
+        raise ConfigError(f"{dataset.root.path} has no samples")
+    trained: Batches = data
+    if config.valid_input:
+        other = Dataset.open(Path(config.valid_input))
+        other.require_success()
+        whole = CaptionDataset(other, tokenizer, config.max_length, encoder, questions)
+        valid = Chosen(whole, config.seed, 0, len(whole))
+    elif config.valid_fraction:
+        trained, valid = split(data, config.valid_fraction, config.seed)
+    else:
+        valid = Chosen(data, config.seed, 0, min(_MEASURED, len(data)))
+    about = encoder.describe() if encoder else dataset.header["extra"]["encoder"]
+    return Caption(config, data, about, _references(valid)), trained, valid
+
+
+def tokenizer_of(config: TrainConfig, dataset: Dataset) -> Tokenizer:
+    """As named, or learned from the data set's texts."""
+    if config.tokenizer != "bpe":
+        return pretrained(config.tokenizer)
+    rows = RandomAccess(dataset)
+    spread = np.unique(np.linspace(0, len(rows) - 1, min(len(rows), _LEARNED_FROM)).astype(int))
+    questions = config.prompt == "question"
+    texts = (text for place in spread for pair in texts_of(rows.rows([place])[0], questions) for text in pair if text)
+    return train_bpe(texts, config.vocab_size)
+
+
+def _references(valid: Chosen) -> list[list[str]]:
+    """The captions of the samples that are measured: they say which words are rare."""
+    data = valid.data
+    assert isinstance(data, CaptionDataset)
+    rows = (row for place in valid.places(np.arange(len(valid))) for row in data.rows.rows([place]))
+    return [[words(text) for _, text in texts_of(row, data.questions)] for row in rows]
