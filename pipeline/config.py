@@ -543,6 +543,27 @@ class CaptionConfig(StageConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class FeideggerConfig:
+    """stage=feidegger: FEIDEGGER's pictures and German captions in one file, for a sequence model."""
+
+    data_path: str = option(
+        "https://raw.githubusercontent.com/zalandoresearch/feidegger/master/data/FEIDEGGER_release_1.1.json",
+        "the release's JSON: URL or file",
+    )
+    output_dir: str = option(help="folder for the result, and for what is fetched")
+    image_size: tuple[int, ...] = option((224, 224), "height and width")
+    max_length: int = option(128, "tokens of a caption")
+    batch_size: int = option(64, "pictures in memory at a time")
+    num_workers: int = option(2, "processes that decode pictures")
+    language_model: str = option("bpe", "tokenizer: bpe (learned from the captions), or a pretrained one")
+    seed: int = option(0, "of the split")
+    valid_fraction: float = option(0.1, "share of the pictures that are the val split")
+    test_fraction: float = option(0.1, "share of the pictures that are the test split")
+    max_failed_fraction: float = option(0.1, "stop if more than this share of the pictures cannot be had")
+    allow_private_hosts: bool = option(False, "allow addresses that are not globally routable")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ToolConfig:
     """What tools that look at one dataset directory take: verify, repair, gc."""
 
@@ -678,6 +699,7 @@ STAGES: dict[str, type] = {
     "evaluate": EvaluateConfig,
     "cost": CostConfig,
     "caption": CaptionConfig,
+    "feidegger": FeideggerConfig,
     "verify": VerifyConfig,
     "repair": RepairConfig,
     "gc": GcConfig,

@@ -48,22 +48,25 @@ def main(rank: Rank, config: TrainConfig) -> None:
         rank.log.info("%s: finished after %d steps", place, state.step)
 
 
-def _input(config: TrainConfig) -> Dataset:
-    """Latents; for classes, the pictures; for captions, features or (encoder=) the pictures."""
+def _input(config: TrainConfig) -> Dataset | None:
+    """Latents; for classes, the pictures; for captions, features or (encoder=) the pictures; None: one HDF5 file."""
     if config.task == "classify":
         return open_input(config, "precompute")
+    if config.task == "caption" and config.input.endswith(".h5"):
+        return None
     if config.task != "caption" or config.input:
         return open_input(config, "train")
     upstream = "shard" if config.encoder else "features"
     return open_input(replace(config, input=str(place_of(config, upstream))), "train")
 
 
-def learned(config: TrainConfig, dataset: Dataset) -> tuple[Task, Batches, Batches | None]:
+def learned(config: TrainConfig, dataset: Dataset | None) -> tuple[Task, Batches, Batches | None]:
     """The task, what it is trained on, and what it is measured on meanwhile."""
     if config.task == "caption":
         from pipeline.training.tasks.caption import learned as captioning
 
         return captioning(config, dataset)
+    assert dataset is not None
     from pipeline.training.feed import Chosen, split
 
     if config.task == "classify":

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pipeline import images
 from pipeline.config import ConfigError, TrainConfig
 from pipeline.encoders.vision import VisionEncoder, vision_encoder
-from pipeline.loading import Batches
+from pipeline.loading import Batches, Rows
 from pipeline.metrics.captions import Cider, bleu_counts, bleu_of, rouge_l, words
 from pipeline.models.captioner import Captioner, captioner_config
 from pipeline.models.decoding import Decoding, Marks, write
@@ -35,18 +35,26 @@ class CaptionDataset:
     """Features (or pixels) and texts of stored samples, as tensors.
 
     Args:
+        rows: the stored samples.
+        shape, dtype: of stored features.
         encoder: what pixels are prepared for; None: features are stored.
         questions: texts are answers, each after its question.
     """
 
     def __init__(
-        self, dataset: Dataset, tokenizer: Tokenizer, max_length: int, encoder: VisionEncoder | None, questions: bool
+        self,
+        rows: Rows,
+        tokenizer: Tokenizer,
+        max_length: int,
+        encoder: VisionEncoder | None,
+        questions: bool,
+        shape: tuple[int, int] = (0, 0),
+        dtype: str = "",
     ) -> None:
-        self.rows = RandomAccess(dataset)
+        self.rows = rows
         self.tokenizer, self.max_length, self.encoder, self.questions = tokenizer, max_length, encoder, questions
-        extra = dataset.header["extra"]
-        self.shape = (encoder.tokens, encoder.width) if encoder else tuple(extra["shapes"]["features"])
-        self.dtype = "" if encoder else extra["dtype"]
+        self.shape = (encoder.tokens, encoder.width) if encoder else shape
+        self.dtype = dtype
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -72,8 +80,13 @@ class CaptionDataset:
         if self.encoder is None:
             values = [np.frombuffer(row["features"], self.dtype).reshape(self.shape) for row in rows]
             return {"features": torch.from_numpy(np.stack(values).astype(np.float32))}
-        pixels = [images.decode(row["jpg"], images.probe(row["jpg"], images.Limits())) for row in rows]
-        return {"pixels": self.encoder.preprocess(pixels)}
+        return {"pixels": self.encoder.preprocess([_pixels(row) for row in rows])}
+
+
+def _pixels(row: Row) -> np.ndarray:
+    if "picture" in row:
+        return np.asarray(row["picture"])
+    return images.decode(row["jpg"], images.probe(row["jpg"], images.Limits()))
 
 
 def texts_of(row: Row, questions: bool) -> list[tuple[str, str]]:
@@ -103,7 +116,7 @@ class Caption(Task):
                 image_tokens=tokens,
                 image_width=width,
                 vocab=len(self.tokenizer),
-                max_length=config.max_length,
+                max_length=data.max_length,
                 decoder=config.decoder,
                 positions=config.positions,
                 dropout=config.dropout,
@@ -184,20 +197,25 @@ def marks_of(tokenizer: Tokenizer) -> Marks:
     return Marks(tokenizer.pad, tokenizer.end, (tokenizer.pad, tokenizer.begin, tokenizer.answer))
 
 
-def learned(config: TrainConfig, dataset: Dataset) -> tuple[Task, Batches, Batches | None]:
-    """The task, what it is trained on, and what it is measured on meanwhile."""
+def learned(config: TrainConfig, dataset: Dataset | None) -> tuple[Task, Batches, Batches | None]:
+    """The task, what it is trained on, and what it is measured on meanwhile.
+
+    Args:
+        dataset: with features, or (encoder=) with pictures; None: ``config.input`` is what stage=feidegger made.
+    """
+    if dataset is None:
+        return _learned_from_file(config)
     questions = config.prompt == "question"
     dataset.require_columns("key", "jpg" if config.encoder else "features", "questions" if questions else "captions")
     encoder = vision_encoder(config.encoder, config.features) if config.encoder else None
-    tokenizer = tokenizer_of(config, dataset)
-    data = CaptionDataset(dataset, tokenizer, config.max_length, encoder, questions)
-    if not len(data):
-        raise ConfigError(f"{dataset.root.path} has no samples")
+    rows = RandomAccess(dataset)
+    tokenizer = tokenizer_of(config, rows)
+    data = _data_of(config, dataset, rows, tokenizer, encoder)
     trained: Batches = data
     if config.valid_input:
         other = Dataset.open(Path(config.valid_input))
         other.require_success()
-        whole = CaptionDataset(other, tokenizer, config.max_length, encoder, questions)
+        whole = _data_of(config, other, RandomAccess(other), tokenizer, encoder)
         valid = Chosen(whole, config.seed, 0, len(whole))
     elif config.valid_fraction:
         trained, valid = split(data, config.valid_fraction, config.seed)
@@ -207,12 +225,33 @@ def learned(config: TrainConfig, dataset: Dataset) -> tuple[Task, Batches, Batch
     return Caption(config, data, about, _references(valid)), trained, valid
 
 
-def tokenizer_of(config: TrainConfig, dataset: Dataset) -> Tokenizer:
-    """As named, or learned from the data set's texts."""
+def _data_of(
+    config: TrainConfig, dataset: Dataset, rows: Rows, tokenizer: Tokenizer, encoder: VisionEncoder | None
+) -> CaptionDataset:
+    if not len(rows):
+        raise ConfigError(f"{dataset.root.path} has no samples")
+    extra = dataset.header["extra"]
+    stored = () if encoder else (tuple(extra["shapes"]["features"]), extra["dtype"])
+    return CaptionDataset(rows, tokenizer, config.max_length, encoder, config.prompt == "question", *stored)
+
+
+def _learned_from_file(config: TrainConfig) -> tuple[Task, Batches, Batches | None]:
+    from pipeline.feidegger import Pictures
+
+    if not config.encoder:
+        raise ConfigError(f"input={config.input} holds pixels: name an encoder=")
+    encoder = vision_encoder(config.encoder, config.features)
+    train, valid = Pictures(config.input, "train"), Pictures(config.input, "val")
+    data, other = (CaptionDataset(p, train.tokenizer, train.max_length, encoder, False) for p in (train, valid))
+    measured = Chosen(other, config.seed, 0, min(_MEASURED, len(other)))
+    return Caption(config, data, encoder.describe(), _references(measured)), data, measured if len(other) else None
+
+
+def tokenizer_of(config: TrainConfig, rows: Rows) -> Tokenizer:
+    """As named, or learned from the samples' texts."""
     if config.tokenizer != "bpe":
         return pretrained(config.tokenizer)
-    rows = RandomAccess(dataset)
-    spread = np.unique(np.linspace(0, len(rows) - 1, min(len(rows), _LEARNED_FROM)).astype(int))
+    spread = np.unique(np.linspace(0, len(rows) - 1, min(len(rows), _LEARNED_FROM)).astype(int)).tolist()
     questions = config.prompt == "question"
     texts = (text for place in spread for pair in texts_of(rows.rows([place])[0], questions) for text in pair if text)
     return train_bpe(texts, config.vocab_size)

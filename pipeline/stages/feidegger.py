@@ -1,0 +1,246 @@
+"""stage=feidegger: dresses with German captions (github.com/zalandoresearch/feidegger), ready for a sequence model.
+
+A thin chain: download and filter fetch and check every picture, once and with retries, into ``<output_dir>/work``; then
+all is brought to one size and into one file. The same command goes on where it stopped.
+
+    images/<split>/<key>.png             the processed pictures
+    feidegger_mamba_dataset.h5           pixels once per picture (n, h, w, 3) uint8; tokens per caption; splits
+    feidegger_mamba_metadata.csv         a row for each caption
+    tokenizer/                           vocab.json, merges.txt, tokenizer.json
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import h5py
+import numpy as np
+from PIL import Image
+
+from pipeline import images
+from pipeline.cli import config_for, errors_as_one_line
+from pipeline.config import ConfigError, FeideggerConfig
+from pipeline.partitions.dataset import Dataset, SlotReader, Stored, Unfinished
+from pipeline.randomness import digest
+
+if TYPE_CHECKING:
+    from pipeline.tokenizer import Tokenizer
+
+DATASET = "feidegger_mamba_dataset.h5"
+METADATA = "feidegger_mamba_metadata.csv"
+SPLITS = ("train", "val", "test")
+_SMALLEST = 32  # pixels: smaller pictures are dropped
+_SAME = ("min_image_size", "max_failed_fraction")
+
+
+@dataclass
+class Picture:
+    """A picture that was kept: where it is, and what group it is split with."""
+
+    stored: Stored
+    content: str
+    captions: list[str]
+    split: str = ""
+
+
+def main(config: FeideggerConfig) -> None:
+    with errors_as_one_line():
+        check(config)
+        filtered = fetch(config)
+        report = pack(filtered, config)
+    print("\n".join(f"{name}: {value}" for name, value in report.items()))
+
+
+def check(config: FeideggerConfig) -> None:
+    """Refuse settings that cannot be.
+
+    Raises:
+        ConfigError: names them.
+    """
+    if len(config.image_size) != 2 or min(config.image_size) < 1:
+        raise ConfigError(f"image_size={list(config.image_size)}: expected height and width, as 224 224")
+    if config.max_length < 4:
+        raise ConfigError(f"max_length={config.max_length}: must be at least 4")
+    if min(config.valid_fraction, config.test_fraction) < 0 or config.valid_fraction + config.test_fraction >= 1:
+        raise ConfigError(
+            f"valid_fraction={config.valid_fraction}, test_fraction={config.test_fraction}: nothing is left to train on"
+        )
+
+
+# ---- the stages before
+
+
+def fetch(config: FeideggerConfig) -> Path:
+    """Download and filter all pictures; the finished dataset directory."""
+    work = Path(config.output_dir).absolute() / "work"
+    lists = f"urls=[{config.data_path}]" if "://" in config.data_path else f"input={Path(config.data_path).absolute()}"
+    hosts = [f"allow_private_hosts={str(config.allow_private_hosts).lower()}"]
+    download = ["source=url_list", lists, "caption_column=descriptions", f"output={work / 'download'}", *hosts]
+    download += [f"max_failed_fraction={config.max_failed_fraction}"]
+    _stage("download", download)
+    if _retryable(work / "download"):
+        _stage("download", [*download, "retry_failed=true"])
+    sizes = [f"min_image_size={_SMALLEST}", f"max_image_size={max(config.image_size)}"]
+    workers = [f"workers={config.num_workers}"] if _takes("filter", "workers") else []
+    _stage("filter", [f"input={work / 'download'}", f"output={work / 'filter'}", *sizes, *workers])
+    return work / "filter"
+
+
+def _takes(stage: str, key: str) -> bool:
+    from dataclasses import fields
+
+    from pipeline.config import STAGES
+
+    return key in {field.name for field in fields(STAGES[stage])}
+
+
+def _retryable(place: Path) -> bool:
+    """Whether pictures failed for a passing reason."""
+    dataset = Dataset.open(place)
+    for index in range(dataset.partitions):
+        table = SlotReader(dataset, index).ledger(["outcome", "retryable"]).to_pydict()
+        if any(o == "failed" and r for o, r in zip(table["outcome"], table["retryable"], strict=True)):
+            return True
+    return False
+
+
+def _stage(name: str, arguments: list[str]) -> None:
+    done = subprocess.run([sys.executable, "-m", f"pipeline.stages.{name}", *arguments], check=False)
+    if done.returncode:
+        raise SystemExit(done.returncode)
+
+
+# ---- one file
+
+
+def pack(filtered: str | Path, config: FeideggerConfig) -> dict[str, object]:
+    """Bring the pictures of a finished dataset directory into ``output_dir``. Memory holds one batch of pixels, and the
+    captions. What was there is replaced, each file as a whole.
+
+    Raises:
+        ConfigError: there are no pictures with captions.
+    """
+    output = Path(config.output_dir).absolute()
+    output.mkdir(parents=True, exist_ok=True)
+    pictures = list(find(filtered))
+    if not pictures:
+        raise ConfigError(f"{filtered} has no pictures with captions")
+    divide(pictures, config)
+    tokenizer = tokenizer_of(pictures, config)
+    tokenizer.save(output / "tokenizer")
+    attempt = output / f".{DATASET}.{os.getpid()}"
+    try:
+        with h5py.File(attempt, "w") as file:
+            _write_captions(file, pictures, tokenizer, config)
+            _write_pixels(file, pictures, output, config)
+        os.replace(attempt, output / DATASET)
+    finally:
+        attempt.unlink(missing_ok=True)
+    _write_metadata(output, pictures)
+    counts = {split: sum(picture.split == split for picture in pictures) for split in SPLITS}
+    return {**counts, "captions": sum(len(picture.captions) for picture in pictures), "dataset": output / DATASET}
+
+
+def find(filtered: str | Path) -> Iterator[Picture]:
+    """The kept pictures that have captions."""
+    dataset = Dataset.open(filtered)
+    try:
+        dataset.require_success()
+    except Unfinished as error:
+        raise ConfigError(str(error)) from None
+    for index in range(dataset.partitions):
+        for stored in SlotReader(dataset, index).stored():
+            row = stored.read()
+            captions = [caption for caption in row["captions"] if caption]
+            if captions:
+                yield Picture(stored, hashlib.sha256(row["jpg"]).hexdigest(), captions)
+
+
+def divide(pictures: list[Picture], config: FeideggerConfig) -> None:
+    """Give each picture its split, keyed by seed and content: the same picture twice is in one split."""
+    contents = sorted({p.content for p in pictures}, key=lambda content: digest(config.seed, "split", content))
+    test, valid = (round(len(contents) * f) for f in (config.test_fraction, config.valid_fraction))
+    split_of = {c: "test" if i < test else "val" if i < test + valid else "train" for i, c in enumerate(contents)}
+    for picture in pictures:
+        picture.split = split_of[picture.content]
+
+
+def tokenizer_of(pictures: list[Picture], config: FeideggerConfig) -> Tokenizer:
+    """As named, or learned from the captions of the training set alone."""
+    from pipeline.tokenizer import pretrained, train_bpe
+
+    if config.language_model != "bpe":
+        return pretrained(config.language_model)
+    return train_bpe((c for picture in pictures if picture.split == "train" for c in picture.captions), 8000)
+
+
+def _write_captions(file: h5py.File, pictures: list[Picture], tokenizer: Tokenizer, config: FeideggerConfig) -> None:
+    owners = np.repeat(np.arange(len(pictures)), [len(picture.captions) for picture in pictures])
+    texts = [caption for picture in pictures for caption in picture.captions]
+    shape = (len(texts), config.max_length)
+    ids = file.create_dataset("input_ids", shape, np.int32)
+    mask = file.create_dataset("attention_mask", shape, np.uint8)
+    for start in range(0, len(texts), 1024):
+        tokens = tokenizer.encode(texts[start : start + 1024], config.max_length)
+        ids[start : start + len(tokens)] = tokens
+        mask[start : start + len(tokens)] = tokens != tokenizer.pad
+    text = h5py.string_dtype()
+    file.create_dataset("captions", data=np.array(texts, object), dtype=text)
+    file.create_dataset("image_index", data=owners)
+    file.create_dataset("keys", data=np.array([picture.stored.key for picture in pictures], object), dtype=text)
+    splits = np.array([SPLITS.index(picture.split) for picture in pictures])
+    for number, split in enumerate(SPLITS):
+        file.create_dataset(f"splits/{split}", data=np.flatnonzero(splits[owners] == number))
+    file.attrs["tokenizer"] = json.dumps(tokenizer.to_json(), ensure_ascii=False)
+    file.attrs["seed"], file.attrs["max_length"] = config.seed, config.max_length
+
+
+def _write_pixels(file: h5py.File, pictures: list[Picture], output: Path, config: FeideggerConfig) -> None:
+    height, width = config.image_size
+    shape = (len(pictures), height, width, 3)
+    pixels = file.create_dataset("images", shape, np.uint8)
+    for split in SPLITS:
+        (output / "images" / split).mkdir(parents=True, exist_ok=True)
+    for start in range(0, len(pictures), config.batch_size):
+        batch = pictures[start : start + config.batch_size]
+        resized = [_resized(picture, (width, height)) for picture in batch]
+        pixels[start : start + len(batch)] = np.stack(resized)
+        for picture, image in zip(batch, resized, strict=True):
+            data = BytesIO()
+            Image.fromarray(image).save(data, "PNG")
+            (output / _file_of(picture)).write_bytes(data.getvalue())
+
+
+def _resized(picture: Picture, size: tuple[int, int]) -> np.ndarray:
+    data = picture.stored.read()["jpg"]
+    pixels = images.decode(data, images.probe(data, images.Limits()))
+    return np.asarray(images.resize(pixels, size))
+
+
+def _file_of(picture: Picture) -> str:
+    return f"images/{picture.split}/{picture.stored.key.replace('/', '_')}.png"
+
+
+def _write_metadata(output: Path, pictures: list[Picture]) -> None:
+    attempt = output / f".{METADATA}.{os.getpid()}"
+    with attempt.open("w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        table.writerow(["caption_index", "image_index", "key", "split", "image", "caption"])
+        captions = ((i, picture, caption) for i, picture in enumerate(pictures) for caption in picture.captions)
+        for number, (index, picture, caption) in enumerate(captions):
+            table.writerow([number, index, picture.stored.key, picture.split, _file_of(picture), caption])
+    os.replace(attempt, output / METADATA)
+
+
+if __name__ == "__main__":
+    main(config_for("feidegger"))

@@ -1,0 +1,238 @@
+"""From pictures to captions: features, training, resuming, and writing with nothing but the checkpoint."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from stages.conftest import digests, run_stage
+
+from pipeline.cli import build
+from pipeline.config import STAGES, CaptionConfig, ConfigError, TrainConfig
+from pipeline.distributed import Rank
+from pipeline.partitions.dataset import Dataset, RandomAccess
+from pipeline.stages.caption import load_writer, write_about
+from pipeline.storage import Folder
+from pipeline.training.loop import train
+from pipeline.training.tasks.base import Keys
+from pipeline.training.tasks.caption import Caption, learned
+
+COUNT = 48
+SETTINGS: dict[str, Any] = {
+    "task": "caption",
+    "steps": 6,
+    "batch_size": 8,
+    "checkpoint_every": 4,
+    "valid_fraction": 0.2,
+    "max_length": 24,
+    "log_every": 2,
+    "dropout": 0.1,
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Scenes with captions and questions, as shards and as features."""
+    torch.set_num_threads(1)
+    place = tmp_path_factory.mktemp("captions")
+    source = {"source": "shapes", "count": COUNT, "partition_size": 20, "questions": True}
+    run_stage("download", output=str(place / "download"), **source)
+    run_stage("filter", input=str(place / "download"), output=str(place / "filter"), min_image_size=64)
+    run_stage("shard", input=str(place / "filter"), output=str(place / "shard"), partition_size=16)
+    run_stage("features", input=str(place / "shard"), output=str(place / "features"), batch_size=10)
+    return place
+
+
+def training(data: Path, **settings: Any) -> tuple[Caption, Any, Any, TrainConfig]:
+    upstream = data / ("shard" if settings.get("encoder") else "features")
+    config = build(TrainConfig, {**SETTINGS, "input": str(upstream), **settings})
+    task, train_data, valid = learned(config, Dataset.open(upstream))
+    assert isinstance(task, Caption)
+    return task, train_data, valid, config
+
+
+def fit(data: Path, run: Path, **settings: Any) -> dict[str, torch.Tensor]:
+    task, train_data, valid, config = training(data, **settings)
+    run.mkdir(exist_ok=True)
+    with Folder.open(run) as folder:
+        train(task, train_data, config, Rank(), folder, valid)
+    return {name: tensor.clone() for name, tensor in task.model.state_dict().items()}
+
+
+@pytest.fixture(scope="module")
+def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("run")
+    fit(data, place)
+    return place
+
+
+def test_features_do_not_depend_on_the_batch(data: Path, tmp_path: Path) -> None:
+    run_stage("features", input=str(data / "shard"), output=str(tmp_path / "features"), batch_size=3)
+    assert digests(tmp_path / "features") == digests(data / "features")
+
+
+@pytest.mark.parametrize("prompt", ["none", "question"])
+def test_features_and_pictures_give_the_same_loss(data: Path, prompt: str) -> None:
+    losses = []
+    for encoder in ("", "embedded"):
+        task, train_data, _, _ = training(data, encoder=encoder, prompt=prompt, dropout=0)
+        positions = np.arange(8)
+        keys = Keys(0, 3, positions, positions, np.zeros(8, np.int64))
+        losses.append(task.losses(task.model, task.prepare(train_data.batch(positions), keys), keys))
+    assert torch.allclose(*losses, rtol=2e-3)
+
+
+def test_each_epoch_takes_another_text_and_evaluation_the_first(data: Path) -> None:
+    task, train_data, _, _ = training(data, prompt="question")
+    positions = np.arange(4)
+    batch = train_data.batch(positions)
+    assert batch["tokens"].shape[:2] == (4, 4) and batch["count"].tolist() == [4] * 4
+
+    def chosen(step: int, epoch: int) -> list[str]:
+        keys = Keys(0, step, positions, positions, np.full(4, epoch))
+        prepared = task.prepare(batch, keys)
+        return [str(row[:start].tolist()) for row, start in zip(prepared["tokens"], prepared["start"], strict=True)]
+
+    epochs = [chosen(1, epoch) for epoch in range(4)]
+    for sample in range(4):
+        assert len({epoch[sample] for epoch in epochs}) == 4
+    assert chosen(1, 5) == epochs[1]
+    assert chosen(-1, 0) == chosen(-1, 3)
+
+
+def test_the_question_is_no_part_of_the_loss(data: Path) -> None:
+    task, train_data, _, _ = training(data, prompt="question", dropout=0)
+    positions = np.arange(4)
+    keys = Keys(0, -1, positions, positions, np.zeros(4, np.int64))
+    batch = task.prepare(train_data.batch(positions), keys)
+    expected = []
+    for i in range(4):
+        row = batch["tokens"][i][batch["tokens"][i] != task.tokenizer.pad]
+        steps = task.model(batch["features"][i : i + 1], row[None, :-1]).log_softmax(-1)[0]
+        expected.append(-steps.gather(1, row[1:, None])[int(batch["start"][i]) - 1 :].mean())
+    assert torch.allclose(task.losses(task.model, batch, keys), torch.stack(expected), atol=1e-5)
+
+
+@pytest.mark.parametrize("decoder", ["transformer", "mamba"])
+def test_a_resumed_run_is_the_same_to_the_bit(data: Path, tmp_path: Path, decoder: str) -> None:
+    straight = fit(data, tmp_path / "straight", decoder=decoder)
+    fit(data, tmp_path / "resumed", decoder=decoder)
+    shutil.rmtree(tmp_path / "resumed" / "checkpoints" / "step_000006")
+    resumed = fit(data, tmp_path / "resumed", decoder=decoder)
+    assert all(torch.equal(straight[name], resumed[name]) for name in straight)
+
+
+def test_validation_tells_the_scores(run: Path) -> None:
+    lines = [json.loads(line) for file in (run / "logs").glob("*.jsonl") for line in file.read_text().splitlines()]
+    (measured,) = [line for line in lines if "valid_loss" in line]
+    assert {"exact", "rouge_l", "cider", "bleu_1", "bleu_4"} <= set(measured)
+    assert not any(name.startswith("matches") for name in measured)
+
+
+def test_the_export_alone_writes_in_a_fresh_process(data: Path, run: Path, tmp_path: Path) -> None:
+    alone = tmp_path / "alone"
+    shutil.copytree(run / "export", alone)
+    command = [sys.executable, "-m", "pipeline.stages.caption", f"image_path={data / 'shard'}"]
+    command += [f"checkpoint={alone}", f"output={tmp_path / 'out'}", "batch_size=20"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": ""}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in (tmp_path / "out" / "captions.jsonl").read_text().splitlines()]
+    assert len(lines) == COUNT
+    assert "cider" in done.stdout and "meteor is skipped" in done.stdout
+    rows = RandomAccess(Dataset.open(data / "shard")).rows(range(COUNT))
+    assert [(line["image"], line["references"]) for line in lines] == [(row["key"], row["captions"]) for row in rows]
+    page = (tmp_path / "out" / "gallery.html").read_text()
+    assert page.count("<figure>") == COUNT
+    theirs, ours = load_writer(alone), load_writer(run)
+    assert all(torch.equal(a, b) for a, b in zip(theirs.model.parameters(), ours.model.parameters(), strict=True))
+
+
+def test_a_data_set_gets_a_column(data: Path, run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    settings = {"input": str(data / "shard"), "checkpoint": str(run), "batch_size": 7}
+    run_stage("caption", output=str(tmp_path / "captioned"), **settings)
+    dataset = Dataset.open(tmp_path / "captioned")
+    rows = RandomAccess(dataset).rows(range(COUNT))
+    before = RandomAccess(Dataset.open(data / "shard")).rows(range(COUNT))
+    assert [{**row, "generated": None} for row in rows] == [{**row, "generated": None} for row in before]
+    config = build(CaptionConfig, {**settings, "image_path": str(data / "shard"), "output": str(tmp_path / "page")})
+    _, lines, _ = write_about(config, torch.device("cpu"))
+    assert [row["generated"] for row in rows] == [line["caption"] for line in lines]
+    with pytest.raises(ConfigError, match="column=caption"):
+        run_stage("caption", output=str(tmp_path / "again"), **settings, column="caption")
+
+
+def test_pictures_of_a_folder_and_those_that_are_none(data: Path, run: Path, tmp_path: Path) -> None:
+    row = RandomAccess(Dataset.open(data / "shard")).rows([0])[0]
+    (tmp_path / "in" / "deep").mkdir(parents=True)
+    (tmp_path / "in" / "deep" / "a.png").write_bytes(row["jpg"])
+    (tmp_path / "in" / "b.jpg").write_bytes(b"<html>no picture</html>")
+
+    def about(path: Path, **settings: Any) -> list[dict[str, Any]]:
+        given = {"image_path": str(path), "checkpoint": str(run), "output": str(tmp_path / "out"), **settings}
+        return write_about(build(CaptionConfig, given), torch.device("cpu"))[1]
+
+    broken, good = about(tmp_path / "in")
+    assert (broken["image"], good["image"]) == ("b.jpg", "deep/a.png")
+    assert broken["error"] and "error" not in good
+    assert about(tmp_path / "in" / "deep" / "a.png")[0]["caption"] == good["caption"]
+    for wrong, message in (
+        ({"image_path": str(tmp_path / "nothing")}, "no such file"),
+        ({"checkpoint": str(tmp_path / "nothing")}, "no such training run"),
+        ({"question": "what?"}, "writes captions"),
+        ({"max_length": 99}, "max_length=99"),
+        ({"beams": 0}, "beams=0"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            about(tmp_path / "in", **wrong)
+
+
+def test_stages_say_what_is_missing(data: Path, run: Path) -> None:
+    with pytest.raises(ConfigError, match="encoder=vut:x"):
+        run_stage("features", input=str(data / "shard"), output=str(data / "no"), encoder="vut:x")
+    with pytest.raises(ConfigError, match="has no column features"):
+        learned(build(TrainConfig, SETTINGS), Dataset.open(data / "shard"))
+    assert set(STAGES) >= {"features", "caption", "feidegger"}
+
+
+def test_encoders_of_transformers_are_those_of_direct_calls(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    from pipeline.encoders.vision import vision_encoder
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    small = {**sizes, "image_size": 32, "patch_size": 16}
+    makers: dict[str, Callable[[], Any]] = {
+        "vit": lambda: transformers.ViTModel(transformers.ViTConfig(**small)),
+        "clip": lambda: transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**small)),
+    }
+    processors = {
+        "vit": transformers.ViTImageProcessor(size={"height": 32, "width": 32}),
+        "clip": transformers.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}),
+    }
+    pictures = [np.random.default_rng(i).integers(0, 256, (40, 50 + i, 3), np.uint8) for i in range(3)]
+    for kind, make in makers.items():
+        place = tmp_path / kind
+        torch.manual_seed(0)
+        model = make().eval()
+        model.save_pretrained(place)
+        processors[kind].save_pretrained(place)
+        pixels = processors[kind](images=pictures, return_tensors="pt")["pixel_values"]
+        with torch.no_grad():
+            expected = model(pixels)
+        encoder = vision_encoder(f"{kind}:{place}")
+        assert (encoder.tokens, encoder.width) == (5, 16)
+        assert torch.equal(encoder.preprocess(pictures), pixels)
+        assert torch.allclose(encoder.encode(pixels), expected.last_hidden_state, atol=1e-6)
+        pooled = vision_encoder(f"{kind}:{place}", "pooled").encode(pixels)
+        chosen = expected.pooler_output if kind == "clip" else expected.last_hidden_state[:, 0]
+        assert torch.allclose(pooled[:, 0], chosen, atol=1e-6)
+        assert encoder.describe()["weights"] and encoder.describe()["preprocessing"]["image_mean"]

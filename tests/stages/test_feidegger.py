@@ -1,0 +1,119 @@
+"""FEIDEGGER's chain: from a release's JSON and a server that fails, to a file that a DataLoader reads."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from stages.conftest import run_stage
+from torch.utils.data import DataLoader
+
+from pipeline.cli import build, load
+from pipeline.config import ConfigError, FeideggerConfig, TrainConfig
+from pipeline.feidegger import FeideggerMambaDataset
+from pipeline.stages.feidegger import DATASET, check, pack
+from pipeline.training.tasks.caption import learned
+
+COUNT, CAPTIONS, SIZE = 20, 3, (40, 30)
+
+
+@pytest.fixture(scope="module")
+def filtered(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pictures of many sizes, two of them the same, with German captions."""
+    place = tmp_path_factory.mktemp("dresses")
+    (place / "images").mkdir()
+    captions = {}
+    for number in range(COUNT):
+        pixels = np.random.default_rng(max(1, number)).integers(0, 256, (50 + 4 * number, 60, 3), np.uint8)
+        pixels = pixels if number else np.random.default_rng(1).integers(0, 256, (54, 60, 3), np.uint8)
+        Image.fromarray(pixels).save(place / "images" / f"{number}.png")
+        captions[f"{number}.png"] = [f"Schönes Kleid Nummer {number}, Länge {i}" for i in range(CAPTIONS)]
+    (place / "captions.json").write_text(json.dumps(captions))
+    source = {"source": "image_folder", "captions": str(place / "captions.json"), "partition_size": 8}
+    run_stage("download", input=str(place / "images"), output=str(place / "download"), **source)
+    run_stage("filter", input=str(place / "download"), output=str(place / "filter"), min_image_size=32)
+    return place / "filter"
+
+
+def config(output: Path, **settings: Any) -> FeideggerConfig:
+    small = {"image_size": list(SIZE), "max_length": 24, "batch_size": 6}
+    return build(FeideggerConfig, {"output_dir": str(output), **small, **settings})
+
+
+@pytest.fixture(scope="module")
+def packed(filtered: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("packed")
+    pack(filtered, config(output))
+    return output
+
+
+def test_pixels_lie_there_once_as_uint8(packed: Path) -> None:
+    with h5py.File(packed / DATASET) as file:
+        assert file["images"].shape == (COUNT, *SIZE, 3) and file["images"].dtype == np.uint8
+        assert file["images"].id.get_storage_size() == COUNT * SIZE[0] * SIZE[1] * 3
+        assert file["input_ids"].shape == (COUNT * CAPTIONS, 24)
+        with (packed / "feidegger_mamba_metadata.csv").open(encoding="utf-8") as table:
+            rows = list(csv.DictReader(table))
+        assert [row["caption"] for row in rows] == [text.decode() for text in file["captions"]]
+        for row in rows[::7]:
+            picture = np.asarray(Image.open(packed / row["image"]))
+            assert (picture == file["images"][int(row["image_index"])]).all()
+
+
+def test_splits_are_disjoint_by_picture(packed: Path) -> None:
+    with h5py.File(packed / DATASET) as file:
+        indices = {name: split[:] for name, split in file["splits"].items()}
+        owners = {name: set(file["image_index"][:][split].tolist()) for name, split in indices.items()}
+        contents = {name: {file["images"][i].tobytes() for i in split} for name, split in owners.items()}
+    assert sorted(np.concatenate(list(indices.values()))) == list(range(COUNT * CAPTIONS))
+    assert sum(map(len, owners.values())) == COUNT and min(map(len, owners.values())) >= 1
+    assert sum(map(len, contents.values())) == COUNT - 1  # the picture that is there twice is in one split
+
+
+def test_the_split_depends_on_the_seed_alone(filtered: Path, packed: Path, tmp_path: Path) -> None:
+    def keys(place: Path) -> list[str]:
+        return sorted(str(p.relative_to(place)) for p in (place / "images").rglob("*.png"))
+
+    pack(filtered, config(tmp_path / "same", batch_size=5))
+    pack(filtered, config(tmp_path / "other", seed=1))
+    assert keys(tmp_path / "same") == keys(packed) != keys(tmp_path / "other")
+
+
+def test_a_loader_with_workers_reads_it(packed: Path) -> None:
+    data = FeideggerMambaDataset(packed, "train")
+    data[0]  # an open file must not reach the workers
+    batches = list(DataLoader(data, batch_size=8, num_workers=4))
+    assert sum(len(batch["image"]) for batch in batches) == len(data)
+    first = batches[0]
+    assert first["image"].shape == (8, 3, *SIZE) and first["image"].dtype == torch.float32
+    assert first["image"].min() >= 0 and first["image"].max() <= 1
+    assert first["input_ids"].shape == first["attention_mask"].shape == (8, 24)
+    texts = data.tokenizer.decode(first["input_ids"])
+    assert texts[0].startswith("Schönes Kleid Nummer")
+    assert (first["attention_mask"].sum(1) == (first["input_ids"] != data.tokenizer.pad).sum(1)).all()
+    with pytest.raises(ConfigError, match="split=dev"):
+        FeideggerMambaDataset(packed, "dev")
+
+
+def test_a_mamba_model_trains_on_it(packed: Path) -> None:
+    settings = {"task": "caption", "decoder": "mamba", "encoder": "embedded", "input": str(packed / DATASET)}
+    task, data, valid = learned(build(TrainConfig, settings), None)
+    assert valid is not None and len(data) + len(valid) < COUNT
+    assert task.model.config.decoder == "mamba"  # type: ignore[union-attr]
+    assert data.batch(np.arange(2))["tokens"].shape == (2, CAPTIONS, 24)
+
+
+def test_arguments_as_scripts_give_them(tmp_path: Path) -> None:
+    arguments = f"--data_path x.json --output_dir {tmp_path} --image_size 96 64 --max_length 32 --batch_size 8"
+    more = "--num_workers 3 --language_model google/flan-t5-base --seed 7"
+    read = load("feidegger", [*arguments.split(), *more.split()])
+    assert (read.image_size, read.max_length, read.num_workers, read.seed) == ((96, 64), 32, 3, 7)
+    with pytest.raises(ConfigError, match="image_size"):
+        check(load("feidegger", ["--output_dir", "x", "--image_size", "224"]))
