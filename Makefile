@@ -6,17 +6,19 @@ PYTHON ?= $(firstword $(shell command -v python3.11 python3) python3)
 VENV ?= .venv
 JOBS ?= 2
 PYTEST_ARGS ?=
+CAPTIONS ?= demo_data/captions
 UV_VERSION ?= 0.13.8
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help setup slurm test lint format demo demo-classify demo-diffuse bench chaos fuzz clean
+.PHONY: help setup slurm test lint format demo demo-classify demo-diffuse demo-caption bench chaos fuzz clean
 
 help:
 	@echo "make demo     install, then run the whole pipeline on embedded data"
 	@echo "make demo-classify  the same, training a Vision Mamba on scanned digits; TRAIN='seed=1 name=other'"
 	@echo "make demo-diffuse   the same with scenes of two objects, which takes longer"
+	@echo "make demo-caption   learn to describe pictures, and show what was learned"
 	@echo "make test     install (where root and apt allow it, SLURM too), then run all tests"
 	@echo "make setup    only install, into $(VENV)"
 	@echo "make slurm    only install what the tests on a real SLURM need (Debian, root)"
@@ -68,6 +70,17 @@ demo-classify: setup
 
 demo-diffuse: setup
 	$(BIN)/python launch/submit.py stage=all dataset=pairs data_dir=demo_data ranks=$(JOBS)
+
+# unseen pictures: another seed of the same drawings
+demo-caption: setup
+	$(BIN)/python launch/submit.py stage=download,filter,shard,features dataset=shapes data_dir=$(CAPTIONS) count=3000
+	$(BIN)/python launch/submit.py stage=download,filter,shard dataset=shapes split=test data_dir=$(CAPTIONS) count=300 seed=7
+	@set -e; for decoder in transformer mamba; do \
+		$(BIN)/python -m pipeline.stages.train task=caption decoder=$$decoder name=$$decoder dataset=shapes data_dir=$(CAPTIONS) \
+			steps=400 lr=0.002 max_length=16 valid_fraction=0.1 evaluate_every=200; \
+		$(BIN)/python -m pipeline.stages.caption image_path=$(CAPTIONS)/shapes/test/shard-mds \
+			checkpoint=$(CAPTIONS)/shapes/runs/$$decoder output=$(CAPTIONS)/shapes/captions-$$decoder batch_size=100; \
+	done
 
 bench: setup
 	@set -e; for script in $(filter-out benchmarks/chaos.py,$(wildcard benchmarks/[!_]*.py)); do \

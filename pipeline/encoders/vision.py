@@ -87,7 +87,7 @@ class _Patches:
 class _Network:
     """A network in evaluation mode, without gradients."""
 
-    model: torch.nn.Module
+    model: Any
     tokens: int
     width: int
 

@@ -69,7 +69,8 @@ def captioner_config(size: str, **rest: Any) -> CaptionerConfig:
     ):
         if value not in known:
             raise ConfigError(f"{name}={value}: {nearest(value, known)}")
-    return CaptionerConfig(**rest, **SIZES[size])
+    settings: dict[str, Any] = {**rest, **SIZES[size]}
+    return CaptionerConfig(**settings)
 
 
 class Cache(ABC):
@@ -88,6 +89,7 @@ class Captioner(nn.Module):
     """Logits of the next token, given features of the picture and the tokens so far."""
 
     config: CaptionerConfig
+    blocks: Any
 
     def __init__(self, config: CaptionerConfig) -> None:
         super().__init__()

@@ -40,7 +40,6 @@ DATASET = "feidegger_mamba_dataset.h5"
 METADATA = "feidegger_mamba_metadata.csv"
 SPLITS = ("train", "val", "test")
 _SMALLEST = 32  # pixels: smaller pictures are dropped
-_SAME = ("min_image_size", "max_failed_fraction")
 
 
 @dataclass
@@ -91,17 +90,9 @@ def fetch(config: FeideggerConfig) -> Path:
     if _retryable(work / "download"):
         _stage("download", [*download, "retry_failed=true"])
     sizes = [f"min_image_size={_SMALLEST}", f"max_image_size={max(config.image_size)}"]
-    workers = [f"workers={config.num_workers}"] if _takes("filter", "workers") else []
+    workers = [f"workers={config.num_workers}"]
     _stage("filter", [f"input={work / 'download'}", f"output={work / 'filter'}", *sizes, *workers])
     return work / "filter"
-
-
-def _takes(stage: str, key: str) -> bool:
-    from dataclasses import fields
-
-    from pipeline.config import STAGES
-
-    return key in {field.name for field in fields(STAGES[stage])}
 
 
 def _retryable(place: Path) -> bool:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import subprocess
+import sys
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sources.server import Reply, Server, body
 from stages.conftest import run_stage
 from torch.utils.data import DataLoader
 
@@ -117,3 +121,41 @@ def test_arguments_as_scripts_give_them(tmp_path: Path) -> None:
     assert (read.image_size, read.max_length, read.num_workers, read.seed) == ((96, 64), 32, 3, 7)
     with pytest.raises(ConfigError, match="image_size"):
         check(load("feidegger", ["--output_dir", "x", "--image_size", "224"]))
+
+
+def test_from_a_server_that_fails(filtered: Path, tmp_path: Path) -> None:
+    """Everything that can be had comes, once; what is gone is left out, and the second run asks for nothing."""
+    with Server() as server:
+        rows = []
+        for number in range(12):
+            picture = (filtered.parent / "images" / f"{number}.png").read_bytes()
+            captions = [f"Kleid {number}, {i}" for i in range(CAPTIONS)]
+            url = server.put(f"/{number}.png", _heals(picture) if number == 3 else picture)
+            rows.append({"url": url, "descriptions": captions, "split": str(number % 10)})
+        del server.replies["/5.png"]
+        (tmp_path / "release.json").write_text(json.dumps(rows), encoding="utf-8")
+        command = [sys.executable, "-m", "pipeline.stages.feidegger", "--data_path", str(tmp_path / "release.json")]
+        command += ["--output_dir", str(tmp_path / "out"), "--image_size", "40", "30", "--num_workers", "1"]
+        command += ["--allow_private_hosts", "true", "--max_failed_fraction", "0.2", "--test_fraction", "0.2"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert server.asked("/3.png") == 2
+        asked = len(server.requests)
+        again = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+        assert again.returncode == 0, again.stdout + again.stderr
+        assert len(server.requests) - asked <= 1  # what was gone may be asked for once more
+    with h5py.File(tmp_path / "out" / DATASET) as file:
+        assert file["images"].shape == (11, *SIZE, 3)
+        assert len(file["captions"]) == 11 * CAPTIONS
+
+
+def _heals(picture: bytes) -> Reply:
+    fails = iter([True])
+
+    def reply(request: BaseHTTPRequestHandler) -> None:
+        if next(fails, False):
+            request.send_error(500)
+        else:
+            body(picture)(request)
+
+    return reply

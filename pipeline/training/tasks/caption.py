@@ -27,8 +27,7 @@ from pipeline.training.tasks.base import Batch, Keys, Task
 
 _LEARNED_FROM = 5000  # samples that a tokenizer is learned from
 _MEASURED = 256  # samples that texts are written for, where no validation set is kept out
-_COUNTS = ("matches_1", "matches_2", "matches_3", "matches_4", "grams_1", "grams_2", "grams_3", "grams_4")
-_COUNTS += ("length", "nearest_length")
+_COUNTS = (*(f"{what}_{n}" for what in ("matches", "grams") for n in (1, 2, 3, 4)), "length", "nearest_length")
 
 
 class CaptionDataset:
@@ -131,7 +130,7 @@ class Caption(Task):
         rows, chosen = torch.arange(len(count)), torch.from_numpy(turn)
         tokens = batch["tokens"][rows, chosen]
         longest = int((tokens != self.tokenizer.pad).sum(1).max())
-        prepared = {name: batch[name] for name in ("features", "pixels") if name in batch}
+        prepared: Batch = {name: batch[name] for name in ("features", "pixels") if name in batch}
         prepared |= {"tokens": tokens[:, :longest], "start": batch["start"][rows, chosen]}
         return prepared | ({"all": batch["tokens"], "count": batch["count"]} if keys.step < 0 else {})
 
