@@ -9,7 +9,7 @@ import numpy as np
 
 from pipeline.cli import nearest
 from pipeline.config import ConfigError
-from pipeline.encoders.base import fit, to_unit_range, weights_digest
+from pipeline.encoders.base import weights_digest
 
 if TYPE_CHECKING:
     import torch
@@ -71,7 +71,9 @@ class _Patches:
         self.width = 3 * _PATCH * _PATCH
 
     def preprocess(self, images: Sequence[np.ndarray]) -> Tensor:
-        return to_unit_range(np.stack([fit(image, _RESOLUTION) for image in images]))
+        from pipeline.encoders.preprocessing import Preprocessing
+
+        return Preprocessing()(images, _RESOLUTION, "cpu")
 
     def encode(self, x: Tensor) -> Tensor:
         import torch.nn.functional as F
@@ -80,7 +82,9 @@ class _Patches:
         return patches.mean(1, keepdim=True) if self.features == "pooled" else patches
 
     def describe(self) -> dict[str, Any]:
-        preprocessing = {"resolution": _RESOLUTION, "patch": _PATCH, "range": [-1, 1]}
+        from pipeline.encoders.preprocessing import Preprocessing
+
+        preprocessing = {"resolution": _RESOLUTION, "patch": _PATCH, **Preprocessing().describe()}
         return {"name": self.name, "features": self.features, "preprocessing": preprocessing}
 
 
