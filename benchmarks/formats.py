@@ -14,13 +14,14 @@ from memory.
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import io
 import os
 import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -169,7 +170,17 @@ def ours(format: str, processes: int) -> Callable[[Path, Path], object]:
 def rivals() -> dict[str, Callable[[Files, Path], None]]:
     found = {"StreamingDataset": ("streaming", write_mds), "webdataset": ("webdataset", write_tar)}
     found |= {"litdata": ("litdata", write_litdata), "datasets": ("datasets", write_datasets)}
-    return {name: write for name, (module, write) in found.items() if importlib.util.find_spec(module)}
+    return {name: write for name, (module, write) in found.items() if _installed(module)}
+
+
+@cache
+def _installed(module: str) -> bool:
+    try:
+        with quiet():
+            importlib.import_module(module)
+    except ImportError:
+        return False
+    return True
 
 
 # ---- reading
