@@ -40,7 +40,7 @@ def test_each_stage_reads_what_the_one_before_writes() -> None:
     ("stage", "settings", "message"),
     [
         ("filtr", {}, "no stage 'filtr'; did you mean filter"),
-        ("filter", {"count": "3"}, "unknown key 'count' for stage filter"),
+        ("filter", {"steps": "3"}, "unknown key 'steps' for stage filter"),
         ("download,filter", {"output": "/x"}, "output= is for a single stage"),
         ("all", {"dataset": "shapes", "data_dir": "/d", "lr": "fast"}, "lr=fast: expected a number"),
         ("download", {"dataset": "shapes"}, "give data_dir="),
