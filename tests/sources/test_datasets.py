@@ -34,7 +34,7 @@ from pipeline.stages import get_stage
 EDGE = 260
 NAMES = [path.stem for path in sorted((cli.CONF / "dataset").glob("*.yaml"))]
 README = Path(__file__).parents[2] / "README.md"
-OWN = ("shapes", "digits", "image_folder")
+OWN = ("shapes", "pairs", "digits", "image_folder")
 """Sets that nobody publishes."""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from io import BytesIO
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,14 +11,18 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from pipeline.config import ConfigError, DownloadConfig
-from pipeline.sources.base import get_source
+from pipeline.sources.base import Source, get_source
+
+
+def source_of(split: str) -> Source:
+    return get_source(DownloadConfig(source="digits", split=split), Path("nowhere"), lambda: None)
 
 
 def test_each_digit_is_in_one_part_as_it_was_scanned() -> None:
     data = load_digits()
     seen = []
     for split, count in (("train", 1347), ("test", 450)):
-        source = get_source(DownloadConfig(source="digits", split=split))
+        source = source_of(split)
         found = [outcome for partition in source.plan() for outcome in source.samples(partition)]
         assert len(found) == count
         for outcome in found:
@@ -31,4 +36,4 @@ def test_each_digit_is_in_one_part_as_it_was_scanned() -> None:
 
 def test_another_part_is_refused() -> None:
     with pytest.raises(ConfigError, match="split=valid: digits has train and test"):
-        list(get_source(DownloadConfig(source="digits", split="valid")).plan())
+        list(source_of("valid").plan())
