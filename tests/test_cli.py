@@ -106,7 +106,9 @@ def test_help_lists_every_key_with_default_and_meaning(stage: str) -> None:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_config_survives_its_json(stage: str) -> None:
-    required = [f"{f.name}=x" for f in fields(STAGES[stage]) if f.name in ("input", "data_dir", "takedown", "output_dir")]
+    required = [
+        f"{f.name}=x" for f in fields(STAGES[stage]) if f.name in ("input", "data_dir", "takedown", "output_dir")
+    ]
     config = cli.load(stage, required)
     assert is_dataclass(config)
     assert cli.build(STAGES[stage], cli.to_json(config)) == config

@@ -143,7 +143,11 @@ class ParquetReader(FileReader):
 
     def _read(self, file: pq.ParquetFile, group: int | None, names: list[str]) -> Columns:
         try:
-            table = file.read(names) if group is None else file.read_row_group(group, names)
+            table = (
+                file.read(names, use_threads=False)
+                if group is None
+                else file.read_row_group(group, names, use_threads=False)
+            )
         except (pa.ArrowException, OSError) as error:
             raise ValueError(f"{self._data.name}: {error}") from None
         return Columns(table.select(names), self._schema)

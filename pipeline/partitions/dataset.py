@@ -382,7 +382,7 @@ class Dataset:
                     f"and, if that does not help, stage=repair on {self.root.path}"
                 )
             file.seek(0)
-            return np.asarray(pq.read_table(file, columns=[name])[name].to_numpy())
+            return np.asarray(pq.ParquetFile(file).read([name], use_threads=False)[name].to_numpy())
 
     @cached_property
     def starts(self) -> np.ndarray:

@@ -259,7 +259,7 @@ def manifest_rows(folder: Folder) -> Iterator[dict[str, Any]]:
     with os.fdopen(folder.open_file(MANIFEST), "rb") as file:
         parquet = pq.ParquetFile(file)
         for group in range(parquet.metadata.num_row_groups):
-            yield from parquet.read_row_group(group).to_pylist()
+            yield from parquet.read_row_group(group, use_threads=False).to_pylist()
 
 
 def _index_entries(dataset: Dataset, folder: Folder) -> Iterable[dict[str, Any]]:

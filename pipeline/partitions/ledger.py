@@ -137,7 +137,7 @@ class Ledger:
 def read_ledger(folder: Folder, columns: list[str] | None = None) -> pa.Table:
     """The ledger of the partition in ``folder``; dictionary columns come as plain strings."""
     with os.fdopen(folder.open_file(FILE), "rb") as file:
-        table = pq.read_table(file, columns=columns)
+        table = pq.ParquetFile(file).read(columns, use_threads=False)  # no threads: a process may fork, and end
     plain = pa.schema(
         [pa.field(f.name, pa.string() if pa.types.is_dictionary(f.type) else f.type) for f in table.schema]
     )

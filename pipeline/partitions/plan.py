@@ -302,7 +302,7 @@ class PartitionReader:
             self._file = self._open()
         group = bisect.bisect_right(self._firsts, index) - 1
         if group != self._group:
-            self._table = self._file.read_row_group(group)
+            self._table = self._file.read_row_group(group, use_threads=False)
             self._group = group
         assert self._table is not None
         row: dict[str, Any] = self._table.slice(index - self._firsts[group], 1).to_pylist()[0]
