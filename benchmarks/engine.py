@@ -34,6 +34,7 @@ import pyarrow.parquet as pq
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from launch.monitor.watch import Watch
 from pipeline import storage
 from pipeline.config import DownloadConfig
 from pipeline.distributed import Place, Rank
@@ -46,7 +47,7 @@ from pipeline.partitions.plan import BUCKET, PARTITIONS, Input, Partition
 from pipeline.partitions.planning import open_or_plan
 from pipeline.partitions.stage import Stage
 from pipeline.samples import Outcome, Schema
-from pipeline.telemetry import Events, last_events
+from pipeline.telemetry import Events
 
 FULL = 1_000_000  # partitions that everything is extrapolated to
 LOOKS = 25  # of an idle rank
@@ -299,8 +300,8 @@ def _worker(kind: type[Any], dataset: Dataset, count: int, rank: int, world: int
     return kind(stage, dataset, Events(dataset.root, stage.rank))
 
 
-def status(output: str, world: int) -> Cost:
-    """The last events of all ranks; they are read without `pipeline.storage`, so Python's audit hooks count."""
+def status(output: str, world: int, looks: int) -> Cost:
+    """What launch/status.py does at its first look, or (2) its second one, while all ranks are at work."""
     with storage.Folder.open(output) as root:
         shutil.rmtree(Path(output) / "events")  # of the workers before
         for rank in range(world):
@@ -308,12 +309,11 @@ def status(output: str, world: int) -> Cost:
             events.totals.update({"partitions": 100, "in": 100_000, "kept": 90_000, "dropped": 10_000, "bytes": 10**10})
             for number in range(EVENTS):
                 events.emit("commit", partition=number, seconds=1.0)
-    with Meter() as meter:
-        sys.addaudithook(lambda event, _: meter.cost.own.update([event]) if event in ("open", "os.scandir") else None)
-        found = sum(1 for _ in last_events(Path(output)))
-        opened = meter.cost.own.copy()
-    meter.cost.own = opened
-    assert found == world
+    watch = Watch(output)
+    for _ in range(looks):
+        with Meter() as meter:
+            (stage,) = watch.look().stages
+    assert len(stage.ranks) == world and stage.total == Dataset.open(output).partitions
     return meter.cost
 
 
@@ -373,12 +373,13 @@ def measure(folder: Path, plan: int, count: int, world: int) -> None:
         row(f"rank {rank} does {cost.note['own']:.0f} of its own, helps with {cost.note['helped']:.0f}", cost, more)
     idle = apart(idling, output, count, world // 2, world)
     row(f"idle rank, {LOOKS} looks without pauses", idle)
-    seen = apart(status, output, world)
-    row(f"status: last events of {world:,} ranks", seen)
+    seen = [apart(status, output, world, looks) for looks in (1, 2)]
+    for which, cost in zip(("first", "second"), seen, strict=True):
+        row(f"status: {which} look at {world:,} ranks", cost)
     done = apart(finishing, output)
     row(f"finalize {count:,}", done, more)
     claims_table(costs, idle, count, world)
-    print(f"\nstatus: {kinds(seen.own, world)} per rank (whatever the partitions)")
+    print(f"\nstatus: {kinds(seen[0].own, world)} per rank at the first look, then {kinds(seen[1].own, world)}")
     print(f"finalize: {kinds(done.own, count)} per partition")
 
 

@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launch.script import is_single
 from pipeline.distributed import EXIT_STOPPED, Rank
 from pipeline.telemetry import last_events
 
@@ -129,8 +130,8 @@ def _report(job: Job, ranks: list[subprocess.Popen[bytes]], logs: Path | None) -
     worst = min(bad, key=lambda number: (codes[number] in (-signal.SIGTERM, -signal.SIGKILL), number), default=None)
     for number in range(len(ranks)) if worst is None else [worst]:
         if logs and (worst is not None or number == 0):
-            settings_are_wrong = worst is not None and codes[worst] == 2
-            _tail(logs / f"rank{number}.log", 1 if settings_are_wrong or worst is None else 40)
+            brief = codes[worst] == 2 if worst is not None else not is_single(job.stage, job.arguments)
+            _tail(logs / f"rank{number}.log", 1 if brief else 40)
     if worst is None:
         return 0
     print(

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from launch import local
 from launch.submit import jobs_of
 from pipeline.config import ConfigError, LaunchConfig
 from pipeline.partitions.dataset import Dataset
@@ -104,3 +105,15 @@ def test_a_failing_rank_ends_the_others_and_its_log_is_shown(tmp_path: Path) -> 
     assert done.returncode == 2
     assert "a row needs a name" in done.stdout
     assert "failed with code 2; logs in" in done.stderr
+
+
+@pytest.mark.parametrize(("stage", "shown"), [("evaluate", "first\nsecond\n"), ("filter", "second\n")])
+def test_what_a_stage_of_one_process_says_is_shown_whole(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], stage: str, shown: str
+) -> None:
+    (tmp_path / "rank0.log").write_text("first\nsecond\n")
+    (job,) = jobs_of(LaunchConfig(stage=stage), {"dataset": "shapes", "data_dir": str(tmp_path)})
+    rank = subprocess.Popen(["true"])
+    rank.wait()
+    assert local._report(job, [rank], tmp_path) == 0
+    assert capsys.readouterr().out == shown

@@ -11,6 +11,7 @@ import errno
 import os
 import re
 import time
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -192,7 +193,7 @@ def find(root: Path) -> Iterator[tuple[Path, type[Work]]]:
         level = below
 
 
-class Work:
+class Work(ABC):
     """A folder that ranks work on."""
 
     def __init__(self, path: Path, past: bool) -> None:
@@ -221,12 +222,13 @@ class Work:
         self._judge(status)
         return status
 
+    @abstractmethod
     def _stage(self) -> str:
-        raise NotImplementedError
+        """Its name."""
 
+    @abstractmethod
     def _measure(self, status: StageStatus) -> None:
         """Fill in what is done, what there is to do, and when that will be; the state if that is clear."""
-        raise NotImplementedError
 
     def _add_up(self, status: StageStatus) -> None:
         totals: Counter[str] = Counter()

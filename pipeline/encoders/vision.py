@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -88,7 +89,7 @@ class _Patches:
         return {"name": self.name, "features": self.features, "preprocessing": preprocessing}
 
 
-class _Network:
+class _Network(ABC):
     """A network in evaluation mode, without gradients."""
 
     model: Any
@@ -104,11 +105,13 @@ class _Network:
         self.model.to(self.device).eval().requires_grad_(False)
         _, self.tokens, self.width = self.encode(torch.zeros(1, 3, resolution, resolution)).shape
 
+    @abstractmethod
     def encode(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
+        """Preprocessed pictures (b, 3, h, w) → features (b, tokens, width)."""
 
+    @abstractmethod
     def _preprocessing(self) -> Any:
-        raise NotImplementedError
+        """What the manifest says of it; JSON-able."""
 
     def describe(self) -> dict[str, Any]:
         about = {"name": self.name, "features": self.features, "weights": weights_digest(self.model)}

@@ -129,8 +129,8 @@ def test_claims_come_back_when_their_folder_was_removed(two: tuple[Claims, Claim
 def test_a_claim_that_cannot_be_released_stops_nobody(
     two: tuple[Claims, Claims], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first, _ = two
-    first.take("plan")
+    first, second = two
+    assert first.take("plan")
 
     def refuse(operation: str, path: str, do: Callable[[], Any]) -> Any:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
@@ -138,3 +138,5 @@ def test_a_claim_that_cannot_be_released_stops_nobody(
     monkeypatch.setattr(storage, "interpose", refuse)
     first.release("plan")
     monkeypatch.setattr(storage, "interpose", None)
+    assert not second.take("plan")  # it still stands there, and grows stale
+    assert second.take("000/00001") and first.take("000/00002")
