@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -52,9 +53,13 @@ def steps(run: Path) -> list[int]:
 
 def await_steps(run: Path, least: int, seconds: float = 90) -> None:
     """Wait for a checkpoint of at least so many steps."""
+    await_that(lambda: max(steps(run), default=0) >= least, run.parent, seconds)
+
+
+def await_that(true: Callable[[], bool], logs: Path, seconds: float = 90) -> None:
     end = time.monotonic() + seconds
-    while max(steps(run), default=0) < least:
-        assert time.monotonic() < end, logs_below(run.parent)
+    while not true():
+        assert time.monotonic() < end, logs_below(logs)
         time.sleep(0.05)
 
 
@@ -79,16 +84,25 @@ def test_latents_model_and_report_on_two_nodes(chain: Path, data_dir: Path) -> N
     assert list(chain.rglob("report.html"))
 
 
-def test_latents_by_the_script_under_accelerate(slurm_cluster: Cluster, data_dir: Path, tmp_path: Path) -> None:
-    reference = data_dir / "shapes/train/precompute-embedded16"
-    environment = {**TEMPLATE, "INPUT": str(data_dir / "shapes/train/shard-mds"), "OUTPUT": str(tmp_path / "out")}
-    environment |= {"VAE": "embedded16", "TEXT_ENCODER": "embedded", "RESOLUTIONS": "[32]", "BATCH_SIZE": "50"}
+def test_latents_by_the_script_under_accelerate_go_on_after_a_signal(
+    slurm_cluster: Cluster, data_dir: Path, tmp_path: Path
+) -> None:
+    """SIGUSR2, as before the time limit: every rank leaves at the end of a partition, and the next life does the rest."""
+    shards = data_dir / "shapes/train/shard-mds"
+    local = [f"input={shards}", f"output={tmp_path / 'reference'}", "vae=embedded16", "text_encoder=embedded"]
+    local += ["image_resolutions=[256]", "batch_size=1"]
+    subprocess.run([sys.executable, "-m", "pipeline.stages.precompute", *local], check=True, capture_output=True)
+    environment = {**TEMPLATE, "INPUT": str(shards), "OUTPUT": str(tmp_path / "out")}
+    environment |= {"VAE": "embedded16", "TEXT_ENCODER": "embedded", "RESOLUTIONS": "[256]", "BATCH_SIZE": "1"}
     environment |= {"LAUNCHER": "accelerate"}
     size = ["--nodes=2", "--cpus-per-task=2", "--gpus-per-node=1", "--mem=1G", f"--chdir={tmp_path}"]
     command = ["sbatch", "--parsable", *size, ROOT / "slurm/precompute.sbatch"]
     job = slurm_cluster.run(*command, environment=environment).stdout.strip()
+    await_that(lambda: any(tmp_path.glob("out/data/*/*/record.json")), tmp_path)
+    slurm_cluster.run("scancel", "--signal=USR2", job)
     assert await_end(slurm_cluster, job) == ["COMPLETED"], logs_below(tmp_path)
-    assert digest(tmp_path / "out") == digest(reference)
+    assert field(slurm_cluster, job, "Restarts") == "1", logs_below(tmp_path)
+    assert digest(tmp_path / "out") == digest(tmp_path / "reference")
     assert json.loads((tmp_path / "out/manifest.json").read_text())["counts"]["kept"] == 300
 
 
