@@ -87,7 +87,7 @@ def test_latents_model_and_report_on_two_nodes(chain: Path, data_dir: Path) -> N
 def test_latents_by_the_script_under_accelerate_go_on_after_a_signal(
     slurm_cluster: Cluster, data_dir: Path, tmp_path: Path
 ) -> None:
-    """SIGUSR2, as before the time limit: every rank leaves at the end of a partition, and the next life does the rest."""
+    """SIGUSR2, as before the time limit: every rank leaves at the end of a partition, the next life does the rest."""
     shards = data_dir / "shapes/train/shard-mds"
     local = [f"input={shards}", f"output={tmp_path / 'reference'}", "vae=embedded16", "text_encoder=embedded"]
     local += ["image_resolutions=[256]", "batch_size=1"]

@@ -22,13 +22,15 @@ from pipeline.config import ConfigError
 
 BACKENDS = ("auto", "torch", "mamba_ssm")
 _CHUNK = 64
-_KEEP_EVERY = 16  # steps between the states that the selective scan keeps for its backward pass
+_KEEP_EVERY = 8
 
 
 # ---- Mamba-1
 
 
-def selective_scan(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, keep_every: int = 1) -> Tensor:
+def selective_scan(
+    x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, keep_every: int = _KEEP_EVERY
+) -> Tensor:
     """The scan of Mamba-1.
 
     Args:
@@ -37,7 +39,7 @@ def selective_scan(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Te
         a: (d, s) negative rates.
         b, c: (n, l, s) how the input enters the state, and how the output leaves it.
         d: (d,) what of the input goes straight to the output.
-        keep_every: 1 keeps all states for the backward pass; k keeps every k-th, and computes the rest again.
+        keep_every: steps between the states that are kept for the backward pass, which computes the others again.
 
     Returns:
         (n, l, d), of the type of ``x``.
@@ -55,58 +57,70 @@ def _exact(*tensors: Tensor) -> tuple[Tensor, ...]:
 class _SelectiveScan(torch.autograd.Function):
     """One loop over time forward, one backward, in place of a graph of thousands of small operations.
 
-    States are (n, s, d): the long axis lies last, so that each operation runs over contiguous memory.
+    Only what needs the step before is done step by step; the rest for a segment at once, which stays in the cache.
+    Time is the first axis, and states are (t, n, s, d): each operation runs over contiguous memory.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, keep_every: int) -> Tensor:
         at = a.t().contiguous()  # (s, d)
-        length = x.shape[1]
+        x, dt, b, c = (t.transpose(0, 1).contiguous() for t in (x, dt, b, c))
         y = torch.empty_like(x)
-        state = x.new_zeros(x.shape[0], a.shape[1], x.shape[2])
-        kept = x.new_empty(-(-length // keep_every), *state.shape)
-        for t in range(length):
-            if t % keep_every == 0:
-                kept[t // keep_every] = state
-            state = _advance(state, x, dt, at, b, t)
-            y[:, t] = (c[:, t, None] @ state)[:, 0]
-        ctx.save_for_backward(x, dt, at, b, c, d, kept)
+        state = x.new_zeros(x.shape[1], *at.shape)
+        kept = []
+        room = [state.new_empty(keep_every, *state.shape) for _ in range(2)]
+        for part in _segments(len(x), keep_every):
+            kept.append(state)
+            _, states = _states(state, x[part], dt[part], at, b[part], room)
+            y[part] = (c[part, :, None] @ states)[:, :, 0]
+            state = states[-1].clone()
+        ctx.save_for_backward(x, dt, at, b, c, d, *kept)
         ctx.keep_every = keep_every
-        return torch.addcmul(y, x, d)
+        return y.addcmul_(x, d).transpose(0, 1).contiguous()
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, dt, at, b, c, d, kept = ctx.saved_tensors
-        length, every = x.shape[1], ctx.keep_every
+        x, dt, at, b, c, d, *kept = ctx.saved_tensors
+        dy = dy.transpose(0, 1).contiguous()
         dx, ddt, db, dc = (torch.empty_like(t) for t in (x, dt, b, c))
-        dat = torch.zeros_like(kept[0])
-        dstate = torch.zeros_like(kept[0])
-        for first in reversed(range(0, length, every)):
-            last = min(first + every, length)
-            states = [kept[first // every]]  # before each step of the segment, and after its last
-            for t in range(first, last):
-                states.append(_advance(states[-1], x, dt, at, b, t))
-            for t in reversed(range(first, last)):
-                before, after = states[t - first], states[t - first + 1]
-                dc[:, t] = (after @ dy[:, t, :, None])[..., 0]
-                dstate = torch.addcmul(dstate, c[:, t, :, None], dy[:, t, None])
-                decay = torch.exp(dt[:, t, None] * at)
-                into = dt[:, t] * x[:, t]
-                db[:, t] = (dstate @ into[..., None])[..., 0]
-                dinto = (b[:, t, None] @ dstate)[:, 0]
-                dx[:, t] = dinto * dt[:, t]
-                dstate = dstate * decay
-                rate = dstate * before  # gradient of dt a
-                ddt[:, t] = torch.addcmul((rate * at).sum(1), dinto, x[:, t])
-                dat.addcmul_(rate, dt[:, t, None])
+        dat = torch.zeros_like(at)
+        *room, more = [dat.new_empty(ctx.keep_every, *kept[0].shape) for _ in range(3)]
+        later = torch.zeros_like(kept[0])  # gradient of a segment's last state by way of the next segment
+        for part, before in reversed(list(zip(_segments(len(x), ctx.keep_every), kept, strict=True))):
+            decay, states = _states(before, x[part], dt[part], at, b[part], room)
+            dc[part] = (dy[part, :, None] @ states.mT)[:, :, 0]  # eight times as fast as states @ dy
+            dstates = torch.mul(c[part, :, :, None], dy[part, :, None], out=more[: len(states)])
+            dstates[-1] += later
+            for i in reversed(range(len(dstates) - 1)):
+                dstates[i].addcmul_(decay[i + 1], dstates[i + 1])
+            into = dt[part] * x[part]
+            db[part] = (into[:, :, None] @ dstates.mT)[:, :, 0]
+            dinto = (b[part, :, None] @ dstates)[:, :, 0]
+            dx[part] = dinto * dt[part]
+            rate = dstates.mul_(decay)
+            later = rate[0].clone()
+            rate[1:] *= states[:-1]
+            rate[0] *= before  # now the gradient of dt a
+            dat += torch.mul(rate, dt[part, :, None], out=states).sum((0, 1))
+            ddt[part] = torch.addcmul(rate.mul_(at).sum(2), dinto, x[part])
+        dd = (dy * x).sum((0, 1))
         dx.addcmul_(dy, d)
-        return dx, ddt, dat.sum(0).t(), db, dc, (dy * x).sum((0, 1)), None
+        dx, ddt, db, dc = (t.transpose(0, 1) for t in (dx, ddt, db, dc))
+        return dx, ddt, dat.t(), db, dc, dd, None
 
 
-def _advance(state: Tensor, x: Tensor, dt: Tensor, at: Tensor, b: Tensor, t: int) -> Tensor:
-    """(n, s, d) after step ``t``."""
-    decay = torch.exp(dt[:, t, None] * at)
-    return torch.addcmul(decay.mul_(state), b[:, t, :, None], (dt[:, t] * x[:, t])[:, None])
+def _segments(length: int, size: int) -> list[slice]:
+    return [slice(first, min(first + size, length)) for first in range(0, length, size)]
+
+
+def _states(state: Tensor, x: Tensor, dt: Tensor, at: Tensor, b: Tensor, room: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """(t, n, s, d) twice, in ``room``: how much of the state before each step stays, and the states after it."""
+    decay, states = (tensor[: len(x)] for tensor in room)
+    torch.mul(dt[:, :, None], at, out=decay).exp_()
+    torch.mul(b[..., None], (dt * x)[:, :, None], out=states)
+    for i in range(len(states)):
+        state = states[i].addcmul_(decay[i], state)
+    return decay, states
 
 
 # ---- Mamba-2
@@ -236,11 +250,9 @@ class Mamba1(nn.Module):
         expand: inner width = expand * dim.
     """
 
-    def __init__(
-        self, dim: int, d_state: int = 16, d_conv: int = 4, expand: int = 2, backend: str = "auto", keep_every: int = 1
-    ) -> None:
+    def __init__(self, dim: int, d_state: int = 16, d_conv: int = 4, expand: int = 2, backend: str = "auto") -> None:
         super().__init__()
-        self.inner, self.d_state, self.backend, self.keep_every = expand * dim, d_state, backend, keep_every
+        self.inner, self.d_state, self.backend = expand * dim, d_state, backend
         self.rank = math.ceil(dim / 16)
         self.into = nn.Linear(dim, 2 * self.inner, bias=False)
         self.conv = CausalConv(self.inner, d_conv)
@@ -263,7 +275,7 @@ class Mamba1(nn.Module):
         if backend_of(self.backend, x.device) == "mamba_ssm":
             y = _selective_scan_cuda(x, dt, a, b, c, self.skip)
         else:
-            y = selective_scan(x, dt, a, b, c, self.skip, self.keep_every)
+            y = selective_scan(x, dt, a, b, c, self.skip)
         out: Tensor = self.out(y * F.silu(gate))
         return out
 
