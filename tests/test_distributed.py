@@ -17,6 +17,7 @@ import pytest
 
 from pipeline.config import ConfigError, RunConfig
 from pipeline.distributed import EXIT_PEER, EXIT_STOPPED, Place, Rank, Stopped, distributed, expand_nodes, find_place
+from pipeline.distributed.rank import require_own_gpus
 
 LIMIT = 90  # seconds; what ends only by a time-out of its own would need far more
 
@@ -220,6 +221,19 @@ def test_torch_is_not_imported_before_it_is_needed(tmp_path: Path) -> None:
         print("torch" in sys.modules, rank.device, "torch" in sys.modules)
     """
     assert Program(tmp_path, body).run()[0][:2] == (0, "False cpu True\n")
+
+
+def test_gpus_that_slurm_gave_and_torch_does_not_see_are_told(tmp_path: Path) -> None:
+    program = Program(tmp_path, "rank.device")
+    code, output, errors = program.finish([program.start(SLURM_GPUS_ON_NODE="4", CUDA_VISIBLE_DEVICES="")])[0]
+    assert code == 0, errors
+    assert "SLURM gave this job 4 GPUs" in output + errors
+
+
+def test_ranks_that_share_a_gpu_are_refused() -> None:
+    require_own_gpus(["a's GPU 1", "a's GPU 2", "b's GPU 1"])
+    with pytest.raises(ConfigError, match="ranks 0, 2 share a's GPU 1: start as many ranks on a node"):
+        require_own_gpus(["a's GPU 1", "a's GPU 2", "a's GPU 1"])
 
 
 @pytest.mark.parametrize(

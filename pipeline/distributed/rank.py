@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from pipeline.config import ConfigError
 from pipeline.distributed import ending
 from pipeline.distributed.life import Life
 from pipeline.distributed.peers import FINISHED, LINGER, Peers, somebody_listens
@@ -99,6 +101,9 @@ class Rank:
         import torch
 
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        given = os.environ.get("SLURM_GPUS_ON_NODE", "")
+        if not count and given not in ("", "0"):
+            self.log.warning("SLURM gave this job %s GPUs on %s, but torch sees none: using the CPU", given, self.node)
         return torch.device("cuda", self.local_rank % count) if count else torch.device("cpu")
 
     @property
@@ -211,6 +216,7 @@ class Rank:
 
         Raises:
             BarrierTimeout: some ranks do not take part; the message names them.
+            ConfigError: there are more ranks than GPUs.
         """
         import torch.distributed as dist
 
@@ -236,6 +242,10 @@ class Rank:
             world_size=self.world_size,
             timeout=timedelta(seconds=self.timeout),
         )
+        if gpus:
+            names: list[str] = [""] * self.world_size
+            dist.all_gather_object(names, f"{self.node}'s GPU {torch.cuda.get_device_properties(self.device).uuid}")
+            require_own_gpus(names)
 
     # ---- the end
 
@@ -278,3 +288,20 @@ class Rank:
         if self.world_size == 1 or not self.place.address or not self.place.port:
             return False
         return "torch" in sys.modules if self.is_main and not self.place.hosted else somebody_listens(self.place)
+
+
+def require_own_gpus(names: Sequence[str]) -> None:
+    """Refuse that ranks share a GPU: they would be slow, and NCCL cannot.
+
+    Args:
+        names: each rank's GPU.
+
+    Raises:
+        ConfigError: names ranks and GPU.
+    """
+    for name in sorted(set(names)):
+        sharing = [rank for rank, own in enumerate(names) if own == name]
+        if len(sharing) > 1:
+            raise ConfigError(
+                f"ranks {', '.join(map(str, sharing))} share {name}: start as many ranks on a node as it has GPUs"
+            )

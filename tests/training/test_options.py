@@ -1,0 +1,139 @@
+"""What a run may be asked for beside learning: other precision, compiled, other logs, an upload."""
+
+from __future__ import annotations
+
+import builtins
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import huggingface_hub
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny_training import Regression, Run
+
+from pipeline.config import ConfigError
+from pipeline.distributed import Stopped
+from pipeline.training.checkpoint import open_checkpoint
+from pipeline.training.logs import read_log
+
+Runs = Callable[..., Run]
+
+
+def test_plateau_lowers_the_rate_and_a_resumed_run_knows_of_it(run: Runs) -> None:
+    one = run()
+    without_gain = {"lr": 1e-30, "schedule": "plateau", "evaluate_every": 1, "lr_patience": 3, "warmup_steps": 0}
+    one.rank.saved = lambda: one.rank.request_stop("SIGUSR2")  # type: ignore[method-assign]
+    with pytest.raises(Stopped):
+        one(steps=12, checkpoint_every=7, log_every=1, **without_gain)
+    run(one.path.name)(steps=12, checkpoint_every=7, log_every=1, **without_gain)
+    rates = [line["lr"] for line in read_log(one.path) if "lr" in line]
+    assert rates == pytest.approx([1e-30] * 4 + [1e-31] * 3 + [1e-32] * 3 + [1e-33] * 2)
+
+
+def test_in_bfloat16_the_weights_stay_exact(run: Runs) -> None:
+    one = run()
+    one(steps=150, lr=0.02, log_every=10, precision="bfloat16", task=Regression(plain=True))
+    losses = [line["loss"] for line in read_log(one.path) if "loss" in line]
+    assert losses[-1] < 0.2 * losses[0]
+    found = open_checkpoint(one.path)
+    assert {tensor.dtype for part in ("model", "ema") for tensor in found.tensors[part].values()} == {torch.float32}
+    exact = run("exact")
+    exact(steps=150, lr=0.02, log_every=10, task=Regression(plain=True))
+    assert losses != [line["loss"] for line in read_log(exact.path) if "loss" in line]
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs g++")
+def test_a_compiled_run_learns_the_same_and_its_checkpoint_does_not_tell(run: Runs) -> None:
+    plain, compiled = run("plain"), run("compiled")
+    plain(task=Regression(plain=True))
+    compiled(task=Regression(plain=True), compile=True)
+    ours, theirs = (open_checkpoint(one.path).tensors["model"] for one in (compiled, plain))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_tensorboard_reads_the_numbers_of_all_lives_once(run: Runs) -> None:
+    one = run()
+    one.rank.saved = lambda: one.rank.request_stop("SIGUSR2")  # type: ignore[method-assign]
+    with pytest.raises(Stopped):
+        one(loggers=("tensorboard",), log_every=1, checkpoint_every=5)
+    run(one.path.name)(loggers=("tensorboard",), log_every=1, checkpoint_every=5)
+    events = EventAccumulator(str(one.path / "tensorboard"))
+    events.Reload()
+    told = {line["step"]: line["loss"] for line in read_log(one.path) if "loss" in line}
+    assert {event.step: event.value for event in events.Scalars("train/loss")} == pytest.approx(told)
+    assert [event.step for event in events.Scalars("train/loss")] == list(range(1, 13))
+    assert events.Scalars("valid/loss")
+
+
+class Wandb:
+    """Stands in for the module: notes what a run was told."""
+
+    def __init__(self) -> None:
+        self.begun: list[dict[str, Any]] = []
+        self.lines: list[tuple[int, dict[str, Any]]] = []
+        self.finished = 0
+
+    def init(self, **about: Any) -> Any:
+        self.begun.append(about)
+        return SimpleNamespace(log=lambda values, step: self.lines.append((step, values)), finish=self._finish)
+
+    def _finish(self) -> None:
+        self.finished += 1
+
+
+def test_weights_and_biases_gets_all_lives_as_one_run(run: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = Wandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    one = run()
+    one.rank.saved = lambda: one.rank.request_stop("SIGUSR2")  # type: ignore[method-assign]
+    with pytest.raises(Stopped):
+        one(loggers=("wandb",), log_every=1, checkpoint_every=5, wandb_project="ours")
+    run(one.path.name)(loggers=("wandb",), log_every=1, checkpoint_every=5, wandb_project="ours")
+    first, second = wandb.begun
+    assert first["id"] == second["id"] and first["resume"] == "allow" and first["project"] == "ours"
+    assert first["config"]["batch_size"] == 8
+    assert [step for step, values in wandb.lines if "loss" in values] == list(range(1, 13))
+    assert wandb.finished == 2
+
+
+def test_loggers_that_are_not_there_are_named(run: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="loggers=tensorbord: .*tensorboard"):
+        run("a")(loggers=("tensorbord",))
+    without = builtins.__import__
+
+    def importing(name: str, *others: Any) -> Any:
+        if name == "wandb":
+            raise ImportError(name)
+        return without(name, *others)
+
+    monkeypatch.setattr(builtins, "__import__", importing)
+    with pytest.raises(ConfigError, match="loggers=wandb: install it with pip install wandb"):
+        run("b")(loggers=("wandb",))
+
+
+def test_an_export_is_uploaded_by_rank_0(run: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    uploads: list[tuple[str, set[str]]] = []
+
+    class Api:
+        def create_repo(self, repository: str, private: bool, exist_ok: bool) -> None:
+            assert private and exist_ok
+
+        def upload_folder(self, repo_id: str, folder_path: Path) -> None:
+            uploads.append((repo_id, {path.name for path in folder_path.iterdir()}))
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    run()(hub_repo="somebody/model")
+    assert uploads == [("somebody/model", {"model.safetensors", "config.json", "preprocessing.json"})]
+
+
+def test_an_upload_that_fails_costs_nothing(run: Runs, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")  # where nobody listens
+    one = run()
+    one(hub_repo="somebody/model")
+    assert "hub_repo=somebody/model: the upload failed" in caplog.text
+    assert (one.path / "export/model.safetensors").is_file()
