@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from importlib import import_module
 from pathlib import Path
@@ -74,13 +74,16 @@ def jobs_of(launch: LaunchConfig, settings: dict[str, str], requests: Mapping[st
         names.remove("download")
     run_id = uuid.uuid4().hex
     jobs: list[Job] = []
-    for number, name in enumerate(names):
-        own = _own(settings, name, names)
+    for number, (name, own) in enumerate(_steps(names, settings)):
         keys = {f.name for f in fields(STAGES[name])}
-        if number and "input" in keys:
+        runs = [job for job in jobs if job.stage == "train"]
+        before = [job for job in jobs if job.stage != "train"]  # all phases of a recipe learn from the same latents
+        if "input" in keys and number and (before or name != "train"):
             own.pop("input", None)
-            if name in (*MAIN_LINE, *UPSTREAMS) and jobs[-1].output:
-                own["input"] = str(jobs[-1].output)
+            if name in (*MAIN_LINE, *UPSTREAMS) and before and before[-1].output:
+                own["input"] = str(before[-1].output)
+        if name in ("generate", "evaluate") and runs and runs[-1].config.name:
+            own.setdefault("name", runs[-1].config.name)
         if "run_id" in keys:
             own.setdefault("run_id", run_id)
         arguments = tuple(f"{key}={value}" for key, value in own.items())
@@ -91,6 +94,17 @@ def jobs_of(launch: LaunchConfig, settings: dict[str, str], requests: Mapping[st
         request = (requests or {}).get(name, Request(launch))
         jobs.append(Job(name, config, arguments, ranks, output_of(name, config), request))
     return jobs
+
+
+def _steps(names: list[str], settings: dict[str, str]) -> Iterator[tuple[str, dict[str, str]]]:
+    """Each stage with the settings that it takes; training by a recipe once for each phase, unless one is named."""
+    for name in names:
+        own = _own(settings, name, names)
+        phases = cli.phases_of(own["recipe"]) if name == "train" and own.get("recipe") and not own.get("phase") else []
+        for phase in phases:
+            yield name, {**own, "phase": phase}
+        if not phases:
+            yield name, own
 
 
 def _own(settings: dict[str, str], stage: str, stages: list[str]) -> dict[str, str]:

@@ -375,6 +375,7 @@ class TrainConfig(RunConfig):
     valid_input: str = option("", "caption: dataset directory that is kept for this, in place of valid_fraction=")
     evaluate_every: int = option(0, "steps between evaluations on it (0: at the end only)", identity=True)
     early_stop: int = option(0, "stop after so many evaluations without gain (0: never)", identity=True)
+    show: int = option(0, "diffuse: so many pictures are drawn at each evaluation, for the report")
     caption_drop: float = option(
         0.1, "diffuse: fraction of captions hidden, for classifier-free guidance", identity=True
     )
@@ -619,6 +620,7 @@ class ReportConfig:
     dataset: str = option("", "describe only <data_dir>/<dataset>")
     output: str = option("", "file to write (default: report.html in the described folder)")
     samples: int = option(24, "pictures on each contact sheet")
+    gpu_hour_price: float = option(0.0, "what an hour of one GPU costs: training runs then tell their cost")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -37,6 +37,18 @@ def test_each_stage_reads_what_the_one_before_writes() -> None:
     assert len({job.config.run_id for job in jobs if hasattr(job.config, "run_id")}) == 1
 
 
+def test_phases_of_a_recipe_are_trained_one_after_another_on_the_same_latents(tmp_path: Path) -> None:
+    settings = {"dataset": "shapes", "data_dir": "/d", "recipe": "microdit", "input": "/latents"}
+    jobs = jobs_of(LaunchConfig(stage="train,evaluate"), settings)
+    phases = ["256-masked", "256-unmasked", "512-masked", "512-unmasked"]
+    assert [job.config.name for job in jobs] == [*(f"microdit-{phase}" for phase in phases), "microdit-512-unmasked"]
+    assert [job.config.phase for job in jobs[:-1]] == phases
+    assert {job.config.input for job in jobs[:-1]} == {"/latents"}
+    assert [job.config.start_from for job in jobs[:-1]] == ["", *(f"microdit-{phase}" for phase in phases[:-1])]
+    (one,) = jobs_of(LaunchConfig(stage="train"), {**settings, "phase": "512-masked"})
+    assert one.config.phase == "512-masked"
+
+
 @pytest.mark.parametrize(
     ("stage", "settings", "message"),
     [

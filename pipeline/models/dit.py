@@ -6,6 +6,7 @@ diffusion training from scratch on a micro-budget" (2024). What can be chosen:
 - *Deferred masking*: a light patch mixer sees all tokens, then the backbone works on a random part of them. As each
   token that is left has seen its neighbours, little is lost.
 - *Layer-wise scaling*: attention and MLPs widen from the first block of the backbone to the last.
+- *Scans*: in some blocks Mamba-2, along the tokens and against them, in place of attention.
 - *Experts* in every second block: each expert chooses its tokens, so that all have the same work.
 - A depthwise 3x3 convolution beside the attention, over the grid of tokens: with few tokens and little training,
   neighbourhood is worth being told.
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 
 from pipeline.cli import nearest
 from pipeline.config import ConfigError
+from pipeline.models.ssm import Bidirectional
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class DiTConfig:
         mlp_ratio, qkv_ratio: widths of the last block's MLP and attention, in units of ``dim``.
         first_mlp_ratio, first_qkv_ratio: those of the first block; in between they grow evenly (0: all the same).
         mixer_dim, mixer_depth: of the blocks that see all tokens before some are masked.
+        attention_every: of so many blocks of the backbone the last attends, the others scan (1: all attend).
         experts, capacity: MLPs in every second block, and how many of them a token meets on average (0: no experts).
         text: ``vector``: all states → one vector; ``attention``: also attended to.
         local: whether blocks have a convolution.
@@ -61,6 +64,7 @@ class DiTConfig:
     first_qkv_ratio: float = 0.0
     mixer_dim: int = 0
     mixer_depth: int = 0
+    attention_every: int = 1
     experts: int = 0
     capacity: float = 2.0
     text: str = "vector"
@@ -99,10 +103,12 @@ _MICRO: dict[str, Any] = {
 SIZES: dict[str, dict[str, Any]] = {
     "nano": {"dim": 128, "depth": 4, "heads": 4},
     "nano_mixer": {"dim": 128, "depth": 3, "heads": 4, "mixer_dim": 128, "mixer_depth": 1},
+    "nano_ssm": {"dim": 128, "depth": 4, "heads": 4, "attention_every": 2},
     "mini": {"dim": 192, "depth": 6, "heads": 6, "qk_norm": True},
     "tiny": {"dim": 256, "depth": 8, "heads": 4},
     "small": {"dim": 384, "depth": 12, "heads": 6},
     "base": {"dim": 768, "depth": 12, "heads": 12},
+    "base_ssm": {"dim": 768, "depth": 12, "heads": 12, "attention_every": 4},
     "MicroDiT_Tiny_2": {"dim": 512, "depth": 16, "heads": 16, "mixer_dim": 512, "mixer_depth": 4, **_MICRO},
     "MicroDiT_XL_2": {"dim": 1024, "depth": 28, "heads": 16, "mixer_dim": 768, "mixer_depth": 6, **_MICRO},
 }
@@ -217,23 +223,27 @@ def _backbone_block(config: DiTConfig, number: int) -> Block:
         (first or last) + along * (last - (first or last))
         for first, last in ((config.first_qkv_ratio, config.qkv_ratio), (config.first_mlp_ratio, config.mlp_ratio))
     )
-    return Block(config, config.dim, qkv, mlp, experts=number % 2 == 1 and number < config.depth - 1)
+    experts = number % 2 == 1 and number < config.depth - 1
+    return Block(config, config.dim, qkv, mlp, experts, scans=(number + 1) % config.attention_every > 0)
 
 
 class Block(nn.Module):
-    """Attention (and convolution, and attention to the text), then an MLP; residual, modulated by the condition.
+    """Attention or scan (and convolution, and attention to the text), then an MLP; residual, and modulated.
 
     All of it begins as the identity.
     """
 
-    def __init__(self, config: DiTConfig, dim: int, qkv_ratio: float, mlp_ratio: float, experts: bool) -> None:
+    def __init__(
+        self, config: DiTConfig, dim: int, qkv_ratio: float, mlp_ratio: float, experts: bool, scans: bool = False
+    ) -> None:
         super().__init__()
         self.grid = config.grid
         head = config.dim // config.heads
         width = dim if qkv_ratio == 1 else _round_up(int(dim * qkv_ratio), 2 * head)
         self.norm1 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
         self.norm2 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
-        self.attention = Attention(dim, width, head, qk_norm=config.qk_norm, bias=config.bias)
+        self.scan: nn.Module = Bidirectional("mamba2", dim, expand=1) if scans else nn.Identity()
+        self.attention = None if scans else Attention(dim, width, head, qk_norm=config.qk_norm, bias=config.bias)
         self.local = nn.Conv2d(dim, dim, 3, padding=1, groups=dim) if config.local else None
         self.norm_text: nn.Module | None = None
         self.text: Attention | None = None
@@ -255,7 +265,7 @@ class Block(nn.Module):
         """tokens (b, n, dim), condition (b, d), text (b, l, dim) or None, keep (b, n) or None → (b, n, dim)."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition).unsqueeze(1).chunk(6, dim=-1)
         inner = self.norm1(tokens) * (1 + scale1) + shift1
-        attended = self.attention(inner, inner)
+        attended: Tensor = self.scan(inner) if self.attention is None else self.attention(inner, inner)
         if self.local is not None:
             attended = attended + self.convolve(inner, keep)
         tokens = tokens + gate1 * attended

@@ -11,17 +11,16 @@ import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
 from pipeline.cli import config_for
 from pipeline.config import ConfigError, EvaluateConfig, GenerateConfig, run_folder
 from pipeline.distributed import Rank, distributed
+from pipeline.drawing import grid, png
 from pipeline.encoders.base import Autoencoder, TextEncoder, autoencoder, text_encoder, to_pixels
 from pipeline.models.dit import DiT, DiTConfig
 from pipeline.models.processes import Process, process_of
@@ -270,25 +269,6 @@ def write_samples(run: Path, prompts: Sequence[str], pictures: np.ndarray, seed:
 def _write_png(folder: Folder, name: str, picture: np.ndarray) -> None:
     with folder.create(name) as target:
         target.write(png(picture))
-
-
-def png(picture: np.ndarray) -> bytes:
-    """uint8 (h, w, 3) as a PNG file."""
-    file = BytesIO()
-    Image.fromarray(picture).save(file, "PNG")
-    return file.getvalue()
-
-
-def grid(pictures: np.ndarray) -> np.ndarray:
-    """(n, h, w, 3) → one picture, about square, with two white pixels between."""
-    n, h, w, _ = pictures.shape
-    columns = int(np.ceil(np.sqrt(n)))
-    rows = -(-n // columns)
-    sheet = np.full((rows * (h + 2) - 2, columns * (w + 2) - 2, 3), 255, np.uint8)
-    for number, picture in enumerate(pictures):
-        top, left = number // columns * (h + 2), number % columns * (w + 2)
-        sheet[top : top + h, left : left + w] = picture
-    return sheet
 
 
 if __name__ == "__main__":

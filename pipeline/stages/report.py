@@ -22,10 +22,12 @@ from pipeline.config import ConfigError, ReportConfig, dataset_name
 from pipeline.partitions.dataset import Dataset, SlotReader, Stored, find_datasets
 from pipeline.partitions.ledger import read_ledger
 from pipeline.samples import SampleError
+from pipeline.storage import Folder
 
 _LEDGERS = 50  # partitions whose ledgers the histograms are drawn from, evenly spread
 _HOSTS = 20  # the most that are listed
 _THUMBNAIL = 160  # pixels
+_STRIPS = 10  # evaluations whose pictures are shown
 _INK = "#3b6ea5"
 
 
@@ -39,17 +41,17 @@ def main(config: ReportConfig) -> None:
                 f"data_dir={config.data_dir}: no such folder" + (f" as {folder}" if config.dataset else "")
             )
         output = Path(config.output) if config.output else folder / "report.html"
-        output.write_text(page(folder, config.samples), encoding="utf-8")
+        output.write_text(page(folder, config.samples, config.gpu_hour_price), encoding="utf-8")
     print(f"report: {output}")
 
 
-def page(folder: Path, samples: int) -> str:
-    """The HTML text about all dataset directories and training runs below ``folder``."""
+def page(folder: Path, samples: int, price: float = 0.0) -> str:
+    """The HTML text about all dataset directories and training runs below ``folder``; ``price`` of a GPU hour."""
     environment = Environment(loader=PackageLoader("pipeline", "templates"), autoescape=True)
     found = find_datasets(folder)
     filtered = {dataset.root.path.parent for dataset in found if dataset.stage == "filter"}
     datasets = [describe(d, samples, sheet=shows_pictures(d, filtered)) for d in found]
-    runs = [describe_run(run) for run in find_runs(folder)]
+    runs = [describe_run(run, price) for run in find_runs(folder)]
     return environment.get_template("report.html").render(
         folder=folder, datasets=datasets, runs=runs, made=time.strftime("%Y-%m-%d %H:%M")
     )
@@ -208,11 +210,13 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
 # ---- one training run
 
 
-def describe_run(run: Path) -> dict[str, Any]:
-    """What the page says of a training run: its curve, its samples, what they were judged."""
+def describe_run(run: Path, price: float = 0.0) -> dict[str, Any]:
+    """What the page says of a training run: its curve, its cost, its samples, what they were judged."""
     facts: dict[str, Any] = {"path": run, "curve": "", "samples": [], "evaluation": None}
+    facts["shown"] = list(shown_over_training(run))
     lines = list(training_log(run))
     if lines:
+        facts["cost"] = cost(run, lines, price)
         facts["last"] = lines[-1]
         facts["curve"] = _curve(lines)
     listing = run / "samples" / "samples.json"
@@ -227,6 +231,29 @@ def describe_run(run: Path) -> dict[str, Any]:
     if (run / "evaluation.json").is_file():
         facts["evaluation"] = json.loads((run / "evaluation.json").read_text())
     return facts
+
+
+def cost(run: Path, lines: list[dict[str, Any]], price: float) -> dict[str, Any] | None:
+    """What all steps of a run take at the speed that it was measured at: hours of all ranks together, and money."""
+    checkpoints = sorted((run / "checkpoints").glob("step_*/checkpoint.json"))
+    speeds = [line["samples_per_second"] for line in lines if line.get("samples_per_second")]
+    if not checkpoints or not speeds:
+        return None
+    with Folder.open(checkpoints[-1].parent) as folder:
+        facts = (folder.read_sealed(checkpoints[-1].name) or {})["facts"]
+    samples = facts["config"]["steps"] * facts["config"]["batch_size"]
+    speed = float(np.median(speeds))
+    hours = facts["world_size"] * samples / speed / 3600
+    return {"speed": speed, "ranks": facts["world_size"], "samples": samples, "hours": hours, "money": hours * price}
+
+
+def shown_over_training(run: Path) -> Iterator[dict[str, str]]:
+    """What a run has shown at some of its evaluations, evenly spread, and then what it should be like."""
+    strips = sorted((run / "shown").glob("step_*.png"))
+    real = run / "shown" / "real.png"
+    for path in [*(strips[i] for i in spread(len(strips), _STRIPS)), *([real] if real.is_file() else [])]:
+        name = "as in the data" if path == real else f"step {int(path.stem.removeprefix('step_'))}"
+        yield {"name": name, "image": f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"}
 
 
 def training_log(run: Path) -> Iterator[dict[str, Any]]:

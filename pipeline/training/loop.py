@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from pipeline.config import ConfigError, TrainConfig, identity
 from pipeline.distributed import Rank
 from pipeline.distributed.signals import Stopped
+from pipeline.drawing import grid, png
 from pipeline.loading import Batches, Sampler
 from pipeline.randomness import keyed_seed
 from pipeline.storage import Folder
@@ -41,6 +42,8 @@ from pipeline.training.feed import Feed, Part
 from pipeline.training.logs import Logger, Meter, forward_flops, memory_megabytes, open_loggers, peak_flops
 from pipeline.training.schedule import learning_rate
 from pipeline.training.tasks.base import Keys, Task
+
+SHOWN = "shown"
 
 
 class NotFinite(RuntimeError):
@@ -155,6 +158,8 @@ def train(
 
             if not stopping and _due(state, config) and valid and len(valid):
                 stopping = _evaluate(task, state, valid, config, rank, loggers)
+                if not stopping:
+                    _show(task, state, config, rank, run)
             finished = state.step >= config.steps or _without_hope(state, config)
             best = state.progress.best_step == state.step
             if state.step != saved and (
@@ -427,6 +432,20 @@ def _evaluate(task: Task, state: State, valid: Batches, config: TrainConfig, ran
     if rank.is_main:
         rank.log.info("step %d  %s", state.step, "  ".join(f"{name} {mean:.4f}" for name, mean in means.items()))
     return False
+
+
+def _show(task: Task, state: State, config: TrainConfig, rank: Rank, run: Folder) -> None:
+    """Write what the task shows of the averaged weights, and what that should be like, into ``shown/``."""
+    state.model.eval()
+    with state.ema.in_place(state.model), torch.no_grad(), _precision(config, rank):
+        pictures = {f"step_{state.step:06d}": task.pictures(state.model), "real": task.pictures(None)}
+    state.model.train()
+    if rank.is_main:
+        for name, shown in pictures.items():
+            if shown is not None:
+                run.mkdir(SHOWN, exist_ok=True)
+                with run.folder(SHOWN) as folder:
+                    folder.write_atomic(f"{name}.png", png(grid(shown, columns=len(shown))))
 
 
 def _measured(

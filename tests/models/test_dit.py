@@ -44,7 +44,8 @@ MICRO = DiTConfig(
     gated=True,
     bias=False,
 )
-KINDS = pytest.mark.parametrize("kind", [SMALL, MICRO], ids=["small", "micro"])
+SCANS = replace(SMALL, attention_every=2, depth=3)
+KINDS = pytest.mark.parametrize("kind", [SMALL, MICRO, SCANS], ids=["small", "micro", "scans"])
 
 
 @pytest.fixture
@@ -204,6 +205,12 @@ def test_blocks_of_the_backbone_widen() -> None:
     assert widths == sorted(widths) and widths[0] == 512 and widths[-1] == 1024
     kinds = [isinstance(block.mlp, Experts) for block in model.blocks]
     assert kinds == [number % 2 == 1 and number < 27 for number in range(28)]
+
+
+def test_the_last_of_so_many_blocks_attends_and_the_others_scan() -> None:
+    blocks = DiT(replace(SMALL, depth=5, attention_every=2)).blocks
+    assert [block.attention is not None for block in blocks] == [False, True, False, True, False]
+    assert all(block.attention is not None for block in DiT(SMALL).blocks)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from pipeline.config import ConfigError, TrainConfig
 from pipeline.distributed import Rank
@@ -17,6 +18,7 @@ from pipeline.models.dit import patchify
 from pipeline.models.processes import Flow
 from pipeline.sources.shapes_scene import caption, render, sample_scene
 from pipeline.stages.generate import Manner, load_painter, sample_images
+from pipeline.stages.report import describe_run
 from pipeline.storage import Folder
 from pipeline.training.feed import Chosen
 from pipeline.training.logs import read_log
@@ -159,6 +161,20 @@ def test_a_picture_depends_on_its_prompt_its_place_and_the_seed_alone(run: Path)
     assert np.abs(sample_images(painter, prompts[:3], seed=4, manner=Manner(2)).astype(int) - pictures[:3]).max() <= 1
     assert not np.array_equal(pictures[0], pictures[1])
     assert not np.array_equal(sample_images(painter, prompts[:1], seed=5, manner=Manner(2))[0], pictures[0])
+
+
+def test_a_run_shows_what_it_draws_at_each_evaluation(data: LatentDataset, tmp_path: Path) -> None:
+    settings = config(steps=20, evaluate_every=10, show=3)
+    with Folder.open(tmp_path) as folder:
+        train(Diffuse(settings, data, INFO), data, settings, Rank(), folder, Chosen(data, 0, 0, 8))
+    strips = {path.name: np.asarray(Image.open(path)) for path in (tmp_path / "shown").iterdir()}
+    assert strips.keys() == {"step_000010.png", "step_000020.png", "real.png"}
+    assert {strip.shape for strip in strips.values()} == {(32, 3 * 34 - 2, 3)}
+    assert not np.array_equal(strips["step_000010.png"], strips["step_000020.png"])
+    page = describe_run(tmp_path, price=3600.0)
+    assert [shown["name"] for shown in page["shown"]] == ["step 10", "step 20", "as in the data"]
+    assert page["cost"]["samples"] == 20 * 16 and page["cost"]["ranks"] == 1
+    assert page["cost"]["money"] == pytest.approx(320 / page["cost"]["speed"])
 
 
 def test_averaged_weights_draw(run: Path) -> None:

@@ -59,6 +59,13 @@ class Task(ABC):
         """What is logged, from the means over the whole validation set."""
         return means
 
+    def pictures(self, network: nn.Module | None) -> np.ndarray | None:
+        """What the report shows of an evaluation, uint8 (n, h, w, 3), if anything; of None: what it should be like.
+
+        All ranks are asked at once, and get the same.
+        """
+        return None
+
     metric: ClassVar[str] = "valid_loss"
     """Which of them decides what is best, and when to stop."""
     higher_is_better: ClassVar[bool] = False

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config import ConfigError, TrainConfig
+from pipeline.encoders.base import autoencoder, to_pixels
 from pipeline.loading import Batches, order
 from pipeline.models.dit import DiT, DiTConfig, dit_config, kept_tokens, patchify, take
 from pipeline.models.processes import Process, process_of
+from pipeline.models.sampling import sample
 from pipeline.randomness import generator, keyed_seed, normals
 from pipeline.training.tasks.base import Batch, Keys, Task
 
@@ -90,6 +92,7 @@ class Diffuse(Task):
         else:
             latents = _first(data, config.seed, _MEASURED)["image_latents"]
             self.normalisation = Normalisation.measure(latents.chunk(2, 1)[0] if info.moments else latents)
+        self._shown = _first(data, config.seed, config.show) if config.show else {}
 
     def clean(self, batch: Batch, keys: Keys) -> Tensor:
         """Normalised latents (b, c, h, w); of stored moments a sample, which is another one at every step."""
@@ -117,6 +120,21 @@ class Diffuse(Task):
         quarter = (place * _QUARTERS).long().to(x.device)
         parts = {f"loss_t{q + 1}": (losses, (quarter == q).float()) for q in range(_QUARTERS)}
         return {"valid_loss": (losses, torch.ones_like(losses)), **parts}
+
+    def pictures(self, network: nn.Module | None) -> np.ndarray | None:
+        """The first ``show`` samples of the first epoch: as they are stored, or drawn from their texts."""
+        if not self._shown:
+            return None
+        latents = self._shown["image_latents"]
+        latents = latents.chunk(2, 1)[0] if self.info.moments else latents
+        device = next(self.model.parameters()).device
+        vae = autoencoder(self.info.autoencoder, device)
+        if network is not None:
+            noise = np.stack([normals(self.info.image_shape, 0, "shown", number) for number in range(len(latents))])
+            text = self._shown["caption_latents"].to(device)
+            drawn = sample(network, torch.from_numpy(noise).to(device), text, guidance=1.5, process=self.process)
+            latents = self.normalisation.invert(drawn.float())
+        return to_pixels(vae.decode(latents.to(device).float()))
 
     def facts(self) -> dict[str, Any]:
         return {
