@@ -72,6 +72,7 @@ class StageConfig(RunConfig):
 
     overwrite: bool = option(False, "move an existing output of this stage aside and start again")
     retry_failed: bool = option(False, "append a generation that tries the retryable failures again")
+    restore: bool = option(False, "make data again that keep_raw=false or keep=latents have removed")
     max_failed_fraction: float = option(0.1, "the stage fails if more than this fraction of its samples failed")
     lease: float = option(60.0, "seconds after which a partition whose worker shows no life is taken over")
     wait: float = option(0.0, "seconds to wait for an unfinished upstream before giving up")
@@ -180,6 +181,9 @@ class FilterConfig(SourceConfig):
         False, "take the samples from their source as they arrive; no stage=download, no raw data", identity=True
     )
 
+    keep_raw: bool = option(
+        True, "false: when the result is verified, remove what stage=download has stored, but for its ledgers"
+    )
     min_image_size: int = option(256, "drop images whose smaller edge is below this", identity=True)
     max_image_size: int = option(
         512, "bring larger images down to this, in the way of resize_mode (0: keep sizes)", identity=True
@@ -310,6 +314,11 @@ class PrecomputeConfig(StageConfig):
     shard_bytes: int = option(2**26, "largest size of one data file", identity=True)
     threads: int = option(1, "CPU threads per rank (results depend on it in the last bit)", identity=True)
     workers: int = option(-1, "decoding processes per rank (-1: none on a CPU, else its CPUs without one)")
+    keep: str = option(
+        "all",
+        "latents: when they are verified, remove the data of the stages before, but for their ledgers",
+        choices=("all", "latents"),
+    )
     gpu_hour_price: float = option(0.0, "what a GPU hour costs: the events then tell the cost of a million images")
 
 

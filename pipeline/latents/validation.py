@@ -92,7 +92,11 @@ class Validator:
         if not (path / "plan").is_dir():
             log.warning("%s is not there: latents are not compared with their sources", path)
             return None
-        return Dataset.open(path)
+        upstream = Dataset.open(path)
+        if upstream.released:
+            log.warning("%s has no data any more: latents are not compared with their sources", path)
+            return None
+        return upstream
 
     @torch.inference_mode()
     def check(self, index: int) -> Iterator[Finding]:

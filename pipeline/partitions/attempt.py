@@ -7,14 +7,15 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from pipeline.config import ConfigError
 from pipeline.formats.base import Writer
-from pipeline.partitions.dataset import RECORD, Dataset
+from pipeline.partitions.dataset import RECORD, Dataset, SlotReader, before_redone
 from pipeline.partitions.ledger import FILE as LEDGER
 from pipeline.partitions.ledger import Ledger
 from pipeline.partitions.plan import FORMAT_VERSION
@@ -45,6 +46,10 @@ def unless_removed(root: Folder) -> Iterator[None]:
         if root.in_place():
             raise
         raise Superseded(f"{root.path} was removed or overwritten while we ran") from error
+
+
+def _name(file: dict[str, Any]) -> str:
+    return str(file["name"])
 
 
 class Attempt:
@@ -114,9 +119,32 @@ class Attempt:
             AttemptRemoved: the attempt's folder is gone.
             StorageError: the disk is full or broken, or the input cannot be read.
         """
+
+        def work() -> dict[str, Any]:
+            return self._write(self._read(outcomes), adapted(self._writer(shard_bytes)), step)
+
+        return self._committed(work)
+
+    def without_data(self, ledger: bytes, counted: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Commit what the partition was, with this ledger and no data files; returns and raises as :meth:`run`.
+
+        The record tells of them as before (but for ``counted``), so that the content digest is that of the data.
+        """
+
+        def work() -> dict[str, Any]:
+            before = SlotReader(before_redone(self._dataset, self.index), self.index).record
+            with self._create(LEDGER) as file:
+                file.write(ledger)
+            data = [file for file in before["files"] if file["name"] != LEDGER]
+            files = sorted([*self._described({}), *data], key=_name)
+            released = [file["name"] for file in data]
+            return self._recorded({**before, **counted, **self._who(), "files": files, "released": released})
+
+        return self._committed(work)
+
+    def _committed(self, work: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
         try:
-            writer = adapted(self._writer(shard_bytes))
-            record = self._write(self._read(outcomes), writer, step)
+            record = work()
             self._won = commit(self._bucket, self._name, self._slot, RECORD)
         except OSError as error:
             raise self._explain(error) from error
@@ -150,21 +178,35 @@ class Attempt:
         self.ledger.check(len(locations))
         with self._create(LEDGER) as file:
             self.ledger.write(file, locations)
-        record = self._record(locations)
+        return self._recorded(self._record(locations))
+
+    def _recorded(self, record: dict[str, Any]) -> dict[str, Any]:
+        """Write the record, the last file of all."""
+        assert self._folder is not None
         with self._folder.create(RECORD) as file:
             file.write(seal(record))
         listed = self._folder.listdir()
-        if listed != sorted([*(f["name"] for f in record["files"]), RECORD]):
+        if listed != sorted([*(file.name for file in self._files), RECORD]):
             if not self._bucket.exists(self._name):
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self._name)
             raise StorageError(f"{self._folder.path} holds {listed}: something else writes there")
         return record
 
     def _record(self, locations: list[tuple[str, int, int]]) -> dict[str, Any]:
-        samples: dict[str, int] = {}
-        for name, _, _ in locations:
-            samples[name] = samples.get(name, 0) + 1
-        files = [
+        samples = Counter(name for name, _, _ in locations)
+        return {
+            "format_version": FORMAT_VERSION,
+            **self._who(),
+            "partition": self.index,
+            "files": sorted(self._described(samples), key=_name),
+            "counts": dict(self.ledger.counts),
+            "reasons": dict(self.ledger.reasons),
+            "supersedes": self._dataset.partition(self.index).supersedes,
+            "notes": self.notes,
+        }
+
+    def _described(self, samples: Mapping[str, int]) -> list[dict[str, Any]]:
+        return [
             {
                 "name": file.name,
                 "bytes": file.bytes,
@@ -174,20 +216,15 @@ class Attempt:
             }
             for file in self._files
         ]
+
+    def _who(self) -> dict[str, Any]:
         return {
-            "format_version": FORMAT_VERSION,
             "attempt": self._id,
             "plan": self._plan.digest,
-            "partition": self.index,
-            "files": sorted(files, key=lambda f: str(f["name"])),
-            "counts": dict(self.ledger.counts),
-            "reasons": dict(self.ledger.reasons),
-            "supersedes": self._dataset.partition(self.index).supersedes,
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "begin": self._begin,
             "seconds": time.time() - self._begin,
-            "notes": self.notes,
         }
 
     def _explain(self, error: OSError) -> Exception:

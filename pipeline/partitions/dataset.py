@@ -21,7 +21,7 @@ from pipeline.formats.base import FileReader, Format, get_format
 from pipeline.formats.blocks import BlockFile, Verify
 from pipeline.partitions.ledger import FILE as LEDGER
 from pipeline.partitions.ledger import read_ledger
-from pipeline.partitions.plan import BUCKET, Partition, PartitionReader, Plan, read_plans
+from pipeline.partitions.plan import BUCKET, RELEASE, TAKEDOWN, Partition, PartitionReader, Plan, read_plans
 from pipeline.samples import TAKEN, Row, SampleError, Schema
 from pipeline.storage import GONE, Folder, StorageError, digest
 
@@ -33,6 +33,16 @@ Value = TypeVar("Value")
 
 class Unfinished(ConfigError):
     """A stage was asked to read a dataset directory that is missing or not complete."""
+
+
+class Released(StorageError):
+    """The data were removed on purpose, as what was made from them is there."""
+
+    def __init__(self, root: Path, stage: str) -> None:
+        super().__init__(
+            f"{root}: its data were removed (keep_raw=false, keep=latents); ledgers are there still. "
+            f"stage={stage} restore=true brings the data back"
+        )
 
 
 def open_root(path: str | Path) -> Folder:
@@ -142,7 +152,8 @@ class SlotReader:
         self._readers: dict[str, FileReader] = {}
 
     @cached_property
-    def _record(self) -> dict[str, Any]:
+    def record(self) -> dict[str, Any]:
+        """What record.json says."""
         record = self._folder.read_sealed(RECORD)
         if record is None:
             raise StorageError(f"{self.root / self.path} is damaged: run stage=repair on {self.root}")
@@ -150,15 +161,18 @@ class SlotReader:
 
     @cached_property
     def _files(self) -> dict[str, dict[str, Any]]:
-        return {file["name"]: file for file in self._record["files"]}
+        return {file["name"]: file for file in self.record["files"]}
 
     def open(self, file: str) -> FileReader:
         """The reader of a data file.
 
         Raises:
             KeyError, OSError, ValueError: there is none, or it is damaged.
+            Released: it was removed on purpose.
         """
         if file not in self._readers:
+            if self._index in self._dataset.released:
+                raise Released(self.root, self._dataset.stage)
             dataset = self._dataset
             self._readers[file] = dataset.format.open(self._blocks, file, dataset.schema, dataset.origin)
         return self._readers[file]
@@ -219,14 +233,20 @@ class SlotReader:
         Raises:
             StorageError: record or ledger are damaged.
         """
+        self.ledger_bytes()
+        return read_ledger(self._folder, columns)
+
+    def ledger_bytes(self) -> bytes:
+        """The file of the ledger; raises StorageError if it is not what the record says."""
         try:
-            if self._folder.digest_of(LEDGER) != self._files[LEDGER]["xxh3"]:
-                raise StorageError(f"{self.root / self.path} is damaged: run stage=repair on {self.root}")
+            data = self._folder.read(LEDGER)
         except OSError as error:
             raise StorageError(
                 f"{self.root / self.path / LEDGER} cannot be read ({error.strerror}): run stage=repair on {self.root}"
             ) from error
-        return read_ledger(self._folder, columns)
+        if digest(data) != self._files[LEDGER]["xxh3"]:
+            raise StorageError(f"{self.root / self.path} is damaged: run stage=repair on {self.root}")
+        return data
 
 
 class Dataset:
@@ -278,6 +298,17 @@ class Dataset:
     def taken(self) -> dict[str, tuple[int, str]]:
         """Keys that were taken down → the partition of the newest row, and the reason that it has."""
         return {key: tuple(row) for plan in self.plans for key, row in plan.header.get("taken", {}).items()}
+
+    @cached_property
+    def released(self) -> frozenset[int]:
+        """Partitions of which there are ledger and record alone."""
+        numbers: set[int] = set()
+        for plan in self.plans:
+            if plan.header["kind"] == RELEASE:
+                numbers |= plan.redo
+            elif plan.header["kind"] != TAKEDOWN:  # which leaves them as they are
+                numbers -= plan.redo
+        return frozenset(numbers)
 
     @property
     def partitions(self) -> int:
@@ -350,6 +381,11 @@ class Dataset:
             )
         return self.success
 
+    def require_data(self) -> None:
+        """Raises ConfigError if data of the dataset were removed on purpose."""
+        if self.released:
+            raise ConfigError(str(Released(self.root.path, self.stage)))
+
     def require_columns(self, *names: str) -> None:
         missing = [name for name in names if name not in self.schema]
         if missing:
@@ -399,6 +435,11 @@ class Dataset:
         To read one that was taken down raises SampleError.
         """
         yield from SlotReader(self, index).stored(taken=True)
+
+
+def before_redone(dataset: Dataset, index: int) -> Dataset:
+    """``dataset`` as it was before the generation that does partition ``index`` again."""
+    return Dataset(dataset.root, dataset.counts_by(index).generation)
 
 
 class RandomAccess:

@@ -19,7 +19,7 @@ from pipeline.partitions.finalize import Incomplete, Overtaken, Unbalanced, fina
 from pipeline.partitions.plan import BUCKET, TAKEDOWN, Partition
 from pipeline.partitions.planning import open_or_plan
 from pipeline.partitions.stage import Stage
-from pipeline.partitions.takedown import rewritten, without_taken
+from pipeline.partitions.takedown import released_ledger, rewritten, without_taken
 from pipeline.samples import Outcome
 from pipeline.storage import GONE, StorageError
 from pipeline.telemetry import BEAT, Events
@@ -46,9 +46,21 @@ def run(stage: Stage) -> dict[str, Any]:
             if dataset.success is not None:
                 stage.rank.log.info("%s: already finished", dataset.root.path)
                 return dataset.success
-            return _run(stage, dataset)
+            success = _run(stage, dataset)
+            _compare_restored(stage, dataset, success)
+            return success
     except OSError as error:
         raise StorageError(f"output {stage.output}: {error}") from error
+
+
+def _compare_restored(stage: Stage, dataset: Dataset, success: dict[str, Any]) -> None:
+    expected = dataset.plans[-1].header.get("mends")
+    if expected and expected != success["generations"][len(dataset.plans) - 1]["content_digest"]:
+        stage.rank.log.warning(
+            "%s came out different from before: its input or the software has changed since; what was made from it "
+            "is stale",
+            dataset.root.path,
+        )
 
 
 def _run(stage: Stage, dataset: Dataset) -> dict[str, Any]:
@@ -187,14 +199,11 @@ class Worker:
 
     def _attempt(self, index: int) -> bool:
         """Try to commit partition ``index``; whether this attempt is the one that counts."""
-        partition = self.dataset.partition(index)
         record = None
         self.rank.now["partition"] = index
         try:
-            with Attempt(self.dataset, index) as attempt, closing(self._outcomes(partition)) as outcomes:
-                self.stage.scratch = attempt.scratch
-                self.stage.notes = attempt.notes
-                record = attempt.run(outcomes, self.stage.shard_bytes, self.rank.check_stop, self.stage.adapted)
+            with Attempt(self.dataset, index) as attempt:
+                record = self._work_in(attempt)
         except AttemptRemoved:
             require_output(self.dataset.root)  # else by gc: another try will do
         self.rank.now = {"partition": -1, "done": self.events.totals["in"]}
@@ -207,6 +216,14 @@ class Worker:
         self.events.totals["lost"] += 1
         self.events.emit("lost", partition=index)
         return False
+
+    def _work_in(self, attempt: Attempt) -> dict[str, Any] | None:
+        if attempt.index in self.dataset.released:
+            return attempt.without_data(*released_ledger(self.dataset, attempt.index))
+        with closing(self._outcomes(self.dataset.partition(attempt.index))) as outcomes:
+            self.stage.scratch = attempt.scratch
+            self.stage.notes = attempt.notes
+            return attempt.run(outcomes, self.stage.shard_bytes, self.rank.check_stop, self.stage.adapted)
 
     def _outcomes(self, partition: Partition) -> Generator[Outcome, None, None]:
         dataset, index = self.dataset, partition.index

@@ -93,6 +93,7 @@ class Tally:
         self.superseded = 0
         self.containers_superseded = 0
         self.bytes = 0
+        self.released = 0
         self.generations: list[dict[str, Any]] = []
         self._hash = xxhash.xxh3_128()
         self._stops = [plan.stop for plan in dataset.plans]
@@ -108,6 +109,7 @@ class Tally:
             self.containers_superseded += record["counts"].get("containers", 0)
         for file in record["files"]:
             self.bytes += file["bytes"]
+            self.released += file["bytes"] * (file["name"] in record.get("released", ()))
             self._hash.update(f"{index} {file['name']} {file['bytes']} {file['xxh3']}\n")
 
     def close_generations(self, index: int) -> None:
@@ -128,9 +130,9 @@ class Tally:
     def totals(self) -> dict[str, int]:
         """Every key counted once, by its newest row."""
         counts = self.counts
-        taken = {"taken": counts["taken"]} if counts["taken"] else {}
+        rare = {"taken": counts["taken"], "released": self.released}
         return {
-            **taken,
+            **{name: count for name, count in rare.items() if count},
             "in": counts["in"] - self.superseded,
             "kept": counts["kept"],
             "dropped": counts["dropped"],
@@ -265,6 +267,8 @@ def manifest_rows(folder: Folder) -> Iterator[dict[str, Any]]:
 def _index_entries(dataset: Dataset, folder: Folder) -> Iterable[dict[str, Any]]:
     shard_bytes = dataset.header["config"].get("shard_bytes", 0)
     for row in manifest_rows(folder):
+        if row["partition"] in dataset.released:
+            continue
         for file in row["files"]:
             if file["samples"]:
                 yield {**file, "path": f"{row['path']}/{file['name']}", "shard_bytes": shard_bytes}

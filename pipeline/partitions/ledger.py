@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -46,11 +46,15 @@ class LedgerError(RuntimeError):
 
 
 class Ledger:
-    """Collects the outcomes of one partition, checks that they balance, and writes them."""
+    """Collects the outcomes of one partition, checks that they balance, and writes them.
 
-    def __init__(self, partition: int, expected: int) -> None:
+    ``with_rows``: whether kept outcomes bring their rows.
+    """
+
+    def __init__(self, partition: int, expected: int, *, with_rows: bool = True) -> None:
         self._partition = partition
         self._expected = expected
+        self._with_rows = with_rows
         self._rows: list[Outcome] = []
         self._keys: set[tuple[bool, str]] = set()
         self.counts: Counter[str] = Counter()
@@ -64,7 +68,8 @@ class Ledger:
         if name in self._keys:
             raise LedgerError(f"partition {self._partition}: key {outcome.key!r} comes twice")
         self._keys.add(name)
-        if (outcome.row is not None) != (outcome.status == "kept" and not outcome.container):
+        has_row = outcome.status == "kept" and not outcome.container and self._with_rows
+        if (outcome.row is not None) != has_row:
             has = "a row" if outcome.row is not None else "no row"
             raise LedgerError(f"partition {self._partition}: {outcome.key!r} is {outcome.status} and has {has}")
         if outcome.row is not None and outcome.row.get("key") != outcome.key:
@@ -98,7 +103,7 @@ class Ledger:
                 # it is tried again as a whole: what it gave now would then be there twice
                 raise LedgerError(f"partition {self._partition}: {row.key!r} is to be tried again, but gave samples")
 
-    def write(self, file: HashedFile, locations: Sequence[tuple[str, int, int]]) -> None:
+    def write(self, file: HashedFile | IO[bytes], locations: Sequence[tuple[str, int, int]]) -> None:
         """Write all rows; ``locations`` (file, offset, length) belong to the kept samples in order."""
         rows = self._rows
         where: list[tuple[str | None, int, int]] = []

@@ -29,6 +29,8 @@ BUCKET = 1000
 PARTITIONS = "plan.parquet"
 TAKEDOWN = "takedown"
 """Kind of a generation that writes partitions again without some of their samples."""
+RELEASE = "release"
+"""Kind of a generation that leaves of partitions their ledgers and records alone."""
 _GROUP_INPUTS = 50_000  # inputs in a row group of plan.parquet, so that a rank reads little beyond its own range
 
 _INPUT = pa.struct(
@@ -125,8 +127,22 @@ def read_plans(root: Folder) -> list[Plan]:
     for generation in range(generations(root.listdir())):
         name = folder_name(generation)
         header = read_header(root, name)
-        plans.append(Plan(name, header, digest(seal(header)), frozenset(header["redo"])))
+        plans.append(Plan(name, header, digest(seal(header)), frozenset(_numbers(header["redo"]))))
     return plans
+
+
+def spans(numbers: Iterable[int]) -> list[int | list[int]]:
+    """``numbers`` in order, neighbours as ``[start, stop]``: as :attr:`Plan.redo` stands in a header."""
+    found: list[int | list[int]] = []
+    for _, group in itertools.groupby(enumerate(sorted(set(numbers))), lambda pair: pair[1] - pair[0]):
+        run = [number for _, number in group]
+        found.append(run[0] if len(run) == 1 else [run[0], run[-1] + 1])
+    return found
+
+
+def _numbers(spans: list[int | list[int]]) -> Iterator[int]:
+    for span in spans:
+        yield from (span,) if isinstance(span, int) else range(*span)
 
 
 def read_header(root: Folder, name: str) -> dict[str, Any]:

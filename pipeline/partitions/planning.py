@@ -16,7 +16,16 @@ from pipeline.partitions.attempt import unless_removed
 from pipeline.partitions.claims import Claims
 from pipeline.partitions.dataset import Dataset, SlotReader
 from pipeline.partitions.finalize import Incomplete, records
-from pipeline.partitions.plan import TAKEDOWN, Input, Partition, commit_plan, folder_name, inputs_digest
+from pipeline.partitions.plan import (
+    RELEASE,
+    TAKEDOWN,
+    Input,
+    Partition,
+    commit_plan,
+    folder_name,
+    inputs_digest,
+    spans,
+)
 from pipeline.partitions.stage import Stage
 from pipeline.storage import GONE, Folder, StorageError, probe
 
@@ -67,9 +76,11 @@ def _extended(stage: Stage, dataset: Dataset, upstream: dict[str, Any] | None) -
             _append(stage, dataset, upstream)
         elif stage.config.retry_failed:
             _retry(stage, dataset)
-        elif stage.rechecks and len(dataset.plans) == 1:
+        elif stage.config.restore:
+            _restore(stage, dataset)
+        elif len(dataset.plans) == 1 and stage.rechecks:
             _recheck(stage, dataset)
-    elif append or stage.config.retry_failed:
+    elif append or stage.config.retry_failed or (stage.config.restore and dataset.released):
         _await_generation(stage, dataset)
     return Dataset(dataset.root)
 
@@ -185,6 +196,8 @@ def _plan(stage: Stage, root: Folder, upstream: dict[str, Any] | None) -> None:
     stage.rank.log.info("%s: planning", root.path)
     try:
         probe(root)
+        if stage.reads_upstream:
+            stage.upstream.require_data()
         partitions = _partitions(stage)
         first = next(partitions, None)
         if first is None:
@@ -260,7 +273,7 @@ def _check_upstream(stage: Stage, dataset: Dataset, upstream: dict[str, Any] | N
     """Whether the upstream has gained generations since the last plan; raises Stale if it has changed otherwise."""
     if upstream is None:
         return False
-    known = _last_upstream(dataset)
+    known = last_upstream(dataset)
     assert known is not None
     if known["content_digest"] == upstream["content_digest"]:
         return False
@@ -278,7 +291,8 @@ def _check_upstream(stage: Stage, dataset: Dataset, upstream: dict[str, Any] | N
     )
 
 
-def _last_upstream(dataset: Dataset) -> dict[str, Any] | None:
+def last_upstream(dataset: Dataset) -> dict[str, Any] | None:
+    """What the newest plan knows of the upstream."""
     return next((p.header["upstream"] for p in reversed(dataset.plans) if p.header.get("upstream")), None)
 
 
@@ -296,7 +310,7 @@ def _recheck(stage: Stage, dataset: Dataset) -> None:
 
 def _append(stage: Stage, dataset: Dataset, upstream: dict[str, Any] | None) -> None:
     """Add a generation with what the upstream has gained."""
-    since = (_last_upstream(dataset) or {})["partitions"]
+    since = (last_upstream(dataset) or {})["partitions"]
     _add(stage, dataset, "append", upstream, lambda: _partitions(stage, since))
 
 
@@ -316,7 +330,15 @@ def _retry(stage: Stage, dataset: Dataset) -> None:
         stage.rank.log.info("%s: no retryable failures", dataset.root.path)
         dataset.root.append(_nothing_to_add(stage), b"")
         return
-    _add(stage, dataset, "retry", _last_upstream(dataset), lambda: partitions)
+    _add(stage, dataset, "retry", last_upstream(dataset), lambda: partitions)
+
+
+def _restore(stage: Stage, dataset: Dataset) -> None:
+    """Add a generation that brings back data that were removed on purpose."""
+    if dataset.success is None:
+        stage.rank.log.info("%s is not finished: finishing it first, then run restore=true again", dataset.root.path)
+    elif dataset.released:
+        commit_repair(dataset, dataset.released, str(dataset.success["content_digest"]))
 
 
 def _add(
@@ -409,14 +431,14 @@ def commit_takedown(dataset: Dataset, taken: dict[str, tuple[int, str]], upstrea
 
     ``taken``: key → partition of its newest row, and the reason that this row gets. ``upstream`` is free of them.
     """
-    last = _last_upstream(dataset)
+    last = last_upstream(dataset)
     if last is not None and upstream is not None:
         last = {**last, "content_digest": upstream.require_success()["content_digest"]}
     header = {
         **_again(dataset),
         "upstream": last,
         "kind": TAKEDOWN,
-        "redo": sorted({index for index, _ in taken.values()}),
+        "redo": spans(index for index, _ in taken.values()),
         "taken": taken,
         "replaces": dataset.require_success()["content_digest"],
     }
@@ -436,9 +458,16 @@ def commit_repair(dataset: Dataset, redo: Iterable[int], content_digest: str) ->
     """
     header = {
         **_again(dataset),
-        "upstream": _last_upstream(dataset),
+        "upstream": last_upstream(dataset),
         "kind": "repair",
-        "redo": sorted(redo),
+        "redo": spans(redo),
         "mends": content_digest,
     }
+    return _commit_generation(dataset, header, list)
+
+
+def commit_release(dataset: Dataset) -> bool:
+    """Add a generation that leaves of all partitions their ledgers and records alone; False if another was first."""
+    redo = set(range(dataset.partitions)) - dataset.released
+    header = {**_again(dataset), "upstream": last_upstream(dataset), "kind": RELEASE, "redo": spans(redo)}
     return _commit_generation(dataset, header, list)

@@ -7,8 +7,11 @@ which may be gone. A removed sample's row stays in the ledger with its key and n
 from __future__ import annotations
 
 from collections.abc import Iterator, Set
+from io import BytesIO
+from typing import Any
 
-from pipeline.partitions.dataset import Dataset, SlotReader
+from pipeline.partitions.dataset import Dataset, SlotReader, before_redone
+from pipeline.partitions.ledger import Ledger
 from pipeline.partitions.plan import TAKEDOWN
 from pipeline.samples import TAKEN, TAKEN_UNKEPT, Outcome, Row
 
@@ -58,10 +61,10 @@ def rewritten(dataset: Dataset, index: int) -> Iterator[Outcome]:
         StorageError: what it held is damaged.
     """
     shared = SharedText() if _BACK in dataset.schema else None
-    before = SlotReader(Dataset(dataset.root, dataset.counts_by(index).generation), index)
-    kept = iter(before.stored())
+    before = SlotReader(before_redone(dataset, index), index)
+    kept = iter(before.stored() if index not in dataset.released else ())
     for row in before.ledger().to_pylist():
-        stored = next(kept) if row["outcome"] == "kept" and not row["container"] else None
+        stored = next(kept, None) if row["outcome"] == "kept" and not row["container"] else None
         outcome = without_taken(
             dataset,
             index,
@@ -90,6 +93,27 @@ def rewritten(dataset: Dataset, index: int) -> Iterator[Outcome]:
             copied = shared.moved(stored.copied(), stays) if shared else stored.copied()
             outcome.row = copied if stays else None
         yield outcome
+
+
+def released_ledger(dataset: Dataset, index: int) -> tuple[bytes, dict[str, Any]]:
+    """The ledger of partition ``index``, of whose data nothing is to stay, and what the record is to say otherwise.
+
+    Raises:
+        StorageError: it is damaged.
+    """
+    before = SlotReader(before_redone(dataset, index), index)
+    if dataset.counts_by(index).header["kind"] != TAKEDOWN:
+        return before.ledger_bytes(), {}
+    ledger = Ledger(index, -1, with_rows=False)
+    locations = []
+    places = zip(*before.ledger(["file", "offset", "length"]).to_pydict().values(), strict=True)
+    for outcome, place in zip(rewritten(dataset, index), places, strict=True):
+        ledger.add(outcome)
+        if outcome.status == "kept" and not outcome.container:
+            locations.append(place)
+    file = BytesIO()
+    ledger.write(file, locations)
+    return file.getvalue(), {"counts": dict(ledger.counts), "reasons": dict(ledger.reasons)}
 
 
 class SharedText:

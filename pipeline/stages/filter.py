@@ -12,12 +12,12 @@ from pipeline.captions import clean_caption
 from pipeline.cli import config_for, nearest
 from pipeline.config import ConfigError, FilterConfig
 from pipeline.distributed import Rank, distributed
-from pipeline.partitions import engine
 from pipeline.partitions.dataset import Stored
 from pipeline.partitions.plan import Partition
 from pipeline.partitions.stage import Stage, follow_upstream
 from pipeline.samples import Outcome, Row, SampleError, Schema, caption_fields, content_hash
 from pipeline.sources.base import Source, get_source
+from pipeline.stages import release
 from pipeline.workers import Lost, Pool, worker_count
 
 _NOT_TAKEN = ("svg",)
@@ -172,7 +172,7 @@ def _arrived(outcome: Outcome) -> tuple[Outcome, Row | None]:
 
 @distributed
 def main(rank: Rank, config: FilterConfig) -> None:
-    engine.main(Filter, config, rank)
+    release.main(Filter, config, rank, release_raw=not config.keep_raw, whole_line=False)
 
 
 if __name__ == "__main__":

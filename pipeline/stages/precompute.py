@@ -32,11 +32,11 @@ from pipeline.encoders.base import (
 )
 from pipeline.latents.ahead import Ahead
 from pipeline.latents.decoding import Decoded, Decoders
-from pipeline.partitions import engine
 from pipeline.partitions.dataset import Stored
 from pipeline.partitions.plan import Partition
 from pipeline.partitions.stage import Stage, follow_upstream
 from pipeline.samples import Outcome, Row, SampleError, Schema, content_hash
+from pipeline.stages import release
 
 if TYPE_CHECKING:
     from pipeline.latents.encoding import Batch, Encoded, Encoding
@@ -427,7 +427,7 @@ class _Memory:
 
 @distributed
 def main(rank: Rank, config: PrecomputeConfig) -> None:
-    engine.main(Precompute, config, rank)
+    release.main(Precompute, config, rank, release_raw=config.keep == "latents", whole_line=True)
 
 
 if __name__ == "__main__":

@@ -85,7 +85,7 @@ def describe(dataset: Dataset, samples: int, sheet: bool) -> dict[str, Any]:
     counts = success["counts"]
     reasons = sorted(success["reasons"].items(), key=lambda item: -item[1])
     facts |= {
-        "state": "finished",
+        "state": "finished; data removed, ledgers kept" if dataset.released else "finished",
         "counts": counts,
         "megabytes": counts["bytes"] / 1e6,
         "reasons": [(*name.split(":", 1), number) for name, number in reasons],
@@ -96,7 +96,7 @@ def describe(dataset: Dataset, samples: int, sheet: bool) -> dict[str, Any]:
         facts["hosts"] = hosts(dataset)
     if dataset.stage == "filter":
         facts["histograms"] = size_histograms(dataset)
-    if sheet:
+    if sheet and not dataset.released:
         facts["sheet"] = list(contact_sheet(dataset, samples))
     if dataset.stage == "precompute":
         facts["latents"] = list(decoded_latents(dataset, min(samples, 12)))
@@ -180,6 +180,8 @@ def decoded_latents(dataset: Dataset, most: int) -> Iterator[dict[str, Any]]:
     name = max((n for n in extra["shapes"] if n.startswith("latents_")), key=lambda n: int(n.rpartition("_")[2]))
     vae = autoencoder(dataset.header["config"]["vae"])
     upstream = Dataset.open(dataset.header["upstream"]["path"])
+    if upstream.released:
+        return
     resolution = int(name.rpartition("_")[2])
     sources: dict[int, dict[str, Stored]] = {}
     for index, stored in spread_samples(dataset, most):

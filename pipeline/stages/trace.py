@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline import images
 from pipeline.config import ConfigError
-from pipeline.partitions.dataset import Dataset, SlotReader
+from pipeline.partitions.dataset import Dataset, Released, SlotReader
 from pipeline.samples import Row, SampleError
 
 if TYPE_CHECKING:
@@ -48,14 +48,16 @@ class Station:
         if row["file"]:
             facts |= {"file": f"{dataset.path_of(self.partition)}/{row['file']}"}
             facts |= {"offset": row["offset"], "length": row["length"]}
+            if self.partition in dataset.released:
+                facts["released"] = True
         return facts
 
     def read(self) -> Row | None:
-        """The sample as it is stored here; None where it is not kept, or what it refers to is gone."""
+        """The sample as it is stored here; None where it is not kept (any more), or what it refers to is gone."""
         kept = {stored.key: stored for stored in SlotReader(self.dataset, self.partition).stored()}
         try:
             return kept[self.row["key"]].read() if self.row["key"] in kept else None
-        except SampleError:
+        except (SampleError, Released):
             return None
 
 

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import replace
 from functools import cached_property, lru_cache
@@ -39,9 +39,20 @@ def findings_of(folder: str | Path, deep: bool = False, workers: int = 1) -> tup
     return dataset.partitions, findings_in(dataset, deep, workers)
 
 
-def findings_in(dataset: Dataset, deep: bool = False, workers: int = 1) -> Iterator[Finding]:
-    """What is wrong with ``dataset``; ``workers`` processes look at its partitions (0: one for each CPU)."""
-    return verify(dataset, _partitions(dataset, deep, workers))
+def findings_in(
+    dataset: Dataset, deep: bool = False, workers: int = 1, step: Callable[[], None] = lambda: None
+) -> Iterator[Finding]:
+    """What is wrong with ``dataset``; ``workers`` processes look at its partitions (0: one for each CPU).
+
+    ``step`` is called after each partition, and may raise.
+    """
+
+    def partitions() -> Iterator[list[Finding]]:
+        for findings in _partitions(dataset, deep, workers):
+            step()
+            yield findings
+
+    return verify(dataset, partitions())
 
 
 def _partitions(dataset: Dataset, deep: bool, workers: int) -> Iterator[list[Finding]]:
@@ -94,7 +105,7 @@ class Checker:
 
     def _look_inside(self, index: int) -> Iterator[Finding]:
         try:
-            for sample in SlotReader(self.dataset, index).stored():
+            for sample in SlotReader(self.dataset, index).stored() if index not in self.dataset.released else ():
                 fault = fault_of(sample)
                 if fault:
                     yield Finding(index, fault, sample.file, sample.key)

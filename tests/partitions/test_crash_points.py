@@ -23,6 +23,7 @@ from pipeline import storage
 from pipeline.distributed import Rank
 from pipeline.partitions.attempt import Superseded
 from pipeline.partitions.dataset import Dataset
+from pipeline.stages.release import release
 from pipeline.stages.repair import repair
 from pipeline.stages.takedown import takedown
 from pipeline.storage import StorageError
@@ -62,12 +63,17 @@ def unwanted(folder: Path) -> None:
     (folder / "wanted.txt").write_text("sample00001\nsample00003\n")
 
 
+def small(folder: Path) -> None:
+    run(folder / "output", **{**SMALL, "count": 7})
+
+
 SCENARIOS = {
     "a first run": Scenario(lambda folder: None, lambda folder: run(folder / "output", **{**SMALL, "count": 18})),
     "a retry": Scenario(finished, lambda folder: run(folder / "output", **SMALL, retry_failed=True, run_id="one")),
     "a repair": Scenario(damaged, lambda folder: repair(folder / "output", Rank())),
     "an append": Scenario(gained, lambda f: run(f / "output", FakeFilter, input=str(f / "upstream"), lease=0.2)),
     "a takedown": Scenario(unwanted, lambda folder: takedown(folder, folder / "wanted.txt", Rank())),
+    "a release": Scenario(small, lambda folder: release(folder / "output", Rank())),
     "an overwrite": Scenario(
         finished, lambda f: run(f / "output", **SMALL, colour="blue", overwrite=True, run_id="one")
     ),
