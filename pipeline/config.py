@@ -147,6 +147,8 @@ class SourceConfig(StageConfig):
     )
     split_column: str = option("", "url_list: column that tells the split", identity=True)
     split_values: tuple[str, ...] = option((), "url_list: its values in this split", identity=True)
+    expected_gb: float = option(0.0, "about so much is to come, where no server says it before (0: not known)")
+    check_space: bool = option(True, "stop before what is to come does not fit on the disk")
     max_archive_bytes: int = option(2**40, "http: larger files are refused")
     max_members: int = option(2_000_000, "an archive with more members is refused")
     max_member_bytes: int = option(2**30, "a member or file larger than this is failed:too_many_bytes", identity=True)

@@ -21,7 +21,7 @@ from pipeline.sources import parquet_rows
 from pipeline.sources.annotations import Annotations, archive_class, get_annotations
 from pipeline.sources.archives import reader as archive_reader
 from pipeline.sources.base import Source
-from pipeline.sources.http import Policy, fetch
+from pipeline.sources.http import Head, Policy, fetch
 from pipeline.sources.partial import Partial
 
 _BLOCK = 1 << 20
@@ -72,8 +72,9 @@ class FileSource(Source):
     def plan(self) -> Iterator[Partition]:
         check_settings(self.config)
         files = list(self.inputs())
-        if not getattr(self.config, "fuse", False):
-            check_space(self.home, sum(max(file.size, 0) for file in files))
+        known = sum(max(file.size, 0) for file in files)
+        largest = max((file.size for file in files), default=0)  # an archive lies there until its samples are stored
+        check_space(self.config, self.home, known + largest if known else None)
         for file in files:
             yield Partition((file,))
 
@@ -126,7 +127,8 @@ class FileSource(Source):
                 yield found
             return
         identity = public(place.url)
-        with Partial(self.home / "partial", self.scratch, str(identity), place.sha256, place.md5) as partial:
+        partial = Partial(self.home / "partial", self.scratch, str(identity), place.sha256, place.md5, self._room_for)
+        with partial:
             size = fetch(place.url, partial, policy(self.config, self.check_stop), place.headers)
             try:
                 file, digest = partial.whole()
@@ -136,6 +138,11 @@ class FileSource(Source):
                 partial.done()
                 raise
             partial.done()
+
+    def _room_for(self, head: Head) -> None:
+        """Raises ConfigError if an archive whose server says how long it is does not fit on the disk."""
+        stored = 0 if getattr(self.config, "fuse", False) else head.length
+        require_space(self.config, self.home, head.length - head.offset + stored)
 
     @contextmanager
     def _opened(self, place: Place, planned: Input | None) -> Iterator[tuple[IO[bytes], int, str]]:
@@ -199,14 +206,19 @@ def check_settings(config: Any) -> None:
         raise ConfigError("contact: plain ASCII characters only")
 
 
-def check_space(folder: Path, expected: int) -> None:
-    """Raises ConfigError if what is to come does not fit on the disk."""
-    if not expected:
-        return
-    there = next(path for path in (folder, *folder.parents) if path.exists())
+def check_space(config: Any, home: Path, known: float | None) -> None:
+    """Raises ConfigError if what a plan is about to bring does not fit on the disk: ``known`` bytes, or what the data
+    set's YAML says."""
+    if not getattr(config, "fuse", False):
+        require_space(config, home, config.expected_gb * 1e9 * config.fraction if known is None else known)
+
+
+def require_space(config: Any, home: Path, expected: float) -> None:
+    """Raises ConfigError if ``expected`` bytes more do not fit on the disk."""
+    there = next(path for path in (home, *home.parents) if path.exists())
     free = shutil.disk_usage(there).free
-    if expected > free:
+    if config.check_space and expected > free:
         raise ConfigError(
-            f"output {folder}: about {expected / 1e9:,.1f} GB are to come, {free / 1e9:,.1f} GB are free: "
-            "choose another data_dir=, a subset=, or fuse=true, which stores the resized images alone"
+            f"output {home}: about {expected / 1e9:,.1f} GB are to come, {free / 1e9:,.1f} GB are free: choose another "
+            "data_dir=, a subset=, or fuse=true, which stores the resized images alone (check_space=false tries anyway)"
         )

@@ -14,6 +14,7 @@ import json
 import os
 import tempfile
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import IO
@@ -36,9 +37,19 @@ class Partial:
         scratch: does not; for files without a strong validator.
         name: where the file comes from, without secrets.
         sha256, md5: what it should be; empty: not known.
+        accept: asked before anything is written; raises if the file is not to come.
     """
 
-    def __init__(self, folder: Path, scratch: Path | None, name: str, sha256: str = "", md5: str = "") -> None:
+    def __init__(
+        self,
+        folder: Path,
+        scratch: Path | None,
+        name: str,
+        sha256: str = "",
+        md5: str = "",
+        accept: Callable[[Head], None] = lambda head: None,
+    ) -> None:
+        self._accept = accept
         self._folder = folder
         self._scratch = scratch
         self._name = content_hash(name.encode())
@@ -79,6 +90,7 @@ class Partial:
         return 0, ""
 
     def begin(self, head: Head) -> None:
+        self._accept(head)
         if self._file:
             self._file.close()
         self._size = self._synced = head.offset

@@ -20,7 +20,7 @@ from pipeline.sources.annotations import Entry
 from pipeline.sources.archives.compression import unpacked
 from pipeline.sources.archives.reader import settle
 from pipeline.sources.base import Source
-from pipeline.sources.files import check_settings, local_input, policy, user_agent
+from pipeline.sources.files import check_settings, check_space, local_input, policy, user_agent
 from pipeline.sources.http import FetchError, Head, Policy, fetch
 from pipeline.sources.http.crawler import Crawler
 from pipeline.sources.http_archive import check_url, share
@@ -47,6 +47,7 @@ class UrlList(Source):
             raise ConfigError(f"partition_size={config.partition_size}: must be at least 1")
         if config.split_column and not config.split_values:
             raise ConfigError("split_column= needs split_values=[...]")
+        check_space(config, self.home, None)
         for path in self.lists:
             planned = local_input(str(path), path.name)
             yield from self._spans(path, planned)

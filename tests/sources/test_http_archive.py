@@ -11,6 +11,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from hashlib import sha256
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import fake_stage
@@ -435,6 +436,24 @@ def test_a_full_disk_is_no_failure_of_the_archive(
             run(server.put("/a.tar", tar_of(WHOLE)))
     assert run(server.url("/a.tar"))["counts"]["kept"] == 3
     clean(output)
+
+
+def test_what_does_not_fit_is_not_begun(
+    server: Server, run: Run, output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = server.put("/a.tar", tar_of(WHOLE))
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=5000))
+    with pytest.raises(ConfigError, match="data_dir=, a subset=, or fuse=true.*check_space=false"):
+        run(url, expected_gb=0.00001)
+    assert server.requests == []  # the data set's own word
+    with pytest.raises(ConfigError, match="are free"):
+        run(url)  # the server's
+    assert stored_bytes(output) == 0
+    assert run(url, check_space=False)["counts"]["kept"] == 3
+
+
+def stored_bytes(output: Path) -> int:
+    return sum(path.stat().st_size for path in output.glob("partial/*"))
 
 
 # ---- secrets
