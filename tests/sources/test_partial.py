@@ -5,17 +5,12 @@ from __future__ import annotations
 import json
 import os
 import random
-import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
-from typing import Any
 
 import pytest
-from sources.packing import tar_of
 from sources.server import Server, body, ranged
 
 from pipeline.samples import SampleError, content_hash
@@ -182,48 +177,3 @@ def test_two_processes_at_one_file_do_no_harm(server: Server, tmp_path: Path) ->
     for thread in threads:
         thread.join()
     assert found == [content_hash(DATA)] * 4
-
-
-def test_a_killed_download_resumes(tmp_path: Path) -> None:
-    """kill -9 in the middle of an archive; the next run asks only for the rest, and the result is whole."""
-    files = {f"{number}.jpg": random.Random(number).randbytes(1 << 20) for number in range(96)}
-    data = tar_of(files)
-    half = threading.Event()
-
-    def slowly(handler: BaseHTTPRequestHandler) -> None:
-        if not half.is_set():
-            handler.send_response(200)
-            handler.send_header("ETag", '"one"')
-            handler.send_header("Content-Length", str(len(data)))
-            handler.end_headers()
-            handler.wfile.write(data[: 80 << 20])
-            handler.wfile.flush()
-            half.set()
-            handler.server.owner.stopping.wait(60)  # type: ignore[attr-defined]
-            return
-        ranged(data, '"one"')(handler)
-
-    with Server() as server:
-        url = server.put("/a.tar", slowly)
-        command = [sys.executable, "-m", "pipeline.stages.download", "source=http_archive", f"urls=[{url}]"]
-        command += [f"output={tmp_path / 'out'}", "allow_private_hosts=true"]
-        running = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        assert half.wait(60), running.communicate(timeout=5)
-        mark: list[Any] = []
-        while not mark:
-            mark = [json.loads(path.read_text()) for path in tmp_path.glob("out/partial/*.json")]
-        running.send_signal(signal.SIGKILL)
-        running.wait()
-        assert mark[0]["synced"] >= partial_sync()
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stderr
-        first, second = server.requests
-        start = int(second.headers["Range"].removeprefix("bytes=").removesuffix("-"))
-        assert start >= partial_sync() and "Range" not in first.headers
-    counts = json.loads((tmp_path / "out/manifest.json").read_text())["counts"]
-    assert counts["kept"] == 96
-    assert list((tmp_path / "out/partial").iterdir()) == []
-
-
-def partial_sync() -> int:
-    return 64 << 20
