@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Sequence
-from typing import IO, Any
+from typing import IO
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
+import xxhash
 
 from pipeline.samples import TAKEN, Outcome
 from pipeline.storage import Folder, HashedFile
@@ -45,26 +48,43 @@ class LedgerError(RuntimeError):
     """The outcomes of a partition do not add up: a defect of the stage, never of the data."""
 
 
+_ATTRIBUTES = {"outcome": "status", "source_offset": "offset"}
+"""Columns that have another name in :class:`Outcome`."""
+_PACKED = pa.schema(
+    pa.field(f.name, pa.string() if pa.types.is_dictionary(f.type) else f.type)
+    for f in (*SCHEMA, *LOOKS)
+    if f.name not in ("file", "offset", "length")
+)
+_CHUNK = 8192
+
+
 class Ledger:
     """Collects the outcomes of one partition, checks that they balance, and writes them.
 
-    ``with_rows``: whether kept outcomes bring their rows.
+    Outcomes are packed as they come: an archive may hold millions.
+
+    Args:
+        with_rows: whether kept outcomes bring their rows.
     """
 
     def __init__(self, partition: int, expected: int, *, with_rows: bool = True) -> None:
         self._partition = partition
         self._expected = expected
         self._with_rows = with_rows
-        self._rows: list[Outcome] = []
-        self._keys: set[tuple[bool, str]] = set()
+        self._length = 0
+        self._newest: list[Outcome] = []
+        self._packed: list[pa.RecordBatch] = []
+        self._containers: list[Outcome] = []
+        self._looked = False
+        self._keys: set[int] = set()
         self.counts: Counter[str] = Counter()
         self.reasons: Counter[str] = Counter()
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return self._length
 
     def add(self, outcome: Outcome) -> None:
-        name = (outcome.container, outcome.key)
+        name = xxhash.xxh3_128_intdigest(outcome.key, seed=int(outcome.container))
         if name in self._keys:
             raise LedgerError(f"partition {self._partition}: key {outcome.key!r} comes twice")
         self._keys.add(name)
@@ -75,7 +95,7 @@ class Ledger:
         if outcome.row is not None and outcome.row.get("key") != outcome.key:
             raise LedgerError(f"partition {self._partition}: {outcome.key!r} has the row of {outcome.row.get('key')!r}")
         outcome.row = None  # the bytes are with the writer; keep only what the ledger tells
-        self._rows.append(outcome)
+        self._keep(outcome)
         kind = "containers_" if outcome.container else ""
         self.counts[kind + outcome.status] += 1
         self.counts["containers" if outcome.container else "in"] += 1
@@ -86,6 +106,22 @@ class Ledger:
         if outcome.status != "kept":
             self.reasons[f"{outcome.status}:{outcome.reason}"] += 1
 
+    def _keep(self, outcome: Outcome) -> None:
+        self._length += 1
+        self._looked = self._looked or bool(outcome.source_pixels)
+        if outcome.container:
+            self._containers.append(outcome)
+        self._newest.append(outcome)
+        if len(self._newest) == _CHUNK:
+            self._pack()
+
+    def _pack(self) -> None:
+        columns = [
+            pa.array([getattr(row, _ATTRIBUTES.get(f.name, f.name)) for row in self._newest], f.type) for f in _PACKED
+        ]
+        self._packed.append(pa.record_batch(columns, schema=_PACKED))
+        self._newest = []
+
     def check(self, written: int) -> None:
         """Raises LedgerError unless in = kept + dropped + failed = what was planned or found in the containers."""
         samples = self.counts["in"]
@@ -93,50 +129,37 @@ class Ledger:
             raise LedgerError(f"partition {self._partition}: {written} samples written, {self.counts['kept']} kept")
         if 0 <= self._expected != samples:
             raise LedgerError(f"partition {self._partition}: {samples} outcomes for {self._expected} inputs")
-        found = sum(row.count for row in self._rows if row.container)
+        found = sum(row.count for row in self._containers)
         if self._expected < 0 and found != samples:
             raise LedgerError(f"partition {self._partition}: {samples} outcomes for {found} samples in its containers")
-        for row in self._rows:
-            if row.container and row.status == "kept" and not row.complete:
+        for row in self._containers:
+            if row.status == "kept" and not row.complete:
                 raise LedgerError(f"partition {self._partition}: {row.key!r} counts as read, but its end was not seen")
-            if row.container and row.status == "failed" and row.retryable and samples:
+            if row.status == "failed" and row.retryable and samples:
                 # it is tried again as a whole: what it gave now would then be there twice
                 raise LedgerError(f"partition {self._partition}: {row.key!r} is to be tried again, but gave samples")
 
     def write(self, file: HashedFile | IO[bytes], locations: Sequence[tuple[str, int, int]]) -> None:
         """Write all rows; ``locations`` (file, offset, length) belong to the kept samples in order."""
-        rows = self._rows
-        where: list[tuple[str | None, int, int]] = []
-        kept = iter(locations)
-        for row in rows:
-            where.append(next(kept) if row.status == "kept" and not row.container else (None, -1, -1))
-        columns: dict[str, list[Any]] = {
-            "key": [r.key for r in rows],
-            "container": [r.container for r in rows],
-            "outcome": [r.status for r in rows],
-            "reason": [r.reason for r in rows],
-            "detail": [r.detail for r in rows],
-            "retryable": [r.retryable for r in rows],
-            "source": [r.source for r in rows],
-            "member": [r.member for r in rows],
-            "source_offset": [r.offset for r in rows],
-            "source_bytes": [r.source_bytes for r in rows],
-            "source_hash": [r.source_hash for r in rows],
-            "source_pixels": [r.source_pixels for r in rows],
-            "phash": [r.phash for r in rows],
-            "width": [r.width for r in rows],
-            "height": [r.height for r in rows],
-            "count": [r.count for r in rows],
-            "complete": [r.complete for r in rows],
-            "file": [w[0] for w in where],
-            "offset": [w[1] for w in where],
-            "length": [w[2] for w in where],
+        self._pack()
+        table = pa.Table.from_batches(self._packed, _PACKED).combine_chunks()
+        kept = pc.and_(pc.equal(table["outcome"], "kept"), pc.invert(table["container"])).to_numpy()
+        places = np.full(len(table), None)
+        spans = np.full((len(table), 2), -1, np.int64)
+        if locations:
+            places[kept] = [name for name, _, _ in locations]
+            spans[kept, 0] = np.fromiter((place[1] for place in locations), np.int64, len(locations))
+            spans[kept, 1] = np.fromiter((place[2] for place in locations), np.int64, len(locations))
+        columns = {name: table[name] for name in table.column_names}
+        columns |= {"file": pa.array(places, pa.string()), "offset": spans[:, 0], "length": spans[:, 1]}
+        schema = pa.schema([*SCHEMA, *LOOKS]) if self._looked else SCHEMA
+        arrays = {
+            f.name: pc.dictionary_encode(columns[f.name]).cast(f.type)
+            if pa.types.is_dictionary(f.type)
+            else columns[f.name]
+            for f in schema
         }
-        looked = any(row.source_pixels for row in rows)
-        schema = pa.schema([*SCHEMA, *LOOKS]) if looked else SCHEMA
-        pq.write_table(
-            pa.table({name: columns[name] for name in schema.names}, schema=schema), file, compression="zstd"
-        )
+        pq.write_table(pa.table(arrays, schema=schema), file, compression="zstd")
 
 
 def read_ledger(folder: Folder, columns: list[str] | None = None) -> pa.Table:

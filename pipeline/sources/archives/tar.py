@@ -7,7 +7,6 @@ memory, and takes a damaged header for the end.
 from __future__ import annotations
 
 import io
-import re
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -198,8 +197,10 @@ def _number(field: bytes) -> int:
         if field[0] & 0x40:
             raise damaged("a negative number in a header")
         return int.from_bytes(field, "big") - (0x80 << 8 * (len(field) - 1))
-    digits = field.partition(b"\0")[0].strip()
-    if not re.fullmatch(rb"[0-7]*", digits):
+    digits = field.rstrip(b"\0 ")
+    if not digits.isdigit():
+        digits = field.partition(b"\0")[0].strip()
+    if digits.strip(b"01234567"):
         raise damaged("a number in a header is none")
     return int(digits or b"0", 8)
 
