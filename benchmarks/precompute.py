@@ -1,16 +1,18 @@
 """stage=precompute against its limit, the models' own forward, and against the plain loop that most people write.
 
-    python benchmarks/precompute.py [models=small] [images=192] [resolutions=64,128] [batch=16] [rounds=2] [folder=...]
+    python benchmarks/precompute.py [models=small] [images=128] [resolutions=64,128] [batch=16] [rounds=3] [folder=...]
+    python benchmarks/precompute.py models=sdxl images=8192 resolutions=256,512 batch=32 price=2.5      # on a GPU
 
-`models=sdxl` takes SDXL's autoencoder and ViT-H-14's text tower with random weights (a GPU is advisable, with
-`images=4096 resolutions=256,512 batch=32`). All contestants have one CPU thread for the models.
+`models=sdxl` takes SDXL's autoencoder and ViT-H-14's text tower with random weights. All contestants have one CPU
+thread for the models; `workers=` are the processes that decode (default: all CPUs but one; the plain loop has as many,
+and two at least), `compile=true` compiles the stage's models, `price=` is that of a GPU hour.
 
 - bare: autoencoder and text encoder on a batch that lies ready on the device, again and again;
-- stage: decoding, resizing, encoding, writing MDS, ledgers, hashes and commits; without its first partition, in which
-  processes start;
-- plain loop: Pillow and torchvision transforms in a DataLoader with two workers, synchronous copies, MDSWriter.
+- stage: decoding, resizing, encoding, writing MDS, ledgers, hashes, commits and the end of the dataset;
+- plain loop: Pillow and torchvision transforms in a DataLoader, synchronous copies, MDSWriter.
 
-Rounds take turns; ratios are medians over the rounds.
+The clock of the last two runs from when their first batch is decoded. All take turns; a ratio is the median over the rounds, "of bare" against
+the mean of the runs before and after.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ import simplejpeg
 import torch
 from PIL import Image
 from streaming import MDSWriter
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -39,11 +42,13 @@ from pipeline.cli import build
 from pipeline.config import STAGES
 from pipeline.distributed import Rank
 from pipeline.encoders.base import autoencoder, text_encoder
+from pipeline.latents.encoding import Batch, Encoded, Encoding
 from pipeline.partitions import engine
 from pipeline.partitions.dataset import Dataset
 from pipeline.stages import get_stage
 
-PARTS = 4  # partitions of the stage's input; the first is not counted
+PARTS = 4  # partitions of the stage's input
+PEAK = {"A100": 312e12, "H100": 989e12, "H200": 989e12}  # dense bfloat16 operations per second, by the makers
 
 
 def pictures(folder: Path, count: int) -> None:
@@ -115,11 +120,30 @@ def synchronize() -> None:
 
 
 def stage_rate(upstream: Path, output: Path, **settings: Any) -> tuple[float, dict[str, Any]]:
-    """Images per second of all partitions but the first, and what the last one noted."""
-    dataset = run_stage("precompute", input=str(upstream), output=str(output), **settings)
-    records = [dataset.record(index) or {} for index in range(1, dataset.partitions)]
-    kept = sum(record["counts"]["kept"] for record in records)
-    return kept / sum(record["seconds"] for record in records), records[-1]["notes"]["speed"]
+    """Images per second, from the first batch at the encoder to the end; and what the last partition noted."""
+    begin: list[float] = []
+
+    def encode(self: Encoding, batch: Batch) -> Encoded:
+        begin.append(perf_counter())
+        return original(self, batch)
+
+    original, Encoding.encode = Encoding.encode, encode  # type: ignore[method-assign]
+    try:
+        dataset = run_stage("precompute", input=str(upstream), output=str(output), **settings)
+        seconds = perf_counter() - begin[0]
+    finally:
+        Encoding.encode = original  # type: ignore[method-assign]
+    record = dataset.record(dataset.partitions - 1) or {}
+    return dataset.require_success()["counts"]["kept"] / seconds, record["notes"]["speed"]
+
+
+def operations(vae: Any, text: Any, image: np.ndarray, resolutions: list[int]) -> float:
+    """Floating point operations of the models for one image and its caption."""
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        for resolution in resolutions:
+            vae.moments(vae.preprocess([image], resolution))
+        text.encode(["a caption"])
+    return float(counter.get_total_flops())
 
 
 class Plain(torch.utils.data.Dataset[Any]):
@@ -149,15 +173,14 @@ class Plain(torch.utils.data.Dataset[Any]):
         return {"caption": caption, **{str(n): step(image) for n, step in enumerate(self.steps)}}
 
 
-def plain(folder: Path, output: Path, vae: Any, text: Any, resolutions: list[int], batch: int) -> float:
-    """Images per second of the loop, from its second batch on."""
+def plain(folder: Path, output: Path, vae: Any, text: Any, resolutions: list[int], batch: int, workers: int) -> float:
+    """Images per second of the loop, from when its first batch is there."""
     columns = {"caption": "str", "caption_latents": "bytes", **{f"latents_{r}": "bytes" for r in resolutions}}
-    loader = torch.utils.data.DataLoader(Plain(folder, resolutions), batch, num_workers=2, prefetch_factor=2)
+    loader = torch.utils.data.DataLoader(Plain(folder, resolutions), batch, num_workers=workers, prefetch_factor=2)
     begin, count = 0.0, 0
     with MDSWriter(out=str(output), columns=columns, size_limit=2**28) as writer, torch.inference_mode():
-        for turn, rows in enumerate(loader):
-            if turn == 1:
-                begin = perf_counter()
+        for rows in loader:
+            begin = begin or perf_counter()
             latents = {
                 f"latents_{r}": vae.encode(rows[str(n)].to(vae.device), torch.randn(1, device=vae.device))
                 for n, r in enumerate(resolutions)
@@ -166,7 +189,7 @@ def plain(folder: Path, output: Path, vae: Any, text: Any, resolutions: list[int
             stored = {name: values.cpu().numpy().astype(np.float16) for name, values in latents.items()}
             for at, caption in enumerate(rows["caption"]):
                 writer.write({"caption": caption, **{name: values[at].tobytes() for name, values in stored.items()}})
-            count += len(rows["caption"]) if turn else 0
+            count += len(rows["caption"])
     return count / (perf_counter() - begin)
 
 
@@ -175,7 +198,7 @@ def main() -> None:
     torch.set_num_threads(1)
     kind, batch = options.get("models", "small"), int(options.get("batch", 16))
     resolutions = [int(edge) for edge in options.get("resolutions", "64,128").split(",")]
-    count = int(options.get("images", 192))
+    count = int(options.get("images", 128))
     root = Path(tempfile.mkdtemp(dir=options.get("folder")))
     try:
         pictures(root / "images", count)
@@ -190,25 +213,49 @@ def main() -> None:
         files = sorted((root / "images").glob("*.jpg"))[: batch * 8]
         images = [np.asarray(Image.open(file)) for file in files]
         captions = [file.with_suffix(".txt").read_text() for file in files]
-        workers = len(os.sched_getaffinity(0)) - 1 or 1
+        workers = int(options.get("workers", len(os.sched_getaffinity(0)) - 1 or 1))
+        cost = float(options.get("price", 0.0))
         rates: dict[str, list[float]] = {"bare": [], "stage": [], "plain loop": []}
+        ratios: dict[str, list[float]] = {"stage": [], "plain loop": []}
         notes: dict[str, Any] = {}
-        for turn in range(int(options.get("rounds", 2))):
+
+        def limit() -> float:
             rates["bare"].append(bare(vae, text, images, captions, resolutions, batch))
+            return rates["bare"][-1]
+
+        def contend(name: str, rate: float, before: float) -> float:
+            after = limit()
+            rates[name].append(rate)
+            ratios[name].append(rate / (before + after) * 2)
+            return after
+
+        bare(vae, text, images, captions, resolutions, batch)
+        now = limit()
+        for turn in range(int(options.get("rounds", 3))):
             rate, notes = stage_rate(
                 root / "raw", root / f"stage{turn}", vae=vae_name, text_encoder=text_name,
                 image_resolutions=resolutions, batch_size=str(batch), workers=workers, max_failed_fraction=0.0,
+                gpu_hour_price=cost, compile=options.get("compile", "false"),
             )  # fmt: skip
-            rates["stage"].append(rate)
-            rates["plain loop"].append(plain(root / "images", root / f"plain{turn}", vae, text, resolutions, batch))
-            rates["bare"].append(bare(vae, text, images, captions, resolutions, batch))
+            now = contend("stage", rate, now)
+            rate = plain(root / "images", root / f"plain{turn}", vae, text, resolutions, batch, max(2, workers))
+            now = contend("plain loop", rate, now)
+        needed = operations(vae, text, images[0], resolutions)
     finally:
         shutil.rmtree(root, ignore_errors=True)
-    print(f"{kind} models, {resolutions} pixels and text, batches of {batch}, on {device}")
-    limit = median(rates["bare"])
-    for name, values in rates.items():
-        print(f"{name:12}{median(values):10.1f} images/s{median(values) / limit:8.2f} of bare")
-    print(f"stage / plain loop: {median(rates['stage']) / median(rates['plain loop']):.2f}")
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+    print(
+        f"{kind} models, {resolutions} pixels and text, batches of {batch}, on {name}: {needed / 1e9:.1f} GFLOP/image"
+    )
+    peak = next((speed for known, speed in PEAK.items() if known in name), 0.0)
+    for contestant, values in rates.items():
+        rate = median(values)
+        share = f", {median(ratios[contestant]):.2f} of bare" if contestant in ratios else ""
+        used = f", {rate * needed / peak:.1%} of the GPU's peak" if peak else ""
+        paid = f", {1e6 / rate / 3600 * cost:.2f} for a million images" if cost else ""
+        print(f"{contestant:12}{rate:10.1f} images/s{share}{used}{paid}")
+    both = [a / b for a, b in zip(rates["stage"], rates["plain loop"], strict=True)]
+    print(f"stage / plain loop: {median(both):.2f}")
     print("last partition:", json.dumps(notes))
 
 

@@ -321,6 +321,7 @@ class PrecomputeConfig(StageConfig):
         "latents: when they are verified, remove the data of the stages before, but for their ledgers",
         choices=("all", "latents"),
     )
+    compile: bool = option(False, "compile the networks with torch.compile", identity=True)
     gpu_hour_price: float = option(0.0, "what a GPU hour costs: the events then tell the cost of a million images")
 
 

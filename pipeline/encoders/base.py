@@ -45,6 +45,10 @@ class Autoencoder(ABC):
     device: torch.device
     preprocessing: Preprocessing
 
+    def compile(self) -> None:
+        """Have the network compiled, if there is one, when it is used first."""
+        return
+
     def preprocess(self, images: Sequence[Picture], resolution: int) -> Tensor:
         """Pictures uint8 (h, w, 3) of any sizes → (b, 3, resolution, resolution) in [-1, 1], for :meth:`encode`."""
         return self.preprocessing(images, resolution, self.device)
@@ -85,6 +89,10 @@ class TextEncoder(ABC):
     name: str
     length: int
     width: int
+
+    def compile(self) -> None:
+        """Have the network compiled, if there is one, when it is used first."""
+        return
 
     @abstractmethod
     def encode(self, captions: Sequence[str]) -> Tensor:
@@ -256,6 +264,11 @@ def posterior_noise(seed: int, keys: Sequence[str], resolution: int, shape: tupl
     import torch
 
     return torch.from_numpy(np.stack([normals(shape, seed, "posterior", key, resolution) for key in keys]))
+
+
+def sent(values: Tensor, device: torch.device) -> Tensor:
+    """``values`` of the host on ``device``, without waiting for what a GPU is at."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
 
 
 def weights_digest(model: torch.nn.Module) -> str:

@@ -49,6 +49,9 @@ class DiffusersAutoencoder(Autoencoder):
         self.shift = float(config.get("shift_factor") or 0.0)
         self.floor = _FLOORS.get(self.channels, _FLOOR) if downsample <= 8 else _FLOOR
 
+    def compile(self) -> None:
+        self._model.encoder.compile(dynamic=False)  # a graph for each resolution
+
     def _input(self, x: Tensor) -> Tensor:
         x = x.to(self.device, self.dtype)
         return x.contiguous(memory_format=torch.channels_last) if self.device.type == "cuda" else x

@@ -12,7 +12,7 @@ import torch
 
 from pipeline.cli import nearest
 from pipeline.config import ConfigError
-from pipeline.encoders.base import ImageEncoder, TextEncoder, commit_of, weights_digest
+from pipeline.encoders.base import ImageEncoder, TextEncoder, commit_of, sent, weights_digest
 from pipeline.encoders.preprocessing import Preprocessing
 
 if TYPE_CHECKING:
@@ -61,10 +61,13 @@ class OpenClipTextEncoder(TextEncoder):
         self._states: Tensor | None = None
         norm.register_forward_hook(self._keep)
 
+    def compile(self) -> None:
+        getattr(self._model, "text", self._model).transformer.compile(dynamic=True)
+
     @torch.no_grad()
     def encode(self, captions: Sequence[str]) -> Tensor:
         """Captions → float32 (b, length, width); the tokenizer cuts and pads."""
-        self._model.encode_text(self._tokenize(list(captions)).to(self.device))
+        self._model.encode_text(sent(self._tokenize(list(captions)), self.device))
         states, self._states = self._states, None
         assert states is not None
         return states.float()

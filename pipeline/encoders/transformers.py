@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pipeline.config import ConfigError
-from pipeline.encoders.base import ImageEncoder, TextEncoder, commit_of, repository, weights_digest
+from pipeline.encoders.base import ImageEncoder, TextEncoder, commit_of, repository, sent, weights_digest
 from pipeline.encoders.preprocessing import Preprocessing
 
 if TYPE_CHECKING:
@@ -28,6 +28,9 @@ class _Loaded:
         self._place = place
         self._weights = weights_digest(model)
         self._model = model.to(self.device, self.dtype).eval().requires_grad_(False)
+
+    def compile(self) -> None:
+        self._model.compile(dynamic=True)
 
     def _said(self) -> dict[str, Any]:
         return {
@@ -69,7 +72,7 @@ class ClipTextEncoder(_Loaded, TextEncoder):
             list(captions), padding="max_length", max_length=self.length, truncation=True, return_tensors="pt"
         )
         penultimate = self.layer == "penultimate"
-        states = self._model(tokens["input_ids"].to(self.device), output_hidden_states=penultimate)
+        states = self._model(sent(tokens["input_ids"], self.device), output_hidden_states=penultimate)
         chosen: Tensor = states.hidden_states[-2] if penultimate else states.last_hidden_state
         return chosen.float()
 
@@ -111,9 +114,9 @@ class T5TextEncoder(_Loaded, TextEncoder):
         """Captions → float32 (b, length, width)."""
         tokens = self._tokenizer(
             list(captions), padding="longest", max_length=self.length, truncation=True, return_tensors="pt"
-        ).to(self.device)
-        mask = tokens["attention_mask"]
-        states = self._model(tokens["input_ids"], attention_mask=mask).last_hidden_state.float()
+        )
+        mask = sent(tokens["attention_mask"], self.device)
+        states = self._model(sent(tokens["input_ids"], self.device), attention_mask=mask).last_hidden_state.float()
         padded = states.new_zeros((len(captions), self.length, self.width))
         padded[:, : states.shape[1]] = states * mask[:, :, None]
         return padded

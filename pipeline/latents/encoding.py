@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pipeline.config import ConfigError
-from pipeline.encoders.base import Autoencoder, ImageEncoder, TextEncoder, sampled
+from pipeline.encoders.base import Autoencoder, ImageEncoder, TextEncoder, sampled, sent
 from pipeline.latents import text_storage
 
 _TOKENS = 16_384
@@ -194,7 +194,7 @@ class Encoding:
                     torch.isfinite(stored).flatten(1).all(1),
                 )
 
-            at = torch.as_tensor(places, device=self.device)
+            at = sent(torch.as_tensor(places), self.device)
             parts = self._in_parts("captions", encode, len(chosen))
             packed[at] = torch.cat([values for values, _ in parts])
             finite[at] = torch.cat([good for _, good in parts])

@@ -93,7 +93,10 @@ class Worker:
         self._lookups: Counter[int] = Counter()
 
     def close(self) -> None:
-        self.claims.close()
+        try:
+            self.stage.close()
+        finally:
+            self.claims.close()
 
     # ---- which partition next
 
@@ -144,10 +147,11 @@ class Worker:
             return False
         whole = self._span(bucket)
         progress = False
-        for index in range(max(span.start, whole.start), min(span.stop, whole.stop)):
-            if self.dataset.slot(index) in present or index in self._done:
-                continue
+        mine = range(max(span.start, whole.start), min(span.stop, whole.stop))
+        todo = [index for index in mine if self.dataset.slot(index) not in present and index not in self._done]
+        for index, following in zip(todo, [*todo[1:], None], strict=True):
             self.rank.check_stop()
+            self.stage.following = self._to_process(following)
             claim = f"{bucket:03d}/{self.dataset.slot(index)}"
             if self.claims.take(claim):
                 try:
@@ -224,6 +228,12 @@ class Worker:
             self.stage.scratch = attempt.scratch
             self.stage.notes = attempt.notes
             return attempt.run(outcomes, self.stage.shard_bytes, self.rank.check_stop, self.stage.adapted)
+
+    def _to_process(self, index: int | None) -> Partition | None:
+        """Partition ``index``, if it is the stage that has to do it."""
+        if index is None or index in self.dataset.released:
+            return None
+        return None if self.dataset.counts_by(index).header["kind"] == TAKEDOWN else self.dataset.partition(index)
 
     def _outcomes(self, partition: Partition) -> Generator[Outcome, None, None]:
         dataset, index = self.dataset, partition.index

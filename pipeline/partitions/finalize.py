@@ -90,6 +90,7 @@ class Tally:
     def __init__(self, dataset: Dataset) -> None:
         self.counts: Counter[str] = Counter()
         self.reasons: Counter[str] = Counter()
+        self.noted: Counter[str] = Counter()
         self.superseded = 0
         self.containers_superseded = 0
         self.bytes = 0
@@ -104,6 +105,7 @@ class Tally:
         self.close_generations(index)
         self.counts.update(record["counts"])
         self.reasons.update(record["reasons"])
+        self.noted.update(record.get("notes", {}).get("noted", {}))
         self.superseded += record["supersedes"]
         if self._dataset.planned_by(index).header["kind"] == "retry":
             self.containers_superseded += record["counts"].get("containers", 0)
@@ -223,6 +225,7 @@ def _write(dataset: Dataset, folder: Folder, max_failed_fraction: float) -> tupl
         "schema": dataset.schema,
     }
     manifest = {**success, "config": dataset.header["config"], "software": software(), **dataset.header["extra"]}
+    manifest |= {"noted": dict(tally.noted)} if tally.noted else {}
     with folder.create("manifest.json") as file:
         file.write(json_bytes(manifest))
     digests["manifest.json"] = file.digest

@@ -44,6 +44,8 @@ class Stage(ABC):
         """While a partition is processed: a folder for files that are needed for a while only."""
         self.notes: dict[str, Any] = {}
         """What the record and the event of the partition should say as well once it is processed; JSON-able."""
+        self.following: Partition | None = None
+        """While a partition is processed: the one that will probably be the next. A stage may begin with it early."""
 
     @cached_property
     def output(self) -> Path:
@@ -99,6 +101,10 @@ class Stage(ABC):
 
         An exception other than these outcomes ends the rank: it means a defect or a broken machine, not bad data.
         """
+
+    def close(self) -> None:
+        """Let go of what was kept from one partition to the next; the stage may be asked for more all the same."""
+        return
 
     def extra(self) -> dict[str, Any]:
         """What else the manifest should say (encoders, shapes, scaling); JSON-able, the same on every rank."""

@@ -1,14 +1,15 @@
 """stage=precompute: image latents at each resolution and text-encoder states, stored as MDS.
 
-Three threads work on a partition: one reads rows and has pictures decoded, one encodes, and the engine's own writes.
-Batches never reach over partitions, and nothing depends on what a rank did before: so results do not depend on who does
-which partition.
+Three threads work at once: one reads rows and has pictures decoded, one encodes, and the engine's own writes. The first
+two go on with the partition that follows while one is written and committed. Batches never reach over partitions, and
+nothing depends on what a rank did before: so results do not depend on who does which partition.
 """
 
 from __future__ import annotations
 
+import math
 import os
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -47,6 +48,7 @@ _REMEMBERED = 2048
 """Captions of a partition whose states are kept for the next sample that has the same."""
 _AHEAD = 2  # batches that are being decoded
 _IN_FLIGHT = _AHEAD + 3  # and those that wait for the encoder, or are there
+_BUFFER = 2**28  # bytes of results of a GPU that may wait for a disk that writes in bursts
 _ASPECT = 4  # a slot holds pictures of up to this ratio of edges; larger ones take another way
 
 
@@ -80,7 +82,7 @@ class Work:
 class Precompute(Stage):
     name = "precompute"
     version = 2
-    _starved = 0.0
+    _line: _Line | None = None
 
     @property
     def format(self) -> str:
@@ -181,6 +183,10 @@ class Precompute(Stage):
         from pipeline.latents.encoding import Encoding
 
         config = self.config
+        if config.compile:
+            self.vae.compile()
+            for text in self.texts.values():
+                text.compile()
         return Encoding(
             self.rank.device,
             self.vae,
@@ -235,38 +241,76 @@ class Precompute(Stage):
         return follow_upstream(self.upstream, since)
 
     def process(self, partition: Partition) -> Iterator[Outcome]:
-        begin = perf_counter()
+        line = self._line_for(partition)
         memory = _Memory(self)
         busy = 0.0
-        with closing(Ahead(self._encoded(partition), _AHEAD)) as encoded:
-            for work, result in encoded:
+        whole = False
+        try:
+            for work, result in line.batches():
                 result.wait()
                 busy += result.seconds
                 yield from memory.outcomes(work, result)
-            seconds = perf_counter() - begin
-            self._tell(seconds, busy, encoded.waited, memory.pictures)
+            whole = True
+        finally:
+            if not whole:
+                self.close()
+        self._tell(line.lap(), busy, memory.pictures)
 
-    def _encoded(self, partition: Partition) -> Iterator[tuple[Work, Encoded]]:
+    def _line_for(self, partition: Partition) -> _Line:
+        """The threads, with ``partition`` as their next, and at work on the one that follows it afterwards."""
+        if self._line is not None and self._line.queued[:1] != [partition]:
+            self.close()
+        if self._line is None:
+            self._line = _Line(self)
+        for wanted in (partition, self.following):
+            if wanted is not None and wanted not in self._line.queued:
+                self._line.add(wanted)
+        return self._line
+
+    def close(self) -> None:
+        if self._line is not None:
+            line, self._line = self._line, None
+            line.close()
+
+    @cached_property
+    def depth(self) -> int:
+        """Encoded batches that may wait for being written."""
+        if self.rank.device.type == "cpu":
+            return _AHEAD
+        shapes = self.extra()["shapes"].values()
+        size = self.batch_size * sum(math.prod(shape) for shape in shapes) * 4
+        return int(min(64, max(_AHEAD, _BUFFER // size)))
+
+    def encoded(self, batches: Ahead[Work | None]) -> Iterator[tuple[Work, Encoded] | None]:
         """In a thread of its own: what it calls must not depend on the main thread's settings of torch."""
         import torch
 
         torch.set_num_threads(self.config.threads)
         if self.rank.device.type == "cuda":
             torch.cuda.set_device(self.rank.device)
-        self._starved = 0.0
-        with closing(Ahead(self._batches(partition), 1)) as batches:
+        with closing(batches):
+            starved = 0.0
             for work in batches:
-                assert work.batch is not None
-                self.rank.waited += batches.waited - self._starved if self.rank.device.type == "cuda" else 0.0
-                self._starved = batches.waited
-                yield work, self.encoding.encode(work.batch)
+                if self.rank.device.type == "cuda":
+                    self.rank.waited += batches.waited - starved
+                    starved = batches.waited
+                if work is None:
+                    yield None
+                else:
+                    assert work.batch is not None
+                    yield work, self.encoding.encode(work.batch)
 
-    def _batches(self, partition: Partition) -> Iterator[Work]:
-        """The partition's samples, decoded, in batches; in a thread of its own."""
+    def decoded(self, partitions: SimpleQueue[Partition | None]) -> Iterator[Work | None]:
+        """The partitions' samples in batches, None after each partition; in a thread of its own."""
         self.decoders.drain()
         free: SimpleQueue[int] = SimpleQueue()
         for region in range(_IN_FLIGHT):
             free.put(region)
+        while partition := partitions.get():
+            yield from self._batches(partition, free)
+            yield None
+
+    def _batches(self, partition: Partition, free: SimpleQueue[int]) -> Iterator[Work]:
         rows = self._rows(partition)
         known: OrderedDict[str, None] = OrderedDict()
         waiting: deque[Work] = deque()
@@ -338,24 +382,83 @@ class Precompute(Stage):
             return {resolution: values.pin_memory() for resolution, values in noise.items()}
         return noise
 
-    def _tell(self, seconds: float, busy: float, waited: float, pictures: int) -> None:
+    def _tell(self, lap: Lap, busy: float, pictures: int) -> None:
         """Leave for the events how fast it went, where the time went, and what that costs.
 
         ``idle``: share of the time in which the device had nothing to do; ``starved``: in which the encoder waited for
-        pictures; ``writing``: in which rows were made and written.
+        pictures; ``writing``: in which rows were made, written and committed.
         """
-        rate = pictures / max(seconds, 1e-9)
+        rate = pictures / lap.seconds
         speed: dict[str, Any] = {
             "images_per_second": round(rate, 3),
-            "idle": round(max(0.0, 1 - busy / max(seconds, 1e-9)), 4),
-            "starved": round(self._starved / max(seconds, 1e-9), 4),
-            "writing": round(max(0.0, 1 - waited / max(seconds, 1e-9)), 4),
+            "idle": round(max(0.0, 1 - busy / lap.seconds), 4),
+            "starved": round(lap.starved / lap.seconds, 4),
+            "writing": round(max(0.0, 1 - lap.waited / lap.seconds), 4),
             "batch_size": self.batch_size,
-            **self.encoding.notes,
         }
         if self.config.gpu_hour_price and rate:
             speed["cost_per_million"] = round(1e6 / rate / 3600 * self.config.gpu_hour_price, 4)
         self.notes["speed"] = speed
+        noted, self.encoding.notes = self.encoding.notes, Counter()
+        if noted:
+            self.notes["noted"] = dict(noted)
+
+
+@dataclass(frozen=True)
+class Lap:
+    """Seconds between the ends of two partitions, and those of them in which somebody had to wait.
+
+    Attributes:
+        starved: the encoder for pictures.
+        waited: the writer for results.
+    """
+
+    seconds: float
+    starved: float
+    waited: float
+
+    def __sub__(self, other: Lap) -> Lap:
+        return Lap(self.seconds - other.seconds, self.starved - other.starved, self.waited - other.waited)
+
+
+class _Line:
+    """The threads that read, decode and encode: partitions go in, encoded batches come out in order.
+
+    Attributes:
+        queued: partitions that went in and have not come out whole.
+    """
+
+    def __init__(self, stage: Precompute) -> None:
+        self.queued: list[Partition] = []
+        self._partitions: SimpleQueue[Partition | None] = SimpleQueue()
+        self._decoded = Ahead(stage.decoded(self._partitions), 1)
+        self._encoded = Ahead(stage.encoded(self._decoded), stage.depth)
+        self._last = self._now()
+
+    def add(self, partition: Partition) -> None:
+        self.queued.append(partition)
+        self._partitions.put(partition)
+
+    def batches(self) -> Iterator[tuple[Work, Encoded]]:
+        """Those of the first partition."""
+        for item in self._encoded:
+            if item is None:
+                self.queued.pop(0)
+                return
+            yield item
+
+    def lap(self) -> Lap:
+        now, before = self._now(), self._last
+        self._last = now
+        return now - before
+
+    def _now(self) -> Lap:
+        return Lap(perf_counter(), self._decoded.waited, self._encoded.waited)
+
+    def close(self) -> None:
+        """Give up what is queued; wait for the threads' end."""
+        self._partitions.put(None)
+        self._encoded.close()
 
 
 def _news(known: OrderedDict[str, None], captions: list[str]) -> tuple[list[str], list[str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ from PIL import Image
 from stages.conftest import digests, run_stage
 
 from pipeline import images
-from pipeline.config import ConfigError
+from pipeline.cli import build
+from pipeline.config import ConfigError, PrecomputeConfig
+from pipeline.distributed import Rank
 from pipeline.encoders.base import posterior_noise
 from pipeline.encoders.preprocessing import fit
 from pipeline.latents import text_storage
@@ -159,9 +162,10 @@ def test_a_batch_that_does_not_fit_is_halved_and_that_is_recorded(
     dataset = encoded("after")
     for key, row in rows_of(dataset).items():
         assert_near(row["latents_64"], before[key]["latents_64"])
+    halved = {f"pictures of {size} at once: out of memory": 1 for size in (8, 4)}
     record = dataset.record(0)
-    assert record and record["notes"]["speed"]["pictures of 8 at once: out of memory"] == 1
-    assert record["notes"]["speed"]["pictures of 4 at once: out of memory"] == 1
+    assert record and record["notes"]["noted"] == halved
+    assert json.loads((dataset.root.path / "manifest.json").read_text())["noted"] == halved
     monkeypatch.setattr(KlAutoencoder, "moments", lambda self, x: small(self, torch.cat([x] * 4)))
     with pytest.raises(ConfigError, match="not even one of the pictures fits into the memory of cpu"):
         encoded("never")
@@ -258,3 +262,24 @@ def test_captions_that_are_not_near_are_forgotten() -> None:
     assert precompute._news(known, ["new", "2", "0"]) == (["new"], ["1"])
     assert precompute._news(known, ["1"]) == (["1"], ["3"])
     assert Precompute.version == 2 and text_storage.kind_of("dedup") == "dense"
+
+
+def test_what_was_begun_early_counts_only_if_it_comes_next(
+    encoded: Callable[..., Dataset], upstream: Path, tmp_path: Path
+) -> None:
+    expected = encoded(vae="embedded", text_encoder="embedded")
+    config = build(PrecomputeConfig, {**expected.header["config"], "input": str(upstream), "output": str(tmp_path)})
+    stage = Precompute(config, Rank())
+    partitions = [expected.partition(index) for index in (0, 2, 1)]
+    for partition, following in zip(partitions, [partitions[2], partitions[2], None], strict=True):
+        stage.following = following
+        rows = [outcome.row for outcome in stage.process(partition)]
+        assert rows == [stored.read() for stored in expected.samples(partition.index)]
+    stage.following = partitions[1]
+    outcomes = stage.process(partitions[0])
+    next(outcomes)
+    outcomes.close()  # as when the rank is stopped
+    assert not [thread for thread in threading.enumerate() if thread.name == "ahead"]
+    assert [outcome.row for outcome in stage.process(partitions[1])] == [s.read() for s in expected.samples(2)]
+    stage.close()
+    assert not [thread for thread in threading.enumerate() if thread.name == "ahead"]
