@@ -11,8 +11,8 @@ and two at least), `compile=true` compiles the stage's models, `price=` is that 
 - stage: decoding, resizing, encoding, writing MDS, ledgers, hashes, commits and the end of the dataset;
 - plain loop: Pillow and torchvision transforms in a DataLoader, synchronous copies, MDSWriter.
 
-The clock of the last two runs from when their first batch is decoded. All take turns; a ratio is the median over the rounds, "of bare" against
-the mean of the runs before and after.
+The clock of the last two runs from when their first batch is decoded. All take turns; a ratio is the median over the
+rounds, "of bare" against the mean of the runs before and after.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ results are on their way back when :meth:`Encoding.encode` returns; :meth:`Encod
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ from pipeline.latents import text_storage
 
 _TOKENS = 16_384
 """Tokens of captions that are encoded at once."""
-_AUTO = (8, 512)
+_AUTO = (8, 128)
 _GAIN = 1.05
 Result = TypeVar("Result")
 log = logging.getLogger("pipeline")
@@ -235,32 +236,34 @@ class Encoding:
         """How many pictures at once: doubled while that makes a GPU faster and fits into its memory; 32 on a CPU."""
         if self.device.type != "cuda":
             return 32
-        largest = max(self.resolutions)
         size, best, speed = _AUTO[0], _AUTO[0], 0.0
         while size <= _AUTO[1]:
-            x = torch.zeros((size, 3, largest, largest), device=self.device)
-            try:
-                now = self._speed(x)
-            except torch.OutOfMemoryError:
-                break
-            finally:
-                del x
-                torch.cuda.empty_cache()
-            if now < speed * _GAIN:
+            now = self._speed(size)
+            if now <= speed * _GAIN:
                 break
             best, speed, size = size, now, size * 2
         log.info("batch_size=auto: %d", best)
         return best
 
     @torch.inference_mode()
-    def _speed(self, x: Tensor) -> float:
-        """Pictures per second, of the second time."""
-        for _ in range(2):
-            torch.cuda.synchronize(self.device)
-            begin = perf_counter()
-            self.vae.moments(x)
-            torch.cuda.synchronize(self.device)
-        return len(x) / (perf_counter() - begin)
+    def _speed(self, size: int) -> float:
+        """Pictures per second of the autoencoder with batches of ``size``, the second time; 0 if they do not fit."""
+        largest = max(self.resolutions)
+        seconds = math.inf
+        try:
+            x = torch.zeros((size, 3, largest, largest), device=self.device)
+            for _ in range(2):
+                torch.cuda.synchronize(self.device)
+                begin = perf_counter()
+                self.vae.moments(x)
+                torch.cuda.synchronize(self.device)
+                seconds = perf_counter() - begin
+        except torch.OutOfMemoryError:
+            return 0.0
+        finally:
+            x = torch.empty(0)
+            torch.cuda.empty_cache()
+        return size / seconds
 
 
 def _view(picture: np.ndarray | tuple[int, int, int], staged: Tensor | None) -> Tensor:

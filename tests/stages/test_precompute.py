@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,10 @@ from pipeline import images
 from pipeline.cli import build
 from pipeline.config import ConfigError, PrecomputeConfig
 from pipeline.distributed import Rank
-from pipeline.encoders.base import posterior_noise
+from pipeline.encoders.base import autoencoder, posterior_noise
 from pipeline.encoders.preprocessing import fit
 from pipeline.latents import text_storage
+from pipeline.latents.encoding import Encoding
 from pipeline.partitions.dataset import Dataset
 from pipeline.stages.precompute import Precompute
 
@@ -162,13 +164,28 @@ def test_a_batch_that_does_not_fit_is_halved_and_that_is_recorded(
     dataset = encoded("after")
     for key, row in rows_of(dataset).items():
         assert_near(row["latents_64"], before[key]["latents_64"])
+    (events,) = (dataset.root.path / "events").rglob("*.jsonl")
+    commits = [event for event in map(json.loads, events.read_text().splitlines()) if event["event"] == "commit"]
     halved = {f"pictures of {size} at once: out of memory": 1 for size in (8, 4)}
     record = dataset.record(0)
     assert record and record["notes"]["noted"] == halved
     assert json.loads((dataset.root.path / "manifest.json").read_text())["noted"] == halved
+    assert Counter(name for event in commits for name in event.get("noted", {})) == halved
     monkeypatch.setattr(KlAutoencoder, "moments", lambda self, x: small(self, torch.cat([x] * 4)))
     with pytest.raises(ConfigError, match="not even one of the pictures fits into the memory of cpu"):
         encoded("never")
+
+
+@pytest.mark.parametrize(
+    ("speeds", "found"),
+    [({8: 10.0, 16: 18.0, 32: 30.0, 64: 31.0}, 32), ({8: 10.0, 16: 18.0}, 16), ({}, 8)],  # what is not there: no memory
+)
+def test_the_batch_size_is_found_by_trying(
+    monkeypatch: pytest.MonkeyPatch, speeds: dict[int, float], found: int
+) -> None:
+    encoding = Encoding(torch.device("cuda"), autoencoder("embedded"), {}, None, (64,), False, "dense", "float16")
+    monkeypatch.setattr(Encoding, "_speed", lambda self, size: speeds.get(size, 0.0))
+    assert encoding.find_batch_size() == found
 
 
 def test_moments_give_the_mode_and_the_sample(encoded: Callable[..., Dataset]) -> None:
