@@ -261,7 +261,10 @@ class Dataset:
         self.root = root
         self.plans: list[Plan] = read_plans(root)[:generations]
         if not self.plans:
-            raise Unfinished(f"{root.path} is not a dataset directory (no plan/ in it)")
+            raise Unfinished(
+                f"{root.path} is not a dataset directory (no plan/ in it): "
+                "stage=download makes one of images, tars of WebDataset or Parquet files"
+            )
         self._readers = [PartitionReader(root, plan) for plan in self.plans]
         self._firsts = [plan.first for plan in self.plans]
 
