@@ -164,12 +164,17 @@ class Validator:
         if index not in self._statistics:
             stored = list(self.dataset.samples(index))
             rows = list(_rows([stored[place] for place in _places(len(stored), _COUNTED, index)]))
-            self._statistics[index] = {column: self._measured(rows, column) for column in self.columns if rows}
+            measured = {column: self._measured(rows, column) for column in self.columns}
+            self._statistics[index] = {column: values for column, values in measured.items() if values is not None}
         return self._statistics[index]
 
-    def _measured(self, rows: Sequence[Row], column: str) -> Statistics:
+    def _measured(self, rows: Sequence[Row], column: str) -> Statistics | None:
+        """None where no row has as many bytes as it should."""
         expected = self.layout.bytes_of(column)
-        values = torch.stack([self._values(column, row[column]) for row in rows if len(row[column]) == expected])
+        good = [self._values(column, row[column]) for row in rows if len(row[column]) == expected]
+        if not good:
+            return None
+        values = torch.stack(good)
         channels = values[:, : self.layout.image_shape(column)[0]].double().nan_to_num(0, 0, 0)
         flat = channels.transpose(0, 1).flatten(1)
         return Statistics(flat.mean(1).numpy(), flat.std(1, correction=0).numpy())

@@ -8,6 +8,7 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
+from itertools import zip_longest
 from typing import Any
 
 from pipeline import cli
@@ -149,7 +150,7 @@ class Worker:
         progress = False
         mine = range(max(span.start, whole.start), min(span.stop, whole.stop))
         todo = [index for index in mine if self.dataset.slot(index) not in present and index not in self._done]
-        for index, following in zip(todo, [*todo[1:], None], strict=True):
+        for index, following in zip_longest(todo, todo[1:]):
             self.rank.check_stop()
             self.stage.following = self._to_process(following)
             claim = f"{bucket:03d}/{self.dataset.slot(index)}"
