@@ -5,8 +5,8 @@
 Bare: so many processes call `pipeline.images.judge` on photos of 1 MP in memory, and drop the result. Stage: the same
 photos as files in a folder, through one rank with so many workers: reading, hashing, ledger, tar, fsync and commit; its
 rate is the difference between `count` and a sixth of it, without its start. Rounds alternate; ratios are medians.
-`by CPU time` compares seconds of CPU per image, of rank and workers together: where all cores are busy, that is what
-counts, and other programs on the machine disturb it less.
+`by CPU time` compares seconds of CPU per image, of rank and workers together, both with so many processes at once (two
+on one core share its caches): where all cores are busy, that is what counts, and other programs disturb it less.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
-from time import perf_counter
+from time import perf_counter, process_time
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
@@ -35,20 +35,20 @@ from pipeline.stages.download import Download
 from pipeline.stages.filter import Filter
 
 
-def bare(files: Sequence[bytes], count: int) -> None:
+def bare(files: Sequence[bytes], count: int) -> float:
+    """Seconds of CPU."""
+    begin = process_time()
     for number in range(count):
         judge(files[number % len(files)], Rules(), DEFAULT_LIMITS)
+    return process_time() - begin
 
 
 def bare_seconds(files: Sequence[bytes], count: int, processes: int) -> tuple[float, float]:
-    """By the clock, and of CPU (of one process)."""
-    cpu = cpu_seconds()
-    bare(files, count // processes)
-    cpu = (cpu_seconds() - cpu) * processes
+    """By the clock, and of CPU."""
     with ProcessPoolExecutor(processes, get_context("forkserver")) as pool:
         list(pool.map(bare, [files] * processes, [len(files)] * processes))  # they have started
         begin = perf_counter()
-        list(pool.map(bare, [files] * processes, [count // processes] * processes))
+        cpu = sum(pool.map(bare, [files] * processes, [count // processes] * processes))
         return perf_counter() - begin, cpu
 
 

@@ -1,9 +1,10 @@
 """Processes within a rank that work on bytes that may be hostile: a crash, a hang or a flood of memory costs one task.
 
-A worker is a fresh interpreter (no fork: ranks have threads), joined to its rank by a socket. It says when it begins a
-task, so that the right one is blamed; tasks it had not begun go to its successor. It ends by itself when its rank is
-gone, when a task exceeds its time (an alarm, which also ends code that is stuck in C), and between two tasks when it
-has grown beyond its memory. Results come in the order of the tasks; what is under way is bounded in number and bytes.
+A worker is a fresh interpreter (no fork: ranks have threads), joined to its rank by a socket, over which it answers in
+plain bytes, nothing that the rank would execute. It does its tasks in order, so that the first one without an answer is
+to blame for its death; the others go to its successor. It ends by itself when its rank is gone, when a task exceeds its
+time (an alarm, which also ends code that is stuck in C), and between two tasks when it has grown beyond its memory.
+Results come in the order of the tasks; what is under way is bounded in number and bytes.
 """
 
 from __future__ import annotations
@@ -34,11 +35,12 @@ Token = TypeVar("Token")
 
 _DEPTH = 3  # tasks that a worker has, so that the next one is there when one is done
 _TASKS = 32  # per worker: taken in and not yet handed out, in all; one that hangs holds up those behind it
-_BYTES = 2**28  # the same in bytes, of tasks and results
+_BYTES = 2**26  # the same in bytes, of tasks and results
+_LARGEST = 2**31  # bytes of a result
 _GRACE = 10.0  # seconds after twice its time that a worker may fail to end itself, in a system call for instance
 _STARTS = 3  # workers in a row that may die before their first word
 _HEAD = struct.Struct(">BQ")
-_HELLO, _BEGUN, _RESULT, _FAILED = range(4)
+_HELLO, _TASK, _RESULT, _FAILED, _LEAVING = range(5)
 
 
 class WorkerError(RuntimeError):
@@ -54,17 +56,34 @@ class Lost:
     detail: str
 
 
+@dataclass(slots=True)
+class _Load:
+    """Bytes of tasks taken in and not yet handed out, and of their results: their owner may still need both."""
+
+    bytes: int = 0
+
+
 @dataclass(slots=True, eq=False)
 class _Task(Generic[Token]):
     token: Token
     data: bytes | None
-    result: Any = None
+    load: _Load
+    result: bytes | Lost | None = None
     done: bool = False
     tries: int = 0
 
+    def __post_init__(self) -> None:
+        self.done = self.data is None
+        self.load.bytes += self.size
+
+    def finish(self, result: bytes | Lost) -> None:
+        self.load.bytes -= self.size
+        self.result, self.done = result, True
+        self.load.bytes += self.size
+
     @property
     def size(self) -> int:
-        return len(self.data or b"")
+        return len(self.data or b"") + (len(self.result) if isinstance(self.result, bytes) else 0)
 
 
 @dataclass(slots=True, eq=False)
@@ -72,20 +91,66 @@ class _Worker:
     process: subprocess.Popen[bytes]
     socket: socket.socket
     tasks: deque[_Task[Any]] = field(default_factory=deque)
-    outbox: deque[memoryview] = field(default_factory=deque)
-    inbox: bytearray = field(default_factory=bytearray)
+    outbox: list[memoryview] = field(default_factory=list)
+    inbox: bytearray = field(default_factory=lambda: bytearray(_HEAD.size))
+    received: int = 0
+    kind: int = -1  # of the message whose body is being received; -1: the next is a head
     greeted: bool = False
-    begun: float | None = None  # when it began its first task, by our clock
+    leaving: bool = False
+    since: float = 0.0  # when it was free for the first of its tasks, by our clock
 
     def send(self, message: bytes) -> None:
-        self.outbox += (memoryview(_HEAD.pack(_RESULT, len(message))), memoryview(message))
+        self.outbox += (memoryview(_HEAD.pack(_TASK, len(message))), memoryview(message))
+
+    def flush(self) -> bool:
+        """Send what the socket takes; whether that is all."""
+        while self.outbox:
+            try:
+                sent = self.socket.sendmsg(self.outbox)
+            except BlockingIOError:
+                return False
+            except OSError:
+                self.outbox.clear()  # it is gone; what it said before is still to be read
+                return True
+            while self.outbox and sent >= len(self.outbox[0]):
+                sent -= len(self.outbox.pop(0))
+            if sent:
+                self.outbox[0] = self.outbox[0][sent:]
+        return True
+
+    def messages(self) -> Iterator[tuple[int, bytearray]]:
+        """What it has said so far: kind and body.
+
+        Raises:
+            EOFError: it is gone, or says what no worker of ours would.
+        """
+        while True:
+            while self.received < len(self.inbox):
+                try:
+                    count = self.socket.recv_into(memoryview(self.inbox)[self.received :])
+                except BlockingIOError:
+                    return
+                except OSError:
+                    count = 0
+                if count == 0:
+                    raise EOFError
+                self.received += count
+            if self.kind < 0:
+                self.kind, length = _HEAD.unpack(self.inbox)
+                if length > _LARGEST:
+                    raise EOFError
+            else:
+                kind, body = self.kind, self.inbox
+                self.kind, length = -1, _HEAD.size
+                yield kind, body
+            self.inbox, self.received = bytearray(length), 0
 
 
 class Pool:
     """Runs ``module:function`` on bytes, in ``workers`` processes (0: in this one, unprotected).
 
     Args:
-        function: called as ``function(data, *arguments)``; raises nothing, returns what can be pickled.
+        function: called as ``function(data, *arguments)``; raises nothing, returns bytes.
         timeout: seconds that a task may take; what takes longer twice is lost. 0: any time.
         memory: bytes that a worker may allocate beyond what it starts with; 0: any. More is a ``MemoryError`` in it.
     """
@@ -116,7 +181,7 @@ class Pool:
 
     def map(
         self, tasks: Iterable[tuple[Token, bytes | None]], tick: Callable[[], None] = lambda: None
-    ) -> Iterator[tuple[Token, Any]]:
+    ) -> Iterator[tuple[Token, bytes | Lost | None]]:
         """(token, result) of each (token, data) in order; without data the result is None.
 
         ``tick`` is called now and then while waiting, and may raise.
@@ -132,23 +197,24 @@ class Pool:
         source = iter(tasks)
         open_tasks: deque[_Task[Token]] = deque()
         waiting: deque[_Task[Token]] = deque()
+        load = _Load()
         more = True
         while True:
-            if more and len(open_tasks) < _TASKS * self._count and sum(t.size for t in waiting) < _BYTES:
+            block = 1.0
+            if more and len(open_tasks) < _TASKS * self._count and load.bytes < _BYTES * self._count:
                 taken = next(source, None)
                 more = taken is not None
                 if taken is not None:
-                    task = _Task(*taken, done=taken[1] is None)
+                    task = _Task(*taken, load)
                     open_tasks.append(task)
                     if not task.done:
                         waiting.append(task)
                 block = 0.0
-            else:
-                block = 1.0
             while waiting and self._assign(waiting[0]):
                 waiting.popleft()
             while open_tasks and open_tasks[0].done:
                 done = open_tasks.popleft()
+                load.bytes -= done.size
                 yield done.token, done.result
                 block = 0.0
             if not more and not open_tasks:
@@ -167,10 +233,18 @@ class Pool:
         if len(worker.tasks) >= _DEPTH:
             return False
         assert task.data is not None
+        if not worker.tasks:
+            worker.since = time.monotonic()
         worker.tasks.append(task)
         worker.send(task.data)
-        self._selector.modify(worker.socket, selectors.EVENT_READ | selectors.EVENT_WRITE, worker)
+        self._flush(worker)
         return True
+
+    def _flush(self, worker: _Worker) -> None:
+        """Send what can be sent; the rest when the socket takes it."""
+        events = selectors.EVENT_READ | (0 if worker.flush() else selectors.EVENT_WRITE)
+        if self._selector.get_key(worker.socket).events != events:
+            self._selector.modify(worker.socket, events, worker)
 
     def _start(self) -> _Worker:
         ours, theirs = socket.socketpair()
@@ -188,7 +262,8 @@ class Pool:
         ours.setblocking(False)
         worker = _Worker(process, ours)
         worker.send(self._setup)
-        self._selector.register(ours, selectors.EVENT_READ | selectors.EVENT_WRITE, worker)
+        self._selector.register(ours, selectors.EVENT_READ, worker)
+        self._flush(worker)
         return worker
 
     def _exchange(self, timeout: float) -> list[_Task[Any]]:
@@ -196,40 +271,33 @@ class Pool:
         anew: list[_Task[Any]] = []
         for key, events in self._selector.select(timeout):
             worker: _Worker = key.data
-            alive = True
             if events & selectors.EVENT_WRITE:
-                alive = _write(worker)
-                if alive and not worker.outbox:
-                    self._selector.modify(worker.socket, selectors.EVENT_READ, worker)
+                self._flush(worker)
             if events & selectors.EVENT_READ:
-                alive = _read(worker)
-                self._take_messages(worker)
-            if not alive:
-                anew += self._bury(worker)
+                try:
+                    for kind, body in worker.messages():
+                        self._take(worker, kind, body)
+                except EOFError:
+                    anew += self._bury(worker)
         late = time.monotonic() - 2 * self._timeout - _GRACE
-        for worker in [w for w in self._workers if self._timeout and w.begun is not None and w.begun < late]:
-            worker.process.kill()
+        for worker in self._workers:
+            if self._timeout and worker.greeted and worker.tasks and worker.since < late:
+                worker.process.kill()
         return anew
 
-    def _take_messages(self, worker: _Worker) -> None:
-        at = 0
-        while len(worker.inbox) >= at + _HEAD.size:
-            kind, length = _HEAD.unpack_from(worker.inbox, at)
-            start = at + _HEAD.size
-            if len(worker.inbox) < start + length:
-                break
-            at = start + length
-            if kind == _HELLO:
-                worker.greeted, self._failed_starts = True, 0
-            elif kind == _BEGUN:
-                worker.begun = time.monotonic()
-            elif kind == _FAILED:
-                raise WorkerError(f"{self._function} failed in a worker:\n{worker.inbox[start:at].decode()}")
-            else:
-                task = worker.tasks.popleft()
-                task.result, task.done, task.data = pickle.loads(worker.inbox[start:at]), True, None
-                worker.begun = None
-        del worker.inbox[:at]
+    def _take(self, worker: _Worker, kind: int, body: bytearray) -> None:
+        """What a worker has said; raises EOFError if no worker of ours would."""
+        if kind == _RESULT and worker.tasks:
+            worker.tasks.popleft().finish(bytes(body))
+            worker.since = time.monotonic()
+        elif kind == _HELLO:
+            worker.greeted, self._failed_starts, worker.since = True, 0, time.monotonic()
+        elif kind == _LEAVING:
+            worker.leaving = True
+        elif kind == _FAILED:
+            raise WorkerError(f"{self._function} failed in a worker:\n{body.decode(errors='replace')}")
+        else:
+            raise EOFError
 
     def _bury(self, worker: _Worker) -> list[_Task[Any]]:
         """Forget a worker that has died; its tasks that are to be done by another. The one it was at is blamed, but
@@ -237,17 +305,20 @@ class Pool:
         self._selector.unregister(worker.socket)
         self._workers.remove(worker)
         worker.socket.close()
+        with suppress(subprocess.TimeoutExpired):
+            worker.process.wait(1)
+        worker.process.kill()  # no more than its socket may be closed
         code = worker.process.wait()
         if not worker.greeted:
             self._failed_starts += 1
             if self._failed_starts >= _STARTS:
                 raise WorkerError(f"worker processes do not start (exit code {code}): see what they say above")
-        if worker.begun is not None:
+        elif worker.tasks and not worker.leaving:
             task = worker.tasks[0]
             task.tries += 1
             if task.tries > 1 or -code not in (signal.SIGALRM, signal.SIGKILL):
                 worker.tasks.popleft()
-                task.result, task.done, task.data = _lost(code, self._timeout), True, None
+                task.finish(_lost(code, self._timeout))
         return list(worker.tasks)
 
 
@@ -271,35 +342,6 @@ def _end_all(workers: list[_Worker]) -> None:
     for worker in workers:
         worker.process.wait()
     workers.clear()
-
-
-def _write(worker: _Worker) -> bool:
-    """Send what the socket takes; whether the worker is there."""
-    while worker.outbox:
-        try:
-            sent = worker.socket.send(worker.outbox[0])
-        except BlockingIOError:
-            return True
-        except OSError:
-            return True  # what it said before it died is still to be read
-        rest = worker.outbox[0][sent:]
-        if rest:
-            worker.outbox[0] = rest
-        else:
-            worker.outbox.popleft()
-    return True
-
-
-def _read(worker: _Worker) -> bool:
-    """Receive what is there; False at the end."""
-    try:
-        data = worker.socket.recv(2**20)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    worker.inbox += data
-    return bool(data)
 
 
 def available_cpus(local_world_size: int = 1) -> int:
@@ -360,16 +402,16 @@ def _serve(rank: socket.socket) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # libraries have much to say about bad files
     while True:
         data = _receive(rank)
-        _say(rank, _BEGUN)
         signal.setitimer(signal.ITIMER_REAL, timeout)
         try:
-            answer = pickle.dumps(run(data, *arguments), protocol=5)
+            answer = run(data, *arguments)
         except BaseException:
             _say(rank, _FAILED, traceback.format_exc().encode())
             return
         signal.setitimer(signal.ITIMER_REAL, 0)
         _say(rank, _RESULT, answer)
-        if most and _memory()[1] > most:
+        if most and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10 > most and _memory()[1] > most:
+            _say(rank, _LEAVING)
             return
 
 
@@ -385,9 +427,9 @@ def _memory() -> tuple[int, int]:
 
 
 def _say(rank: socket.socket, kind: int, data: bytes = b"") -> None:
-    rank.sendall(_HEAD.pack(kind, len(data)) + data if len(data) < 4096 else _HEAD.pack(kind, len(data)))
-    if len(data) >= 4096:
-        rank.sendall(data)
+    sent = rank.sendmsg([_HEAD.pack(kind, len(data)), data]) - _HEAD.size
+    if sent < len(data):
+        rank.sendall(memoryview(data)[sent:])
 
 
 def _receive(rank: socket.socket) -> bytes:

@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import psutil
 from image_files import SAMPLES, hostile
 
+from pipeline.answers import understood
 from pipeline.images import Limits, Result, Rules
 from pipeline.samples import content_hash
 from pipeline.workers import Lost, Pool
@@ -68,10 +69,11 @@ def main() -> None:
 
     arguments = (Rules(min_image_size=8, max_image_size=32), Limits(max_pixels=4_000_000))
     workers = int(options.get("workers", 2))
-    pool = Pool("pipeline.images:judge", arguments, workers=workers, timeout=20, memory=MEMORY)
+    pool = Pool("pipeline.answers:answer", arguments, workers=workers, timeout=20, memory=MEMORY)
     outcomes: Counter[str] = Counter()
     most = 0
-    for number, (data, result) in enumerate(pool.map(files())):
+    for number, (data, said) in enumerate(pool.map(files())):
+        result = understood(said, data) if isinstance(said, bytes) else said
         outcomes["kept" if isinstance(result, Result) else result.reason] += 1
         if isinstance(result, Lost):
             Path("fuzz").mkdir(exist_ok=True)

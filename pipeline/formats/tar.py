@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 
 from pipeline.formats.base import IMAGE, Create, FileReader, Format, Location, Open, Writer
 from pipeline.formats.blocks import BlockFile
@@ -14,12 +14,33 @@ from pipeline.samples import EXTENSIONS, Row, Schema
 from pipeline.storage import Folder
 
 
-def _member(name: str, data: bytes) -> bytes:
+def _member(name: str, data: bytes) -> Sequence[bytes]:
+    """The pieces of a member."""
+    return _header(name, len(data)), data, bytes(-len(data) % tarfile.BLOCKSIZE)
+
+
+def _header(name: str, size: int) -> bytes:
+    """As the standard library makes it, which takes 30 times as long."""
+    text = name.encode()
+    if len(text) > 100 or not name.isascii() or size >= 8**11:
+        return _slow_header(name, size)
+    head = bytearray(_EMPTY)
+    head[: len(text)] = text
+    head[124:135] = b"%011o" % size
+    head[148:156] = b"        "  # of which the sum is taken as well
+    head[148:156] = b"%06o\0 " % sum(head)
+    return bytes(head)
+
+
+def _slow_header(name: str, size: int) -> bytes:
     info = tarfile.TarInfo(name)
-    info.size = len(data)
+    info.size = size
     info.mode = 0o644
-    header = info.tobuf(tarfile.PAX_FORMAT)
-    return header + data + bytes(-len(data) % tarfile.BLOCKSIZE)
+    return info.tobuf(tarfile.PAX_FORMAT)
+
+
+_EMPTY = _slow_header("", 0)
+_as_json = json.JSONEncoder(sort_keys=True, ensure_ascii=False).encode
 
 
 def _binary_columns(schema: Schema) -> list[str]:
@@ -47,12 +68,11 @@ class TarWriter(Writer):
         start = self._file.tell()
         key = row["key"]
         extension = EXTENSIONS.get(row["format"], "bin")
-        self._file.write(_member(f"{key}.{extension}", row[IMAGE]))
-        self._file.write(_member(f"{key}.txt", row["caption"].encode()))
+        parts = [*_member(f"{key}.{extension}", row[IMAGE]), *_member(f"{key}.txt", row["caption"].encode())]
         for name in self._binary:
-            self._file.write(_member(f"{key}.{_binary_extension(name, row[name])}", row[name]))
+            parts += _member(f"{key}.{_binary_extension(name, row[name])}", row[name])
         rest = {name: row[name] for name, kind in self._schema.items() if kind not in WIDE}
-        self._file.write(_member(f"{key}.json", json.dumps(rest, sort_keys=True, ensure_ascii=False).encode()))
+        self._file.write(b"".join([*parts, *_member(f"{key}.json", _as_json(rest).encode())]))
         self._locations.append((self._file.name, start, self._file.tell() - start))
 
     def close(self) -> list[Location]:

@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from pipeline import filters, images
+from pipeline.answers import understood
 from pipeline.captions import clean_caption
 from pipeline.cli import config_for, nearest
 from pipeline.config import ConfigError, FilterConfig
@@ -27,7 +28,7 @@ _NOT_TAKEN = ("svg",)
 class Filter(Stage):
     name = "filter"
     version = 2
-    function = "pipeline.images:judge"
+    function = "pipeline.answers:answer"
 
     @property
     def reads_upstream(self) -> bool:  # type: ignore[override]
@@ -109,8 +110,7 @@ class Filter(Stage):
             if row is None or not self._described(outcome, row):
                 yield (outcome, {}), None
             else:
-                data = row.pop("jpg")
-                yield (outcome, row), data
+                yield (outcome, row), row["jpg"]
 
     def _described(self, outcome: Outcome, row: Row) -> bool:
         """Clean the captions; whether they, and the score columns, are such that the image is worth looking at."""
@@ -122,21 +122,21 @@ class Filter(Stage):
             outcome.status, outcome.reason = "dropped", reason
         return not reason
 
-    def _judged(self, outcome: Outcome, row: Row, result: Any) -> Outcome:
-        match result:
-            case None:
-                pass  # decided before it was looked at
-            case images.Result():
+    def _judged(self, outcome: Outcome, row: Row, said: bytes | Lost | None) -> Outcome:
+        if said is None:
+            return outcome  # decided before it was looked at
+        match _understood(said, row):
+            case images.Result() as result:
                 outcome.status, outcome.width, outcome.height = "kept", result.width, result.height
                 outcome.source_pixels, outcome.phash = result.source_width * result.source_height, result.phash
                 outcome.row = self._row(row, result)
-            case images.Dropped():
-                outcome.status, outcome.reason, outcome.detail = "dropped", result.reason, result.detail
-            case images.ImageError():
-                outcome.status = "dropped" if result.reason in _NOT_TAKEN else "failed"
-                outcome.reason, outcome.detail = result.reason, result.detail
-            case Lost():
-                outcome.reason, outcome.detail, outcome.retryable = f"decoder_{result.reason}", result.detail, True
+            case images.Dropped() as refusal:
+                outcome.status, outcome.reason, outcome.detail = "dropped", refusal.reason, refusal.detail
+            case images.ImageError() as error:
+                outcome.status = "dropped" if error.reason in _NOT_TAKEN else "failed"
+                outcome.reason, outcome.detail = error.reason, error.detail
+            case Lost() as lost:
+                outcome.reason, outcome.detail, outcome.retryable = f"decoder_{lost.reason}", lost.detail, True
         return outcome
 
     def _row(self, row: Row, result: images.Result) -> Row:
@@ -148,6 +148,15 @@ class Filter(Stage):
             "height": result.height,
             "min_side": min(result.source_width, result.source_height),
         }
+
+
+def _understood(said: bytes | Lost, row: Row) -> images.Result | images.ImageError | images.Dropped | Lost:
+    if isinstance(said, Lost):
+        return said
+    try:
+        return understood(said, row["jpg"])
+    except ValueError as error:
+        return Lost("crash", f"the worker gave {error}")
 
 
 def _read(stored: Stored) -> tuple[Outcome, Row | None]:
