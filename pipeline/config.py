@@ -430,6 +430,9 @@ class TrainConfig(RunConfig):
     mlp_ratio: float = option(0.0, "classify: width of the MLP after each mixer (0: none)", identity=True)
     dropout: float = option(0.0, "classify, caption: dropout", identity=True)
     drop_path: float = option(0.0, "classify: drop-path of the last block; it rises from 0", identity=True)
+    enlarge: float = option(
+        1.0, "classify: images are read at so many times the resolution, and cropped from that", identity=True
+    )
     crop_scale: float = option(1.0, "classify: random crops take this fraction of the area at least", identity=True)
     shift: float = option(0.0, "classify: images are shifted by up to so many pixels", identity=True)
     flip: float = option(0.0, "classify: probability of mirroring left and right", identity=True)

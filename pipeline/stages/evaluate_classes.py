@@ -37,6 +37,8 @@ class Classifier:
     mean: list[float]
     std: list[float]
     size: int
+    margin: float
+    """Images are brought to this multiple of ``size``, and their middle is taken."""
     step: int
 
     @torch.inference_mode()
@@ -60,7 +62,13 @@ def load_classifier(checkpoint: str | Path, device: str | torch.device = "cpu") 
     model.load_state_dict(found.tensors["ema"])
     how = found.facts["preprocessing"]
     return Classifier(
-        model.to(device).eval(), list(found.facts["classes"]), how["mean"], how["std"], how["size"], found.step
+        model.to(device).eval(),
+        list(found.facts["classes"]),
+        how["mean"],
+        how["std"],
+        how["size"],
+        how["edge"] / how["size"],
+        found.step,
     )
 
 
@@ -71,7 +79,7 @@ def evaluate_classes(config: EvaluateConfig, run: Path) -> dict[str, Any]:
     classifier = load_classifier(config.checkpoint or run, device)
     dataset = test_set(config)
     dataset.require_columns("jpg", "label")
-    data = ImageDataset(RandomAccess(dataset), classifier.size)
+    data = ImageDataset(RandomAccess(dataset), classifier.size, margin=classifier.margin)
     parts = [data.batch(np.arange(i, min(i + _BATCH, len(data)))) for i in range(0, len(data), _BATCH)]
     probabilities = np.concatenate([classifier.probabilities(part["images"]) for part in parts])
     labels = np.concatenate([part["labels"].numpy() for part in parts])

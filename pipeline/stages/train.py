@@ -74,7 +74,10 @@ def learned(config: TrainConfig, dataset: Dataset | None) -> tuple[Task, Batches
         from pipeline.training.tasks.classify import Classify
 
         dataset.require_columns("jpg", "label")
-        images = ImageDataset(RandomAccess(dataset), config.resolution or 224)
+        config = replace(config, resolution=config.resolution or 224)
+        if config.enlarge < 1:
+            raise ConfigError(f"enlarge={config.enlarge}: must be at least 1")
+        images = ImageDataset(RandomAccess(dataset), round(config.resolution * config.enlarge))
         task: Task = Classify(config, images)
         return task, *split(images, config.valid_fraction, config.seed)
     from pipeline.training.tasks.diffuse import EVALUATED, Diffuse

@@ -98,18 +98,21 @@ class ImageDataset:
 class Augmentation:
     """What training does to images: some of crop, flip, affine, RandAugment, erasing, as the config says.
 
+    Args:
+        size: edge of what comes out (0: as what goes in).
+
     Raises:
         ConfigError: a probability or strength that cannot be.
     """
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: TrainConfig, size: int = 0) -> None:
         for name in ("flip", "erase", "mix_probability"):
             if not 0 <= getattr(config, name) <= 1:
                 raise ConfigError(f"{name}={getattr(config, name)}: must be between 0 and 1")
-        self._config = config
+        self._config, self._size = config, size
 
     def __call__(self, pixels: Tensor, keys: Keys) -> Tensor:
-        """uint8 (b, 3, h, w) → the same; sample i depends on (seed, epoch i, position i) alone."""
+        """uint8 (b, 3, h, w) → the same or (b, 3, size, size); each depends on (seed, epoch, position) alone."""
         config = self._config
         draws = np.stack(
             [
@@ -145,9 +148,16 @@ class Augmentation:
             torch.stack([cos * wide * mirror, (shear - sin) * high, shift_x], 1),
             torch.stack([sin * wide * mirror, cos * high, shift_y], 1),
         ]
-        grid = F.affine_grid(torch.stack(rows, 1), [b, 3, height, width], align_corners=False)
+        out = (self._size, self._size) if self._size else (height, width)
+        grid = F.affine_grid(torch.stack(rows, 1), [b, 3, *out], align_corners=False)
         moved = F.grid_sample(pixels.float(), grid, align_corners=False, padding_mode="zeros")
         return moved.round().clamp(0, 255).to(torch.uint8)
+
+
+def centre(pixels: Tensor, size: int) -> Tensor:
+    """The middle of (b, c, h, w): (b, c, size, size)."""
+    top, left = (pixels.shape[2] - size) // 2, (pixels.shape[3] - size) // 2
+    return pixels[:, :, top : top + size, left : left + size]
 
 
 def _erased(image: Tensor, u: Draws) -> Tensor:

@@ -78,6 +78,15 @@ def test_no_augmentation_leaves_images_as_they_are(data: ImageDataset) -> None:
     assert torch.equal(Augmentation(config())(images, keys(np.arange(6))), images)
 
 
+def test_crops_are_taken_from_larger_images_and_evaluation_sees_their_middle(data: ImageDataset) -> None:
+    task = Classify(config(resolution=12, crop_scale=0.5), data)
+    batch = data.batch(np.arange(6))
+    assert task.prepare(batch, keys(np.arange(6)))["images"].shape == (6, 3, 12, 12)
+    seen = task.prepare(batch, keys(np.arange(6), step=-1))["images"]
+    assert torch.equal(seen, batch["images"][:, :, 2:14, 2:14])
+    assert task.preprocessing()["size"] == 12 and task.preprocessing()["edge"] == 16
+
+
 def test_mirrored_images_are_mirrored(data: ImageDataset) -> None:
     images = data.batch(np.arange(6))["images"]
     assert torch.equal(Augmentation(config(flip=1.0))(images, keys(np.arange(6))), images.flip(3))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pipeline.config import ConfigError, TrainConfig
 from pipeline.models.vision_mamba import VisionMamba, vision_mamba_config
 from pipeline.randomness import keyed_seed
-from pipeline.training.images import Augmentation, ImageDataset, mixes
+from pipeline.training.images import Augmentation, ImageDataset, centre, mixes
 from pipeline.training.tasks.base import Batch, Keys, Task
 
 _MEASURED = 2048  # images that mean and deviation are taken from
@@ -34,6 +34,7 @@ class Classify(Task):
 
     def __init__(self, config: TrainConfig, data: ImageDataset) -> None:
         self.config = config
+        self.size, self.edge = config.resolution or data.size, data.size
         self.classes = _classes(config, data)
         self.names = [data.names.get(number, str(number)) for number in range(self.classes)]
         some = data.batch(np.linspace(0, len(data) - 1, min(len(data), _MEASURED)).astype(np.int64))["images"].double()
@@ -42,13 +43,13 @@ class Classify(Task):
         settings = {name: getattr(config, name) for name in _MODEL if getattr(config, name)}
         settings |= {name: getattr(config, name) for name in ("dropout", "drop_path", "mlp_ratio", "scan_backend")}
         torch.manual_seed(keyed_seed(config.seed, "weights"))
-        self.model = VisionMamba(vision_mamba_config(config.model, (3, data.size, data.size), self.classes, **settings))
-        self._augmented = Augmentation(config)
+        self.model = VisionMamba(vision_mamba_config(config.model, (3, self.size, self.size), self.classes, **settings))
+        self._augmented = Augmentation(config, self.size)
         self._mixing = config.mixup > 0 or config.cutmix > 0
 
     def prepare(self, batch: Batch, keys: Keys) -> Batch:
         if keys.step < 0:
-            return batch
+            return {**batch, "images": centre(batch["images"], self.size)}
         batch = {**batch, "images": self._augmented(batch["images"], keys)}
         return {**batch, **mixes(keys, self.config, *batch["images"].shape[2:])} if self._mixing else batch
 
@@ -82,11 +83,11 @@ class Classify(Task):
         return {"model": self.model.config.to_dict(), "classes": self.names}
 
     def preprocessing(self) -> dict[str, Any]:
-        size = self.model.config.height
         return {
             "mean": self.mean,
             "std": self.std,
-            "size": size,
+            "size": self.size,
+            "edge": self.edge,
             "resize": "bicubic",
             "crop": "centre",
             "scale": 1 / 255,
