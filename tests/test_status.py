@@ -426,6 +426,28 @@ def test_the_table_names_stages_ranks_and_problems(mixed: Path) -> None:
     assert '! jdb/train/filter: rank 4 on node0 failed: OSError: "<b>" \\ full' in said
 
 
+def test_hosts_of_all_ranks_are_told_with_the_reasons_of_what_failed(tmp_path: Path) -> None:
+    from rich.console import Console
+
+    hosts = [{"a.example": {"": 90, "http_404": 10}, "b.example": {"timeout": 5}}, {"a.example": {"": 100}}]
+    ranks = [event("beat", rank, 2, NOW - 500, NOW, 10, hosts=hosts[rank]) for rank in range(2)]
+    write(tmp_path / "cc12m/train/download", *ranks)
+    now = Watch(tmp_path).look()
+    console = Console(width=160, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(table.render(now, 0))
+    said = console.export_text()
+    assert "cc12m/train/download: a.example: 190 of 200 kept (95.0%); http_404 10" in said
+    assert "cc12m/train/download: b.example: 0 of 5 kept (0.0%); timeout 5" in said
+    assert now.as_dict()["stages"][0]["hosts"][1] == {
+        "host": "b.example",
+        "asked": 5,
+        "kept": 0,
+        "reasons": "timeout 5",
+    }
+    shown = page.render(now, {}, 0)
+    assert "<td>a.example</td><td>200</td><td>190</td><td>95.0%</td><td>http_404 10</td>" in shown
+
+
 def test_the_page_is_whole_in_itself_and_refreshes(mixed: Path) -> None:
     looking = Watch(mixed, past=True)
     now = looking.look()

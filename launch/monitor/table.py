@@ -15,6 +15,7 @@ from launch.monitor.watch import ACTIVE, Snapshot, StageStatus
 _COLOURS = {"finished": "green", "running": "cyan", "pending": "yellow", "slow": "yellow", "stuck": "yellow"}
 _REASONS = 4
 _PROBLEMS = 12
+_HOSTS = 5
 
 
 def render(snapshot: Snapshot, rows: int) -> RenderableType:
@@ -77,6 +78,12 @@ def _notes(stage: StageStatus) -> Iterator[Text]:
         said = ", ".join(f"{count} {name.replace(':', ': ')}" for name, count in most)
         more = len(stage.reasons) - len(most)
         yield Text(f"{stage.name}: {said}{f', and {more} more reasons' if more else ''}")
+
+    for host in stage.hosts[:_HOSTS]:
+        said = f"{stage.name}: {host.host}: {host.kept} of {host.asked} kept ({host.kept / max(1, host.asked):.1%})"
+        yield Text(f"{said}{'; ' if host.reasons else ''}{host.reasons}", "dim")
+    if len(stage.hosts) > _HOSTS:
+        yield Text(f"{stage.name}: and {len(stage.hosts) - _HOSTS} more hosts (json=true)", "dim")
 
 
 def _ranks(stage: StageStatus, rows: int) -> Table:

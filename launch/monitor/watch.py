@@ -22,6 +22,7 @@ from typing import Any
 from launch.monitor.queue import Queue, QueuedJob
 from launch.monitor.ranks import BAD, RankStatus, statuses
 from pipeline.config import MAIN_LINE, ConfigError
+from pipeline.hosts import Hosts, HostStatus, hosts_of
 from pipeline.partitions.dataset import SUCCESS, Dataset
 from pipeline.partitions.plan import BUCKET
 from pipeline.storage import GONE, Folder, StorageError
@@ -31,6 +32,7 @@ _DEPTH = 4  # <data_dir>/<dataset>/<split>/<stage>
 _MOST_NAMES = 2000  # of a folder that holds more, the rest is not ours
 _REDISCOVER = 30.0
 _LISTINGS = 100
+_HOSTS = 20
 _MANY = 4  # more ranks than this with the same trouble are told of in one line
 ACTIVE = ("running", "starting")
 
@@ -44,6 +46,7 @@ class StageStatus:
         rate: samples per second of all ranks together.
         eta: seconds until it is done; None if that cannot be told.
         world_size: ranks that were started.
+        hosts: servers that most samples came from by URL.
     """
 
     path: str
@@ -67,6 +70,7 @@ class StageStatus:
     loss: float | None = None
     world_size: int = 0
     states: dict[str, int] = field(default_factory=dict)
+    hosts: list[HostStatus] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     jobs: list[QueuedJob] = field(default_factory=list)
     ranks: list[RankStatus] = field(default_factory=list)
@@ -232,13 +236,16 @@ class Work(ABC):
 
     def _add_up(self, status: StageStatus) -> None:
         totals: Counter[str] = Counter()
+        hosts = Hosts()
         for process in self.processes:
             totals.update(process.last["totals"])
+            hosts.merge(hosts_of(process.last))
             status.samples += int(process.points[-1][DONE])
         status.kept, status.dropped, status.failed = totals["kept"], totals["dropped"], totals["failed"]
         status.reasons = {
             name.removeprefix("reason:"): n for name, n in totals.most_common() if name.startswith("reason:")
         }
+        status.hosts = hosts.statuses(_HOSTS)
         live = [rank for rank in status.ranks if rank.live]
         gpus = [rank.gpu for rank in live if rank.gpu is not None]
         status.rate = sum(rank.rate for rank in live)

@@ -13,6 +13,7 @@ from typing import Any
 
 from pipeline import cli
 from pipeline.distributed import Rank
+from pipeline.hosts import Hosts
 from pipeline.partitions.attempt import Attempt, AttemptRemoved, Superseded, require_output, unless_removed
 from pipeline.partitions.claims import Claims
 from pipeline.partitions.dataset import Dataset
@@ -27,6 +28,7 @@ from pipeline.telemetry import BEAT, Events
 
 _POLL = 0.5  # seconds between looks at what others have claimed; grows to a quarter of the lease
 _LOOKUPS = 20  # times that a planned bucket may be not to be seen, before we believe that it is gone
+_HOSTS = 20  # that a rank's events tell of
 _LOOKS = 8  # buckets that an idle rank lists between two pauses, so that a thousand of them are no storm
 
 
@@ -87,7 +89,8 @@ class Worker:
         self.config = stage.config
         self.rank = stage.rank
         self.claims = Claims(dataset.root, self.config.lease)
-        self.rank.now = {"partition": -1, "done": 0}
+        self.hosts = Hosts()
+        self._now(-1, 0)
         self._done: set[int] = set()
         self._full: set[int] = set()
         self._missing: set[int] = set()
@@ -211,7 +214,7 @@ class Worker:
                 record = self._work_in(attempt)
         except AttemptRemoved:
             require_output(self.dataset.root)  # else by gc: another try will do
-        self.rank.now = {"partition": -1, "done": self.events.totals["in"]}
+        self._now(-1, self.events.totals["in"])
         if record is not None:
             self._done.add(index)
             self._tell(record)
@@ -244,6 +247,7 @@ class Worker:
         for outcome in self.stage.process(partition):
             if partition.only is None or (not outcome.container and partition.wants(outcome.key)):
                 self.rank.now["done"] += not outcome.container
+                self.hosts.add(outcome.member, outcome.status, outcome.reason)
                 yield without_taken(dataset, index, outcome)
 
     def _tell(self, record: dict[str, Any]) -> None:
@@ -268,6 +272,11 @@ class Worker:
                 f"{self.dataset.root.path}: {totals['failed']} of {totals['in']} samples of this rank failed, more "
                 f"than max_failed_fraction={limit:g} allows: {dict(Counter(record['reasons']).most_common(3))}"
             )
+
+    def _now(self, partition: int, done: int) -> None:
+        """What each event tells from here on."""
+        hosts = self.hosts.said(_HOSTS)
+        self.rank.now = {"partition": partition, "done": done, **({"hosts": hosts} if hosts else {})}
 
     def tell_hang(self) -> None:
         self.events.emit("hang", seconds=self.config.hang_timeout)

@@ -5,12 +5,10 @@ from __future__ import annotations
 import base64
 import json
 import time
-from collections import Counter, defaultdict
 from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import numpy as np
 from jinja2 import Environment, PackageLoader
@@ -19,6 +17,7 @@ from PIL import Image
 from pipeline import images
 from pipeline.cli import config_for, errors_as_one_line
 from pipeline.config import ConfigError, ReportConfig, dataset_name
+from pipeline.hosts import Hosts, HostStatus
 from pipeline.partitions.dataset import Dataset, SlotReader, Stored, find_datasets
 from pipeline.partitions.ledger import read_ledger
 from pipeline.samples import SampleError
@@ -118,25 +117,15 @@ def spread_samples(dataset: Dataset, most: int) -> Iterator[tuple[int, Stored]]:
         yield index, opened[index][position - int(dataset.starts[index])]
 
 
-def hosts(dataset: Dataset) -> list[dict[str, Any]]:
-    """How the servers of most images did, of samples that came by URL: kept, asked for, and why most failed."""
-    asked: dict[str, Counter[str]] = defaultdict(Counter)
+def hosts(dataset: Dataset) -> list[HostStatus]:
+    """How the servers of most images did, of samples that came by URL."""
+    found = Hosts()
     for index in spread(dataset.partitions, _LEDGERS):
         with dataset.root.folder(dataset.path_of(index)) as folder:
             table = read_ledger(folder, ["outcome", "reason", "member"]).to_pydict()
         for outcome, reason, member in zip(table["outcome"], table["reason"], table["member"], strict=True):
-            if "://" in (member or ""):
-                asked[urlsplit(member).hostname or "?"][reason if outcome != "kept" else ""] += 1
-    largest = sorted(asked.items(), key=lambda item: (-item[1].total(), item[0]))[:_HOSTS]
-    return [
-        {
-            "host": host,
-            "asked": reasons.total(),
-            "kept": reasons[""],
-            "reasons": ", ".join(f"{reason} {n}" for reason, n in reasons.most_common(4) if reason),
-        }
-        for host, reasons in largest
-    ]
+            found.add(member or "", outcome, reason)
+    return found.statuses(_HOSTS)
 
 
 def size_histograms(dataset: Dataset) -> list[str]:

@@ -19,8 +19,10 @@ import pytest
 from PIL import Image
 from sources.server import Server, announced, body, drip, endless, in_turn, redirect, reset, status
 
+from launch.monitor.watch import Watch
 from pipeline.config import ConfigError, DownloadConfig, FilterConfig
 from pipeline.distributed import Rank
+from pipeline.hosts import HostStatus
 from pipeline.partitions import engine
 from pipeline.partitions.dataset import Dataset
 from pipeline.sources.http.names import Names
@@ -326,12 +328,14 @@ def test_results_come_in_order_however_they_arrive(server: Server, memory: Path)
     assert made[0] == made[1]
 
 
-def test_the_report_says_how_hosts_did(server: Server, memory: Path) -> None:
+def test_status_and_report_say_how_hosts_did(server: Server, memory: Path) -> None:
     from pipeline.stages import report
 
     urls = [server.put("/a", PICTURES[0]), server.put("/b", PICTURES[1]), server.url("/gone"), "ftp://files.example/x"]
     download(memory, write_list(memory, "txt", [{"url": url} for url in urls]), retries=0)
     ours, other = report.hosts(Dataset.open(memory / "download"))
-    assert ours == {"host": "127.0.0.1", "asked": 3, "kept": 2, "reasons": "http_404 1"}
-    assert other == {"host": "files.example", "asked": 1, "kept": 0, "reasons": "bad_url 1"}
+    assert ours == HostStatus("127.0.0.1", 3, 2, "http_404 1")
+    assert other == HostStatus("files.example", 1, 0, "bad_url 1")
     assert "127.0.0.1" in report.page(memory / "download", 0)
+    (stage,) = Watch(memory / "download").look().stages
+    assert stage.hosts == [ours, other]
