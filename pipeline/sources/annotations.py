@@ -109,7 +109,34 @@ def _texts(file: IO[bytes], config: SourceConfig) -> Found:
             yield stem, Entry([member.data.decode("utf-8", "replace").strip()])
 
 
+def _imagenet(file: IO[bytes], config: SourceConfig) -> Found:
+    """ImageNet's devkit, for the images of its validation set: their numbers, and which WordNet ids they mean.
+
+    The label is the place of the id among all classes in order, as in the training set.
+    """
+    wanted = ("meta.mat", "ILSVRC2012_validation_ground_truth.txt")
+
+    def wants(name: str, size: int) -> int | None:
+        return min(size, _LARGEST) if name.rpartition("/")[2] in wanted else None
+
+    found = {member.name.rpartition("/")[2]: member.data for member in members(file, 1_000_000, wants)}
+    names = synset_names(io.BytesIO(found["meta.mat"]))
+    numbers = [int(number) for number in found["ILSVRC2012_validation_ground_truth.txt"].split()]
+    places = {name: place for place, name in enumerate(sorted(names[number] for number in set(numbers)))}
+    for image, number in enumerate(numbers, 1):
+        yield f"ILSVRC2012_val_{image:08d}.JPEG", Entry([names[number]], label=places[names[number]])
+
+
+def synset_names(meta: IO[bytes] | Path) -> dict[int, str]:
+    """Number → WordNet id, from ``meta.mat`` of ImageNet's devkit."""
+    from scipy.io import loadmat
+
+    synsets = loadmat(meta, squeeze_me=True)["synsets"]
+    return {int(entry["ILSVRC2012_ID"]): str(entry["WNID"]) for entry in synsets}
+
+
 READERS: dict[str, Reader] = {
+    "imagenet": _imagenet,
     "jdb": _jdb,
     "diffusiondb": _diffusiondb,
     "coco": _coco,
@@ -201,10 +228,11 @@ class Annotations:
         self._table: sqlite3.Connection | None = None
         self._shared: Entry | None = None
 
-    def enter(self, archive: str, number: int) -> None:
+    def enter(self, archive: str, classes: list[str]) -> None:
         """An archive begins; with ``annotations=archives`` it is a class, its place among them the label."""
         if self._config.annotations == "archives":
-            self._shared = Entry([archive_class(archive)], label=number)
+            name = archive_class(archive)
+            self._shared = Entry([name], label=classes.index(name))
 
     def _place(self, home: Path) -> Path:
         config = self._config
@@ -231,6 +259,7 @@ class Annotations:
     def _write(self, place: Path, files: Iterable[tuple[str, IO[bytes]]]) -> None:
         assert self._read is not None
         digests = {}
+        classes: dict[int, str] = {}
         with closing(sqlite3.connect(place)) as table:
             table.execute("pragma journal_mode=off")
             table.execute("pragma synchronous=off")
@@ -243,7 +272,8 @@ class Annotations:
                         content.update(block)
                     digests[name] = content.hexdigest()
                     file.seek(0)
-                    rows = ((_plain(image), _packed(entry)) for image, entry in self._read(file, self._config))
+                    entries = _noted(self._read(file, self._config), classes)
+                    rows = ((_plain(image), _packed(entry)) for image, entry in entries)
                     table.executemany("insert or ignore into images values (?, ?)", rows)
                 except SampleError as error:
                     raise ConfigError(f"metadata: {name}: {error}") from None
@@ -252,7 +282,9 @@ class Annotations:
                         f"metadata: {name} is not laid out as annotations={self._config.annotations} expects "
                         f"({type(error).__name__}: {error})"
                     ) from None
-            about = {"metadata": digests}
+            about: dict[str, Any] = {"metadata": digests}
+            if classes:
+                about["classes"] = [classes[label] for label in sorted(classes)]
             table.execute("insert into about values (?)", (json.dumps(about, sort_keys=True),))
             table.commit()
 
@@ -290,6 +322,14 @@ class Annotations:
 def _opened(place: Path) -> sqlite3.Connection:
     """Read-only, without locks, which network file systems may not have."""
     return sqlite3.connect(f"{place.absolute().as_uri()}?mode=ro&immutable=1", uri=True)
+
+
+def _noted(found: Found, classes: dict[int, str]) -> Found:
+    """``found``, and the names of the classes that are in it."""
+    for name, entry in found:
+        if entry.label is not None:
+            classes[entry.label] = entry.captions[0]
+        yield name, entry
 
 
 def _packed(entry: Entry) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 from abc import abstractmethod
@@ -9,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from io import BufferedReader
 from pathlib import Path
 from typing import IO, Any
 
@@ -37,6 +39,8 @@ class Place:
     sha256: str = ""
     md5: str = ""
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+    span: tuple[int, int] | None = None
+    """Where in the file ``path`` it begins, and its bytes, if it is a part of that file."""
 
 
 class FileSource(Source):
@@ -53,6 +57,10 @@ class FileSource(Source):
     @abstractmethod
     def locate(self, file: Input) -> Place:
         """Where a planned file is."""
+
+    def size_of(self, file: Input) -> int:
+        """Bytes of a planned file; 0 if that is not known."""
+        return max(file.size, 0)
 
     def metadata(self) -> list[tuple[str, Place]]:
         """Names and places of the files with captions that ``metadata=`` names."""
@@ -72,8 +80,9 @@ class FileSource(Source):
     def plan(self) -> Iterator[Partition]:
         check_settings(self.config)
         files = list(self.inputs())
-        known = sum(max(file.size, 0) for file in files)
-        largest = max((file.size for file in files), default=0)  # an archive lies there until its samples are stored
+        sizes = [self.size_of(file) for file in files]
+        known = sum(sizes)
+        largest = max(sizes, default=0)  # an archive lies there until its samples are stored
         check_space(self.config, self.home, known + largest if known else None)
         for file in files:
             yield Partition((file,))
@@ -112,7 +121,7 @@ class FileSource(Source):
         Raises:
             SampleError: the file as a whole cannot be used; nothing was yielded then.
         """
-        self.annotations.enter(planned.path, planned.start)
+        self.annotations.enter(planned.path, self.planned.get("classes", []))
         magic = file.read(4)
         file.seek(0)
         if magic == b"PAR1":
@@ -155,12 +164,35 @@ class FileSource(Source):
             state = os.fstat(file.fileno())
             if planned and (state.st_size, state.st_mtime_ns) != (planned.size, planned.mtime_ns):
                 raise SampleError("changed_since_plan", "size or time of change differ from the plan")
+            part = BufferedReader(_Part(file.fileno(), *(place.span or (0, state.st_size))), _BLOCK)
             digest = xxhash.xxh3_128()
-            while block := file.read(_BLOCK):
+            while block := part.read(_BLOCK):
                 digest.update(block)
                 self.check_stop()
-            file.seek(0)
-            yield file, state.st_size, digest.hexdigest()
+            yield part, part.seek(0, io.SEEK_END), digest.hexdigest()
+
+
+class _Part(io.RawIOBase):
+    """Some bytes of an open file, as a file of their own."""
+
+    def __init__(self, fd: int, start: int, size: int) -> None:
+        self._fd, self._start, self._size, self._at = fd, start, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = max(0, offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence])
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        left = max(0, min(len(buffer), self._size - self._at))
+        count = os.preadv(self._fd, [memoryview(buffer)[:left]], self._start + self._at) if left else 0
+        self._at += count
+        return count
 
 
 def local_input(path: str, name: str, number: int = 0) -> Input:

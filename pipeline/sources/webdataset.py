@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
 
 from pipeline.config import ConfigError
 from pipeline.partitions.plan import Input
-from pipeline.samples import path_text
+from pipeline.samples import SampleError, path_text
+from pipeline.sources.archives.member import Wants
+from pipeline.sources.archives.tar import tar_members
 from pipeline.sources.files import FileSource, Place, local_input
 from pipeline.sources.http_archive import check_url, share
 
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _MOST = 1_000_000
+_INSIDE = "inside "
 
 
 class WebDataset(FileSource):
-    """Tar files whose neighbours of one stem are a sample: image, ``.txt``, ``.json``, ``.cls``."""
+    """Tar files whose neighbours of one stem are a sample: image, ``.txt``, ``.json``, ``.cls``.
+
+    With ``annotations=archives`` each tar is a class, and a tar of such tars is as good as a folder of them.
+    """
 
     suffixes: tuple[str, ...] = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".zip")
 
@@ -59,13 +66,46 @@ class WebDataset(FileSource):
         return [path]
 
     def inputs(self) -> Iterator[Input]:
-        chosen = islice(self.places.items(), share(len(self.places), self.config.fraction))
-        for number, (name, place) in enumerate(chosen):
-            yield Input(name, number, number + 1) if "://" in place else local_input(place, name, number)
+        return islice(self._found, share(len(self._found), self.config.fraction))
+
+    @cached_property
+    def _found(self) -> list[Input]:
+        found: list[Input] = []
+        for number, (name, place) in enumerate(self.places.items()):
+            if "://" in place:
+                found.append(Input(name, number, number + 1))
+                continue
+            file = local_input(place, name, number)
+            found += (self._inside(file, place) if self.config.annotations == "archives" else []) or [file]
+        if len({file.path for file in found}) < len(found):
+            raise ConfigError(f"input={self.config.input}: two archives have the same name")
+        return found
+
+    def _inside(self, file: Input, place: str) -> list[Input]:
+        """The tars in a tar that holds nothing else, by name: where each begins and ends in it."""
+        nothing: Wants = lambda name, size: 0  # noqa: E731
+        found = []
+        try:
+            with open(place, "rb") as outer:
+                for member in tar_members(outer, self.config.max_members, nothing):
+                    if not member.name.endswith(".tar") or member.error:
+                        return []
+                    stop = member.offset + member.size
+                    name = path_text(member.name.rpartition("/")[2])
+                    found.append(replace(file, path=name, start=member.offset, stop=stop, etag=_INSIDE + file.path))
+        except SampleError as error:
+            if found:
+                raise ConfigError(f"{place}: {error}") from None
+        return sorted(found, key=lambda inner: inner.path)
 
     def locate(self, file: Input) -> Place:
+        if file.etag.startswith(_INSIDE):
+            return Place(path=self.places[file.etag.removeprefix(_INSIDE)], span=(file.start, file.stop - file.start))
         place = self.places[file.path]
         return Place(url=place) if "://" in place else Place(path=place)
+
+    def size_of(self, file: Input) -> int:
+        return file.stop - file.start if file.etag.startswith(_INSIDE) else super().size_of(file)
 
 
 def _name(place: str) -> str:

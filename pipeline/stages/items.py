@@ -22,6 +22,7 @@ from pipeline.partitions.dataset import Dataset, RandomAccess
 from pipeline.partitions.plan import Input, Partition
 from pipeline.randomness import keyed_seed
 from pipeline.samples import IMAGE_COLUMNS, Outcome, Row, SampleError, Schema, caption_fields, content_hash
+from pipeline.sources.annotations import synset_names
 from pipeline.sources.image_folder import ImageFolder, walk
 
 PARTITION_BYTES = 512 << 20
@@ -460,10 +461,7 @@ def read_labels(path: Path) -> dict[str, str]:
 
 
 def _devkit_names(path: Path) -> dict[int, str]:
-    from scipy.io import loadmat
-
     found = next((folder / "meta.mat" for folder in path.parents[:2] if (folder / "meta.mat").is_file()), None)
     if found is None:
         raise ConfigError(f"labels={path}: meta.mat of the devkit must lie beside it")
-    synsets = loadmat(found, squeeze_me=True)["synsets"]
-    return {int(entry["ILSVRC2012_ID"]): str(entry["WNID"]) for entry in synsets}
+    return synset_names(found)

@@ -34,6 +34,7 @@ from pipeline.stages import get_stage
 EDGE = 260
 NAMES = [path.stem for path in sorted((cli.CONF / "dataset").glob("*.yaml"))]
 README = Path(__file__).parents[2] / "README.md"
+WORDNET = ("n01440764", "n01443537", "n01484850")
 OWN = ("shapes", "pairs", "digits", "image_folder")
 """Sets that nobody publishes."""
 
@@ -231,9 +232,14 @@ def imagenet(server: Server, folder: Path) -> Case:
 
 
 def imagenet_tars(server: Server, folder: Path) -> Case:
-    for n, name in enumerate(("n01440764", "n01443537")):
-        (folder / f"{name}.tar").write_bytes(tar_of({f"{name}_{n}.JPEG": photo(n)}))
-    return Case([["n01440764"], ["n01443537"]], [f"input={folder}"], labels=[0, 1])
+    (folder / "ILSVRC2012_img_train.tar").write_bytes(tar_of(class_tars()))
+    return Case([["n01440764"], ["n01443537"]], [f"input={folder}/ILSVRC2012_img_train.tar"], labels=[0, 1])
+
+
+def class_tars() -> dict[str, bytes]:
+    """In another order than their names have."""
+    tars = {f"{name}.tar": tar_of({f"{name}_{n}.JPEG": photo(n)}) for n, name in enumerate(WORDNET[:2])}
+    return dict(reversed(tars.items()))
 
 
 def caltech256(server: Server, folder: Path) -> Case:
@@ -346,12 +352,58 @@ def test_a_data_set_by_name(server: Server, memory: Path, monkeypatch: pytest.Mo
         )
         == success
     )
-    planning = [request for request in server.requests[asked:] if "/api/" not in request.path]
-    assert planning == []
+    assert server.requests[asked:] == []
     for path in data_dir.rglob("*"):
         if path.is_file():
             said = str(pq.read_table(path).to_pylist()).encode() if path.suffix == ".parquet" else path.read_bytes()
             assert b"hushhush" not in said, path
+
+
+def test_imagenet_is_the_same_from_a_tar_of_tars_and_from_the_tars(memory: Path) -> None:
+    digests = []
+    (memory / "outer.tar").write_bytes(tar_of(class_tars()))
+    (memory / "folder").mkdir()
+    for name, data in class_tars().items():
+        (memory / "folder" / name).write_bytes(data)
+    for given in ("outer.tar", "folder"):
+        out = memory / f"out-{given}"
+        run("download", "dataset=imagenet_tars", f"input={memory / given}", f"output={out}")
+        digests.append([(row["key"], row["label"], row["jpg"]) for row in rows_of(out)])
+        fake_stage.assert_sound(out)
+    assert (
+        digests[0]
+        == digests[1]
+        == [(f"{name}=2Etar/{name}_{n}-JPEG", n, photo(n)) for n, name in enumerate(WORDNET[:2])]
+    )
+    (memory / "cut.tar").write_bytes(tar_of(class_tars())[:8000])
+    with pytest.raises(ConfigError, match="cut.tar: truncated_archive"):
+        run("download", "dataset=imagenet_tars", f"input={memory / 'cut.tar'}", f"output={memory / 'none'}")
+
+
+def test_labels_of_imagenets_validation_set_come_from_its_devkit(memory: Path) -> None:
+    """Its numbers of classes are not in the order of their WordNet ids, and it knows more than the 1,000 classes."""
+    from scipy.io import savemat
+
+    order = (WORDNET[2], WORDNET[0], WORDNET[1], "n00001740")  # of ILSVRC2012_ID
+    synsets = np.array(list(enumerate(order, 1)), [("ILSVRC2012_ID", object), ("WNID", object)])
+    meta = io.BytesIO()
+    savemat(meta, {"synsets": synsets})
+    numbers = (2, 1, 3, 1)
+    kit = {"meta.mat": meta.getvalue(), "ILSVRC2012_validation_ground_truth.txt": "\n".join(map(str, numbers)).encode()}
+    devkit = memory / "ILSVRC2012_devkit_t12.tar.gz"
+    devkit.write_bytes(PACKED["gz"](tar_of({f"ILSVRC2012_devkit_t12/data/{name}": data for name, data in kit.items()})))
+    pictures = {f"ILSVRC2012_val_{n:08d}.JPEG": photo(n) for n in range(1, 5)}
+    (memory / "ILSVRC2012_img_val.tar").write_bytes(tar_of(pictures))
+    out = memory / "data/imagenet_tars/valid"
+    given = ["dataset=imagenet_tars", "split=valid", f"data_dir={memory / 'data'}"]
+    run("download", *given, f"input={memory / 'ILSVRC2012_img_val.tar'}", f"metadata=[{devkit}]")
+    run("filter", *given, "workers=0")
+    run("shard", *given)
+    rows = rows_of(out / "shard-mds")
+    assert [(row["label"], row["captions"]) for row in rows] == [
+        (WORDNET.index(order[number - 1]), [order[number - 1]]) for number in numbers
+    ]
+    assert json.loads((out / "shard-mds/manifest.json").read_text())["classes"] == list(WORDNET)
 
 
 def test_every_set_is_described_and_tested() -> None:
