@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 from streaming import Stream, StreamingDataLoader, StreamingDataset
+from streaming.base.constant import SHM_TO_CLEAN
 from streaming.base.storage.download import CloudDownloader
-from streaming.base.util import clean_stale_shared_memory
 
 from pipeline.cli import nearest
 from pipeline.config import ConfigError
 from pipeline.latents.loading import _BACK, _IMAGE, _TEXT, Layout, check_text
+from pipeline.latents.stale import remove_stale
 from pipeline.randomness import uniforms
 
 _LOCAL = "file://"
@@ -78,8 +79,11 @@ def build(
     """See :func:`pipeline.latents.loading.build_streaming_latents_dataloader`.
 
     What crashed runs have left in the shared memory is taken away first.
+
+    Raises:
+        ConfigError: also if another job on this machine streams to the same ``cache``.
     """
-    clean_stale_shared_memory()
+    remove_stale(SHM_TO_CLEAN)
     column = f"{_IMAGE}{image_size}"
     root = Path(cache or Path(tempfile.gettempdir()) / "latentmill")
     streams, layouts = [], []
@@ -93,16 +97,21 @@ def build(
         layouts.append(layout)
         share: dict[str, Any] = {"proportion": weights[number] / sum(weights)} if weights else {}
         streams.append(Stream(remote=_remote(place), local=str(local), **share))
-    dataset = RemoteLatents(
-        layouts,
-        column,
-        cap_drop_prob,
-        streams=streams,
-        batch_size=batch_size,
-        shuffle=shuffle,
-        shuffle_seed=seed,
-        num_canonical_nodes=1,
-    )
+    try:
+        dataset = RemoteLatents(
+            layouts,
+            column,
+            cap_drop_prob,
+            streams=streams,
+            batch_size=batch_size,
+            shuffle=shuffle,
+            shuffle_seed=seed,
+            num_canonical_nodes=1,
+        )
+    except ValueError as error:
+        if "Reused local directory" not in str(error):
+            raise
+        raise ConfigError(f"cache={root}: another job on this machine streams to it: give this one another") from None
     return StreamingDataLoader(dataset, batch_size=batch_size, drop_last=drop_last, **options)
 
 

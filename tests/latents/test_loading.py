@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import signal
 import subprocess
@@ -25,6 +26,7 @@ from pipeline.latents.loading import (
     TrainingLatents,
     build_streaming_latents_dataloader,
 )
+from pipeline.latents.stale import remove_stale
 from pipeline.partitions.dataset import RandomAccess
 
 TEXT = {"cap_seq_size": 16, "cap_emb_dim": 64}
@@ -225,3 +227,40 @@ def test_streaming_from_elsewhere_gives_the_same_and_survives_a_crash(make: Make
         assert torch.equal(one["caption_latents"], other["caption_latents"])
     with pytest.raises(ConfigError, match="image_size=128: .* known: 32, 64"):
         build_streaming_latents_dataloader(remote, 10, 128, **TEXT, cache=tmp_path)
+
+
+_ALIVE = """
+import sys
+from pipeline.latents.loading import build_streaming_latents_dataloader
+loader = build_streaming_latents_dataloader(sys.argv[1], 4, 64, 16, 64, cache=sys.argv[2], drop_last=False)
+batches = iter(loader)
+count = len(next(batches)["image_latents"])
+print("started", flush=True)
+sys.stdin.readline()
+print(count + sum(len(batch["image_latents"]) for batch in batches))
+"""
+
+
+def test_a_job_that_lives_is_not_disturbed(make: Make, tmp_path: Path) -> None:
+    pytest.importorskip("streaming")
+    remote = f"file://{make('int8+dedup', text_storage='int8+dedup').root.path}"
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    with subprocess.Popen(
+        [sys.executable, "-c", _ALIVE, remote, str(tmp_path / "theirs")],
+        env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    ) as job:  # fmt: skip
+        assert job.stdin and job.stdout and job.stdout.readline() == "started\n"
+        for _ in range(2):
+            ours = build_streaming_latents_dataloader(remote, 4, 64, **TEXT, cache=tmp_path / "ours", drop_last=False)
+            assert sum(len(batch["image_latents"]) for batch in ours) == COUNT
+        rest, _ = job.communicate("go on\n", timeout=300)
+    assert job.returncode == 0 and rest == f"{COUNT}\n"
+
+
+def test_shared_memory_is_stale_when_nobody_has_it_mapped(tmp_path: Path) -> None:
+    for name in ("000000_locals", "000000_barrier", "000001_locals", "000001_barrier", "000002_mine", "other"):
+        (tmp_path / name).write_bytes(bytes(4096))
+    with (tmp_path / "000001_barrier").open("r+b") as file, mmap.mmap(file.fileno(), 4096):
+        assert remove_stale(["locals", "barrier"], tmp_path) == ["000000_barrier", "000000_locals"]
+    assert remove_stale(["locals", "barrier"], tmp_path) == ["000001_barrier", "000001_locals"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["000002_mine", "other"]
