@@ -78,7 +78,7 @@ def theirs(folder: Path, batch: int) -> Any:
 def storage() -> None:
     from pipeline.encoders.base import text_encoder
 
-    captions = [f"a photo of {number} {'very ' * (number % 20)}red things on a table" for number in range(16)]
+    captions = [f"a photo of {number} {'very ' * (number % 20)}red things on a table" for number in range(32)]
     with torch.inference_mode():
         states = text_encoder("openclip:ViT-H-14:random").encode(captions)
     full = size_of(TEXT, "dense", "float16")

@@ -6,6 +6,7 @@ import json
 import threading
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+from fake_stage import rank_of
 from PIL import Image
 from stages.conftest import digests, run_stage
 
@@ -24,6 +26,7 @@ from pipeline.encoders.base import autoencoder, posterior_noise
 from pipeline.encoders.preprocessing import fit
 from pipeline.latents import text_storage
 from pipeline.latents.encoding import Encoding
+from pipeline.partitions import engine
 from pipeline.partitions.dataset import Dataset
 from pipeline.stages.precompute import Precompute
 
@@ -300,3 +303,79 @@ def test_what_was_begun_early_counts_only_if_it_comes_next(
     assert [outcome.row for outcome in stage.process(partitions[1])] == [s.read() for s in expected.samples(2)]
     stage.close()
     assert not [thread for thread in threading.enumerate() if thread.name == "ahead"]
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_any_number_of_ranks_stores_the_same_samples_of_the_posterior(
+    encoded: Callable[..., Dataset], upstream: Path, tmp_path: Path, ranks: int
+) -> None:
+    alone = encoded()
+    settings = {**alone.header["config"], "input": str(upstream), "output": str(tmp_path / "ranks")}
+    stages = [Precompute(build(PrecomputeConfig, settings), rank_of(number, ranks)) for number in range(ranks)]
+    with ThreadPoolExecutor(ranks) as pool:
+        list(pool.map(engine.run, stages))
+    assert digests(tmp_path / "ranks") == digests(alone.root.path)
+    rows_of(Dataset.open(tmp_path / "ranks"))
+
+
+def test_a_truncated_picture_is_a_row_of_the_ledger(tmp_path: Path) -> None:
+    for number in range(5):
+        pixels = np.random.default_rng(number).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{number}.jpg")
+    (tmp_path / "3.jpg").write_bytes((tmp_path / "3.jpg").read_bytes()[:-2000])
+    run_stage("download", source="image_folder", input=str(tmp_path), output=str(tmp_path / "raw"))
+    settings = {"image_resolutions": (64,), "max_failed_fraction": 0.5}
+    for workers in (0, 2):
+        place = tmp_path / f"latents{workers}"
+        success = run_stage("precompute", input=str(tmp_path / "raw"), output=str(place), workers=workers, **settings)
+        assert success["counts"]["kept"] == 4 and success["reasons"] == {"failed:truncated": 1}
+
+
+def test_compiled_networks_give_the_same(encoded: Callable[..., Dataset], monkeypatch: pytest.MonkeyPatch) -> None:
+    before = rows_of(encoded("plain"))
+    compiled: list[str] = []
+
+    def compile(self: torch.nn.Module, **options: Any) -> None:
+        compiled.append(type(self).__name__)
+        self._compiled_call_impl = torch.compile(self._call_impl, backend="eager", **options)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile)
+    after = rows_of(encoded("compiled", compile=True))
+    assert compiled == ["Encoder", "Transformer"]
+    for key, row in after.items():
+        for column in ("caption_latents", "latents_64"):
+            assert_near(row[column], before[key][column])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("more", [{}, {"workers": 2}, {"batch_size": "auto"}, {"compile": True}], ids=str)
+def test_a_gpu_gives_what_a_cpu_gives(
+    encoded: Callable[..., Dataset], monkeypatch: pytest.MonkeyPatch, more: dict[str, Any]
+) -> None:
+    gpu = encoded("gpu", model_dtype="float32", save_dtype="float32", **more)
+    speed = (gpu.record(0) or {})["notes"]["speed"]
+    assert 0 <= speed["idle"] <= 1
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        cpu = encoded("cpu", save_dtype="float32")
+    expected = rows_of(cpu)
+    for key, row in rows_of(gpu).items():
+        for column in ("caption_latents", "latents_32", "latents_64"):
+            # a GPU resizes in float32, which moves a few pixels by a level
+            torch.testing.assert_close(
+                values(gpu, row, column), values(cpu, expected[key], column), rtol=2e-2, atol=2e-2
+            )
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_that_runs_out_of_memory_goes_on_with_less(encoded: Callable[..., Dataset]) -> None:
+    whole = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(2**27 / whole)
+    try:
+        dataset = encoded("little", image_resolutions=(512,), model_dtype="float32", batch_size="64")
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    noted = json.loads((dataset.root.path / "manifest.json").read_text())["noted"]
+    assert any("out of memory" in name for name in noted) and len(rows_of(dataset)) == COUNT
