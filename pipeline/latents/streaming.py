@@ -19,7 +19,7 @@ from pipeline.cli import nearest
 from pipeline.config import ConfigError
 from pipeline.latents.loading import _BACK, _IMAGE, _TEXT, Layout, check_text
 from pipeline.latents.stale import remove_stale
-from pipeline.randomness import uniforms
+from pipeline.randomness import normals, uniforms
 
 _LOCAL = "file://"
 
@@ -27,7 +27,7 @@ _LOCAL = "file://"
 class RemoteLatents(StreamingDataset):
     """Samples as dicts: ``image_latents`` (c, h, w), ``caption_latents`` (1, l, d), ``drop_caption_mask`` ().
 
-    Moments give a sample of their own each time.
+    Moments give a sample of their own each epoch.
     """
 
     def __init__(self, layouts: Sequence[Layout], column: str, cap_drop_prob: float, **given: Any) -> None:
@@ -41,7 +41,7 @@ class RemoteLatents(StreamingDataset):
         row = super().__getitem__(at)
         layout = self._layouts[self._folder(at)]
         text = row[_TEXT] or super().__getitem__(at - row.get(_BACK, 0))[_TEXT]
-        image = layout.image(_raw(row[self._column]), self._column, self._noise(layout))
+        image = layout.image(_raw(row[self._column]), self._column, self._noise(layout, int(at)))
         drawn = uniforms(1, self._seed, "drop", self.next_epoch, int(at))[0]
         return {
             "image_latents": image[0],
@@ -53,8 +53,11 @@ class RemoteLatents(StreamingDataset):
         shard, _ = self.spanner[at]
         return int(self.stream_per_shard[shard])
 
-    def _noise(self, layout: Layout) -> torch.Tensor | None:
-        return torch.randn(1, *layout.image_shape(self._column)) if layout.latent == "moments" else None
+    def _noise(self, layout: Layout, at: int) -> torch.Tensor | None:
+        if layout.latent != "moments":
+            return None
+        shape = layout.image_shape(self._column)
+        return torch.from_numpy(normals(shape, self._seed, "moments", self.next_epoch, at))[None]
 
 
 def _raw(data: bytes) -> torch.Tensor:

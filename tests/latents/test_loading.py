@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import mmap
 import os
 import signal
@@ -255,6 +256,25 @@ def test_a_job_that_lives_is_not_disturbed(make: Make, tmp_path: Path) -> None:
             assert sum(len(batch["image_latents"]) for batch in ours) == COUNT
         rest, _ = job.communicate("go on\n", timeout=300)
     assert job.returncode == 0 and rest == f"{COUNT}\n"
+
+
+def test_streamed_moments_are_drawn_anew_each_epoch_and_in_each_run_alike(tmp_path: Path) -> None:
+    streaming = pytest.importorskip("streaming")
+    columns = {"caption_latents": "bytes", "latents_64": "bytes"}
+    moments = np.concatenate([np.zeros((4, 8, 8)), np.ones((4, 8, 8))]).astype(np.float16)
+    with streaming.MDSWriter(out=str(tmp_path / "remote"), columns=columns) as writer:
+        for _ in range(12):
+            writer.write({"caption_latents": bytes(2 * 16 * 64), "latents_64": moments.tobytes()})
+    shapes = {"latents_64": [8, 8, 8], "caption_latents": [16, 64]}
+    manifest = {"shapes": shapes, "dtype": "float16", "latent": "moments"}
+    (tmp_path / "remote/manifest.json").write_text(json.dumps(manifest))
+    runs = []
+    for _ in range(2):
+        place = f"file://{tmp_path}/remote"
+        loader = build_streaming_latents_dataloader(place, 4, 64, **TEXT, shuffle=False, cache=tmp_path / "cache")
+        runs.append([torch.cat([batch["image_latents"] for batch in loader]) for _ in range(2)])
+    assert torch.equal(runs[0][0], runs[1][0]) and torch.equal(runs[0][1], runs[1][1])
+    assert not torch.equal(runs[0][0], runs[0][1]) and runs[0][0].float().std() == pytest.approx(1, abs=0.05)
 
 
 def test_shared_memory_is_stale_when_nobody_has_it_mapped(tmp_path: Path) -> None:
