@@ -86,7 +86,7 @@ def storage() -> None:
     images = 2 * sum(4 * (edge // 8) ** 2 for edge in (256, 512))
     full = size_of(TEXT, "dense", "float16")
     print(
-        "\ntext_storage   bytes of text   of dense   bytes with latents of 256 and 512   1 - cosine, mean   and largest"
+        "\ntext_storage   bytes of text   of dense   bytes with latents of 256 and 512  1 - cosine, mean      largest"
     )
     for kind in ("dense", "int8", "fp8", "dedup", "int8+dedup"):
         size = size_of(TEXT, kind, "float16") // (2 if kind.endswith("dedup") else 1)
