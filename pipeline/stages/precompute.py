@@ -261,6 +261,7 @@ class Precompute(Stage):
         if self._line is not None and self._line.queued[:1] != [partition]:
             self.close()
         if self._line is None:
+            self.encoding  # noqa: B018 - libraries cannot load models in several threads at once
             self._line = _Line(self)
         for wanted in (partition, self.following):
             if wanted is not None and wanted not in self._line.queued:

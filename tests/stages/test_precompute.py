@@ -312,6 +312,7 @@ def test_any_number_of_ranks_stores_the_same_samples_of_the_posterior(
     alone = encoded()
     settings = {**alone.header["config"], "input": str(upstream), "output": str(tmp_path / "ranks")}
     stages = [Precompute(build(PrecomputeConfig, settings), rank_of(number, ranks)) for number in range(ranks)]
+    assert all(stage.encoding for stage in stages)  # models cannot be loaded in several threads at once
     with ThreadPoolExecutor(ranks) as pool:
         list(pool.map(engine.run, stages))
     assert digests(tmp_path / "ranks") == digests(alone.root.path)
