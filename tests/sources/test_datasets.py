@@ -8,9 +8,10 @@ import io
 import json
 import re
 import struct
+import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import cache
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from pipeline.config import ConfigError
 from pipeline.distributed import Rank
 from pipeline.partitions import engine
 from pipeline.partitions.dataset import Dataset
+from pipeline.sources import torchvision
 from pipeline.stages import get_stage
 
 EDGE = 260
@@ -47,6 +49,10 @@ def photo(number: int, kind: str = "JPEG") -> bytes:
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, kind)
     return file.getvalue()
+
+
+def other_photo(photo: Callable[..., bytes], number: int, kind: str = "JPEG") -> bytes:
+    return photo(number + 1, kind)
 
 
 @dataclass
@@ -443,6 +449,37 @@ def test_a_file_that_is_not_the_one_that_the_hub_announced(
     assert run("download", *arguments)["reasons"] == {"failed:wrong_hash": 1}
     cc12m(server, memory)
     assert run("download", *arguments, "retry_failed=true")["counts"]["kept"] == 4
+
+
+@pytest.mark.parametrize("name", ["coco2017", "caltech256", "feidegger", "sa1b", "laion"])
+def test_what_a_server_has_changed_since_is_not_mixed_with_what_was_made_before(
+    server: Server, memory: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Another file at the same URL: nothing asks for it unasked, and what was made from the old one says so."""
+    case = CASES[name](server, memory)
+    data = [f"dataset={name}", f"data_dir={memory / 'data'}", *(a for a in case.arguments if a.startswith("split="))]
+    given = [*data, *case.arguments, "allow_private_hosts=true", "retries=0", "check_space=false"]
+    before = run("download", *given)
+    run("filter", *data, "workers=0", "min_image_size=8")
+    paths = set(server.replies)
+    monkeypatch.setattr(sys.modules[__name__], "photo", partial(other_photo, photo))
+    CASES[name](server, memory)
+    assert set(server.replies) == paths
+    assert run("download", *given) == before
+    after = run("download", *given, "overwrite=true", "run_id=two")
+    assert after["counts"]["kept"] == before["counts"]["kept"]
+    with pytest.raises(ConfigError, match="was made from another content of .* choose another output"):
+        run("filter", *data, "workers=0", "min_image_size=8")
+
+
+def test_a_published_file_is_checked_against_its_published_hash(
+    server: Server, memory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    idx_files(server, memory)
+    published = replace(torchvision.SETS["mnist"], url=server.url(""))
+    monkeypatch.setitem(torchvision.SETS, "mnist", published)
+    given = ["dataset=mnist", f"data_dir={memory / 'data'}", "allow_private_hosts=true", "max_failed_fraction=1"]
+    assert run("download", *given)["reasons"] == {"failed:wrong_hash": 1}
 
 
 @pytest.mark.parametrize(
