@@ -7,7 +7,8 @@ img2dataset wants a virtual environment of its own, as it pins other versions of
     python benchmarks/download.py peer=/tmp/peer/bin/python
 
 Both bring 200 different JPEGs of 640x480 (quality 90), each by many URLs, to a smaller edge of 256, quality 95.
-The server runs on the same cores. Ratios of one run; memory is the largest sum over all processes of one side.
+The server runs on the same cores, and ours decodes in the ranks themselves (workers=0), as img2dataset does. Ratios of
+one run; memory is the largest sum over all processes of one side.
 """
 
 from __future__ import annotations
