@@ -16,7 +16,7 @@ from pathlib import Path
 from pipeline import images
 from pipeline.cli import config_for, errors_as_one_line
 from pipeline.config import ConfigError, VerifyConfig, dataset_name
-from pipeline.partitions.dataset import Dataset, SlotReader, Stored, find_datasets
+from pipeline.partitions.dataset import Dataset, Released, SlotReader, Stored, find_datasets
 from pipeline.partitions.ledger import FILE as LEDGER
 from pipeline.partitions.verify import Finding, verify, verify_partition
 from pipeline.samples import SampleError
@@ -141,6 +141,8 @@ def fault_of(sample: Stored) -> str:
         if "jpg" not in row:
             return ""
         height, width = images.decode(row["jpg"], images.probe(row["jpg"], images.Limits())).shape[:2]
+    except Released:
+        return ""  # of a dataset that the sample refers to
     except (SampleError, images.ImageError) as error:
         return f"does not decode: {error}"
     said = (row.get("width", width), row.get("height", height))

@@ -22,6 +22,7 @@ from pipeline.stages import release, trace
 from pipeline.stages.release import release_upstream
 from pipeline.stages.repair import repair
 from pipeline.stages.takedown import takedown
+from pipeline.stages.verify import findings_in
 from pipeline.storage import StorageError
 
 KEY = "pic03-png"
@@ -93,14 +94,18 @@ def place(settings: dict[str, Any]) -> dict[str, Any]:
     return {name: settings[name] for name in ("data_dir", "dataset")}
 
 
-def test_only_the_latents_stay(line: Path) -> None:
-    """What comes last in the line may be anything; here shards."""
+def test_only_the_latents_stay(line: Path, run: Run, settings: dict[str, Any]) -> None:
+    """What comes last in the line may be anything; here shards, made by way of pointers."""
+    run("dedup", hamming=-1, **place(settings))
+    run("shard", variant="last", **place(settings))
     release_upstream(line / "shard-mds", Rank(), whole_line=True)
-    assert bare(line / "download") and bare(line / "filter") and not bare(line / "shard-mds")
-    for stage in ("download", "filter", "shard-mds"):
+    release_upstream(line / "shard-last", Rank(), whole_line=True)
+    stages = ("download", "filter", "dedup", "shard-last")
+    assert [bare(line / stage) for stage in stages] == [True, True, False, False]
+    for stage in stages:
         assert list(verify(Dataset.open(line / stage))) == []
-    way = trace.stations([Dataset.open(line / stage) for stage in ("download", "filter", "shard-mds")], KEY)
-    assert len(way) == 3
+        assert list(findings_in(Dataset.open(line / stage), deep=True)) == []
+    assert len(trace.stations([Dataset.open(line / stage) for stage in stages], KEY)) == 4
 
 
 def test_who_needs_the_data_is_told_how_to_bring_them_back(line: Path, run: Run, settings: dict[str, Any]) -> None:
