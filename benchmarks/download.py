@@ -1,14 +1,16 @@
 """A list of URLs to resized images in tars: this pipeline against img2dataset, on a server of this machine.
 
     python benchmarks/download.py [images=20000] [processes=2] [peer=<python with img2dataset>] [rounds=1]
+        [photos=<folder> megapixels=1|4|12]
 
 img2dataset wants a virtual environment of its own, as it pins other versions of much:
     python -m venv /tmp/peer && /tmp/peer/bin/pip install img2dataset==1.47.0
     python benchmarks/download.py peer=/tmp/peer/bin/python
 
-Both bring 200 different JPEGs of 640x480 (quality 90), each by many URLs, to a smaller edge of 256, quality 95.
-The server runs on the same cores, and ours decodes in the ranks themselves (workers=0), as img2dataset does. Ratios of
-one run; memory is the largest sum over all processes of one side.
+Both bring 200 different JPEGs of 640x480 (quality 90), each by many URLs, to a smaller edge of 256, quality 95; with
+`photos`, photos of that size, as benchmarks/images.py has them, to a smaller edge of 512. The server runs on the same
+cores, and ours decodes in the ranks themselves (workers=0), as img2dataset does. Ratios of one run; memory is the
+largest sum over all processes of one side.
 """
 
 from __future__ import annotations
@@ -32,6 +34,10 @@ import numpy as np
 import psutil
 from PIL import Image, ImageFilter
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from _photos import EDGE, SIZES, photos
+
 KINDS = 200
 
 
@@ -46,11 +52,10 @@ def picture(seed: int) -> bytes:
     return file.getvalue()
 
 
-def serve(ready: socket.socket) -> None:
+def serve(ready: socket.socket, images: list[bytes]) -> None:
     """Answers GET /<number>.jpg, and keeps connections open."""
     replies = []
-    for seed in range(KINDS):
-        data = picture(seed)
+    for data in images:
         replies.append(b"HTTP/1.1 200 OK\r\nContent-Type: image/jpeg\r\nContent-Length: %d\r\n\r\n" % len(data) + data)
 
     class Connection(asyncio.Protocol):
@@ -63,7 +68,7 @@ def serve(ready: socket.socket) -> None:
             while b"\r\n\r\n" in self.buffer:
                 head, _, self.buffer = self.buffer.partition(b"\r\n\r\n")
                 number = int(head.split(b" ", 2)[1].strip(b"/").partition(b".")[0])
-                self.transport.write(replies[number % KINDS])  # type: ignore[attr-defined]
+                self.transport.write(replies[number % len(replies)])  # type: ignore[attr-defined]
                 if b"connection: close" in head.lower():
                     self.transport.close()
 
@@ -114,18 +119,29 @@ def _children(process: psutil.Process) -> list[psutil.Process]:
         return []
 
 
-def ours(listed: Path, folder: Path, processes: int) -> tuple[float, int, int]:
+def ours(listed: Path, folder: Path, processes: int, edge: int) -> tuple[float, int, int]:
     command = [sys.executable, "launch/submit.py", "stage=filter", "fuse=true", "source=url_list", f"input={listed}"]
-    command += [f"output={folder / 'out'}", f"ranks={processes}", "workers=0", "min_image_size=0", "max_image_size=256"]
+    command += [
+        f"output={folder / 'out'}",
+        f"ranks={processes}",
+        "workers=0",
+        "min_image_size=0",
+        f"max_image_size={edge}",
+    ]
     command += ["allow_private_hosts=true", "per_host=64", "connections=64", "partition_size=1000"]
     seconds, peak = measured(command, folder)
     return seconds, peak, int(json.loads((folder / "out/manifest.json").read_text())["counts"]["kept"])
 
 
-def theirs(python: str, listed: Path, folder: Path, processes: int) -> tuple[float, int, int]:
+def theirs(python: str, listed: Path, folder: Path, processes: int, edge: int) -> tuple[float, int, int]:
     command = [str(Path(python).with_name("img2dataset")), f"--url_list={listed}", "--input_format=csv"]
     command += [f"--output_folder={folder / 'out'}", "--output_format=webdataset", "--caption_col=caption"]
-    command += [f"--processes_count={processes}", "--thread_count=64", "--image_size=256", "--resize_mode=keep_ratio"]
+    command += [
+        f"--processes_count={processes}",
+        "--thread_count=64",
+        f"--image_size={edge}",
+        "--resize_mode=keep_ratio",
+    ]
     command += ["--resize_only_if_bigger=True", "--encode_quality=95", "--number_sample_per_shard=1000"]
     command += ["--enable_wandb=False"]
     seconds, peak = measured(command, folder)
@@ -136,7 +152,11 @@ def main() -> None:
     settings = dict(argument.split("=", 1) for argument in sys.argv[1:])
     images, processes = int(settings.get("images", 20_000)), int(settings.get("processes", 2))
     here, there = socket.socketpair()
-    server = multiprocessing.Process(target=serve, args=(there,), daemon=True)
+    edge, kinds = 256, [picture(seed) for seed in range(KINDS)]
+    if "photos" in settings:
+        edge = EDGE
+        kinds = list(photos(settings["photos"], SIZES[f"{settings.get('megapixels', '4')} MP"], 12))
+    server = multiprocessing.Process(target=serve, args=(there, kinds), daemon=True)
     server.start()
     port = int(here.recv(16))
     with tempfile.TemporaryDirectory() as text:
@@ -155,9 +175,9 @@ def main() -> None:
                 folder = root / name
                 folder.mkdir()
                 run = (
-                    ours(listed, folder, processes)
+                    ours(listed, folder, processes, edge)
                     if name == "latentmill"
-                    else theirs(settings["peer"], listed, folder, processes)
+                    else theirs(settings["peer"], listed, folder, processes, edge)
                 )
                 rates[name] = images / run[0]
                 print(

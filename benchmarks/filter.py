@@ -25,7 +25,7 @@ from time import perf_counter, process_time
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 
-from images import SIZES, photos
+from _photos import SIZES, photos
 
 from pipeline.config import DownloadConfig, FilterConfig
 from pipeline.distributed import Rank

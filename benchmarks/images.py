@@ -1,6 +1,6 @@
 """Images per second on one core: `pipeline.images.process` against what others do, at four sizes; and its fidelity.
 
-    python benchmarks/images.py photos=<folder> [rounds=9] [core=0] [photo_count=6]
+    python benchmarks/images.py photos=<folder> [rounds=9] [core=0] [photo_count=6] [sizes=1,4,12] [stage=true]
 
 All bring JPEGs (quality 90, 4:2:0) to a smaller edge of 512 and write quality 95, 4:2:0. Contestants take turns on each
 photo; a ratio is the median of the ratios of single turns, so that a change of the machine's speed hits both sides.
@@ -9,14 +9,17 @@ compare pixels before encoding with a full decode and bicubic in floats.
 Without `photos`, scikit-learn's two are enlarged, which makes them softer than real ones. Debian's packages
 gnome-backgrounds, mate-backgrounds and plasma-workspace-wallpapers have some of 12 MP and more.
 pyvips takes part where it is installed (pip install pyvips pyvips-binary).
+
+How much of this speed the whole filter stage keeps is measured by benchmarks/filter.py (`stage=true` runs it at the end,
+on the same photos), and what is left of it beside img2dataset with a server, by benchmarks/download.py photos=<folder>.
 """
 
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from functools import cache
+from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 from statistics import median
@@ -32,10 +35,10 @@ from torchvision.transforms.v2 import Resize
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from _photos import EDGE, SIZES, photos
+
 from pipeline.images import Rules, decode, geometry, probe, process, render, target_size
 
-SIZES = {"0.7 MP": (1024, 683), "1 MP": (1224, 816), "4 MP": (2464, 1642), "12 MP": (4240, 2828)}
-EDGE = 512
 Job = Callable[[bytes], bytes]
 
 
@@ -102,28 +105,6 @@ except ImportError:
     print("(pyvips is not installed: left out)")
 
 
-@cache
-def originals(folder: str) -> list[Path]:
-    return sorted(path for path in Path(folder).rglob("*.jp*g") if path.is_file() and not path.is_symlink())
-
-
-def photos(folder: str, size: tuple[int, int], most: int) -> Iterator[bytes]:
-    """Photos cut to the aspect of `size` and brought to it (only down, where they come from a folder)."""
-    if folder:
-        opened = (Image.open(path) for path in originals(folder))
-        images = [image for image in opened if image.width >= size[0] and image.height >= size[1]]
-    else:
-        from sklearn.datasets import load_sample_images
-
-        images = [Image.fromarray(pixels) for pixels in load_sample_images().images]
-    step = max(1, len(images) // most)
-    for image in images[::step][:most]:
-        scale = min(image.width / size[0], image.height / size[1])
-        box = (0, 0, size[0] * scale, size[1] * scale)
-        pixels = np.asarray(image.convert("RGB").resize(size, Image.Resampling.BICUBIC, box=box))
-        yield simplejpeg.encode_jpeg(np.ascontiguousarray(pixels), 90, "RGB", "420")
-
-
 def seconds(job: Job, data: bytes) -> float:
     start = perf_counter()
     job(data)
@@ -178,15 +159,21 @@ def compare(name: str, size: tuple[int, int], files: list[bytes], rounds: int) -
 
 def main() -> None:
     options = dict(argument.split("=", 1) for argument in sys.argv[1:])
-    os.sched_setaffinity(0, {int(options.get("core", min(os.sched_getaffinity(0))))})
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {int(options.get("core", min(cores)))})
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
-    for name, size in SIZES.items():
+    chosen = options.get("sizes", "0.7,1,4,12").split(",")
+    for name, size in [(name, size) for name, size in SIZES.items() if name.removesuffix(" MP") in chosen]:
         files = list(photos(options.get("photos", ""), size, int(options.get("photo_count", 6))))
         if files:
             compare(name, size, files, int(options.get("rounds", 9)))
         else:
             print(f"\n{name}: no photo is large enough")
+    if options.get("stage") == "true":
+        os.sched_setaffinity(0, cores)
+        command = [sys.executable, str(Path(__file__).with_name("filter.py")), f"photos={options.get('photos', '')}"]
+        subprocess.run(command, check=True)
 
 
 if __name__ == "__main__":

@@ -231,6 +231,8 @@ class FilterConfig(SourceConfig):
     scores: tuple[str, ...] = option(
         (), "drop samples whose columns do not meet these, as [nsfw<0.5,aesthetic>=5]", identity=True
     )
+    keep_keys: str = option("", "file of keys (text, one a line, or parquet): drop all other samples", identity=True)
+    deny_keys: str = option("", "file of keys (text, one a line, or parquet): drop these samples", identity=True)
     workers: str = option("auto", "processes of each rank for images (auto: its CPUs; 0: the rank itself, unprotected)")
     decode_timeout: float = option(60.0, "seconds that one image may take; then it is failed:decoder_timeout")
     worker_memory: int = option(2048, "MiB that a worker may take for an image; more is failed:out_of_memory (0: any)")
@@ -243,6 +245,7 @@ class DedupConfig(StageConfig):
     hamming: int = option(
         20, "images are near duplicates if at most this many of their 128 bits differ (-1: only exact)", identity=True
     )
+    memory: int = option(1024, "MiB that a rank may take for the hashes of samples")
 
 
 @dataclass(frozen=True, kw_only=True)

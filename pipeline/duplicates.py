@@ -1,108 +1,222 @@
-"""Which samples of a whole data set are duplicates, exact or near, and which of them stays.
+"""Which samples of a whole data set are duplicates, exact or near, and which of them stays, in bounded memory.
 
 Exact: equal source bytes (their XXH3-128). Near: perceptual hashes (:mod:`pipeline.phash`) that differ in at most
 `hamming` bits. Duplicates are the connected components of both; the one of most pixels stays, among equals the one with
 the smallest key. All of it is a function of the samples alone, in whatever order they come.
 
 Near pairs are found by locality-sensitive hashing: two are compared if they agree in all of some randomly chosen bits,
-in any of `_TABLES` choices (fixed ones). Among n samples a choice has about log2(n) bits, so that the work grows as
+in any of `TABLES` choices (fixed ones). Among n samples a choice has about log2(n) bits, so that the work grows as
 n log n. Of a million, pairs that differ in 8 bits are found with a probability of 99.99 %, in 16 with 90 %.
-Memory: about 150 bytes per sample.
+
+The work falls into units, each of one choice of bits (or the content) and of one bucket, the samples whose chosen bits
+have the same remainder: a unit looks at all samples in turn, but holds those of its bucket only, at `ROW_COST` bytes
+each. What a unit finds it says as links: a star for each group. Their union does not depend on the number of buckets.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.compute as pc
+import xxhash
 
 from pipeline.phash import BITS
 
-_TABLES = 32
+TABLES = 32
+ROW_COST = 128
+"""Bytes of memory that a unit takes for each sample of its bucket, sorting included."""
+ROW = np.dtype([("content", "<u8", 2), ("look", "<u8", 2), ("known", "?", 2), ("pixels", "<i8"), ("place", "<i8")])
+"""A sample: hash of its bytes, perceptual hash, whether it has them, pixels, position in the data set."""
+Rows = npt.NDArray[np.void]
+Links = npt.NDArray[np.int64]
+"""(n, 2): places of two samples that belong together, the smallest of its group first."""
+NO_LINKS: Links = np.empty((0, 2), np.int64)
+
 _MOST = 2000  # neighbours that a sample is compared with in a table: more than so many that agree are all alike
-_POPCOUNT = np.array([number.bit_count() for number in range(256)], np.uint8)
-SCHEMA = pa.schema(
-    [("key", pa.string()), ("source_hash", pa.string()), ("phash", pa.string()), ("source_pixels", pa.int64())]
-)
-Pairs = npt.NDArray[np.int64]
-"""(n, 2): indices of two that belong together."""
+_AT_ONCE = 1 << 22  # pairs that are held before they are made a forest
+_CONTENT = -1
 
 
-def duplicates(samples: pa.Table, hamming: int) -> dict[str, tuple[str, str]]:
-    """Key of each sample that is to go → (``duplicate`` or ``near_duplicate``, key of the one that stays).
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """A piece of the work: bucket number `bucket` of `buckets` in the choice of bits `table` (-1: by content)."""
 
-    Args:
-        samples: columns of `SCHEMA`; an empty hash is like no other.
-        hamming: largest number of differing bits of near duplicates; below 0: only exact ones.
-    """
+    table: int
+    bucket: int
+    buckets: int
+
+
+def rows(content: Iterable[str], look: Iterable[str], pixels: npt.ArrayLike, places: npt.ArrayLike) -> Rows:
+    """Samples (n,) of type `ROW`; hashes as hexadecimal digits, empty where there is none."""
+    words, known = zip(_words(content), _words(look), strict=True)
+    found = np.empty(len(words[0]), ROW)
+    found["content"], found["look"] = words
+    found["known"] = np.stack(known, 1)
+    found["pixels"], found["place"] = pixels, places
+    return found
+
+
+def _words(hashes: Iterable[str]) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.bool_]]:
+    """Hashes (n, 2), and which there are."""
+    digits = list(hashes)
+    words = np.frombuffer(bytes.fromhex("".join([text or _NOTHING for text in digits])), "<u8").reshape(-1, 2)
+    return words, np.array([bool(text) for text in digits], bool)
+
+
+_NOTHING = "0" * 32
+
+
+def units(count: int, hamming: int, memory: int) -> list[Unit]:
+    """The work on `count` samples, in pieces that take about `memory` bytes; `hamming` below 0: only exact ones."""
+    buckets = max(1, -(-count * ROW_COST // memory))
+    tables = [_CONTENT, *(range(TABLES) if hamming >= 0 else ())]
+    return [Unit(table, bucket, buckets) for table in tables for bucket in range(buckets)]
+
+
+def links(samples: Iterable[Rows], unit: Unit, count: int, hamming: int) -> Links:
+    """What belongs together by `unit`, of `samples` that come in pieces, `count` in all."""
+    width = min(32, max(12, count.bit_length()))
+    parts = [_of_bucket(some, unit, width) for some in samples]
+    words, values, places = (np.concatenate(column) for column in zip(*parts, strict=True))
+    if unit.table == _CONTENT:
+        order, new = _by_word(words)
+        return _same(places[order], new)
+    return _near(words, values, places, hamming)
+
+
+def _of_bucket(
+    samples: Rows, unit: Unit, width: int
+) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64], npt.NDArray[np.int64]]:
+    """Hashes (n, 2), their values and the places of what is of the unit's bucket and has a hash."""
+    by_content = unit.table == _CONTENT
+    words = samples["content" if by_content else "look"]
+    values = words[:, 0] if by_content else _values(words, _chosen_bits(unit.table, width))
+    mine = samples["known"][:, 0 if by_content else 1] & (values % np.uint64(unit.buckets) == unit.bucket)
+    return words[mine], values[mine], samples["place"][mine]
+
+
+def _chosen_bits(table: int, width: int) -> list[int]:
+    return sorted(range(BITS), key=lambda bit: xxhash.xxh3_64_intdigest(f"{table}.{bit}"))[:width]
+
+
+def _values(words: npt.NDArray[np.uint64], chosen: list[int]) -> npt.NDArray[np.uint64]:
+    """The chosen bits of hashes (n, 2), as numbers (n,)."""
+    octets = np.ascontiguousarray(words).view(np.uint8).reshape(-1, BITS // 8)
+    number = np.arange(256)
+    values = np.zeros(len(words), np.uint64)
+    for octet in range(BITS // 8):
+        known = np.zeros(256, np.uint64)
+        for place, bit in enumerate(chosen):
+            if bit // 8 == octet:
+                known |= ((number >> bit % 8 & 1) << place).astype(np.uint64)
+        if known.any():
+            values |= known[octets[:, octet]]
+    return values
+
+
+def _by_word(words: npt.NDArray[np.uint64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+    """An order in which equal hashes (n, 2) are neighbours, and where in it another one begins."""
+    order = np.lexsort((words[:, 1], words[:, 0]))
+    new = np.ones(len(order), bool)
+    new[1:] = (words[order[1:]] != words[order[:-1]]).any(1)
+    return order, new
+
+
+def _same(places: npt.NDArray[np.int64], new: npt.NDArray[np.bool_]) -> Links:
+    """Links of those that follow one another up to the next `new` one."""
+    return np.stack([places[new][np.cumsum(new) - 1], places], 1)[~new]
+
+
+def _near(
+    words: npt.NDArray[np.uint64], values: npt.NDArray[np.uint64], places: npt.NDArray[np.int64], hamming: int
+) -> Links:
+    """Samples of equal hashes, and of hashes that differ in at most `hamming` bits among those of equal values."""
+    order, new = _by_word(words)
+    same = _same(places[order], new)
+    order = order[new]
+    order = order[np.argsort(values[order], kind="stable")]
+    words, values, places = words[order], values[order], places[order]
+    found, held = [same], len(same)
+    start = np.arange(len(order))
+    for distance in range(1, _MOST):
+        start = start[: np.searchsorted(start, len(order) - distance)]
+        start = start[values[start] == values[start + distance]]
+        if not len(start):
+            break
+        close = start[np.bitwise_count(words[start] ^ words[start + distance]).sum(1) <= hamming]
+        found.append(np.stack([places[close], places[close + distance]], 1))
+        held += len(close)
+        if held > _AT_ONCE:
+            found = [forest(found)]
+            held = len(found[0])
+    return forest(found)
+
+
+def forest(parts: Iterable[Links]) -> Links:
+    """The same groups as all of `parts` make together, each as a star around its smallest place, in order."""
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
-    samples = samples.cast(SCHEMA).combine_chunks()
-    if not len(samples):
-        return {}
-    count = len(samples)
-    content, contents = _codes(samples["source_hash"])
-    pairs = _members(content, count)
-    nodes = count + len(contents)
-    if hamming >= 0:
-        look, looks = _codes(samples["phash"])
-        words = np.frombuffer(bytes.fromhex("".join(looks)), np.uint8).reshape(len(looks), BITS // 8)
-        near = [nodes + found for found in near_pairs(words, hamming)]
-        pairs = np.concatenate([pairs, _members(look, nodes), *near])
-        nodes += len(looks)
-    links = coo_array((np.ones(len(pairs), np.int8), (pairs[:, 0], pairs[:, 1])), (nodes, nodes))
-    group = connected_components(links, directed=False)[1][:count]
-    by_key = np.empty(count, np.int64)
-    by_key[pc.sort_indices(samples["key"]).to_numpy()] = np.arange(count)
-    order = np.lexsort((by_key, -samples["source_pixels"].to_numpy(), group))
-    first = np.concatenate([[True], group[order][1:] != group[order][:-1]])
-    stays = order[first][np.cumsum(first) - 1]  # for each of order
-    goes = ~first
-    keys = samples["key"]
-    return {
-        keys[one].as_py(): (
-            "duplicate" if content[one] == content[other] >= 0 else "near_duplicate",
-            keys[other].as_py(),
-        )
-        for one, other in zip(order[goes].tolist(), stays[goes].tolist(), strict=True)
-    }
+    pairs = np.concatenate([NO_LINKS, *parts])
+    if not len(pairs):
+        return NO_LINKS
+    places, ends = np.unique(pairs, return_inverse=True)
+    ends = ends.reshape(-1, 2)
+    graph = coo_array((np.ones(len(ends), np.int8), (ends[:, 0], ends[:, 1])), (len(places), len(places)))
+    group = connected_components(graph, directed=False)[1]
+    _, first = np.unique(group, return_index=True)
+    centre = places[first[group]]
+    return np.stack([centre, places], 1)[centre != places]
 
 
-def _codes(column: pa.ChunkedArray) -> tuple[npt.NDArray[np.int64], list[str]]:
-    """A number for each distinct text, -1 for the empty one, and the texts."""
-    texts = sorted(set(pc.unique(column).to_pylist()) - {"", None})
-    found = pc.fill_null(pc.index_in(column, pa.array(texts, pa.string())), -1)
-    return found.to_numpy().astype(np.int64), texts
+@dataclass(frozen=True, slots=True)
+class Verdicts:
+    """What goes, in the order of places: (n,) each."""
+
+    places: npt.NDArray[np.int64]
+    exact: npt.NDArray[np.bool_]
+    """Whether its bytes are those of the one that stays."""
+    stays: npt.NDArray[np.int64]
+    """Place of the one that stays."""
 
 
-def _members(codes: npt.NDArray[np.int64], first: int) -> Pairs:
-    """Each sample with the node of its code; nodes of codes begin at `first`."""
-    (found,) = np.nonzero(codes >= 0)
-    return np.stack([found, first + codes[found]], 1)
+def members(stars: Links) -> npt.NDArray[np.int64]:
+    """Places of all samples in groups, in order."""
+    return np.unique(stars)
 
 
-def near_pairs(words: npt.NDArray[np.uint8], hamming: int) -> Iterator[Pairs]:
-    """Pairs of the distinct hashes `words` (n, 16) that differ in at most `hamming` bits, table by table."""
-    bits = np.unpackbits(words, axis=1)
-    width = min(32, max(12, len(words).bit_length()))
-    for table in range(_TABLES):
-        chosen = np.random.Generator(np.random.PCG64(table)).choice(BITS, width, replace=False)
-        values = bits[:, chosen].astype(np.int64) @ (1 << np.arange(width))
-        order = np.lexsort(
-            (*words.T[:8], values)
-        )  # those with equal values by their hash: in the same order everywhere
-        values = values[order]
-        start = np.arange(len(order))
-        for distance in range(1, _MOST):
-            start = start[: np.searchsorted(start, len(order) - distance)]
-            start = start[values[start] == values[start + distance]]
-            if not len(start):
-                break
-            one, other = order[start], order[start + distance]
-            close = _POPCOUNT[words[one] ^ words[other]].sum(1) <= hamming
-            if close.any():
-                yield np.stack([one[close], other[close]], 1).astype(np.int64)
+def decide(
+    stars: Links, samples: Rows, by_key: npt.NDArray[np.int64], age: npt.NDArray[np.int64] | None = None
+) -> Verdicts:
+    """What goes of the groups `stars`.
+
+    Args:
+        samples: rows of all `members`, in that order.
+        by_key: rank of each by its key.
+        age: generation that each came with: what came first stays, whatever came later.
+    """
+    places = members(stars)
+    centre = places.copy()
+    centre[np.searchsorted(places, stars[:, 1])] = stars[:, 0]
+    order = np.lexsort((by_key, -samples["pixels"], np.zeros(len(places)) if age is None else age, centre))
+    new = np.ones(len(order), bool)
+    new[1:] = centre[order][1:] != centre[order][:-1]
+    goes, stays = order[~new], order[new][np.cumsum(new) - 1][~new]
+    content = samples["content"]
+    exact = (content[goes] == content[stays]).all(1) & samples["known"][goes, 0]
+    back = np.argsort(goes)
+    return Verdicts(places[goes][back], exact[back], places[stays][back])
+
+
+def batches(sizes: npt.NDArray[np.int64], most: int) -> Iterator[range]:
+    """Ranges of consecutive partitions with these numbers of samples, of about `most` samples together."""
+    first, held = 0, 0
+    for index, size in enumerate(sizes.tolist()):
+        if held and held + size > most:
+            yield range(first, index)
+            first, held = index, 0
+        held += size
+    if first < len(sizes):
+        yield range(first, len(sizes))

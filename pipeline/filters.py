@@ -1,19 +1,21 @@
 """Which samples are left out for what is written about them: small checks that give a reason, or "" for a good one.
 
-A check is a function of one caption, or of one row; stages combine as many as they like. They know no language.
+A check is a function of one caption, of one key, or of one row; stages combine as many as they like. They know no
+language.
 """
 
 from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 
 from pipeline.config import ConfigError
 from pipeline.samples import Row
 
 CaptionCheck = Callable[[str], str]
 RowCheck = Callable[[Row], str]
+KeyCheck = Callable[[str], str]
 
 _URL = re.compile(r"\s*(https?://|www\.)\S+\s*", re.IGNORECASE)
 _SCORE = re.compile(r"([A-Za-z_]\w*)(<=|>=|<|>)(-?\d+(?:\.\d+)?(?:e-?\d+)?)")
@@ -55,6 +57,16 @@ def good_captions(captions: Sequence[str], checks: Sequence[CaptionCheck]) -> tu
     reasons = [first_reason(caption, checks) for caption in captions]
     good = [caption for caption, reason in zip(captions, reasons, strict=True) if not reason]
     return good, "" if good or not checks else next(iter(reasons), "caption_empty")
+
+
+def kept_by(keys: Container[str]) -> KeyCheck:
+    """Only what is in the list."""
+    return lambda key: "" if key in keys else "key_not_kept"
+
+
+def denied_by(keys: Container[str]) -> KeyCheck:
+    """Nothing of what is in the list."""
+    return lambda key: "key_denied" if key in keys else ""
 
 
 def score(text: str) -> RowCheck:

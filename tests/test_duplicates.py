@@ -7,13 +7,13 @@ from collections import Counter
 from io import BytesIO
 
 import numpy as np
-import pyarrow as pa
 import pytest
 from PIL import Image
 
-from pipeline.duplicates import SCHEMA, duplicates, near_pairs
+from pipeline.duplicates import TABLES, Unit, decide, forest, links, members, rows, units
 from pipeline.images import Rules, process, resize
 from pipeline.phash import phash
+from pipeline.samples import content_hash
 
 UNIQUE, EXACT, NEAR = 17_000, 1_500, 1_500
 
@@ -44,24 +44,40 @@ def reworked(image: Image.Image, rng: random.Random) -> Image.Image:
     return Image.open(file).convert("RGB")
 
 
-def table(rows: list[tuple[str, str, str, int]]) -> pa.Table:
-    return pa.table(list(map(list, zip(*rows, strict=True))) if rows else [[]] * 4, schema=SCHEMA)
+Sample = tuple[str, str, str, int]
+"""Key, hash of the bytes, perceptual hash, pixels."""
+
+
+def duplicates(samples: list[Sample], hamming: int, memory: int = 2**30) -> dict[str, tuple[str, str]]:
+    """Key of each that goes → why, and the key of the one that stays."""
+    keys, content, looks, pixels = map(list, zip(*samples, strict=True))
+    hashes = [content_hash(text.encode()) if text else "" for text in content]
+    table = rows(hashes, looks, pixels, np.arange(len(keys)))
+    pieces = [table[: len(table) // 3], table[len(table) // 3 :]]
+    stars = forest(links(pieces, unit, len(table), hamming) for unit in units(len(table), hamming, memory))
+    chosen = members(stars)
+    by_key = np.argsort(np.argsort(np.array(keys)[chosen]))
+    found = decide(stars, table[chosen], by_key)
+    return {
+        keys[place]: ("duplicate" if exact else "near_duplicate", keys[other])
+        for place, exact, other in zip(found.places, found.exact, found.stays, strict=True)
+    }
 
 
 @pytest.fixture(scope="module")
-def planted() -> list[tuple[str, str, str, int]]:
+def planted() -> list[Sample]:
     """20,000 samples: u<number> are different, e<number> have the bytes of u<number>, n<number> look like u<number>."""
     rng = random.Random(0)
-    rows = [(f"u{n:05d}", f"hash{n}", hash_of(picture(n)), 1000) for n in range(UNIQUE)]
-    rows += [(f"e{n:05d}", f"hash{n}", rows[n][2], 1000) for n in range(EXACT)]
+    samples = [(f"u{n:05d}", f"hash{n}", hash_of(picture(n)), 1000) for n in range(UNIQUE)]
+    samples += [(f"e{n:05d}", f"hash{n}", samples[n][2], 1000) for n in range(EXACT)]
     for n in range(EXACT, EXACT + NEAR):
-        rows.append((f"n{n:05d}", f"other{n}", hash_of(reworked(picture(n), rng)), 900))
-    rng.shuffle(rows)
-    return rows
+        samples.append((f"n{n:05d}", f"other{n}", hash_of(reworked(picture(n), rng)), 900))
+    rng.shuffle(samples)
+    return samples
 
 
-def test_planted_duplicates_are_found_and_nothing_else(planted: list[tuple[str, str, str, int]]) -> None:
-    goes = duplicates(table(planted), hamming=20)
+def test_planted_duplicates_are_found_and_nothing_else(planted: list[Sample]) -> None:
+    goes = duplicates(planted, hamming=20)
     exact = {key: found for key, found in goes.items() if found[0] == "duplicate"}
     near = {key: found for key, found in goes.items() if found[0] == "near_duplicate"}
     assert {key: other for key, (_, other) in exact.items()} == {f"u{n:05d}": f"e{n:05d}" for n in range(EXACT)}
@@ -70,19 +86,32 @@ def test_planted_duplicates_are_found_and_nothing_else(planted: list[tuple[str, 
     assert len(right) >= 0.99 * len(near), (len(right), len(near))
 
 
-def test_the_order_of_the_samples_does_not_matter(planted: list[tuple[str, str, str, int]]) -> None:
-    some = [row for row in planted if int(row[0][1:]) % 8 == 0]
-    assert duplicates(table(some), 20) == duplicates(table(sorted(some)), 20) != {}
+def test_the_order_of_the_samples_does_not_matter(planted: list[Sample]) -> None:
+    some = [sample for sample in planted if int(sample[0][1:]) % 8 == 0]
+    assert duplicates(some, 20) == duplicates(sorted(some), 20) != {}
 
 
-def test_only_exact_ones_on_demand(planted: list[tuple[str, str, str, int]]) -> None:
-    found = duplicates(table(planted), hamming=-1)
+def test_the_memory_that_may_be_taken_does_not_matter(planted: list[Sample]) -> None:
+    some = [sample for sample in planted if int(sample[0][1:]) % 8 == 0]
+    assert len(units(len(some), 20, 2**16)) > 3 * TABLES
+    assert duplicates(some, 20, 2**16) == duplicates(some, 20)
+
+
+def test_what_came_first_stays() -> None:
+    table = rows(["aa" * 16] * 3, [""] * 3, [5, 9, 7], [10, 11, 12])
+    stars = links([table], Unit(-1, 0, 1), 3, -1)
+    found = decide(stars, table, np.arange(3), np.array([0, 1, 1]))
+    assert (found.places.tolist(), found.stays.tolist()) == ([11, 12], [10, 10])
+
+
+def test_only_exact_ones_on_demand(planted: list[Sample]) -> None:
+    found = duplicates(planted, hamming=-1)
     assert Counter(reason for reason, _ in found.values()) == {"duplicate": EXACT}
 
 
 def test_most_pixels_stay_then_the_smallest_key() -> None:
     a, b = "00" * 16, "01" * 16
-    rows = [
+    samples = [
         ("b", "x", a, 10),
         ("a", "x", a, 10),
         ("c", "y", a, 20),
@@ -90,28 +119,28 @@ def test_most_pixels_stay_then_the_smallest_key() -> None:
         ("e", "w", "", 5),
         ("f", "", "", 1),
     ]
-    assert duplicates(table(rows), 0) == {"a": ("near_duplicate", "c"), "b": ("near_duplicate", "c")}
-    assert duplicates(table(rows), -1) == {"b": ("duplicate", "a")}
-    assert duplicates(table([]), 20) == {}
+    assert duplicates(samples, 0) == {"a": ("near_duplicate", "c"), "b": ("near_duplicate", "c")}
+    assert duplicates(samples, -1) == {"b": ("duplicate", "a")}
 
 
 def test_chains_are_one_group() -> None:
     hashes = [(2**n - 1).to_bytes(16, "big").hex() for n in range(0, 40, 4)]
-    rows = [(f"k{n}", str(n), text, n) for n, text in enumerate(hashes)]
-    assert duplicates(table(rows), 4) == {f"k{n}": ("near_duplicate", "k9") for n in range(9)}
+    samples = [(f"k{n}", str(n), text, n) for n, text in enumerate(hashes)]
+    assert duplicates(samples, 4) == {f"k{n}": ("near_duplicate", "k9") for n in range(9)}
 
 
-def test_near_pairs_are_those_of_brute_force() -> None:
+def test_near_duplicates_are_those_of_brute_force() -> None:
     rng = np.random.default_rng(0)
     words = rng.integers(0, 256, (300, 16), np.uint8)
     words[200:] = words[:100]
     for row in range(200, 300):
         for bit in rng.choice(128, row % 14 + 1, replace=False):
             words[row, bit // 8] ^= 1 << bit % 8
-    found = {tuple(sorted(pair)) for pairs in near_pairs(words, 14) for pair in pairs.tolist()}
+    table = rows([""] * 300, [word.tobytes().hex() for word in words], np.ones(300), np.arange(300))
+    found = forest(links([table], unit, 300, 14) for unit in units(300, 14, 2**30))
     bits = np.unpackbits(words, axis=1).astype(int)
     apart = (bits[:, None] != bits[None]).sum(-1)
-    assert found == {(a, b) for a, b in np.argwhere(apart <= 14).tolist() if a < b}
+    assert found.tolist() == forest([np.argwhere(apart <= 14)]).tolist()
 
 
 def test_a_hash_survives_what_the_filter_does_to_a_picture() -> None:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from pipeline.config import ConfigError
-from pipeline.filters import CAPTION_CHECKS, at_least, good_captions, score
+from pipeline.filters import CAPTION_CHECKS, at_least, denied_by, good_captions, kept_by, score
+from pipeline.keylist import KeyList, key_digest
 
 
 @pytest.mark.parametrize(
@@ -44,3 +50,33 @@ def test_scores_are_conditions_on_columns() -> None:
     assert score("aesthetic>=5")({}) == score("aesthetic>=5")({"aesthetic": "6"}) == "score_aesthetic"
     with pytest.raises(ConfigError, match="scores=nsfw"):
         score("nsfw")
+
+
+@pytest.mark.parametrize("kind", ["txt", "key", "only"])
+def test_lists_of_keys(kind: str, tmp_path: Path) -> None:
+    keys = [f"folder/k{number}-jpg" for number in range(0, 3000, 3)]
+    path = tmp_path / ("list.txt" if kind == "txt" else "list.parquet")
+    if kind == "txt":
+        path.write_bytes("\ufeff".encode() + "\r\n".join([*keys, "", " spaced ", "\u8d64"]).encode())
+    else:
+        more = {"other": np.arange(1002)} if kind == "key" else {}
+        name = "key" if kind == "key" else "id"
+        pq.write_table(pa.table({name: [*keys, "spaced", "\u8d64"], **more}), path)
+    found = KeyList(str(path))
+    assert len(found) == 1002
+    assert [number for number in range(3000) if f"folder/k{number}-jpg" in found] == list(range(0, 3000, 3))
+    assert "spaced" in found and "\u8d64" in found and "" not in found
+    assert (kept_by(found)("nobody"), kept_by(found)("spaced")) == ("key_not_kept", "")
+    assert (denied_by(found)("nobody"), denied_by(found)("spaced")) == ("", "key_denied")
+
+
+def test_what_is_no_list_of_keys(tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text("\n\n")
+    (tmp_path / "bad.parquet").write_text("no parquet")
+    (tmp_path / "latin.txt").write_bytes(b"\xe4\n")
+    pq.write_table(pa.table({"a": ["x"], "b": ["y"]}), tmp_path / "two.parquet")
+    for name in ("empty.txt", "bad.parquet", "latin.txt", "two.parquet", "missing.txt"):
+        with pytest.raises(ConfigError, match=name):
+            KeyList(str(tmp_path / name))
+    with pytest.raises(ConfigError, match="missing.txt"):
+        key_digest(str(tmp_path / "missing.txt"))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import cli
-from pipeline.config import STAGES, ConfigError, default_of, identity
+from pipeline.config import STAGES, ConfigError, default_of
 from pipeline.partitions.attempt import unless_removed
 from pipeline.partitions.claims import Claims
 from pipeline.partitions.dataset import Dataset, SlotReader
@@ -220,7 +220,7 @@ def _header(stage: Stage, upstream: dict[str, Any] | None) -> dict[str, Any]:
         "stage": stage.name,
         "stage_version": stage.version,
         "config": {**cli.to_json(stage.config), "input": stage.input, "output": str(stage.output)},
-        "identity": identity(stage.config),
+        "identity": stage.identity(),
         "upstream": upstream,
         "schema": stage.schema(),
         "format": stage.format,
@@ -259,7 +259,7 @@ def _check_identity(stage: Stage, dataset: Dataset) -> None:
             f"{place} was made by version {header['stage_version']} of stage {stage.name}, "
             f"this is {stage.version}: {cure}"
         )
-    for name, value in identity(stage.config).items():
+    for name, value in stage.identity().items():
         was = header["identity"].get(name, default_of(STAGES[stage.name], name))
         if was != value:
             raise Stale(f"{place} was made with {name}={_shown(was)}, now {name}={_shown(value)} is asked for: {cure}")

@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
-from pipeline.config import MAIN_LINE, UPSTREAMS, ConfigError, StageConfig, default_variant, stage_folder
+from pipeline.config import MAIN_LINE, UPSTREAMS, ConfigError, StageConfig, default_variant, identity, stage_folder
 from pipeline.distributed import Rank
 from pipeline.formats.base import Writer
 from pipeline.partitions.dataset import Dataset
@@ -109,6 +109,10 @@ class Stage(ABC):
     def extra(self) -> dict[str, Any]:
         """What else the manifest should say (encoders, shapes, scaling); JSON-able, the same on every rank."""
         return {}
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that the bytes of the result depend on, by name; JSON-able."""
+        return identity(self.config)
 
     def origin(self) -> str:
         """The folder that rows refer to, if the format holds references."""

@@ -13,6 +13,7 @@ from pipeline.captions import clean_caption
 from pipeline.cli import config_for, nearest
 from pipeline.config import ConfigError, FilterConfig
 from pipeline.distributed import Rank, distributed
+from pipeline.keylist import KeyList, key_digest
 from pipeline.partitions.dataset import Stored
 from pipeline.partitions.plan import Partition
 from pipeline.partitions.stage import Stage, follow_upstream
@@ -21,6 +22,7 @@ from pipeline.sources.base import Source, get_source
 from pipeline.stages import release
 from pipeline.workers import Lost, Pool, worker_count
 
+_KEY_LISTS = ("keep_keys", "deny_keys")
 _NOT_TAKEN = ("svg",)
 """Reasons that are no failure of the data: kinds of file that we do not take."""
 
@@ -90,8 +92,23 @@ class Filter(Stage):
     def row_checks(self) -> list[filters.RowCheck]:
         return [filters.score(text) for text in self.config.scores]
 
+    def identity(self) -> dict[str, Any]:
+        """Of lists of keys, what is in them counts, not where they lie."""
+        return super().identity() | {name: key_digest(getattr(self.config, name)) for name in _KEY_LISTS}
+
+    @cached_property
+    def key_checks(self) -> list[filters.KeyCheck]:
+        """Raises ConfigError if a list cannot be read, or is not the one that was planned with."""
+        planned = self.planned.get("identity", {})
+        for name in _KEY_LISTS:
+            if planned.get(name, "") != (found := key_digest(getattr(self.config, name))) and planned:
+                raise ConfigError(f"{name}={getattr(self.config, name)}: changed while we ran: now {found}")
+        lists = {name: KeyList(path) for name in _KEY_LISTS if (path := getattr(self.config, name))}
+        checks = {"keep_keys": filters.kept_by, "deny_keys": filters.denied_by}
+        return [checks[name](keys) for name, keys in lists.items()]
+
     def plan(self, since: int = 0) -> Iterator[Partition]:
-        self.rules, self.caption_checks, self.row_checks  # noqa: B018 - wrong settings are found before the work
+        self.rules, self.caption_checks, self.row_checks, self.key_checks  # noqa: B018 - wrong settings are found now
         return self.source.plan() if self.config.fuse else follow_upstream(self.upstream, since)
 
     def process(self, partition: Partition) -> Iterator[Outcome]:
@@ -102,15 +119,44 @@ class Filter(Stage):
         """Outcomes so far, the rest of their rows, and the images, None where there is none to judge."""
         if self.config.fuse:
             self.source.planned, self.source.scratch = self.planned["extra"], self.scratch
-            arrived = (_arrived(outcome) for outcome in self.source.samples(partition))
+            arrived = (self._arrived(outcome) for outcome in self.source.samples(partition))
         else:
             stored = self.upstream.samples(partition.inputs[0].start)
-            arrived = (_read(sample) for sample in stored if partition.wants(sample.key))
+            arrived = (self._read(sample) for sample in stored if partition.wants(sample.key))
         for outcome, row in arrived:
             if row is None or not self._described(outcome, row):
                 yield (outcome, {}), None
             else:
                 yield (outcome, row), row["jpg"]
+
+    def _read(self, stored: Stored) -> tuple[Outcome, Row | None]:
+        """A sample's outcome so far, and its row; None where it cannot be read, or need not."""
+        outcome = Outcome(stored.key, "failed", source=stored.source, offset=stored.offset)
+        if not self._listed(outcome):
+            return outcome, None
+        try:
+            row = stored.read()
+        except SampleError as error:
+            outcome.reason, outcome.detail, outcome.retryable = error.reason, error.detail, error.retryable
+            return outcome, None
+        outcome.source_bytes, outcome.source_hash = len(row["jpg"]), content_hash(row["jpg"])
+        return outcome, row
+
+    def _arrived(self, outcome: Outcome) -> tuple[Outcome, Row | None]:
+        """The same of what a source has brought in."""
+        row, outcome.row = outcome.row, None
+        if row is not None:
+            outcome.status = "failed"  # until it is judged
+            if not self._listed(outcome):
+                return outcome, None
+        return outcome, row
+
+    def _listed(self, outcome: Outcome) -> bool:
+        """Whether the sample's key is one that the lists of keys allow."""
+        reason = next(filter(None, (check(outcome.key) for check in self.key_checks)), "")
+        if reason:
+            outcome.status, outcome.reason = "dropped", reason
+        return not reason
 
     def _described(self, outcome: Outcome, row: Row) -> bool:
         """Clean the captions; whether they, and the score columns, are such that the image is worth looking at."""
@@ -157,26 +203,6 @@ def _understood(said: bytes | Lost, row: Row) -> images.Result | images.ImageErr
         return understood(said, row["jpg"])
     except ValueError as error:
         return Lost("crash", f"the worker gave {error}")
-
-
-def _read(stored: Stored) -> tuple[Outcome, Row | None]:
-    """A sample's outcome so far, and its row; None where it cannot be read."""
-    outcome = Outcome(stored.key, "failed", source=stored.source, offset=stored.offset)
-    try:
-        row = stored.read()
-    except SampleError as error:
-        outcome.reason, outcome.detail, outcome.retryable = error.reason, error.detail, error.retryable
-        return outcome, None
-    outcome.source_bytes, outcome.source_hash = len(row["jpg"]), content_hash(row["jpg"])
-    return outcome, row
-
-
-def _arrived(outcome: Outcome) -> tuple[Outcome, Row | None]:
-    """The same of what a source has brought in."""
-    row, outcome.row = outcome.row, None
-    if row is not None:
-        outcome.status = "failed"  # until it is judged
-    return outcome, row
 
 
 @distributed

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+from collections.abc import Iterator
 from pathlib import Path
 from threading import Thread
 
@@ -11,9 +13,13 @@ from fake_stage import assert_sound, kept_keys, make, outcomes, rank_of
 from PIL import Image
 from stages.conftest import digests, run_stage
 
+from pipeline import duplicates
 from pipeline.config import ConfigError
+from pipeline.duplicates import Links, Rows, Unit
 from pipeline.partitions import engine
+from pipeline.stages import dedup
 from pipeline.stages.dedup import Dedup
+from pipeline.storage import StorageError
 
 
 @pytest.fixture(scope="module")
@@ -70,3 +76,66 @@ def test_shards_hold_what_is_left(filtered: Path, tmp_path: Path) -> None:
 def test_only_what_filter_made_can_be_read(filtered: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="reads what filter made"):
         run_stage("dedup", input=str(filtered / "download"), output=str(tmp_path / "dedup"))
+
+
+def test_what_comes_later_is_judged_by_what_is_there(tmp_path: Path) -> None:
+    """A generation of the upstream becomes one here: what was decided stays, and newcomers give way to it."""
+    images, hidden = tmp_path / "images", tmp_path / "hidden"
+    images.mkdir()
+    hidden.mkdir()
+    for number in range(12):
+        small = np.random.default_rng(number).integers(0, 256, (5, 6, 3), np.uint8)
+        image = Image.fromarray(small).resize((60, 50), Image.Resampling.BICUBIC)
+        image.save(images / f"{number:03d}.png")
+        if number == 3:
+            image.resize((90, 75), Image.Resampling.BICUBIC).save(images / "late-large.png")
+    late = [images / "late-large.png", images / "011.png"]
+    run_stage("download", source="image_folder", input=str(images), output=str(tmp_path / "download"), partition_size=5)
+    for path in late:
+        path.rename(hidden / path.name)
+    filtering = {"input": str(tmp_path / "download"), "output": str(tmp_path / "filter"), "min_image_size": 8}
+    run_stage("filter", workers="0", **filtering)
+    first = {"input": str(tmp_path / "filter"), "output": str(tmp_path / "dedup")}
+    run_stage("dedup", **first)
+    run_stage("shard", input=str(tmp_path / "dedup"), output=str(tmp_path / "shard"), partition_size=4)
+    before = digests(tmp_path / "dedup")
+    assert len(kept_keys(tmp_path / "dedup")) == 11
+
+    for path in late:
+        (hidden / path.name).rename(path)
+    run_stage("filter", workers="0", retry_failed=True, **filtering)
+    run_stage("dedup", **first)
+    run_stage("shard", input=str(tmp_path / "dedup"), output=str(tmp_path / "shard"), partition_size=4)
+    assert before.items() <= digests(tmp_path / "dedup").items()
+    said = outcomes(tmp_path / "dedup")
+    assert {key: what for key, what in said.items() if what != "kept:"} == {"late-large-png": "dropped:near_duplicate"}
+    assert len(kept_keys(tmp_path / "dedup")) == len(kept_keys(tmp_path / "shard")) == 12
+    for name in ("dedup", "shard"):
+        assert_sound(tmp_path / name)
+
+    run_stage("dedup", input=str(tmp_path / "filter"), output=str(tmp_path / "anew"))
+    said = outcomes(tmp_path / "anew")
+    assert {key: what for key, what in said.items() if what != "kept:"} == {"003-png": "dropped:near_duplicate"}
+
+
+def test_an_interrupted_search_goes_on(filtered: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was found before is not looked for again, and the result is the same."""
+    settings = {"input": str(filtered / "filter"), "memory": 1}
+    run_stage("dedup", output=str(tmp_path / "whole"), **settings)
+    done: list[Unit] = []
+
+    def links(samples: Iterator[Rows], unit: Unit, count: int, hamming: int) -> Links:
+        if len(done) == 5:
+            raise OSError(errno.EIO, "broken")
+        done.append(unit)
+        return duplicates.links(samples, unit, count, hamming)
+
+    monkeypatch.setattr(dedup, "links", links)
+    with pytest.raises(StorageError):
+        run_stage("dedup", output=str(tmp_path / "broken"), **settings)
+    monkeypatch.setattr(dedup, "links", lambda *a: done.append(a[1]) or duplicates.links(*a))
+    run_stage("dedup", output=str(tmp_path / "broken"), **settings)
+    assert len(done) == len(set(done)) == 1 + duplicates.TABLES
+    assert digests(tmp_path / "broken") == digests(tmp_path / "whole")
+    assert [path.name for path in tmp_path.glob("broken/partial/dedup-*/*.parquet")] == ["verdicts.parquet"]
+    assert not list(tmp_path.glob("broken/partial/dedup-*/links-*"))

@@ -12,7 +12,7 @@ from PIL import Image
 from stages.conftest import digests, run_stage
 
 from pipeline import images
-from pipeline.config import FilterConfig
+from pipeline.config import ConfigError, FilterConfig
 from pipeline.stages.filter import Filter
 
 
@@ -56,6 +56,29 @@ def test_any_number_of_workers_gives_the_same_bytes(tmp_path: Path) -> None:
         settings = {"max_image_size": 16, "min_image_size": 8, "workers": str(workers)}
         run_stage("filter", input=str(tmp_path / "download"), output=str(tmp_path / str(workers)), **settings)
     assert digests(tmp_path / "0") == digests(tmp_path / "1") == digests(tmp_path / "3")
+
+
+def test_lists_of_keys_keep_and_deny_and_are_part_of_the_identity(tmp_path: Path) -> None:
+    source = folder_of_images(tmp_path / "images", 12)
+    run_stage("download", source="image_folder", input=str(source), output=str(tmp_path / "download"))
+    keep, deny = tmp_path / "keep.txt", tmp_path / "deny.txt"
+    keep.write_text("".join(f"{number:03d}-png\n" for number in range(8)))
+    deny.write_text("003-png\n011-png\n")
+    settings = {"input": str(tmp_path / "download"), "min_image_size": 8, "workers": "0", "deny_keys": str(deny)}
+    output = tmp_path / "filter"
+    run_stage("filter", output=str(output), keep_keys=str(keep), **settings)
+    said = outcomes(output)
+    assert [key for key, what in said.items() if what == "kept:"] == [f"{n:03d}-png" for n in (0, 1, 2, 4, 5, 6, 7)]
+    assert said["003-png"] == "dropped:key_denied"
+    assert said["011-png"] == said["008-png"] == "dropped:key_not_kept"
+    assert_sound(output)
+    moved = keep.rename(tmp_path / "moved.txt")
+    run_stage("filter", output=str(output), keep_keys=str(moved), **settings)  # the same list
+    moved.write_text("000-png\n")
+    with pytest.raises(ConfigError, match="keep_keys=xxh3"):
+        run_stage("filter", output=str(output), keep_keys=str(moved), **settings)
+    with pytest.raises(ConfigError, match="nowhere"):
+        run_stage("filter", output=str(tmp_path / "other"), keep_keys="nowhere", **settings)
 
 
 def test_every_rule_is_an_option_with_the_same_default() -> None:
