@@ -23,7 +23,6 @@ from statistics import median
 from time import perf_counter, process_time
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-sys.path.insert(0, str(Path(__file__).parent))
 
 from _photos import SIZES, photos
 

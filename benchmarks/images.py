@@ -10,8 +10,8 @@ Without `photos`, scikit-learn's two are enlarged, which makes them softer than 
 gnome-backgrounds, mate-backgrounds and plasma-workspace-wallpapers have some of 12 MP and more.
 pyvips takes part where it is installed (pip install pyvips pyvips-binary).
 
-How much of this speed the whole filter stage keeps is measured by benchmarks/filter.py (`stage=true` runs it at the end,
-on the same photos), and what is left of it beside img2dataset with a server, by benchmarks/download.py photos=<folder>.
+How much of this speed the whole filter stage keeps is measured by benchmarks/filter.py, which `stage=true` runs at the
+end on the same photos; against img2dataset itself, with a server, it is benchmarks/download.py photos=<folder>.
 """
 
 from __future__ import annotations
