@@ -153,7 +153,7 @@ _SUBSAMPLINGS = {(1, 1), (2, 1), (2, 2), (1, 2), (4, 1), (1, 4)}
 
 
 def _probe_jpeg(data: bytes, limits: Limits) -> Probe:
-    orientation, frame = 1, None
+    orientation, frame, scan = 1, None, b""
     profile: dict[bytes, bytes] = {}
     for marker, start, end in _jpeg_segments(data):
         if marker == 0xE1 and orientation == 1 and data.startswith(b"Exif\0\0", start):
@@ -162,6 +162,8 @@ def _probe_jpeg(data: bytes, limits: Limits) -> Probe:
             profile.setdefault(data[start + 12 : start + 13], data[start + 14 : end])
         elif _is_frame(marker) and frame is None:
             frame = marker, data[start:end]
+        elif marker == 0xDA:
+            scan = data[start:end]
     if frame is None:
         raise ImageError("decode_error", "JPEG without a frame header")
     coding, header = frame
@@ -170,7 +172,8 @@ def _probe_jpeg(data: bytes, limits: Limits) -> Probe:
     bits, height, width, components = struct.unpack_from(">BHHB", header)
     if bits != 8 or components not in (1, 3, 4):
         raise ImageError("unsupported_mode", f"JPEG with {components} components of {bits} bits")
-    if data.count(b"\xff\xda") > _MAX_SCANS:
+    single = coding in (0xC0, 0xC1) and scan[:1] == bytes([components])  # after which decoders take no other
+    if not single and data.count(b"\xff\xda") > _MAX_SCANS:
         raise ImageError("too_many_scans", f"more than {_MAX_SCANS} scans")
     mode = {1: "L", 3: "RGB", 4: "CMYK"}[components]
     # Baseline, extended and progressive Huffman files are read by all; arithmetic coding and odd subsampling are not.
@@ -203,7 +206,7 @@ def _is_common_subsampling(header: bytes) -> bool:
 
 
 def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
-    """(marker, start, end of the payload) of each segment before the first scan. Raises `ImageError` without a scan."""
+    """(marker, start, end of the payload) of each segment up to the first scan. Raises `ImageError` without a scan."""
     at = 2
     while at + 4 <= len(data):
         if data[at] != 0xFF:
@@ -222,6 +225,7 @@ def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
             yield marker, start, at
     if at + 4 > len(data) or data[at + 1] != 0xDA:
         raise ImageError("truncated", "JPEG without a scan")
+    yield 0xDA, at + 4, at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")
 
 
 def exif_orientation(exif: bytes) -> int:

@@ -151,6 +151,11 @@ def test_a_jpeg_of_endless_scans_is_refused() -> None:
     at = data.rindex(b"\xff\xda")
     with pytest.raises(ImageError, match="too_many_scans"):
         process(data[:at] + data[at:-2] * 600 + data[-2:], KEEP_ALL)
+    for name, reason in (("jpeg", "decode_error: Didn't expect more than one scan"), ("jpeg-grey", "decode_error")):
+        data = SAMPLES[name]
+        at = data.rindex(b"\xff\xda")
+        with pytest.raises(ImageError, match=reason):
+            process(data[:at] + data[at:-2] * 600 + data[-2:], KEEP_ALL)
 
 
 # ---------------------------------------------------------------- truncated and damaged files
