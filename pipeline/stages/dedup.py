@@ -95,7 +95,7 @@ class Dedup(Stage):
     def _ends(self) -> list[int]:
         """How many partitions the upstream had at each generation that brought samples."""
         plans = Dataset.open(self.output).plans
-        return sorted({plan.header["upstream"]["partitions"] for plan in plans})
+        return sorted({plan.header["upstream"]["partitions"] for plan in plans if plan.header.get("upstream")})
 
 
 class Search:
