@@ -124,7 +124,7 @@ class Search:
                 found: dict[int, tuple[str, str]] = {}
                 for group in range(file.metadata.num_row_groups):
                     known = file.metadata.row_group(group).column(0).statistics
-                    if known.max >= first and known.min < stop:
+                    if known is not None and known.max >= first and known.min < stop:  # None: of no rows
                         table = file.read_row_group(group, use_threads=False)
                         mine = table.filter(pc.and_(pc.greater_equal(table[0], first), pc.less(table[0], stop)))
                         for place, exact, other in zip(*(column.to_pylist() for column in mine.columns), strict=True):

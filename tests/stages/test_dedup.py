@@ -94,6 +94,7 @@ def test_what_comes_later_is_judged_by_what_is_there(tmp_path: Path) -> None:
     for path in late:
         path.rename(hidden / path.name)
     filtering = {"input": str(tmp_path / "download"), "output": str(tmp_path / "filter"), "min_image_size": 8}
+    filtering["max_failed_fraction"] = 0.5
     run_stage("filter", workers="0", **filtering)
     first = {"input": str(tmp_path / "filter"), "output": str(tmp_path / "dedup")}
     run_stage("dedup", **first)
