@@ -32,7 +32,7 @@ def answer(data: bytes, rules: Rules, limits: Limits = DEFAULT_LIMITS) -> bytes:
     return head + found.data if found.changed else head
 
 
-def understood(said: bytes, data: bytes) -> Result | ImageError | Dropped:
+def understood(said: bytes | bytearray, data: bytes) -> Result | ImageError | Dropped:
     """What `answer` said of `data`; raises ValueError if it cannot have said that."""
     kind = said[0] if said else -1
     if kind in _REFUSED:
@@ -45,6 +45,6 @@ def understood(said: bytes, data: bytes) -> Result | ImageError | Dropped:
     _, format, width, height, source_width, source_height, has_hash, look = _RESULT.unpack_from(said)
     if format >= len(FORMATS) or not all(0 < edge < _EDGE for edge in (width, height, source_width, source_height)):
         raise ValueError("no image")
-    image, changed = (said[_RESULT.size :], True) if kind == _KEPT else (data, False)
+    image, changed = (bytes(memoryview(said)[_RESULT.size :]), True) if kind == _KEPT else (data, False)
     seen = look.hex() if has_hash else ""
     return Result(image, FORMATS[format], width, height, source_width, source_height, changed, seen)

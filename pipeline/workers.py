@@ -32,6 +32,7 @@ from typing import Any, Generic, TypeVar
 from pipeline.config import ConfigError
 
 Token = TypeVar("Token")
+Answer = bytes | bytearray
 
 _DEPTH = 3  # tasks that a worker has, so that the next one is there when one is done
 _TASKS = 32  # per worker: taken in and not yet handed out, in all; one that hangs holds up those behind it
@@ -68,7 +69,7 @@ class _Task(Generic[Token]):
     token: Token
     data: bytes | None
     load: _Load
-    result: bytes | Lost | None = None
+    result: Answer | Lost | None = None
     done: bool = False
     tries: int = 0
 
@@ -76,14 +77,14 @@ class _Task(Generic[Token]):
         self.done = self.data is None
         self.load.bytes += self.size
 
-    def finish(self, result: bytes | Lost) -> None:
+    def finish(self, result: Answer | Lost) -> None:
         self.load.bytes -= self.size
         self.result, self.done = result, True
         self.load.bytes += self.size
 
     @property
     def size(self) -> int:
-        return len(self.data or b"") + (len(self.result) if isinstance(self.result, bytes) else 0)
+        return len(self.data or b"") + (len(self.result) if isinstance(self.result, (bytes, bytearray)) else 0)
 
 
 @dataclass(slots=True, eq=False)
@@ -181,7 +182,7 @@ class Pool:
 
     def map(
         self, tasks: Iterable[tuple[Token, bytes | None]], tick: Callable[[], None] = lambda: None
-    ) -> Iterator[tuple[Token, bytes | Lost | None]]:
+    ) -> Iterator[tuple[Token, Answer | Lost | None]]:
         """(token, result) of each (token, data) in order; without data the result is None.
 
         ``tick`` is called now and then while waiting, and may raise.
@@ -288,7 +289,7 @@ class Pool:
     def _take(self, worker: _Worker, kind: int, body: bytearray) -> None:
         """What a worker has said; raises EOFError if no worker of ours would."""
         if kind == _RESULT and worker.tasks:
-            worker.tasks.popleft().finish(bytes(body))
+            worker.tasks.popleft().finish(body)
             worker.since = time.monotonic()
         elif kind == _HELLO:
             worker.greeted, self._failed_starts, worker.since = True, 0, time.monotonic()
@@ -433,16 +434,14 @@ def _say(rank: socket.socket, kind: int, data: bytes = b"") -> None:
 
 
 def _receive(rank: socket.socket) -> bytes:
-    length = _HEAD.unpack(_exactly(rank, _HEAD.size))[1]
-    return bytes(_exactly(rank, length))
+    return _exactly(rank, _HEAD.unpack(_exactly(rank, _HEAD.size))[1])
 
 
-def _exactly(rank: socket.socket, length: int) -> bytearray:
-    data = bytearray(length)
-    view = memoryview(data)
-    while view:
-        count = rank.recv_into(view)
-        if count == 0:
+def _exactly(rank: socket.socket, length: int) -> bytes:
+    data = rank.recv(length, socket.MSG_WAITALL) if length else b""
+    while len(data) < length:  # a signal came in between, or it is more than Linux gives at once
+        more = rank.recv(length - len(data), socket.MSG_WAITALL)
+        if not more:
             raise EOFError
-        view = view[count:]
+        data += more
     return data

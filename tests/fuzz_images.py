@@ -73,7 +73,7 @@ def main() -> None:
     outcomes: Counter[str] = Counter()
     most = 0
     for number, (data, said) in enumerate(pool.map(files())):
-        result = understood(said, data) if isinstance(said, bytes) else said
+        result = understood(said, data) if isinstance(said, (bytes, bytearray)) else said
         outcomes["kept" if isinstance(result, Result) else result.reason] += 1
         if isinstance(result, Lost):
             Path("fuzz").mkdir(exist_ok=True)

@@ -27,8 +27,7 @@ def _header(name: str, size: int) -> bytes:
     head = bytearray(_EMPTY)
     head[: len(text)] = text
     head[124:135] = b"%011o" % size
-    head[148:156] = b"        "  # of which the sum is taken as well
-    head[148:156] = b"%06o\0 " % sum(head)
+    head[148:156] = b"%06o\0 " % (_EMPTY_SUM + sum(text) + sum(head[124:135]))
     return bytes(head)
 
 
@@ -40,6 +39,7 @@ def _slow_header(name: str, size: int) -> bytes:
 
 
 _EMPTY = _slow_header("", 0)
+_EMPTY_SUM = sum(_EMPTY) - sum(_EMPTY[124:135]) - sum(_EMPTY[148:156]) + sum(b" " * 8)  # blanks stand for the sum
 _as_json = json.JSONEncoder(sort_keys=True, ensure_ascii=False).encode
 
 

@@ -20,7 +20,7 @@ from pipeline.partitions.stage import Stage, follow_upstream
 from pipeline.samples import Outcome, Row, SampleError, Schema, caption_fields, content_hash
 from pipeline.sources.base import Source, get_source
 from pipeline.stages import release
-from pipeline.workers import Lost, Pool, worker_count
+from pipeline.workers import Answer, Lost, Pool, worker_count
 
 _KEY_LISTS = ("keep_keys", "deny_keys")
 _NOT_TAKEN = ("svg",)
@@ -168,7 +168,7 @@ class Filter(Stage):
             outcome.status, outcome.reason = "dropped", reason
         return not reason
 
-    def _judged(self, outcome: Outcome, row: Row, said: bytes | Lost | None) -> Outcome:
+    def _judged(self, outcome: Outcome, row: Row, said: Answer | Lost | None) -> Outcome:
         if said is None:
             return outcome  # decided before it was looked at
         match _understood(said, row):
@@ -196,7 +196,7 @@ class Filter(Stage):
         }
 
 
-def _understood(said: bytes | Lost, row: Row) -> images.Result | images.ImageError | images.Dropped | Lost:
+def _understood(said: Answer | Lost, row: Row) -> images.Result | images.ImageError | images.Dropped | Lost:
     if isinstance(said, Lost):
         return said
     try:
