@@ -22,7 +22,8 @@ def data_files(output: Path, pattern: str) -> list[str]:
 
 
 def test_mosaicml_streaming(small: dict[str, Path], files: set[bytes]) -> None:
-    streaming = pytest.importorskip("streaming")
+    import streaming
+
     dataset = streaming.StreamingDataset(
         local=str(small["mds"]), shuffle=False, batch_size=1, validate_hash="xxh3_128", allow_unsafe_types=False
     )
@@ -33,7 +34,8 @@ def test_mosaicml_streaming(small: dict[str, Path], files: set[bytes]) -> None:
 
 
 def test_webdataset(small: dict[str, Path], files: set[bytes]) -> None:
-    webdataset = pytest.importorskip("webdataset")
+    import webdataset
+
     dataset = webdataset.WebDataset(data_files(small["tar"], "*.tar"), shardshuffle=False, empty_check=False)
     samples = list(dataset)
     images = {data for sample in samples for name, data in sample.items() if name in ("jpg", "png", "webp", "gif")}
@@ -60,7 +62,8 @@ def test_pyarrow(small: dict[str, Path], files: set[bytes]) -> None:
 
 
 def test_hugging_face_datasets(small: dict[str, Path], files: set[bytes], tmp_path: Path) -> None:
-    datasets = pytest.importorskip("datasets")
+    import datasets
+
     for name, kind, pattern in (("parquet", "parquet", "*s.*.parquet"), ("ipc", "arrow", "*s.*.arrow")):
         found = datasets.load_dataset(
             kind, data_files=data_files(small[name], pattern), split="train", cache_dir=str(tmp_path / kind)
