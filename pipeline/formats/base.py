@@ -61,6 +61,11 @@ class FileReader(ABC):
             ValueError: the bytes are damaged, or no row.
         """
 
+    def view(self, number: int, offset: int, length: int) -> np.ndarray | bytes:
+        """The image's bytes as they lie in the file, uint8 (n,), where they lie in one piece; else a copy."""
+        data: bytes = self.row(number, offset, length, (IMAGE,))[IMAGE]
+        return data
+
     def copied(self, number: int, offset: int, length: int) -> Row:
         """The row as a writer of this format takes it, to write the same bytes again."""
         return self.row(number, offset, length)

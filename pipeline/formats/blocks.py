@@ -5,12 +5,16 @@ from __future__ import annotations
 import io
 import mmap
 import os
-from collections.abc import Sequence
-from typing import Literal, get_args
+import struct
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from multiprocessing.reduction import ForkingPickler
+from typing import Any, Literal, get_args
 
+import numpy as np
 import xxhash
 
-from pipeline.storage import BLOCK
+from pipeline.storage import BLOCK, StorageError
 
 Verify = Literal["first", "always", "never"]
 VERIFY: tuple[str, ...] = get_args(Verify)
@@ -18,6 +22,64 @@ VERIFY: tuple[str, ...] = get_args(Verify)
 
 class Damaged(ValueError):
     """The bytes of a data file are not those that were written."""
+
+
+def blocks_of(sizes: np.ndarray) -> np.ndarray:
+    """Number of blocks of files of these sizes in bytes; an empty one has one, too."""
+    return np.maximum(1, -(-sizes // BLOCK))
+
+
+class MappedBytes(np.ndarray):
+    """Bytes of a file as they lie in memory: uint8 (n,), read-only.
+
+    Sent to another process on this machine (by a DataLoader's worker, say), they go as their place in the file, which
+    the other maps too; pickled in any other way, as a copy.
+    """
+
+    path: str
+    identity: tuple[int, int, int]
+
+    @staticmethod
+    def whole(fd: int, path: str) -> MappedBytes:
+        """All bytes of an open file."""
+        state = os.fstat(fd)
+        data = mmap.mmap(fd, state.st_size, prot=mmap.PROT_READ) if state.st_size else b""
+        mapped = np.frombuffer(data, np.uint8).view(MappedBytes)
+        mapped.path, mapped.identity = path, (state.st_dev, state.st_ino, state.st_size)
+        return mapped
+
+    def __reduce__(self) -> Any:
+        return np.asarray(self).__reduce__()
+
+    def __array_wrap__(self, array: np.ndarray, context: Any = None, return_scalar: bool = False) -> Any:
+        return array[()] if return_scalar else np.asarray(array)
+
+
+def _place(part: MappedBytes) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    whole = part.base
+    if not isinstance(whole, MappedBytes) or part.dtype != np.uint8 or part.strides != (1,):
+        return part.__reduce__()  # type: ignore[no-any-return]
+    start = part.__array_interface__["data"][0] - whole.__array_interface__["data"][0]
+    return _attached, (whole.path, whole.identity, start, len(part))
+
+
+def _attached(path: str, identity: tuple[int, int, int], start: int, length: int) -> np.ndarray:
+    return _mapped(path, identity)[start : start + length]
+
+
+@lru_cache(maxsize=1024)
+def _mapped(path: str, identity: tuple[int, int, int]) -> MappedBytes:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        whole = MappedBytes.whole(fd, path)
+    finally:
+        os.close(fd)
+    if whole.identity != identity:
+        raise StorageError(f"{path} was replaced while it was read")
+    return whole
+
+
+ForkingPickler.register(MappedBytes, _place)
 
 
 class BlockFile:
@@ -29,28 +91,39 @@ class BlockFile:
         size: bytes that the file must have.
         blocks: XXH3-128 of each block.
         verify: ``first``: check a block when it is first touched; ``always``: at every touch; ``never``.
+        seen: a byte for each block, not 0 once it was checked; shared with other processes, each is checked once.
+        path: where the file lies, for processes that get bytes of it by their place.
 
     Raises:
         Damaged: the file has another size.
     """
 
-    def __init__(self, fd: int, name: str, size: int, blocks: Sequence[str], verify: Verify = "first") -> None:
+    def __init__(
+        self,
+        fd: int,
+        name: str,
+        size: int,
+        blocks: Sequence[str],
+        verify: Verify = "first",
+        seen: memoryview | None = None,
+        path: str = "",
+    ) -> None:
         self.name = name
         self._fd = fd
         self._size = size
         self._blocks = blocks
-        self._map: memoryview | None = None
+        self._map: MappedBytes | None = None
+        self._path = path
         self._always = verify == "always"
-        # One byte per block, shared with the processes that are forked from now on: each block is checked once.
-        self._seen: mmap.mmap | None = None
+        self._seen: memoryview | bytearray | None = None
         if verify != "never" and blocks:
-            self._seen = mmap.mmap(-1, len(blocks))
+            self._seen = bytearray(len(blocks)) if seen is None else seen
         found = os.fstat(fd).st_size
         if found != size:
             raise Damaged(f"{name} has {found} bytes instead of {size}")
 
-    def __del__(self) -> None:
-        os.close(self._fd)
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:  # bound: modules go first when Python ends
+        close(self._fd)
 
     def __len__(self) -> int:
         return self._size
@@ -59,15 +132,19 @@ class BlockFile:
         """Raises Damaged unless the blocks that hold these bytes are as they were written."""
         if offset < 0 or length < 0 or offset + length > self._size:
             raise Damaged(f"{self.name} ends before byte {offset + length}")
-        if self._seen is None or not length:
+        seen = self._seen
+        if seen is None or not length:
             return
-        for number in range(offset // BLOCK, (offset + length - 1) // BLOCK + 1):
-            if self._seen[number] and not self._always:
+        first, last = offset // BLOCK, (offset + length - 1) // BLOCK
+        if seen[first] and seen[last] and last - first < 2 and not self._always:
+            return
+        for number in range(first, last + 1):
+            if seen[number] and not self._always:
                 continue
             block = os.pread(self._fd, BLOCK, number * BLOCK)
             if xxhash.xxh3_128_hexdigest(block) != self._blocks[number]:
                 raise Damaged(f"{self.name}: block {number} of {BLOCK >> 20} MiB has changed since it was written")
-            self._seen[number] = 1
+            seen[number] = 1
 
     def bytes(self, offset: int, length: int) -> bytes:
         """A copy of ``length`` bytes from ``offset`` on.
@@ -84,15 +161,20 @@ class BlockFile:
             data += more
         return data
 
-    def view(self, offset: int, length: int) -> memoryview:
-        """Like :meth:`bytes`, without a copy: the file as it lies in memory."""
+    def view(self, offset: int, length: int) -> np.ndarray:
+        """Like :meth:`bytes`, without a copy: :class:`MappedBytes` (length,)."""
         self.check(offset, length)
-        return self.unchecked()[offset : offset + length]
+        return (self._map if self._map is not None else self.unchecked())[offset : offset + length]
 
-    def unchecked(self) -> memoryview:
+    def unpack(self, layout: struct.Struct, offset: int) -> tuple[Any, ...]:
+        """Numbers that lie at ``offset``; raises Damaged as :meth:`bytes` does."""
+        self.check(offset, layout.size)
+        return layout.unpack_from(self.unchecked().data, offset)
+
+    def unchecked(self) -> MappedBytes:
         """All bytes, as they lie in memory."""
         if self._map is None:
-            self._map = memoryview(mmap.mmap(self._fd, self._size, prot=mmap.PROT_READ) if self._size else b"")
+            self._map = MappedBytes.whole(self._fd, self._path)
         return self._map
 
     def file(self) -> io.BufferedIOBase:

@@ -104,7 +104,7 @@ class _Chunks:
 
     def take(self, data: BlockFile, number: int) -> np.ndarray:
         offset, size = self._spans[number].tolist()
-        raw: memoryview | bytes = data.view(offset, size)
+        raw: memoryview | bytes = data.view(offset, size).data
         if self._compressed:
             try:
                 raw = zlib.decompress(raw)

@@ -89,6 +89,9 @@ class IpcReader(FileReader):
                 spans[name] = (values.address - whole.address, np.frombuffer(offsets, np.int64, len(batch) + 1))
         return spans
 
+    def view(self, number: int, offset: int, length: int) -> np.ndarray | bytes:
+        return self._data.view(offset, length)
+
     def row(self, number: int, offset: int, length: int, columns: Collection[str] | None = None) -> Row:
         row: Row = {}
         for name in self._schema if columns is None else columns:

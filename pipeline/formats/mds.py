@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.formats.base import Create, FileReader, Format, Location, Open, Writer, chunked
+from pipeline.formats.base import IMAGE, Create, FileReader, Format, Location, Open, Writer, chunked
 from pipeline.formats.blocks import BlockFile
 from pipeline.samples import Row, Schema
 from pipeline.storage import Folder
@@ -105,17 +105,27 @@ class MdsReader(FileReader):
         self._head = struct.Struct(f"<{sum(size is None for _, _, size in self._columns)}I")
 
     def row(self, number: int, offset: int, length: int, columns: Collection[str] | None = None) -> Row:
-        sizes = iter(self._head.unpack(self._data.bytes(offset, self._head.size)))
-        at = offset + self._head.size
         row: Row = {}
-        for name, kind, size in self._columns:
-            size = next(sizes) if size is None else size
+        for name, kind, at, size in self._spans(offset, length):
             if columns is None or name in columns:
                 row[name] = _decode(kind, self._data.bytes(at, size))
+        return row
+
+    def view(self, number: int, offset: int, length: int) -> np.ndarray | bytes:
+        return next(self._data.view(at, size) for name, _, at, size in self._spans(offset, length) if name == IMAGE)
+
+    def _spans(self, offset: int, length: int) -> list[tuple[str, str, int, int]]:
+        """Name, type, place and size of each column of the sample at ``offset``."""
+        sizes = iter(self._data.unpack(self._head, offset))
+        at = offset + self._head.size
+        spans = []
+        for name, kind, size in self._columns:
+            size = next(sizes) if size is None else size
+            spans.append((name, kind, at, size))
             at += size
         if at != offset + length:
             raise ValueError(f"an MDS sample of {length} bytes says that it has {at - offset}")
-        return row
+        return spans
 
 
 class Mds(Format):

@@ -152,6 +152,9 @@ class ParquetReader(FileReader):
             raise ValueError(f"{self._data.name}: {error}") from None
         return Columns(table.select(names), self._schema)
 
+    def view(self, number: int, offset: int, length: int) -> np.ndarray | bytes:
+        return self._data.view(offset, length)
+
     def row(self, number: int, offset: int, length: int, columns: Collection[str] | None = None) -> Row:
         row: Row = {}
         for name in self._schema if columns is None else columns:

@@ -20,7 +20,7 @@ from pipeline.partitions.dataset import Dataset, RandomAccess
 from pipeline.samples import Row, Schema
 from pipeline.storage import StorageError
 
-OUTPUTS = ("image", "array", "bytes")
+OUTPUTS = ("image", "array", "bytes", "view")
 _NPY = b"\x93NUMPY"
 
 
@@ -32,7 +32,9 @@ class Reader:
         transform: called with each image.
         target_transform: called with each target.
         output: ``image``: PIL image, upright; ``array``: pixels (h, w) or (h, w, c), without a copy where the format
-            holds them as they are (then read-only); ``bytes``: the file as it is stored.
+            holds them as they are (then read-only); ``bytes``: the file as it is stored; ``view``: the same as
+            uint8 (n,), read-only, as it lies in the page cache: it is not copied, nor when a DataLoader's worker hands
+            it over. Decoders take it like bytes.
         target: column that is the target; empty: ``label``, else ``mask``, else ``caption``, whichever is there. A
             mask comes as an array with its values unchanged, (h, w, c) of a format of fixed size, else as it was.
         mode: bring images to this mode (RGB, L, RGBA, LA, I;16); empty: as they are.
@@ -71,7 +73,6 @@ class Reader:
         self.mode = mode
         self.verify = verify
         self.open_files = open_files
-        self._access: RandomAccess | None = None
         dataset = Dataset.open(self.dataset_path)
         self._content = dataset.require_success()["content_digest"]
         stored = dataset.format.name
@@ -89,6 +90,7 @@ class Reader:
         if self.target:
             dataset.require_columns(self.target)
         self._length = len(dataset)
+        self._access: RandomAccess | None = RandomAccess(dataset, verify, open_files)
 
     def _usual_target(self) -> str:
         return next((name for name in ("label", MASK, "caption") if name in self.schema), "")
@@ -148,10 +150,16 @@ class Reader:
         return data
 
     def _sample(self, position: int) -> tuple[Any, Any]:
+        image: Any
+        target: Any
         access = self.access
-        if self.fixed and self.output != "bytes":
+        if self.output == "view":
+            image, target = access.view(position, self.target)
+            if self.target == MASK:
+                target = mask_array(target)
+        elif self.fixed and self.output != "bytes":
             image = self._of_pixels(access.array(position))
-            target: Any = self._target_of_pixels(position)
+            target = self._target_of_pixels(position)
         else:
             row = access.row(position, (IMAGE, self.target) if self.target else (IMAGE,))
             image = self._of_file(row[IMAGE])

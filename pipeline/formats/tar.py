@@ -7,6 +7,8 @@ import json
 import tarfile
 from collections.abc import Collection, Iterator, Sequence
 
+import numpy as np
+
 from pipeline.formats.base import IMAGE, Create, FileReader, Format, Location, Open, Writer
 from pipeline.formats.blocks import BlockFile
 from pipeline.formats.columns import WIDE
@@ -96,17 +98,26 @@ class TarReader(FileReader):
         for name, start, size in self._members(offset, offset + length):
             if wanted <= row.keys():
                 break
-            stem, _, extension = name.rpartition(".")
-            if extension == "json":
+            if name.endswith(".json"):
                 row |= json.loads(self._data.bytes(start, size))
-            elif column := next((c for c in self._binary if stem.endswith(f".{c}")), ""):
-                if column in wanted:
-                    row[column] = self._data.bytes(start, size)
-            elif extension != "txt" and IMAGE in wanted:
-                row[IMAGE] = self._data.bytes(start, size)
+            elif (column := self._column_of(name)) in wanted:
+                row[column] = self._data.bytes(start, size)
         if not wanted <= row.keys():
             raise ValueError(f"a tar sample has the columns {sorted(row)}, not {sorted(wanted)}")
         return row if columns is None else {name: row[name] for name in wanted}
+
+    def view(self, number: int, offset: int, length: int) -> np.ndarray | bytes:
+        for name, start, size in self._members(offset, offset + length):
+            if self._column_of(name) == IMAGE:
+                return self._data.view(start, size)
+        raise ValueError("a tar sample without an image")
+
+    def _column_of(self, member: str) -> str:
+        """The column that a member holds; of the caption's and that of all others, none."""
+        stem, _, extension = member.rpartition(".")
+        if extension in ("json", "txt"):
+            return ""
+        return next((column for column in self._binary if stem.endswith(f".{column}")), IMAGE)
 
     def _members(self, at: int, stop: int) -> Iterator[tuple[str, int, int]]:
         """Name, start and size of the data of each regular member."""

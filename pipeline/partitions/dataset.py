@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import mmap
 import os
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -18,7 +19,7 @@ import pyarrow.parquet as pq
 
 from pipeline.config import STAGES, ConfigError
 from pipeline.formats.base import FileReader, Format, get_format
-from pipeline.formats.blocks import BlockFile, Verify
+from pipeline.formats.blocks import BlockFile, Verify, blocks_of
 from pipeline.partitions.ledger import FILE as LEDGER
 from pipeline.partitions.ledger import read_ledger
 from pipeline.partitions.plan import BUCKET, RELEASE, TAKEDOWN, Partition, PartitionReader, Plan, read_plans
@@ -135,14 +136,16 @@ class SlotReader:
 
     Args:
         verify: when blocks of data files are checked against their hashes, see :class:`BlockFile`.
+        seen: a byte for each block of all files, in the record's order; those of checked blocks are not 0.
     """
 
-    def __init__(self, dataset: Dataset, index: int, verify: Verify = "first") -> None:
+    def __init__(self, dataset: Dataset, index: int, verify: Verify = "first", seen: memoryview | None = None) -> None:
         self.path = dataset.path_of(index)
         self.root = dataset.root.path
         self._dataset = dataset
         self._index = index
         self._verify = verify
+        self._seen = seen
         try:
             self._folder = dataset.root.folder(self.path)
         except OSError as error:
@@ -179,8 +182,13 @@ class SlotReader:
 
     def _blocks(self, file: str) -> BlockFile:
         entry = self._files[file]
+        seen = None
+        if self._seen is not None:
+            before = sum(len(other["blocks"]) for other in self._record["files"] if other["name"] < file)
+            seen = self._seen[before : before + len(entry["blocks"])]
         fd = self._folder.open_file(file)
-        return BlockFile(fd, f"{self.path}/{file}", entry["bytes"], entry["blocks"], self._verify)
+        place = str(self._folder.path / file)
+        return BlockFile(fd, f"{self.path}/{file}", entry["bytes"], entry["blocks"], self._verify, seen, place)
 
     def stored(self, taken: bool = False) -> list[Stored]:
         """The kept samples of the partition, in order; with ``taken`` also those that were, and have been taken down.
@@ -412,7 +420,17 @@ class Dataset:
         taken = self._manifest_column("taken") if self.require_success()["counts"].get("taken") else 0
         return np.concatenate([[0], np.cumsum(self.kept + taken)]).astype(np.int64)
 
+    def blocks(self) -> np.ndarray:
+        """Number of the first block of each partition's files, counted through, and of all: int64 (partitions + 1,)."""
+        files = self._manifest("files")
+        counts = blocks_of(files.values.field("bytes").to_numpy())
+        return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)[files.offsets.to_numpy()]
+
     def _manifest_column(self, name: str) -> np.ndarray:
+        return np.asarray(self._manifest(name).to_numpy())
+
+    def _manifest(self, name: str) -> Any:
+        """A column of the manifest, as an Arrow array."""
         expected = self.require_success()["digests"][MANIFEST]
         with os.fdopen(self.root.open_file(MANIFEST), "rb") as file:  # opened once: it may be replaced meanwhile
             if digest(file.read()) != expected:
@@ -421,7 +439,8 @@ class Dataset:
                     f"and, if that does not help, stage=repair on {self.root.path}"
                 )
             file.seek(0)
-            return np.asarray(pq.ParquetFile(file).read([name], use_threads=False)[name].to_numpy())
+            column = pq.ParquetFile(file).read([name], use_threads=False)[name].combine_chunks()
+        return column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
 
     @cached_property
     def starts(self) -> np.ndarray:
@@ -468,6 +487,11 @@ class RandomAccess:
         self._slots: OrderedDict[int, SlotReader] = OrderedDict()
         self._readers: OrderedDict[tuple[int, int], FileReader] = OrderedDict()
         self._keys: OrderedDict[int, list[str]] = OrderedDict()
+        self._blocks: list[int] = []
+        self._seen: memoryview | None = None
+        if verify == "first":  # shared with processes that are forked from now on: a block is checked once by all
+            self._blocks = dataset.blocks().tolist()
+            self._seen = memoryview(mmap.mmap(-1, max(1, self._blocks[-1])))
         self._stored: OrderedDict[int, list[Stored]] = OrderedDict()
 
     def __len__(self) -> int:
@@ -487,7 +511,11 @@ class RandomAccess:
         return number, position - self._starts[number], index
 
     def _slot(self, number: int) -> SlotReader:
-        return _recent(self._slots, number, 64, lambda: SlotReader(self.dataset, number, self._verify))
+        return _recent(self._slots, number, 64, lambda: self._opened(number))
+
+    def _opened(self, number: int) -> SlotReader:
+        seen = None if self._seen is None else self._seen[self._blocks[number] : self._blocks[number + 1]]
+        return SlotReader(self.dataset, number, self._verify, seen)
 
     def _reader(self, number: int, index: Index, file: int) -> FileReader:
         key = (number, file)
@@ -495,7 +523,7 @@ class RandomAccess:
         if reader is not None:
             return reader
         # a fresh slot for each file: it goes, and closes what it has open, when the file is the one used longest ago
-        slot = SlotReader(self.dataset, number, self._verify)
+        slot = self._opened(number)
         return _recent(self._readers, key, self._most_files, lambda: slot.open(index.names[file]))
 
     def key(self, position: int) -> str:
@@ -517,27 +545,31 @@ class RandomAccess:
             SampleError: what it refers to, outside of the dataset directory, is gone or has changed.
             StorageError: the dataset directory is damaged; names file and sample.
         """
-        number, local, index = self._place(position)
-        try:
-            reader = self._reader(number, index, int(index.files[local]))
-            return reader.row(int(index.numbers[local]), int(index.offsets[local]), int(index.lengths[local]), columns)
-        except DAMAGE as error:
-            raise self._damaged(position, error) from error
+        return self._take(position, lambda reader, number, start, size: reader.row(number, start, size, columns))
+
+    def view(self, position: int, target: str = "") -> tuple[np.ndarray | bytes, Any]:
+        """The image's bytes, without a copy where the format allows it, and the value of the column ``target``."""
+
+        def take(reader: FileReader, number: int, start: int, size: int) -> tuple[np.ndarray | bytes, Any]:
+            row = reader.row(number, start, size, (target,)) if target else {}
+            return reader.view(number, start, size), row.get(target)
+
+        return self._take(position, take)
 
     def array(self, position: int) -> np.ndarray:
         """Pixels of a sample in a format of fixed size, (h, w) or (h, w, c); raises what :meth:`row` raises."""
-        number, local, index = self._place(position)
-        try:
-            reader = self._reader(number, index, int(index.files[local]))
-            return reader.array(int(index.numbers[local]), int(index.offsets[local]), int(index.lengths[local]))
-        except DAMAGE as error:
-            raise self._damaged(position, error) from error
+        return self._take(position, lambda reader, *place: reader.array(*place))
 
     def mask(self, position: int) -> np.ndarray:
         """The dense label of a sample in a format of fixed size, (h, w, c); raises what :meth:`row` raises."""
+        return self._take(position, lambda reader, number, *_: reader.mask(number))
+
+    def _take(self, position: int, take: Callable[[FileReader, int, int, int], Value]) -> Value:
+        """What ``take`` gets from the reader of the sample's file; it is told the sample's number, offset, length."""
         number, local, index = self._place(position)
         try:
-            return self._reader(number, index, int(index.files[local])).mask(int(index.numbers[local]))
+            reader = self._reader(number, index, index.files.item(local))
+            return take(reader, index.numbers.item(local), index.offsets.item(local), index.lengths.item(local))
         except DAMAGE as error:
             raise self._damaged(position, error) from error
 
