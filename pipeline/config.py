@@ -254,7 +254,7 @@ class ShardConfig(StageConfig):
 
     format: str = option("mds", "storage format", identity=True, choices=FORMATS)
     shuffle: bool = option(False, "shuffle the whole data set by a permutation keyed by the seed", identity=True)
-    partition_size: int = option(0, "samples per partition (0: about 512 MiB of data)", identity=True)
+    partition_size: int = option(0, "samples per partition (0: a 32nd of the data, 32 to 256 MiB)", identity=True)
     shard_bytes: int = option(2**26, "largest size of one data file (tar: one file for each partition)", identity=True)
     shape: tuple[int, ...] = option((), "bring images to [height,width]; masks by their nearest pixel", identity=True)
     im_mode: str = option("", "bring images to this mode: RGB, L, RGBA, LA or I;16", identity=True)

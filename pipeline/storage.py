@@ -25,6 +25,7 @@ import xxhash
 T = TypeVar("T")
 BLOCK = 4 << 20  # bytes per block hash
 _BUFFER = 1 << 20
+_PIECES = 512  # that one call writes; systems take 1,024
 _DIGEST = re.compile(rb'\n "digest": "[0-9a-f]{32}"(,?)')  # of the outermost object: inner ones are indented further
 GONE = (errno.ENOENT, errno.ESTALE)
 TAKEN = (errno.ENOTEMPTY, errno.EEXIST)
@@ -306,7 +307,8 @@ class HashedFile:
         self.path = path
         self.bytes = 0
         self._fd = fd
-        self._buffer = bytearray()
+        self._pieces: list[memoryview] = []  # not written yet
+        self._waiting = 0  # bytes in them
         self._whole = xxhash.xxh3_128()
         self._block = xxhash.xxh3_128()
         self._block_left = BLOCK
@@ -314,15 +316,15 @@ class HashedFile:
 
     def write(self, data: Any) -> int:
         view = memoryview(data).cast("B")
+        size = len(view)
         self._hash(view)
-        self.bytes += len(view)
-        if len(self._buffer) + len(view) > _BUFFER:
+        self.bytes += size
+        large = size > _BUFFER
+        self._pieces.append(view if large or view.readonly else memoryview(bytes(view)))
+        self._waiting += size
+        if large or self._waiting > _BUFFER or len(self._pieces) == _PIECES:
             self.flush()
-        if len(view) > _BUFFER:
-            self._write(view)
-        else:
-            self._buffer += view
-        return len(view)
+        return size
 
     def _hash(self, view: memoryview) -> None:
         self._whole.update(view)
@@ -335,18 +337,22 @@ class HashedFile:
             self._block.update(view)
             self._block_left -= len(view)
 
-    def _write(self, view: memoryview | bytearray) -> None:
-        def do() -> None:
-            rest = memoryview(view)
-            while len(rest):
-                rest = rest[os.write(self._fd, rest) :]
-
-        _do("write", self.path, do)
-
     def flush(self) -> None:
-        if self._buffer:
-            self._write(self._buffer)
-            self._buffer = bytearray()
+        if self._pieces:
+            _do("write", self.path, self._write)
+            self._pieces, self._waiting = [], 0
+
+    def _write(self) -> None:
+        rest = self._pieces
+        while rest:
+            written = os.writev(self._fd, rest)
+            done = 0
+            while done < len(rest) and written >= len(rest[done]):
+                written -= len(rest[done])
+                done += 1
+            rest = rest[done:]
+            if rest:
+                rest[0] = rest[0][written:]
 
     def tell(self) -> int:
         return self.bytes

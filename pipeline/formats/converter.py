@@ -22,6 +22,7 @@ from pipeline.formats.base import Location, Writer
 from pipeline.formats.fixed import FixedWriter
 from pipeline.formats.pixels import mask_array, nearest, to_array, to_image
 from pipeline.partitions import engine
+from pipeline.partitions.planning import open_or_plan
 from pipeline.samples import Row
 
 if TYPE_CHECKING:
@@ -101,15 +102,25 @@ class Converter:
         return Path(self.config.output)
 
     def _run(self, place: Place, run_id: str = "") -> None:
-        config = replace(self.config, run_id=run_id) if run_id and not self.config.run_id else self.config
         rank = Rank(place)
         with rank.signals:
-            engine.run(_stage_of(self, config, rank))
+            engine.run(self._stage(rank, run_id))
+
+    def _plan(self, place: Place, run_id: str) -> None:
+        """Before processes are forked, which then find the plan, and all that is to be imported, ready."""
+        rank = Rank(place)
+        with rank.signals:
+            open_or_plan(self._stage(rank, run_id))
+
+    def _stage(self, rank: Rank, run_id: str) -> Shard:
+        config = replace(self.config, run_id=run_id) if run_id and not self.config.run_id else self.config
+        return _stage_of(self, config, rank)
 
     def _convert_in_processes(self, place: Place) -> None:
         """Each process is a rank of its own; they are forked, so that any Dataset will do."""
         context = multiprocessing.get_context("fork")
         run_id = uuid.uuid4().hex if not self.dist else ""
+        self._plan(place, run_id)
         count = self.num_workers
         receivers: list[Connection] = []
         processes = []

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import mmap
+from collections.abc import Collection, Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from pipeline.formats.base import IMAGE, Create, FileReader, Format, Location, Open, Writer
 from pipeline.formats.blocks import BlockFile
-from pipeline.formats.columns import WIDE, Columns, arrow_table
+from pipeline.formats.columns import WIDE, Columns, arrow_schema, arrow_table
 from pipeline.samples import Row, Schema
-from pipeline.storage import Folder
+from pipeline.storage import Folder, HashedFile
 
 
 def ordered(schema: Schema) -> list[str]:
@@ -40,14 +42,20 @@ class IpcWriter(Writer):
         self._size += size
 
     def _flush(self) -> None:
-        table = arrow_table(self._rows, self._schema, self._names)
-        (batch,) = table.to_batches()
+        last = self._names[-1]
+        values = [row[last] for row in self._rows]
+        sizes = [len(value) for value in values]
+        fields = arrow_schema(self._schema, self._names)
+        table = arrow_table(self._rows, self._schema, self._names[:-1])
         name = f"samples.{self._files:05d}.arrow"
         with self._create(name) as file:
-            with pa.ipc.new_file(file, table.schema) as writer:
+            splice = _Splice(file, values, sum(sizes))
+            batch = pa.record_batch(
+                [*(column.combine_chunks() for column in table), splice.column(sizes)], schema=fields
+            )
+            with pa.ipc.new_file(splice, fields) as writer:
                 writer.write_batch(batch)
                 end = file.tell()  # the last column's data ends here, padded to 8 bytes
-            sizes = [len(row[self._names[-1]]) for row in self._rows]
         at = end - sum(sizes) - -sum(sizes) % 8
         for size in sizes:
             self._locations.append((name, at, size))
@@ -59,6 +67,45 @@ class IpcWriter(Writer):
         if self._rows:
             self._flush()
         return self._locations
+
+
+class _Splice:
+    """A file for Arrow, which wants all values of a column in one piece: to be spared putting them together, it gets
+    memory that is never touched, in whose place the values are written."""
+
+    def __init__(self, file: HashedFile, values: Sequence[bytes], size: int) -> None:
+        self._file = file
+        self._values = values
+        self._hole = mmap.mmap(-1, max(size, 1), prot=mmap.PROT_READ)
+        self._size = size
+        self._address = pa.py_buffer(self._hole).address
+        self.closed = False
+
+    def column(self, sizes: Sequence[int]) -> pa.Array:
+        """The column, with untouched memory for its bytes."""
+        ends = pa.py_buffer(np.cumsum([0, *sizes], dtype=np.int64))
+        data = pa.py_buffer(memoryview(self._hole)[: self._size])
+        return pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(sizes), [None, ends, data])
+
+    def write(self, data: Any) -> int:
+        if self._size and pa.py_buffer(data).address == self._address:
+            return sum(map(self._file.write, self._values))
+        return self._file.write(data)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def flush(self) -> None:
+        """Nothing need be on disk before the end."""
+
+    def writable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return False
+
+    def seekable(self) -> bool:
+        return False
 
 
 class IpcReader(FileReader):

@@ -20,6 +20,7 @@ from pipeline.storage import Folder
 
 _SIZES = {"int": 8}
 _HASH = "xxh3_128"
+_LARGE = 4096
 
 
 def _encode(kind: str, value: Any) -> bytes:
@@ -38,6 +39,19 @@ def _decode(kind: str, data: bytes) -> Any:
     if kind == "int":
         return int(np.frombuffer(data, np.int64)[0])
     return json.loads(data) if kind == "json" else data
+
+
+def _joined(pieces: list[bytes]) -> list[bytes]:
+    """Small neighbours as one piece; large ones are not copied."""
+    joined: list[bytes] = []
+    small: list[bytes] = []
+    for piece in pieces:
+        if len(piece) > _LARGE:
+            joined += [b"".join(small), piece]
+            small = []
+        else:
+            small.append(piece)
+    return [*joined, b"".join(small)]
 
 
 def shard_config(schema: Schema, shard_bytes: int) -> dict[str, Any]:
@@ -63,7 +77,8 @@ class MdsWriter(Writer):
         self._columns = [(name, schema[name]) for name in sorted(schema)]
         self._config = json.dumps(shard_config(schema, shard_bytes), sort_keys=True).encode()
         self._limit = shard_bytes
-        self._samples: list[bytes] = []
+        self._samples: list[list[bytes]] = []
+        self._lengths = [0]
         self._size = self._empty_size = 8 + len(self._config)
         self._shards = 0
         self._locations: list[Location] = []
@@ -71,26 +86,28 @@ class MdsWriter(Writer):
     def write(self, row: Row) -> None:
         columns = [(kind, _encode(kind, row[name])) for name, kind in self._columns]
         sizes = np.array([len(data) for kind, data in columns if kind not in _SIZES], np.uint32)
-        sample = sizes.tobytes() + b"".join(data for _, data in columns)
-        if self._samples and self._size + len(sample) + 4 > self._limit:
+        sample = _joined([sizes.tobytes(), *(data for _, data in columns)])
+        length = sum(map(len, sample))
+        if self._samples and self._size + length + 4 > self._limit:
             self._flush()
         self._samples.append(sample)
-        self._size += len(sample) + 4
+        self._lengths.append(length)
+        self._size += length + 4
 
     def _flush(self) -> None:
         name = f"shard.{self._shards:05d}.mds"
         count = len(self._samples)
-        lengths = np.array([0, *map(len, self._samples)], np.int64)
-        offsets = lengths.cumsum() + 4 + 4 * (count + 1) + len(self._config)
+        offsets = np.array(self._lengths, np.int64).cumsum() + 4 + 4 * (count + 1) + len(self._config)
         if offsets[-1] >= 2**32:
             raise ValueError(f"{name}: {offsets[-1]} bytes do not fit an MDS shard; lower shard_bytes=")
         with self._create(name) as file:
             file.write(np.uint32(count).tobytes() + offsets.astype(np.uint32).tobytes() + self._config)
             for sample in self._samples:
-                file.write(sample)
-        self._locations += [(name, int(o), len(s)) for o, s in zip(offsets, self._samples, strict=False)]
+                for piece in sample:
+                    file.write(piece)
+        self._locations += [(name, o, n) for o, n in zip(offsets.tolist(), self._lengths[1:], strict=False)]
         self._shards += 1
-        self._samples, self._size = [], self._empty_size
+        self._samples, self._lengths, self._size = [], [0], self._empty_size
 
     def close(self) -> list[Location]:
         if self._samples:

@@ -51,6 +51,10 @@ class ImageFolder(Source):
             raise ConfigError(f"input={self.config.input}: no such folder")
         return root
 
+    @cached_property
+    def _prefix(self) -> str:
+        return str(self.root)
+
     @property
     def format(self) -> str:  # type: ignore[override]
         return "tar" if self.config.copy else "reference"
@@ -96,7 +100,7 @@ class ImageFolder(Source):
     def _take(self, file: Input) -> Outcome:
         outcome = Outcome(make_key(file.path), "failed", source=file.path, source_bytes=file.size)
         try:
-            with open(self.root / real_path(file.path), "rb", opener=_open_at_once) as opened:
+            with open(os.path.join(self._prefix, real_path(file.path)), "rb", opener=_open_at_once) as opened:
                 state = os.fstat(opened.fileno())
                 if not stat.S_ISREG(state.st_mode):
                     outcome.reason = "not_regular"

@@ -25,7 +25,12 @@ from pipeline.samples import IMAGE_COLUMNS, Outcome, Row, SampleError, Schema, c
 from pipeline.sources.annotations import synset_names
 from pipeline.sources.image_folder import ImageFolder, walk
 
-PARTITION_BYTES = 512 << 20
+_PARTITIONS = 32
+"""As many at least, so that processes share the work evenly, as long as partitions are of the least size."""
+_LEAST_BYTES, _MOST_BYTES = 32 << 20, 256 << 20
+"""Of a partition: commits are paid for often, or much is lost when a process is killed."""
+_ITEM_BYTES = 128 << 10
+"""Of an item of a Dataset, as long as nothing is known about them."""
 _HEADER_COLUMNS: Schema = {"width": "int", "height": "int", "mode": "str"}
 _OF_A_DATASET = ("plan", "data", "claims", "events")
 
@@ -66,7 +71,9 @@ class Items(ABC):
 
     def cuts(self, total: int, sample_bytes: float) -> Iterator[tuple[int, int]]:
         """Even ranges of ``total`` samples of about this size."""
-        size = self.config.partition_size or max(1, int(PARTITION_BYTES / max(sample_bytes, 1)))
+        sample_bytes = max(sample_bytes, 1)
+        wanted = min(max(total * sample_bytes / _PARTITIONS, _LEAST_BYTES), _MOST_BYTES)
+        size = self.config.partition_size or max(1, int(wanted / sample_bytes))
         count = -(-total // size)
         for number in range(count):
             yield total * number // count, total * (number + 1) // count
@@ -229,7 +236,7 @@ class Objects(Items):
     def plan(self, since: int, sample_bytes: int) -> Iterator[Partition]:
         total = len(self.dataset)
         name = type(self.dataset).__qualname__
-        for start, stop in self.cuts(total, sample_bytes or PARTITION_BYTES / 1000):
+        for start, stop in self.cuts(total, sample_bytes or _ITEM_BYTES):
             yield Partition((Input(name, 0, total), Input("positions", start, stop)), stop - start)
 
     def outcomes(self, partition: Partition, planned: dict[str, Any]) -> Iterator[Outcome]:
@@ -275,7 +282,7 @@ def _kept(outcome: Outcome) -> Outcome:
     row = outcome.row or {}
     outcome.status = "kept"
     outcome.width, outcome.height = row.get("width", 0), row.get("height", 0)
-    if isinstance(data := row.get(IMAGE), bytes):
+    if not outcome.source_hash and isinstance(data := row.get(IMAGE), bytes):
         outcome.source_bytes, outcome.source_hash = len(data), content_hash(data)
     return outcome
 

@@ -102,7 +102,7 @@ class Shard(Stage):
     def _check_settings(self) -> None:
         config = self.config
         if config.partition_size < 0:
-            raise ConfigError(f"partition_size={config.partition_size}: must be at least 1, or 0 for about 512 MiB")
+            raise ConfigError(f"partition_size={config.partition_size}: must be at least 1, or 0 to cut by size")
         if config.shard_bytes < 1:
             raise ConfigError(f"shard_bytes={config.shard_bytes}: must be at least 1")
         if config.im_mode and config.im_mode not in MODES:
