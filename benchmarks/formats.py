@@ -1,27 +1,31 @@
 """Storage formats side by side: how fast they are written and read, against libraries that do the same, in one run.
 
-    python benchmarks/formats.py [samples=2000] [kilobytes=133] [rounds=5] [folder=<where to work>] [plot=formats.png]
+    python benchmarks/formats.py [parts=prepare,write,raw,read,decoded,report] [samples=3000] [kilobytes=133] [rounds=5]
+                                 [folder=<where to work; stays>] [workers=0,2] [plot=formats.png]
 
-Rivals that are not installed are left out: pip install litdata datasets. All get the same JPEG files. Contestants take
-turns; a ratio is the median of the ratios of single rounds, so that a change of the machine's speed hits both sides.
+With ``folder=``, parts can be run one by one; ``report`` prints all that were and draws the plot. Rivals that are not
+installed are left out: pip install litdata datasets. All get the same JPEG files. Contestants take turns, and a ratio
+is the median of the ratios of single rounds, so that a change of the machine's speed hits both sides.
 
-Reading is of whole epochs by a DataLoader with batches of 64 on data in the page cache, of raw bytes or decoded pixels
-(simplejpeg, the same call for all). Batches are consumed where they are made: they become their number of bytes and a
-byte of each sample, so that reading is compared, not the pipe between processes; `handed over` has the bytes themselves
-brought to the main process. Limits: `page cache` reads the same bytes by pread from one file, `decode` decodes them
-from memory.
+Reading is of whole epochs by a DataLoader, in batches of 64 that reach the main process, from data in the page cache;
+streams are shuffled as their documentation has it. Workers persist, and the first epoch is not counted: it starts them,
+opens files and, with us alone, checks hashes. ``raw`` looks at one byte of each sample, ``read`` goes through all of
+them, ``decoded`` has the worker decode (simplejpeg for all) and hands over a byte. Ours give views of the page cache
+(``output="view"``); ``ipc as bytes`` copies. Limits: ``page cache`` reads the same bytes by pread from one file,
+``decode`` decodes them from memory.
 """
 
 from __future__ import annotations
 
 import importlib
 import io
+import json
 import os
 import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -29,19 +33,24 @@ from typing import Any
 
 import numpy as np
 import simplejpeg
+import xxhash
 
 from pipeline import formats
 from pipeline.formats import Reader
 from pipeline.loading import Permutation
 
-OURS = ("ipc", "parquet", "mds", "tar")
 WRITERS = {
     "ipc": formats.IpcConverter,
     "parquet": formats.ParquetConverter,
     "mds": formats.MDSConverter,
     "tar": formats.TarConverter,
 }
+COPIED, BY_INDEX = "ipc as bytes", "StreamingDataset[i]"
+OURS = (*WRITERS, COPIED)
+PEERS = ("StreamingDataset", "litdata", "webdataset")
+PARTS = ("prepare", "write", "raw", "read", "decoded", "report")
 BATCH = 64
+Sample = tuple[bytes, int]
 
 
 # ---- samples
@@ -53,14 +62,14 @@ def jpegs(count: int, kilobytes: int) -> Iterator[bytes]:
     from sklearn.datasets import load_sample_images
 
     sources = load_sample_images().images
-    edge = int((kilobytes * 1000 / 0.45) ** 0.5)
+    edge = int((kilobytes * 1000 / 0.318) ** 0.5)
+    images = [np.asarray(Image.fromarray(source).resize((edge + 64, edge + 64))) for source in sources]
     chosen = np.random.default_rng(0)
+    noises = chosen.integers(-9, 10, (8, edge, edge, 3), np.int16)
     for number in range(count):
-        image = Image.fromarray(sources[number % 2]).resize((edge + 64, edge + 64))
         x, y = chosen.integers(0, 64, 2)
-        pixels = np.asarray(image)[y : y + edge, x : x + edge].astype(np.int16)
-        noisy = (pixels + chosen.integers(-9, 10, pixels.shape)).clip(0, 255).astype(np.uint8)
-        yield simplejpeg.encode_jpeg(np.ascontiguousarray(noisy), 90, "RGB", "420")
+        pixels = images[number % 2][y : y + edge, x : x + edge] + noises[chosen.integers(8)]
+        yield simplejpeg.encode_jpeg(pixels.clip(0, 255).astype(np.uint8), 90, "RGB", "420")
 
 
 class Files:
@@ -72,54 +81,41 @@ class Files:
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, index: int) -> tuple[bytes, int]:
+    def __getitem__(self, index: int) -> Sample:
         with open(self.files[index], "rb") as file:
             return file.read(), index % 10
 
 
 class Mapped:
-    """A map-style dataset of another library, with the bytes taken out of its samples."""
+    """A map-style dataset of another library, as one of (bytes, label)."""
 
-    def __init__(self, dataset: Any, take: Callable[[Any], bytes]) -> None:
+    def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
-        self.take = take
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> tuple[bytes, int]:
-        return self.take(self.dataset[index]), 0
+    def __getitem__(self, index: int) -> Sample:
+        sample = self.dataset[index]
+        return sample["jpg"], sample["label"]
 
 
 # ---- what is done with a batch
 
 
-def consume(batch: Sequence[tuple[bytes, Any]]) -> tuple[int, int]:
-    return sum(len(data) for data, _ in batch), sum(data[len(data) // 2] for data, _ in batch)
+def as_pairs(batch: Sequence[Any]) -> list[Sample]:
+    return [(sample["jpg"], sample["label"]) if isinstance(sample, dict) else sample for sample in batch]
 
 
-def decode(batch: Sequence[tuple[bytes, Any]]) -> tuple[int, int]:
-    return len(batch), sum(int(simplejpeg.decode_jpeg(data, "RGB")[0, 0, 0]) for data, _ in batch)
+def decoded(batch: Sequence[Any]) -> list[int]:
+    return [int(simplejpeg.decode_jpeg(data, "RGB")[0, 0, 0]) for data, _ in as_pairs(batch)]
 
 
-WORK: dict[str, Callable[..., Any]] = {"raw": consume, "decoded": decode, "handed over": list}
-
-
-def epoch(dataset: Any, order: Sequence[int] | None, workers: int, work: str) -> float:
-    """Seconds of one epoch. Workers are started before; what they do first is opening."""
-    from torch.utils.data import DataLoader
-
-    options: dict[str, Any] = {"num_workers": workers, "collate_fn": WORK[work], "batch_size": BATCH}
-    if workers:
-        options |= {"multiprocessing_context": "fork", "prefetch_factor": 4}
-    if order is not None:
-        options["sampler"] = order
-    loader = DataLoader(dataset, **options)
-    begin = perf_counter()
-    batches = sum(1 for _ in loader)
-    seconds = perf_counter() - begin
-    assert batches
-    return seconds
+def consume(work: str, batch: list[Any]) -> int:
+    """What the main process does with a batch."""
+    if work == "raw":
+        return sum(int(data[len(data) // 2]) for data, _ in batch)
+    return sum(xxhash.xxh3_64_intdigest(data) for data, _ in batch) if work == "read" else len(batch)
 
 
 # ---- writing
@@ -163,8 +159,8 @@ def write_datasets(files: Files, output: Path) -> None:
     table.to_parquet(str(output / "data.parquet"))
 
 
-def ours(format: str, processes: int) -> Callable[[Path, Path], object]:
-    return lambda source, output: WRITERS[format](source, output, num_workers=processes).convert()
+def write_ours(converter: type[formats.Converter], source: Path, output: Path) -> None:
+    converter(source, output, num_workers=2).convert()
 
 
 def rivals() -> dict[str, Callable[[Files, Path], None]]:
@@ -183,59 +179,158 @@ def _installed(module: str) -> bool:
     return True
 
 
+def compare_writing(root: Path, files: Files, rounds: int) -> dict[str, list[float]]:
+    """Seconds of each round; the output of the last one stays, to be read. The first, which imports, is not counted."""
+    contestants: dict[str, Callable[[Path], object]] = {}
+    for name, converter in WRITERS.items():
+        contestants[name] = partial(write_ours, converter, root / "images")
+    for name, write in rivals().items():
+        contestants[name] = partial(write, files)
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    for turn in range(rounds + 1):
+        for name, contestant in contestants.items():
+            shutil.rmtree(root / name, ignore_errors=True)
+            os.sync()
+            with quiet():
+                begin = perf_counter()
+                contestant(root / name)
+                seconds = perf_counter() - begin
+            if turn:
+                times[name].append(seconds)
+    return times
+
+
 # ---- reading
 
 
-def opened(name: str, root: Path, files: Files) -> Any:
-    """The map-style dataset of a contestant."""
-    if name in OURS:
-        return Reader(root / f"{name}-2", output=os.environ.get("OUT","view"))
-    if name == "ImageFolder":
-        return files
+class Order:
+    """A sampler: another permutation in each epoch, or none."""
+
+    def __init__(self, count: int, shuffled: bool) -> None:
+        self.count, self.shuffled, self.epoch = count, shuffled, 0
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[int]:
+        self.epoch += 1
+        return iter(Permutation(self.count, self.epoch) if self.shuffled else range(self.count))
+
+
+def loader(name: str, root: Path, files: Files, shuffled: bool, workers: int, work: str) -> Any:
+    """The DataLoader of a contestant."""
+    from torch.utils.data import DataLoader
+
+    options: dict[str, Any] = {"num_workers": workers, "batch_size": BATCH}
+    options["collate_fn"] = decoded if work == "decoded" else as_pairs
+    if workers:
+        options |= {"multiprocessing_context": "fork", "prefetch_factor": 4, "persistent_workers": True}
+    if name == "litdata":
+        from litdata import StreamingDataLoader
+        from litdata import StreamingDataset as Litdata
+
+        return StreamingDataLoader(Litdata(str(root / name), shuffle=shuffled), **options)
+    if name in ("StreamingDataset", "webdataset"):
+        return DataLoader(stream(name, root, shuffled), **options)
+    return DataLoader(indexed(name, root, files), sampler=Order(len(files), shuffled), **options)  # type: ignore[arg-type]
+
+
+def stream(name: str, root: Path, shuffled: bool) -> Any:
     if name == "StreamingDataset":
         from streaming import StreamingDataset
 
-        return Mapped(StreamingDataset(local=str(root / name), shuffle=False, batch_size=1), lambda s: s["jpg"])
-    if name == "litdata":
-        from litdata import StreamingDataset as Litdata
+        return StreamingDataset(local=str(root / name), shuffle=shuffled, batch_size=BATCH)
+    import webdataset
 
-        return Mapped(Litdata(str(root / name)), lambda s: s["jpg"])
+    shards = sorted(map(str, (root / name).glob("*.tar")))
+    found = webdataset.WebDataset(
+        shards, shardshuffle=len(shards) if shuffled else False, nodesplitter=None, empty_check=False
+    )
+    return (found.shuffle(1000) if shuffled else found).map(lambda sample: (sample["jpg"], int(sample["cls"])))
+
+
+def indexed(name: str, root: Path, files: Files) -> Any:
+    """The map-style dataset of a contestant."""
+    if name in OURS:
+        return Reader(root / name.partition(" ")[0], output="bytes" if name == COPIED else "view")
+    if name == "ImageFolder":
+        return files
+    if name == BY_INDEX:
+        from streaming import StreamingDataset
+
+        copy = root / "by-index"  # the library refuses to read one folder twice
+        if not copy.exists():
+            shutil.copytree(root / "StreamingDataset", copy, copy_function=os.link)
+        return Mapped(StreamingDataset(local=str(copy), shuffle=False, batch_size=1))
     import datasets
 
     table = datasets.load_dataset("parquet", data_files=str(root / name / "*.parquet"), cache_dir=str(root / "hf"))
-    return Mapped(table["train"], lambda s: s["jpg"])
+    return Mapped(table["train"])
 
 
-def webdataset_epoch(root: Path, shuffled: bool, workers: int, work: str) -> float:
-    """Its samples come from a stream: shuffled by shard and by a buffer of 1,000, as its documentation has it."""
-    import webdataset
-    from torch.utils.data import DataLoader
-
-    shards = sorted(map(str, (root / "webdataset").glob("*.tar")))
-    stream = webdataset.WebDataset(
-        shards, shardshuffle=len(shards) if shuffled else False, nodesplitter=None, empty_check=False
-    )
-    stream = (stream.shuffle(1000) if shuffled else stream).map(lambda sample: (sample["jpg"], sample["cls"]))
-    options: dict[str, Any] = {"num_workers": workers, "collate_fn": WORK[work], "batch_size": BATCH}
-    if workers:
-        options |= {"multiprocessing_context": "fork", "prefetch_factor": 4}
-    loader = DataLoader(stream, **options)
+def epoch(batches: Any, work: str) -> float:
+    """Seconds of one epoch."""
     begin = perf_counter()
-    for _ in loader:
-        pass
+    for batch in batches:
+        consume(work, batch)
     return perf_counter() - begin
 
 
-def page_cache(path: Path, sizes: Sequence[int]) -> float:
-    """Seconds to read pieces of these sizes out of one file that is in memory."""
-    fd = os.open(path, os.O_RDONLY)
-    begin, at = perf_counter(), 0
-    for size in sizes:
-        os.pread(fd, size, at)
-        at += size
-    seconds = perf_counter() - begin
-    os.close(fd)
-    return seconds
+def limit(root: Path, files: Files, work: str) -> tuple[str, Callable[[], float]]:
+    """What bounds the reading of all, in one process."""
+    if work == "decoded":
+        held = [files[number] for number in range(len(files))]
+        return "limit: decode", partial(timed, lambda: decoded(held))
+    sizes = [os.path.getsize(path) for path in files.files]
+    places = np.cumsum([0, *sizes])
+    joined = root / "joined"
+    with joined.open("wb") as file:
+        for path in files.files:
+            file.write(Path(path).read_bytes())
+    order = Order(len(files), True)
+
+    def read() -> None:
+        fd = os.open(joined, os.O_RDONLY)
+        for index in order:
+            data = os.pread(fd, sizes[index], places[index])
+            consume(work, [(data, 0)])
+        os.close(fd)
+
+    return "limit: page cache", partial(timed, read)
+
+
+def timed(do: Callable[[], object]) -> float:
+    begin = perf_counter()
+    do()
+    return perf_counter() - begin
+
+
+def compare_reading(
+    root: Path, files: Files, rounds: int, work: str, shuffled: bool, workers: int
+) -> dict[str, list[float]]:
+    """Seconds of each round."""
+    available = rivals()
+    names = [
+        *OURS,
+        "ImageFolder",
+        *(n for n in ("StreamingDataset", "webdataset", "litdata", "datasets") if n in available),
+    ]
+    if "StreamingDataset" in names and work == "raw":
+        names.append(BY_INDEX)
+    contestants: dict[str, Callable[[], float]] = {}
+    with quiet():
+        for name in names:
+            contestants[name] = partial(epoch, loader(name, root, files, shuffled, workers, work), work)
+    if not workers and shuffled:
+        name, contestants[name] = limit(root, files, work)
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    for turn in range(rounds + 1):
+        for name, read in contestants.items():
+            with quiet():
+                seconds = read()
+            if turn:
+                times[name].append(seconds)
+    return times
 
 
 # ---- the run
@@ -243,101 +338,59 @@ def page_cache(path: Path, sizes: Sequence[int]) -> float:
 
 def main() -> None:
     options = dict(argument.split("=", 1) for argument in sys.argv[1:])
-    count, rounds = int(options.get("samples", 2000)), int(options.get("rounds", 5))
-    with tempfile.TemporaryDirectory(dir=options.get("folder")) as folder:
-        root = Path(folder)
-        run(root, count, int(options.get("kilobytes", 133)), rounds, options.get("plot", ""))
+    parts = options.get("parts", ",".join(PARTS)).split(",")
+    if unknown := set(parts) - set(PARTS):
+        raise SystemExit(f"parts={','.join(unknown)}: expected some of {','.join(PARTS)}")
+    if "folder" in options:
+        run(Path(options["folder"]), parts, options)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        run(Path(folder), parts, options)
 
 
-def run(root: Path, count: int, kilobytes: int, rounds: int, plot: str) -> None:
+def run(root: Path, parts: Sequence[str], options: dict[str, str]) -> None:
+    rounds = int(options.get("rounds", 5))
+    if "prepare" in parts:
+        prepare(root / "images", int(options.get("samples", 3000)), int(options.get("kilobytes", 133)))
+    files = Files(root / "images")
+    megabytes = sum(os.path.getsize(path) for path in files.files) / 1e6
+    mean = megabytes * 1000 / len(files)
+    print(f"{len(files)} JPEGs of {mean:.0f} kB in the mean, {rounds} rounds, {os.cpu_count()} CPUs", flush=True)
+    if "write" in parts:
+        times = compare_writing(root, files, rounds)
+        keep(root, "Writing, MB/s", {name: [megabytes / s for s in seconds] for name, seconds in times.items()})
+    for work, cases in (("raw", (True, False)), ("read", (True,)), ("decoded", (True,))):
+        for shuffled in cases if work in parts else ():
+            for workers in map(int, options.get("workers", "0,2").split(",")):
+                times = compare_reading(root, files, rounds, work, shuffled, workers)
+                title = f"{work}, {'shuffled' if shuffled else 'sequential'}, {workers} workers"
+                rates = {name: [len(files) / s for s in seconds] for name, seconds in times.items()}
+                keep(root, f"Reading, samples/s: {title}", rates)
+    tables = _kept(root)
+    if "report" in parts:
+        for title, table in tables.items():
+            show(title, table)
+        if options.get("plot"):
+            draw(tables, Path(options["plot"]))
+
+
+def prepare(folder: Path, count: int, kilobytes: int) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
     for number, data in enumerate(jpegs(count, kilobytes)):
-        place = root / "images" / f"{number * 10 // count}"
+        place = folder / f"{number * 10 // count}"
         place.mkdir(parents=True, exist_ok=True)
         (place / f"{number:06d}.jpg").write_bytes(data)
-    files = Files(root / "images")
-    sizes = [os.path.getsize(path) for path in files.files]
-    total = sum(sizes)
-    print(f"{count} JPEGs of {total / count / 1000:.0f} kB in the mean, {rounds} rounds, {os.cpu_count()} CPUs")
-    written = compare_writing(root, files, rounds)
-    show(
-        "Writing, MB/s", {name: [total / 1e6 / s for s in times] for name, times in written.items()}, "StreamingDataset"
-    )
-    tables = {}
-    for work, shuffled, workers in (
-        ("raw", True, 0),
-        ("raw", True, 2),
-        ("raw", False, 0),
-        ("raw", False, 2),
-        ("decoded", True, 0),
-        ("decoded", True, 2),
-        ("handed over", True, 2),
-    ):
-        times = compare_reading(root, files, sizes, rounds, work, shuffled, workers)
-        title = f"Reading, samples/s: {work}, {'shuffled' if shuffled else 'sequential'}, {workers} workers"
-        tables[title] = {name: [count / s for s in seconds] for name, seconds in times.items()}
-        show(title, tables[title], "StreamingDataset")
-    if plot:
-        draw(tables, Path(plot))
 
 
-def compare_writing(root: Path, files: Files, rounds: int) -> dict[str, list[float]]:
-    """Seconds; of the last round the output stays, to be read."""
-    source = root / "images"
-    contestants: dict[str, Callable[[Path], object]] = {}
-    for format in OURS:
-        for processes in (1, 2):
-            convert = ours(format, processes)
-            contestants[f"{format}, {processes} processes"] = lambda output, convert=convert: convert(source, output)
-    for name, write in rivals().items():
-        contestants[name] = lambda output, write=write: write(files, output)
-    times: dict[str, list[float]] = {name: [] for name in contestants}
-    for _ in range(rounds):
-        for name, write in contestants.items():
-            output = root / name.replace(", ", "-").replace(" processes", "")
-            shutil.rmtree(output, ignore_errors=True)
-            os.sync()
-            with quiet():
-                begin = perf_counter()
-                write(output)
-                times[name].append(perf_counter() - begin)
-    return times
+def _kept(root: Path) -> dict[str, dict[str, list[float]]]:
+    path = root / "results.json"
+    return json.loads(path.read_text()) if path.exists() else {}  # type: ignore[no-any-return]
 
 
-def compare_reading(
-    root: Path, files: Files, sizes: Sequence[int], rounds: int, work: str, shuffled: bool, workers: int
-) -> dict[str, list[float]]:
-    contestants: dict[str, Callable[[Sequence[int] | None], float]] = {}
-    available = rivals()
-    for name in (*OURS, "ImageFolder", "StreamingDataset", "litdata", "datasets"):
-        if name in OURS or name == "ImageFolder" or name in available:
-            with quiet():
-                dataset = opened(name, root, files)
-            contestants[name] = lambda order, dataset=dataset: epoch(dataset, order, workers, work)
-    if "webdataset" in available:
-        contestants["webdataset"] = lambda order: webdataset_epoch(root, order is not None, workers, work)
-    if not workers:
-        if work == "raw":
-            joined = root / "joined"
-            joined.write_bytes(b"".join(Path(path).read_bytes() for path in files.files))
-            contestants["limit: page cache"] = lambda order: page_cache(joined, sizes)
-        if work == "decoded":
-            held = [files[number] for number in range(len(files))]
-
-            def decode_only(order: Sequence[int] | None) -> float:
-                begin = perf_counter()
-                decode(held)
-                return perf_counter() - begin
-
-            contestants["limit: decode"] = decode_only
-    times: dict[str, list[float]] = {name: [] for name in contestants}
-    for turn in range(rounds + 1):
-        order = list(Permutation(len(files), turn)) if shuffled else None
-        for name, read in contestants.items():
-            with quiet():
-                seconds = read(order)
-            if turn:  # the first warms up
-                times[name].append(seconds)
-    return times
+def keep(root: Path, title: str, rates: dict[str, list[float]]) -> None:
+    """Add to what was measured in this folder."""
+    (root / "results.json").write_text(json.dumps({**_kept(root), title: rates}))
+    print(f"{title}: done", flush=True)
 
 
 class quiet:  # noqa: N801 - used like a function
@@ -358,12 +411,14 @@ class quiet:  # noqa: N801 - used like a function
             os.close(saved)
 
 
-def show(title: str, rates: dict[str, list[float]], rival: str) -> None:
+def show(title: str, rates: dict[str, list[float]]) -> None:
+    """Medians, and the median ratio to each peer."""
+    peers = [peer for peer in PEERS if peer in rates]
     print(f"\n{title}")
-    print(f"{'':22}{'median':>10}{'best':>10}{f'x {rival}':>20}")
+    print(f"{'':20}{'median':>9}{'best':>9}" + "".join(f"{f'x {peer}':>20}" for peer in peers))
     for name, values in rates.items():
-        ratios = [value / other for value, other in zip(values, rates.get(rival, values), strict=True)]
-        print(f"{name:22}{median(values):10.0f}{max(values):10.0f}{median(ratios):20.2f}", flush=True)
+        ratios = [median(value / other for value, other in zip(values, rates[peer], strict=True)) for peer in peers]
+        print(f"{name:20}{median(values):9.0f}{max(values):9.0f}" + "".join(f"{ratio:20.2f}" for ratio in ratios))
 
 
 def draw(tables: dict[str, dict[str, list[float]]], path: Path) -> None:
