@@ -26,7 +26,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from pipeline.config import TrainConfig
 from pipeline.distributed import Rank
 from pipeline.encoders.base import autoencoder, text_encoder
-from pipeline.loading import LatentDataset
 from pipeline.metrics.shapes import matches
 from pipeline.models.dit import SIZES, DiT, DiTConfig, kept_tokens
 from pipeline.sources.shapes_scene import caption, fixed_prompts, render, sample_scene
@@ -45,23 +44,22 @@ class Scenes:
 
     def __init__(self, count: int) -> None:
         vae, text = autoencoder(INFO.autoencoder), text_encoder(INFO.text_encoder)
-        self._rows = []
+        images, states = [], []
         for start in range(0, count, 100):
             scenes = [sample_scene(0, index) for index in range(start, min(count, start + 100))]
-            images = vae.encode(vae.preprocess([render(scene, 64) for scene in scenes], 64)).numpy()
-            states = text.encode([caption(scene) for scene in scenes]).numpy()
-            for image, state in zip(images.astype(np.float16), states.astype(np.float16), strict=True):
-                self._rows.append({"latents_64": image.tobytes(), "caption_latents": state.tobytes()})
+            images.append(vae.encode(vae.preprocess([render(scene, 64) for scene in scenes], 64)).half().float())
+            states.append(text.encode([caption(scene) for scene in scenes]).half().float())
+        self._image, self._text = torch.cat(images), torch.cat(states)
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._image)
 
-    def rows(self, positions: list[int]) -> list[dict[str, bytes]]:
-        return [self._rows[position] for position in positions]
+    def batch(self, positions: np.ndarray) -> dict[str, torch.Tensor]:
+        return {"image_latents": self._image[positions], "caption_latents": self._text[positions]}
 
 
 def ablation(steps: int) -> None:
-    data = LatentDataset(Scenes(6000), INFO.image_shape, INFO.caption_shape, 64)  # type: ignore[arg-type]
+    data = Scenes(6000)
     prompts = fixed_prompts(32)
     print(f"{'masked':>6} {'seconds':>8} {'time':>6} {'averaged':>9} {'last':>6}   of {len(prompts)} prompts")
     whole = 0.0

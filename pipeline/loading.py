@@ -1,4 +1,4 @@
-"""Which samples a training step sees, and how they come: keyed shuffle in O(1) memory, sampler, dataset of latents.
+"""Which samples a training step sees, and how they come: keyed shuffle in O(1) memory, sampler and loader.
 
 The order depends on (seed, epoch, number of samples) alone. The samples of all epochs form one endless stream; step
 after step takes the next ``batch_size`` of it, and each rank its slice of that. So the state of the sampler is one
@@ -221,8 +221,61 @@ class Epochs:
         return f"Epochs({self.n}, {self.seed}, {name})"
 
 
+class Parts:
+    """Several datasets one after the other: a sample's number is its place in their concatenation.
+
+    Args:
+        sizes: samples of each.
+    """
+
+    def __init__(self, sizes: Sequence[int]) -> None:
+        self.starts = np.cumsum([0, *sizes])
+        """First sample of each, and the number of all at the end: int64 (parts + 1,)."""
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def locate(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Which part each of ``samples`` is in, and its position there: int64 both."""
+        owners = np.searchsorted(self.starts, samples, side="right") - 1
+        return owners, samples - self.starts[owners]
+
+
+class Weighted:
+    """Samples of several datasets, numbered by :class:`Parts`, in epochs in which those of weight 2 come twice as often
+    as those of weight 1.
+
+    In an epoch, each sample of the dataset with the least weight comes once. Where a weight is no multiple of that one,
+    a keyed choice of a dataset's samples comes once more than the others.
+
+    Args:
+        sizes: samples of each dataset.
+        weights: above 0.
+    """
+
+    def __init__(self, sizes: Sequence[int], weights: Sequence[float], seed: int) -> None:
+        least = min(weights)
+        self.parts = Parts(sizes)
+        self._turns = Parts([max(1, round(n * weight / least)) for n, weight in zip(sizes, weights, strict=True)])
+        self._orders = [Permutation(n, keyed_seed(seed, "mix", number)) for number, n in enumerate(sizes)]
+
+    def __len__(self) -> int:
+        """Samples in an epoch, those that come again counted again."""
+        return len(self._turns)
+
+    def samples(self, places: np.ndarray) -> np.ndarray:
+        """The samples (int64) at these places of an epoch."""
+        owners, turns = self._turns.locate(places)
+        found = np.empty_like(turns)
+        for number in np.unique(owners):
+            mine = owners == number
+            order = self._orders[number]
+            found[mine] = self.parts.starts[number] + order[turns[mine] % len(order)]
+        return found
+
+
 class Mixture:
-    """Several datasets, mixed by weight; a sample's number is its place in their concatenation.
+    """Several datasets, mixed by weight; a sample's number is that of :class:`Parts`.
 
     Of each ``block`` places, every dataset has its share to within one sample, and the shares add up exactly in the
     long run; where in the block they lie is shuffled. Each dataset goes through its own epochs, every sample once in
@@ -245,7 +298,7 @@ class Mixture:
         self._weights = [Fraction(weight) for weight in weights]
         total = sum(self._weights)
         self._shares = [sum(self._weights[: i + 1], Fraction(0)) / total for i in range(len(streams))]  # cumulative
-        self._firsts = np.cumsum([0, *(stream.n for stream in streams)])
+        self._firsts = Parts([stream.n for stream in streams]).starts
 
     def _given(self, block: int) -> np.ndarray:
         """How many places each dataset has before ``block``: int64 (datasets,)."""
@@ -412,11 +465,11 @@ class _Ahead:
 
 
 class Concatenated:
-    """Several map-style datasets one after the other, as :class:`Mixture` numbers their samples."""
+    """Several map-style datasets one after the other, as :class:`Parts` numbers their samples."""
 
     def __init__(self, datasets: Sequence[Any]) -> None:
         self.datasets = list(datasets)
-        self._ends = np.cumsum([len(dataset) for dataset in datasets]).tolist()
+        self._ends = Parts([len(dataset) for dataset in datasets]).starts[1:].tolist()
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -473,53 +526,3 @@ class Batches(Protocol):
     def __len__(self) -> int: ...
 
     def batch(self, positions: np.ndarray) -> dict[str, torch.Tensor]: ...
-
-
-class LatentDataset:
-    """Image latents and text states of stored samples, as tensors.
-
-    Args:
-        rows: the stored samples.
-        image_shape: (channels, height, width) of the image latents.
-        caption_shape: (length, width) of the text states.
-        resolution: which ``latents_<resolution>`` column.
-        dtype: how both are stored.
-    """
-
-    def __init__(
-        self,
-        rows: Rows,
-        image_shape: tuple[int, int, int],
-        caption_shape: tuple[int, int],
-        resolution: int,
-        dtype: str = "float16",
-    ) -> None:
-        self.rows = rows
-        self.image_shape = image_shape
-        self.caption_shape = caption_shape
-        self.column = f"latents_{resolution}"
-        self.dtype = dtype
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def batch(self, positions: np.ndarray) -> dict[str, torch.Tensor]:
-        """``image_latents`` (b, c, h, w) and ``caption_latents`` (b, l, d), float32 on the CPU, in the order asked for.
-
-        Raises:
-            ValueError: a sample lacks a column, or its bytes are not of the declared shape; names key and column.
-        """
-        import torch
-
-        rows = self.rows.rows([int(position) for position in positions])
-        image = np.stack([self._array(row, self.column, self.image_shape) for row in rows])
-        caption = np.stack([self._array(row, "caption_latents", self.caption_shape) for row in rows])
-        return {"image_latents": torch.from_numpy(image), "caption_latents": torch.from_numpy(caption)}
-
-    def _array(self, row: Mapping[str, Any], column: str, shape: tuple[int, ...]) -> np.ndarray:
-        if column not in row:
-            raise ValueError(f"sample {row.get('key')!r} has no column {column!r}; it has {', '.join(sorted(row))}")
-        values = np.frombuffer(row[column], dtype=self.dtype)
-        if values.size != np.prod(shape):
-            raise ValueError(f"sample {row.get('key')!r}: {column} holds {values.size} values, expected {shape}")
-        return values.reshape(shape).astype(np.float32)

@@ -320,7 +320,8 @@ class HashedFile:
         self._hash(view)
         self.bytes += size
         large = size > _BUFFER
-        self._pieces.append(view if large or view.readonly else memoryview(bytes(view)))
+        # what waits must not change: a read-only view may be of memory that its owner uses again
+        self._pieces.append(view if large or isinstance(data, bytes) else memoryview(bytes(view)))
         self._waiting += size
         if large or self._waiting > _BUFFER or len(self._pieces) == _PIECES:
             self.flush()

@@ -17,7 +17,6 @@ from pipeline.formats import MDSConverter
 from pipeline.loading import (
     Concatenated,
     Epochs,
-    LatentDataset,
     Loader,
     Mixture,
     Permutation,
@@ -122,41 +121,6 @@ def test_a_position_in_other_data_is_refused(change: dict[str, int]) -> None:
     state = Sampler(100, 10, 3).state()
     with pytest.raises(ValueError, match=f"{next(iter(change))}="):
         Sampler(**{"n": 100, "batch_size": 10, "seed": 3, **change}).load(state)
-
-
-class Stored:
-    def __init__(self, rows: list[dict[str, Any]]) -> None:
-        self._rows = rows
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def rows(self, positions: Any) -> list[dict[str, Any]]:
-        return [self._rows[i] for i in positions]
-
-
-def _stored(count: int) -> Stored:
-    rows = []
-    for i in range(count):
-        image, text = np.full((2, 3, 3), i, np.float16), np.full((4, 5), -i, np.float16)
-        rows.append({"key": str(i), "caption": "", "latents_24": image.tobytes(), "caption_latents": text.tobytes()})
-    return Stored(rows)
-
-
-def test_latents_come_as_tensors_in_the_order_asked_for() -> None:
-    data = LatentDataset(_stored(6), (2, 3, 3), (4, 5), 24)
-    batch = data.batch(np.array([5, 0, 3]))
-    assert len(data) == 6
-    assert batch["image_latents"].shape == (3, 2, 3, 3) and batch["caption_latents"].shape == (3, 4, 5)
-    assert batch["image_latents"][:, 0, 0, 0].tolist() == [5, 0, 3]
-    assert batch["caption_latents"].mean((1, 2)).tolist() == [-5, 0, -3]
-
-
-def test_a_sample_of_another_shape_or_without_the_column_is_named() -> None:
-    with pytest.raises(ValueError, match="sample '1' has no column 'latents_512'; it has caption"):
-        LatentDataset(_stored(2), (2, 3, 3), (4, 5), 512).batch(np.array([1]))
-    with pytest.raises(ValueError, match=r"sample '0': latents_24 holds 18 values, expected \(4, 3, 3\)"):
-        LatentDataset(_stored(2), (4, 3, 3), (4, 5), 24).batch(np.array([0]))
 
 
 def test_importing_the_sampler_does_not_import_torch() -> None:

@@ -352,3 +352,16 @@ def test_a_full_disk_is_not_taken_for_a_bad_file_system(folder: Folder, interpos
     interposed(failing("write", errno.ENOSPC))
     with pytest.raises(OSError, match="No space left"):
         probe(folder)
+
+
+def test_what_waits_to_be_written_is_not_what_its_owner_makes_of_it_later(tmp_path: Path) -> None:
+    memory = bytearray(b"first")
+    with Folder.open(tmp_path) as folder:
+        with folder.create("file") as file:
+            file.write(memory)
+            file.write(memoryview(memory).toreadonly())
+            memory[:] = b"later"
+            for number in range(1500):
+                file.write(b"%04d" % number)
+        assert folder.read("file") == b"firstfirst" + b"".join(b"%04d" % number for number in range(1500))
+        assert folder.digest_of("file") == file.digest

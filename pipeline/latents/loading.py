@@ -13,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from pipeline.config import ConfigError
 from pipeline.encoders.base import sampled
 from pipeline.latents import text_storage
 from pipeline.latents.ahead import Ahead
-from pipeline.loading import order
+from pipeline.loading import Epochs, Mixture, Parts, Stream, order, sequential
 from pipeline.partitions.dataset import Dataset
 from pipeline.randomness import keyed_seed, normals, uniforms
 
@@ -214,7 +214,7 @@ def _noise(shape: tuple[int, ...], seed: int, epoch: int, samples: Sequence[tupl
 
 
 @dataclass(frozen=True)
-class Mixture:
+class Slots:
     """Which sample of which folder stands in each slot of an epoch; an epoch has as many slots as there are samples.
 
     Without weights every sample stands in an epoch once. With weights, each 1024 slots hold the folders in these
@@ -231,44 +231,19 @@ class Mixture:
 
     def samples(self, epoch: int, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Folder and position (int64 both) of each of the ``slots`` of ``epoch``."""
-        if self.weights:
-            return self._weighted(epoch * len(self) + slots)
-        places = order(self.seed, epoch, len(self))[slots] if self.shuffle else slots
-        starts = np.cumsum([0, *self.sizes])
-        folders = np.searchsorted(starts, places, "right") - 1
-        return folders, places - starts[folders]
+        return self._parts.locate(self._stream.samples(epoch * len(self) + slots))
 
-    def _weighted(self, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        quotas = self._quotas()
-        starts = np.cumsum([0, *quotas])
-        blocks = slots // _BLOCK
-        draws = np.empty_like(slots)
-        for block in np.unique(blocks):
-            chosen = blocks == block
-            draws[chosen] = _permuted(self.seed, int(block))[slots[chosen] % _BLOCK]
-        folders = np.searchsorted(starts, draws, "right") - 1
-        counts = blocks * quotas[folders] + draws - starts[folders]
-        positions = np.empty_like(counts)
-        for folder, size in enumerate(self.sizes):
-            rounds = counts // size
-            for number in np.unique(rounds[folders == folder]):
-                chosen = (folders == folder) & (rounds == number)
-                places = counts[chosen] % size
-                seed = keyed_seed(self.seed, "folder", folder)
-                positions[chosen] = order(seed, int(number), size)[places] if self.shuffle else places
-        return folders, positions
+    @cached_property
+    def _parts(self) -> Parts:
+        return Parts(self.sizes)
 
-    def _quotas(self) -> np.ndarray:
-        """Slots of each folder in a block: the shares rounded by largest remainder."""
-        shares = np.asarray(self.weights) / sum(self.weights) * _BLOCK
-        quotas = np.floor(shares).astype(np.int64)
-        quotas[np.argsort(quotas - shares, kind="stable")[: _BLOCK - quotas.sum()]] += 1
-        return quotas
-
-
-@lru_cache(maxsize=8)
-def _permuted(seed: int, block: int) -> np.ndarray:
-    return order(keyed_seed(seed, "mixture"), block, _BLOCK)[np.arange(_BLOCK)]
+    @cached_property
+    def _stream(self) -> Stream:
+        kind = order if self.shuffle else sequential
+        if not self.weights:
+            return Epochs(len(self), self.seed, kind)
+        rounds = [Epochs(n, keyed_seed(self.seed, "folder", number), kind) for number, n in enumerate(self.sizes)]
+        return Mixture(rounds, self.weights, self.seed, _BLOCK)
 
 
 @lru_cache(maxsize=8)
@@ -292,7 +267,7 @@ class LatentLoader:
     """
 
     folders: Sequence[LatentFolder]
-    mixture: Mixture
+    slots: Slots
     column: str
     batch_size: int
     cap_drop_prob: float = 0.0
@@ -311,7 +286,7 @@ class LatentLoader:
 
     def __len__(self) -> int:
         """Batches of a whole epoch."""
-        return len(self.mixture) // self._step if self.drop_last else -(-len(self.mixture) // self._step)
+        return len(self.slots) // self._step if self.drop_last else -(-len(self.slots) // self._step)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         """The rest of the epoch: ``image_latents`` (b, c, h, w), ``caption_latents`` (b, 1, l, d),
@@ -323,7 +298,7 @@ class LatentLoader:
         self.epoch, self.position = self.epoch + 1, 0
 
     def _batches(self, epoch: int, position: int) -> Iterator[tuple[int, dict[str, Tensor]]]:
-        total = len(self.mixture)
+        total = len(self.slots)
         while position < total and (position + self._step <= total or not self.drop_last):
             stop = min(position + self._step, total)
             first, last = (position + (stop - position) * r // self.world_size for r in (self.rank, self.rank + 1))
@@ -332,14 +307,14 @@ class LatentLoader:
             position = stop
 
     def _batch(self, epoch: int, slots: np.ndarray) -> dict[str, Tensor]:
-        folders, positions = self.mixture.samples(epoch, slots)
+        folders, positions = self.slots.samples(epoch, slots)
         parts, places = [], []
         for number in np.unique(folders):
             chosen = np.flatnonzero(folders == number)
             parts.append(self._part(epoch, int(number), positions[chosen].tolist()))
             places.append(chosen)
         batch = parts[0] if len(parts) == 1 else _merged(parts, np.concatenate(places))
-        drawn = np.array([_uniforms(self.mixture.seed, epoch, int(s) // _BLOCK)[s % _BLOCK] for s in slots])
+        drawn = np.array([_uniforms(self.slots.seed, epoch, int(s) // _BLOCK)[s % _BLOCK] for s in slots])
         batch["drop_caption_mask"] = torch.from_numpy((drawn >= self.cap_drop_prob).astype(np.float32))
         return {name: tensor.pin_memory() for name, tensor in batch.items()} if self.pin_memory else batch
 
@@ -350,14 +325,14 @@ class LatentLoader:
         noise = None
         if layout.latent == "moments":
             samples = [(number, position) for position in positions]
-            noise = _noise(layout.image_shape(self.column), self.mixture.seed, epoch, samples)
+            noise = _noise(layout.image_shape(self.column), self.slots.seed, epoch, samples)
         image = layout.image(raw[self.column], self.column, noise)
         return {"image_latents": image, "caption_latents": layout.text(raw[_TEXT])[:, None]}
 
     def state_dict(self) -> dict[str, int]:
         return {
-            "seed": self.mixture.seed,
-            "samples": len(self.mixture),
+            "seed": self.slots.seed,
+            "samples": len(self.slots),
             "epoch": self.epoch,
             "position": self.position,
         }
@@ -439,10 +414,8 @@ def build_streaming_latents_dataloader(
     here = _place()
     rank, world_size = here[0] if rank is None else rank, here[1] if world_size is None else world_size
     known = {name: options.pop(name) for name in ("pin_memory", "prefetch") if name in options}
-    mixture = Mixture(tuple(len(folder) for folder in folders), seed, shuffle, tuple(weights))
-    return LatentLoader(
-        folders, mixture, columns.pop(), batch_size, cap_drop_prob, drop_last, rank, world_size, **known
-    )
+    slots = Slots(tuple(len(folder) for folder in folders), seed, shuffle, tuple(weights))
+    return LatentLoader(folders, slots, columns.pop(), batch_size, cap_drop_prob, drop_last, rank, world_size, **known)
 
 
 def check_text(place: object, layout: Layout, expected: tuple[int, int]) -> None:

@@ -184,7 +184,7 @@ class SlotReader:
         entry = self._files[file]
         seen = None
         if self._seen is not None:
-            before = sum(len(other["blocks"]) for other in self._record["files"] if other["name"] < file)
+            before = sum(len(other["blocks"]) for other in self.record["files"] if other["name"] < file)
             seen = self._seen[before : before + len(entry["blocks"])]
         fd = self._folder.open_file(file)
         place = str(self._folder.path / file)

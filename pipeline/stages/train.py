@@ -99,7 +99,7 @@ def latents_of(config: TrainConfig, dataset: Dataset, resolution: int) -> Batche
         ConfigError: they were not made alike.
     """
     from pipeline.latents.loading import LatentFolder, TrainingLatents
-    from pipeline.training.mixture import Mixture, parse_mix
+    from pipeline.training.mixture import Mixed, parse_mix
 
     parts: list[tuple[Batches, float]] = []
     for place, weight in [(dataset.root.path, 1.0), *parse_mix(config.mix)]:
@@ -109,7 +109,7 @@ def latents_of(config: TrainConfig, dataset: Dataset, resolution: int) -> Batche
         if replace(ours, data="") != replace(theirs, data=""):
             raise ConfigError(f"mix={place}: {replace(theirs, data='')}, but {dataset.root.path}: {ours}")
         parts.append((TrainingLatents(LatentFolder(part.root.path), resolution), weight))
-    return parts[0][0] if len(parts) == 1 else Mixture(parts, config.seed)
+    return parts[0][0] if len(parts) == 1 else Mixed(parts, config.seed)
 
 
 def resolution_of(dataset: Dataset, wanted: int) -> int:

@@ -9,8 +9,7 @@ import numpy as np
 import torch
 
 from pipeline.config import ConfigError
-from pipeline.loading import Batches, Permutation
-from pipeline.randomness import keyed_seed
+from pipeline.loading import Batches, Weighted
 from pipeline.training.tasks.base import Batch
 
 
@@ -32,34 +31,27 @@ def parse_mix(entries: Sequence[str]) -> list[tuple[Path, float]]:
     return parsed
 
 
-class Mixture:
-    """Samples of all parts, in epochs in which a sample of weight 2 comes twice as often as one of weight 1.
-
-    In an epoch, each sample of the part with the least weight comes once. Where a weight is no multiple of that one, a
-    keyed choice of a part's samples comes once more than the others.
+class Mixed:
+    """Several data sets as one, each seen as often as its weight says, see :class:`pipeline.loading.Weighted`.
 
     Args:
         parts: data sets with their weights, all above 0.
     """
 
     def __init__(self, parts: Sequence[tuple[Batches, float]], seed: int) -> None:
-        least = min(weight for _, weight in parts)
         self._parts = [part for part, _ in parts]
-        sizes = [max(1, round(len(part) * weight / least)) for part, weight in parts]
-        self._starts = np.cumsum([0, *sizes])
-        self._orders = [Permutation(len(part), keyed_seed(seed, "mix", n)) for n, part in enumerate(self._parts)]
+        self._weighted = Weighted([len(part) for part in self._parts], [weight for _, weight in parts], seed)
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return len(self._weighted)
 
     def batch(self, positions: np.ndarray) -> Batch:
         """As the parts' batches, in the order asked for."""
-        owners = np.searchsorted(self._starts, positions, side="right") - 1
+        owners, inside = self._weighted.parts.locate(self._weighted.samples(positions))
         batches, places = [], []
         for number in np.unique(owners):
             mine = np.flatnonzero(owners == number)
-            inside = (positions[mine] - self._starts[number]) % len(self._parts[number])
-            batches.append(self._parts[number].batch(self._orders[number][inside]))
+            batches.append(self._parts[number].batch(inside[mine]))
             places.append(mine)
         back = torch.from_numpy(np.argsort(np.concatenate(places)))
         return {name: torch.cat([batch[name] for batch in batches])[back] for name in batches[0]}

@@ -23,7 +23,7 @@ from pipeline.latents.loading import (
     LatentFolder,
     LatentLoader,
     Layout,
-    Mixture,
+    Slots,
     TrainingLatents,
     build_streaming_latents_dataloader,
 )
@@ -123,7 +123,7 @@ def test_captions_are_hidden_by_slot_not_by_rank(dense: Path) -> None:
 
 
 def test_weights_are_kept_in_every_block_and_each_folder_is_gone_through_in_rounds() -> None:
-    mixture = Mixture((50, 2000, 10), 0, True, (0.2, 0.5, 0.3))
+    mixture = Slots((50, 2000, 10), 0, True, (0.2, 0.5, 0.3))
     slots = np.arange(1024 * 5)
     folders, positions = mixture.samples(0, slots)
     for block in folders.reshape(5, 1024):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from stages.conftest import digests, run_stage
-from training.test_diffuse import INFO, LatentDataset, Scenes, config, train_task
+from training.test_diffuse import Scenes, config, train_task
 
 from pipeline.config import ConfigError, GenerateConfig
 from pipeline.distributed import Rank
@@ -28,7 +28,7 @@ PROMPTS = ["a small red circle", "a large blue square", "a small green triangle"
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.set_num_threads(1)
     path = tmp_path_factory.mktemp("run")
-    data = LatentDataset(Scenes(40), INFO.image_shape, INFO.caption_shape, 32)
+    data = Scenes(40)
     with Folder.open(path) as folder:
         train_task(config(steps=3), data, folder)
     return path

@@ -13,7 +13,6 @@ from PIL import Image
 from pipeline.config import ConfigError, TrainConfig
 from pipeline.distributed import Rank
 from pipeline.encoders.base import autoencoder, text_encoder
-from pipeline.loading import LatentDataset
 from pipeline.models.dit import patchify
 from pipeline.models.processes import Flow
 from pipeline.sources.shapes_scene import caption, render, sample_scene
@@ -37,21 +36,18 @@ class Scenes:
         vae, text = autoencoder("embedded"), text_encoder("embedded")
         images = vae.encode(vae.preprocess([render(scene, 32) for scene in scenes], 32)).numpy().astype(np.float16)
         states = text.encode([caption(scene) for scene in scenes]).numpy().astype(np.float16)
-        self._rows = [
-            {"key": str(i), "caption": "", "latents_32": image.tobytes(), "caption_latents": state.tobytes()}
-            for i, (image, state) in enumerate(zip(images, states, strict=True))
-        ]
+        self._image, self._text = (torch.from_numpy(stored.astype(np.float32)) for stored in (images, states))
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._image)
 
-    def rows(self, positions: Any) -> list[dict[str, Any]]:
-        return [self._rows[i] for i in positions]
+    def batch(self, positions: np.ndarray) -> dict[str, torch.Tensor]:
+        return {"image_latents": self._image[positions], "caption_latents": self._text[positions]}
 
 
 @pytest.fixture(scope="module")
-def data() -> LatentDataset:
-    return LatentDataset(Scenes(100), INFO.image_shape, INFO.caption_shape, 32)
+def data() -> Scenes:
+    return Scenes(100)
 
 
 def keys(seed: int, step: int, slots: np.ndarray) -> Keys:
@@ -62,7 +58,7 @@ def config(**settings: Any) -> TrainConfig:
     return TrainConfig(**{"steps": 30, "batch_size": 16, "warmup_steps": 5, "checkpoint_every": 100, **settings})
 
 
-def test_normalised_latents_have_zero_mean_and_unit_mean_square(data: LatentDataset) -> None:
+def test_normalised_latents_have_zero_mean_and_unit_mean_square(data: Scenes) -> None:
     latents = data.batch(np.arange(100))["image_latents"]
     normalisation = Normalisation.measure(latents)
     x = normalisation.apply(latents)
@@ -105,7 +101,7 @@ def test_each_token_is_kept_as_often_as_any_other() -> None:
 
 
 @pytest.mark.parametrize("process", ["flow", "edm"])
-def test_a_masked_loss_counts_the_kept_tokens_alone(data: LatentDataset, process: str) -> None:
+def test_a_masked_loss_counts_the_kept_tokens_alone(data: Scenes, process: str) -> None:
     task = Diffuse(config(process=process, mask_ratio=0.5, model="nano_mixer"), data, INFO)
     batch = data.batch(np.arange(6))
     losses = task.losses(task.model, batch, keys(0, 0, np.arange(6)))
@@ -126,18 +122,18 @@ def test_samples_of_moments_have_their_mean_and_deviation() -> None:
     assert not torch.equal(sampled, posterior_sample(moments, keys(0, 1, np.arange(500))))
 
 
-def test_the_first_weights_depend_on_the_seed_alone(data: LatentDataset) -> None:
+def test_the_first_weights_depend_on_the_seed_alone(data: Scenes) -> None:
     first, again, other = (Diffuse(config(seed=seed), data, INFO).model.state_dict() for seed in (0, 0, 1))
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not all(torch.equal(first[name], other[name]) for name in first)
 
 
-def train_task(settings: TrainConfig, data: LatentDataset, folder: Folder) -> None:
+def train_task(settings: TrainConfig, data: Scenes, folder: Folder) -> None:
     train(Diffuse(settings, data, INFO), data, settings, Rank(), folder)
 
 
 @pytest.fixture(scope="module")
-def run(data: LatentDataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(data: Scenes, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that was trained a little, stopped, and resumed."""
     torch.set_num_threads(1)
     path = tmp_path_factory.mktemp("run")
@@ -163,7 +159,7 @@ def test_a_picture_depends_on_its_prompt_its_place_and_the_seed_alone(run: Path)
     assert not np.array_equal(sample_images(painter, prompts[:1], seed=5, manner=Manner(2))[0], pictures[0])
 
 
-def test_a_run_shows_what_it_draws_at_each_evaluation(data: LatentDataset, tmp_path: Path) -> None:
+def test_a_run_shows_what_it_draws_at_each_evaluation(data: Scenes, tmp_path: Path) -> None:
     settings = config(steps=20, evaluate_every=10, show=3)
     with Folder.open(tmp_path) as folder:
         train(Diffuse(settings, data, INFO), data, settings, Rank(), folder, Chosen(data, 0, 0, 8))
@@ -199,7 +195,7 @@ def test_drawing_without_prompts_or_from_nothing_is_one_clear_error(run: Path, t
         load_painter(tmp_path)
 
 
-def test_a_run_goes_on_from_another_ones_averaged_weights(run: Path, data: LatentDataset) -> None:
+def test_a_run_goes_on_from_another_ones_averaged_weights(run: Path, data: Scenes) -> None:
     started = Diffuse(config(start_from=str(run)), data, INFO)
     averaged = load_painter(run)
     assert all(torch.equal(p, averaged.model.state_dict()[n]) for n, p in started.model.state_dict().items())

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pipeline.config import ConfigError
-from pipeline.training.mixture import Mixture, parse_mix
+from pipeline.training.mixture import Mixed, parse_mix
 
 
 class Numbers:
@@ -28,7 +28,7 @@ class Numbers:
 
 
 def test_in_an_epoch_samples_come_as_often_as_their_weights_say() -> None:
-    mixture = Mixture([(Numbers(0, 10), 1.0), (Numbers(100, 6), 2.5)], seed=0)
+    mixture = Mixed([(Numbers(0, 10), 1.0), (Numbers(100, 6), 2.5)], seed=0)
     assert len(mixture) == 10 + 15
     seen = mixture.batch(np.arange(25))["x"].tolist()
     assert sorted(x for x in seen if x < 100) == list(range(10))
@@ -37,7 +37,7 @@ def test_in_an_epoch_samples_come_as_often_as_their_weights_say() -> None:
 
 
 def test_the_order_is_that_asked_for() -> None:
-    mixture = Mixture([(Numbers(0, 10), 1.0), (Numbers(100, 6), 1.0)], seed=0)
+    mixture = Mixed([(Numbers(0, 10), 1.0), (Numbers(100, 6), 1.0)], seed=0)
     whole = mixture.batch(np.arange(16))["x"]
     chosen = np.array([15, 0, 7, 12, 0])
     assert torch.equal(mixture.batch(chosen)["x"], whole[torch.from_numpy(chosen)])
