@@ -26,6 +26,7 @@ from pipeline.partitions.planning import open_or_plan
 from pipeline.samples import Row
 
 if TYPE_CHECKING:
+    from pipeline.partitions.dataset import Dataset
     from pipeline.stages.shard import Shard
 
 _GIB = 1 << 30
@@ -100,6 +101,25 @@ class Converter:
         else:
             self._run(place)
         return Path(self.config.output)
+
+    def repair(self) -> bool:
+        """Check every byte of the finished result, and do again what is damaged; whether anything was.
+
+        A result of a folder or dataset directory is also repaired by stage=repair; of a Dataset, only so.
+
+        Raises:
+            ConfigError: there is no result, or the input is not what it was.
+            StorageError: the content came out different from before.
+        """
+        from pipeline.stages.repair import repair
+
+        def make(dataset: Dataset, rank: Rank, lenient: bool) -> Shard:
+            again = replace(self.config, overwrite=False, run_id="")
+            return _stage_of(self, replace(again, max_failed_fraction=1.0) if lenient else again, rank)
+
+        rank = Rank(Place())
+        with rank.signals:
+            return repair(self.config.output, rank, workers=max(1, self.num_workers), make=make) is not None
 
     def _run(self, place: Place, run_id: str = "") -> None:
         rank = Rank(place)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from pipeline.cli import config_for
-from pipeline.config import RepairConfig
+from pipeline.config import ConfigError, RepairConfig
 from pipeline.distributed import Rank, distributed
 from pipeline.partitions import engine
 from pipeline.partitions.attempt import unless_removed
@@ -14,18 +15,25 @@ from pipeline.partitions.dataset import Dataset, open_root
 from pipeline.partitions.mend import mend_headers, mend_partitions
 from pipeline.partitions.plan import PARTITIONS
 from pipeline.partitions.planning import commit_repair
+from pipeline.partitions.stage import Stage
 from pipeline.partitions.verify import Finding
 from pipeline.stages import stage_that_made
 from pipeline.stages.verify import findings_in
 from pipeline.storage import Folder, StorageError
 
+Maker = Callable[[Dataset, Rank, bool], Stage]
+"""The stage to do partitions again with; the last argument: whatever part of the samples failed."""
 
-def repair(folder: str | Path, rank: Rank, deep: bool = False, workers: int = 1) -> dict[str, Any] | None:
+
+def repair(
+    folder: str | Path, rank: Rank, deep: bool = False, workers: int = 1, make: Maker | None = None
+) -> dict[str, Any] | None:
     """Redo the partitions that :func:`verify` finds fault with, and finish the dataset again.
 
     Args:
         deep: look inside of partitions whose bytes are those that were written; what is redone may come out different.
         workers: processes that look (0: one for each CPU).
+        make: the stage, where its settings do not say all.
 
     Returns:
         What ``_SUCCESS`` says afterwards; None if there was nothing to mend.
@@ -35,18 +43,27 @@ def repair(folder: str | Path, rank: Rank, deep: bool = False, workers: int = 1)
         StorageError: the plan is damaged beyond repair, or the content came out different from before.
     """
     try:
-        return _repair(folder, rank, deep, workers)
+        return _repair(folder, rank, deep, workers, make or _by_settings)
     except OSError as error:
         raise StorageError(f"{folder} cannot be repaired: {error}") from error
 
 
-def _repair(folder: str | Path, rank: Rank, deep: bool, workers: int) -> dict[str, Any] | None:
+def _by_settings(dataset: Dataset, rank: Rank, lenient: bool) -> Stage:
+    if dataset.stage == "shard" and not dataset.header["config"]["input"]:
+        raise ConfigError(
+            f"{dataset.root.path} was converted from a Python Dataset, which is not stored: "
+            "call .repair() of the converter that made it, with the same Dataset and settings"
+        )
+    return stage_that_made(dataset, rank, lenient=lenient)
+
+
+def _repair(folder: str | Path, rank: Rank, deep: bool, workers: int, make: Maker) -> dict[str, Any] | None:
     root = open_root(folder)
     with unless_removed(root):
-        return _repair_at(root, rank, deep, workers)
+        return _repair_at(root, rank, deep, workers, make)
 
 
-def _repair_at(root: Folder, rank: Rank, deep: bool, workers: int) -> dict[str, Any] | None:
+def _repair_at(root: Folder, rank: Rank, deep: bool, workers: int, make: Maker) -> dict[str, Any] | None:
     mended = mend_headers(root)
     for name in mended:
         rank.log.info("dataset: %s: its bytes have changed: mended", name)
@@ -56,7 +73,7 @@ def _repair_at(root: Folder, rank: Rank, deep: bool, workers: int) -> dict[str, 
         rank.log.info("%s", finding)
     if not findings:
         return dataset.success if mended else None
-    stage = stage_that_made(dataset, rank, lenient=bool(_expected(dataset)))
+    stage = make(dataset, rank, bool(_expected(dataset)))
     expected = "" if any(finding.inside for finding in findings) else _expected(dataset)
     for plan in dataset.plans:
         if any(finding.file == f"{plan.folder}/{PARTITIONS}" for finding in findings):

@@ -19,9 +19,11 @@ from stages.conftest import digests
 import pipeline.formats as formats
 from pipeline import storage
 from pipeline.config import ConfigError
+from pipeline.distributed import Place, Rank
 from pipeline.formats import Reader, ResizeAndConvert
 from pipeline.partitions.dataset import Dataset
 from pipeline.samples import Row
+from pipeline.stages.repair import repair
 from pipeline.storage import StorageError
 
 CLASS_OF: dict[str, type[formats.Converter]] = {
@@ -288,6 +290,23 @@ def test_a_full_disk_loses_nothing(
     monkeypatch.undo()
     assert sorted(p.name for p in (tmp_path / "out/data/000").iterdir()) == ["00000", "00001"]
     assert len(Reader(converter.convert())) == 60
+
+
+def test_what_came_from_a_dataset_is_repaired_by_its_converter(tmp_path: Path) -> None:
+    converter = formats.IpcConverter(Photos(), tmp_path / "out", images_per_file=10)
+    before = digests(converter.convert())
+    assert not converter.repair()
+    path = tmp_path / "out/data/000/00001/samples.00000.arrow"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
+    with pytest.raises(ConfigError, match=r"from a Python Dataset, .* call \.repair\(\) of the converter"):
+        repair(tmp_path / "out", Rank(Place()))
+    assert converter.repair()
+    assert len(list(Reader(tmp_path / "out"))) == 20
+    assert {k: v for k, v in digests(tmp_path / "out").items() if "arrow" in k} == {
+        k: v for k, v in before.items() if "arrow" in k
+    }
 
 
 def test_an_input_that_has_changed_is_noticed(tmp_path: Path) -> None:
