@@ -9,6 +9,7 @@ import random
 import shutil
 import subprocess
 import sys
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from PIL import Image
 
 import pipeline.formats as formats
 from pipeline.config import ConfigError
-from pipeline.formats import Reader
+from pipeline.formats import Reader, blocks
 from pipeline.partitions.dataset import Dataset
 from pipeline.partitions.verify import verify
 from pipeline.storage import StorageError
@@ -94,32 +95,68 @@ def test_wrong_arguments_are_named(small: dict[str, Path], tmp_path: Path) -> No
 LOADER = """
 import sys
 from pipeline.formats import Reader
+from pipeline.loading import Concatenated
 
 if __name__ == "__main__":
     from torch.utils.data import DataLoader
 
-    for path, output in zip(sys.argv[2::2], sys.argv[3::2]):
-        reader = Reader(path, output=output)
+    readers = Concatenated([Reader(path, output=output) for path, output in zip(sys.argv[2::2], sys.argv[3::2])])
+    for reader in readers.datasets:
         reader[0]  # opened before the workers are made
-        loader = DataLoader(reader, batch_size=7, num_workers=2, multiprocessing_context=sys.argv[1], collate_fn=list,
-                            worker_init_fn=reader.worker_init_fn)
-        samples = [sample for batch in loader for sample in batch]
-        assert [label for _, label in samples] == [0] * 20 + [1] * 20 + [2] * 20
-        for index, (image, _) in enumerate(samples):
-            assert image == reader[index][0] if output == "bytes" else (image == reader[index][0]).all()
+    loader = DataLoader(readers, batch_size=7, num_workers=2, multiprocessing_context=sys.argv[1], collate_fn=list,
+                        worker_init_fn=Reader.worker_init_fn)
+    samples = [sample for batch in loader for sample in batch]
+    assert [label for _, label in samples] == ([0] * 20 + [1] * 20 + [2] * 20) * len(readers.datasets)
+    for index, (image, _) in enumerate(samples):
+        assert bytes(image) == bytes(readers[index][0])
+    for image, _ in samples[-60:]:  # views: not copied, but mapped here, too
+        assert not image.flags.writeable and image.base is not None and image.base.path.endswith(".arrow")
 """
 
 
 @pytest.mark.parametrize("context", ["fork", "spawn", "forkserver"])
 def test_a_dataloader_with_two_workers(small: dict[str, Path], tmp_path: Path, context: str) -> None:
+    """All formats in one, so that workers import torch once."""
     script = tmp_path / "load.py"
     script.write_text(LOADER)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
-    pairs = {"fork": ("parquet", "hdf5", "tar"), "spawn": ("ipc",), "forkserver": ("memmap", "mds")}[context]
-    arguments = [word for name in pairs for word in (small[name], "array" if name in FIXED else "bytes")]
-    command = [sys.executable, str(script), context, *map(str, arguments)]
+    arguments = [word for name in FORMATS for word in (small[name], "array" if name in FIXED else "bytes")]
+    command = [sys.executable, str(script), context, *map(str, arguments), str(small["ipc"]), "view"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=500, env=environment)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_views_are_the_same_bytes_without_a_copy(small: dict[str, Path], format: str) -> None:
+    views, copies = Reader(small[format], output="view"), Reader(small[format], output="bytes")
+    for index in range(0, 60, 7):
+        view, label = views[index]
+        assert (bytes(view), label) == copies[index]
+        if format not in FIXED:
+            assert not view.flags.writeable and not view.flags.owndata
+            assert (view > 300).sum() == 0 and type(view.max()) is np.uint8
+            copy = pickle.loads(pickle.dumps(view))
+            assert type(copy) is np.ndarray and bytes(copy) == bytes(view)
+
+
+def test_a_view_goes_to_another_process_by_its_place_and_only_while_the_file_is_the_same(
+    small_folder: Path, tmp_path: Path
+) -> None:
+    output = convert(small_folder, tmp_path / "out", "ipc")
+    view, _ = Reader(output, output="view")[4]
+    sent = bytes(ForkingPickler.dumps(view))
+    assert len(sent) < 400 < len(view)
+    assert bytes(ForkingPickler.loads(sent)) == bytes(view)
+    part = view[10:20]
+    assert bytes(ForkingPickler.loads(ForkingPickler.dumps(part))) == bytes(view)[10:20]
+    for changed in (view[::2], view.copy(), view.astype(np.int64)):
+        assert np.array_equal(ForkingPickler.loads(ForkingPickler.dumps(changed)), changed)
+    (path,) = output.glob("data/*/*/*.arrow")
+    shutil.copy(path, tmp_path / "copy")
+    os.replace(tmp_path / "copy", path)
+    blocks._mapped.cache_clear()
+    with pytest.raises(StorageError, match="was replaced while it was read"):
+        ForkingPickler.loads(sent)
 
 
 def _labels(reader: Reader) -> list[int]:
@@ -201,6 +238,8 @@ def test_the_error_names_file_and_sample(small: dict[str, Path], tmp_path: Path,
     assert "stage=repair" in str(caught.value)
     with pytest.raises(StorageError):
         reader[25]  # every time
+    with pytest.raises(StorageError, match=key):
+        Reader(output, output="view")[25]
     path.write_bytes(bytes(data)[:-1])
     with pytest.raises(StorageError, match="bytes instead of"):
         Reader(output, verify="never")[25]
