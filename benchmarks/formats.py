@@ -449,7 +449,7 @@ def draw(tables: dict[str, dict[str, list[float]]], path: Path) -> None:
         colours = ["#3566a8" if n in OURS else "#999999" if n.startswith("limit") else "#d08c2f" for n in names]
         axis.barh(names, [median(rates[name]) for name in names], color=colours)
         axis.set_title(title.removeprefix("Reading, samples/s: "), fontsize=10)
-        axis.set_xlabel("samples/s", fontsize=8)
+        axis.set_xlabel("MB/s" if title.startswith("Writing") else "samples/s", fontsize=8)
         axis.spines[["top", "right"]].set_visible(False)
     file = io.BytesIO()
     figure.savefig(file, format=path.suffix[1:] or "png", dpi=110)
