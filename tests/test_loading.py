@@ -92,12 +92,14 @@ def _epoch(n: int, batch_size: int, world_size: int, lives: list[int]) -> list[l
     return steps
 
 
+@settings(deadline=None)
 @given(n=st.integers(1, 200), batch=st.integers(1, 50), world=st.integers(1, 8), lives=st.lists(st.integers(1, 20)))
 def test_any_number_of_ranks_and_lives_sees_the_same_batches(n: int, batch: int, world: int, lives: list[int]) -> None:
     batch = max(batch, world)
     assert _epoch(n, batch, world, lives) == _epoch(n, batch, 1, [])
 
 
+@settings(deadline=None)
 @given(n=st.integers(1, 200), batch=st.integers(1, 50))
 def test_each_epoch_holds_each_sample_once_though_batches_cross_its_end(n: int, batch: int) -> None:
     stream = list(chain.from_iterable(_epoch(n, batch, 1, [])))
