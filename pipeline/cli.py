@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from pipeline.arrow import without_pandas
 from pipeline.config import STAGES, ConfigError, LaunchConfig, RunConfig, public
 from pipeline.distributed.life import Life
 
@@ -286,6 +287,7 @@ def wants_help(arguments: Sequence[str]) -> bool:
 
 def config_for(stage: str, arguments: Sequence[str] | None = None) -> Any:
     """What the program of a stage starts with: its config, or help or one line of error and the end of the program."""
+    without_pandas()
     arguments = sys.argv[1:] if arguments is None else arguments
     if wants_help(arguments):
         print(help_text(STAGES[stage], f"python -m pipeline.stages.{stage}"))

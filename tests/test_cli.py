@@ -134,3 +134,14 @@ def test_nothing_here_imports_torch() -> None:
         " pipeline.stages.precompute, pipeline.sources.shapes, pipeline.stages.repair; sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_stage_does_not_load_pandas_with_pyarrow() -> None:
+    program = (
+        "import sys; import pipeline.stages.gc; from pipeline.cli import config_for\n"
+        "config_for('gc', ['input=x'])\n"
+        "import pyarrow as pa\n"
+        "assert pa.array([1, None]).to_pylist() == [1, None] and 'pandas' not in sys.modules\n"
+        "import pandas; assert pandas.Series([1]).sum() == 1\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
