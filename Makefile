@@ -73,13 +73,15 @@ demo-diffuse: setup
 
 # unseen pictures: another seed of the same drawings
 demo-caption: setup
-	$(BIN)/python launch/submit.py stage=download,filter,shard,features dataset=shapes data_dir=$(CAPTIONS) count=3000
-	$(BIN)/python launch/submit.py stage=download,filter,shard dataset=shapes split=test data_dir=$(CAPTIONS) count=300 seed=7
-	@set -e; for decoder in transformer mamba; do \
-		$(BIN)/python -m pipeline.stages.train task=caption decoder=$$decoder name=$$decoder dataset=shapes data_dir=$(CAPTIONS) \
-			steps=400 lr=0.002 max_length=16 valid_fraction=0.1 evaluate_every=200; \
+	$(BIN)/python launch/submit.py stage=download,filter,shard,features dataset=shapes data_dir=$(CAPTIONS) count=3000 questions=true
+	$(BIN)/python launch/submit.py stage=download,filter,shard dataset=shapes split=test data_dir=$(CAPTIONS) count=300 seed=7 questions=true
+	@set -e; for learned in "name=transformer max_length=16" "name=mamba max_length=16 decoder=mamba" \
+			"name=questions max_length=32 prompt=question"; do \
+		$(BIN)/python -m pipeline.stages.train task=caption dataset=shapes data_dir=$(CAPTIONS) $$learned \
+			steps=400 lr=0.002 valid_fraction=0.1 evaluate_every=200; \
+		name=$${learned#name=}; name=$${name%% *}; \
 		$(BIN)/python -m pipeline.stages.caption image_path=$(CAPTIONS)/shapes/test/shard-mds \
-			checkpoint=$(CAPTIONS)/shapes/runs/$$decoder output=$(CAPTIONS)/shapes/captions-$$decoder batch_size=100; \
+			checkpoint=$(CAPTIONS)/shapes/runs/$$name output=$(CAPTIONS)/shapes/captions-$$name batch_size=100; \
 	done
 
 bench: setup

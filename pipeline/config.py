@@ -388,6 +388,9 @@ class TrainConfig(RunConfig):
         0.0, "fraction of the training set that is kept out, to tell which checkpoint is best", identity=True
     )
     valid_input: str = option("", "caption: dataset directory that is kept for this, in place of valid_fraction=")
+    split_file: str = option(
+        "", "caption: JSON, CSV or TSV that says which images are train, valid and test, by file name", identity=True
+    )
     evaluate_every: int = option(0, "steps between evaluations on it (0: at the end only)", identity=True)
     early_stop: int = option(0, "stop after so many evaluations without gain (0: never)", identity=True)
     show: int = option(0, "diffuse: so many pictures are drawn at each evaluation, for the report")
@@ -436,17 +439,25 @@ class TrainConfig(RunConfig):
     enlarge: float = option(
         1.0, "classify: images are read at so many times the resolution, and cropped from that", identity=True
     )
-    crop_scale: float = option(1.0, "classify: random crops take this fraction of the area at least", identity=True)
-    shift: float = option(0.0, "classify: images are shifted by up to so many pixels", identity=True)
-    flip: float = option(0.0, "classify: probability of mirroring left and right", identity=True)
-    rotate: float = option(0.0, "classify: images are turned by up to so many degrees", identity=True)
-    shear: float = option(0.0, "classify: images are sheared by up to this", identity=True)
-    randaugment: int = option(0, "classify: operations of RandAugment on each image", identity=True)
+    crop_scale: float = option(
+        1.0, "classify, caption with encoder=: random crops take this fraction of the area at least", identity=True
+    )
+    shift: float = option(
+        0.0, "classify, caption with encoder=: images are shifted by up to so many pixels", identity=True
+    )
+    flip: float = option(0.0, "classify, caption with encoder=: probability of mirroring left and right", identity=True)
+    rotate: float = option(
+        0.0, "classify, caption with encoder=: images are turned by up to so many degrees", identity=True
+    )
+    shear: float = option(0.0, "classify, caption with encoder=: images are sheared by up to this", identity=True)
+    randaugment: int = option(
+        0, "classify, caption with encoder=: operations of RandAugment on each image", identity=True
+    )
     randaugment_magnitude: float = option(9.0, "classify: their strength, 0 to 10", identity=True)
     mixup: float = option(0.0, "classify: alpha of mixup (0: none)", identity=True)
     cutmix: float = option(0.0, "classify: alpha of cutmix (0: none); with mixup, one of both", identity=True)
     mix_probability: float = option(1.0, "classify: fraction of samples that are mixed, if any", identity=True)
-    erase: float = option(0.0, "classify: probability of random erasing", identity=True)
+    erase: float = option(0.0, "classify, caption with encoder=: probability of random erasing", identity=True)
     label_smoothing: float = option(
         0.0, "classify, caption: share of the target spread over all classes or tokens", identity=True
     )
@@ -470,11 +481,15 @@ class TrainConfig(RunConfig):
     max_length: int = option(64, "caption: tokens of a text, with its begin, end and question", identity=True)
     checkpoint_every: int = option(500, "steps between checkpoints")
     keep_checkpoints: int = option(2, "older checkpoints are deleted, but for the best one (0: keep all)")
+    export_every: int = option(
+        0, "epochs after which the model is validated and exported by epoch and loss (0: never)", identity=True
+    )
+    keep_exports: int = option(3, "older ones are deleted, but for the best one (0: keep all)")
     save_in_background: bool = option(True, "write checkpoints while training goes on")
     log_every: int = option(20, "steps between log lines")
     loggers: tuple[str, ...] = option((), "besides the JSON lines: tensorboard, wandb")
     wandb_project: str = option("latentmill", "wandb: project")
-    hub_repo: str = option("", "Hugging Face Hub: upload the exported model to this repository")
+    hub_repo: str = option("", "Hugging Face Hub: upload each export to this repository")
     threads: int = option(0, "CPU threads per rank (0: all cores shared by the ranks of a node)")
 
 
@@ -548,7 +563,12 @@ class CaptionConfig(StageConfig):
     )
     name: str = option("", "name of the run folder, as in stage=train")
     image_path: str = option("", "picture, folder of pictures, URL of a picture, or dataset directory")
-    question: str = option("", "what to answer, for runs with prompt=question", identity=True)
+    split_file: str = option("", "with image_path=: only those images that this file puts into split=")
+    question: str = option(
+        "",
+        "what to answer, for runs with prompt=question (default: the questions that the data set has)",
+        identity=True,
+    )
     beams: int = option(1, "texts that are followed at once; 1 is greedy", identity=True)
     length_penalty: float = option(1.0, "beams: log probability / length ** this decides", identity=True)
     top_p: float = option(0.0, "draw from the likeliest tokens with this share of probability (0: no)", identity=True)

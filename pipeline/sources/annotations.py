@@ -93,10 +93,11 @@ def _textcaps(file: IO[bytes], config: SourceConfig) -> Found:
 
 
 def _flickr30k(file: IO[bytes], config: SourceConfig) -> Found:
-    """Flickr30k: CSV with ``raw`` (a JSON list of captions), ``filename`` and Karpathy's ``split``."""
+    """Flickr30k: CSV with ``raw`` (a JSON list of captions), ``filename`` and Karpathy's ``split``; without
+    ``metadata_split=`` all of them."""
     csv.field_size_limit(_LARGEST)
     for row in csv.DictReader(io.TextIOWrapper(file, "utf-8-sig", newline="")):
-        if row["split"] == config.metadata_split:
+        if config.metadata_split in ("", row["split"]):
             captions = [text.strip() for text in json.loads(row["raw"])]
             yield row["filename"], Entry(captions, {"image_id": row["img_id"]})
 

@@ -10,7 +10,7 @@ import base64
 import json
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from io import BytesIO
 from itertools import islice
@@ -34,6 +34,7 @@ from pipeline.models.decoding import Decoding, write
 from pipeline.partitions import engine
 from pipeline.partitions.dataset import Dataset, SlotReader
 from pipeline.samples import FORMATS, Row, Schema
+from pipeline.splits import Splits
 from pipeline.stages.pictures import PictureStage
 from pipeline.storage import Folder
 from pipeline.tokenizer import Tokenizer
@@ -62,11 +63,15 @@ class CaptionWriter:
 
     @torch.no_grad()
     def write(
-        self, pictures: Sequence[np.ndarray], how: Decoding, question: str = "", keys: Sequence[str] | None = None
+        self,
+        pictures: Sequence[np.ndarray],
+        how: Decoding,
+        questions: Sequence[str] = (),
+        keys: Sequence[str] | None = None,
     ) -> list[str]:
-        """A text about each picture, uint8 (h, w, 3), of any sizes."""
+        """A text about each picture, uint8 (h, w, 3), of any sizes; with ``questions``, the answer to that of each."""
         features = self.encoder.encode(self.encoder.preprocess(pictures))
-        prompts = self.tokenizer.prompts([question or None] * len(pictures))
+        prompts = self.tokenizer.prompts(list(questions) or [None] * len(pictures))
         texts = write(self.model, features.to(self.model.places.device), prompts, marks_of(self.tokenizer), how, keys)
         return self.tokenizer.decode(texts)
 
@@ -103,20 +108,20 @@ def load_writer(checkpoint: str | Path, device: str | torch.device = "cpu") -> C
     )
 
 
-def decoding_of(config: CaptionConfig, writer: CaptionWriter) -> Decoding:
-    """The settings of writing, checked.
+def decoding_of(config: CaptionConfig, writer: CaptionWriter, questions: Sequence[str]) -> Decoding:
+    """The settings of writing answers to ``questions`` (none: captions), checked.
 
     Raises:
         ConfigError: they do not fit together, or not the model.
     """
-    if (writer.prompt == "question") != bool(config.question):
+    if config.question and writer.prompt != "question":
         raise ConfigError(
-            "question=: this run answers questions: give one"
-            if writer.prompt == "question"
-            else f"question={config.question}: this run writes captions; train with prompt=question for answers"
+            f"question={config.question}: this run writes captions; train with prompt=question for answers"
         )
-    (prompt,) = writer.tokenizer.prompts([config.question or None])
-    longest = config.max_length or writer.longest - len(prompt)
+    if not questions and writer.prompt == "question":
+        raise ConfigError("question=: this run answers questions: give one")
+    prompts = writer.tokenizer.prompts(list(questions) or [None])
+    longest = config.max_length or writer.longest - max(map(len, prompts))
     return Decoding(
         beams=config.beams,
         length_penalty=config.length_penalty,
@@ -161,8 +166,9 @@ class Caption(PictureStage):
         return {**self.upstream.header["extra"], "captioner": by}
 
     def describe_batch(self, rows: Sequence[Row], pictures: Sequence[np.ndarray]) -> list[Row]:
-        how = decoding_of(self.config, self.writer)
-        texts = self.writer.write(pictures, how, self.config.question, [row["key"] for row in rows])
+        questions = [self.config.question] * len(rows) if self.config.question else []
+        how = decoding_of(self.config, self.writer, questions)
+        texts = self.writer.write(pictures, how, questions, [row["key"] for row in rows])
         return [{**row, self.config.column: text} for row, text in zip(rows, texts, strict=True)]
 
 
@@ -171,11 +177,46 @@ class Caption(PictureStage):
 
 @dataclass(frozen=True)
 class Found:
-    """A picture to write about; ``references`` are what a data set says of it."""
+    """A picture to write about; ``references`` are what a data set says of it, or the answer to ``question``."""
 
     name: str
     data: bytes
     references: tuple[str, ...] = ()
+    question: str = ""
+    questions: tuple[tuple[str, str], ...] = ()
+    """What a data set asks about it, with the answers."""
+
+
+def to_write(config: CaptionConfig, writer: CaptionWriter) -> Iterator[Found]:
+    """The pictures at ``image_path``, those of ``split`` if a file tells; each once for each question about it.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    found = find_pictures(config.image_path)
+    if config.split_file:
+        found = _of_split(found, Splits(config.split_file), config)
+    for one in found:
+        if writer.prompt != "question" or config.question:
+            references = () if config.question else one.references
+            yield replace(one, question=config.question, references=references)
+            continue
+        if not one.questions:
+            raise ConfigError("question=: this run answers questions, and the pictures have none with them: give one")
+        for question, answer in one.questions:
+            yield replace(one, question=question, references=(answer,))
+
+
+def _of_split(found: Iterator[Found], splits: Splits, config: CaptionConfig) -> Iterator[Found]:
+    count = 0
+    for one in found:
+        if splits.of(one.name) == splits.name(config.split):
+            count += 1
+            yield one
+    if not count:
+        raise ConfigError(
+            f"split_file={splits.path}: puts none of the pictures in {config.image_path} into {config.split}"
+        )
 
 
 def find_pictures(path: str) -> Iterator[Found]:
@@ -194,7 +235,8 @@ def find_pictures(path: str) -> Iterator[Found]:
         for index in range(dataset.partitions):
             for stored in SlotReader(dataset, index).stored():
                 row = stored.read()
-                yield Found(stored.key, row["jpg"], tuple(row.get("captions", ())))
+                questions = tuple((question, answer) for question, answer in row.get("questions") or ())
+                yield Found(stored.key, row["jpg"], tuple(row.get("captions", ())), questions=questions)
     elif place.is_dir():
         files = sorted(file for file in place.rglob("*") if file.suffix[1:].lower() in FORMATS and file.is_file())
         if not files:
@@ -229,14 +271,17 @@ def write_about(config: CaptionConfig, device: torch.device) -> tuple[Path, list
     """
     torch.set_num_threads(config.threads)
     writer = load_writer(checkpoint_of(config), device)
-    how = decoding_of(config, writer)
     place = Path(config.output or "captions")
     lines: list[dict[str, Any]] = []
     thumbnails: list[str] = []
-    found = find_pictures(config.image_path)
+    found = to_write(config, writer)
+    how: Decoding | None = None
     with Folder.open(place, create=True) as folder:
         while batch := list(islice(found, config.batch_size)):
-            lines += _captioned(batch, writer, how, config.question, thumbnails)
+            how = decoding_of(config, writer, [one.question for one in batch if one.question])
+            lines += _captioned(batch, writer, how, thumbnails)
+        if how is None:
+            raise ConfigError(f"image_path={config.image_path}: no pictures")
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         scores = _scores(lines)
         about = {"checkpoint": checkpoint_of(config), "step": writer.step, "how": how, "question": config.question}
@@ -252,12 +297,14 @@ def write_about(config: CaptionConfig, device: torch.device) -> tuple[Path, list
 
 
 def _captioned(
-    batch: Sequence[Found], writer: CaptionWriter, how: Decoding, question: str, thumbnails: list[str]
+    batch: Sequence[Found], writer: CaptionWriter, how: Decoding, thumbnails: list[str]
 ) -> list[dict[str, Any]]:
     lines: list[dict[str, Any]] = []
     good: list[tuple[dict[str, Any], np.ndarray]] = []
     for one in batch:
         line: dict[str, Any] = {"image": one.name, "caption": ""}
+        if one.question:
+            line["question"] = one.question
         if one.references:
             line["references"] = list(one.references)
         try:
@@ -270,7 +317,8 @@ def _captioned(
             thumbnails.append("" if "error" in line else _thumbnail(good[-1][1]))
         lines.append(line)
     if good:
-        texts = writer.write([p for _, p in good], how, question, [line["image"] for line, _ in good])
+        asked = [line["question"] for line, _ in good if "question" in line]
+        texts = writer.write([p for _, p in good], how, asked, [line["image"] for line, _ in good])
         for (line, _), text in zip(good, texts, strict=True):
             line["caption"] = text
     return lines

@@ -108,6 +108,25 @@ class Chosen:
         return self.data.batch(self.places(positions))
 
 
+@dataclass(frozen=True)
+class Picked:
+    """The samples of a data set at ``at``, int64 (n,), as a data set."""
+
+    data: Batches
+    at: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.at)
+
+    def places(self, positions: np.ndarray) -> np.ndarray:
+        """Where they are in ``data``."""
+        found: np.ndarray = self.at[positions]
+        return found
+
+    def batch(self, positions: np.ndarray) -> Batch:
+        return self.data.batch(self.places(positions))
+
+
 def split(data: Batches, fraction: float, seed: int) -> tuple[Chosen, Chosen]:
     """(training, validation): ``fraction`` of the samples, chosen by the seed alone, are kept out of training."""
     valid = round(len(data) * fraction)

@@ -37,7 +37,7 @@ from pipeline.training.checkpoint import (
     optimizer_tensors,
 )
 from pipeline.training.ema import Ema, buffers_of
-from pipeline.training.export import export
+from pipeline.training.export import Uploads, export, export_epoch
 from pipeline.training.feed import Feed, Part
 from pipeline.training.logs import Logger, Meter, forward_flops, memory_megabytes, open_loggers, peak_flops
 from pipeline.training.schedule import learning_rate
@@ -63,6 +63,8 @@ class Progress:
     since_reduction: int = 0
     reductions: int = 0
     """How often schedule=plateau lowered the learning rate."""
+    valid_loss: float | None = None
+    """Of the last evaluation."""
 
     def see(self, step: int, value: float, higher_is_better: bool, patience: int) -> None:
         """An evaluation gave ``value``; ``patience``: evaluations without gain before the rate is lowered."""
@@ -150,6 +152,7 @@ def train(
     feed = Feed(task, data, state.sampler, state.step, steps, config, rank) if steps else None
     stopping = False
     done = 0
+    uploads = Uploads(config.hub_repo, rank.log)
     try:
         while True:
             lr = learning_rate(config, state.step, state.progress.reductions)
@@ -162,10 +165,15 @@ def train(
                     _show(task, state, config, rank, run)
             finished = state.step >= config.steps or _without_hope(state, config)
             best = state.progress.best_step == state.step
+            epoch = _finished_epoch(state, config)
             if state.step != saved and (
-                finished or stopping or best or state.step % config.checkpoint_every == 0
+                finished or stopping or best or epoch or state.step % config.checkpoint_every == 0
             ):  # in the background, unless the process is about to end
                 saved = _save(state, task, checkpoints, config, rank, background=not (finished or stopping))
+            if epoch and rank.is_main and not stopping:
+                checkpoints.wait()
+                progress = state.progress
+                uploads.start(export_epoch(run, epoch, state.step, progress.best_step, progress.valid_loss, config))
             if stopping:
                 raise Stopped(f"stopped after step {state.step} of {config.steps}; the same command resumes")
             if finished:
@@ -195,7 +203,9 @@ def train(
         for logger in loggers:
             logger.close()
     if rank.is_main:
-        export(run, state.progress.best_step, config, rank.log)
+        uploads.wait()
+        uploads.start(export(run, state.progress.best_step))
+        uploads.wait()
     return state
 
 
@@ -208,6 +218,9 @@ def check(config: TrainConfig, rank: Rank) -> None:
     Raises:
         ConfigError: names them.
     """
+    for name in ("export_every", "keep_exports"):
+        if getattr(config, name) < 0:
+            raise ConfigError(f"{name}={getattr(config, name)}: must not be negative")
     for name in ("steps", "batch_size", "checkpoint_every", "log_every", "lr_patience"):
         if getattr(config, name) < 1:
             raise ConfigError(f"{name}={getattr(config, name)}: must be at least 1")
@@ -398,8 +411,18 @@ def _due(state: State, config: TrainConfig) -> bool:
     return (
         state.step > state.progress.evaluated
         and state.step > 0
-        and (state.step % every == 0 or state.step >= config.steps)
+        and (state.step % every == 0 or state.step >= config.steps or _finished_epoch(state, config) > 0)
     )
+
+
+def _finished_epoch(state: State, config: TrainConfig) -> int:
+    """The epoch (from 1) that ends with this step, give or take half a batch, if it is one to export; else 0."""
+    if not config.export_every or not state.step:
+        return 0
+    per_step = config.batch_size / state.sampler.n
+    epoch = round(state.step * per_step)
+    ends = epoch > 0 and state.step == max(1, round(epoch / per_step))
+    return epoch if ends and (epoch % config.export_every == 0 or state.step >= config.steps) else 0
 
 
 def _without_hope(state: State, config: TrainConfig) -> bool:
@@ -426,6 +449,7 @@ def _evaluate(task: Task, state: State, valid: Batches, config: TrainConfig, ran
     finally:
         state.model.train()
     means = task.summary({name: total / weight for name, (total, weight) in _reduced(sums, rank).items() if weight})
+    state.progress.valid_loss = means.get("valid_loss")
     state.progress.see(state.step, means[task.metric], task.higher_is_better, config.lr_patience)
     for logger in loggers:
         logger.write(state.step, means)

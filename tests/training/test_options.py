@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import builtins
+import json
 import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import huggingface_hub
 import pytest
@@ -19,6 +20,7 @@ from tiny_training import Regression, Run
 from pipeline.config import ConfigError
 from pipeline.distributed import Stopped
 from pipeline.training.checkpoint import open_checkpoint
+from pipeline.training.export import Uploads, epoch_name
 from pipeline.training.logs import read_log
 
 Runs = Callable[..., Run]
@@ -116,19 +118,61 @@ def test_loggers_that_are_not_there_are_named(run: Runs, monkeypatch: pytest.Mon
         run("b")(loggers=("wandb",))
 
 
-def test_an_export_is_uploaded_by_rank_0(run: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
-    uploads: list[tuple[str, set[str]]] = []
+class Api:
+    """Stands in for that of the Hub: notes what was uploaded."""
 
-    class Api:
-        def create_repo(self, repository: str, private: bool, exist_ok: bool) -> None:
-            assert private and exist_ok
+    uploads: ClassVar[list[tuple[str, str, set[str]]]] = []
 
-        def upload_folder(self, repo_id: str, folder_path: Path) -> None:
-            uploads.append((repo_id, {path.name for path in folder_path.iterdir()}))
+    def create_repo(self, repository: str, private: bool, exist_ok: bool) -> None:
+        assert private and exist_ok
 
+    def upload_folder(self, repo_id: str, folder_path: Path, commit_message: str) -> None:
+        self.uploads.append((repo_id, commit_message, {path.name for path in folder_path.iterdir()}))
+
+
+def test_exports_are_uploaded_by_rank_0(run: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
-    run()(hub_repo="somebody/model")
-    assert uploads == [("somebody/model", {"model.safetensors", "config.json", "preprocessing.json"})]
+    monkeypatch.setattr(Api, "uploads", [])
+    begin = Uploads.start
+    monkeypatch.setattr(Uploads, "start", lambda self, folder: (begin(self, folder), self.wait()))
+    one = run()
+    one(hub_repo="somebody/model", export_every=1)
+    files = {"model.safetensors", "config.json", "preprocessing.json"}
+    names = [*_exports(one), "export"]
+    assert len(names) == 3
+    assert Api.uploads == [("somebody/model", name, files) for name in names]
+
+
+def _exports(one: Run) -> list[str]:
+    return sorted(path.name for path in (one.path / "exports").iterdir())
+
+
+def test_epochs_are_exported_by_number_and_loss(run: Runs) -> None:
+    """An epoch is 50 samples, 6.25 steps of 8: they end with steps 6, 12, 19 and 25."""
+    settings = {"steps": 25, "export_every": 1, "keep_exports": 2, "log_every": 1}
+    one = run()
+    one(**settings)
+    losses = {line["step"]: line["valid_loss"] for line in read_log(one.path) if "valid_loss" in line}
+    assert list(losses) == [6, 12, 19, 25]
+    best = min(losses, key=lambda step: losses[step])
+    expected = {f"epoch_{n:03d}-valid_loss_{losses[step]:.4f}" for n, step in ((3, 19), (4, 25))}
+    expected |= {f"epoch_{n:03d}-valid_loss_{losses[s]:.4f}" for n, s in ((1, 6), (2, 12)) if s == best}
+    assert set(_exports(one)) == expected
+    for name in expected:
+        config = json.loads((one.path / "exports" / name / "config.json").read_text())
+        assert losses[config["step"]] == pytest.approx(float(name.rpartition("_")[2]), abs=1e-4)
+        assert (one.path / "exports" / name / "model.safetensors").is_file()
+
+    other = run("other")
+    other.rank.saved = lambda: other.rank.request_stop("SIGUSR2")  # type: ignore[method-assign]
+    with pytest.raises(Stopped):
+        other(**settings)
+    run("other")(**settings)
+    assert _exports(other) == _exports(one)
+    shutil.rmtree(other.path / "exports")  # as if the run had died before it was written
+    run("other")(**settings)
+    assert _exports(other) == [epoch_name(4, losses[25])]
+    assert epoch_name(4, None) == epoch_name(4, float("nan")) == "epoch_004"
 
 
 def test_an_upload_that_fails_costs_nothing(run: Runs, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -28,6 +28,10 @@ class Keys:
     slots: np.ndarray
     positions: np.ndarray
     epochs: np.ndarray
+
+    def part(self, some: slice) -> Keys:
+        """Those of some of the samples."""
+        return replace(self, slots=self.slots[some], positions=self.positions[some], epochs=self.epochs[some])
 
 
 class Task(ABC):

@@ -21,8 +21,10 @@ from pipeline.models.decoding import Decoding, Marks, write
 from pipeline.partitions.dataset import Dataset, RandomAccess
 from pipeline.randomness import keyed_seed
 from pipeline.samples import Row
+from pipeline.splits import Splits
 from pipeline.tokenizer import Tokenizer, pretrained, train_bpe
-from pipeline.training.feed import Chosen, split
+from pipeline.training.feed import Chosen, Picked, split
+from pipeline.training.images import Augmentation
 from pipeline.training.tasks.base import Batch, Keys, Task
 
 _LEARNED_FROM = 5000  # samples that a tokenizer is learned from
@@ -59,8 +61,9 @@ class CaptionDataset:
         return len(self.rows)
 
     def batch(self, positions: np.ndarray) -> Batch:
-        """``features`` (b, m, width) float32 or ``pixels`` (b, 3, r, r); ``tokens`` (b, c, max_length) int64, all texts
-        of each sample; ``count`` (b,), how many; ``start`` (b, c), where each text begins behind its question."""
+        """``features`` (b, m, width) float32, or ``pictures`` uint8 (b, h, w, 3), of which those of ``edges`` (b, 2)
+        count; ``tokens`` (b, c, max_length) int64, all texts of each sample; ``count`` (b,), how many; ``start``
+        (b, c), where each text begins behind its question."""
         rows = self.rows.rows([int(position) for position in positions])
         pairs = [texts_of(row, self.questions) for row in rows]
         most = max(map(len, pairs))
@@ -79,7 +82,12 @@ class CaptionDataset:
         if self.encoder is None:
             values = [np.frombuffer(row["features"], self.dtype).reshape(self.shape) for row in rows]
             return {"features": torch.from_numpy(np.stack(values).astype(np.float32))}
-        return {"pixels": self.encoder.preprocess([_pixels(row) for row in rows])}
+        found = [_pixels(row) for row in rows]
+        edges = np.array([picture.shape[:2] for picture in found])
+        pictures = np.zeros((len(found), *edges.max(0), 3), np.uint8)
+        for place, picture in zip(pictures, found, strict=True):
+            place[: picture.shape[0], : picture.shape[1]] = picture
+        return {"pictures": torch.from_numpy(pictures), "edges": torch.from_numpy(edges)}
 
 
 def _pixels(row: Row) -> np.ndarray:
@@ -107,6 +115,11 @@ class Caption(Task):
         self.tokenizer, self.encoder, self.about_encoder = data.tokenizer, data.encoder, about_encoder
         self.seed, self.smoothing, self.prompt = config.seed, config.label_smoothing, config.prompt
         self.cider = Cider(references)
+        self._augmented = Augmentation(config)
+        if self._augmented.active and not self.encoder:
+            raise ConfigError(
+                "features of stage=features cannot be augmented: name an encoder=, which runs in each step"
+            )
         tokens, width = data.shape
         torch.manual_seed(keyed_seed(config.seed, "weights"))
         self.model = Captioner(
@@ -130,9 +143,21 @@ class Caption(Task):
         rows, chosen = torch.arange(len(count)), torch.from_numpy(turn)
         tokens = batch["tokens"][rows, chosen]
         longest = int((tokens != self.tokenizer.pad).sum(1).max())
-        prepared: Batch = {name: batch[name] for name in ("features", "pixels") if name in batch}
+        prepared = {"features": batch["features"]} if self.encoder is None else {"pixels": self._pixels(batch, keys)}
         prepared |= {"tokens": tokens[:, :longest], "start": batch["start"][rows, chosen]}
         return prepared | ({"all": batch["tokens"], "count": batch["count"]} if keys.step < 0 else {})
+
+    def _pixels(self, batch: Batch, keys: Keys) -> Tensor:
+        """What the encoder takes; in training, of augmented pictures."""
+        assert self.encoder is not None
+        edges = batch["edges"].tolist()
+        pictures = [picture[:h, :w] for picture, (h, w) in zip(batch["pictures"], edges, strict=True)]
+        if self._augmented.active and keys.step >= 0:
+            pictures = [
+                self._augmented(picture.permute(2, 0, 1)[None], keys.part(slice(i, i + 1)))[0].permute(1, 2, 0)
+                for i, picture in enumerate(pictures)
+            ]
+        return self.encoder.preprocess([picture.contiguous().numpy() for picture in pictures])
 
     def losses(self, network: nn.Module, batch: Batch, keys: Keys) -> Tensor:
         """Cross-entropy per token of each sample's text, (b,), with label smoothing while training."""
@@ -208,10 +233,14 @@ def learned(config: TrainConfig, dataset: Dataset | None) -> tuple[Task, Batches
     dataset.require_columns("key", "jpg" if config.encoder else "features", "questions" if questions else "captions")
     encoder = vision_encoder(config.encoder, config.features) if config.encoder else None
     rows = RandomAccess(dataset)
-    tokenizer = tokenizer_of(config, rows)
+    places = _split_by_file(config, dataset, rows) if config.split_file else {"train": np.arange(len(rows))}
+    tokenizer = tokenizer_of(config, rows, places["train"])
     data = _data_of(config, dataset, rows, tokenizer, encoder)
-    trained: Batches = data
-    if config.valid_input:
+    trained: Batches = Picked(data, places["train"]) if config.split_file else data
+    valid: Chosen | Picked
+    if "valid" in places:
+        valid = Picked(data, places["valid"])
+    elif config.valid_input:
         other = Dataset.open(Path(config.valid_input))
         other.require_success()
         whole = _data_of(config, other, RandomAccess(other), tokenizer, encoder)
@@ -222,6 +251,19 @@ def learned(config: TrainConfig, dataset: Dataset | None) -> tuple[Task, Batches
         valid = Chosen(data, config.seed, 0, min(_MEASURED, len(data)))
     about = encoder.describe() if encoder else dataset.header["extra"]["encoder"]
     return Caption(config, data, about, _references(valid)), trained, valid
+
+
+def _split_by_file(config: TrainConfig, dataset: Dataset, rows: RandomAccess) -> dict[str, np.ndarray]:
+    """Where the images of train and valid are; those of test are seen by nobody.
+
+    Raises:
+        ConfigError: one of them is empty, or another setting says what to validate on.
+    """
+    if config.valid_input or config.valid_fraction:
+        raise ConfigError("split_file= says which images are for validation: leave out valid_input=, valid_fraction=")
+    splits = Splits(config.split_file)
+    keys = [rows.key(position) for position in range(len(rows))]
+    return {name: np.array(splits.chosen(keys, name)) for name in ("train", "valid")}
 
 
 def _data_of(
@@ -246,17 +288,18 @@ def _learned_from_file(config: TrainConfig) -> tuple[Task, Batches, Batches | No
     return Caption(config, data, encoder.describe(), _references(measured)), data, measured if len(other) else None
 
 
-def tokenizer_of(config: TrainConfig, rows: Rows) -> Tokenizer:
-    """As named, or learned from the samples' texts."""
+def tokenizer_of(config: TrainConfig, rows: Rows, places: np.ndarray) -> Tokenizer:
+    """As named, or learned from the texts of the samples at ``places``."""
     if config.tokenizer != "bpe":
         return pretrained(config.tokenizer)
-    spread = np.unique(np.linspace(0, len(rows) - 1, min(len(rows), _LEARNED_FROM)).astype(int)).tolist()
+    some = np.unique(np.linspace(0, len(places) - 1, min(len(places), _LEARNED_FROM)).astype(int))
+    spread = places[some].tolist()
     questions = config.prompt == "question"
     texts = (text for place in spread for pair in texts_of(rows.rows([place])[0], questions) for text in pair if text)
     return train_bpe(texts, config.vocab_size)
 
 
-def _references(valid: Chosen) -> list[list[str]]:
+def _references(valid: Chosen | Picked) -> list[list[str]]:
     """The captions of the samples that are measured: they say which words are rare."""
     data = valid.data
     assert isinstance(data, CaptionDataset)

@@ -1,0 +1,78 @@
+"""Which split an image belongs to, by a file that says so, such as Karpathy's ``dataset_flickr30k.json``."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from pipeline.config import ConfigError
+from pipeline.samples import make_key
+
+_NAMES = ("filename", "file_name", "image", "file")
+_MEANS = {"restval": "train", "val": "valid", "dev": "valid", "validation": "valid"}
+
+
+class Splits:
+    """Splits of images by file name, or by the last parts of the path, whatever folder or archive the image lies in.
+
+    The file is JSON, ``{"images": [{"filename": …, "split": …}, …]}`` as Karpathy and Fei-Fei (CVPR 2015) published
+    theirs, or CSV or TSV with a column of names (filename, file_name, image or file) and a column ``split``.
+    ``restval`` counts as train; val, dev and validation as valid.
+
+    Raises:
+        ConfigError: it is not there, or not like that; a name comes twice with different splits.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._of: dict[str, str] = {}
+        try:
+            for name, split in self._read():
+                known = self._of.setdefault(make_key(name), split)
+                if known != split:
+                    raise ConfigError(f"split_file={path}: {name} is in {known} and in {split}")
+        except OSError as error:
+            raise ConfigError(f"split_file={path}: {error.strerror}") from None
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if isinstance(error, ConfigError):
+                raise
+            raise ConfigError(
+                f"split_file={path}: expected JSON with images, each with filename and split, or CSV or TSV with these "
+                "columns"
+            ) from None
+
+    def _read(self) -> Iterator[tuple[str, str]]:
+        with self.path.open(encoding="utf-8-sig", newline="") as file:
+            if self.path.suffix.lower() == ".json":
+                rows: Sequence[dict[str, str]] = json.load(file)["images"]
+            else:
+                first = file.readline()
+                file.seek(0)
+                rows = list(csv.DictReader(file, delimiter="\t" if "\t" in first else ","))
+            column = next((name for name in _NAMES if rows and name in rows[0]), "")
+            for row in rows:
+                yield row[column], self.name(row["split"].strip())
+
+    @staticmethod
+    def name(split: str) -> str:
+        """What we call a split."""
+        return _MEANS.get(split, split)
+
+    def of(self, name: str) -> str:
+        """The split of a file, or of the sample with this key; "" if the file does not tell."""
+        parts = name.split("/")
+        ends = ("/".join(parts[first:]) for first in range(len(parts)))
+        return next((self._of[key] for end in ends for key in (end, make_key(end)) if key in self._of), "")
+
+    def chosen(self, keys: Sequence[str], split: str) -> list[int]:
+        """Which of ``keys`` are in ``split``.
+
+        Raises:
+            ConfigError: none is.
+        """
+        found = [place for place, key in enumerate(keys) if self.of(key) == split]
+        if not found:
+            raise ConfigError(f"split_file={self.path}: puts none of these {len(keys)} images into {split}")
+        return found
