@@ -24,6 +24,7 @@ from pipeline.config import ConfigError, TrainConfig
 from pipeline.distributed import Rank, Stopped
 from pipeline.partitions import engine
 from pipeline.partitions.dataset import Dataset, RandomAccess
+from pipeline.partitions.stage import place_of
 from pipeline.stages import get_stage
 from pipeline.storage import Folder
 from pipeline.training.feed import Picked
@@ -95,15 +96,19 @@ def settings(data: Path, *more: str) -> TrainConfig:
     return config
 
 
+def features_of(data: Path) -> Dataset:
+    return Dataset.open(place_of(settings(data), "features"))
+
+
 def numbers(data: Path, places: np.ndarray) -> set[int]:
-    keys = RandomAccess(Dataset.open(data / "flickr30k/all/features-embedded"))
+    keys = RandomAccess(features_of(data))
     return {int(keys.key(int(place)).rpartition("/")[2].removesuffix("-jpg")) - 1000 for place in places}
 
 
 def test_training_by_karpathys_split(data: Path, tmp_path: Path) -> None:
     file = data / "dataset_flickr30k.json"
     config = settings(data, f"split_file={file}", "steps=12", "export_every=2")
-    features = Dataset.open(data / "flickr30k/all/features-embedded")
+    features = features_of(data)
 
     def life(rank: Rank) -> None:
         task, trained, valid = learned(config, features)
@@ -140,7 +145,7 @@ def test_training_by_karpathys_split(data: Path, tmp_path: Path) -> None:
 
 
 def test_what_does_not_go_together_is_said(data: Path, tmp_path: Path) -> None:
-    features = Dataset.open(data / "flickr30k/all/features-embedded")
+    features = features_of(data)
     file = data / "dataset_flickr30k.json"
     with pytest.raises(ConfigError, match="leave out valid_input=, valid_fraction="):
         learned(settings(data, f"split_file={file}", "valid_fraction=0.1"), features)
