@@ -110,9 +110,9 @@ class Augmentation:
             if not 0 <= getattr(config, name) <= 1:
                 raise ConfigError(f"{name}={getattr(config, name)}: must be between 0 and 1")
         self._config, self._size = config, size
-        strengths = (config.shift, config.flip, config.rotate, config.shear, config.randaugment, config.erase)
-        self.active = config.crop_scale < 1 or any(strengths)
-        """Whether anything is done."""
+        names = ("shift", "flip", "rotate", "shear", "randaugment", "erase")
+        self.given = [name for name in names if getattr(config, name)] + ["crop_scale"] * (config.crop_scale < 1)
+        """Settings by which anything is done."""
 
     def __call__(self, pixels: Tensor, keys: Keys) -> Tensor:
         """uint8 (b, 3, h, w) → the same or (b, 3, size, size); each depends on (seed, epoch, position) alone."""

@@ -116,9 +116,10 @@ class Caption(Task):
         self.seed, self.smoothing, self.prompt = config.seed, config.label_smoothing, config.prompt
         self.cider = Cider(references)
         self._augmented = Augmentation(config)
-        if self._augmented.active and not self.encoder:
+        if self._augmented.given and not self.encoder:
+            name = self._augmented.given[0]
             raise ConfigError(
-                "features of stage=features cannot be augmented: name an encoder=, which runs in each step"
+                f"{name}={getattr(config, name)}: stored features cannot be augmented; with encoder= pictures can"
             )
         tokens, width = data.shape
         torch.manual_seed(keyed_seed(config.seed, "weights"))
@@ -152,7 +153,7 @@ class Caption(Task):
         assert self.encoder is not None
         edges = batch["edges"].tolist()
         pictures = [picture[:h, :w] for picture, (h, w) in zip(batch["pictures"], edges, strict=True)]
-        if self._augmented.active and keys.step >= 0:
+        if self._augmented.given and keys.step >= 0:
             pictures = [
                 self._augmented(picture.permute(2, 0, 1)[None], keys.part(slice(i, i + 1)))[0].permute(1, 2, 0)
                 for i, picture in enumerate(pictures)
