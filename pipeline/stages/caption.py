@@ -157,6 +157,8 @@ class Caption(PictureStage):
 
     def schema(self) -> Schema:
         self.upstream.require_columns("key", "jpg")
+        if self.config.split_file:
+            raise ConfigError("split_file= goes with image_path=; a whole data set gets a column in all of its samples")
         if self.config.column in self.upstream.schema:
             raise ConfigError(f"column={self.config.column}: {self.upstream.root.path} has such a column already")
         return {**self.upstream.schema, self.config.column: "str"}

@@ -173,6 +173,24 @@ def test_a_data_set_gets_a_column(data: Path, run: Path, tmp_path: Path, capfd: 
         run_stage("caption", output=str(tmp_path / "again"), **settings, column="caption")
 
 
+def test_questions_of_a_data_set_are_answered(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")  # without Java
+    fit(data, tmp_path / "run", prompt="question", steps=2)
+    given = {"checkpoint": str(tmp_path / "run"), "output": str(tmp_path / "out"), "image_path": str(data / "shard")}
+    _, lines, scores = write_about(build(CaptionConfig, given), torch.device("cpu"))
+    rows = RandomAccess(Dataset.open(data / "shard")).rows(range(COUNT))
+    asked = [(row["key"], question, [answer]) for row in rows for question, answer in row["questions"]]
+    assert [(line["image"], line["question"], line["references"]) for line in lines] == asked
+    assert 0 <= scores["exact"] <= 1
+    _, one, _ = write_about(build(CaptionConfig, {**given, "question": asked[0][1]}), torch.device("cpu"))
+    assert [line["caption"] for line in one][:1] == [line["caption"] for line in lines][:1]
+    assert "references" not in one[0]
+    picture = tmp_path / "a.jpg"
+    picture.write_bytes(rows[0]["jpg"])
+    with pytest.raises(ConfigError, match="question=: this run answers questions"):
+        write_about(build(CaptionConfig, {**given, "image_path": str(picture)}), torch.device("cpu"))
+
+
 def test_pictures_of_a_folder_and_those_that_are_none(data: Path, run: Path, tmp_path: Path) -> None:
     row = RandomAccess(Dataset.open(data / "shard")).rows([0])[0]
     (tmp_path / "in" / "deep").mkdir(parents=True)
