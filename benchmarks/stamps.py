@@ -48,7 +48,8 @@ def main() -> None:
     given = dict(argument.split("=") for argument in sys.argv[1:])
     stamps = Path(given.get("folder", "/usr/share/tuxpaint/stamps"))
     if not stamps.is_dir():
-        raise SystemExit(f"there are no stamps in {stamps}: apt-get install tuxpaint-stamps-default")
+        print(f"skipped: there are no stamps in {stamps}: apt-get install tuxpaint-stamps-default")
+        return
     torch.set_num_threads(int(given.get("threads", 1)))
     scores = []
     with tempfile.TemporaryDirectory() as place:
