@@ -90,12 +90,13 @@ def compared(stamps: Path, shards: Path, place: Path, seed: int, steps: int) -> 
     with Folder.open(place / "run", create=True) as folder:
         train(task, data, replace(config, log_every=100), Rank(), folder, valid)
     took = perf_counter() - start
-    test = [row for row in rows_of(shards) if Splits(splits).of(row["key"]) == "test"]
+    known = Splits(splits)
+    test = [row for row in rows_of(shards) if known.of(row["key"]) == "test"]
     references = [[words(row["caption"])] for row in test]
     writer = load_writer(place / "run" / "checkpoints" / f"step_{steps:06d}")  # the last, not that of the least loss
     how = Decoding(max_length=writer.longest - 1)
     ours = [text for some in batched(test, 64) for text in writer.write(list(map(pixels, some)), how)]
-    theirs = nearest_colour(shards, Splits(splits), test)
+    theirs = nearest_colour(shards, known, test)
     print(f"split {seed}: {len(data)} pictures to train on, {len(test)} to test; {steps} steps in {took:.0f} s")
     found = {}
     for name, texts in (("captioner", ours), ("nearest mean colour", theirs)):
