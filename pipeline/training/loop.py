@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pipeline.config import ConfigError, TrainConfig, identity
+from pipeline.config import ConfigError, TrainConfig, default_of, identity
 from pipeline.distributed import Rank
 from pipeline.distributed.signals import Stopped
 from pipeline.drawing import grid, png
@@ -271,11 +271,12 @@ def _resume(state: State, checkpoints: Checkpoints, config: TrainConfig, rank: R
 
 
 def _require_same(theirs: dict[str, object], ours: dict[str, object], folder: Folder) -> None:
-    for name in sorted(theirs.keys() | ours.keys()):
-        if theirs.get(name) != ours.get(name):
+    for name, value in ours.items():
+        was = theirs.get(name, default_of(TrainConfig, name))  # a setting that there was not yet
+        if was != value:
             raise ConfigError(
-                f"{name}={ours.get(name)}, but the run in {folder.path} was started with {name}={theirs.get(name)}: "
-                "use that, or another name="
+                f"{name}={value}, but the run in {folder.path} was started with {name}={was}: use that, or "
+                "another name="
             )
 
 

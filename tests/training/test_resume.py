@@ -16,9 +16,10 @@ from torch import nn
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from pipeline import storage
-from pipeline.config import ConfigError
+from pipeline.config import ConfigError, identity
 from pipeline.distributed import Stopped
 from pipeline.storage import Folder, StorageError
+from pipeline.training import loop
 from pipeline.training.checkpoint import Checkpoints, Superseded, open_checkpoint, stored_tensors
 from pipeline.training.loop import NotFinite, State
 
@@ -204,6 +205,15 @@ def test_other_settings_do_not_go_on_with_the_run(run: Runs, change: dict[str, A
     name, value = next(iter(change.items()))
     with pytest.raises(ConfigError, match=f"{name}={value}, but the run in .* was started with {name}="):
         run()(**change)
+
+
+def test_a_run_from_before_there_was_a_setting_goes_on(run: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as before:
+        before.setattr(loop, "identity", lambda config: {k: v for k, v in identity(config).items() if k != "enlarge"})
+        run()()
+    run()()
+    with pytest.raises(ConfigError, match="enlarge=2.0, but the run in .* was started with enlarge=1.0"):
+        run()(enlarge=2.0)
 
 
 def test_settings_that_do_not_change_the_result_may_change(run: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
