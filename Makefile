@@ -9,6 +9,9 @@ PYTEST_ARGS ?=
 CAPTIONS ?= demo_data/captions
 UV_VERSION ?= 0.13.8
 
+# where this is set, each of the many processes would compile all that it imports
+unexport PYTHONDONTWRITEBYTECODE
+
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
