@@ -66,10 +66,11 @@ def test_from_waiting_jobs_to_a_frozen_rank_and_its_log(slurm_cluster: Cluster, 
     assert "life 0: 4 tasks on node[1-2]" in slurm_cluster.run(*STATUS, tmp_path, "logs=job").stdout
 
     slurm_cluster.run(*on_its_node, "kill", "-KILL", str(rank["pid"]))
-    again = first(look(slurm_cluster, tmp_path, lambda said: first(said)["state"] == "pending"))
+    waits = "pending: was requeued: SLURM lets it wait for two minutes"  # said once SLURM has put it back
+    again = first(look(slurm_cluster, tmp_path, lambda said: any(waits in p for p in first(said)["problems"])))
+    assert again["state"] == "pending"
     assert again["ranks"][1]["state"] == "lost"
     assert again["ranks"][1]["note"].endswith("its job waits in SLURM's queue again")
-    assert any("pending: was requeued: SLURM lets it wait for two minutes" in problem for problem in again["problems"])
 
     slurm_cluster.run("scancel", *jobs)
     await_end(slurm_cluster, *jobs)

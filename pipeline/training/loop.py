@@ -160,9 +160,7 @@ def train(
                 group["lr"] = lr
 
             if not stopping and _due(state, config) and valid and len(valid):
-                stopping = _evaluate(task, state, valid, config, rank, loggers)
-                if not stopping:
-                    _show(task, state, config, rank, run)
+                stopping = _evaluate(task, state, valid, config, rank, loggers, run)
             finished = state.step >= config.steps or _without_hope(state, config)
             best = state.progress.best_step == state.step
             epoch = _finished_epoch(state, config)
@@ -430,8 +428,17 @@ def _without_hope(state: State, config: TrainConfig) -> bool:
     return config.early_stop > 0 and state.progress.without_gain >= config.early_stop
 
 
-def _evaluate(task: Task, state: State, valid: Batches, config: TrainConfig, rank: Rank, loggers: list[Logger]) -> bool:
-    """Measure the averaged weights on all ranks together. Returns whether a signal came meanwhile: then the evaluation
+def _evaluate(
+    task: Task,
+    state: State,
+    valid: Batches,
+    config: TrainConfig,
+    rank: Rank,
+    loggers: list[Logger],
+    run: Folder,
+) -> bool:
+    """Measure the averaged weights on all ranks together, and write what the task shows of them, and what that should
+    be like, into ``shown/``. Returns whether a signal came meanwhile: then the evaluation
     counts for nothing, and is done again after resuming."""
     size = max(1, (config.micro_batch or -(-config.batch_size // rank.world_size)))
     sums: dict[str, Tensor] = {}
@@ -447,6 +454,8 @@ def _evaluate(task: Task, state: State, valid: Batches, config: TrainConfig, ran
                     weights = torch.where(real, weights, 0.0).double()
                     total = torch.stack([(values.double() * weights).sum(), weights.sum()])
                     sums[name] = sums.get(name, torch.zeros_like(total)) + total
+            with _precision(config, rank):
+                pictures = {f"step_{state.step:06d}": task.pictures(state.model), "real": task.pictures(None)}
     finally:
         state.model.train()
     means = task.summary({name: total / weight for name, (total, weight) in _reduced(sums, rank).items() if weight})
@@ -455,22 +464,18 @@ def _evaluate(task: Task, state: State, valid: Batches, config: TrainConfig, ran
     for logger in loggers:
         logger.write(state.step, means)
     if rank.is_main:
+        _write_pictures(run, pictures)
         rank.log.info("step %d  %s", state.step, "  ".join(f"{name} {mean:.4f}" for name, mean in means.items()))
     return False
 
 
-def _show(task: Task, state: State, config: TrainConfig, rank: Rank, run: Folder) -> None:
-    """Write what the task shows of the averaged weights, and what that should be like, into ``shown/``."""
-    state.model.eval()
-    with state.ema.in_place(state.model), torch.no_grad(), _precision(config, rank):
-        pictures = {f"step_{state.step:06d}": task.pictures(state.model), "real": task.pictures(None)}
-    state.model.train()
-    if rank.is_main:
-        for name, shown in pictures.items():
-            if shown is not None:
-                run.mkdir(SHOWN, exist_ok=True)
-                with run.folder(SHOWN) as folder:
-                    folder.write_atomic(f"{name}.png", png(grid(shown, columns=len(shown))))
+def _write_pictures(run: Folder, pictures: dict[str, np.ndarray | None]) -> None:
+    """Strips of pictures in ``shown/``."""
+    for name, shown in pictures.items():
+        if shown is not None:
+            run.mkdir(SHOWN, exist_ok=True)
+            with run.folder(SHOWN) as folder:
+                folder.write_atomic(f"{name}.png", png(grid(shown, columns=len(shown))))
 
 
 def _measured(
