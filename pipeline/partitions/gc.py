@@ -10,7 +10,6 @@ from contextlib import suppress
 from pathlib import Path
 
 from pipeline.partitions.dataset import Dataset
-from pipeline.partitions.plan import BUCKET
 from pipeline.storage import GONE, TRASH, Folder, StorageError
 
 PARTIAL = "partial"
@@ -59,8 +58,7 @@ def _redone(dataset: Dataset, bucket: str) -> dict[int, int]:
 
     Before they are committed anew, what they replace is still needed: a takedown copies it.
     """
-    inside = range(int(bucket) * BUCKET, (int(bucket) + 1) * BUCKET)
-    redone = {index for plan in dataset.plans if plan.redo for index in inside if index in plan.redo}
+    redone = {index for plan in dataset.plans for index in plan.redo if dataset.bucket(index) == bucket}
     there = {index for index in redone if dataset.root.exists(dataset.path_of(index))}
     return {index: dataset.counts_by(index).generation for index in there}
 

@@ -32,7 +32,7 @@ from interleaving import Actor, World
 
 from pipeline import storage
 from pipeline.distributed import Rank
-from pipeline.partitions import claims, dataset, engine, finalize, gc, plan, planning
+from pipeline.partitions import claims, dataset, engine, finalize, plan, planning
 from pipeline.partitions.dataset import Dataset
 from pipeline.partitions.gc import collect
 from pipeline.stages.repair import repair
@@ -453,7 +453,7 @@ def explore(machine: type[RuleBasedStateMachine], examples: int, *, derandomize:
 
 @pytest.fixture(autouse=True)
 def _small_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (plan, dataset, engine, finalize, gc):
+    for module in (plan, dataset, engine, finalize):
         monkeypatch.setattr(module, "BUCKET", 2)
 
 
