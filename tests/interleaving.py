@@ -29,7 +29,7 @@ from pipeline import storage, telemetry
 from pipeline.config import ConfigError
 from pipeline.partitions import claims, engine, finalize, planning
 from pipeline.partitions.attempt import Superseded
-from pipeline.partitions.dataset import Dataset
+from pipeline.partitions.dataset import Dataset, SlotReader
 from pipeline.partitions.stage import Stage
 from pipeline.storage import Folder, StorageError
 
@@ -168,7 +168,7 @@ class World:
         time = SimpleNamespace(monotonic=lambda: self.clock, sleep=self._sleep)
         for module in (engine, planning, claims):
             self._patch.setattr(module, "time", time)
-        for value in (*vars(Dataset).values(), *vars(Stage).values()):
+        for value in [value for owner in (Dataset, SlotReader, Stage) for value in vars(owner).values()]:
             if isinstance(value, cached_property) and hasattr(value, "lock"):  # until Python 3.12, one for all threads
                 self._patch.setattr(value, "lock", nullcontext())
         self._patch.setattr(claims.Claims, "_heartbeat", lambda claims: None)
