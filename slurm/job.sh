@@ -170,7 +170,8 @@ lm_again() { # lm_again RC WHY: another life for this job, unless it gets nowher
   fi
   for try in {1..30}; do # the controller may be away for a while
     if state=$(lm_ask); then
-      if [[ -z $lm_ending && $state != *"JobState=RUNNING "* ]] || ! lm_is_ours "$state"; then
+      # SIGNALING is RUNNING, seen while SLURM still sends the signal that the ranks may just have died of
+      if [[ -z $lm_ending && ! $state =~ JobState=(RUNNING|SIGNALING)" " ]] || ! lm_is_ours "$state"; then
         lm_say "$why. SLURM has ended this life of the job itself"
         exit "$rc"
       fi

@@ -129,6 +129,16 @@ def test_lives_count_only_while_nothing_gets_done(slurm_cluster: Cluster, tmp_pa
     assert job.said.count("Requeued") == 1 and job.said.count("Giving up") == 1
 
 
+def test_ranks_that_die_while_slurm_still_sends_signals_get_another_life(
+    slurm_cluster: Cluster, tmp_path: Path
+) -> None:
+    """Those of a job that is preempted before they can hear; SLURM then does not say that the job is running."""
+    signaling = 'scontrol() { command scontrol "$@" | sed s/JobState=RUNNING/JobState=SIGNALING/; }'
+    job = submit(slurm_cluster, tmp_path, "if life == 0:\n    sys.exit(3)", tasks=1, settings=signaling)
+    assert job.end() == "COMPLETED"
+    assert job.lives == 2
+
+
 def test_a_cancelled_job_stays_so_and_its_ranks_stop_in_time(slurm_cluster: Cluster, tmp_path: Path) -> None:
     body = """
         open(f"ready{rank.rank}", "w").close()
