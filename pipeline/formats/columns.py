@@ -25,11 +25,12 @@ def arrow_schema(schema: Schema, names: Iterable[str]) -> pa.Schema:
 def arrow_table(rows: Sequence[Row], schema: Schema, names: Sequence[str]) -> pa.Table:
     """The columns ``names`` of ``rows``."""
     fields = arrow_schema(schema, names)
-    columns = [pa.array([_stored(schema[name], row[name]) for row in rows], fields.field(name).type) for name in names]
+    columns = [pa.array([stored(schema[name], row[name]) for row in rows], fields.field(name).type) for name in names]
     return pa.table(columns, fields)
 
 
-def _stored(kind: str, value: Any) -> Any:
+def stored(kind: str, value: Any) -> Any:
+    """The value of a column of type ``kind`` as Arrow gets it."""
     return json.dumps(value, ensure_ascii=False) if kind == "json" else value
 
 

@@ -1,58 +1,39 @@
-"""Parquet: row groups of a few MiB. Images are stored plain, so that they can be taken from where they lie."""
+"""Parquet: row groups of a few MiB. Values of bytes are stored plain, so that they can be taken from where they lie.
+
+Files are written here: Arrow's writer copies each value five times. What a file looks like is said in
+https://github.com/apache/parquet-format: pages of values, each after its header, and a footer that tells where they lie.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import base64
+from collections.abc import Collection, Iterator, Sequence
+from itertools import groupby
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.formats import thrift
 from pipeline.formats.base import Create, FileReader, Format, Location, Open, Writer
 from pipeline.formats.blocks import BlockFile
-from pipeline.formats.columns import WIDE, Columns, arrow_schema, arrow_table
+from pipeline.formats.columns import WIDE, Columns, arrow_schema, stored
 from pipeline.formats.ipc import ordered
+from pipeline.formats.thrift import I32, I64
 from pipeline.samples import Row, Schema
 from pipeline.storage import Folder, HashedFile
 
 _GROUP_BYTES = 16 << 20
 _GROUP_ROWS = 4096
-
-
-class _Tee:
-    """Writes through to a file, and keeps what was written last."""
-
-    def __init__(self, file: HashedFile) -> None:
-        self._file = file
-        self._start = 0
-        self._kept: list[bytes] = []
-        self.closed = False
-
-    def write(self, data: Any) -> int:
-        self._kept.append(bytes(data))
-        return self._file.write(data)
-
-    def tell(self) -> int:
-        return self._file.tell()
-
-    def flush(self) -> None:
-        self._file.flush()
-
-    def writable(self) -> bool:
-        return True
-
-    def readable(self) -> bool:
-        return False
-
-    def seekable(self) -> bool:
-        return False
-
-    def take(self) -> tuple[int, bytes]:
-        """Where the bytes since the last call began, and these bytes."""
-        start, data = self._start, b"".join(self._kept)
-        self._start, self._kept = self._file.tell(), []
-        return start, data
+_PAGE_BYTES = 1 << 20
+_MAGIC = b"PAR1"
+_INT64, _BYTE_ARRAY = I32(2), I32(6)
+_PLAIN, _RLE = I32(0), I32(3)
+_OPTIONAL = I32(1)
+_TEXT = {6: I32(0), 10: {1: {}}}
+"""Of a field, that its bytes are UTF-8: as ConvertedType and as LogicalType."""
+_CODECS = {"": I32(0), "zstd": I32(6)}
 
 
 class ParquetWriter(Writer):
@@ -60,14 +41,13 @@ class ParquetWriter(Writer):
         self._create = create
         self._schema = schema
         self._names = ordered(schema)
-        self._last = self._names[-1]
         self._limit = shard_bytes
         self._rows: list[Row] = []
         self._size = self._written = 0
         self._files = 0
         self._file: HashedFile | None = None
-        self._tee: _Tee | None = None
-        self._writer: pq.ParquetWriter | None = None
+        self._groups: list[dict[int, Any]] = []
+        self._count = 0
         self._locations: list[Location] = []
 
     def write(self, row: Row) -> None:
@@ -80,43 +60,141 @@ class ParquetWriter(Writer):
         self._size += size
 
     def _flush(self) -> None:
-        """Write the rows so far as a row group, and find where the values of the last column lie in it."""
-        if self._writer is None:
+        """Write the rows so far as a row group."""
+        if self._file is None:
             self._file = self._create(f"samples.{self._files:05d}.parquet")
-            self._tee = _Tee(self._file)
-            plain = [name for name in self._names if self._schema[name] in WIDE]
-            self._writer = pq.ParquetWriter(
-                self._tee,
-                arrow_schema(self._schema, self._names),
-                compression={name: "none" if name in plain else "zstd" for name in self._names},
-                use_dictionary=[name for name in self._names if name not in plain],
-                write_statistics=False,
-            )
+            self._file.write(_MAGIC)
             self._files += 1
-        assert self._tee is not None and self._file is not None
-        self._writer.write_table(arrow_table(self._rows, self._schema, self._names), row_group_size=len(self._rows))
-        start, data = self._tee.take()
-        at = 0
-        for row in self._rows:
-            value = row[self._last]
-            found = data.index(len(value).to_bytes(4, "little") + value, at) + 4
-            self._locations.append((self._file.name, start + found, len(value)))
-            at = found + len(value)
+        start = self._file.tell()
+        chunks = [self._chunk(name, self._file) for name in self._names]
+        size = sum(chunk[3][6] for chunk in chunks)
+        group = {1: chunks, 2: I64(size), 3: I64(len(self._rows)), 5: I64(start), 6: I64(self._file.tell() - start)}
+        self._groups.append(group)
+        self._count += len(self._rows)
         self._written += self._size
         self._rows, self._size = [], 0
+
+    def _chunk(self, name: str, file: HashedFile) -> dict[int, Any]:
+        """Write a column of the row group; what the footer says of it."""
+        start, kind = file.tell(), self._schema[name]
+        values = [stored(kind, row[name]) for row in self._rows]
+        codec, unpacked = "", 0
+        if kind in WIDE:
+            places = []
+            for page in _pages(values):
+                places += _write_page(page, file)
+            if name == self._names[-1]:
+                self._locations += [(file.name, at, length) for at, length in places]
+        else:
+            codec = "zstd"
+            unpacked = _write_packed(values, kind, file)
+        packed = file.tell() - start
+        about = {
+            1: _INT64 if kind == "int" else _BYTE_ARRAY,
+            2: [_PLAIN, _RLE],
+            3: [name],
+            4: _CODECS[codec],
+            5: I64(len(values)),
+            6: I64(unpacked or packed),
+            7: I64(packed),
+            9: I64(start),
+        }
+        return {2: I64(0), 3: about}
+
+    def _footer(self) -> bytes:
+        fields = [
+            {1: _INT64 if kind == "int" else _BYTE_ARRAY, 3: _OPTIONAL, 4: name, **({} if kind in _BARE else _TEXT)}
+            for name, kind in ((name, self._schema[name]) for name in self._names)
+        ]
+        types = base64.b64encode(arrow_schema(self._schema, self._names).serialize()).decode()
+        return thrift.packed(
+            {
+                1: I32(2),
+                2: [{4: "schema", 5: I32(len(fields))}, *fields],
+                3: I64(self._count),
+                4: self._groups,
+                5: [{1: "ARROW:schema", 2: types}],
+                6: "latentmill",
+            }
+        )
 
     def _finish(self) -> None:
         if self._rows:
             self._flush()
-        if self._writer is not None and self._file is not None:
-            self._writer.close()
+        if self._file is not None:
+            footer = self._footer()
+            self._file.write(footer + len(footer).to_bytes(4, "little") + _MAGIC)
             self._file.close()
-            self._writer = self._tee = self._file = None
-        self._written = 0
+            self._file = None
+        self._written = self._count = 0
+        self._groups = []
 
     def close(self) -> list[Location]:
         self._finish()
         return self._locations
+
+
+_BARE = ("int", *WIDE)
+"""Types of columns that are no text."""
+
+
+def _pages(values: Sequence[bytes | None]) -> Iterator[list[bytes | None]]:
+    page: list[bytes | None] = []
+    size = 0
+    for value in values:
+        length = 4 + len(value or b"")
+        if page and size + length > _PAGE_BYTES:
+            yield page
+            page, size = [], 0
+        page.append(value)
+        size += length
+    yield page
+
+
+def _write_page(values: Sequence[bytes | None], file: HashedFile) -> list[tuple[int, int]]:
+    """A page of bytes as they are; where each value lies, and its length."""
+    levels = _levels(values)
+    size = len(levels) + sum(4 + len(value) for value in values if value is not None)
+    file.write(_header(len(values), size, size) + levels)
+    places = []
+    for value in values:
+        if value is not None:
+            file.write(len(value).to_bytes(4, "little"))
+        places.append((file.tell(), len(value or b"")))
+        if value is not None:
+            file.write(value)
+    return places
+
+
+def _write_packed(values: Sequence[Any], kind: str, file: HashedFile) -> int:
+    """A compressed page of short values; its size if it were not compressed, with its header."""
+    there = [value for value in values if value is not None]
+    if kind == "int":
+        plain = np.array(there, np.int64).tobytes()
+    else:
+        plain = b"".join(len(data).to_bytes(4, "little") + data for data in (text.encode() for text in there))
+    plain = _levels(values) + plain
+    packed = pa.compress(plain, "zstd", asbytes=True)
+    header = _header(len(values), len(plain), len(packed))
+    file.write(header + packed)
+    return len(header) + len(plain)
+
+
+def _levels(values: Sequence[Any]) -> bytes:
+    """Which values are there (definition levels), as runs of equal ones after their size."""
+    runs = b"".join(
+        thrift.varint(sum(1 for _ in run) << 1) + bytes([there])
+        for there, run in groupby(value is not None for value in values)
+    )
+    return len(runs).to_bytes(4, "little") + runs
+
+
+def _header(count: int, size: int, packed: int) -> bytes:
+    if size >= 2**31:
+        raise ValueError(f"a page of {size} bytes does not fit into Parquet: choose another format")
+    return thrift.packed(
+        {1: I32(0), 2: I32(size), 3: I32(packed), 5: {1: I32(count), 2: _PLAIN, 3: _RLE, 4: _RLE}}
+    )
 
 
 class ParquetReader(FileReader):
