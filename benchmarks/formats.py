@@ -1,11 +1,16 @@
 """Storage formats side by side: how fast they are written and read, against libraries that do the same, in one run.
 
-    python benchmarks/formats.py [parts=prepare,write,raw,read,decoded,report] [samples=3000] [kilobytes=133] [rounds=5]
-                                 [folder=<where to work; stays>] [workers=0,2] [plot=formats.png]
+    python benchmarks/formats.py [parts=prepare,write,many,raw,read,decoded,report] [samples=3000] [many=12000]
+                                 [kilobytes=133] [rounds=5] [folder=<where to work; stays>] [workers=0,2]
+                                 [plot=formats.png]
 
 With ``folder=``, parts can be run one by one; ``report`` prints all that were and draws the plot. Rivals that are not
 installed are left out: pip install litdata datasets. All get the same JPEG files. Contestants take turns, and a ratio
 is the median of the ratios of single rounds, so that a change of the machine's speed hits both sides.
+
+Writing (``write``: of ``samples``; ``many``: of that many) is done in a fresh process for each contestant and round:
+``call`` is what is called to write, ``process`` has imports and the start of Python in it. Ours and litdata use two
+processes.
 
 Reading is of whole epochs by a DataLoader, in batches of 64 that reach the main process, from data in the page cache;
 streams are shuffled as their documentation has it. Workers persist, and the first epoch is not counted: it starts them,
@@ -19,40 +24,39 @@ them, ``decoded`` has the worker decode (simplejpeg for all) and hands over a by
 
 from __future__ import annotations
 
-import importlib
 import io
 import json
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from statistics import median
 from time import perf_counter
 from typing import Any
 
+import _writers as writers
 import numpy as np
 import simplejpeg
 import xxhash
+from _writers import Files, Sample
 
-from pipeline import formats
 from pipeline.formats import Reader
 from pipeline.loading import Permutation
 
-WRITERS = {
-    "ipc": formats.IpcConverter,
-    "parquet": formats.ParquetConverter,
-    "mds": formats.MDSConverter,
-    "tar": formats.TarConverter,
-}
+FORMATS = ("ipc", "parquet", "mds", "tar")
 COPIED, BY_INDEX = "ipc as bytes", "StreamingDataset[i]"
-OURS = (*WRITERS, COPIED)
+OURS = (*FORMATS, COPIED)
+QUICK = (*FORMATS, "StreamingDataset", "webdataset", "limit: disk")
+"""Those that write many samples."""
 PEERS = ("StreamingDataset", "litdata", "webdataset")
-PARTS = ("prepare", "write", "raw", "read", "decoded", "report")
+PARTS = ("prepare", "write", "many", "raw", "read", "decoded", "report")
 BATCH = 64
-Sample = tuple[bytes, int]
+Times = dict[str, list[float]]
+"""Of each contestant, a value for each round."""
 
 
 # ---- samples
@@ -72,20 +76,6 @@ def jpegs(count: int, kilobytes: int) -> Iterator[bytes]:
         x, y = chosen.integers(0, 64, 2)
         pixels = images[number % 2][y : y + edge, x : x + edge] + noises[chosen.integers(8)]
         yield simplejpeg.encode_jpeg(pixels.clip(0, 255).astype(np.uint8), 90, "RGB", "420")
-
-
-class Files:
-    """The image folder as a Dataset of (bytes, label): what torchvision's ImageFolder does, without decoding."""
-
-    def __init__(self, root: Path) -> None:
-        self.files = sorted(str(path) for path in root.glob("*/*.jpg"))
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> Sample:
-        with open(self.files[index], "rb") as file:
-            return file.read(), index % 10
 
 
 class Mapped:
@@ -123,93 +113,24 @@ def consume(work: str, batch: list[Any]) -> int:
 # ---- writing
 
 
-def write_mds(files: Files, output: Path) -> None:
-    from streaming import MDSWriter
-
-    with MDSWriter(out=str(output), columns={"jpg": "bytes", "label": "int"}) as writer:
-        for number in range(len(files)):
-            data, label = files[number]
-            writer.write({"jpg": data, "label": label})
-
-
-def write_tar(files: Files, output: Path) -> None:
-    import webdataset
-
-    output.mkdir()
-    with webdataset.ShardWriter(str(output / "%05d.tar"), maxsize=2**26, verbose=0) as writer:
-        for number in range(len(files)):
-            data, label = files[number]
-            writer.write({"__key__": f"{number:08d}", "jpg": data, "cls": str(label)})
-
-
-def _litdata_item(path: str) -> dict[str, Any]:
-    return {"jpg": Path(path).read_bytes(), "label": 0}
-
-
-def write_litdata(files: Files, output: Path) -> None:
-    from litdata import optimize
-
-    optimize(fn=_litdata_item, inputs=files.files, output_dir=str(output), chunk_bytes="64MB", num_workers=2)
-
-
-def write_datasets(files: Files, output: Path) -> None:
-    import datasets
-
-    rows = [files[number] for number in range(len(files))]
-    table = datasets.Dataset.from_dict({"jpg": [row[0] for row in rows], "label": [row[1] for row in rows]})
-    output.mkdir()
-    table.to_parquet(str(output / "data.parquet"))
-
-
-def write_ours(converter: type[formats.Converter], source: Path, output: Path) -> None:
-    converter(source, output, num_workers=2).convert()
-
-
-def write_plain(data: bytes, output: Path) -> None:
-    """The same bytes as one file, brought to the disk."""
-    output.mkdir()
-    with (output / "data").open("wb", buffering=0) as file:
-        for start in range(0, len(data), 8 << 20):
-            file.write(memoryview(data)[start : start + (8 << 20)])
-        os.fsync(file.fileno())
-
-
-def rivals() -> dict[str, Callable[[Files, Path], None]]:
-    found = {"StreamingDataset": ("streaming", write_mds), "webdataset": ("webdataset", write_tar)}
-    found |= {"litdata": ("litdata", write_litdata), "datasets": ("datasets", write_datasets)}
-    return {name: write for name, (module, write) in found.items() if _installed(module)}
-
-
-@cache
-def _installed(module: str) -> bool:
-    try:
-        with quiet():
-            importlib.import_module(module)
-    except ImportError:
-        return False
-    return True
-
-
-def compare_writing(root: Path, files: Files, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each round; the output of the last one stays, to be read. The first, which imports, is not counted."""
-    contestants: dict[str, Callable[[Path], object]] = {}
-    for name, converter in WRITERS.items():
-        contestants[name] = partial(write_ours, converter, root / "images")
-    for name, write in rivals().items():
-        contestants[name] = partial(write, files)
-    contestants["limit: disk"] = partial(write_plain, b"".join(files[number][0] for number in range(len(files))))
-    times: dict[str, list[float]] = {name: [] for name in contestants}
-    for turn in range(rounds + 1):
-        for name, contestant in contestants.items():
-            shutil.rmtree(root / name.replace(": ", "-"), ignore_errors=True)
+def compare_writing(root: Path, source: Path, names: Sequence[str], rounds: int) -> tuple[Times, Times]:
+    """Seconds of the call, and of the whole process, in each round; what was written last stays, to be read."""
+    call: Times = {name: [] for name in names}
+    process: Times = {name: [] for name in names}
+    for _ in range(rounds):
+        for name in names:
+            output = root / name.replace(": ", "-")
+            shutil.rmtree(output, ignore_errors=True)
             os.sync()
-            with quiet():
-                begin = perf_counter()
-                contestant(root / name.replace(": ", "-"))
-                seconds = perf_counter() - begin
-            if turn:
-                times[name].append(seconds)
-    return times
+            begin = perf_counter()
+            done = subprocess.run(
+                [sys.executable, writers.__file__, name, source, output], capture_output=True, text=True
+            )
+            process[name].append(perf_counter() - begin)
+            if done.returncode:
+                raise SystemExit(f"{name} failed:\n{done.stderr}")
+            call[name].append(float(done.stdout.split()[-1]))
+    return call, process
 
 
 # ---- reading
@@ -317,16 +238,10 @@ def timed(do: Callable[[], object]) -> float:
     return perf_counter() - begin
 
 
-def compare_reading(
-    root: Path, files: Files, rounds: int, work: str, shuffled: bool, workers: int
-) -> dict[str, list[float]]:
+def compare_reading(root: Path, files: Files, rounds: int, work: str, shuffled: bool, workers: int) -> Times:
     """Seconds of each round."""
-    available = rivals()
-    names = [
-        *OURS,
-        "ImageFolder",
-        *(n for n in ("StreamingDataset", "webdataset", "litdata", "datasets") if n in available),
-    ]
+    rivals = [name for name in writers.available() if name not in FORMATS and not name.startswith("limit")]
+    names = [*OURS, "ImageFolder", *rivals]
     if "StreamingDataset" in names and work == "raw":
         names.append(BY_INDEX)
     contestants: dict[str, Callable[[], float]] = {}
@@ -335,7 +250,7 @@ def compare_reading(
             contestants[name] = partial(epoch, loader(name, root, files, shuffled, workers, work), work)
     if not workers and shuffled:
         name, contestants[name] = limit(root, files, work)
-    times: dict[str, list[float]] = {name: [] for name in contestants}
+    times: Times = {name: [] for name in contestants}
     for turn in range(rounds + 1):
         for name, read in contestants.items():
             with quiet():
@@ -363,14 +278,17 @@ def main() -> None:
 def run(root: Path, parts: Sequence[str], options: dict[str, str]) -> None:
     rounds = int(options.get("rounds", 5))
     if "prepare" in parts:
-        prepare(root / "images", int(options.get("samples", 3000)), int(options.get("kilobytes", 133)))
+        for folder, count in ("images", options.get("samples", 3000)), ("many", options.get("many", 12000)):
+            prepare(root / folder, int(count), int(options.get("kilobytes", 133)))
     files = Files(root / "images")
     megabytes = sum(os.path.getsize(path) for path in files.files) / 1e6
     mean = megabytes * 1000 / len(files)
     print(f"{len(files)} JPEGs of {mean:.0f} kB in the mean, {rounds} rounds, {os.cpu_count()} CPUs", flush=True)
     if "write" in parts:
-        times = compare_writing(root, files, rounds)
-        keep(root, "Writing, MB/s", {name: [megabytes / s for s in seconds] for name, seconds in times.items()})
+        measure_writing(root, "images", writers.available(), rounds)
+    if "many" in parts:
+        names = [name for name in writers.available() if name in QUICK]
+        measure_writing(root, "many", names, rounds)
     for work, cases in (("raw", (True, False)), ("read", (True,)), ("decoded", (True,))):
         for shuffled in cases if work in parts else ():
             for workers in map(int, options.get("workers", "0,2").split(",")):
@@ -386,6 +304,18 @@ def run(root: Path, parts: Sequence[str], options: dict[str, str]) -> None:
             draw(tables, Path(options["plot"]))
 
 
+def measure_writing(root: Path, folder: str, names: Sequence[str], rounds: int) -> None:
+    output = root if folder == "images" else root / "written"
+    output.mkdir(exist_ok=True)
+    files = Files(root / folder).files
+    megabytes = sum(map(os.path.getsize, files)) / 1e6
+    for what, times in zip(("call", "process"), compare_writing(output, root / folder, names, rounds), strict=True):
+        rates = {name: [megabytes / s for s in seconds] for name, seconds in times.items()}
+        keep(root, f"Writing, MB/s of the {what}: {len(files)} samples, {megabytes:.0f} MB", rates)
+    if output != root:
+        shutil.rmtree(output)
+
+
 def prepare(folder: Path, count: int, kilobytes: int) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     for number, data in enumerate(jpegs(count, kilobytes)):
@@ -394,12 +324,12 @@ def prepare(folder: Path, count: int, kilobytes: int) -> None:
         (place / f"{number:06d}.jpg").write_bytes(data)
 
 
-def _kept(root: Path) -> dict[str, dict[str, list[float]]]:
+def _kept(root: Path) -> dict[str, Times]:
     path = root / "results.json"
     return json.loads(path.read_text()) if path.exists() else {}  # type: ignore[no-any-return]
 
 
-def keep(root: Path, title: str, rates: dict[str, list[float]]) -> None:
+def keep(root: Path, title: str, rates: Times) -> None:
     """Add to what was measured in this folder."""
     (root / "results.json").write_text(json.dumps({**_kept(root), title: rates}))
     print(f"{title}: done", flush=True)
@@ -423,7 +353,7 @@ class quiet:  # noqa: N801 - used like a function
             os.close(saved)
 
 
-def show(title: str, rates: dict[str, list[float]]) -> None:
+def show(title: str, rates: Times) -> None:
     """Medians, and the median ratio to each peer."""
     peers = [peer for peer in PEERS if peer in rates]
     print(f"\n{title}")
@@ -433,7 +363,7 @@ def show(title: str, rates: dict[str, list[float]]) -> None:
         print(f"{name:20}{median(values):9.0f}{max(values):9.0f}" + "".join(f"{ratio:20.2f}" for ratio in ratios))
 
 
-def draw(tables: dict[str, dict[str, list[float]]], path: Path) -> None:
+def draw(tables: dict[str, Times], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")

@@ -11,7 +11,7 @@ data file at a time and take rows out of it by that location, which costs one re
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from importlib import import_module
 from typing import Any
 
@@ -147,3 +147,19 @@ def chunked(parts: Iterable[bytes]) -> Iterator[bytes]:
             yield b"".join(pieces)
             pieces, size = [], 0
     yield b"".join(pieces)
+
+
+_LARGE = 4096
+
+
+def joined(pieces: Sequence[bytes]) -> list[bytes]:
+    """Small neighbours as one piece; large ones are not copied."""
+    joined: list[bytes] = []
+    small: list[bytes] = []
+    for piece in pieces:
+        if len(piece) > _LARGE:
+            joined += [b"".join(small), piece]
+            small = []
+        else:
+            small.append(piece)
+    return [*joined, b"".join(small)]

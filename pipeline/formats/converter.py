@@ -6,28 +6,30 @@ import multiprocessing
 import os
 import pickle
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import cached_property
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from pipeline import cli
+from pipeline.arrow import without_pandas
 from pipeline.config import ConfigError, ShardConfig
 from pipeline.distributed import Place, Rank, find_place
 from pipeline.formats.base import Location, Writer
 from pipeline.formats.fixed import FixedWriter
 from pipeline.formats.pixels import mask_array, nearest, to_array, to_image
+from pipeline.memory import keep_freed_memory
 from pipeline.partitions import engine
-from pipeline.partitions.planning import open_or_plan
 from pipeline.samples import Row
+from pipeline.stages.items import Items, Objects
+from pipeline.stages.shard import Shard
 
 if TYPE_CHECKING:
     from pipeline.partitions.dataset import Dataset
-    from pipeline.stages.shard import Shard
 
 _GIB = 1 << 30
 
@@ -121,51 +123,38 @@ class Converter:
         with rank.signals:
             return repair(self.config.output, rank, workers=max(1, self.num_workers), make=make) is not None
 
-    def _run(self, place: Place, run_id: str = "") -> None:
+    def _run(self, place: Place, run_id: str = "", planned: Callable[[], None] = lambda: None) -> None:
         rank = Rank(place)
-        with rank.signals:
-            engine.run(self._stage(rank, run_id))
-
-    def _plan(self, place: Place, run_id: str) -> None:
-        """Before processes are forked, which then find the plan, and all that is to be imported, ready."""
-        rank = Rank(place)
-        with rank.signals:
-            open_or_plan(self._stage(rank, run_id))
-
-    def _stage(self, rank: Rank, run_id: str) -> Shard:
         config = replace(self.config, run_id=run_id) if run_id and not self.config.run_id else self.config
-        return _stage_of(self, config, rank)
+        with rank.signals:
+            engine.run(_stage_of(self, config, rank), planned)
 
     def _convert_in_processes(self, place: Place) -> None:
-        """Each process is a rank of its own; they are forked, so that any Dataset will do."""
-        context = multiprocessing.get_context("fork")
+        """Each process is a rank of its own; they are forked, so that any Dataset will do. The first of them plans."""
         run_id = uuid.uuid4().hex if not self.dist else ""
-        self._plan(place, run_id)
         count = self.num_workers
-        receivers: list[Connection] = []
-        processes = []
-        for worker in range(count):
-            receiver, sender = context.Pipe(duplex=False)
-            rank = Place(place.rank * count + worker, place.world_size * count, worker, count)
-            process = context.Process(target=self._child, args=(sender, rank, run_id), daemon=True)
-            process.start()
-            sender.close()
-            receivers.append(receiver)
-            processes.append(process)
+        processes: list[_Process] = []
         try:
-            _await(receivers, processes)
+            for worker in range(count):
+                rank = Place(place.rank * count + worker, place.world_size * count, worker, count)
+                processes.append(_Process(self._child, rank, run_id))
+                if worker == 0:
+                    processes[0].heard()
+            _await_all(processes)
         finally:
             for process in processes:
-                process.terminate()
-            for process in processes:
-                process.join()
+                process.end()
 
-    def _child(self, sender: Connection, place: Place, run_id: str) -> None:
+    def _child(self, say: Callable[[bytes], None], place: Place, run_id: str) -> None:
+        """The life of a process: it says when there is a plan, if it is the first, and how it ends."""
+        keep_freed_memory()
+        if self.config.input:  # else the Dataset may need pandas
+            without_pandas()
         try:
-            self._run(place, run_id)
-            sender.send(b"")
+            self._run(place, run_id, lambda: say(_FINE) if not place.local_rank else None)
+            say(_FINE)
         except BaseException as error:
-            sender.send(_portable(error))
+            say(_portable(error))
 
     # ---- hooks
 
@@ -223,8 +212,6 @@ class ConverterFixedSize(Converter):
 
 
 def _stage_of(converter: Converter, config: ShardConfig, rank: Rank) -> Shard:
-    from pipeline.stages.items import Items, Objects
-    from pipeline.stages.shard import Shard
 
     class Conversion(Shard):
         @property
@@ -243,22 +230,42 @@ def _stage_of(converter: Converter, config: ShardConfig, rank: Rank) -> Shard:
     return Conversion(config, rank)
 
 
-def _await(receivers: list[Connection], processes: list[Any]) -> None:
+class _Process:
+    """A process that converts, and what it says."""
+
+    def __init__(self, life: Callable[..., None], *args: Any) -> None:
+        context = multiprocessing.get_context("fork")
+        self.receiver, sender = context.Pipe(duplex=False)
+        self._process = context.Process(target=life, args=(sender.send, *args), daemon=True)
+        self._process.start()
+        sender.close()
+
+    def heard(self) -> None:
+        """Wait for what it says next; raises what went wrong."""
+        try:
+            said = self.receiver.recv()
+        except EOFError:
+            self._process.join()
+            raise RuntimeError(
+                f"a process that converts was killed (exit code {self._process.exitcode}): the same call goes on"
+            ) from None
+        if said != _FINE:
+            raise pickle.loads(said)
+
+    def end(self) -> None:
+        self._process.terminate()
+        self._process.join()
+
+
+_FINE = b""
+
+
+def _await_all(processes: Iterable[_Process]) -> None:
     """Wait until all processes are done; raises what the first that failed has said."""
-    pending = dict(zip(receivers, processes, strict=True))
+    pending: dict[Any, _Process] = {process.receiver: process for process in processes}
     while pending:
         for ready in wait(list(pending)):
-            assert isinstance(ready, Connection)
-            process = pending.pop(ready)
-            try:
-                said = ready.recv()
-            except EOFError:
-                process.join()
-                raise RuntimeError(
-                    f"a process that converts was killed (exit code {process.exitcode}): the same call goes on"
-                ) from None
-            if said:
-                raise pickle.loads(said)
+            pending.pop(ready).heard()
 
 
 def _portable(error: BaseException) -> bytes:

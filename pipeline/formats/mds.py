@@ -13,14 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.formats.base import IMAGE, Create, FileReader, Format, Location, Open, Writer, chunked
+from pipeline.formats.base import IMAGE, Create, FileReader, Format, Location, Open, Writer, chunked, joined
 from pipeline.formats.blocks import BlockFile
 from pipeline.samples import Row, Schema
 from pipeline.storage import Folder
 
 _SIZES = {"int": 8}
 _HASH = "xxh3_128"
-_LARGE = 4096
 
 
 def _encode(kind: str, value: Any) -> bytes:
@@ -39,19 +38,6 @@ def _decode(kind: str, data: bytes) -> Any:
     if kind == "int":
         return int(np.frombuffer(data, np.int64)[0])
     return json.loads(data) if kind == "json" else data
-
-
-def _joined(pieces: list[bytes]) -> list[bytes]:
-    """Small neighbours as one piece; large ones are not copied."""
-    joined: list[bytes] = []
-    small: list[bytes] = []
-    for piece in pieces:
-        if len(piece) > _LARGE:
-            joined += [b"".join(small), piece]
-            small = []
-        else:
-            small.append(piece)
-    return [*joined, b"".join(small)]
 
 
 def shard_config(schema: Schema, shard_bytes: int) -> dict[str, Any]:
@@ -86,7 +72,7 @@ class MdsWriter(Writer):
     def write(self, row: Row) -> None:
         columns = [(kind, _encode(kind, row[name])) for name, kind in self._columns]
         sizes = np.array([len(data) for kind, data in columns if kind not in _SIZES], np.uint32)
-        sample = _joined([sizes.tobytes(), *(data for _, data in columns)])
+        sample = joined([sizes.tobytes(), *(data for _, data in columns)])
         length = sum(map(len, sample))
         if self._samples and self._size + length + 4 > self._limit:
             self._flush()

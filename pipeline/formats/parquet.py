@@ -1,7 +1,7 @@
 """Parquet: row groups of a few MiB. Values of bytes are stored plain, so that they can be taken from where they lie.
 
-Files are written here: Arrow's writer copies each value five times. What a file looks like is said in
-https://github.com/apache/parquet-format: pages of values, each after its header, and a footer that tells where they lie.
+Files are written here, as Arrow's writer copies each value five times. The format (https://parquet.apache.org): pages
+of values, each after its header, and a footer that tells where they lie.
 """
 
 from __future__ import annotations
@@ -192,9 +192,7 @@ def _levels(values: Sequence[Any]) -> bytes:
 def _header(count: int, size: int, packed: int) -> bytes:
     if size >= 2**31:
         raise ValueError(f"a page of {size} bytes does not fit into Parquet: choose another format")
-    return thrift.packed(
-        {1: I32(0), 2: I32(size), 3: I32(packed), 5: {1: I32(count), 2: _PLAIN, 3: _RLE, 4: _RLE}}
-    )
+    return thrift.packed({1: I32(0), 2: I32(size), 3: I32(packed), 5: {1: I32(count), 2: _PLAIN, 3: _RLE, 4: _RLE}})
 
 
 class ParquetReader(FileReader):

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 
-from pipeline.formats.base import IMAGE, Create, FileReader, Format, Location, Open, Writer
+from pipeline.formats.base import IMAGE, Create, FileReader, Format, Location, Open, Writer, joined
 from pipeline.formats.blocks import BlockFile
 from pipeline.formats.columns import WIDE
 from pipeline.samples import EXTENSIONS, Row, Schema
@@ -74,7 +74,8 @@ class TarWriter(Writer):
         for name in self._binary:
             parts += _member(f"{key}.{_binary_extension(name, row[name])}", row[name])
         rest = {name: row[name] for name, kind in self._schema.items() if kind not in WIDE}
-        self._file.write(b"".join([*parts, *_member(f"{key}.json", _as_json(rest).encode())]))
+        for piece in joined([*parts, *_member(f"{key}.json", _as_json(rest).encode())]):
+            self._file.write(piece)
         self._locations.append((self._file.name, start, self._file.tell() - start))
 
     def close(self) -> list[Location]:

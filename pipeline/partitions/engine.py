@@ -32,8 +32,10 @@ _HOSTS = 20  # that a rank's events tell of
 _LOOKS = 8  # buckets that an idle rank lists between two pauses, so that a thousand of them are no storm
 
 
-def run(stage: Stage) -> dict[str, Any]:
+def run(stage: Stage, planned: Callable[[], None] = lambda: None) -> dict[str, Any]:
     """Bring the stage's output to its end, together with whoever else works on it.
+
+    ``planned`` is called when there is a plan.
 
     Returns:
         What ``_SUCCESS`` says.
@@ -45,6 +47,7 @@ def run(stage: Stage) -> dict[str, Any]:
     """
     try:
         dataset = open_or_plan(stage)
+        planned()
         with unless_removed(dataset.root):
             if dataset.success is not None:
                 stage.rank.log.info("%s: already finished", dataset.root.path)

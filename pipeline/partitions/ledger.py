@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import IO
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -48,13 +48,16 @@ class LedgerError(RuntimeError):
     """The outcomes of a partition do not add up: a defect of the stage, never of the data."""
 
 
+_PLACE = {"file": pa.string(), "offset": pa.int64(), "length": pa.int64()}
 _ATTRIBUTES = {"outcome": "status", "source_offset": "offset"}
 """Columns that have another name in :class:`Outcome`."""
 _PACKED = pa.schema(
     pa.field(f.name, pa.string() if pa.types.is_dictionary(f.type) else f.type)
     for f in (*SCHEMA, *LOOKS)
-    if f.name not in ("file", "offset", "length")
+    if f.name not in _PLACE
 )
+_GETTERS = [attrgetter(_ATTRIBUTES.get(f.name, f.name)) for f in _PACKED]
+_NOWHERE = (None, -1, -1)
 _CHUNK = 8192
 
 
@@ -116,9 +119,7 @@ class Ledger:
             self._pack()
 
     def _pack(self) -> None:
-        columns = [
-            pa.array([getattr(row, _ATTRIBUTES.get(f.name, f.name)) for row in self._newest], f.type) for f in _PACKED
-        ]
+        columns = [pa.array(list(map(get, self._newest)), f.type) for f, get in zip(_PACKED, _GETTERS, strict=True)]
         self._packed.append(pa.record_batch(columns, schema=_PACKED))
         self._newest = []
 
@@ -143,15 +144,11 @@ class Ledger:
         """Write all rows; ``locations`` (file, offset, length) belong to the kept samples in order."""
         self._pack()
         table = pa.Table.from_batches(self._packed, _PACKED).combine_chunks()
-        kept = pc.and_(pc.equal(table["outcome"], "kept"), pc.invert(table["container"])).to_numpy()
-        places = np.full(len(table), None)
-        spans = np.full((len(table), 2), -1, np.int64)
-        if locations:
-            places[kept] = [name for name, _, _ in locations]
-            spans[kept, 0] = np.fromiter((place[1] for place in locations), np.int64, len(locations))
-            spans[kept, 1] = np.fromiter((place[2] for place in locations), np.int64, len(locations))
+        kept = pc.and_(pc.equal(table["outcome"], "kept"), pc.invert(table["container"])).to_pylist()
+        following = iter(locations)
+        places = [next(following) if there else _NOWHERE for there in kept]
         columns = {name: table[name] for name in table.column_names}
-        columns |= {"file": pa.array(places, pa.string()), "offset": spans[:, 0], "length": spans[:, 1]}
+        columns |= {name: pa.array([p[n] for p in places], kind) for n, (name, kind) in enumerate(_PLACE.items())}
         schema = pa.schema([*SCHEMA, *LOOKS]) if self._looked else SCHEMA
         arrays = {
             f.name: pc.dictionary_encode(columns[f.name]).cast(f.type)

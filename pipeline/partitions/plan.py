@@ -291,6 +291,7 @@ class PartitionReader:
         self._group = -1
         self._table: pa.Table | None = None
         self._file: pq.ParquetFile | None = None
+        self._newest: dict[int, Partition] = {}
 
     def _open(self) -> pq.ParquetFile:
         with self._root.folder(self._plan.folder) as folder:
@@ -300,6 +301,11 @@ class PartitionReader:
         return file
 
     def __getitem__(self, index: int) -> Partition:
+        if index not in self._newest:
+            self._newest = {**dict(list(self._newest.items())[-1:]), index: self._read(index)}
+        return self._newest[index]
+
+    def _read(self, index: int) -> Partition:
         try:
             row = self._row(index)
         except (OSError, IndexError, ValueError, TypeError, pa.ArrowException) as error:

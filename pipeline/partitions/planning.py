@@ -51,19 +51,17 @@ def open_or_plan(stage: Stage) -> Dataset:
     while True:
         root = _open_root(stage)
         with unless_removed(root):
-            dataset = _open_planned(stage, root, upstream)
+            ours = not _planned(root) and _make_first_plan(stage, root, upstream)
+            dataset = Dataset(root)
             if not stage.config.overwrite or dataset.header["run_id"] == stage.config.run_id:
-                return _extended(stage, dataset, upstream)
+                return _extended(stage, dataset, upstream, ours)
 
 
-def _open_planned(stage: Stage, root: Folder, upstream: dict[str, Any] | None) -> Dataset:
-    if not _planned(root):
-        _make_first_plan(stage, root, upstream)
-    return Dataset(root)
+def _extended(stage: Stage, dataset: Dataset, upstream: dict[str, Any] | None, ours: bool) -> Dataset:
+    """``dataset``, if it fits, with the generation that is asked for or that the upstream has gained.
 
-
-def _extended(stage: Stage, dataset: Dataset, upstream: dict[str, Any] | None) -> Dataset:
-    """``dataset``, if it fits, with the generation that is asked for or that the upstream has gained."""
+    ``ours``: we have just made its plan of what there is.
+    """
     _check_identity(stage, dataset)
     try:
         append = _check_upstream(stage, dataset, upstream)
@@ -78,7 +76,7 @@ def _extended(stage: Stage, dataset: Dataset, upstream: dict[str, Any] | None) -
             _retry(stage, dataset)
         elif stage.config.restore:
             _restore(stage, dataset)
-        elif len(dataset.plans) == 1 and stage.rechecks:
+        elif len(dataset.plans) == 1 and stage.rechecks and not ours:
             _recheck(stage, dataset)
     elif append or stage.config.retry_failed or (stage.config.restore and dataset.released):
         _await_generation(stage, dataset)
@@ -172,7 +170,8 @@ def _pause(stage: Stage) -> None:
 # ---- the first plan
 
 
-def _make_first_plan(stage: Stage, root: Folder, upstream: dict[str, Any] | None) -> None:
+def _make_first_plan(stage: Stage, root: Folder, upstream: dict[str, Any] | None) -> bool:
+    """Make the plan, or wait for it; whether the one that counts is ours."""
     try:
         claims = Claims(root, stage.config.lease)
     except OSError as error:
@@ -183,16 +182,18 @@ def _make_first_plan(stage: Stage, root: Folder, upstream: dict[str, Any] | None
             mine = stage.rank.is_main or time.monotonic() - begin > stage.config.lease
             if mine and claims.take("plan"):
                 try:
-                    _plan(stage, root, upstream)
+                    if _plan(stage, root, upstream):
+                        return True
                 finally:
                     claims.release("plan")
             else:
                 _pause(stage)
+        return False
     finally:
         claims.close()
 
 
-def _plan(stage: Stage, root: Folder, upstream: dict[str, Any] | None) -> None:
+def _plan(stage: Stage, root: Folder, upstream: dict[str, Any] | None) -> bool:
     stage.rank.log.info("%s: planning", root.path)
     try:
         probe(root)
@@ -203,7 +204,7 @@ def _plan(stage: Stage, root: Folder, upstream: dict[str, Any] | None) -> None:
         if first is None:
             raise ConfigError(f"stage {stage.name}: there is nothing to do: the input has no samples")
         header = {**_header(stage, upstream), "generation": 0, "first": 0, "kind": "plan"}
-        commit_plan(root, header, chain([first], partitions))
+        return commit_plan(root, header, chain([first], partitions))
     except OSError as error:
         raise StorageError(f"output {root.path}: the plan cannot be made: {error}") from error
 

@@ -100,7 +100,8 @@ class ImageFolder(Source):
     def _take(self, file: Input) -> Outcome:
         outcome = Outcome(make_key(file.path), "failed", source=file.path, source_bytes=file.size)
         try:
-            with open(os.path.join(self._prefix, real_path(file.path)), "rb", opener=_open_at_once) as opened:
+            path = os.path.join(self._prefix, real_path(file.path))
+            with open(path, "rb", buffering=0, opener=_open_at_once) as opened:
                 state = os.fstat(opened.fileno())
                 if not stat.S_ISREG(state.st_mode):
                     outcome.reason = "not_regular"
