@@ -26,7 +26,7 @@ from pipeline.samples import Outcome
 from pipeline.storage import GONE, StorageError
 from pipeline.telemetry import BEAT, Events
 
-_POLL = 0.05  # seconds between looks at what others have claimed; grows to a quarter of the lease
+_POLL = 0.01  # seconds between looks at what others have claimed; grows to a quarter of the lease
 _LOOKUPS = 20  # times that a planned bucket may be not to be seen, before we believe that it is gone
 _HOSTS = 20  # that a rank's events tell of
 _LOOKS = 8  # buckets that an idle rank lists between two pauses, so that a thousand of them are no storm

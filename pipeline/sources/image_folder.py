@@ -94,7 +94,7 @@ class ImageFolder(Source):
 
     def samples(self, partition: Partition) -> Iterator[Outcome]:
         for file in partition.inputs:
-            if partition.wants(make_key(file.path)):
+            if partition.only is None or partition.wants(make_key(file.path)):
                 yield self._take(file)
 
     def _take(self, file: Input) -> Outcome:

@@ -19,6 +19,7 @@ from pipeline.distributed import Rank, distributed
 from pipeline.formats.base import IMAGE, MASK, get_format
 from pipeline.formats.columns import WIDE
 from pipeline.formats.pixels import MODES, mask_array, natural_mode, to_array, to_bytes
+from pipeline.memory import keep_freed_memory
 from pipeline.partitions import engine
 from pipeline.partitions.plan import Partition
 from pipeline.partitions.stage import Stage
@@ -30,6 +31,10 @@ _CURE = "give shape=[height,width] to resize them, or choose a flexible format (
 
 class Shard(Stage):
     name = "shard"
+
+    @property
+    def version(self) -> int:  # type: ignore[override]
+        return 2 if self.format == "parquet" else 1
 
     @property
     def reads_upstream(self) -> bool:  # type: ignore[override]
@@ -233,6 +238,7 @@ def _shape(shape: Any) -> str:
 
 @distributed
 def main(rank: Rank, config: ShardConfig) -> None:
+    keep_freed_memory()
     engine.main(Shard, config, rank)
 
 

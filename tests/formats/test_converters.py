@@ -70,6 +70,18 @@ def test_python_and_command_line_give_the_same_bytes(small_folder: Path, tmp_pat
     assert digests(tmp_path / "python") == digests(tmp_path / "program")
 
 
+def test_the_process_of_the_caller_stays_as_it_was(small_folder: Path, tmp_path: Path) -> None:
+    """Its pyarrow goes on knowing pandas, which is not imported: a second, for nothing."""
+    script = (
+        "import sys; from pipeline import formats\n"
+        f"formats.ParquetConverter({str(small_folder)!r}, {str(tmp_path / 'out')!r}, num_workers=2).convert()\n"
+        "assert 'pandas' not in sys.modules\n"
+        "import pandas, pyarrow\n"
+        "assert pyarrow.array(pandas.Series([1.0, None])).null_count == 1\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
 @pytest.mark.parametrize("workers", [1, 2, 5, 12])
 def test_any_number_of_processes_shares_the_work(small_folder: Path, tmp_path: Path, workers: int) -> None:
     """One, and more than there are files, too."""

@@ -107,14 +107,17 @@ def test_a_setting_that_an_older_plan_did_not_know_counts_as_its_default(output:
 def test_an_input_that_has_changed_since_the_plan_is_noticed(output: Path) -> None:
     class Rechecked(Fake):
         rechecks = True
-        more = 0
+        more = looks = 0
 
         def plan(self, since: int = 0) -> Iterator[Partition]:
+            Rechecked.looks += 1
             yield from super().plan(since)
             yield from list(super().plan(since))[: self.more]
 
     run(output, Rechecked)
+    assert Rechecked.looks == 1, "who has just planned need not look again"
     run(output, Rechecked)
+    assert Rechecked.looks == 2
     Rechecked.more = 1
     with pytest.raises(Stale, match="the input has changed since it was planned"):
         run(output, Rechecked)
