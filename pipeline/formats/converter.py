@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import pickle
@@ -148,6 +149,7 @@ class Converter:
     def _child(self, say: Callable[[bytes], None], place: Place, run_id: str) -> None:
         """The life of a process: it says when there is a plan, if it is the first, and how it ends."""
         keep_freed_memory()
+        gc.freeze()  # what was there before the fork is not looked through for garbage
         if self.config.input:  # else the Dataset may need pandas
             without_pandas()
         try:
