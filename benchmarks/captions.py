@@ -1,7 +1,7 @@
 """Tokens per second of writing captions: with and without cache, and transformers' generate at the same size; and what
 features computed beforehand save.
 
-    python benchmarks/captions.py [batch=8] [tokens=48] [rounds=5] [part=all|generate|features]
+    python benchmarks/captions.py [batch=8] [tokens=48] [rounds=5] [part=all|generate|features] [threads=0]
 
 The network is random: what is timed does not depend on what is written. Contestants take turns; a ratio is the median
 of the ratios of single turns. Both sides have 6 blocks of width 512, 8 heads, a vocabulary of 8,000, and the same
@@ -30,7 +30,10 @@ def main() -> None:
     given = dict(argument.split("=") for argument in sys.argv[1:])
     batch, tokens, rounds = (int(given.get(k, d)) for k, d in (("batch", 8), ("tokens", 48), ("rounds", 5)))
     part = given.get("part", "all")
+    if threads := int(given.get("threads", 0)):
+        torch.set_num_threads(threads)
     torch.manual_seed(0)
+    print(f"{torch.get_num_threads()} threads, {batch} pictures of {PATCHES} features, {tokens} tokens")
     if part in ("all", "generate"):
         generation(batch, tokens, rounds)
     if part in ("all", "features"):

@@ -407,7 +407,8 @@ class TrainConfig(RunConfig):
     sigma_data: float = option(0.9, "diffuse, edm: deviation of the data", identity=True)
     mask_ratio: float = option(0.0, "diffuse: fraction of tokens that the backbone does not see", identity=True)
     start_from: str = option(
-        "", "diffuse: run folder, checkpoint, or name of the data set's run whose averaged weights are the first ones"
+        "",
+        "diffuse, caption: run folder, checkpoint, or name of the data set's run whose averaged weights come first",
     )
     mix: tuple[str, ...] = option(
         (), "diffuse: more latents to train on, as <folder>*<weight>; those of input= have weight 1", identity=True
@@ -464,6 +465,13 @@ class TrainConfig(RunConfig):
     decoder: str = option(
         "transformer", "caption: what writes the texts", identity=True, choices=("transformer", "mamba")
     )
+    objective: str = option(
+        "likelihood",
+        "caption: what is raised: likelihood of the texts; cider: CIDEr-D of texts that are drawn (self-critical)",
+        identity=True,
+        choices=("likelihood", "cider"),
+    )
+    draws: int = option(5, "caption, objective=cider: texts drawn about each picture", identity=True)
     positions: str = option(
         "learned", "caption: positions of the transformer", identity=True, choices=("learned", "rotary")
     )

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from pipeline.cli import nearest
 from pipeline.config import ConfigError
+from pipeline.models.packed import Packed, packed
 
 DECODERS = ("transformer", "mamba")
 POSITIONS = ("learned", "rotary")
@@ -215,23 +216,25 @@ class _KeyValueCache(Cache):
 
     def __init__(self, model: Captioner, features: Tensor, group: int, length: int) -> None:
         config, self.model, self.group, self.length = model.config, model, group, 0
+        rows = len(features) * group
         image = model.look(features)
-        self.image = [block.project_image(image) for block in model.blocks]
-        shape = (len(model.blocks), 2, len(features) * group, config.heads, length, config.dim // config.heads)
-        self.own = image.new_empty(shape)
+        self.image = [tuple(map(torch.Tensor.contiguous, block.project_image(image))) for block in model.blocks]
+        self.blocks = [packed(block, rows) for block in model.blocks]
+        self.head = Packed(model.embed.weight, None, rows)
+        self.own = image.new_empty(len(model.blocks), 2, rows, config.heads, length, config.dim // config.heads)
 
     def step(self, tokens: Tensor) -> Tensor:
         start, stop = self.length, self.length + tokens.shape[1]
         x = self.model.embedded(tokens, start)
         turn = self.model.turns(start, tokens.shape[1], x)
-        for block, own, image in zip(self.model.blocks, self.own, self.image, strict=True):
+        for block, own, image in zip(self.blocks, self.own, self.image, strict=True):
             q, own[0, :, :, start:stop], own[1, :, :, start:stop] = block.own(x, turn)
             k, v = own[0, :, :, :stop], own[1, :, :, :stop]
             # only the first call has more than one token: then nothing lies before them
             x = block.attended(x, F.scaled_dot_product_attention(q, k, v, is_causal=start == 0 and stop > 1))
             x = block.rest(x, image, self.group)
         self.length = stop
-        return self.model.logits(x[:, -1])
+        return self.head(self.model.norm(x[:, -1]))
 
     def reorder(self, index: Tensor) -> None:
         used = self.own[..., : self.length, :]

@@ -26,6 +26,7 @@ class Decoding:
         beams: texts that are followed at once; 1 is greedy.
         length_penalty: of beams; a text counts as its log probability / length ** length_penalty.
         top_p: draw from the fewest tokens with this share of the probability (Holtzman et al. 2020); 0: no drawing.
+        draws: so many texts about each picture, one after the other in what :func:`write` returns; with ``top_p``.
         temperature: of drawing.
         min_length, max_length: tokens of a text, without prompt and end.
         seed: of drawing, with a key for each text.
@@ -35,6 +36,7 @@ class Decoding:
     beams: int = 1
     length_penalty: float = 1.0
     top_p: float = 0.0
+    draws: int = 1
     temperature: float = 1.0
     min_length: int = 1
     max_length: int = 32
@@ -48,6 +50,8 @@ class Decoding:
             raise ConfigError(f"top_p={self.top_p}: must be between 0 (no drawing) and 1")
         if self.top_p and self.beams > 1:
             raise ConfigError("top_p= draws texts at random, beams= searches for the best: choose one")
+        if self.draws < 1 or (self.draws > 1 and not self.top_p):
+            raise ConfigError(f"draws={self.draws}, top_p={self.top_p}: several texts about a picture must be drawn")
         if self.temperature <= 0:
             raise ConfigError(f"temperature={self.temperature}: must be above 0")
         if not 0 <= self.min_length <= self.max_length or self.max_length < 1:
@@ -63,7 +67,7 @@ class Marks:
     never: tuple[int, ...]
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def write(
     model: Captioner,
     features: Tensor,
@@ -106,10 +110,14 @@ class _Work:
         how: Decoding,
         keys: Sequence[str],
     ) -> None:
-        self.how, self.marks, self.keys = how, marks, keys
+        self.how, self.marks = how, marks
+        self.keys = [key if draw == 0 else f"{key} {draw}" for key in keys for draw in range(how.draws)]
         self.device = features.device
+        group = how.beams * how.draws
+        prompts = [prompt for prompt in prompts for _ in range(how.draws)]
         lengths = [len(prompt) for prompt in prompts]
         self.first, self.stop = min(lengths), max(lengths) + how.max_length
+        self.earliest_end = max(lengths) + how.min_length
         self.lengths = torch.tensor(lengths, device=self.device)
         forced = torch.full((len(prompts), max(lengths)), -1)
         for row, prompt in zip(forced, prompts, strict=True):
@@ -117,15 +125,14 @@ class _Work:
         self.forced = forced.to(self.device)
         self.never = torch.zeros(model.config.vocab, device=self.device)
         self.never[list(marks.never)] = -torch.inf
-        self.cache = model.begin(features, how.beams, self.stop, how.cached)
+        self.cache = model.begin(features, group, self.stop, how.cached)
         self.start = self.forced[:, : self.first].repeat_interleave(how.beams, 0)
 
     def allowed(self, logits: Tensor, place: int) -> Tensor:
         """(b, ..., vocab): -inf where a token may not stand at ``place``."""
         logits = logits.float() + self.never
-        early = place - self.lengths < self.how.min_length
-        if early.any():
-            logits[early, ..., self.marks.end] = -torch.inf
+        if place < self.earliest_end:
+            logits[place - self.lengths < self.how.min_length, ..., self.marks.end] = -torch.inf
         return logits
 
     def prompt_at(self, place: int) -> Tensor | None:
@@ -171,12 +178,15 @@ def _chances(work: _Work) -> Tensor:
 
 def _draw(logits: Tensor, written: Tensor, chances: Tensor, how: Decoding) -> Tensor:
     """A token (b,) from the nucleus of each distribution."""
-    shares, tokens = torch.sort((logits.double() / how.temperature).softmax(-1), descending=True, stable=True)
-    above = shares.cumsum(-1) - shares
-    nucleus = torch.where(above < how.top_p, shares, 0.0).cumsum(-1)
+    shares = (logits.double() / how.temperature).softmax(-1)
+    tokens = None
+    if how.top_p < 1:
+        shares, tokens = torch.sort(shares, descending=True, stable=True)
+        shares = torch.where(shares.cumsum(-1) - shares < how.top_p, shares, 0.0)
+    sums = shares.cumsum(-1)
     chance = chances.gather(1, written.clamp(0, how.max_length)[:, None])
-    place = torch.searchsorted(nucleus, chance * nucleus[:, -1:], right=True)
-    return tokens.gather(1, place.clamp(max=logits.shape[-1] - 1))[:, 0]
+    place = torch.searchsorted(sums, chance * sums[:, -1:], right=True).clamp(max=logits.shape[-1] - 1)
+    return (place if tokens is None else tokens.gather(1, place))[:, 0]
 
 
 def _beams(work: _Work) -> list[list[int]]:

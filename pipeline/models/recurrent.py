@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.models.captioner import Cache, Captioner, CaptionerConfig
+from pipeline.models.packed import Packed, packed
 from pipeline.models.ssm import Mamba2
 
 
@@ -26,19 +28,32 @@ class MambaBlock(nn.Module):
         out: Tensor = x + self.drop(self.mixer(self.norm(x)))
         return out
 
-    def read(self, x: Tensor) -> tuple[Tensor, Memory]:
-        """:meth:`forward`, and what it leaves in memory."""
-        return self(x), remembered(self.mixer, self.norm(x))
+    def read(self, x: Tensor) -> tuple[Callable[[], Tensor], Memory]:
+        """What is left in memory of (b, l, dim), and :meth:`forward`'s result when it is called for."""
+        mixer = self.mixer
+        gate, xbc, step = mixer.projected(self.norm(x))
+        inputs = mixer.mixed(xbc, step)
+        memory = Memory(_window(xbc, mixer), _state(mixer.rates, *inputs[:3]))
+        return (lambda: x + self.drop(mixer.scanned(gate, *inputs))), memory
 
     def advance(self, x: Tensor, memory: Memory) -> Tensor:
         """One token (n, dim) → (n, dim); ``memory`` takes it in."""
-        return x + advance(self.mixer, self.norm(x), memory)
+        mixer = self.mixer
+        gate, xbc, step = mixer.projected(self.norm(x))
+        window = torch.cat([memory.window, xbc[:, None]], 1)
+        mixed = F.silu((window * mixer.conv.weight.t()).sum(1) + mixer.conv.bias)
+        into, dt, b, c = mixer.parts(mixed, step)
+        memory.window = window[:, 1:]
+        memory.state.mul_(torch.exp(dt * mixer.rates)[:, None, :, None])
+        memory.state.addcmul_(b[:, :, None, None], (into * dt[..., None])[:, None])
+        y = torch.bmm(c[:, None].float(), memory.state.flatten(2)).view_as(into) + into * mixer.skip[:, None]
+        return x + mixer.gated(y.flatten(1), gate)
 
 
 @dataclass
 class Memory:
     """Of a mixer, after a token: the last inputs of its convolution (n, width - 1, channels), and its state
-    (n, h, s, p)."""
+    (n, s, h, p)."""
 
     window: Tensor
     state: Tensor
@@ -46,61 +61,45 @@ class Memory:
     def select(self, index: Tensor) -> Memory:
         return Memory(self.window[index], self.state[index])
 
-
-def remembered(mixer: Mamba2, tokens: Tensor) -> Memory:
-    """The memory after ``tokens`` (n, l, dim): what each put into the state, less what has decayed since."""
-    _, xbc, step = _projected(mixer, tokens)
-    x, b, _ = F.silu(mixer.conv(xbc)).split([mixer.inner, mixer.d_state, mixer.d_state], -1)
-    dt = F.softplus(step.float() + mixer.step_bias)
-    rates = dt * -mixer.log_rate.float().exp()
-    left = torch.exp(rates.flip(1).cumsum(1).flip(1) - rates)  # of what entered at each token
-    into = x.unflatten(-1, (mixer.heads, -1)) * (dt * left)[..., None]
-    state = torch.einsum("nls,nlhp->nhsp", b.float(), into.float())
-    width = mixer.conv.weight.shape[1]
-    return Memory(F.pad(xbc, (0, 0, width - 1, 0))[:, xbc.shape[1] :], state)
+    def repeat(self, group: int) -> Memory:
+        return Memory(self.window.repeat_interleave(group, 0), self.state.repeat_interleave(group, 0))
 
 
-def advance(mixer: Mamba2, token: Tensor, memory: Memory) -> Tensor:
-    """One token (n, dim) → (n, dim), as the mixer gives it at that place; ``memory`` takes it in."""
-    gate, xbc, step = _projected(mixer, token)
-    window = torch.cat([memory.window, xbc[:, None]], 1)
-    mixed = F.silu((window * mixer.conv.weight.t()).sum(1) + mixer.conv.bias)
-    x, b, c = mixed.split([mixer.inner, mixer.d_state, mixer.d_state], -1)
-    x = x.unflatten(-1, (mixer.heads, -1))
-    dt = F.softplus(step.float() + mixer.step_bias)
-    decay = torch.exp(dt * -mixer.log_rate.float().exp())
-    memory.window = window[:, 1:]
-    memory.state = memory.state * decay[..., None, None] + b[:, None, :, None] * (x * dt[..., None])[:, :, None]
-    y = (c[:, None, None] @ memory.state)[:, :, 0] + x * mixer.skip[:, None]
-    out: Tensor = mixer.out(mixer.norm(y.flatten(1) * F.silu(gate)))
-    return out
+def _window(xbc: Tensor, mixer: Mamba2) -> Tensor:
+    before = mixer.conv.weight.shape[1] - 1
+    return F.pad(xbc, (0, 0, before, 0))[:, xbc.shape[1] :]
 
 
-def _projected(mixer: Mamba2, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gate, input of the convolution, and time steps."""
-    return mixer.into(tokens).split([mixer.inner, mixer.inner + 2 * mixer.d_state, mixer.heads], -1)
+def _state(rates: Tensor, x: Tensor, dt: Tensor, b: Tensor) -> Tensor:
+    """(n, s, h, p): what each token put into the state, less what has decayed since."""
+    steps = dt * rates
+    left = torch.exp(steps.flip(1).cumsum(1).flip(1) - steps)  # of what entered at each token
+    into = x.float() * (dt * left)[..., None]
+    return (b.float().mT @ into.flatten(2)).unflatten(-1, x.shape[2:])
 
 
 class RecurrentCache(Cache):
-    """Reads the picture once, at the first step together with the beginning of the texts."""
+    """Reads each picture once, whatever the number of texts about it."""
 
     def __init__(self, model: Captioner, features: Tensor, group: int) -> None:
         self.model = model
-        self.image = model.look(features).repeat_interleave(group, 0)
         self.memories: list[Memory] = []
+        x = model.look(features)
+        for number, block in enumerate(model.blocks, 1):
+            result, memory = block.read(x)
+            self.memories.append(memory if group == 1 else memory.repeat(group))
+            if number < len(model.blocks):  # nobody looks at what the last one says of the picture
+                x = result()
+        rows = len(features) * group
+        self.blocks = [packed(block, rows) for block in model.blocks]
+        self.head = Packed(model.embed.weight, None, rows)
 
     def step(self, tokens: Tensor) -> Tensor:
-        if not self.memories:
-            x = torch.cat([self.image, self.model.embedded(tokens, 0)], 1)
-            for block in self.model.blocks:
-                x, memory = block.read(x)
-                self.memories.append(memory)
-            return self.model.logits(x[:, -1])
         for token in tokens.unbind(1):
             x = self.model.embedded(token[:, None], 0)[:, 0]
-            for block, memory in zip(self.model.blocks, self.memories, strict=True):
+            for block, memory in zip(self.blocks, self.memories, strict=True):
                 x = block.advance(x, memory)
-        return self.model.logits(x)
+        return self.head(self.model.norm(x))
 
     def reorder(self, index: Tensor) -> None:
         self.memories = [memory.select(index) for memory in self.memories]

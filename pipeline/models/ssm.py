@@ -313,16 +313,39 @@ class Mamba2(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(b, l, dim) → (b, l, dim); token t sees tokens up to t."""
+        gate, xbc, step = self.projected(tokens)
+        return self.scanned(gate, *self.mixed(xbc, step))
+
+    def projected(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(..., dim) → gate (..., inner), what the convolution takes (..., inner + 2 d_state), steps (..., h)."""
         gate, xbc, step = self.into(tokens).split([self.inner, self.inner + 2 * self.d_state, self.heads], -1)
-        x, b, c = F.silu(self.conv(xbc)).split([self.inner, self.d_state, self.d_state], -1)
-        x = x.unflatten(-1, (self.heads, -1))
-        dt = F.softplus(step.float() + self.step_bias)
-        a = -self.log_rate.float().exp()
+        return gate, xbc, step
+
+    def mixed(self, xbc: Tensor, step: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What the scan takes: x (b, l, h, p), dt (b, l, h), and of the state b, c (b, l, s)."""
+        return self.parts(F.silu(self.conv(xbc)), step)
+
+    def parts(self, xbc: Tensor, step: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The same, of what comes out of the convolution."""
+        x, b, c = xbc.split([self.inner, self.d_state, self.d_state], -1)
+        return x.unflatten(-1, (self.heads, -1)), F.softplus(step.float() + self.step_bias), b, c
+
+    @property
+    def rates(self) -> Tensor:
+        """(h,) negative."""
+        return -self.log_rate.float().exp()
+
+    def scanned(self, gate: Tensor, x: Tensor, dt: Tensor, b: Tensor, c: Tensor) -> Tensor:
+        """(b, l, dim)."""
         if backend_of(self.backend, x.device) == "mamba_ssm":
-            y = _ssd_cuda(x, dt, a, b, c, self.skip)
+            y = _ssd_cuda(x, dt, self.rates, b, c, self.skip)
         else:
-            y = ssd(x, dt, a, b, c, self.skip, self.chunk)
-        out: Tensor = self.out(self.norm(y.flatten(2) * F.silu(gate)))
+            y = ssd(x, dt, self.rates, b, c, self.skip, self.chunk)
+        return self.gated(y.flatten(2), gate)
+
+    def gated(self, y: Tensor, gate: Tensor) -> Tensor:
+        """(..., inner) twice → (..., dim)."""
+        out: Tensor = self.out(self.norm(y * F.silu(gate)))
         return out
 
 

@@ -62,6 +62,8 @@ def _input(config: TrainConfig) -> Dataset | None:
 
 def learned(config: TrainConfig, dataset: Dataset | None) -> tuple[Task, Batches, Batches | None]:
     """The task, what it is trained on, and what it is measured on meanwhile."""
+    if config.start_from and not Path(config.start_from).exists():
+        config = replace(config, start_from=str(run_folder(config, config.start_from)))
     if config.task == "caption":
         from pipeline.training.tasks.caption import learned as captioning
 
@@ -84,8 +86,6 @@ def learned(config: TrainConfig, dataset: Dataset | None) -> tuple[Task, Batches
 
     resolution = resolution_of(dataset, config.resolution)
     data = latents_of(config, dataset, resolution)
-    if config.start_from and not Path(config.start_from).exists():
-        config = replace(config, start_from=str(run_folder(config, config.start_from)))
     task = Diffuse(config, data, latent_info(dataset, resolution))
     if config.valid_fraction:
         return task, *split(data, config.valid_fraction, config.seed)

@@ -248,6 +248,27 @@ def open_checkpoint(path: str | Path, which: str = "last", parts: tuple[str, ...
     return Checkpoint(record["step"], record["facts"], tensors)
 
 
+def finished_run(place: str, task: str) -> Checkpoint:
+    """The averaged weights of the run at ``start_from=place``, or of one checkpoint.
+
+    Raises:
+        ConfigError: the run is not at its end, or of another task.
+    """
+    found = open_checkpoint(place, parts=("ema",))
+    if (steps := found.facts["config"]["steps"]) > found.step and (Path(place) / FOLDER).is_dir():
+        raise ConfigError(f"start_from={place}: that run is at step {found.step} of {steps}")
+    if found.facts["task"] != task:
+        raise ConfigError(f"start_from={place}: its task is {found.facts['task']}, expected {task}")
+    return found
+
+
+def require_same_network(place: str, ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+    """Raises ConfigError if the weights at ``start_from=place`` are of a network that is made otherwise than ours."""
+    for name, value in ours.items():
+        if value != theirs[name]:
+            raise ConfigError(f"start_from={place}: its network has {name}={theirs[name]}, this one {value}")
+
+
 def checked_record(folder: Folder) -> dict[str, Any]:
     """What checkpoint.json in ``folder`` says.
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from pipeline.config import ConfigError
-from pipeline.models.captioner import SIZES, Captioner, CaptionerConfig, captioner_config
+from pipeline.models.captioner import SIZES, Cache, Captioner, CaptionerConfig, captioner_config
 from pipeline.models.decoding import Decoding, Marks, write
 
 VOCAB, PAD, BEGIN, END = 20, 0, 1, 2
@@ -127,10 +129,12 @@ def test_a_text_ends_where_the_model_says_so(model: Captioner) -> None:
 
 def write_with_end(model: Captioner, sign: int, how: Decoding) -> list[list[int]]:
     class Biased(Captioner):
-        def logits(self, x: Tensor) -> Tensor:
-            logits = super().logits(x)
-            logits[..., END] += sign * 1e4
-            return logits
+        def begin(self, *args: Any) -> Cache:
+            cache = super().begin(*args)
+            step = cache.step
+            likes = torch.zeros(VOCAB).index_fill(0, torch.tensor(END), sign * 1e4)
+            cache.step = lambda tokens: step(tokens) + likes  # type: ignore[method-assign]
+            return cache
 
     model.__class__ = Biased
     texts = write(model, pictures(1), [[BEGIN]], MARKS, how)

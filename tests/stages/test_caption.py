@@ -22,6 +22,7 @@ from pipeline.distributed import Rank
 from pipeline.partitions.dataset import Dataset, RandomAccess
 from pipeline.stages.caption import load_writer, write_about
 from pipeline.storage import Folder
+from pipeline.training.checkpoint import open_checkpoint
 from pipeline.training.loop import train
 from pipeline.training.tasks.base import Keys
 from pipeline.training.tasks.caption import Caption, learned
@@ -129,6 +130,37 @@ def test_a_resumed_run_is_the_same_to_the_bit(data: Path, tmp_path: Path, decode
     shutil.rmtree(tmp_path / "resumed" / "checkpoints" / "step_000006")
     resumed = fit(data, tmp_path / "resumed", decoder=decoder)
     assert all(torch.equal(straight[name], resumed[name]) for name in straight)
+
+
+@pytest.mark.parametrize(("decoder", "prompt"), [("transformer", "question"), ("mamba", "none")])
+def test_training_on_cider_starts_from_a_run_and_resumes_to_the_bit(
+    data: Path, tmp_path: Path, decoder: str, prompt: str
+) -> None:
+    both = {"decoder": decoder, "prompt": prompt}
+    first = fit(data, tmp_path / "first", **both)
+    settings = {**both, "objective": "cider", "draws": 3, "start_from": str(tmp_path / "first"), "dropout": 0}
+    task, *_ = training(data, **settings)
+    ema = open_checkpoint(tmp_path / "first", parts=("ema",)).tensors["ema"]
+    assert all(torch.equal(weight, ema[name]) for name, weight in task.model.state_dict().items())
+    straight = fit(data, tmp_path / "straight", **settings)
+    assert not all(torch.equal(first[name], straight[name]) for name in first)
+    fit(data, tmp_path / "resumed", **settings)
+    shutil.rmtree(tmp_path / "resumed" / "checkpoints" / "step_000006")
+    resumed = fit(data, tmp_path / "resumed", **settings)
+    assert all(torch.equal(straight[name], resumed[name]) for name in straight)
+    lines = [
+        json.loads(line)
+        for file in (tmp_path / "straight" / "logs").glob("*.jsonl")
+        for line in file.read_text().splitlines()
+    ]
+    assert all(line["loss"] <= 0 for line in lines if "loss" in line)  # minus CIDEr-D
+    for wrong, message in (
+        ({"draws": 1}, "draws=1"),
+        ({"model": "tiny"}, "its network has dim=128, this one 256"),
+        ({"start_from": str(tmp_path)}, "no checkpoint"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            training(data, **{**settings, **wrong})
 
 
 def test_validation_tells_the_scores(run: Path) -> None:

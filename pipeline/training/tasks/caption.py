@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +16,20 @@ from pipeline.config import ConfigError, TrainConfig
 from pipeline.encoders.vision import VisionEncoder, vision_encoder
 from pipeline.loading import Batches, Rows
 from pipeline.metrics.captions import Cider, bleu_counts, bleu_of, rouge_l, words
-from pipeline.models.captioner import Captioner, captioner_config
+from pipeline.models.captioner import Captioner, CaptionerConfig, captioner_config
 from pipeline.models.decoding import Decoding, Marks, write
 from pipeline.partitions.dataset import Dataset, RandomAccess
 from pipeline.randomness import keyed_seed
 from pipeline.samples import Row
 from pipeline.splits import Splits
 from pipeline.tokenizer import Tokenizer, pretrained, train_bpe
+from pipeline.training.checkpoint import Checkpoint, finished_run, require_same_network
 from pipeline.training.feed import Chosen, Picked, split
 from pipeline.training.images import Augmentation
+from pipeline.training.selfcritical import self_critical_losses
 from pipeline.training.tasks.base import Batch, Keys, Task
 
-_LEARNED_FROM = 5000  # samples that a tokenizer is learned from
+_LEARNED_FROM = 5000  # samples that tell the tokenizer its tokens, and CIDEr how rare words are
 _MEASURED = 256  # samples that texts are written for, where no validation set is kept out
 _COUNTS = (*(f"{what}_{n}" for what in ("matches", "grams") for n in (1, 2, 3, 4)), "length", "nearest_length")
 
@@ -104,17 +106,32 @@ def texts_of(row: Row, questions: bool) -> list[tuple[str, str]]:
 
 
 class Caption(Task):
-    """A :class:`Captioner`; in each epoch another of a sample's texts is learned."""
+    """A :class:`Captioner`; in each epoch another of a sample's texts is learned.
+
+    Args:
+        references: captions of what is measured; they say which words are rare.
+        documents: the same for training with ``objective=cider``, from captions of the training set.
+        start: whose weights are the first ones.
+    """
 
     name = "caption"
     model: Captioner
 
     def __init__(
-        self, config: TrainConfig, data: CaptionDataset, about_encoder: dict[str, Any], references: list[list[str]]
+        self,
+        config: TrainConfig,
+        data: CaptionDataset,
+        about_encoder: dict[str, Any],
+        references: list[list[str]],
+        documents: list[list[str]],
+        start: Checkpoint | None = None,
     ) -> None:
         self.tokenizer, self.encoder, self.about_encoder = data.tokenizer, data.encoder, about_encoder
         self.seed, self.smoothing, self.prompt = config.seed, config.label_smoothing, config.prompt
-        self.cider = Cider(references)
+        self.cider, self.documents = Cider(references), Cider(documents)
+        self.critical, self.draws = config.objective == "cider", config.draws
+        if self.critical and config.draws < 2:
+            raise ConfigError(f"draws={config.draws}: each drawn text is compared with others: at least 2")
         self._augmented = Augmentation(config)
         if self._augmented.given and not self.encoder:
             name = self._augmented.given[0]
@@ -135,6 +152,10 @@ class Caption(Task):
                 dropout=config.dropout,
             )
         )
+        if start:
+            ours, theirs = self.model.config.to_dict(), CaptionerConfig(**start.facts["model"]).to_dict()
+            require_same_network(config.start_from, ours, {**theirs, "dropout": config.dropout})
+            self.model.load_state_dict(start.tensors["ema"])
 
     def prepare(self, batch: Batch, keys: Keys) -> Batch:
         """Of each sample the text that it is the turn of, cut to the longest; in an evaluation the first, and all."""
@@ -146,7 +167,8 @@ class Caption(Task):
         longest = int((tokens != self.tokenizer.pad).sum(1).max())
         prepared = {"features": batch["features"]} if self.encoder is None else {"pixels": self._pixels(batch, keys)}
         prepared |= {"tokens": tokens[:, :longest], "start": batch["start"][rows, chosen]}
-        return prepared | ({"all": batch["tokens"], "count": batch["count"]} if keys.step < 0 else {})
+        written = keys.step < 0 or self.critical
+        return prepared | ({"all": batch["tokens"], "count": batch["count"]} if written else {})
 
     def _pixels(self, batch: Batch, keys: Keys) -> Tensor:
         """What the encoder takes; in training, of augmented pictures."""
@@ -161,7 +183,10 @@ class Caption(Task):
         return self.encoder.preprocess([picture.contiguous().numpy() for picture in pictures])
 
     def losses(self, network: nn.Module, batch: Batch, keys: Keys) -> Tensor:
-        """Cross-entropy per token of each sample's text, (b,), with label smoothing while training."""
+        """Cross-entropy per token of each sample's text, (b,), with label smoothing while training; with
+        ``objective=cider`` minus the CIDEr-D of drawn texts."""
+        if self.critical and keys.step >= 0:
+            return self._self_critical_losses(network, self._features(batch), batch, keys)
         return self._losses(network, self._features(batch), batch, 0.0 if keys.step < 0 else self.smoothing)
 
     def _features(self, batch: Batch) -> Tensor:
@@ -183,10 +208,7 @@ class Caption(Task):
         losses = self._losses(network, features, batch, 0.0)
         written = self._write(features, batch)
         values: dict[str, list[float]] = {name: [] for name in ("exact", "rouge_l", "cider", *_COUNTS)}
-        for text, tokens, count in zip(written, batch["all"], batch["count"].tolist(), strict=True):
-            known = [
-                words(t) for t in self.tokenizer.decode(tokens[: 1 if self.prompt == "question" else count].tolist())
-            ]
+        for text, known in zip(written, self._known(batch), strict=True):
             values["exact"].append(float(text in known))
             values["rouge_l"].append(rouge_l(text, known))
             values["cider"].append(self.cider.score(text, known))
@@ -201,11 +223,35 @@ class Caption(Task):
         counts = [means.pop(name) for name in _COUNTS]
         return {**means, **{f"bleu_{n}": score for n, score in enumerate(bleu_of(counts), 1)}}
 
+    def _self_critical_losses(self, network: nn.Module, features: Tensor, batch: Batch, keys: Keys) -> Tensor:
+        known, prompts = self._known(batch), self._prompts(batch)
+        how = Decoding(top_p=1.0, draws=self.draws, max_length=self._room(prompts), seed=self.seed)
+        names = [f"{keys.step} {slot}" for slot in keys.slots]
+
+        def reward(picture: int, text: list[int]) -> float:
+            return self.documents.score(words(self.tokenizer.decode([text])[0]), known[picture])
+
+        marks = marks_of(self.tokenizer)
+        return self_critical_losses(network, self.model, features, prompts, marks, how, names, reward)
+
     def _write(self, features: Tensor, batch: Batch) -> list[str]:
-        prompts = [row[:start] for row, start in zip(batch["tokens"].tolist(), batch["start"].tolist(), strict=True)]
-        room = self.model.config.max_length - max(map(len, prompts))
-        texts = write(self.model, features, prompts, marks_of(self.tokenizer), Decoding(max_length=room))
+        prompts = self._prompts(batch)
+        how = Decoding(max_length=self._room(prompts))
+        texts = write(self.model, features, prompts, marks_of(self.tokenizer), how)
         return [words(text) for text in self.tokenizer.decode(texts)]
+
+    def _known(self, batch: Batch) -> list[list[str]]:
+        """What is right: all texts of each sample, or the answer to the question."""
+        if self.prompt == "question":
+            return [[words(text)] for text in self.tokenizer.decode(batch["tokens"].tolist())]
+        each = zip(batch["all"].tolist(), batch["count"].tolist(), strict=True)
+        return [[words(text) for text in self.tokenizer.decode(rows[:count])] for rows, count in each]
+
+    def _prompts(self, batch: Batch) -> list[list[int]]:
+        return [row[:start] for row, start in zip(batch["tokens"].tolist(), batch["start"].tolist(), strict=True)]
+
+    def _room(self, prompts: list[list[int]]) -> int:
+        return self.model.config.max_length - max(map(len, prompts))
 
     def decays(self, name: str, parameter: Tensor) -> bool:
         return parameter.dim() > 1 and not name.endswith(("positions", "places", "log_rate"))
@@ -235,7 +281,9 @@ def learned(config: TrainConfig, dataset: Dataset | None) -> tuple[Task, Batches
     encoder = vision_encoder(config.encoder, config.features) if config.encoder else None
     rows = RandomAccess(dataset)
     places = _split_by_file(config, dataset, rows) if config.split_file else {"train": np.arange(len(rows))}
-    tokenizer = tokenizer_of(config, rows, places["train"])
+    start = _start(config)
+    known = start.facts["preprocessing"]["tokenizer"] if start else None
+    tokenizer = Tokenizer.from_json(known) if known else tokenizer_of(config, rows, places["train"])
     data = _data_of(config, dataset, rows, tokenizer, encoder)
     trained: Batches = Picked(data, places["train"]) if config.split_file else data
     valid: Chosen | Picked
@@ -251,7 +299,8 @@ def learned(config: TrainConfig, dataset: Dataset | None) -> tuple[Task, Batches
     else:
         valid = Chosen(data, config.seed, 0, min(_MEASURED, len(data)))
     about = encoder.describe() if encoder else dataset.header["extra"]["encoder"]
-    return Caption(config, data, about, _references(valid)), trained, valid
+    documents = _documents(config, rows, places["train"])
+    return Caption(config, data, about, _references(valid), documents, start), trained, valid
 
 
 def _split_by_file(config: TrainConfig, dataset: Dataset, rows: RandomAccess) -> dict[str, np.ndarray]:
@@ -286,18 +335,37 @@ def _learned_from_file(config: TrainConfig) -> tuple[Task, Batches, Batches | No
     train, valid = Pictures(config.input, "train"), Pictures(config.input, "val")
     data, other = (CaptionDataset(p, train.tokenizer, train.max_length, encoder, False) for p in (train, valid))
     measured = Chosen(other, config.seed, 0, min(_MEASURED, len(other)))
-    return Caption(config, data, encoder.describe(), _references(measured)), data, measured if len(other) else None
+    documents = _documents(config, train, np.arange(len(train)))
+    task = Caption(config, data, encoder.describe(), _references(measured), documents, _start(config))
+    return task, data, measured if len(other) else None
 
 
 def tokenizer_of(config: TrainConfig, rows: Rows, places: np.ndarray) -> Tokenizer:
     """As named, or learned from the texts of the samples at ``places``."""
     if config.tokenizer != "bpe":
         return pretrained(config.tokenizer)
-    some = np.unique(np.linspace(0, len(places) - 1, min(len(places), _LEARNED_FROM)).astype(int))
-    spread = places[some].tolist()
     questions = config.prompt == "question"
-    texts = (text for place in spread for pair in texts_of(rows.rows([place])[0], questions) for text in pair if text)
+    texts = (text for row in _some(rows, places) for pair in texts_of(row, questions) for text in pair if text)
     return train_bpe(texts, config.vocab_size)
+
+
+def _some(rows: Rows, places: np.ndarray) -> Iterator[Row]:
+    """Samples for what is found out from the texts, spread evenly."""
+    chosen = np.unique(np.linspace(0, len(places) - 1, min(len(places), _LEARNED_FROM)).astype(int))
+    for place in places[chosen].tolist():
+        yield rows.rows([place])[0]
+
+
+def _start(config: TrainConfig) -> Checkpoint | None:
+    return finished_run(config.start_from, "caption") if config.start_from else None
+
+
+def _documents(config: TrainConfig, rows: Rows, places: np.ndarray) -> list[list[str]]:
+    """Captions of the training set, where they are needed."""
+    if config.objective != "cider":
+        return []
+    questions = config.prompt == "question"
+    return [[words(text) for _, text in texts_of(row, questions)] for row in _some(rows, places)]
 
 
 def _references(valid: Chosen | Picked) -> list[list[str]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -191,17 +190,11 @@ def start_from(place: str, model: DiT, process: Process) -> Normalisation:
     Raises:
         ConfigError: the checkpoint does not fit.
     """
-    from pipeline.training.checkpoint import FOLDER, open_checkpoint
+    from pipeline.training.checkpoint import finished_run, require_same_network
 
-    found = open_checkpoint(place, parts=("ema",))
-    if (steps := found.facts["config"]["steps"]) > found.step and (Path(place) / FOLDER).is_dir():
-        raise ConfigError(f"start_from={place}: that run is at step {found.step} of {steps}")
-    if found.facts["task"] != "diffuse":
-        raise ConfigError(f"start_from={place}: its task is {found.facts['task']}, expected diffuse")
-    ours, theirs = model.config.to_dict(), DiTConfig(**found.facts["model"]).to_dict()
-    for name in [name for name in ours if name not in ("height", "width")]:
-        if ours[name] != theirs[name]:
-            raise ConfigError(f"start_from={place}: its network has {name}={theirs[name]}, this one {ours[name]}")
+    found = finished_run(place, "diffuse")
+    ours = {name: v for name, v in model.config.to_dict().items() if name not in ("height", "width")}
+    require_same_network(place, ours, DiTConfig(**found.facts["model"]).to_dict())
     if found.facts.get("process", {"name": "flow"})["name"] != process.to_dict()["name"]:
         raise ConfigError(f"start_from={place}: it was trained with another process=")
     model.load_state_dict(found.tensors["ema"])

@@ -1,0 +1,57 @@
+"""Networks for decoding: with a few rows, what takes the time is to read the weights."""
+
+from __future__ import annotations
+
+from copy import copy
+from typing import TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Network = TypeVar("Network", bound=nn.Module)
+
+
+class Packed(nn.Module):
+    """``x @ weight.T + bias`` of a frozen layer.
+
+    In float32 on the CPU oneDNN lays the weights out once as its kernel reads them, which makes the product of a few
+    rows about twice as fast as the usual one, which does that each time. Elsewhere it is the usual one.
+
+    Args:
+        rows: how many there will be, about.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, rows: int) -> None:
+        super().__init__()
+        weight = weight.detach()
+        self._bias = None if bias is None else bias.detach()
+        self._packs = _packs(weight)
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, rows) if self._packs else weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) → (..., out)."""
+        if not self._packs:
+            return F.linear(x, self._weight, self._bias)
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
+        return out
+
+
+def _packs(weight: Tensor) -> bool:
+    return (
+        type(weight) is Tensor  # not spread over ranks
+        and weight.device.type == "cpu"
+        and weight.dtype == torch.float32
+        and not torch.is_autocast_enabled("cpu")
+        and torch.backends.mkldnn.is_available()
+    )
+
+
+def packed(network: Network, rows: int) -> Network:
+    """``network`` with its linear layers :class:`Packed`; the rest is shared."""
+    twin = copy(network)
+    twin._modules = {
+        name: Packed(child.weight, child.bias, rows) if type(child) is nn.Linear else child and packed(child, rows)
+        for name, child in network._modules.items()
+    }
+    return twin

@@ -1,0 +1,75 @@
+"""Self-critical training: texts are drawn, judged, and made likelier if better than others of the same picture.
+
+Rennie et al. 2017 (arXiv:1612.00563), with the mean of the other draws in place of the greedy text to compare with
+(Kool et al. 2019; Luo 2020, arXiv:2003.09971), which is unbiased too, and needs no further text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.models.captioner import Captioner
+from pipeline.models.decoding import Decoding, Marks, write
+
+
+def self_critical_losses(
+    network: nn.Module,
+    model: Captioner,
+    features: Tensor,
+    prompts: Sequence[Sequence[int]],
+    marks: Marks,
+    how: Decoding,
+    keys: Sequence[str],
+    reward: Callable[[int, list[int]], float],
+) -> Tensor:
+    """For each picture minus the mean reward of what was drawn, (b,); its gradient is the policy gradient.
+
+    Args:
+        network: ``model``, or what wraps it for training.
+        how: ``draws`` texts from the whole distribution (``top_p=1``).
+        keys: of each picture, for drawing.
+        reward: of a text (without prompt and end) about picture i.
+    """
+    training = model.training
+    model.eval()
+    texts = write(model, features, prompts, marks, how, keys)
+    model.train(training)
+    rewards = torch.tensor([reward(row // how.draws, text) for row, text in enumerate(texts)]).view(-1, how.draws)
+    others = (rewards.sum(1, keepdim=True) - rewards) / (how.draws - 1)
+    prompts = [prompt for prompt in prompts for _ in range(how.draws)]
+    chances = _log_likelihoods(network, features.repeat_interleave(how.draws, 0), prompts, texts, marks, how)
+    surrogate = -((rewards - others).to(chances) * chances.view_as(rewards)).mean(1)
+    return surrogate - surrogate.detach() - rewards.mean(1).to(surrogate)
+
+
+def _log_likelihoods(
+    network: nn.Module,
+    features: Tensor,
+    prompts: Sequence[Sequence[int]],
+    texts: Sequence[Sequence[int]],
+    marks: Marks,
+    how: Decoding,
+) -> Tensor:
+    """(n,) how likely it was that these texts were drawn."""
+    rows = [
+        [*prompt, *text, *([marks.end] if len(text) < how.max_length else [])]
+        for prompt, text in zip(prompts, texts, strict=True)
+    ]
+    tokens = torch.full((len(rows), max(map(len, rows))), marks.pad)
+    for place, row in zip(tokens, rows, strict=True):
+        place[: len(row)] = torch.tensor(row)
+    first, stop = torch.tensor([[len(prompt), len(row)] for prompt, row in zip(prompts, rows, strict=True)]).T[
+        ..., None
+    ]
+    places = torch.arange(1, tokens.shape[1])
+    counts, early = (places >= first) & (places < stop), places - first < how.min_length
+    tokens, counts, early = (t.to(features.device) for t in (tokens, counts, early))
+    logits = network(features, tokens[:, :-1]).float() / how.temperature
+    forbidden = torch.zeros_like(logits, dtype=torch.bool)
+    forbidden[..., list(marks.never)] = True
+    forbidden[..., marks.end] = early
+    steps = logits.masked_fill(forbidden, -torch.inf).log_softmax(-1).gather(2, tokens[:, 1:, None])[..., 0]
+    return torch.where(counts, steps, 0.0).sum(1)
