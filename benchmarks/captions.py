@@ -1,7 +1,8 @@
 """Tokens per second of writing captions: with and without cache, and transformers' generate at the same size; and what
 features computed beforehand save.
 
-    python benchmarks/captions.py [batch=8] [tokens=48] [rounds=5] [part=all|generate|features] [threads=0]
+    python benchmarks/captions.py [batch=8] [tokens=48] [rounds=5] [part=all|generate|features]
+                                  [beams=1,4] [threads=0]
 
 The network is random: what is timed does not depend on what is written. Contestants take turns; a ratio is the median
 of the ratios of single turns. Both sides have 6 blocks of width 512, 8 heads, a vocabulary of 8,000, and the same
@@ -35,30 +36,29 @@ def main() -> None:
     torch.manual_seed(0)
     print(f"{torch.get_num_threads()} threads, {batch} pictures of {PATCHES} features, {tokens} tokens")
     if part in ("all", "generate"):
-        generation(batch, tokens, rounds)
+        for beams in map(int, given.get("beams", "1,4").split(",")):
+            generation(batch, tokens, rounds, beams)
     if part in ("all", "features"):
         features(batch, rounds)
 
 
-def generation(batch: int, tokens: int, rounds: int) -> None:
+def generation(batch: int, tokens: int, rounds: int, beams: int) -> None:
     pictures = torch.randn(batch, PATCHES, WIDTH)
     marks = Marks(0, 2, (0, 1))
-    for beams in (1, 4):
-        contestants = {"transformers": _transformers(pictures, tokens, beams)}
-        for decoder in ("transformer", "mamba"):
-            sizes = {"image_tokens": PATCHES, "image_width": WIDTH, "vocab": VOCAB, "max_length": tokens + 1}
-            model = Captioner(captioner_config("small", decoder=decoder, **sizes)).eval()
-            for cached in (True, False):
-                if not cached and (beams > 1 or decoder == "mamba"):
-                    continue
-                how = Decoding(beams=beams, min_length=tokens, max_length=tokens, cached=cached)
-                name = decoder + ("" if cached else ", no cache")
-                contestants[name] = _writing(model, pictures, marks, how)
-        times = _turns(contestants, rounds)
-        for name, seconds in times.items():
-            speed = batch * tokens / median(seconds)
-            ratio = median(theirs / ours for theirs, ours in zip(times["transformers"], seconds, strict=True))
-            print(f"beams={beams}  {name:22} {speed:8.0f} tokens/s   {ratio:5.2f} x transformers", flush=True)
+    contestants = {"transformers": _transformers(pictures, tokens, beams)}
+    for decoder in ("transformer", "mamba"):
+        sizes = {"image_tokens": PATCHES, "image_width": WIDTH, "vocab": VOCAB, "max_length": tokens + 1}
+        model = Captioner(captioner_config("small", decoder=decoder, **sizes)).eval()
+        for cached in (True, False):
+            if not cached and (beams > 1 or decoder == "mamba"):
+                continue
+            how = Decoding(beams=beams, min_length=tokens, max_length=tokens, cached=cached)
+            contestants[decoder + ("" if cached else ", no cache")] = _writing(model, pictures, marks, how)
+    times = _turns(contestants, rounds)
+    for name, seconds in times.items():
+        speed = batch * tokens / median(seconds)
+        ratio = median(theirs / ours for theirs, ours in zip(times["transformers"], seconds, strict=True))
+        print(f"beams={beams}  {name:22} {speed:8.0f} tokens/s   {ratio:5.2f} x transformers", flush=True)
 
 
 def _writing(model: Captioner, pictures: torch.Tensor, marks: Marks, how: Decoding) -> Callable[[], object]:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -14,10 +18,13 @@ from pipeline.encoders.base import weights_digest
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
+    from torch import Tensor, nn
 
-VISION_ENCODERS = ("embedded", "vit", "clip", "openclip")
+    from pipeline.encoders.preprocessing import Preprocessing
+
+VISION_ENCODERS = ("embedded", "vit", "clip", "openclip", "program")
 _RESOLUTION, _PATCH = 64, 8
+_PREPROCESSING = "preprocessing.json"
 
 
 class VisionEncoder(Protocol):
@@ -42,7 +49,8 @@ class VisionEncoder(Protocol):
 
 def vision_encoder(name: str, features: str = "patch", device: str | torch.device = "cpu") -> VisionEncoder:
     """The encoder called ``name``: ``embedded`` (patches of pixels, no download), ``vit:<repo or folder>``,
-    ``clip:<repo or folder>`` (of transformers), or ``openclip:<model>[:<pretrained>]``.
+    ``clip:<repo or folder>`` (of transformers), ``openclip:<model>[:<pretrained>]``, or ``program:<file>``, any network
+    that :func:`save_program` wrote.
 
     Args:
         features: "patch", all tokens of the last layer; "pooled", the one that stands for the picture.
@@ -56,11 +64,11 @@ def vision_encoder(name: str, features: str = "patch", device: str | torch.devic
     if kind not in VISION_ENCODERS or not rest:
         raise ConfigError(
             f"encoder={name}: {nearest(kind, VISION_ENCODERS)} "
-            "(as vit:<repo or folder>, clip:<repo or folder>, openclip:<model>[:<pretrained>])"
+            "(as vit:<repo or folder>, clip:<repo or folder>, openclip:<model>[:<pretrained>], program:<file>)"
         )
     if kind == "openclip":
         return _OpenClip(name, rest, features, device)
-    return _Transformers(name, rest, features, device)
+    return (_Program if kind == "program" else _Transformers)(name, rest, features, device)
 
 
 class _Patches:
@@ -87,6 +95,20 @@ class _Patches:
 
         preprocessing = {"resolution": _RESOLUTION, "patch": _PATCH, **Preprocessing().describe()}
         return {"name": self.name, "features": self.features, "preprocessing": preprocessing}
+
+
+def save_program(network: nn.Module, file: str | Path, resolution: int, preprocessing: Preprocessing) -> None:
+    """Make an encoder of any network: (b, 3, resolution, resolution) → (b, tokens, width), without its code.
+
+    Args:
+        file: what ``program:<file>`` names; it holds the weights, the operations, and the preprocessing.
+    """
+    import torch
+
+    example = torch.zeros(2, 3, resolution, resolution)
+    program = torch.export.export(network.eval(), (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    about = json.dumps({"resolution": resolution, **asdict(preprocessing)})
+    torch.export.save(program, file, extra_files={_PREPROCESSING: about})
 
 
 class _Network(ABC):
@@ -190,3 +212,41 @@ class _OpenClip(_Network):
 
     def _preprocessing(self) -> Any:
         return str(self._transform)
+
+
+class _Program(_Network):
+    """What :func:`save_program` wrote; pooled: the mean of the tokens."""
+
+    def __init__(self, name: str, place: str, features: str, device: str | torch.device) -> None:
+        super().__init__(name, features, device)
+        import torch
+
+        from pipeline.encoders.preprocessing import Preprocessing
+
+        if not zipfile.is_zipfile(place):
+            raise ConfigError(f"encoder={name}: cannot be loaded: no file that save_program() wrote")
+        extra = {_PREPROCESSING: ""}
+        try:
+            program = torch.export.load(place, extra_files=extra)
+            about = json.loads(extra[_PREPROCESSING])
+        except (OSError, ValueError, RuntimeError) as error:
+            raise ConfigError(f"encoder={name}: cannot be loaded: {str(error).splitlines()[0]}") from None
+        self.model = program.module().to(device).requires_grad_(False)
+        self._resolution = int(about.pop("resolution"))
+        for channels in ("mean", "std"):
+            about[channels] = tuple(about[channels])
+        self._prepared = Preprocessing(**about)
+        _, self.tokens, self.width = self.encode(torch.zeros(2, 3, self._resolution, self._resolution)).shape
+
+    def preprocess(self, images: Sequence[np.ndarray]) -> Tensor:
+        return self._prepared(images, self._resolution, "cpu")
+
+    def encode(self, x: Tensor) -> Tensor:
+        import torch
+
+        with torch.no_grad():
+            tokens: Tensor = self.model(x.to(self.device)).float()
+        return tokens.mean(1, keepdim=True) if self.features == "pooled" else tokens
+
+    def _preprocessing(self) -> Any:
+        return {"resolution": self._resolution, **self._prepared.describe()}

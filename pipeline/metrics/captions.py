@@ -172,8 +172,13 @@ def with_java(
         try:
             scores[name] = float(_scorer(name).compute_score(theirs, ours)[0])  # type: ignore[attr-defined]
         except Exception as error:  # no package, no Java, a Java that is too new, no network for its models
-            skipped[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+            kind = "" if isinstance(error, _CannotBe) else f"{type(error).__name__}: "
+            skipped[name] = f"{kind}{error}".splitlines()[0]
     return scores, skipped
+
+
+class _CannotBe(RuntimeError):
+    pass
 
 
 def _scorer(name: str) -> object:
@@ -181,6 +186,9 @@ def _scorer(name: str) -> object:
     from shutil import which
 
     if which("java") is None:
-        raise RuntimeError("there is no Java")
-    module = import_module(f"pycocoevalcap.{name}.{name}")
+        raise _CannotBe("there is no Java (apt-get install default-jre-headless)")
+    try:
+        module = import_module(f"pycocoevalcap.{name}.{name}")
+    except ModuleNotFoundError:
+        raise _CannotBe("there is no pycocoevalcap (pip install -e .[captions])") from None
     return getattr(module, name.capitalize())()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import shutil
+import sys
 
 import pytest
 
@@ -69,7 +71,20 @@ def test_scores_need_references() -> None:
 
 
 def test_what_needs_java_says_why_it_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(shutil, "which", lambda name: None)
     scores, skipped = with_java(["a dog"], [["a dog"]])
     assert scores == {}
-    assert skipped == {"meteor": "RuntimeError: there is no Java", "spice": "RuntimeError: there is no Java"}
+    assert set(skipped) == {"meteor", "spice"}
+    assert all(reason.startswith("there is no Java") for reason in skipped.values())
+    monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/java")
+    monkeypatch.setitem(sys.modules, "pycocoevalcap", None)
+    _, skipped = with_java(["a dog"], [["a dog"]], ("meteor",))
+    assert skipped == {"meteor": "there is no pycocoevalcap (pip install -e .[captions])"}
+
+
+@pytest.mark.skipif(shutil.which("java") is None, reason="there is no Java")
+def test_meteor_where_java_is() -> None:
+    pytest.importorskip("pycocoevalcap")
+    scores, skipped = with_java(["a dog runs", "a red car"], [["a dog runs"], ["a red car"]], ("meteor",))
+    assert not skipped
+    assert scores["meteor"] == pytest.approx(1.0)  # nothing could be nearer

@@ -157,7 +157,7 @@ def test_training_on_cider_starts_from_a_run_and_resumes_to_the_bit(
     for wrong, message in (
         ({"draws": 1}, "draws=1"),
         ({"model": "tiny"}, "its network has dim=128, this one 256"),
-        ({"start_from": str(tmp_path)}, "no checkpoint"),
+        ({"start_from": str(tmp_path)}, "neither a run folder"),
     ):
         with pytest.raises(ConfigError, match=message):
             training(data, **{**settings, **wrong})
@@ -288,3 +288,30 @@ def test_encoders_of_transformers_are_those_of_direct_calls(tmp_path: Path) -> N
         chosen = expected.pooler_output if kind == "clip" else expected.last_hidden_state[:, 0]
         assert torch.allclose(pooled[:, 0], chosen, atol=1e-6)
         assert encoder.describe()["weights"] and encoder.describe()["preprocessing"]["image_mean"]
+
+
+def test_any_network_can_be_the_encoder(data: Path, tmp_path: Path) -> None:
+    from pipeline.encoders.preprocessing import Preprocessing
+    from pipeline.encoders.vision import save_program, vision_encoder
+
+    network = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 6, 8, 8), torch.nn.BatchNorm2d(6), torch.nn.Dropout(0.5), torch.nn.Flatten(2)
+    )
+    preprocessing = Preprocessing(mean=(0.4, 0.5, 0.6), std=(0.2, 0.2, 0.3), squash=True)
+    file = tmp_path / "encoder.pt2"
+    save_program(network, file, 32, preprocessing)
+    encoder = vision_encoder(f"program:{file}")
+    pictures = [np.random.default_rng(i).integers(0, 256, (40, 50 + i, 3), np.uint8) for i in range(3)]
+    expected = network(preprocessing(pictures, 32, "cpu"))
+    assert (encoder.tokens, encoder.width) == (6, 16)
+    for some in (slice(0, 3), slice(0, 1)):
+        assert torch.allclose(encoder.encode(encoder.preprocess(pictures[some])), expected[some], atol=1e-6)
+    pooled = vision_encoder(f"program:{file}", "pooled")
+    assert torch.allclose(pooled.encode(pooled.preprocess(pictures)), expected.mean(1, keepdim=True), atol=1e-6)
+    assert encoder.describe()["weights"] != "" and encoder.describe()["preprocessing"]["resolution"] == 32
+    run_stage("features", input=str(data / "shard"), output=str(tmp_path / "features"), encoder=f"program:{file}")
+    assert Dataset.open(tmp_path / "features").header["extra"]["shapes"]["features"] == [6, 16]
+    (tmp_path / "no.pt2").write_bytes(b"no program")
+    for wrong in ("no.pt2", "nothing.pt2"):
+        with pytest.raises(ConfigError, match=f"{wrong}: cannot be loaded"):
+            vision_encoder(f"program:{tmp_path / wrong}")

@@ -48,12 +48,30 @@ def main(rank):
 
 main()
 """
+FAKE_HUB = """
+import os
+import huggingface_hub
+
+class Api:
+    def create_repo(self, *args, **settings):
+        pass
+
+    def upload_folder(self, repo_id, folder_path, commit_message):
+        with open(os.environ["UPLOADS"], "a") as file:
+            file.write(f"rank {os.environ['RANK']}: {commit_message}\\n")
+
+huggingface_hub.HfApi = Api
+"""
 SETTINGS = {"steps": 9, "checkpoint_every": 4, "log_every": 2, "evaluate_every": 3, "micro_batch": 2, "workers": 1}
 NEVER = -5
 
 
-def life(path: Path, ranks: int, kill: int = NEVER, number: int = 0, **settings: Any) -> list[int]:
-    """Exit codes of one life of the run; the signal ``number`` comes to rank 0 in step ``kill``."""
+def life(path: Path, ranks: int, kill: int = NEVER, number: int = 0, before: str = "", **settings: Any) -> list[int]:
+    """Exit codes of one life of the run; the signal ``number`` comes to rank 0 in step ``kill``.
+
+    Args:
+        before: code that each rank runs first.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -63,8 +81,16 @@ def life(path: Path, ranks: int, kill: int = NEVER, number: int = 0, **settings:
         environment = {**os.environ, **{name: str(value) for name, value in place.items()}}
         environment["PYTHONPATH"] = f"{REPOSITORY}{os.pathsep}{REPOSITORY / 'tests'}"
         arguments = [str(path), json.dumps({**SETTINGS, **settings}), str(kill if rank == 0 else NEVER), str(number)]
-        processes.append(subprocess.Popen([sys.executable, "-c", ONE_RANK, *arguments], env=environment))
+        processes.append(subprocess.Popen([sys.executable, "-c", before + ONE_RANK, *arguments], env=environment))
     return [process.wait(timeout=240) for process in processes]
+
+
+def test_one_rank_uploads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UPLOADS", str(tmp_path / "uploads"))
+    settings = {"hub_repo": "somebody/model", "export_every": 1, "steps": 6, "workers": 0}
+    assert life(tmp_path / "run", 2, before=FAKE_HUB, **settings) == [0, 0]
+    (epoch,) = (path.name for path in (tmp_path / "run" / "exports").iterdir())
+    assert (tmp_path / "uploads").read_text().splitlines() == [f"rank 0: {epoch}", "rank 0: export"]
 
 
 def everything(path: Path) -> dict[str, Any]:
