@@ -118,7 +118,7 @@ class Captioner(nn.Module):
         else:
             turn = self.turns(0, tokens.shape[1], x)
             for block in self.blocks:
-                x = block(x, block.project_image(image), turn)
+                x = block(x, image, turn)
         return self.logits(x)
 
     def begin(self, features: Tensor, group: int = 1, length: int = 0, cached: bool = True) -> Cache:
@@ -173,12 +173,12 @@ class _Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
         self.drop = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, image: tuple[Tensor, Tensor], turn: tuple[Tensor, Tensor] | None) -> Tensor:
-        """(b, l, dim), keys and values of the picture (b, h, m, d) → (b, l, dim)."""
+    def forward(self, x: Tensor, image: Tensor, turn: tuple[Tensor, Tensor] | None) -> Tensor:
+        """(b, l, dim), the picture (b, m, dim) → (b, l, dim)."""
         q, k, v = self.own(x, turn)
         dropout = self.dropout if self.training else 0.0
         x = self.attended(x, F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True))
-        return self.rest(x, image, 1)
+        return self.rest(x, self.project_image(image), 1)
 
     def own(self, x: Tensor, turn: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values (n, h, l, d) of self-attention."""

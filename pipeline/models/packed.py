@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from copy import copy
 from typing import TypeVar
 
 import torch
@@ -49,7 +48,8 @@ def _packs(weight: Tensor) -> bool:
 
 def packed(network: Network, rows: int) -> Network:
     """``network`` with its linear layers :class:`Packed`; the rest is shared."""
-    twin = copy(network)
+    twin = object.__new__(type(network))  # FSDP's classes cannot be copied
+    twin.__dict__ |= network.__dict__
     twin._modules = {
         name: Packed(child.weight, child.bias, rows) if type(child) is nn.Linear else child and packed(child, rows)
         for name, child in network._modules.items()

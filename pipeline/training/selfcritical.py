@@ -11,33 +11,27 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from pipeline.models.captioner import Captioner
-from pipeline.models.decoding import Decoding, Marks, write
+from pipeline.models.decoding import Decoding, Marks
 
 
 def self_critical_losses(
     network: nn.Module,
-    model: Captioner,
     features: Tensor,
     prompts: Sequence[Sequence[int]],
+    texts: Sequence[Sequence[int]],
     marks: Marks,
     how: Decoding,
-    keys: Sequence[str],
     reward: Callable[[int, list[int]], float],
 ) -> Tensor:
     """For each picture minus the mean reward of what was drawn, (b,); its gradient is the policy gradient.
 
     Args:
-        network: ``model``, or what wraps it for training.
-        how: ``draws`` texts from the whole distribution (``top_p=1``).
-        keys: of each picture, for drawing.
+        texts: what :func:`~pipeline.models.decoding.write` returned: ``how.draws`` about each picture, from the whole
+            distribution (``top_p=1``).
         reward: of a text (without prompt and end) about picture i.
     """
-    training = model.training
-    model.eval()
-    texts = write(model, features, prompts, marks, how, keys)
-    model.train(training)
-    rewards = torch.tensor([reward(row // how.draws, text) for row, text in enumerate(texts)]).view(-1, how.draws)
+    rewards = torch.tensor([reward(row // how.draws, list(text)) for row, text in enumerate(texts)])
+    rewards = rewards.view(-1, how.draws)
     others = (rewards.sum(1, keepdim=True) - rewards) / (how.draws - 1)
     prompts = [prompt for prompt in prompts for _ in range(how.draws)]
     chances = _log_likelihoods(network, features.repeat_interleave(how.draws, 0), prompts, texts, marks, how)

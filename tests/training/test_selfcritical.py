@@ -49,7 +49,10 @@ def test_the_gradient_is_that_of_the_expected_reward(decoder: str) -> None:
             steps = logits.log_softmax(-1).gather(2, row[:, 1:, None])[0, :, 0]
             expected = expected + steps[:2].sum().exp() * worth(picture, text)  # of two tokens the end is no choice
     drawn = Decoding(top_p=1.0, draws=4000, max_length=2)
-    losses = self_critical_losses(model, model, features, [[BEGIN]] * 2, MARKS, drawn, ["a", "b"], worth)
+    prompts = [[BEGIN]] * 2
+    losses = self_critical_losses(
+        model, features, prompts, write(model, features, prompts, MARKS, drawn), MARKS, drawn, worth
+    )
     assert -losses.sum().item() == pytest.approx(expected.item(), rel=0.05)
     truth = torch.autograd.grad(expected, model.embed.weight)[0]
     found = torch.autograd.grad(-losses.sum(), model.embed.weight)[0]
@@ -61,7 +64,7 @@ def test_the_gradient_is_that_of_the_expected_reward(decoder: str) -> None:
 def test_the_reward_rises(decoder: str) -> None:
     """Of a model that has learned a little from the texts themselves, as is usual."""
     model = model_of(decoder, vocab=9)
-    features = torch.randn(2, 2, 3)
+    features, prompts = torch.randn(2, 2, 3), [[BEGIN]] * 2
     right = torch.tensor([[BEGIN, 3, 4, 5, 6, END], [BEGIN, 6, 7, 8, END, PAD]])
     known = ["3 4 5 6", "6 7 8"]
     cider = Cider([[text] for text in (*known, "3 7 5", "8 8 4 3")])
@@ -75,7 +78,8 @@ def test_the_reward_rises(decoder: str) -> None:
             return cider.score(" ".join(map(str, text)), [known[picture]])
 
         how, keys = Decoding(top_p=1.0, draws=8, max_length=6), [f"{step} 0", f"{step} 1"]
-        return self_critical_losses(model, model, features, [[BEGIN]] * 2, MARKS, how, keys, judged).mean()
+        texts = write(model, features, prompts, MARKS, how, keys)
+        return self_critical_losses(model, features, prompts, texts, MARKS, how, judged).mean()
 
     losses = []
     for step in range(120):
@@ -86,7 +90,6 @@ def test_the_reward_rises(decoder: str) -> None:
         losses.append(loss.item())
     before, after = sum(losses[40:50]) / 10, sum(losses[-10:]) / 10
     assert -before < 3 < 6 < -after
-    assert model.training
 
 
 def test_several_texts_are_drawn_each_with_its_own_key() -> None:

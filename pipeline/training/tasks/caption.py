@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from pipeline import images
 from pipeline.config import ConfigError, TrainConfig
@@ -224,6 +226,7 @@ class Caption(Task):
         return {**means, **{f"bleu_{n}": score for n, score in enumerate(bleu_of(counts), 1)}}
 
     def _self_critical_losses(self, network: nn.Module, features: Tensor, batch: Batch, keys: Keys) -> Tensor:
+        """In evaluation mode, texts are drawn; in training mode, their likelihoods get gradients."""
         known, prompts = self._known(batch), self._prompts(batch)
         how = Decoding(top_p=1.0, draws=self.draws, max_length=self._room(prompts), seed=self.seed)
         names = [f"{keys.step} {slot}" for slot in keys.slots]
@@ -232,12 +235,17 @@ class Caption(Task):
             return self.documents.score(words(self.tokenizer.decode([text])[0]), known[picture])
 
         marks = marks_of(self.tokenizer)
-        return self_critical_losses(network, self.model, features, prompts, marks, how, names, reward)
+        self.model.eval()
+        with whole(self.model):
+            texts = write(self.model, features, prompts, marks, how, names)
+        self.model.train()
+        return self_critical_losses(network, features, prompts, texts, marks, how, reward)
 
     def _write(self, features: Tensor, batch: Batch) -> list[str]:
         prompts = self._prompts(batch)
         how = Decoding(max_length=self._room(prompts))
-        texts = write(self.model, features, prompts, marks_of(self.tokenizer), how)
+        with whole(self.model):
+            texts = write(self.model, features, prompts, marks_of(self.tokenizer), how)
         return [words(text) for text in self.tokenizer.decode(texts)]
 
     def _known(self, batch: Batch) -> list[list[str]]:
@@ -262,6 +270,19 @@ class Caption(Task):
     def preprocessing(self) -> dict[str, Any]:
         """The encoder and the tokenizer: with the weights, all that it takes to write about new pictures."""
         return {"encoder": self.about_encoder, "prompt": self.prompt, "tokenizer": self.tokenizer.to_json()}
+
+
+@contextmanager
+def whole(model: nn.Module) -> Iterator[None]:
+    """All weights on each rank, of a model that is spread over them; all ranks do it at once."""
+    parts = [part for part in model.modules() if isinstance(part, FSDPModule)]
+    for part in parts:
+        part.unshard()
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.reshard()
 
 
 def marks_of(tokenizer: Tokenizer) -> Marks:
