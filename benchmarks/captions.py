@@ -73,10 +73,14 @@ def _transformers(pictures: torch.Tensor, tokens: int, beams: int) -> Callable[[
     encoder = ViTModel(ViTConfig(num_hidden_layers=1), add_pooling_layer=False)
     config = GPT2Config(VOCAB, 128, 512, 6, 8, add_cross_attention=True, bos_token_id=1, eos_token_id=2, pad_token_id=0)
     model = VisionEncoderDecoderModel(encoder=encoder, decoder=GPT2LMHeadModel(config)).eval()
-    states = BaseModelOutput(last_hidden_state=pictures)
     settings = {"num_beams": beams, "do_sample": False, "min_new_tokens": tokens, "max_new_tokens": tokens}
     ids = {"decoder_start_token_id": 1, "pad_token_id": 0, "eos_token_id": 2}
-    return lambda: model.generate(encoder_outputs=states, use_cache=True, **settings, **ids)
+
+    def generate() -> object:
+        states = BaseModelOutput(last_hidden_state=pictures)  # generate() changes it: with beams it grows each time
+        return model.generate(encoder_outputs=states, use_cache=True, **settings, **ids)
+
+    return generate
 
 
 def features(batch: int, rounds: int) -> None:
