@@ -108,17 +108,21 @@ class Captioner(nn.Module):
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, features: Tensor, tokens: Tensor) -> Tensor:
-        """features (b, m, image_width), tokens (b, l) int64 → logits (b, l, vocab)."""
+        """features (b, m, image_width), tokens (n, l) int64 → logits (n, l, vocab).
+
+        n is b, or a multiple of it: then the texts about each picture follow one another.
+        """
+        group = len(tokens) // len(features)
         image, x = self.look(features), self.drop(self.embedded(tokens, 0))
         if self.config.decoder == "mamba":
-            x = torch.cat([image, x], 1)
+            x = torch.cat([image.repeat_interleave(group, 0), x], 1)
             for block in self.blocks:
                 x = block(x)
             x = x[:, image.shape[1] :]
         else:
             turn = self.turns(0, tokens.shape[1], x)
             for block in self.blocks:
-                x = block(x, image, turn)
+                x = block(x, image, turn, group)
         return self.logits(x)
 
     def begin(self, features: Tensor, group: int = 1, length: int = 0, cached: bool = True) -> Cache:
@@ -173,12 +177,12 @@ class _Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
         self.drop = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, image: Tensor, turn: tuple[Tensor, Tensor] | None) -> Tensor:
-        """(b, l, dim), the picture (b, m, dim) → (b, l, dim)."""
+    def forward(self, x: Tensor, image: Tensor, turn: tuple[Tensor, Tensor] | None, group: int) -> Tensor:
+        """(n, l, dim), the pictures (n / group, m, dim) → (n, l, dim)."""
         q, k, v = self.own(x, turn)
         dropout = self.dropout if self.training else 0.0
         x = self.attended(x, F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True))
-        return self.rest(x, self.project_image(image), 1)
+        return self.rest(x, self.project_image(image), group)
 
     def own(self, x: Tensor, turn: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values (n, h, l, d) of self-attention."""

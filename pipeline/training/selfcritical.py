@@ -34,7 +34,7 @@ def self_critical_losses(
     rewards = rewards.view(-1, how.draws)
     others = (rewards.sum(1, keepdim=True) - rewards) / (how.draws - 1)
     prompts = [prompt for prompt in prompts for _ in range(how.draws)]
-    chances = _log_likelihoods(network, features.repeat_interleave(how.draws, 0), prompts, texts, marks, how)
+    chances = _log_likelihoods(network, features, prompts, texts, marks, how)
     surrogate = -((rewards - others).to(chances) * chances.view_as(rewards)).mean(1)
     return surrogate - surrogate.detach() - rewards.mean(1).to(surrogate)
 
@@ -47,7 +47,7 @@ def _log_likelihoods(
     marks: Marks,
     how: Decoding,
 ) -> Tensor:
-    """(n,) how likely it was that these texts were drawn."""
+    """(n,) logarithms of how likely it was that these texts were drawn."""
     rows = [
         [*prompt, *text, *([marks.end] if len(text) < how.max_length else [])]
         for prompt, text in zip(prompts, texts, strict=True)

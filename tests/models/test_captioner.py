@@ -55,6 +55,7 @@ def test_cached_logits_are_those_of_the_whole_text(model: Captioner) -> None:
     features = pictures(3)
     tokens = torch.randint(3, VOCAB, (6, 17), generator=torch.Generator().manual_seed(0))
     whole = model(features.repeat_interleave(2, 0), tokens)
+    assert torch.allclose(model(features, tokens), whole, atol=1e-5)
     cache = model.begin(features, group=2, length=17)
     steps = [cache.step(tokens[:, :4]), *(cache.step(tokens[:, t : t + 1]) for t in range(4, 17))]
     assert torch.allclose(torch.stack(steps, 1), whole[:, 3:], atol=2e-5)
