@@ -10,6 +10,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 _ORDERS = 4
 _TINY, _SMALL = 1e-15, 1e-9  # of the reference implementation of BLEU, where nothing is to be divided by
@@ -163,7 +164,7 @@ def _mean(values: Iterable[float]) -> float:
 def with_java(
     candidates: Sequence[str], references: References, names: Iterable[str] = ("meteor", "spice")
 ) -> tuple[dict[str, float], Mapping[str, str]]:
-    """METEOR and SPICE by pycocoevalcap, as (scores, why each of the others was skipped)."""
+    """METEOR and SPICE by pycocoevalcap, as (scores, why each of the others was skipped). Nothing is downloaded."""
     scores: dict[str, float] = {}
     skipped: dict[str, str] = {}
     theirs = {number: list(captions) for number, captions in enumerate(references)}
@@ -191,4 +192,7 @@ def _scorer(name: str) -> object:
         module = import_module(f"pycocoevalcap.{name}.{name}")
     except ModuleNotFoundError:
         raise _CannotBe("there is no pycocoevalcap (pip install -e .[captions])") from None
+    if name == "spice" and not list((Path(str(module.__file__)).parent / "lib").glob("stanford-corenlp-*-models.jar")):
+        # it would fetch them now: 400 MB
+        raise _CannotBe("its models are not there (python -m pycocoevalcap.spice.get_stanford_models fetches them)")
     return getattr(module, name.capitalize())()
