@@ -4,9 +4,10 @@
                                  [kilobytes=133] [rounds=5] [folder=<where to work; stays>] [workers=0,2]
                                  [plot=formats.png]
 
-With ``folder=``, parts can be run one by one; ``report`` prints all that were and draws the plot. Rivals that are not
-installed are left out: pip install litdata datasets. All get the same JPEG files. Contestants take turns, and a ratio
-is the median of the ratios of single rounds, so that a change of the machine's speed hits both sides.
+With ``folder=``, parts can be run one by one, and again for more rounds, until ``prepare`` begins anew; ``report``
+prints all and draws the plot. Rivals that are not installed are left out: pip install litdata datasets. All get the
+same JPEG files. Contestants take turns, and a ratio is the median of the ratios of single rounds, so that a change of
+the machine's speed hits both sides.
 
 Writing (``write``: of ``samples``; ``many``: of that many) is done in a fresh process for each contestant and round:
 ``call`` is what is called to write, ``process`` has imports and the start of Python in it. Ours and litdata use two
@@ -17,9 +18,8 @@ streams are shuffled as their documentation has it. Workers persist, and the fir
 opens files and, with us alone, checks hashes. ``raw`` looks at one byte of each sample, ``read`` goes through all of
 them, ``decoded`` has the worker decode (simplejpeg for all) and hands over a byte. Ours give views of the page cache
 (``output="view"``); ``ipc as bytes`` copies. Limits: ``page cache`` reads the same bytes by pread from one file,
-``decode`` decodes them from memory,
-``disk`` writes the bytes to one file and calls fsync, as ours do and no other: on a slow disk this bounds ours alone
-(``folder=/dev/shm/...`` takes the disk out of it).
+``decode`` decodes them from memory, ``disk`` writes the bytes to one file and calls fsync, as ours do and no other: on
+a slow disk this bounds ours alone (``folder=/dev/shm/...`` takes the disk out of it).
 """
 
 from __future__ import annotations
@@ -113,23 +113,20 @@ def consume(work: str, batch: list[Any]) -> int:
 # ---- writing
 
 
-def compare_writing(root: Path, source: Path, names: Sequence[str], rounds: int) -> tuple[Times, Times]:
-    """Seconds of the call, and of the whole process, in each round; what was written last stays, to be read."""
-    call: Times = {name: [] for name in names}
-    process: Times = {name: [] for name in names}
-    for _ in range(rounds):
-        for name in names:
-            output = root / name.replace(": ", "-")
-            shutil.rmtree(output, ignore_errors=True)
-            os.sync()
-            begin = perf_counter()
-            done = subprocess.run(
-                [sys.executable, writers.__file__, name, source, output], capture_output=True, text=True
-            )
-            process[name].append(perf_counter() - begin)
-            if done.returncode:
-                raise SystemExit(f"{name} failed:\n{done.stderr}")
-            call[name].append(float(done.stdout.split()[-1]))
+def compare_writing(root: Path, source: Path, names: Sequence[str]) -> tuple[Times, Times]:
+    """Seconds of the call, and of the whole process, in one round; what was written stays, to be read."""
+    call: Times = {}
+    process: Times = {}
+    for name in names:
+        output = root / name.replace(": ", "-")
+        shutil.rmtree(output, ignore_errors=True)
+        os.sync()
+        begin = perf_counter()
+        done = subprocess.run([sys.executable, writers.__file__, name, source, output], capture_output=True, text=True)
+        process[name] = [perf_counter() - begin]
+        if done.returncode:
+            raise SystemExit(f"{name} failed:\n{done.stderr}")
+        call[name] = [float(done.stdout.split()[-1])]
     return call, process
 
 
@@ -278,6 +275,7 @@ def main() -> None:
 def run(root: Path, parts: Sequence[str], options: dict[str, str]) -> None:
     rounds = int(options.get("rounds", 5))
     if "prepare" in parts:
+        (root / "results.json").unlink(missing_ok=True)
         for folder, count in ("images", options.get("samples", 3000)), ("many", options.get("many", 12000)):
             prepare(root / folder, int(count), int(options.get("kilobytes", 133)))
     files = Files(root / "images")
@@ -309,9 +307,10 @@ def measure_writing(root: Path, folder: str, names: Sequence[str], rounds: int) 
     output.mkdir(exist_ok=True)
     files = Files(root / folder).files
     megabytes = sum(map(os.path.getsize, files)) / 1e6
-    for what, times in zip(("call", "process"), compare_writing(output, root / folder, names, rounds), strict=True):
-        rates = {name: [megabytes / s for s in seconds] for name, seconds in times.items()}
-        keep(root, f"Writing, MB/s of the {what}: {len(files)} samples, {megabytes:.0f} MB", rates)
+    for _ in range(rounds):
+        for what, times in zip(("call", "process"), compare_writing(output, root / folder, names), strict=True):
+            rates = {name: [megabytes / s for s in seconds] for name, seconds in times.items()}
+            keep(root, f"Writing, MB/s of the {what}: {len(files)} samples, {megabytes:.0f} MB", rates)
     if output != root:
         shutil.rmtree(output)
 
@@ -330,8 +329,11 @@ def _kept(root: Path) -> dict[str, Times]:
 
 
 def keep(root: Path, title: str, rates: Times) -> None:
-    """Add to what was measured in this folder."""
-    (root / "results.json").write_text(json.dumps({**_kept(root), title: rates}))
+    """Add rounds to those that were measured in this folder."""
+    kept = _kept(root)
+    before = kept.get(title, {})
+    kept[title] = {name: [*before.get(name, ()), *values] for name, values in rates.items()}
+    (root / "results.json").write_text(json.dumps(kept))
     print(f"{title}: done", flush=True)
 
 
