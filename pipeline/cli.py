@@ -117,6 +117,11 @@ def phases_of(recipe: str) -> list[str]:
     return [str(name) for name in _settings_of("recipe", recipe).get("phases") or {}]
 
 
+def published_of(recipe: str) -> str:
+    """What a recipe's authors say that it took, to compare with; empty if the recipe does not tell."""
+    return str(_settings_of("recipe", recipe).get("published") or "")
+
+
 def recipe_settings(recipe: str, phase: str) -> Settings:
     """Settings of one phase of a recipe: those of all phases, then its own. It starts from the phase before it.
 
@@ -124,6 +129,7 @@ def recipe_settings(recipe: str, phase: str) -> Settings:
         ConfigError: no such recipe, phase or key.
     """
     settings = _settings_of("recipe", recipe)
+    settings.pop("published", None)
     phases = {str(key): value for key, value in (settings.pop("phases", None) or {}).items()}
     if phase not in phases and (phases or phase):
         raise ConfigError(f"recipe={recipe}, phase={phase}: {nearest(phase, phases)}")

@@ -356,7 +356,9 @@ class TrainConfig(RunConfig):
     steps: int = option(1000, "optimizer steps", identity=True)
     epochs: float = option(0.0, "passes over the data, in place of steps= (0: steps counts)", identity=True)
     batch_size: int = option(32, "samples per step, over all ranks", identity=True)
-    micro_batch: int = option(0, "samples per forward pass of a rank, to save memory (0: all at once)")
+    micro_batch: int = option(
+        0, "samples per forward pass of a rank, to save memory (0: all at once; on a CPU as many as fit its caches)"
+    )
     workers: int = option(0, "processes per rank that prepare batches ahead (0: none)")
     lr: float = option(3e-3, "peak learning rate", identity=True)
     warmup_steps: int = option(100, "steps of linear warm-up", identity=True)
@@ -511,6 +513,15 @@ class GenerateConfig(StageConfig):
         (), "captions to draw, or one path of a text file with a prompt a line", identity=True
     )
     images_per_prompt: int = option(1, "pictures of each prompt, from different noise", identity=True)
+    seeds: tuple[int, ...] = option(
+        (),
+        "one picture of each prompt from each of these, the same whatever else is drawn; in place of seed= and "
+        "images_per_prompt=",
+        identity=True,
+    )
+    vae: str = option(
+        "", "decode with this autoencoder, whose latents are alike, in place of the one trained with", identity=True
+    )
     sampler: str = option("euler", "how noise becomes a picture", identity=True, choices=("euler", "heun", "dpm++"))
     steps: int = option(20, "steps of the sampler", identity=True)
     guidance: float = option(1.5, "classifier-free guidance scale (1: none)", identity=True)

@@ -188,7 +188,7 @@ class DiT(nn.Module):
         for block in self.blocks:
             tokens = block(tokens, condition, states, keep)
         shift, scale = self.modulation(condition).unsqueeze(1).chunk(2, dim=-1)
-        out: Tensor = self.out(self.norm(tokens) * (1 + scale) + shift)
+        out: Tensor = self.out(torch.addcmul(shift, self.norm(tokens), 1 + scale))
         return out if keep is not None else unpatchify(out, self.config.patch, self.grid)
 
 
@@ -264,16 +264,15 @@ class Block(nn.Module):
     def forward(self, tokens: Tensor, condition: Tensor, text: Tensor | None, keep: Tensor | None) -> Tensor:
         """tokens (b, n, dim), condition (b, d), text (b, l, dim) or None, keep (b, n) or None → (b, n, dim)."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition).unsqueeze(1).chunk(6, dim=-1)
-        inner = self.norm1(tokens) * (1 + scale1) + shift1
+        inner = torch.addcmul(shift1, self.norm1(tokens), 1 + scale1)
         attended: Tensor = self.scan(inner) if self.attention is None else self.attention(inner, inner)
         if self.local is not None:
             attended = attended + self.convolve(inner, keep)
-        tokens = tokens + gate1 * attended
+        tokens = torch.addcmul(tokens, gate1, attended)
         if self.text is not None and self.norm_text is not None:
             tokens = tokens + self.text(self.norm_text(tokens), text)
-        inner = self.norm2(tokens) * (1 + scale2) + shift2
-        changed: Tensor = tokens + gate2 * self.mlp(inner)
-        return changed
+        inner = torch.addcmul(shift2, self.norm2(tokens), 1 + scale2)
+        return torch.addcmul(tokens, gate2, self.mlp(inner))
 
     def convolve(self, tokens: Tensor, keep: Tensor | None) -> Tensor:
         """(b, n, dim) → (b, n, dim); tokens that are not kept count as zeros."""
@@ -282,8 +281,8 @@ class Block(nn.Module):
         if keep is not None:
             places = keep[:, :, None].expand(-1, -1, dim)
             tokens = tokens.new_zeros(b, self.grid[0] * self.grid[1], dim).scatter(1, places, tokens)
-        grid = tokens.transpose(1, 2).reshape(b, dim, *self.grid)
-        whole = self.local(grid).flatten(2).transpose(1, 2)
+        grid = tokens.view(b, *self.grid, dim).permute(0, 3, 1, 2)  # lies as "channels last": nothing is moved
+        whole = self.local(grid).permute(0, 2, 3, 1).flatten(1, 2)
         return whole if keep is None else take(whole, keep)
 
 

@@ -85,6 +85,7 @@ def costs(config: CostConfig) -> Iterator[Cost]:
 def cost_of(phase: str, settings: TrainConfig, config: CostConfig, measured: float) -> Cost:
     """Of one phase; ``measured``: images per second of one GPU, 0 if that is not known."""
     import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
 
     from pipeline.models.dit import DiT, dit_config, kept_tokens
 
@@ -96,7 +97,11 @@ def cost_of(phase: str, settings: TrainConfig, config: CostConfig, measured: flo
     kept = kept_tokens(shape.tokens, settings.mask_ratio)
     with torch.device("meta"):
         model = DiT(shape)
-    operations, saved = _measure(model, kept if kept < shape.tokens else 0)
+    with FakeTensorMode(
+        allow_non_fake_inputs=True
+    ):  # as on a CPU, where attention keeps no weights for the backward pass, nor do GPUs' kernels
+        model.to_empty(device="cpu")
+        operations, saved = _measure(model, kept if kept < shape.tokens else 0)
     parameters = sum(p.numel() for p in model.parameters())
     per_gpu = ceil(settings.batch_size / config.gpus)
     micro = min(settings.micro_batch or per_gpu, per_gpu)
@@ -119,16 +124,17 @@ def cost_of(phase: str, settings: TrainConfig, config: CostConfig, measured: flo
 def _measure(model: DiT, kept: int) -> tuple[int, int]:
     """Operations of a forward pass of one image, and elements that it keeps for the backward pass."""
     import torch
-    from torch.utils.flop_counter import FlopCounterMode
+
+    from pipeline.training.logs import flop_counter
 
     shape = model.config
     given: dict[str, Any] = {
-        "x": torch.empty(1, shape.channels, shape.height, shape.width, device="meta"),
-        "t": torch.empty(1, device="meta"),
-        "text": torch.empty(1, shape.text_length, shape.text_width, device="meta"),
+        "x": torch.empty(1, shape.channels, shape.height, shape.width),
+        "t": torch.empty(1),
+        "text": torch.empty(1, shape.text_length, shape.text_width),
     }
     if kept:
-        given["keep"] = torch.empty(1, kept, dtype=torch.int64, device="meta")
+        given["keep"] = torch.empty(1, kept, dtype=torch.int64)
     weights = {id(p) for p in model.parameters()} | {id(p) for p in model.buffers()}
     saved: dict[int, int] = {}
 
@@ -141,7 +147,7 @@ def _measure(model: DiT, kept: int) -> tuple[int, int]:
 
     alive: list[torch.Tensor] = []  # or a number might be given twice
     with (
-        FlopCounterMode(display=False) as counter,
+        flop_counter() as counter,
         torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor),
     ):
         model(**given)
@@ -169,6 +175,8 @@ def table(phases: list[Cost], config: CostConfig) -> str:
     total = f"{'all':<12} {sum(c.steps for c in phases):>8,} {'':>6} {'':>4} {'':>6} {images / 1e6:>7.1f}M {'':>11} "
     lines += [f"{total}{'':>7} {'':>8} {hours:>9,.1f} {hours / config.gpus / 24:>6.2f} {money:>8,.0f}"]
     lines += ["", f"{tokens / 1e9:,.0f} billion tokens through the backbone. GB/GPU: state and activations, no waste."]
+    if published := cli.published_of(config.recipe):
+        lines += [f"published: {published}"]
     return "\n".join(lines)
 
 

@@ -69,11 +69,52 @@ class Manner:
 _DEFAULT = Manner()
 
 
-def load_painter(checkpoint: str | Path, device: str | torch.device = "cpu") -> Painter:
+@dataclass(frozen=True)
+class Wanted:
+    """The pictures that are asked for: ``each`` of every prompt, or one from each of the ``seeds``.
+
+    Picture number n starts from noise keyed by (seed, n); with ``seeds``, by its own seed alone.
+    """
+
+    prompts: Sequence[str]
+    each: int = 1
+    seed: int = 0
+    seeds: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, config: GenerateConfig) -> Wanted:
+        """As the settings say.
+
+        Raises:
+            ConfigError: that is none.
+        """
+        if config.images_per_prompt < 1:
+            raise ConfigError(f"images_per_prompt={config.images_per_prompt}: must be at least 1")
+        if config.seeds and config.images_per_prompt > 1:
+            raise ConfigError("seeds=, images_per_prompt=: give one of them; there is a picture from each seed")
+        wanted = cls(prompts_of(config), len(config.seeds) or config.images_per_prompt, config.seed, config.seeds)
+        if not wanted.prompts:
+            raise ConfigError("prompts=: there is nothing to draw")
+        return wanted
+
+    def __len__(self) -> int:
+        return len(self.prompts) * self.each
+
+    def prompt(self, number: int) -> str:
+        return self.prompts[number // self.each]
+
+    def start(self, number: int) -> tuple[int, int]:
+        """What the noise of a picture is keyed by: ``seed=`` and number of a picture that starts from the same."""
+        return (self.seeds[number % self.each], 0) if self.seeds else (self.seed, number)
+
+
+def load_painter(checkpoint: str | Path, device: str | torch.device = "cpu", vae: str = "") -> Painter:
     """The averaged weights of ``checkpoint`` (of a run's folder, the newest), and the encoders it was trained with.
 
+    ``vae``: another autoencoder to decode with, whose latents are alike.
+
     Raises:
-        ConfigError: no checkpoint there, or one of another task.
+        ConfigError: no checkpoint there, or one of another task; an autoencoder with latents of another shape.
     """
     loaded = open_checkpoint(checkpoint)
     if loaded.facts["task"] != "diffuse":
@@ -82,40 +123,52 @@ def load_painter(checkpoint: str | Path, device: str | torch.device = "cpu") -> 
     model.load_state_dict(loaded.tensors["ema"])
     normalisation = Normalisation(tuple(loaded.facts["normalisation"]["mean"]), loaded.facts["normalisation"]["scale"])
     latents = loaded.facts["latents"]
+    decoder = autoencoder(vae or latents["autoencoder"], device)
+    channels, height, _ = latents["image_shape"]
+    if (decoder.channels, decoder.downsample * height) != (channels, latents["resolution"]):
+        raise ConfigError(
+            f"vae={vae}: has {decoder.channels} channels and a latent for {decoder.downsample} pixels, but the run in "
+            f"{checkpoint} was trained on {channels} channels and {latents['resolution'] // height} pixels"
+        )
     return Painter(
         model.to(device).eval().requires_grad_(False),
         process_of(loaded.facts["process"]),
         normalisation,
-        autoencoder(latents["autoencoder"], device),
+        decoder,
         text_encoder(latents["text_encoder"], device),
         loaded.step,
     )
 
 
-def sample_images(
-    painter: Painter, prompts: Sequence[str], seed: int = 0, manner: Manner = _DEFAULT, first: int = 0
-) -> np.ndarray:
-    """Pictures uint8 (n, h, w, 3), one for each prompt; number ``first + i`` starts from noise keyed by (seed, that).
+def sample_images(painter: Painter, prompts: Sequence[str], seed: int = 0, manner: Manner = _DEFAULT) -> np.ndarray:
+    """Pictures uint8 (n, h, w, 3), one for each prompt; number i starts from noise keyed by (seed, i).
 
     Raises:
         ConfigError: there are no prompts.
     """
-    if not prompts:
+    return drawn(painter, Wanted(prompts, seed=seed), manner)
+
+
+def drawn(painter: Painter, wanted: Wanted, manner: Manner) -> np.ndarray:
+    """All of them, uint8 (n, h, w, 3).
+
+    Raises:
+        ConfigError: there are none.
+    """
+    if not wanted.prompts:
         raise ConfigError("prompts=: there is nothing to draw")
-    pictures = []
-    for start in range(0, len(prompts), _BATCH):
-        some = prompts[start : start + _BATCH]
-        pictures.append(_drawn(painter, some, range(first + start, first + start + len(some)), seed, manner))
-    return np.concatenate(pictures)
+    every = range(len(wanted))
+    return np.concatenate([_batch(painter, wanted, every[at : at + _BATCH], manner) for at in every[::_BATCH]])
 
 
-def _drawn(painter: Painter, prompts: Sequence[str], numbers: Sequence[int], seed: int, manner: Manner) -> np.ndarray:
-    """One batch."""
+def _batch(painter: Painter, wanted: Wanted, numbers: Sequence[int], manner: Manner) -> np.ndarray:
+    """Those of these numbers, drawn together."""
     config = painter.model.config
     shape = (config.channels, config.height, config.width)
     device = next(painter.model.parameters()).device
-    noise = torch.from_numpy(np.stack([normals(shape, seed, "picture", number) for number in numbers])).to(device)
-    states = painter.text_encoder.encode(prompts).to(device)
+    starts = [wanted.start(number) for number in numbers]
+    noise = torch.from_numpy(np.stack([normals(shape, seed, "picture", place) for seed, place in starts])).to(device)
+    states = painter.text_encoder.encode([wanted.prompt(number) for number in numbers]).to(device)
     process, sampler = painter.process, manner.sampler
     latents = sample(painter.model, noise, states, manner.steps, manner.guidance, process, sampler)
     return to_pixels(painter.autoencoder.decode(painter.normalisation.invert(latents)))
@@ -143,36 +196,31 @@ class Generate(Stage):
         return find_checkpoint(self.config.checkpoint or run_of(self.config))
 
     @cached_property
-    def prompts(self) -> list[str]:
-        return prompts_of(self.config)
+    def wanted(self) -> Wanted:
+        return Wanted.of(self.config)
 
     @cached_property
     def painter(self) -> Painter:
-        return load_painter(self.checkpoint, self.rank.device)
+        return load_painter(self.checkpoint, self.rank.device, self.config.vae)
 
     def plan(self, since: int = 0) -> Iterator[Partition]:
-        for name in ("images_per_prompt", "partition_size", "batch_size", "steps"):
+        for name in ("partition_size", "batch_size", "steps"):
             if getattr(self.config, name) < 1:
                 raise ConfigError(f"{name}={getattr(self.config, name)}: must be at least 1")
-        if not self.prompts:
-            raise ConfigError("prompts=: there is nothing to draw")
-        total = len(self.prompts) * self.config.images_per_prompt
+        total = len(self.wanted)
         for start in range(0, total, self.config.partition_size):
             stop = min(total, start + self.config.partition_size)
             yield Partition((Input(self.checkpoint.name, start, stop, etag=self._digest(start, stop)),), stop - start)
 
     def _digest(self, start: int, stop: int) -> str:
         """Of the weights and the prompts that these pictures depend on."""
-        prompts = [self._prompt(number) for number in range(start, stop)]
+        prompts = [self.wanted.prompt(number) for number in range(start, stop)]
         return content_hash((self._weights + "\n".join(prompts)).encode())
 
     @cached_property
     def _weights(self) -> str:
         with Folder.open(self.checkpoint) as folder:
             return folder.digest_of(RECORD)
-
-    def _prompt(self, number: int) -> str:
-        return self.prompts[number // self.config.images_per_prompt]
 
     def process(self, partition: Partition) -> Iterator[Outcome]:
         """Batches never reach over partitions, so that the result does not depend on who does which of them."""
@@ -184,14 +232,14 @@ class Generate(Stage):
         for start in range(pictures.start, pictures.stop, self.config.batch_size):
             self.rank.check_stop()
             numbers = range(start, min(start + self.config.batch_size, pictures.stop))
-            prompts = [self._prompt(number) for number in numbers]
-            drawn = _drawn(self.painter, prompts, numbers, self.config.seed, manner)
-            for number, prompt, picture in zip(numbers, prompts, drawn, strict=True):
-                yield self._outcome(number, prompt, picture)
+            for number, picture in zip(numbers, _batch(self.painter, self.wanted, numbers, manner), strict=True):
+                yield self._outcome(number, picture)
 
-    def _outcome(self, number: int, prompt: str, picture: np.ndarray) -> Outcome:
+    def _outcome(self, number: int, picture: np.ndarray) -> Outcome:
         key, data = f"{number:08d}", png(picture)
-        row = {"key": key, "jpg": data, "format": "png", "seed": self.config.seed, **caption_fields([prompt])}
+        seed, _ = self.wanted.start(number)
+        prompt = self.wanted.prompt(number)
+        row = {"key": key, "jpg": data, "format": "png", "seed": seed, **caption_fields([prompt])}
         height, width = picture.shape[:2]
         return Outcome(key, "kept", source=self.checkpoint.name, offset=number, width=width, height=height, row=row)
 
@@ -203,15 +251,12 @@ def main(rank: Rank, config: GenerateConfig) -> None:
         return
     if not rank.is_main:
         return
-    if config.images_per_prompt < 1:
-        raise ConfigError(f"images_per_prompt={config.images_per_prompt}: must be at least 1")
     run = run_of(config)
     set_threads(config.threads)
-    painter = load_painter(config.checkpoint or run, rank.device)
-    prompts = [prompt for prompt in prompts_of(config) for _ in range(config.images_per_prompt)]
-    pictures = sample_images(painter, prompts, config.seed, Manner.of(config))
-    place = write_samples(run, prompts, pictures, config.seed)
-    print(f"{len(prompts)} pictures: {place}")
+    wanted = Wanted.of(config)
+    painter = load_painter(config.checkpoint or run, rank.device, config.vae)
+    place = write_samples(run, wanted, drawn(painter, wanted, Manner.of(config)))
+    print(f"{len(wanted)} pictures: {place}")
 
 
 def run_of(config: GenerateConfig | EvaluateConfig) -> Path:
@@ -248,18 +293,19 @@ def prompts_of(config: GenerateConfig) -> list[str]:
     return list(captions)[:_DEFAULT_PROMPTS]
 
 
-def write_samples(run: Path, prompts: Sequence[str], pictures: np.ndarray, seed: int) -> Path:
-    """Put pictures, a grid of them and a listing into ``samples/`` of the run, in place of earlier ones."""
+def write_samples(run: Path, wanted: Wanted, pictures: np.ndarray) -> Path:
+    """Put pictures, a grid of them (a row for each prompt, if it has several) and a listing into ``samples/`` of the
+    run, in place of earlier ones."""
     attempt = f".samples.{uuid.uuid4().hex}"
     with Folder.open(run) as folder:
         folder.mkdir(attempt)
         with folder.folder(attempt) as inside:
             listing = []
-            for number, (prompt, picture) in enumerate(zip(prompts, pictures, strict=True)):
+            for number, picture in enumerate(pictures):
                 name = f"{number:05d}.png"
                 _write_png(inside, name, picture)
-                listing.append({"prompt": prompt, "seed": seed, "file": name})
-            _write_png(inside, "grid.png", grid(pictures))
+                listing.append({"prompt": wanted.prompt(number), "seed": wanted.start(number)[0], "file": name})
+            _write_png(inside, "grid.png", grid(pictures, wanted.each if wanted.each > 1 else 0))
             inside.write_json("samples.json", {"samples": listing})
         folder.trash("samples")
         folder.rename(attempt, "samples")

@@ -27,6 +27,7 @@ _LEDGERS = 50  # partitions whose ledgers the histograms are drawn from, evenly 
 _HOSTS = 20  # the most that are listed
 _THUMBNAIL = 160  # pixels
 _STRIPS = 10  # evaluations whose pictures are shown
+_LEVELS = ("loss_t1", "loss_t2", "loss_t3", "loss_t4")
 _INK = "#3b6ea5"
 
 
@@ -203,13 +204,14 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
 
 def describe_run(run: Path, price: float = 0.0) -> dict[str, Any]:
     """What the page says of a training run: its curve, its cost, its samples, what they were judged."""
-    facts: dict[str, Any] = {"path": run, "curve": "", "samples": [], "evaluation": None}
+    facts: dict[str, Any] = {"path": run, "curve": "", "samples": [], "evaluation": None, "fidelity": None}
     facts["shown"] = list(shown_over_training(run))
     lines = list(training_log(run))
     if lines:
         facts["cost"] = cost(run, lines, price)
         facts["last"] = lines[-1]
         facts["curve"] = _curve(lines)
+    facts["levels"] = _levels(list(training_log(run, _LEVELS[0])))
     listing = run / "samples" / "samples.json"
     if listing.is_file():
         facts["samples"] = [
@@ -219,8 +221,9 @@ def describe_run(run: Path, price: float = 0.0) -> dict[str, Any]:
             }
             for sample in json.loads(listing.read_text())["samples"][:48]
         ]
-    if (run / "evaluation.json").is_file():
-        facts["evaluation"] = json.loads((run / "evaluation.json").read_text())
+    for name in ("evaluation", "fidelity"):
+        if (run / f"{name}.json").is_file():
+            facts[name] = json.loads((run / f"{name}.json").read_text())
     return facts
 
 
@@ -247,8 +250,8 @@ def shown_over_training(run: Path) -> Iterator[dict[str, str]]:
         yield {"name": name, "image": f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"}
 
 
-def training_log(run: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a run's log that have a loss, by step; where lives overlap, the later one's."""
+def training_log(run: Path, number: str = "loss") -> Iterator[dict[str, Any]]:
+    """The lines of a run's log that have this number, by step; where lives overlap, the later one's."""
     steps: dict[int, dict[str, Any]] = {}
     for path in sorted((run / "logs").glob("*.jsonl"), key=lambda p: p.stat().st_mtime):
         for text in path.read_text().splitlines():
@@ -256,7 +259,7 @@ def training_log(run: Path) -> Iterator[dict[str, Any]]:
                 line = json.loads(text)
             except ValueError:
                 continue
-            if "loss" in line and "step" in line:
+            if line.get(number) is not None and "step" in line:
                 steps[line["step"]] = line
     yield from (steps[step] for step in sorted(steps))
 
@@ -314,6 +317,21 @@ def _curve(lines: list[dict[str, Any]]) -> str:
         axes.plot(steps[width - 1 :], smooth, color=_INK, linewidth=1.8)
     axes.set_xlabel("step")
     axes.set_ylabel("loss")
+    return _svg(figure)
+
+
+def _levels(lines: list[dict[str, Any]]) -> str:
+    """What is measured at each quarter of the noise levels, if it was."""
+    if not lines:
+        return ""
+    figure, axes = _figure()
+    for number, (name, label) in enumerate(zip(_LEVELS, ("least noise", "", "", "most noise"), strict=True)):
+        steps, losses = [line["step"] for line in lines], [line[name] for line in lines]
+        axes.plot(steps, losses, color=_INK, alpha=1 - number / 5, marker=".", linewidth=1.2)
+        axes.annotate(label, (steps[-1], losses[-1]), (6, 0), textcoords="offset points", va="center", fontsize=8)
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss by noise level")
+    axes.set_ylim(bottom=0)
     return _svg(figure)
 
 

@@ -42,7 +42,7 @@ class Feed:
         self, task: Task, data: Batches, sampler: Sampler, first: int, steps: int, config: TrainConfig, rank: Rank
     ) -> None:
         prepared = _Prepared(task, data)
-        requests = _requests(replace(sampler), first, steps, config)
+        requests = _requests(replace(sampler), first, steps, config, part_size(task, config, rank))
         self._parts: Iterator[Part]
         if config.workers:
             loader = DataLoader(
@@ -62,6 +62,16 @@ class Feed:
         return next(self._parts)
 
 
+def part_size(task: Task, config: TrainConfig, rank: Rank) -> int:
+    """How many samples a forward pass takes: as the settings say, else all of the rank's share of a batch, or on a CPU
+    what the task says, evened out over the share."""
+    share = -(-config.batch_size // rank.world_size)
+    most = task.cached() if rank.device.type == "cpu" else 0
+    if config.micro_batch or not most:
+        return config.micro_batch or share
+    return -(-share // -(-share // most))
+
+
 class _Prepared(Dataset[Part]):
     def __init__(self, task: Task, data: Batches) -> None:
         self._task, self._data = task, data
@@ -72,19 +82,18 @@ class _Prepared(Dataset[Part]):
 
 
 class _requests:  # noqa: N801 - used like a generator, but with the length-free interface of a sampler
-    def __init__(self, sampler: Sampler, first: int, steps: int, config: TrainConfig) -> None:
-        self._sampler, self._first, self._steps, self._config = sampler, first, steps, config
+    def __init__(self, sampler: Sampler, first: int, steps: int, config: TrainConfig, size: int) -> None:
+        self._sampler, self._first, self._steps, self._config, self._size = sampler, first, steps, config, size
 
     def __iter__(self) -> Iterator[tuple[Keys, bool]]:
         sampler = self._sampler
         for step in range(self._first, self._first + self._steps):
             slots, positions = sampler.slots(), sampler.positions()
             epochs = (sampler.position + slots) // sampler.n
-            size = self._config.micro_batch or len(slots)
-            for start in range(0, len(slots), size):
-                part = slice(start, start + size)
+            for start in range(0, len(slots), self._size):
+                part = slice(start, start + self._size)
                 keys = Keys(self._config.seed, step, slots[part], positions[part], epochs[part])
-                yield keys, start + size >= len(slots)
+                yield keys, start + self._size >= len(slots)
             sampler.advance()
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from pipeline.cli import nearest
 from pipeline.config import ConfigError, TrainConfig, identity
@@ -215,16 +216,24 @@ def peak_flops(device: torch.device) -> float:
     return next((flops for known, flops in _PEAK_FLOPS.items() if known in name), 0.0)
 
 
+def flop_counter() -> FlopCounterMode:
+    """Counts operations while it is entered; attention as well, whose kernel for CPUs torch does not know of."""
+
+    def attention(query: list[int], key: list[int], value: list[int], *_: Any, **__: Any) -> int:
+        return sdpa_flop_count(query, key, value)  # type: ignore[no-any-return, no-untyped-call]
+
+    on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return FlopCounterMode(display=False, custom_mapping={on_cpu: attention})
+
+
 def forward_flops(model: torch.nn.Module, arguments: tuple[Any, ...]) -> float:
     """Operations of one forward pass, counted by torch (matrix products, convolutions, attention)."""
-    from torch.utils.flop_counter import FlopCounterMode
-
     if not arguments:
         return 0.0
     device = next(model.parameters()).device
     training = model.training
     model.eval()
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), flop_counter() as counter:
         model(*(a.to(device) if isinstance(a, torch.Tensor) else a for a in arguments))
     model.train(training)
     return float(counter.get_total_flops())

@@ -38,7 +38,7 @@ from pipeline.training.checkpoint import (
 )
 from pipeline.training.ema import Ema, buffers_of
 from pipeline.training.export import Uploads, export, export_epoch
-from pipeline.training.feed import Feed, Part
+from pipeline.training.feed import Feed, Part, part_size
 from pipeline.training.logs import Logger, Meter, forward_flops, memory_megabytes, open_loggers, peak_flops
 from pipeline.training.schedule import learning_rate
 from pipeline.training.tasks.base import Keys, Task
@@ -440,7 +440,7 @@ def _evaluate(
     """Measure the averaged weights on all ranks together, and write what the task shows of them, and what that should
     be like, into ``shown/``. Returns whether a signal came meanwhile: then the evaluation
     counts for nothing, and is done again after resuming."""
-    size = max(1, (config.micro_batch or -(-config.batch_size // rank.world_size)))
+    size = part_size(task, config, rank)
     sums: dict[str, Tensor] = {}
     state.model.eval()
     try:

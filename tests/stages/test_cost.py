@@ -13,6 +13,7 @@ from pipeline.config import ConfigError, CostConfig
 from pipeline.stages.cost import costs, table
 
 TINY = """
+published: an afternoon on one machine
 model: nano
 batch_size: 100
 parallel: fsdp
@@ -66,6 +67,7 @@ def test_costs_follow_from_speed_and_price(recipe: str) -> None:
     assert masked.hours == pytest.approx(100_000 / 100 / 3600)
     assert full.money == pytest.approx(20_000 / 50 / 3600 * 3.6)
     assert masked.parameters == full.parameters and masked.flops < full.flops
+    assert table([masked, full], given).endswith("published: an afternoon on one machine")
     assert "120,000" not in table([masked, full], given) and "1,200" in table([masked, full], given)
 
 

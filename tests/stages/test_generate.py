@@ -53,9 +53,26 @@ def test_a_picture_is_the_same_alone(trained: Path, tmp_path: Path) -> None:
     rows = [stored.read() for index in range(3) for stored in Dataset.open(tmp_path / "all").samples(index)]
     assert [row["caption"] for row in rows] == [prompt for prompt in PROMPTS for _ in range(3)]
     painter = generate.load_painter(trained)
-    again = generate.sample_images(painter, [PROMPTS[1]], 0, generate.Manner(2), first=4)[0]
-    stored = np.asarray(Image.open(BytesIO(rows[4]["jpg"])))
-    assert np.abs(stored.astype(int) - again).max() <= 1
+    again = generate.sample_images(painter, [row["caption"] for row in rows], 0, generate.Manner(2))
+    stored = [np.asarray(Image.open(BytesIO(row["jpg"]))) for row in rows]
+    assert np.abs(np.stack(stored).astype(int) - again).max() <= 1
+
+
+def test_a_picture_of_a_seed_is_the_same_whatever_else_is_drawn(trained: Path, tmp_path: Path) -> None:
+    more = {"images_per_prompt": 1, "seeds": [7, 3]}
+    run_stage("generate", **settings(trained, tmp_path / "all", **more))
+    rows = [stored.read() for index in range(2) for stored in Dataset.open(tmp_path / "all").samples(index)]
+    assert [(row["caption"], row["seed"]) for row in rows] == [(text, seed) for text in PROMPTS for seed in (7, 3)]
+    alone = generate.sample_images(generate.load_painter(trained), [PROMPTS[2]], 3, generate.Manner(2))[0]
+    assert np.abs(np.asarray(Image.open(BytesIO(rows[5]["jpg"]))).astype(int) - alone).max() <= 1
+    with pytest.raises(ConfigError, match="seeds=, images_per_prompt=: give one of them"):
+        run_stage("generate", **settings(trained, tmp_path / "both", seeds=[1]))
+
+
+def test_only_an_autoencoder_with_such_latents_decodes(trained: Path) -> None:
+    assert generate.load_painter(trained, vae="embedded").autoencoder.name == "embedded"
+    with pytest.raises(ConfigError, match="vae=embedded16: has 16 channels .* trained on 4 channels and 8 pixels"):
+        generate.load_painter(trained, vae="embedded16")
 
 
 def test_other_prompts_or_weights_are_not_mixed_in(trained: Path, tmp_path: Path) -> None:
@@ -82,4 +99,4 @@ def test_wrong_settings_are_named(trained: Path, tmp_path: Path) -> None:
 def test_without_an_output_pictures_and_a_grid_go_to_the_run(trained: Path) -> None:
     generate.main(GenerateConfig(checkpoint=str(trained), prompts=tuple(PROMPTS), images_per_prompt=2, steps=2))
     assert len(list((trained / "samples").glob("0*.png"))) == 6
-    assert Image.open(trained / "samples" / "grid.png").size == (3 * 34 - 2, 2 * 34 - 2)
+    assert Image.open(trained / "samples" / "grid.png").size == (2 * 34 - 2, 3 * 34 - 2)

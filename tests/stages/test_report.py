@@ -56,14 +56,20 @@ def test_a_training_run_shows_curve_samples_and_judgement(data: Path) -> None:
     run_folder = data / "mine" / "runs" / "diffuse"
     for name in ("checkpoints", "logs", "samples"):
         (run_folder / name).mkdir(parents=True)
-    lines = [{"step": step, "loss": 1 / step} for step in range(1, 30)]
+    lines: list[dict[str, float]] = [{"step": step, "loss": 1 / step} for step in range(1, 30)]
+    lines += [{"step": step, **{f"loss_t{q}": q / step for q in (1, 2, 3, 4)}} for step in (10, 20)]
     (run_folder / "logs" / "a.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\nhalf a li")
     Image.new("RGB", (64, 64)).save(run_folder / "samples" / "0.png")
     listing = {"samples": [{"prompt": "a small red circle", "seed": 1, "file": "0.png"}]}
     (run_folder / "samples" / "samples.json").write_text(json.dumps(listing))
     (run_folder / "evaluation.json").write_text(json.dumps({"scores": [{"name": "prompts", "right": 30, "of": 32}]}))
+    (run_folder / "fidelity.json").write_text(
+        json.dumps({"images": 12, "reference": "/real", "scores": [], "values": {"fid": 31.25, "clip_score": 27.5}})
+    )
     page = report.page(data, 4)
     assert "step 29, loss 0.0345" in page
+    assert 'alt="loss at each quarter of the noise levels"' in page
+    assert "12 pictures against /real" in page and "<td>fid</td><td>31.25</td>" in page
     assert "a small red circle" in page
     assert re.search(r"<td>prompts</td><td>30</td><td>32</td>", page)
 

@@ -74,6 +74,11 @@ class Task(ABC):
     """Which of them decides what is best, and when to stop."""
     higher_is_better: ClassVar[bool] = False
 
+    def cached(self) -> int:
+        """So many samples a forward pass had best take at a time on a CPU, so that what it makes of them stays in the
+        caches; 0: all."""
+        return 0
+
     def decays(self, name: str, parameter: Tensor) -> bool:
         """Whether weight decay applies to a parameter."""
         return True

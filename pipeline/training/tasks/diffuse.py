@@ -22,6 +22,7 @@ _MEASURED = 1024  # samples that the normalisation is measured on
 EVALUATED = 256  # samples that the loss is measured on, where no validation set is kept out
 _QUARTERS = 4
 _EDGE = 0.005  # what is left out of the distribution of levels at both ends, where a metric is taken
+_CACHED_TOKENS = 1024  # fewer make small matrix products, more fall out of the caches
 _GOLDEN = (5**0.5 - 1) / 2  # multiples of it, modulo 1, are evenly spread
 
 
@@ -134,6 +135,15 @@ class Diffuse(Task):
             drawn = sample(network, torch.from_numpy(noise).to(device), text, guidance=1.5, process=self.process)
             latents = self.normalisation.invert(drawn.float())
         return to_pixels(vae.decode(latents.to(device).float()))
+
+    def cached(self) -> int:
+        return max(1, _CACHED_TOKENS // self.kept)
+
+    def example(self) -> tuple[Any, ...]:
+        model = self.model.config
+        image, text = torch.zeros(1, *self.info.image_shape), torch.zeros(1, *self.info.caption_shape)
+        keep = torch.arange(self.kept)[None] if self.kept < model.tokens else None
+        return image, torch.zeros(1), text, None, keep
 
     def facts(self) -> dict[str, Any]:
         return {
