@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from PIL import Image
 
 from pipeline.config import ConfigError, TrainConfig
 from pipeline.distributed import Rank
+from pipeline.distributed.place import Place
 from pipeline.encoders.base import autoencoder, text_encoder
 from pipeline.models.dit import patchify
 from pipeline.models.processes import Flow
@@ -19,8 +21,8 @@ from pipeline.sources.shapes_scene import caption, render, sample_scene
 from pipeline.stages.generate import Manner, load_painter, sample_images
 from pipeline.stages.report import describe_run
 from pipeline.storage import Folder
-from pipeline.training.feed import Chosen
-from pipeline.training.logs import read_log
+from pipeline.training.feed import Chosen, part_size
+from pipeline.training.logs import forward_flops, read_log
 from pipeline.training.loop import train
 from pipeline.training.tasks.base import Keys
 from pipeline.training.tasks.diffuse import Diffuse, LatentInfo, Normalisation, draw, posterior_sample
@@ -126,6 +128,27 @@ def test_the_first_weights_depend_on_the_seed_alone(data: Scenes) -> None:
     first, again, other = (Diffuse(config(seed=seed), data, INFO).model.state_dict() for seed in (0, 0, 1))
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not all(torch.equal(first[name], other[name]) for name in first)
+
+
+def test_on_a_cpu_a_batch_is_taken_in_even_parts_that_fit_the_caches(data: Scenes) -> None:
+    settings = config(batch_size=600, model="nano_mixer")
+    task = Diffuse(settings, data, INFO)  # 4 tokens
+    assert part_size(task, settings, Rank()) == 200
+    assert part_size(task, settings, Rank(Place(0, 2, 0, 2))) == 150
+    assert part_size(task, replace(settings, micro_batch=7), Rank()) == 7
+
+
+def test_operations_of_a_masked_step_are_counted(data: Scenes) -> None:
+    def counted(mask: float) -> float:
+        task = Diffuse(config(mask_ratio=mask, model="nano"), data, INFO)
+        return forward_flops(task.model, task.example())
+
+    dim, depth, tokens = 128, 4, 4
+    of_tokens = depth * (24 * dim**2 + 4 * tokens * dim) * tokens + 2 * 2 * 16 * dim * tokens  # Linear, attention, ends
+    of_text = 2 * (16 * 64 * 64 + 16 * 64 * 256 + 256 * dim + 2 * dim**2 + (6 * depth + 2) * dim**2)
+    convolutions = 2 * 9 * dim * tokens * depth
+    assert counted(0.0) == of_tokens + of_text + convolutions
+    assert counted(0.5) < counted(0.0)
 
 
 def train_task(settings: TrainConfig, data: Scenes, folder: Folder) -> None:
