@@ -78,14 +78,19 @@ demo-diffuse: setup
 demo-caption: setup
 	$(BIN)/python launch/submit.py stage=download,filter,shard,features dataset=shapes data_dir=$(CAPTIONS) count=3000 questions=true
 	$(BIN)/python launch/submit.py stage=download,filter,shard dataset=shapes split=test data_dir=$(CAPTIONS) count=300 seed=7 questions=true
-	@set -e; for learned in "name=transformer max_length=16" "name=mamba max_length=16 decoder=mamba" \
-			"name=questions max_length=32 prompt=question"; do \
-		$(BIN)/python -m pipeline.stages.train task=caption dataset=shapes data_dir=$(CAPTIONS) $$learned \
-			steps=400 lr=0.002 valid_fraction=0.1 evaluate_every=200; \
-		name=$${learned#name=}; name=$${name%% *}; \
+	@$(MAKE) --no-print-directory -j $(JOBS) $(addprefix demo-caption-,mamba transformer questions)
+
+LEARNED_mamba := decoder=mamba max_length=16
+LEARNED_transformer := max_length=16
+LEARNED_questions := prompt=question max_length=32
+
+demo-caption-%:
+	@set -eo pipefail; { \
+		$(BIN)/python -m pipeline.stages.train task=caption dataset=shapes data_dir=$(CAPTIONS) name=$* $(LEARNED_$*) \
+			steps=300 lr=0.002 valid_fraction=0.1 evaluate_every=150; \
 		$(BIN)/python -m pipeline.stages.caption image_path=$(CAPTIONS)/shapes/test/shard-mds \
-			checkpoint=$(CAPTIONS)/shapes/runs/$$name output=$(CAPTIONS)/shapes/captions-$$name batch_size=100; \
-	done
+			checkpoint=$(CAPTIONS)/shapes/runs/$* output=$(CAPTIONS)/shapes/captions-$* batch_size=100; \
+	} 2>&1 | sed -u 's/^/$*: /'
 
 bench: setup
 	@set -e; for script in $(filter-out benchmarks/chaos.py,$(wildcard benchmarks/[!_]*.py)); do \

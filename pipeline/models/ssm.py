@@ -150,8 +150,10 @@ def ssd(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, chunk
 
 
 def chunk_length(length: int) -> int:
-    """The work within chunks grows with their length, that between them with their number."""
-    return max(1, min(length, 32 if length > 2 * _CHUNK else _CHUNK))
+    """The work within chunks grows with their length, that between them with their number; they are about equal, as
+    the last one is padded."""
+    chunks = math.ceil(length / (_CHUNK // 2 if length > 2 * _CHUNK else _CHUNK))
+    return math.ceil(length / max(1, chunks)) or 1
 
 
 def _ssd(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, q: int) -> Tensor:
