@@ -7,6 +7,7 @@ of ranks into a dataset directory, as every other stage writes it: exactly once,
 from __future__ import annotations
 
 import os
+import re
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ from pipeline.training.tasks.diffuse import Normalisation
 _BATCH = 32
 _DEFAULT_PROMPTS = 16
 _RUNS = ("diffuse", "classify")  # names that runs have by default
+_TXT = re.compile(r"^\S+\.txt$")  # no caption, but a file
 _LOOKED_AT = 400  # samples whose captions the default prompts are taken from
 
 
@@ -281,16 +283,34 @@ def set_threads(threads: int) -> None:
 
 
 def prompts_of(config: GenerateConfig) -> list[str]:
-    """The prompts as given, the lines of a file, or some captions of the data set."""
+    """The prompts as given, the lines of a file, or some captions of the data set.
+
+    Raises:
+        ConfigError: the file is not there, is empty, or is no text.
+    """
     given = list(config.prompts)
-    if len(given) == 1 and Path(given[0]).is_file():
-        given = [line.strip() for line in Path(given[0]).read_text(encoding="utf-8").splitlines() if line.strip()]
+    if len(given) == 1 and (
+        os.path.isfile(given[0]) or given[0].startswith(("/", "./", "../")) or _TXT.match(given[0])
+    ):
+        return _lines(given[0])
     if given or not config.data_dir:
         return given
     stored = RandomAccess(open_input(config, "train"))
     spread = np.linspace(0, len(stored) - 1, min(len(stored), _LOOKED_AT)).astype(int)
     captions = dict.fromkeys(row["caption"] for row in stored.rows(spread) if row["caption"])
     return list(captions)[:_DEFAULT_PROMPTS]
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise ConfigError(f"prompts={path}: {reason}") from None
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if not lines:
+        raise ConfigError(f"prompts={path}: the file has no lines")
+    return lines
 
 
 def write_samples(run: Path, wanted: Wanted, pictures: np.ndarray) -> Path:

@@ -92,6 +92,18 @@ def test_wrong_settings_are_named(trained: Path, tmp_path: Path) -> None:
     for more, message in (({"prompts": []}, "prompts="), ({"batch_size": 0}, "batch_size=0")):
         with pytest.raises(ConfigError, match=message):
             run_stage("generate", **settings(trained, tmp_path / "out", **more))
+    listing = tmp_path / "prompts.txt"
+    for content, message in (
+        (None, "No such file"),
+        (b"\n \n", "the file has no lines"),
+        (b"\xff\xfe", "not UTF-8 text"),
+    ):
+        if content is not None:
+            listing.write_bytes(content)
+        with pytest.raises(ConfigError, match=f"prompts=.*prompts.txt: {message}"):
+            generate.prompts_of(GenerateConfig(prompts=(str(listing),)))
+    caption = "a small red circle, " * 40  # longer than a file's name may be
+    assert generate.prompts_of(GenerateConfig(prompts=(caption,))) == [caption]
     with pytest.raises(ConfigError, match="there is no such training run"):
         generate.main(GenerateConfig(checkpoint=str(tmp_path / "nowhere"), prompts=("a",)))
 
