@@ -326,7 +326,7 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         inner = self.expand(x)
-        inner = F.gelu(inner, approximate="tanh") if self.gate is None else F.silu(inner) * self.gate(x)
+        inner = F.gelu(inner) if self.gate is None else F.silu(inner) * self.gate(x)
         out: Tensor = self.contract(inner)
         return out
 
@@ -360,7 +360,7 @@ class Experts(nn.Module):
         weights, places = self.choices(tokens)
         index = places.flatten(1)[:, :, None].expand(-1, -1, dim)
         inner = tokens.gather(1, index).view(b, self.experts, -1, dim)
-        inner = F.gelu(torch.einsum("bekd,edf->bekf", inner, self.expand), approximate="tanh")
+        inner = F.gelu(torch.einsum("bekd,edf->bekf", inner, self.expand))
         inner = torch.einsum("bekf,efd->bekd", inner, self.contract)
         changed = (weights.to(inner.dtype)[..., None] * inner).flatten(1, 2)
         return torch.zeros_like(tokens).scatter_add(1, index, changed.to(tokens.dtype))
