@@ -44,9 +44,11 @@ class MambaBlock(nn.Module):
         mixed = F.silu((window * mixer.conv.weight.t()).sum(1) + mixer.conv.bias)
         into, dt, b, c = mixer.parts(mixed, step)
         memory.window = window[:, 1:]
-        memory.state.mul_(torch.exp(dt * mixer.rates)[:, None, :, None])
-        memory.state.addcmul_(b[:, :, None, None], (into * dt[..., None])[:, None])
-        y = torch.bmm(c[:, None].float(), memory.state.flatten(2)).view_as(into) + into * mixer.skip[:, None]
+        with torch.autocast(x.device.type, enabled=False):  # states are float32
+            into, b, c = into.float(), b.float(), c.float()
+            memory.state.mul_(torch.exp(dt * mixer.rates)[:, None, :, None])
+            memory.state.addcmul_(b[:, :, None, None], (into * dt[..., None])[:, None])
+            y = torch.bmm(c[:, None], memory.state.flatten(2)).view_as(into) + into * mixer.skip[:, None]
         return x + mixer.gated(y.flatten(1), gate)
 
 
@@ -72,10 +74,11 @@ def _window(xbc: Tensor, mixer: Mamba2) -> Tensor:
 
 def _state(rates: Tensor, x: Tensor, dt: Tensor, b: Tensor) -> Tensor:
     """(n, s, h, p): what each token put into the state, less what has decayed since."""
-    steps = dt * rates
-    left = torch.exp(steps.flip(1).cumsum(1).flip(1) - steps)  # of what entered at each token
-    into = x.float() * (dt * left)[..., None]
-    return (b.float().mT @ into.flatten(2)).unflatten(-1, x.shape[2:])
+    with torch.autocast(x.device.type, enabled=False):
+        steps = dt * rates
+        left = torch.exp(steps.flip(1).cumsum(1).flip(1) - steps)  # of what entered at each token
+        into = x.float() * (dt * left)[..., None]
+        return (b.float().mT @ into.flatten(2)).unflatten(-1, x.shape[2:])
 
 
 class RecurrentCache(Cache):

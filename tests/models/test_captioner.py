@@ -61,6 +61,16 @@ def test_cached_logits_are_those_of_the_whole_text(model: Captioner) -> None:
     assert torch.allclose(torch.stack(steps, 1), whole[:, 3:], atol=2e-5)
 
 
+def test_cached_logits_in_bfloat16(model: Captioner) -> None:
+    features = pictures(3)
+    tokens = torch.randint(3, VOCAB, (3, 9), generator=torch.Generator().manual_seed(0))
+    exact = model(features, tokens)
+    with torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
+        cache = model.begin(features, length=9)
+        steps = [cache.step(tokens[:, t : t + 1]).float() for t in range(9)]
+    assert (torch.stack(steps, 1) - exact).norm() / exact.norm() < 0.03
+
+
 def test_reordered_texts_go_on_from_their_own_past(model: Captioner) -> None:
     features = pictures(2)
     tokens = torch.randint(3, VOCAB, (4, 6), generator=torch.Generator().manual_seed(0))
