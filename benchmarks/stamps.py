@@ -46,7 +46,7 @@ from pipeline.training.loop import train
 from pipeline.training.tasks.caption import learned
 
 EDGE = 224
-TRAINING = {"batch_size": 32, "dropout": 0.2, "max_length": 32, "vocab_size": 600, "schedule": "cosine"}
+TRAINING = {"batch_size": 32, "dropout": 0.1, "max_length": 32, "vocab_size": 2000, "schedule": "cosine"}
 CRITICAL = {"objective": "cider", "draws": 8, "lr": 2e-4, "warmup_steps": 10, "dropout": 0.0}
 
 
