@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
+from warnings import catch_warnings, simplefilter
 
 import numpy as np
 import torch
@@ -45,7 +46,9 @@ def distances(real: Pictures, drawn: Pictures, features: str, seed: int = 0) -> 
         raise ConfigError("reference=, generated=: FID needs at least 2 pictures of each kind")
     extractor = feature_extractor(features)
     fid = FrechetInceptionDistance(feature=extractor, reset_real_features=False)
-    kid = KernelInceptionDistance(feature=extractor, subset_size=min(_SUBSET, len(real), len(drawn)))
+    with catch_warnings():
+        simplefilter("ignore")  # that it keeps all features: so it must
+        kid = KernelInceptionDistance(feature=extractor, subset_size=min(_SUBSET, len(real), len(drawn)))
     for pictures, are_real in ((real, True), (drawn, False)):
         for batch, _ in batches(pictures):
             vectors = _whole(extractor, batch)
