@@ -131,10 +131,10 @@ def test_the_first_weights_depend_on_the_seed_alone(data: Scenes) -> None:
 
 
 def test_on_a_cpu_a_batch_is_taken_in_even_parts_that_fit_the_caches(data: Scenes) -> None:
-    settings = config(batch_size=600, model="nano_mixer")
+    settings = config(batch_size=1200, model="nano_mixer")
     task = Diffuse(settings, data, INFO)  # 4 tokens
-    assert part_size(task, settings, Rank()) == 200
-    assert part_size(task, settings, Rank(Place(0, 2, 0, 2))) == 150
+    assert part_size(task, settings, Rank()) == 400
+    assert part_size(task, settings, Rank(Place(0, 2, 0, 2))) == 300
     assert part_size(task, replace(settings, micro_batch=7), Rank()) == 7
 
 

@@ -22,7 +22,7 @@ _MEASURED = 1024  # samples that the normalisation is measured on
 EVALUATED = 256  # samples that the loss is measured on, where no validation set is kept out
 _QUARTERS = 4
 _EDGE = 0.005  # what is left out of the distribution of levels at both ends, where a metric is taken
-_CACHED_TOKENS = 1024  # fewer make small matrix products, more fall out of the caches
+_CACHED_TOKENS = 2048  # fewer make small matrix products, more fall out of the caches
 _GOLDEN = (5**0.5 - 1) / 2  # multiples of it, modulo 1, are evenly spread
 
 
