@@ -11,8 +11,11 @@ import csv
 import json
 import os
 import stat
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from functools import cached_property
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +35,8 @@ from pipeline.samples import (
 from pipeline.sources.base import Source
 from pipeline.storage import GONE
 
+_AHEAD = 8
+"""Files that are open before they are read."""
 _NAME_COLUMNS = ("file_name", "filename", "image", "path", "file", "key")
 _CAPTION_COLUMNS = ("captions", "caption", "text", "sentences")
 _CAPTION_FILES = ("captions.json", "captions.jsonl", "captions.csv")
@@ -93,15 +98,41 @@ class ImageFolder(Source):
     # ---- bringing in
 
     def samples(self, partition: Partition) -> Iterator[Outcome]:
-        for file in partition.inputs:
-            if partition.only is None or partition.wants(make_key(file.path)):
-                yield self._take(file)
+        only = partition.only
+        wanted = (file for file in partition.inputs if only is None or partition.wants(make_key(file.path)))
+        for file, opened in self._ahead(wanted):
+            yield self._take(file, opened)
 
-    def _take(self, file: Input) -> Outcome:
+    def _ahead(self, files: Iterable[Input]) -> Iterator[tuple[Input, FileIO | OSError]]:
+        """Each file, opened some files before it is read, so that the system can fetch its bytes meanwhile."""
+        waiting: deque[tuple[Input, FileIO | OSError]] = deque()
+        try:
+            for file in files:
+                waiting.append((file, self._opened(file)))
+                if len(waiting) > _AHEAD:
+                    yield waiting.popleft()
+            while waiting:
+                yield waiting.popleft()
+        finally:
+            for _, opened in waiting:
+                if isinstance(opened, FileIO):
+                    opened.close()
+
+    def _opened(self, file: Input) -> FileIO | OSError:
+        try:
+            opened = FileIO(os.path.join(self._prefix, real_path(file.path)), opener=_open_at_once)
+        except OSError as error:
+            return error
+        with suppress(OSError):  # of what is no file
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+        return opened
+
+    def _take(self, file: Input, opened: FileIO | OSError) -> Outcome:
         outcome = Outcome(make_key(file.path), "failed", source=file.path, source_bytes=file.size)
         try:
-            path = os.path.join(self._prefix, real_path(file.path))
-            with open(path, "rb", buffering=0, opener=_open_at_once) as opened:
+            if isinstance(opened, OSError):
+                raise opened
+            with opened:
                 state = os.fstat(opened.fileno())
                 if not stat.S_ISREG(state.st_mode):
                     outcome.reason = "not_regular"

@@ -19,7 +19,7 @@ from pipeline.partitions.dataset import Dataset
 from pipeline.partitions.planning import Stale, open_or_plan
 from pipeline.partitions.verify import verify
 from pipeline.samples import content_hash, path_text, real_path
-from pipeline.sources.image_folder import read_captions, walk
+from pipeline.sources.image_folder import ImageFolder, read_captions, walk
 from pipeline.stages.download import Download
 
 
@@ -284,6 +284,17 @@ def test_what_is_no_regular_file_is_a_row_and_stops_nobody(images: Path) -> None
     os.mkfifo(images / "pipe.png")
     (images / "endless.png").symlink_to("/dev/zero")
     assert outcomes(download(images)) == {"endless-png": "failed:not_regular", "pipe-png": "failed:not_regular"}
+
+
+def test_files_that_were_opened_ahead_are_closed_when_nobody_wants_them(images: Path) -> None:
+    for number in range(20):
+        picture(images / f"{number:02d}.png")
+    source = ImageFolder(DownloadConfig(**settings(images, copy=True)))
+    before = len(os.listdir("/proc/self/fd"))
+    samples = source.samples(next(source.plan()))
+    assert next(samples).key == "00-png" and len(os.listdir("/proc/self/fd")) > before
+    samples.close()  # type: ignore[attr-defined]
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_too_large_a_file_is_not_read(images: Path) -> None:
