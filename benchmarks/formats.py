@@ -113,8 +113,8 @@ def consume(work: str, batch: list[Any]) -> int:
 # ---- writing
 
 
-def compare_writing(root: Path, source: Path, names: Sequence[str]) -> tuple[Times, Times]:
-    """Seconds of the call, and of the whole process, in one round; what was written stays, to be read."""
+def compare_writing(root: Path, source: Path, names: Sequence[str], stays: bool) -> tuple[Times, Times]:
+    """Seconds of the call, and of the whole process, in one round; what was written ``stays``, to be read."""
     call: Times = {}
     process: Times = {}
     for name in names:
@@ -129,6 +129,8 @@ def compare_writing(root: Path, source: Path, names: Sequence[str]) -> tuple[Tim
         if done.returncode:
             raise SystemExit(f"{name} failed:\n{done.stderr}")
         call[name] = [float(done.stdout.split()[-1])]
+        if not stays:
+            shutil.rmtree(output)
     return call, process
 
 
@@ -305,16 +307,17 @@ def run(root: Path, parts: Sequence[str], options: dict[str, str]) -> None:
 
 
 def measure_writing(root: Path, folder: str, names: Sequence[str], rounds: int) -> None:
-    output = root if folder == "images" else root / "written"
+    stays = folder == "images"
+    output = root if stays else root / "written"
     output.mkdir(exist_ok=True)
     files = Files(root / folder).files
     megabytes = sum(map(os.path.getsize, files)) / 1e6
     for _ in range(rounds):
-        for what, times in zip(("call", "process"), compare_writing(output, root / folder, names), strict=True):
+        for what, times in zip(("call", "process"), compare_writing(output, root / folder, names, stays), strict=True):
             rates = {name: [megabytes / s for s in seconds] for name, seconds in times.items()}
             keep(root, f"Writing, MB/s of the {what}: {len(files)} samples, {megabytes:.0f} MB", rates)
-    if output != root:
-        shutil.rmtree(output)
+    if not stays:
+        output.rmdir()
 
 
 def prepare(folder: Path, count: int, kilobytes: int) -> None:
