@@ -27,6 +27,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -313,6 +314,7 @@ def measure_writing(root: Path, folder: str, names: Sequence[str], rounds: int) 
     files = Files(root / folder).files
     megabytes = sum(map(os.path.getsize, files)) / 1e6
     for _ in range(rounds):
+        names = random.sample(names, len(names))  # a disk may still be slow from the one before
         for what, times in zip(("call", "process"), compare_writing(output, root / folder, names, stays), strict=True):
             rates = {name: [megabytes / s for s in seconds] for name, seconds in times.items()}
             keep(root, f"Writing, MB/s of the {what}: {len(files)} samples, {megabytes:.0f} MB", rates)
