@@ -213,7 +213,7 @@ def already_done(job: Job) -> bool:
             dataset.success is not None
             and upstream.success is not None
             and newest["upstream"]["content_digest"] == upstream.success["content_digest"]
-            and dataset.header["stage_version"] == get_stage(job.stage).version
+            and dataset.header["stage_version"] == get_stage(job.stage).version_with(job.config)
             and dataset.header["identity"] == identity(job.config)
         )
     except (ConfigError, StorageError, OSError, KeyError, TypeError):

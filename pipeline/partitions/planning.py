@@ -219,7 +219,7 @@ def _partitions(stage: Stage, since: int = 0) -> Iterator[Partition]:
 def _header(stage: Stage, upstream: dict[str, Any] | None) -> dict[str, Any]:
     return {
         "stage": stage.name,
-        "stage_version": stage.version,
+        "stage_version": stage.version_with(stage.config),
         "config": {**cli.to_json(stage.config), "input": stage.input, "output": str(stage.output)},
         "identity": stage.identity(),
         "upstream": upstream,
@@ -255,10 +255,10 @@ def _check_identity(stage: Stage, dataset: Dataset) -> None:
     cure = "choose another output= or variant=, or overwrite=true"
     if header["stage"] != stage.name:
         raise Stale(f"{place} is the output of stage {header['stage']}, not {stage.name}: {cure}")
-    if header["stage_version"] != stage.version:
+    version = stage.version_with(stage.config)
+    if header["stage_version"] != version:
         raise Stale(
-            f"{place} was made by version {header['stage_version']} of stage {stage.name}, "
-            f"this is {stage.version}: {cure}"
+            f"{place} was made by version {header['stage_version']} of stage {stage.name}, this is {version}: {cure}"
         )
     for name, value in stage.identity().items():
         was = header["identity"].get(name, default_of(STAGES[stage.name], name))

@@ -47,6 +47,11 @@ class Stage(ABC):
         self.following: Partition | None = None
         """While a partition is processed: the one that will probably be the next. A stage may begin with it early."""
 
+    @classmethod
+    def version_with(cls, config: Any) -> int:
+        """:attr:`version`, where only some settings give other bytes than before."""
+        return cls.version
+
     @cached_property
     def output(self) -> Path:
         """The stage's dataset directory."""

@@ -32,9 +32,9 @@ _CURE = "give shape=[height,width] to resize them, or choose a flexible format (
 class Shard(Stage):
     name = "shard"
 
-    @property
-    def version(self) -> int:  # type: ignore[override]
-        return 2 if self.format == "parquet" else 1
+    @classmethod
+    def version_with(cls, config: ShardConfig) -> int:
+        return 2 if config.format == "parquet" else 1
 
     @property
     def reads_upstream(self) -> bool:  # type: ignore[override]

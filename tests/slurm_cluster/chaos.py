@@ -137,7 +137,11 @@ class Trial:
         return [pid for pid in found if re.match(r"\S*python\S* -m pipeline\.stages", words_of(pid))]
 
     def hold(self) -> None:
-        self.held = self.ranks()
+        def found() -> list[int]:
+            self.held = self.ranks()
+            return self.held
+
+        self.until(found, "ranks")  # others' mischief may just have ended a life of this job
         send(self.held, signal.SIGSTOP)
 
     def release(self) -> None:
