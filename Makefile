@@ -64,7 +64,7 @@ format: setup
 	$(BIN)/ruff check --fix .
 
 demo: setup
-	$(BIN)/python launch/submit.py stage=all dataset=shapes data_dir=demo_data
+	$(BIN)/python launch/submit.py stage=all dataset=shapes data_dir=demo_data ranks=$(JOBS)
 
 demo-classify: setup
 	$(BIN)/python launch/submit.py stage=download,filter,shard dataset=digits data_dir=demo_data split=test
