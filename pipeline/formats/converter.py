@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from pipeline.partitions.dataset import Dataset
 
 _GIB = 1 << 30
+_FINE = b""  # what a process says when all is well; else the error, pickled
 
 
 class Converter:
@@ -144,7 +145,9 @@ class Converter:
             _await_all(processes)
         finally:
             for process in processes:
-                process.end()
+                process.stop()
+            for process in processes:
+                process.join()
 
     def _child(self, say: Callable[[bytes], None], place: Place, run_id: str) -> None:
         """The life of a process: it says when there is a plan, if it is the first, and how it ends."""
@@ -214,7 +217,6 @@ class ConverterFixedSize(Converter):
 
 
 def _stage_of(converter: Converter, config: ShardConfig, rank: Rank) -> Shard:
-
     class Conversion(Shard):
         @property
         def reads_upstream(self) -> bool:  # type: ignore[override]
@@ -254,12 +256,11 @@ class _Process:
         if said != _FINE:
             raise pickle.loads(said)
 
-    def end(self) -> None:
+    def stop(self) -> None:
         self._process.terminate()
+
+    def join(self) -> None:
         self._process.join()
-
-
-_FINE = b""
 
 
 def _await_all(processes: Iterable[_Process]) -> None:

@@ -42,7 +42,7 @@ def _collect_all(dataset: Dataset, older_than: float) -> Iterator[Path]:
     with dataset.root.folder("data") as data:
         for bucket in data.listdir():
             with data.folder(bucket) as folder:
-                yield from _collect(folder, _redone(dataset, bucket), older_than)
+                yield from _collect(folder, _redone(dataset, folder), older_than)
 
 
 def _collect_moved_aside(root: Folder, older_than: float) -> Iterator[Path]:
@@ -53,12 +53,13 @@ def _collect_moved_aside(root: Folder, older_than: float) -> Iterator[Path]:
             yield from _collect(parent, {}, older_than, names)
 
 
-def _redone(dataset: Dataset, bucket: str) -> dict[int, int]:
-    """Partitions of this bucket that were done again, with the generation that counts now.
+def _redone(dataset: Dataset, folder: Folder) -> dict[int, int]:
+    """Partitions in this folder that were done again, with the generation that counts now.
 
     Before they are committed anew, what they replace is still needed: a takedown copies it.
     """
-    redone = {index for plan in dataset.plans for index in plan.redo if dataset.bucket(index) == bucket}
+    slots = {int(slot[1]) for name in folder.listdir() if (slot := _SLOT.fullmatch(name))}
+    redone = {index for index in slots if any(index in plan.redo for plan in dataset.plans)}
     there = {index for index in redone if dataset.root.exists(dataset.path_of(index))}
     return {index: dataset.counts_by(index).generation for index in there}
 

@@ -236,7 +236,7 @@ class Caption(Task):
 
         marks = marks_of(self.tokenizer)
         self.model.eval()
-        with whole(self.model):
+        with unsharded(self.model):
             texts = write(self.model, features, prompts, marks, how, names)
         self.model.train()
         return self_critical_losses(network, features, prompts, texts, marks, how, reward)
@@ -244,7 +244,7 @@ class Caption(Task):
     def _write(self, features: Tensor, batch: Batch) -> list[str]:
         prompts = self._prompts(batch)
         how = Decoding(max_length=self._room(prompts))
-        with whole(self.model):
+        with unsharded(self.model):
             texts = write(self.model, features, prompts, marks_of(self.tokenizer), how)
         return [words(text) for text in self.tokenizer.decode(texts)]
 
@@ -273,7 +273,7 @@ class Caption(Task):
 
 
 @contextmanager
-def whole(model: nn.Module) -> Iterator[None]:
+def unsharded(model: nn.Module) -> Iterator[None]:
     """All weights on each rank, of a model that is spread over them; all ranks do it at once."""
     parts = [part for part in model.modules() if isinstance(part, FSDPModule)]
     for part in parts:
@@ -313,8 +313,8 @@ def learned(config: TrainConfig, dataset: Dataset | None) -> tuple[Task, Batches
     elif config.valid_input:
         other = Dataset.open(Path(config.valid_input))
         other.require_success()
-        whole = _data_of(config, other, RandomAccess(other), tokenizer, encoder)
-        valid = Chosen(whole, config.seed, 0, len(whole))
+        others = _data_of(config, other, RandomAccess(other), tokenizer, encoder)
+        valid = Chosen(others, config.seed, 0, len(others))
     elif config.valid_fraction:
         trained, valid = split(data, config.valid_fraction, config.seed)
     else:
