@@ -42,7 +42,7 @@ def export_epoch(run: Folder, epoch: int, step: int, best_step: int, loss: float
         if name not in folder.listdir():
             _write(folder, name, run.path / CHECKPOINTS / f"step_{step:06d}")
         names = sorted((n for n in folder.listdir() if _EPOCH.fullmatch(n)), key=_epoch_of)
-        for old in names[: -config.keep_exports or None] if config.keep_exports else ():
+        for old in names[: -config.keep_exports] if config.keep_exports else ():
             with folder.folder(old) as one:
                 about = one.read_json("config.json")
             if about is None or about["step"] != best_step:

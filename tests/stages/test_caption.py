@@ -23,10 +23,12 @@ from pipeline.partitions.dataset import Dataset, RandomAccess
 from pipeline.stages.caption import load_writer, write_about
 from pipeline.storage import Folder
 from pipeline.training.checkpoint import open_checkpoint
+from pipeline.training.logs import read_log
 from pipeline.training.loop import train
 from pipeline.training.tasks.base import Keys
 from pipeline.training.tasks.caption import Caption, learned
 
+REPOSITORY = Path(__file__).parents[2]
 COUNT = 48
 SETTINGS: dict[str, Any] = {
     "task": "caption",
@@ -161,6 +163,23 @@ def test_training_on_cider_starts_from_a_run_and_resumes_to_the_bit(
     ):
         with pytest.raises(ConfigError, match=message):
             training(data, **{**settings, **wrong})
+
+
+def test_weights_spread_over_ranks_learn_and_write_the_same(data: Path, tmp_path: Path) -> None:
+    """Under FSDP: each rank has a part of the weights, and writes texts with all of them."""
+    fit(data, tmp_path / "one", dropout=0)
+    given = {**SETTINGS, "dropout": 0, "input": data / "features", "ranks": 2, "parallel": "fsdp", "threads": 1}
+    second = {**given, "objective": "cider", "draws": 2, "steps": 2, "start_from": tmp_path / "two"}
+    for name, settings in (("two", given), ("cider", second)):
+        words = [f"{key}={value}" for key, value in settings.items()]
+        command = [sys.executable, "launch/submit.py", "stage=train", *words, f"output={tmp_path / name}"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, cwd=REPOSITORY)
+        assert done.returncode == 0, done.stdout + done.stderr
+    logs = {name: list(read_log(tmp_path / name)) for name in ("one", "two", "cider")}
+    for number in ("loss", "valid_loss", "cider"):
+        found = {name: [line[number] for line in log if number in line] for name, log in logs.items()}
+        assert found["two"] == pytest.approx(found["one"], rel=1e-3, abs=1e-3) and found["one"]
+        assert np.isfinite(found["cider"]).all() and found["cider"]
 
 
 def test_validation_tells_the_scores(run: Path) -> None:
