@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
+import operator
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -201,7 +203,31 @@ def build(cls: type[Config], settings: Mapping[str, Any]) -> Config:
         choices = fields[str(key)].metadata.get("choices")
         if choices and value not in choices:
             raise ConfigError(f"{key}={value}: {nearest(str(value), choices)}")
+        for number in value if isinstance(value, tuple) else (value,):
+            _check_bounds(str(key), number, fields[str(key)].metadata.get("bounds") or {})
     return cls(**{str(key): value for key, value in values.items()})
+
+
+BOUNDS = {
+    "ge": ("at least", operator.ge),
+    "gt": ("more than", operator.gt),
+    "le": ("at most", operator.le),
+    "lt": ("less than", operator.lt),
+}
+
+
+def range_text(bounds: Mapping[str, float]) -> str:
+    """The bounds of an option in words: ``at least 0, less than 1``; empty if it has none."""
+    return ", ".join(f"{BOUNDS[name][0]} {bound:g}" for name, bound in bounds.items())
+
+
+def _check_bounds(key: str, value: Any, bounds: Mapping[str, float]) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return
+    if not math.isfinite(value):
+        raise ConfigError(f"{key}={value}: expected a finite number")
+    if not all(BOUNDS[name][1](value, bound) for name, bound in bounds.items()):
+        raise ConfigError(f"{key}={value}: must be {range_text(bounds)}")
 
 
 def _typed(field: dataclasses.Field[Any], value: Any) -> Any:
@@ -279,6 +305,7 @@ def help_text(cls: type, usage: str) -> str:
         default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
         shown = "required" if default is dataclasses.MISSING else _shown(default) or '""'
         choices = f" [{' | '.join(f.metadata['choices'])}]" if f.metadata.get("choices") else ""
+        choices += f" [{range_text(f.metadata['bounds'])}]" if f.metadata.get("bounds") else ""
         lines.append(
             f"  {f.name:<{width}}  {f.metadata.get('help', '')}{choices} (default: {shown})".replace(
                 "(default: required)", "(required)"

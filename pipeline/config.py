@@ -30,10 +30,28 @@ class ConfigError(ValueError):
 
 
 def option(
-    default: Any = dataclasses.MISSING, help: str = "", *, identity: bool = False, choices: tuple[str, ...] = ()
+    default: Any = dataclasses.MISSING,
+    help: str = "",
+    *,
+    identity: bool = False,
+    choices: tuple[str, ...] = (),
+    ge: float | None = None,
+    gt: float | None = None,
+    le: float | None = None,
+    lt: float | None = None,
 ) -> Any:
-    """Declare one option: ``default`` (none: it must be given), one line of ``help``, and if it changes the result."""
-    metadata = {"help": help, "identity": identity, "choices": choices}
+    """Declare one option.
+
+    Args:
+        default: The value if none is given. Without a default the option is required.
+        help: One line for ``--help``.
+        identity: Whether the option changes the bytes of the result.
+        choices: The values allowed, for text.
+        ge, gt, le, lt: Bounds of a number, or of each number of a list: at least, more than, at most, less than.
+            :func:`pipeline.cli.build` checks them. NaN and infinity are never allowed.
+    """
+    bounds = {name: bound for name, bound in (("ge", ge), ("gt", gt), ("le", le), ("lt", lt)) if bound is not None}
+    metadata = {"help": help, "identity": identity, "choices": choices, "bounds": bounds}
     if isinstance(default, tuple):
         return dataclasses.field(default_factory=lambda: default, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)

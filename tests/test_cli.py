@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from dataclasses import fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 
 import pytest
 
@@ -17,6 +17,7 @@ from pipeline.config import (
     RunConfig,
     default_variant,
     identity,
+    option,
     stage_folder,
 )
 
@@ -145,3 +146,20 @@ def test_a_stage_does_not_load_pandas_with_pyarrow() -> None:
         "import pandas; assert pandas.Series([1]).sum() == 1\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [("-0.1", "at least 0, less than 1"), ("1", "at least 0, less than 1"), ("nan", "finite"), ("inf", "finite")],
+)
+def test_numbers_out_of_range_are_refused_by_name(value, message):
+    @dataclass(frozen=True, kw_only=True)
+    class Numbers:
+        """Some numbers."""
+
+        share: float = option(0.5, "a share", ge=0, lt=1)
+
+    with pytest.raises(ConfigError, match=rf"^share=.*{message}"):
+        cli.build(Numbers, {"share": value})
+    assert cli.build(Numbers, {"share": "0"}).share == 0.0
+    assert "[at least 0, less than 1]" in cli.help_text(Numbers, "x")
