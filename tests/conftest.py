@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from slurm_cluster import cluster
 from slurm_cluster.cluster import Cluster
+
+if TYPE_CHECKING:
+    from transfer_double import Gpus
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
@@ -44,3 +47,13 @@ def slurm_cluster() -> Iterator[Cluster]:
         yield running
     finally:
         running.stop()
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpus]:
+    """A pretended GPU whose copies take their time, see transfer_double."""
+    from transfer_double import pretended  # imports torch
+
+    with pretended(monkeypatch) as made:
+        yield made
+        made.check()

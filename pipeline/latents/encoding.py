@@ -113,7 +113,7 @@ class Encoding:
             {name: self._download(values) for name, values in columns.items()},
             self._download(torch.cat([finite for _, finite in parts])) if parts else torch.ones(0, dtype=torch.bool),
             {name: self._download(packed) for name, (packed, _) in texts.items()},
-            torch.stack([self._download(finite) for _, finite in texts.values()]),
+            self._download(torch.stack([finite for _, finite in texts.values()])),
             perf_counter() - begun,
             events,
         )
