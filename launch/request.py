@@ -15,7 +15,7 @@ from pipeline.config import STAGES, ConfigError, LaunchConfig
 
 KINDS = ("local", "inline", "slurm")
 PRESETS = cli.CONF / "cluster"
-_OF_ALL = ("stage", "cluster", "ranks", "dry_run")  # keys that cannot differ between the stages of a command
+_OF_ALL = ("stage", "cluster", "ranks", "dry_run", "pack")  # keys that cannot differ between the stages of a command
 _FIELDS = {f.name for f in fields(LaunchConfig)}
 _PER_STAGE = _FIELDS - set(_OF_ALL)
 _OURS = {
@@ -71,6 +71,8 @@ def read(arguments: list[str]) -> Launch:
     config, _ = _build(layers, "")
     if kind == "slurm" and "ranks" in own:
         raise ConfigError("ranks= is for cluster=local; on SLURM: nodes= and tasks_per_node=")
+    if kind != "slurm" and config.pack != "false":
+        raise ConfigError(f"pack={config.pack} is for cluster=slurm: here the stages run one after another anyway")
     return Launch(kind, config, settings, {stage: Request(*_build(layers, stage)) for stage in STAGES})
 
 

@@ -74,7 +74,7 @@ class Script:
             "nodes": str(self.nodes),
             "ntasks-per-node": str(self.tasks_per_node),
             "cpus-per-task": str(config.cpus_per_task),
-            "gpus-per-node": self._gpus(),
+            "gpus-per-node": self.gpus,
             "mem": config.mem,
             "time": config.time,
             "partition": config.partition,
@@ -93,7 +93,9 @@ class Script:
         options |= {name.replace("_", "-"): value for name, value in self.request.options.items()}
         return {name: value for name, value in options.items() if value and value != "false"}
 
-    def _gpus(self) -> str:
+    @property
+    def gpus(self) -> str:
+        """GPUs of each node, as sbatch takes them; empty if there are none."""
         gpus = self.request.config.gpus_per_node
         if self.single:
             gpus = min(gpus, 1) if self.stage in _GPU_SINGLE else 0

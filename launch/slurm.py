@@ -23,6 +23,7 @@ import submitit
 import xxhash
 from submitit.core.utils import FailedJobError
 
+from launch import pack
 from launch.script import LOCKSTEP, Array, Script
 from pipeline.config import MAIN_LINE, UPSTREAMS, ConfigError, identity, public_text
 
@@ -135,6 +136,8 @@ def scripts_of(job: Job, max_array: int = 0) -> tuple[Script, ...]:
         ConfigError: an array of a stage that cannot be one.
     """
     config = job.request.config
+    if job.parts:
+        return (pack.script_of(job, name_of(job), comment_of(job), logs_of(job)),)
     single = Script(job.stage, name_of(job), comment_of(job), job.arguments, logs_of(job), job.request)
     if not config.array or single.single:
         return (single,)
@@ -152,6 +155,8 @@ def scripts_of(job: Job, max_array: int = 0) -> tuple[Script, ...]:
 
 def name_of(job: Job) -> str:
     """The job's name in SLURM: the stage, and what tells this work from any other."""
+    if job.parts:
+        return name_for("pack", " ".join(name_of(part) for part in job.parts))
     return name_for(job.stage, str(job.output) if job.output else " ".join(sorted(job.arguments)))
 
 
@@ -162,6 +167,8 @@ def name_for(stage: str, work: str) -> str:
 
 def comment_of(job: Job) -> str:
     """For people who look at squeue, and for launch/status.py."""
+    if job.parts:
+        return pack.comment([comment_of(part) for part in job.parts if part.output])
     return comment_for(job.output or "")
 
 
@@ -172,6 +179,8 @@ def comment_for(output: str | Path) -> str:
 def logs_of(job: Job) -> Path:
     """The folder of the job's scripts and logs, beside its output."""
     config = job.config
+    if job.parts:
+        return (job.output or Path.cwd()) / "logs" / "pack.slurm"
     output = job.output or Path(getattr(config, "input", "") or getattr(config, "data_dir", "")).absolute() / job.stage
     return output.parent / "logs" / f"{output.name}.slurm"
 
@@ -183,12 +192,21 @@ def dependency_of(job: Job, before: list[Submitted]) -> dict[str, str]:
     input is finished (``afterok`` of a job that is not known counts as fulfilled). Of arrays no single element has to
     succeed, as the others do its work: what follows waits for their end, and looks.
     """
-    waiting = [entry for entry in before if entry.ids and _needs(job.stage, entry.job.stage)]
+    waiting = [entry for entry in before if entry.ids and _needs(job, entry.job)]
     words = [f"{'afterany' if entry.scripts[0].array else 'afterok'}:{':'.join(entry.ids)}" for entry in waiting]
     return {"dependency": ",".join(words), "kill-on-invalid-dep": "yes"} if words else {}
 
 
-def _needs(stage: str, other: str) -> bool:
+def _needs(job: Job, other: Job) -> bool:
+    """Whether a job needs what another makes, of the same data set."""
+    return any(
+        pack.share_data(one, two) and _stage_needs(one.stage, two.stage)
+        for one in job.parts or (job,)
+        for two in other.parts or (other,)
+    )
+
+
+def _stage_needs(stage: str, other: str) -> bool:
     """Drawing and judging need what the main line made; any other stage needs all that come before it."""
     if stage in ("generate", "evaluate"):
         return other in (*MAIN_LINE, *UPSTREAMS)
@@ -204,6 +222,8 @@ def already_done(job: Job) -> bool:
     from pipeline.stages import get_stage
     from pipeline.storage import StorageError
 
+    if job.parts:
+        return all(map(already_done, job.parts))
     if job.stage not in (*MAIN_LINE[1:-1], *UPSTREAMS) or job.config.overwrite or job.config.retry_failed:
         return False  # the first stage looks at its source again
     try:

@@ -50,6 +50,8 @@ class Job:
     output: Path | None
     request: Request
     """What it asks of SLURM."""
+    parts: tuple[Job, ...] = ()
+    """The stages of a packed job (pack=true), in order; see launch/pack.py."""
 
     @property
     def command(self) -> list[str]:
@@ -94,6 +96,18 @@ def jobs_of(launch: LaunchConfig, settings: dict[str, str], requests: Mapping[st
         request = (requests or {}).get(name, Request(launch))
         jobs.append(Job(name, config, arguments, ranks, output_of(name, config), request))
     return jobs
+
+
+def per_dataset(settings: dict[str, str]) -> list[dict[str, str]]:
+    """The settings of each data set of ``dataset=a,b``."""
+    names = [name.strip() for name in settings.get("dataset", "").strip("[]").split(",") if name.strip()]
+    if len(names) < 2:
+        return [settings]
+    if settings.get("input") or settings.get("output"):
+        raise ConfigError("input= and output= are for one data set; give data_dir= for several")
+    if len(set(names)) < len(names):
+        raise ConfigError(f"dataset={settings['dataset']}: a data set is named twice")
+    return [{**settings, "dataset": name} for name in names]
 
 
 def _steps(names: list[str], settings: dict[str, str]) -> Iterator[tuple[str, dict[str, str]]]:
@@ -164,10 +178,12 @@ def main(argv: list[str]) -> int:
         return 0
     with cli.errors_as_one_line():
         launch = read(argv)
-        jobs = jobs_of(launch.config, launch.settings, launch.requests)
+        jobs = [job for own in per_dataset(launch.settings) for job in jobs_of(launch.config, own, launch.requests)]
         if launch.kind == "slurm":
             from launch import slurm
+            from launch.pack import packed
 
+            jobs = packed(jobs, launch.config.pack)
             return slurm.rehearse(jobs) if launch.config.dry_run else slurm.submit(jobs)
         if launch.config.dry_run:
             print("\n".join(describe(job) for job in jobs))

@@ -716,6 +716,12 @@ class LaunchConfig:
     dry_run: bool = option(
         False, "print what would be done and stop; slurm: the job scripts, and what sbatch says of them"
     )
+    pack: str = option(
+        "false",
+        "slurm: run the stages of a command one after another in one job; true: those without GPUs and those with GPUs "
+        "apart, so that no GPU waits for a CPU stage; all: in a single job",
+        choices=("false", "true", "all"),
+    )
     nodes: int = option(1, "slurm: nodes of a job, or of each element of an array")
     tasks_per_node: int = option(0, "slurm: ranks on each node (0: one for each GPU, else one)")
     cpus_per_task: int = option(1, "slurm: CPUs of each rank")

@@ -5,6 +5,9 @@
 #   run_torchrun ARGUMENTS...     one torchrun per node, NPROC_PER_NODE processes each
 #   run_accelerate ARGUMENTS...   one `accelerate launch` per node, NPROC_PER_NODE processes each
 #
+# A script may run several steps, one after another; step_size says how much of the job the next ones use. A job that
+# begins again goes on with the first step that has not finished.
+#
 # It returns when the work is done. Otherwise the script ends there, with the exit code of the rank that failed or else
 # of srun. If another try makes sense, the job goes back into SLURM's queue first: when it was told to stop (preemption,
 # time limit: SIGTERM or SIGUSR2), when a rank failed, was killed or hung. SLURM by itself starts a job again only when
@@ -33,6 +36,7 @@ unset "${!SLURM_CPU_BIND@}" "${!SLURM_MEM_BIND@}" SLURM_DISTRIBUTION
 lm_id=$SLURM_JOB_ID
 lm_life=${SLURM_RESTART_COUNT:-0}
 lm_steps=0            # that this life has begun
+lm_size=()            # options of srun, where a step does not use all of the job
 lm_first=0            # number of this job's first rank
 lm_ending=""          # whether SLURM is ending this job already
 ELEMENT=()
@@ -58,9 +62,16 @@ lm_say "$SLURM_NTASKS tasks on $SLURM_JOB_NODELIST; their logs: $lm_logs-<task>.
 
 # ---- starting ranks
 
-run() { lm_run alone "$SLURM_NTASKS" "$@"; }
+run() { lm_run alone "${lm_tasks:-$SLURM_NTASKS}" "${lm_size[@]}" "$@"; }
 
-run_together() { lm_run together "$SLURM_NTASKS" "$@"; }
+run_together() { lm_run together "${lm_tasks:-$SLURM_NTASKS}" "${lm_size[@]}" "$@"; }
+
+# Jobs of several stages: what each of them uses of the job.
+step_size() { # step_size NODES TASKS-PER-NODE CPUS-PER-TASK: for run and run_together from here on
+  lm_tasks=$(($1 * $2))
+  lm_size=(--nodes="$1" --ntasks="$lm_tasks" --ntasks-per-node="$2" --cpus-per-task="$3")
+  export OMP_NUM_THREADS=$3 MKL_NUM_THREADS=$3
+}
 
 # The agents of torchrun and accelerate are deaf to what SLURM sends to every process: ranks get it directly, and have
 # all the time until SLURM's SIGKILL to save what they have. (Agents would send it again, and kill them after 30 s.)
@@ -92,8 +103,13 @@ lm_run() { # lm_run alone|together RANKS [SRUN-OPTION...] COMMAND...
   local how=$1 ranks=$2 rc=0 options=() srun watcher
   shift 2
   while [[ ${1:-} = --* ]]; do options+=("$1"); shift; done
+  local done=$lm_state/$lm_steps.done
   export LATENTMILL_LIFE=$lm_state/$lm_life.$lm_steps
   lm_steps=$((lm_steps + 1))
+  if [ -e "$done" ]; then
+    lm_say "step $lm_steps was done in an earlier life"
+    return 0
+  fi
   rm -rf "$LATENTMILL_LIFE"
   mkdir -p "$LATENTMILL_LIFE"
   # In the background, because bash acts on a signal only when what it waits for has ended.
@@ -107,6 +123,7 @@ lm_run() { # lm_run alone|together RANKS [SRUN-OPTION...] COMMAND...
   kill "$watcher" 2>/dev/null || true
   : > "$LATENTMILL_LIFE/ended" # and so NFS looks at the folder anew
   lm_judge "$how" "$rc" "$ranks"
+  { : > "$done"; } 2>/dev/null || true # without it, another life starts the step again, which finds that all is done
 }
 
 # ---- how it ended

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from launch.pack import places
 from pipeline.config import ConfigError
 
 EVERY = 10.0  # seconds between two squeue: a controller has other things to do
@@ -70,10 +71,20 @@ class QueuedJob:
         """Whether the job's comment names this output; that of slurm/pipeline.sh ends in a star, as for any variant."""
         if self.comment.endswith("*"):
             return comment == self.comment[:-1] or comment.startswith(self.comment[:-1] + "-")
-        return bool(comment) and comment == self.comment
+        return bool(comment) and comment in places(self.comment)
+
+    @property
+    def label(self) -> str:
+        """What a person calls the job: its name, or the folders of the stages that share it."""
+        outputs = places(self.comment)
+        return ", ".join(output.rpartition("/")[2] for output in outputs) if len(outputs) > 1 else self.name
+
+    def is_below(self, root: str) -> bool:
+        """Whether an output that the job's comment names is at or below the folder ``root``."""
+        return any((place + "/").startswith(root + "/") for place in places(self.comment))
 
     def as_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "why": self.why}
+        return {**asdict(self), "label": self.label, "why": self.why}
 
 
 class Queue:

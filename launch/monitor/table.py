@@ -36,9 +36,9 @@ def render(snapshot: Snapshot, rows: int) -> RenderableType:
         if rows and stage.ranks and stage.state not in ("finished", "stopped"):
             parts += [Text(""), _ranks(stage, rows)]
     problems = [f"{stage.name}: {problem}" for stage in snapshot.stages for problem in stage.problems]
-    problems += [f"{job.name} ({job.id}) pending: {job.why}" for job in snapshot.jobs if job.why]
+    problems += [f"{job.label} ({job.id}) pending: {job.why}" for job in snapshot.jobs if job.why]
     problems += [
-        f"{job.name} ({job.id}) {job.state.lower()}, nothing planned yet" for job in snapshot.jobs if not job.why
+        f"{job.label} ({job.id}) {job.state.lower()}, nothing planned yet" for job in snapshot.jobs if not job.why
     ]
     parts += [Text(f"! {problem}", "yellow") for problem in problems[:_PROBLEMS]]
     if len(problems) > _PROBLEMS:

@@ -14,13 +14,14 @@ import time
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from launch.monitor.queue import Queue, QueuedJob
 from launch.monitor.ranks import BAD, RankStatus, statuses
+from launch.pack import comment, places
 from pipeline.config import MAIN_LINE, ConfigError
 from pipeline.hosts import Hosts, HostStatus, hosts_of
 from pipeline.partitions.dataset import SUCCESS, Dataset
@@ -167,13 +168,19 @@ class Watch:
         self.works = {path: self.works[path] for path in sorted(self.works, key=place)}
 
     def _coming(self, taken: set[str]) -> list[QueuedJob]:
-        """Jobs for folders below the root that are not there yet."""
+        """Jobs for folders below the root that are not there yet; of a packed job, with those alone in its comment."""
         if not self._queue.jobs:
             return []
         from launch.slurm import comment_for
 
         root = comment_for(self.root)
-        return [job for job in self._queue.jobs if job.id not in taken and (job.comment + "/").startswith(root + "/")]
+        there = {comment_for(path) for path in self.works}
+        coming = [job for job in self._queue.jobs if job.id not in taken and job.is_below(root)]
+        for job in self._queue.jobs:
+            missing = [place for place in places(job.comment) if place not in there]
+            if job.id in taken and len(places(job.comment)) > 1 and missing:
+                coming.append(replace(job, name="packed", comment=comment(missing)))
+        return coming
 
 
 def find(root: Path) -> Iterator[tuple[Path, type[Work]]]:

@@ -1,0 +1,242 @@
+"""pack=true: several stages, or the stages of several data sets, as the steps of one job.
+
+Each step uses as much of the job as its stage asks for. What the steps share (partition, account, environment, …) must
+be the same for all of them; stages that differ in it go into jobs of their own.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launch.request import Request
+from launch.script import LOCKSTEP, Script
+from pipeline.config import ConfigError, LaunchConfig
+
+if TYPE_CHECKING:
+    from launch.submit import Job
+
+GPU_STAGES = ("precompute", "features", "caption", "train", "generate", "evaluate")
+"""Stages that compute on a GPU where there is one."""
+_SIZES = ("nodes", "tasks_per_node", "cpus_per_task", "gpus_per_node", "mem", "time")
+"""Keys that may differ between the steps of a job."""
+_NOT_SHARED = ("stage", "cluster", "ranks", "dry_run", "pack", "array", "array_parallelism", *_SIZES)
+_LOCKSTEP_WAIT, _WAIT = 1800, 60  # seconds, see job.sh
+_Key = tuple[bool, tuple[tuple[str, Any], ...]]
+
+
+def packed(jobs: list[Job], mode: str) -> list[Job]:
+    """``jobs`` with those that run in one allocation joined: a job with ``parts``. The order stays that of each chain.
+
+    Args:
+        mode: ``false``, ``true`` or ``all``, as the option ``pack``.
+
+    Raises:
+        ConfigError: stages that cannot be in one job (``all``), or an array.
+    """
+    if mode == "false":
+        return jobs
+    for job in jobs:
+        if job.request.config.array:
+            raise ConfigError(
+                f"pack={mode}: array={job.request.config.array} cuts stage {job.stage} into independent jobs: "
+                "choose one of the two"
+            )
+    if mode == "all":
+        _require_alike(jobs)
+        return [_joined(jobs)]
+    return [_joined(group) for group in _groups(jobs)]
+
+
+def _groups(jobs: Iterable[Job]) -> list[list[Job]]:
+    """Neighbours that may share a job; of several data sets, the first of each go together, then the second …"""
+    groups: list[tuple[_Key, list[Job]]] = []
+    place, dataset = 0, ""
+    for job in jobs:
+        if dataset_of(job) not in ("", dataset):
+            place, dataset = 0, dataset_of(job)
+        key = _key(job)
+        found = next((number for number in range(place, len(groups)) if groups[number][0] == key), len(groups))
+        if found == len(groups):
+            groups.append((key, []))
+        groups[found][1].append(job)
+        place = found
+    return [group for _, group in groups]
+
+
+def dataset_of(job: Job) -> str:
+    """The data set that a job works on; empty where the stage has no such setting."""
+    return str(getattr(job.config, "dataset", ""))
+
+
+def share_data(one: Job, two: Job) -> bool:
+    """Whether two stages may work on the same data set."""
+    return dataset_of(one) == dataset_of(two) or "" in (dataset_of(one), dataset_of(two))
+
+
+def uses_gpus(job: Job) -> bool:
+    """Whether the stage asks for GPUs and computes on them."""
+    return job.stage in GPU_STAGES and bool(_script(job).gpus)
+
+
+def _key(job: Job) -> _Key:
+    shared = {f.name: getattr(job.request.config, f.name) for f in fields(LaunchConfig) if f.name not in _NOT_SHARED}
+    return uses_gpus(job), tuple(sorted({**shared, **job.request.options}.items()))
+
+
+def _require_alike(jobs: list[Job]) -> None:
+    first = dict(_key(jobs[0])[1])
+    for job in jobs[1:]:
+        other = dict(_key(job)[1])
+        for name in sorted({*first, *other}):
+            if first.get(name) != other.get(name):
+                raise ConfigError(
+                    f"pack=all: stage {jobs[0].stage} has {name}={first.get(name, '')}, stage {job.stage} "
+                    f"{name}={other.get(name, '')}: one job has one of it; give them the same, or pack=true"
+                )
+
+
+def _joined(jobs: list[Job]) -> Job:
+    if len(jobs) == 1:
+        return jobs[0]
+    outputs = [str(job.output) for job in jobs if job.output]
+    return replace(
+        jobs[0],
+        stage=",".join(dict.fromkeys(job.stage for job in jobs)),
+        arguments=tuple(str(job.output or " ".join(job.arguments)) for job in jobs),
+        output=Path(os.path.commonpath(outputs)) if outputs else None,
+        request=_request(jobs),
+        parts=tuple(jobs),
+    )
+
+
+def _request(jobs: list[Job]) -> Request:
+    """What the job asks for: on each node, as much as the largest of its steps uses."""
+    scripts = [_script(job) for job in jobs]
+    widest = max(scripts, key=lambda s: s.tasks_per_node * s.request.config.cpus_per_task)
+    gpus = [script.gpus for job, script in zip(jobs, scripts, strict=True) if uses_gpus(job)]
+    idle = [job.stage for job, script in zip(jobs, scripts, strict=True) if script.gpus and not uses_gpus(job)]
+    if idle and not gpus:
+        print(
+            f"pack: {', '.join(dict.fromkeys(idle))}: no GPUs are asked for, as these stages use none "
+            "(<stage>.gpus_per_node= asks for one stage alone)",
+            file=sys.stderr,
+        )
+    times = [script.request.config.time for script in scripts]
+    config = replace(
+        widest.request.config,
+        nodes=max(script.nodes for script in scripts),
+        tasks_per_node=widest.tasks_per_node,
+        gpus_per_node=max(map(gpu_count, gpus), default=0),
+        mem=max((script.request.config.mem for script in scripts), key=mebibytes),
+        time=times[0] if len(set(times)) == 1 else _sum(times),
+    )
+    return Request(config, jobs[0].request.options)
+
+
+def _script(job: Job) -> Script:
+    return Script(job.stage, "", "", job.arguments, Path(), job.request)
+
+
+def gpu_count(gpus: Any) -> int:
+    """How many GPUs ``8`` or ``a100:8`` are."""
+    number = str(gpus or 0).rpartition(":")[2]
+    return int(number) if number.isdigit() else 1
+
+
+def mebibytes(text: str) -> float:
+    """Memory as SLURM writes it, ``64G`` or ``900`` (MiB); 0 if nothing is said."""
+    units = {"K": 1 / 1024, "M": 1.0, "G": 1024.0, "T": 1024.0**2}
+    number = text.rstrip("BbiKkMmGgTtnc")
+    unit = text[len(number) :][:1].upper()
+    try:
+        return float(number or 0) * units.get(unit, 1.0)
+    except ValueError:
+        return 0.0
+
+
+def minutes(text: str) -> float:
+    """A time limit as SLURM writes it (``90``, ``1:30:00``, ``2-12``, ``UNLIMITED``), in minutes; 0 if empty.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    if not text:
+        return 0.0
+    if text.upper() in ("UNLIMITED", "INFINITE", "-1"):
+        return float("inf")
+    days, dash, clock = text.rpartition("-")
+    try:
+        parts = [int(part) for part in clock.split(":")]
+        whole = int(days) * 1440 if dash else 0
+        if dash or len(parts) == 3:  # hours[:minutes[:seconds]]
+            parts = [*parts, 0, 0][:3]
+            return whole + parts[0] * 60 + parts[1] + parts[2] / 60
+        return float(parts[0] + (parts[1] / 60 if len(parts) > 1 else 0))
+    except ValueError:
+        raise ConfigError(
+            f"time={text}: expected minutes, hours:minutes:seconds or days-hours:minutes:seconds"
+        ) from None
+
+
+def clock(minutes: float) -> str:
+    """Minutes as a time limit of SLURM, rounded up."""
+    whole = max(1, -int(-minutes // 1))
+    days, rest = divmod(whole, 1440)
+    return f"{f'{days}-' if days else ''}{rest // 60:02d}:{rest % 60:02d}:00"
+
+
+def _sum(times: list[str]) -> str:
+    """Steps with time limits of their own: the job has as long as all of them; the partition's, if one has none."""
+    return clock(sum(map(minutes, times))) if all(times) else ""
+
+
+# ---- the script
+
+
+@dataclass(frozen=True)
+class PackedScript(Script):
+    """The script of a packed job."""
+
+    steps: tuple[Script, ...] = ()
+
+    def _run(self) -> list[str]:
+        lines: list[str] = []
+        for number, step in enumerate(self.steps, 1):
+            config = step.request.config
+            command = [f"python -m pipeline.stages.{step.stage}", *map(shlex.quote, step.arguments)]
+            lockstep = step.stage in LOCKSTEP
+            lines += [
+                f"# step {number}: {step.stage}",
+                f"step_size {step.nodes} {step.tasks_per_node} {config.cpus_per_task}",
+                f"WAIT={_LOCKSTEP_WAIT if lockstep else _WAIT}",
+                " \\\n  ".join([f"{'run_together' if lockstep else 'run'} {command[0]}", *command[1:]]),
+                "",
+            ]
+        return lines[:-1]
+
+
+def script_of(job: Job, name: str, comment: str, logs: Path) -> PackedScript:
+    """The script of a packed job; steps whose results are there already are run as well, and end at once."""
+    steps = tuple(replace(_script(part), logs=logs) for part in job.parts)
+    return PackedScript(job.stage, name, comment, (), logs, job.request, steps=steps)
+
+
+def comment(places: list[str]) -> str:
+    """One text for the outputs of several stages: ``/data/shapes/train/{filter,shard-mds}``."""
+    common = os.path.commonpath(places) if places else ""
+    rest = [os.path.relpath(place, common) for place in places]
+    return f"{common}/{{{','.join(rest)}}}" if len(rest) > 1 else common
+
+
+def places(comment: str) -> list[str]:
+    """The outputs that a job's comment names, see :func:`comment`."""
+    common, brace, rest = comment.partition("/{")
+    if not brace or not rest.endswith("}"):
+        return [comment]
+    return [f"{common}/{name}" for name in rest[:-1].split(",")]
