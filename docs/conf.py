@@ -10,7 +10,7 @@ sys.path[:0] = [str(Path(__file__).parent / "_ext"), str(Path(__file__).parents[
 
 project = "Latentmill"
 author = "The Latentmill authors"
-copyright = author  # noqa: A001 - Sphinx's own name for it
+copyright = author
 release = importlib.metadata.version("latentmill")
 
 extensions = [

@@ -22,7 +22,12 @@ class Options(SphinxDirective):
     required_arguments = 1
 
     def run(self) -> list[nodes.Node]:
-        lines = ["", "| option | default | meaning |", "|---|---|---|", *map(_row, dataclasses.fields(PROGRAMS[self.arguments[0]]))]
+        lines = [
+            "",
+            "| option | default | meaning |",
+            "|---|---|---|",
+            *map(_row, dataclasses.fields(PROGRAMS[self.arguments[0]])),
+        ]
         node = nodes.section()
         self.state.nested_parse(StringList(lines, source="options"), self.content_offset, node)
         return list(node.children)
