@@ -17,6 +17,8 @@ LOCKSTEP = ("train",)
 """Stages whose ranks wait for each other."""
 _SINGLE = ("generate", "evaluate", "report", "verify", "repair", "gc", "takedown")
 _GPU_SINGLE = ("generate", "evaluate")
+_PLACES = ("data_dir", "input", "output", "checkpoint", "reference", "generated", "valid_input")
+"""Settings that name files or folders a container must see."""
 
 
 def is_single(stage: str, arguments: Sequence[str]) -> bool:
@@ -144,10 +146,25 @@ class Script:
             srun = f"--container-image={config.container} {arguments} {srun}".strip()
         elif config.container:
             settings["CONTAINER"] = f"{config.container_runtime} exec {arguments} {config.container}".replace("  ", " ")
+        settings |= {"BINDS": ",".join(self.binds)} if config.container and self.binds else {}
         settings |= {"SRUN_ARGS": srun} if srun else {}
         if self.array:
             settings |= {"ARRAY_OFFSET": str(self.array.offset), "ARRAY_TOTAL": str(self.array.total)}
         return settings
+
+    @property
+    def binds(self) -> tuple[str, ...]:
+        """Folders that the stage reads or writes, for a container to see; those below another one are left out."""
+        given = dict(argument.split("=", 1) for argument in self.arguments)
+        named = [given.get(key, "") for key in _PLACES]
+        paths = sorted({str(Path(name).absolute()) for name in named if name and "://" not in name}, key=len)
+        paths = [path for path in paths if Path(path).exists()]
+        kept = [path for path in paths if not any(Path(path).is_relative_to(other) for other in paths if other != path)]
+        if unfit := [path for path in kept if set(path) & set(" ,:'\"")]:
+            raise ConfigError(
+                f"container={self.request.config.container}: cannot bind {unfit[0]!r}: rename this folder"
+            )
+        return tuple(kept)
 
     def _run(self) -> list[str]:
         start = "run_together" if self.stage in LOCKSTEP else "run"

@@ -85,6 +85,18 @@ class RunConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DeviceConfig:
+    """What every stage with networks takes besides."""
+
+    device: str = option(
+        "auto",
+        "auto: this rank's GPU, or the CPU where there is none (an error where GPUs were given but cannot be used); "
+        "cpu; cuda",
+        choices=("auto", "cpu", "cuda"),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class StageConfig(RunConfig):
     """What every stage with partitions takes."""
 
@@ -291,7 +303,7 @@ class ShardConfig(StageConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrecomputeConfig(StageConfig):
+class PrecomputeConfig(DeviceConfig, StageConfig):
     """stage=precompute: image latents at each resolution and text-encoder states, as MDS."""
 
     vae: str = option(
@@ -347,7 +359,7 @@ class PrecomputeConfig(StageConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FeaturesConfig(StageConfig):
+class FeaturesConfig(DeviceConfig, StageConfig):
     """stage=features: a frozen encoder's features of each picture, for task=caption, as MDS."""
 
     encoder: str = option(
@@ -365,7 +377,7 @@ class FeaturesConfig(StageConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(RunConfig):
+class TrainConfig(DeviceConfig, RunConfig):
     """stage=train: fit a model to a data set; goes on from the last checkpoint of its run folder."""
 
     task: str = option("diffuse", "what to learn", identity=True, choices=("diffuse", "classify", "caption"))
@@ -522,7 +534,7 @@ class TrainConfig(RunConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateConfig(StageConfig):
+class GenerateConfig(DeviceConfig, StageConfig):
     """stage=generate: draw pictures for prompts with a trained run; with output=, any number of them by any ranks."""
 
     checkpoint: str = option("", "run folder, or one checkpoint in it (default: the data set's run)")
@@ -567,7 +579,7 @@ class CostConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(RunConfig):
+class EvaluateConfig(DeviceConfig, RunConfig):
     """stage=evaluate: judge a trained run; writes evaluation.json into its folder."""
 
     checkpoint: str = option("", "run folder, or one checkpoint in it (default: the data set's run)")
@@ -592,7 +604,7 @@ class EvaluateConfig(RunConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CaptionConfig(StageConfig):
+class CaptionConfig(DeviceConfig, StageConfig):
     """stage=caption: texts about pictures by a trained run: at image_path=, else a data set's, as a column."""
 
     checkpoint: str = option(
@@ -745,7 +757,9 @@ class LaunchConfig:
     container_runtime: str = option(
         "apptainer", "slurm: what runs the image", choices=("apptainer", "singularity", "pyxis")
     )
-    container_args: str = option("", "slurm: its options, as '--nv --bind /data'")
+    container_args: str = option(
+        "", "slurm: more options for it, as '--bind /scratch' (data, logs, checkout and GPUs are there without)"
+    )
     srun_args: str = option("", "slurm: more options for srun")
 
 

@@ -21,7 +21,7 @@ if [ -f "$LATENTMILL_VENV/bin/activate" ]; then
   source "$LATENTMILL_VENV/bin/activate"
   set "$latentmill_u"
   unset latentmill_u
-elif ! command -v python > /dev/null; then
+elif [ -z "${CONTAINER:-}" ] && [[ ${SRUN_ARGS:-} != *--container-image* ]] && ! command -v python > /dev/null; then
   echo "no Python: neither $LATENTMILL_VENV (make setup) nor one on PATH; see slurm/env.sh" >&2
   return 1
 fi
@@ -45,5 +45,8 @@ export PYTHONUNBUFFERED=1 # a log shows what happened up to the moment that a no
 # export NCCL_SOCKET_IFNAME=ib0
 # export MASTER_PORT=29500    # normally derived from the job id
 
-# Keep a hung NCCL collective from holding a whole allocation: end the rank, let the job be requeued.
-export TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}
+# A collective that hangs is recorded: when it times out, each rank writes what it was waiting for into the job's logs
+# folder (slurm/job.sh names the files), where `python launch/status.py <data_dir> logs=failed` finds the rank that is
+# missing. How torch ends a rank whose collective failed is left at its default: it tears the process down without
+# aborting the communicator first, which may hang.
+export TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-2000} TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}

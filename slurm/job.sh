@@ -19,15 +19,16 @@
 #   WAIT=60           seconds that other tasks have when the first one has finished, before they are killed (0: any)
 #   LOOK=30           seconds between two looks for ranks that show no life
 #   NPROC_PER_NODE=1  for run_torchrun and run_accelerate
-#   CONTAINER         put before each command, for example CONTAINER="apptainer exec --nv --bind /data image.sif"
+#   CONTAINER         put before each command, for example CONTAINER="apptainer exec image.sif"
 #   SRUN_ARGS         more options for srun, for example SRUN_ARGS="--container-image=image.sqsh" (pyxis)
+#   BINDS             folders that a container sees besides the checkout and the logs: BINDS=/data,/scratch
 #
 # The elements of an array (sbatch --array=0-9 slurm/filter.sbatch) share a stage's work: they pass "${ELEMENT[@]}".
 # shellcheck shell=bash disable=SC2016,SC2034
 
 [ -n "${SLURM_JOB_ID:-}" ] || { echo "this is a SLURM job: submit it with sbatch" >&2; exit 2; }
 : "${LOGS:=$PWD/logs}" "${LIVES:=5}" "${WAIT:=60}" "${LOOK:=30}" "${NPROC_PER_NODE:=1}"
-: "${CONTAINER:=}" "${SRUN_ARGS:=}"
+: "${CONTAINER:=}" "${SRUN_ARGS:=}" "${BINDS:=}"
 LOGS=$(realpath -m "$LOGS")
 : "${SLURM_NTASKS:=$((SLURM_NNODES * ${SLURM_NTASKS_PER_NODE:-1}))}"
 # left over from a job around the one that submitted this, they would bind our tasks to its CPUs
@@ -55,6 +56,20 @@ LATENTMILL_JOB_OUTPUT=$(readlink /proc/$$/fd/1) && export LATENTMILL_JOB_OUTPUT 
 lm_state=$LOGS/.$SLURM_JOB_NAME-$SLURM_JOB_ID
 [ "$lm_life" -gt 0 ] || rm -rf "$lm_state"
 mkdir -p "$lm_state"
+
+# What every container needs: the checkout, the logs (where ranks say how they ended), the data, the GPUs.
+lm_binds=$LATENTMILL_HOME,$LOGS${BINDS:+,$BINDS}
+if [[ ${CONTAINER%% *} =~ ^(.*/)?(apptainer|singularity)$ ]]; then
+  lm_nv=""
+  [[ ${SLURM_GPUS_ON_NODE:-0} = 0 || $CONTAINER =~ \ --(nv|nvccli|rocm)(\ |$) ]] || lm_nv="--nv "
+  [[ $CONTAINER =~ \ (exec|run)\  ]] || { echo "CONTAINER=$CONTAINER: expected '… exec [options] image'" >&2; exit 2; }
+  CONTAINER=${CONTAINER/"${BASH_REMATCH[0]}"/"${BASH_REMATCH[0]}$lm_nv--bind $lm_binds "}
+elif [[ $SRUN_ARGS = *--container-image* ]]; then
+  SRUN_ARGS+=" --container-mounts=$lm_binds"
+  # enroot shows a container the driver and the devices only where these say so
+  [ "${SLURM_GPUS_ON_NODE:-0}" = 0 ] || export NVIDIA_VISIBLE_DEVICES=${NVIDIA_VISIBLE_DEVICES:-all} \
+    NVIDIA_DRIVER_CAPABILITIES=${NVIDIA_DRIVER_CAPABILITIES:-compute,utility}
+fi
 
 lm_say() { echo "$(date '+%F %T') job $lm_id, life $lm_life: $*"; }
 
@@ -112,6 +127,7 @@ lm_run() { # lm_run alone|together RANKS [SRUN-OPTION...] COMMAND...
   fi
   rm -rf "$LATENTMILL_LIFE"
   mkdir -p "$LATENTMILL_LIFE"
+  export TORCH_FR_DUMP_TEMP_FILE=$LATENTMILL_LIFE/flight- # torch adds the rank
   # In the background, because bash acts on a signal only when what it waits for has ended.
   # shellcheck disable=SC2086 # SRUN_ARGS and CONTAINER are several words each
   srun --export=ALL --kill-on-bad-exit=1 --wait="$WAIT" --open-mode=append --output="$LOGS/%x-%j-%t.log" \

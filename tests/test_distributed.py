@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -14,9 +15,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
-from pipeline.config import ConfigError, RunConfig
+from pipeline import cli
+from pipeline.config import STAGES, ConfigError, RunConfig, identity
 from pipeline.distributed import EXIT_PEER, EXIT_STOPPED, Place, Rank, Stopped, distributed, expand_nodes, find_place
+from pipeline.distributed.device import choose_device, why_no_gpu
 from pipeline.distributed.rank import require_own_gpus
 
 LIMIT = 90  # seconds; what ends only by a time-out of its own would need far more
@@ -223,11 +227,75 @@ def test_torch_is_not_imported_before_it_is_needed(tmp_path: Path) -> None:
     assert Program(tmp_path, body).run()[0][:2] == (0, "False cpu True\n")
 
 
-def test_gpus_that_slurm_gave_and_torch_does_not_see_are_told(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"SLURM_GPUS_ON_NODE": "4"}, "SLURM gave this job 4 GPUs"),
+        ({"SLURM_JOB_GPUS": "0,1"}, r"SLURM gave this job GPUs \(SLURM_JOB_GPUS=0,1\)"),
+        ({"CUDA_VISIBLE_DEVICES": "0,3"}, "CUDA_VISIBLE_DEVICES=0,3 names GPUs"),
+        ({"SLURM_GPUS_ON_NODE": "0", "CUDA_VISIBLE_DEVICES": "-1"}, ""),
+        ({"CUDA_VISIBLE_DEVICES": ""}, ""),
+        ({}, ""),
+    ],
+)
+def test_a_rank_that_was_given_gpus_does_not_compute_on_the_cpu(
+    monkeypatch: pytest.MonkeyPatch, given: dict[str, str], said: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choose_device("cpu", 0, "a", given).type == "cpu"
+    if not said:
+        assert choose_device("auto", 0, "a", given).type == "cpu"
+        given, said = {}, "device=cuda asks for a GPU"
+    wanted = "auto" if given else "cuda"
+    with pytest.raises(ConfigError, match=f"{said}, but torch sees none on a: .*device=cpu computes on the CPU"):
+        choose_device(wanted, 0, "a", given)
+
+
+@pytest.mark.parametrize("wanted", ["auto", "cuda"])
+def test_a_rank_takes_the_gpu_of_its_number_or_the_only_one_that_it_sees(
+    monkeypatch: pytest.MonkeyPatch, wanted: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for seen, expected in ((8, 5), (1, 0)):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda seen=seen: seen)
+        assert choose_device(wanted, 5, "a", {"SLURM_GPUS_ON_NODE": "8"}) == torch.device("cuda", expected)
+
+
+@pytest.mark.parametrize(
+    ("environment", "built", "reason"),
+    [
+        ({}, None, "is built without CUDA: install a build with it"),
+        ({"CUDA_VISIBLE_DEVICES": ""}, "13.0", "CUDA_VISIBLE_DEVICES='' hides all of them"),
+        ({"APPTAINER_CONTAINER": "a.sif"}, "13.0", "apptainer runs without --nv"),
+        ({}, "13.0", "there is no /dev/nvidiactl"),
+    ],
+)
+def test_why_there_is_no_gpu_is_said(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], built: str | None, reason: str
+) -> None:
+    monkeypatch.setattr(torch.version, "cuda", built)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(Path, "exists", lambda path: False)
+    assert reason in why_no_gpu(environment)
+
+
+@pytest.mark.parametrize("stage", ["precompute", "features", "train", "generate", "evaluate", "caption"])
+def test_every_stage_with_networks_takes_a_device(stage: str) -> None:
+    required = {"path": "x", "image_path": "x"}
+    names = {field.name for field in dataclasses.fields(STAGES[stage])}
+    for device in ("auto", "cpu", "cuda"):
+        settings = {name: value for name, value in required.items() if name in names}
+        config = cli.build(STAGES[stage], settings | {"device": device})
+        assert config.device == device and "device" not in identity(config)
+    with pytest.raises(ConfigError, match="device=tpu"):
+        cli.build(STAGES[stage], {"device": "tpu"})
+
+
+def test_gpus_that_slurm_gave_and_torch_does_not_see_end_the_rank(tmp_path: Path) -> None:
     program = Program(tmp_path, "rank.device")
     code, output, errors = program.finish([program.start(SLURM_GPUS_ON_NODE="4", CUDA_VISIBLE_DEVICES="")])[0]
-    assert code == 0, errors
-    assert "SLURM gave this job 4 GPUs" in output + errors
+    assert code == 2
+    assert "error: SLURM gave this job 4 GPUs, but torch sees none" in errors and not output
 
 
 def test_ranks_that_share_a_gpu_are_refused() -> None:

@@ -6,6 +6,7 @@
     main(config)        # the same call on a laptop, under torchrun, accelerate launch and srun
 
 - ``place``: rank and world size from the environment of the launcher
+- ``device``: its GPU, or the CPU, and why not
 - ``signals``: SIGTERM and SIGUSR2 become a flag, read at safe boundaries
 - ``life``: what a rank tells the job script that started it
 - ``watchdog``: a rank that is stuck says where, and ends

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from pipeline.config import ConfigError
 from pipeline.distributed import ending
+from pipeline.distributed.device import choose_device
 from pipeline.distributed.life import Life
 from pipeline.distributed.peers import FINISHED, LINGER, Peers, somebody_listens
 from pipeline.distributed.place import Launcher, Place
@@ -36,11 +36,13 @@ class Rank:
     Args:
         place: which rank of how many, see :func:`pipeline.distributed.find_place`.
         timeout: seconds after which waiting for other ranks is given up.
+        device: ``auto``, ``cpu`` or ``cuda``, see :func:`pipeline.distributed.device.choose_device`.
     """
 
-    def __init__(self, place: Place | None = None, timeout: float = TIMEOUT) -> None:
+    def __init__(self, place: Place | None = None, timeout: float = TIMEOUT, device: str = "auto") -> None:
         self.place = place or Place()
         self.timeout = timeout
+        self._device = device
         self.signals = StopSignals()
         self.log = logging.getLogger("pipeline")
         self.life = Life(self.place.rank)
@@ -97,14 +99,12 @@ class Rank:
 
     @cached_property
     def device(self) -> torch.device:
-        """This rank's GPU, or the CPU. ``srun --gpus-per-task=1`` shows each task one GPU only: hence the modulus."""
-        import torch
+        """This rank's GPU, or the CPU.
 
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        given = os.environ.get("SLURM_GPUS_ON_NODE", "")
-        if not count and given not in ("", "0"):
-            self.log.warning("SLURM gave this job %s GPUs on %s, but torch sees none: using the CPU", given, self.node)
-        return torch.device("cuda", self.local_rank % count) if count else torch.device("cpu")
+        Raises:
+            ConfigError: GPUs were given or asked for, and torch sees none.
+        """
+        return choose_device(self._device, self.local_rank, self.node)
 
     @property
     def environment(self) -> dict[str, str]:

@@ -39,9 +39,9 @@ def distributed(function: Callable[..., Any] | None = None, *, timeout: float = 
     """Run ``function(rank, config, …)`` as one rank of however many were started; call it as ``function(config, …)``.
 
     The config (first argument, or ``config=``) may have ``expect_world_size``, ``rank_offset`` and ``world_size``; see
-    :func:`find_place`; and ``hang_timeout``, see :class:`Watchdog`. While the function runs, signals are a flag
-    (:attr:`Rank.stopping`) and the package's log goes to stderr with the rank before each line, from the level
-    ``LATENTMILL_LOG`` (INFO) on.
+    :func:`find_place`; ``hang_timeout``, see :class:`Watchdog`; and ``device``, see :func:`choose_device`. While the
+    function runs, signals are a flag (:attr:`Rank.stopping`) and the package's log goes to stderr with the rank before
+    each line, from the level ``LATENTMILL_LOG`` (INFO) on.
 
     A process that a launcher started ends here if the function raises. Its exit code: that of ``SystemExit``; 2 for a
     :class:`ConfigError` (one line); 130 for Ctrl-C; :data:`EXIT_STOPPED` for :class:`Stopped`; :data:`EXIT_PEER` if it
@@ -59,7 +59,7 @@ def distributed(function: Callable[..., Any] | None = None, *, timeout: float = 
         config = args[0] if args else kwargs.get("config")
         options = {name: getattr(config, name, 0) for name in ("expect_world_size", "rank_offset", "world_size")}
         try:
-            rank = Rank(find_place(os.environ, **options), timeout)
+            rank = Rank(find_place(os.environ, **options), timeout, getattr(config, "device", "auto"))
         except ConfigError as error:
             Life().ended(2)
             _end_if_uncaught(error, 2)
