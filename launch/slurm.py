@@ -143,8 +143,6 @@ def scripts_of(job: Job, max_array: int = 0) -> tuple[Script, ...]:
         return (single,)
     if job.stage in LOCKSTEP:
         raise ConfigError(f"array={config.array}: the ranks of stage {job.stage} wait for each other: use nodes=")
-    if config.array < 1:
-        raise ConfigError(f"array={config.array}: must be at least 1")
     size = min(config.array, max_array or config.array)
     starts = range(0, config.array, size)
     # The parts of a large array run side by side and share what may run at a time.

@@ -47,12 +47,7 @@ def read(argv: list[str]) -> StatusConfig:
         if "path" in settings:
             raise ConfigError("path is given twice")
         settings["path"] = bare[0]
-    config = cli.build(StatusConfig, settings)
-    if config.every <= 0:
-        raise ConfigError(f"every={config.every:g}: must be more than 0")
-    if not 0 <= config.port < 65536:
-        raise ConfigError(f"port={config.port}: must be a port number")
-    return config
+    return cli.build(StatusConfig, settings)
 
 
 def _follows(config: StatusConfig, default: bool) -> bool:

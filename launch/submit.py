@@ -70,8 +70,6 @@ def jobs_of(launch: LaunchConfig, settings: dict[str, str], requests: Mapping[st
             raise ConfigError(f"stage={launch.stage}: no stage {name!r}; {cli.nearest(name, [*STAGES, 'all'])}")
     if len(names) > 1 and settings.get("output"):
         raise ConfigError("output= is for a single stage; give data_dir= for several")
-    if launch.ranks < 1:
-        raise ConfigError(f"ranks={launch.ranks}: must be at least 1")
     if {"download", "filter"} <= set(names) and _own(settings, "filter", names).get("fuse") == "true":
         names.remove("download")
     run_id = uuid.uuid4().hex

@@ -7,28 +7,22 @@ Layers, later ones win: defaults < ``conf/dataset/<name>.yaml`` < command line. 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import math
-import operator
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pipeline.arrow import without_pandas
 from pipeline.config import STAGES, ConfigError, LaunchConfig, RunConfig, public
 from pipeline.distributed.life import Life
+from pipeline.options import condition_of, condition_text, default_value, list_items, range_text, shown
+from pipeline.options import nearest as nearest
+from pipeline.yaml_files import read_settings
 
 Config = TypeVar("Config")
 Settings = dict[str, Any]
 CONF = Path(__file__).parent / "conf"
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """The end of an error message: the names that ``word`` may have meant, else all of them."""
-    names = sorted(known)
-    close = difflib.get_close_matches(word, names, n=3, cutoff=0.6)
-    return f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(names)}"
+NOTHING = '""'
 
 
 def parse(arguments: Sequence[str]) -> dict[str, str]:
@@ -47,7 +41,7 @@ def parse(arguments: Sequence[str]) -> dict[str, str]:
                 values = []
                 while rest and not rest[0].startswith("--") and not _is_setting(rest[0]):
                     values.append(rest.pop(0))
-                value = values[0] if len(values) == 1 else f"[{','.join(values)}]" if values else "true"
+                value = values[0] if len(values) == 1 else _joined(values) if values else "true"
         else:
             key, equals, value = word.partition("=")
             if not equals or not key:
@@ -57,6 +51,11 @@ def parse(arguments: Sequence[str]) -> dict[str, str]:
             raise ConfigError(f"{key} is given twice")
         settings[key] = value
     return settings
+
+
+def _joined(values: Sequence[str]) -> str:
+    """Several words as one list; what is quoted already stays as it is."""
+    return "[" + ",".join(v if v[:1] in "\"'" and v[-1:] == v[:1] else shown([v])[1:-1] for v in values) + "]"
 
 
 def _is_setting(word: str) -> bool:
@@ -79,20 +78,17 @@ def dataset_settings(name: str) -> Settings:
 
 
 def _settings_of(kind: str, name: str) -> Settings:
-    import yaml
-
     path = Path(name) if name.endswith((".yaml", ".yml")) else CONF / kind / f"{name}.yaml"
     if not path.is_file():
         known = (p.stem for p in (CONF / kind).glob("*.yaml"))
         what = "data set" if kind == "dataset" else kind
         raise ConfigError(f"{kind}={name}: no such {what}; {nearest(name, known)} (or give a path to a .yaml file)")
-    try:
-        values = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: expected a mapping of keys to values")
-    return values
+    return read_settings(path)
+
+
+def yaml_name(name: str) -> str:
+    """The name of the file that ``dataset=<name>`` or ``recipe=<name>`` means, for messages."""
+    return name if name.endswith((".yaml", ".yml")) else f"{name}.yaml"
 
 
 def chosen(settings: Settings, split: str, subset: str, where: str) -> Settings:
@@ -141,7 +137,7 @@ def recipe_settings(recipe: str, phase: str) -> Settings:
         before = names[: names.index(phase)]
         settings |= phases[phase] or {}
         settings |= {"name": f"{name}-{phase}"} | ({"start_from": f"{name}-{before[-1]}"} if before else {})
-    return select(settings, "train", f"{name}.yaml: ")
+    return select(settings, "train", f"{yaml_name(recipe)}: ")
 
 
 def select(settings: Mapping[str, Any], stage: str, where: str) -> Settings:
@@ -177,7 +173,7 @@ def build(cls: type[Config], settings: Mapping[str, Any]) -> Config:
     """Check and convert ``settings`` and make the config of them.
 
     Raises:
-        ConfigError: unknown key, missing value, wrong type, value that is not among the choices.
+        ConfigError: unknown key, missing value, wrong type, value that is not among the choices or out of range.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -199,35 +195,7 @@ def build(cls: type[Config], settings: Mapping[str, Any]) -> Config:
     if missing:
         raise ConfigError("missing: " + ", ".join(f"{key}=... ({fields[key].metadata.get('help')})" for key in missing))
     values = {key: tuple(v) if isinstance(v, list) else v for key, v in OmegaConf.to_container(merged).items()}  # type: ignore[union-attr]
-    for key, value in values.items():  # type: ignore[assignment]
-        choices = fields[str(key)].metadata.get("choices")
-        if choices and value not in choices:
-            raise ConfigError(f"{key}={value}: {nearest(str(value), choices)}")
-        for number in value if isinstance(value, tuple) else (value,):
-            _check_bounds(str(key), number, fields[str(key)].metadata.get("bounds") or {})
     return cls(**{str(key): value for key, value in values.items()})
-
-
-BOUNDS = {
-    "ge": ("at least", operator.ge),
-    "gt": ("more than", operator.gt),
-    "le": ("at most", operator.le),
-    "lt": ("less than", operator.lt),
-}
-
-
-def range_text(bounds: Mapping[str, float]) -> str:
-    """The bounds of an option in words: ``at least 0, less than 1``; empty if it has none."""
-    return ", ".join(f"{BOUNDS[name][0]} {bound:g}" for name, bound in bounds.items())
-
-
-def _check_bounds(key: str, value: Any, bounds: Mapping[str, float]) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return
-    if not math.isfinite(value):
-        raise ConfigError(f"{key}={value}: expected a finite number")
-    if not all(BOUNDS[name][1](value, bound) for name, bound in bounds.items()):
-        raise ConfigError(f"{key}={value}: must be {range_text(bounds)}")
 
 
 def _typed(field: dataclasses.Field[Any], value: Any) -> Any:
@@ -235,9 +203,10 @@ def _typed(field: dataclasses.Field[Any], value: Any) -> Any:
     kind = str(field.type)
     if kind.startswith("tuple"):
         if isinstance(value, str):
-            value = value.strip()
-            value = value[1:-1] if value.startswith("[") and value.endswith("]") else value
-            value = [part.strip().strip("\"'") for part in value.split(",")] if value else []
+            try:
+                value = list_items(value)
+            except ConfigError as error:
+                raise ConfigError(f"{field.name}={value}: {error}") from None
         return list(value) if isinstance(value, (list, tuple)) else [value]
     return value if value is not None else ""
 
@@ -258,7 +227,7 @@ def load(stage: str, arguments: Sequence[str]) -> Any:
         own[name if dot and section == stage else key] = value
     settings: Settings = {}
     if own.get("dataset") and issubclass(cls, RunConfig):
-        where = f"{own['dataset']}.yaml: "
+        where = f"{yaml_name(own['dataset'])}: "
         values = chosen(dataset_settings(own["dataset"]), own.get("split", "train"), own.get("subset", ""), where)
         settings = select(values, stage, where)
     if stage == "train" and own.get("recipe"):
@@ -270,7 +239,7 @@ def dump(config: Any) -> str:
     """The resolved config, one ``key=value`` a line."""
     width = max(len(f.name) for f in dataclasses.fields(config))
     return "\n".join(
-        f"  {f.name:<{width}} = {_shown(public(getattr(config, f.name)))}" for f in dataclasses.fields(config)
+        f"  {f.name:<{width}} = {shown(public(getattr(config, f.name)))}" for f in dataclasses.fields(config)
     )
 
 
@@ -279,16 +248,9 @@ def arguments_of(config: Any) -> list[str]:
     arguments = []
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
-        default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
-        if value != default:
-            arguments.append(f"{f.name}={_shown(value)}")
+        if value != default_value(f):
+            arguments.append(f"{f.name}={shown(value)}")
     return arguments
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, tuple | list):
-        return "[" + ",".join(str(v) for v in value) + "]"
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def to_json(config: Any) -> dict[str, Any]:
@@ -302,15 +264,11 @@ def help_text(cls: type, usage: str) -> str:
     fields = dataclasses.fields(cls)
     width = max(len(f.name) for f in fields)
     for f in fields:
-        default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
-        shown = "required" if default is dataclasses.MISSING else _shown(default) or '""'
-        choices = f" [{' | '.join(f.metadata['choices'])}]" if f.metadata.get("choices") else ""
-        choices += f" [{range_text(f.metadata['bounds'])}]" if f.metadata.get("bounds") else ""
-        lines.append(
-            f"  {f.name:<{width}}  {f.metadata.get('help', '')}{choices} (default: {shown})".replace(
-                "(default: required)", "(required)"
-            )
-        )
+        default = default_value(f)
+        notes = [f"[{range_text(f)}]"] if range_text(f) else []
+        notes += [f"[with {condition_text(condition)}]"] if (condition := condition_of(cls, f)) else []
+        notes += ["(required)" if default is dataclasses.MISSING else f"(default: {shown(default) or NOTHING})"]
+        lines.append(f"  {f.name:<{width}}  {' '.join([f.metadata.get('help', ''), *notes])}")
     return "\n".join(lines)
 
 

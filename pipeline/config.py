@@ -1,8 +1,9 @@
 """Every option of every stage, in one place: one frozen dataclass per stage.
 
-A field is declared with :func:`option`: its default, one line of help, and whether it is part of the *identity* of the
-result. Two runs whose identity fields agree (and whose inputs and stage versions agree) write the same bytes; ranks,
-workers, time-outs and paths never belong to it. How ``key=value`` becomes one of these is in :mod:`pipeline.cli`.
+A field is declared with :func:`pipeline.options.option`: its default, one line of help, its range, when it has an
+effect, and whether it is part of the *identity* of the result. Two runs whose identity fields agree (and whose inputs
+and stage versions agree) write the same bytes; ranks, workers, time-outs and paths never belong to it. How
+``key=value`` becomes one of these is in :mod:`pipeline.cli`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote_plus, urlsplit
 
+from pipeline.options import ConfigError as ConfigError
+from pipeline.options import Options, default_value
+from pipeline.options import option as option
+
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://[^\s,'\"\]]+", re.IGNORECASE)
 _SCHEME = re.compile(r"\s*([a-z][a-z0-9+.-]*)://", re.IGNORECASE)
 _SIGNATURE = re.compile(
@@ -25,44 +30,12 @@ _SIGNATURE = re.compile(
 _KEY = re.compile(r"key", re.IGNORECASE)  # of parameters that may be a secret, or the name of what is meant
 
 
-class ConfigError(ValueError):
-    """A setting is wrong. The message is one line that names it; programs exit with code 2."""
-
-
-def option(
-    default: Any = dataclasses.MISSING,
-    help: str = "",
-    *,
-    identity: bool = False,
-    choices: tuple[str, ...] = (),
-    ge: float | None = None,
-    gt: float | None = None,
-    le: float | None = None,
-    lt: float | None = None,
-) -> Any:
-    """Declare one option.
-
-    Args:
-        default: The value if none is given. Without a default the option is required.
-        help: One line for ``--help``.
-        identity: Whether the option changes the bytes of the result.
-        choices: The values allowed, for text.
-        ge, gt, le, lt: Bounds of a number, or of each number of a list: at least, more than, at most, less than.
-            :func:`pipeline.cli.build` checks them. NaN and infinity are never allowed.
-    """
-    bounds = {name: bound for name, bound in (("ge", ge), ("gt", gt), ("le", le), ("lt", lt)) if bound is not None}
-    metadata = {"help": help, "identity": identity, "choices": choices, "bounds": bounds}
-    if isinstance(default, tuple):
-        return dataclasses.field(default_factory=lambda: default, metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
-
-
 FORMATS = ("mds", "tar", "parquet", "ipc", "memmap", "hdf5")
 """Storage formats that stage=shard writes."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig:
+class RunConfig(Options):
     """What every stage that is launched as ranks takes."""
 
     dataset: str = option("", "a name in pipeline/conf/dataset (shapes, image_folder, ...) or a path to your own YAML")
@@ -72,12 +45,12 @@ class RunConfig:
     input: str = option("", "folder to read, instead of the upstream stage's place below data_dir")
     output: str = option("", "folder to write, instead of the stage's place below data_dir")
     variant: str = option("", "suffix of the stage's folder, to keep several results side by side")
-    seed: int = option(0, "all randomness is keyed by this and the sample's key", identity=True)
-    expect_world_size: int = option(0, "stop unless this many ranks were really started (0: any)")
-    rank_offset: int = option(0, "array jobs: added to the rank of this job's first task")
-    world_size: int = option(0, "array jobs: ranks of all elements together")
+    seed: int = option(0, "all randomness is keyed by this and the sample's key", identity=True, ge=0)
+    expect_world_size: int = option(0, "stop unless this many ranks were really started (0: any)", ge=0)
+    rank_offset: int = option(0, "array jobs: added to the rank of this job's first task", ge=0)
+    world_size: int = option(0, "array jobs: ranks of all elements together", ge=0)
     hang_timeout: float = option(
-        1800.0, "seconds without progress after which a rank says where it is stuck and ends (0: never)"
+        1800.0, "seconds without progress after which a rank says where it is stuck and ends (0: never)", ge=0
     )
     run_id: str = option(
         "", "one text per submission, the same on all its ranks and lives (default: the launcher's own)"
@@ -103,9 +76,11 @@ class StageConfig(RunConfig):
     overwrite: bool = option(False, "move an existing output of this stage aside and start again")
     retry_failed: bool = option(False, "append a generation that tries the retryable failures again")
     restore: bool = option(False, "make data again that keep_raw=false or keep=latents have removed")
-    max_failed_fraction: float = option(0.1, "the stage fails if more than this fraction of its samples failed")
-    lease: float = option(60.0, "seconds after which a partition whose worker shows no life is taken over")
-    wait: float = option(0.0, "seconds to wait for an unfinished upstream before giving up")
+    max_failed_fraction: float = option(
+        0.1, "the stage fails if more than this fraction of its samples failed", ge=0, le=1
+    )
+    lease: float = option(60.0, "seconds after which a partition whose worker shows no life is taken over", gt=0)
+    wait: float = option(0.0, "seconds to wait for an unfinished upstream before giving up", ge=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +94,7 @@ class SourceConfig(StageConfig):
         identity=True,
     )
     partition_size: int = option(
-        1000, "samples per partition (sources whose samples are known beforehand)", identity=True
+        1000, "samples per partition (sources whose samples are known beforehand)", identity=True, ge=1
     )
     copy: bool = option(
         False, "image_folder: copy the files into the output instead of referring to them", identity=True
@@ -127,10 +102,10 @@ class SourceConfig(StageConfig):
     captions: str = option(
         "auto", "image_folder: auto, txt, folder, none, or a captions .json/.jsonl/.csv file", identity=True
     )
-    count: int = option(1000, "shapes: number of scenes", identity=True)
+    count: int = option(1000, "shapes: number of scenes", identity=True, ge=1)
     questions: bool = option(False, "shapes: with questions and answers, for prompt=question", identity=True)
-    image_size: int = option(64, "shapes: edge of the square pictures, in pixels", identity=True)
-    objects: int = option(1, "shapes: objects in a scene, 1 or 2 (0: both kinds)", identity=True)
+    image_size: int = option(64, "shapes: edge of the square pictures, in pixels", identity=True, ge=1, le=4096)
+    objects: int = option(1, "shapes: objects in a scene, 1 or 2 (0: both kinds)", identity=True, ge=0, le=2)
     holdout: bool = option(
         True, "shapes: leave out a fixed list of colour-shape pairs, to test new combinations", identity=True
     )
@@ -144,7 +119,7 @@ class SourceConfig(StageConfig):
         (), "http_archive: expected hashes, in the order of urls (empty: not known)", identity=True
     )
     fraction: float = option(
-        1.0, "take only the first files, or rows of a list, as this fraction of them", identity=True
+        1.0, "take only the first files, or rows of a list, as this fraction of them", identity=True, gt=0, le=1
     )
     repo: str = option("", "huggingface: the data set's repository, as owner/name", identity=True)
     revision: str = option("main", "huggingface: branch, tag or commit; recorded as a commit", identity=True)
@@ -163,7 +138,9 @@ class SourceConfig(StageConfig):
     metadata_split: str = option("", "which split to take of metadata that hold several", identity=True)
     listed_only: bool = option(False, "leave out images that the metadata do not list", identity=True)
     labels: bool = option(False, "take the label from .cls files, or from the label column", identity=True)
-    max_nsfw: float = option(0.2, "diffusiondb: drop images with a higher score for image or prompt", identity=True)
+    max_nsfw: float = option(
+        0.2, "diffusiondb: drop images with a higher score for image or prompt", identity=True, ge=0, le=2
+    )
     url_column: str = option("", "url_list: name or number of the column with URLs (default: url)", identity=True)
     caption_column: str = option(
         "", "url_list, parquet: column with one or several captions (default: caption, text, ...)", identity=True
@@ -177,19 +154,21 @@ class SourceConfig(StageConfig):
     )
     split_column: str = option("", "url_list: column that tells the split", identity=True)
     split_values: tuple[str, ...] = option((), "url_list: its values in this split", identity=True)
-    expected_gb: float = option(0.0, "about so much is to come, where no server says it before (0: not known)")
+    expected_gb: float = option(0.0, "about so much is to come, where no server says it before (0: not known)", ge=0)
     check_space: bool = option(True, "stop before what is to come does not fit on the disk")
-    max_archive_bytes: int = option(2**40, "http: larger files are refused")
-    max_members: int = option(2_000_000, "an archive with more members is refused")
-    max_member_bytes: int = option(2**30, "a member or file larger than this is failed:too_many_bytes", identity=True)
-    timeout: float = option(0.0, "http: seconds with (almost) no byte (0: 60 for archives, 10 for images)")
-    deadline: float = option(
-        0.0, "http: seconds that one file may take, all tries and redirects together (0: a day; images: 60)"
+    max_archive_bytes: int = option(2**40, "http: larger files are refused", ge=1)
+    max_members: int = option(2_000_000, "an archive with more members is refused", ge=1)
+    max_member_bytes: int = option(
+        2**30, "a member or file larger than this is failed:too_many_bytes", identity=True, ge=1
     )
-    retries: int = option(3, "http: tries after the first, with exponential backoff")
-    connections: int = option(512, "url_list: requests at a time, of each rank")
-    per_host: int = option(8, "url_list: requests at a time at one host, of each rank")
-    per_second: float = option(0.0, "url_list: requests a second at one host, of each rank (0: any number)")
+    timeout: float = option(0.0, "http: seconds with (almost) no byte (0: 60 for archives, 10 for images)", ge=0)
+    deadline: float = option(
+        0.0, "http: seconds that one file may take, all tries and redirects together (0: a day; images: 60)", ge=0
+    )
+    retries: int = option(3, "http: tries after the first, with exponential backoff", ge=0, le=1000)
+    connections: int = option(512, "url_list: requests at a time, of each rank", ge=1, le=65536)
+    per_host: int = option(8, "url_list: requests at a time at one host, of each rank", ge=1, le=65536)
+    per_second: float = option(0.0, "url_list: requests a second at one host, of each rank (0: any number)", ge=0)
     contact: str = option("", "http: a URL or e-mail address for the User-Agent, so that servers know whom to tell")
     robots_txt: bool = option(False, "url_list: ask hosts for their robots.txt, and heed it", identity=True)
     opt_outs: tuple[str, ...] = option(
@@ -216,9 +195,13 @@ class FilterConfig(SourceConfig):
     keep_raw: bool = option(
         True, "false: when the result is verified, remove what stage=download has stored, but for its ledgers"
     )
-    min_image_size: int = option(256, "drop images whose smaller edge is below this", identity=True)
+    min_image_size: int = option(256, "drop images whose smaller edge is below this", identity=True, ge=0)
     max_image_size: int = option(
-        512, "bring larger images down to this, in the way of resize_mode (0: keep sizes)", identity=True
+        512,
+        "bring larger images down to this, in the way of resize_mode (0: keep sizes)",
+        identity=True,
+        ge=0,
+        le=65535,
     )
     resize_mode: str = option(
         "keep_ratio",
@@ -226,15 +209,17 @@ class FilterConfig(SourceConfig):
         identity=True,
         choices=("keep_ratio", "keep_ratio_largest", "center_crop", "border", "no"),
     )
-    max_image_area: int = option(0, "drop images of more pixels than this (0: any)", identity=True)
-    max_aspect_ratio: float = option(0.0, "drop images whose edges differ by more than this (0: any)", identity=True)
+    max_image_area: int = option(0, "drop images of more pixels than this (0: any)", identity=True, ge=0)
+    max_aspect_ratio: float = option(
+        0.0, "drop images whose edges differ by more than this (0: any)", identity=True, ge=1, also=(0,)
+    )
     encode_format: str = option(
         "jpg",
         "of images that had to change; auto: png if the original is lossless, else jpg",
         identity=True,
         choices=("jpg", "png", "webp", "auto"),
     )
-    encode_quality: int = option(95, "JPEG and WebP quality of images that had to change", identity=True)
+    encode_quality: int = option(95, "JPEG and WebP quality of images that had to change", identity=True, ge=1, le=100)
     skip_reencode: bool = option(True, "images that need no change keep their bytes", identity=True)
     validate: str = option(
         "full", "images that keep their bytes are decoded once (full) or not", identity=True, choices=("full", "header")
@@ -250,22 +235,33 @@ class FilterConfig(SourceConfig):
         choices=("fast", "pillow", "simd"),
     )
     max_pixels: int = option(
-        100_000_000, "refuse images that claim more pixels than this, before decoding", identity=True
+        100_000_000, "refuse images that claim more pixels than this, before decoding", identity=True, ge=1
     )
-    max_frames: int = option(10_000, "refuse animations that claim more frames than this", identity=True)
-    max_caption_length: int = option(4096, "captions are cut to this many characters", identity=True)
-    min_caption_length: int = option(0, "captions of fewer characters are left out", identity=True)
+    max_frames: int = option(10_000, "refuse animations that claim more frames than this", identity=True, ge=1)
+    max_caption_length: int = option(4096, "captions are cut to this many characters", identity=True, ge=1)
+    min_caption_length: int = option(0, "captions of fewer characters are left out", identity=True, ge=0)
     caption_checks: tuple[str, ...] = option(
-        (), "captions to leave out: [empty,url,repetitive]; a sample without any other is dropped", identity=True
+        (),
+        "captions to leave out: [empty,url,repetitive]; a sample without any other is dropped",
+        identity=True,
+        choices=("empty", "url", "repetitive"),
     )
     scores: tuple[str, ...] = option(
         (), "drop samples whose columns do not meet these, as [nsfw<0.5,aesthetic>=5]", identity=True
     )
     keep_keys: str = option("", "file of keys (text, one a line, or parquet): drop all other samples", identity=True)
     deny_keys: str = option("", "file of keys (text, one a line, or parquet): drop these samples", identity=True)
-    workers: str = option("auto", "processes of each rank for images (auto: its CPUs; 0: the rank itself, unprotected)")
-    decode_timeout: float = option(60.0, "seconds that one image may take; then it is failed:decoder_timeout")
-    worker_memory: int = option(2048, "MiB that a worker may take for an image; more is failed:out_of_memory (0: any)")
+    workers: str = option(
+        "auto",
+        "processes of each rank for images (auto: its CPUs; 0: the rank itself, unprotected)",
+        choices=("auto",),
+        ge=0,
+        le=1024,
+    )
+    decode_timeout: float = option(60.0, "seconds that one image may take; then it is failed:decoder_timeout", gt=0)
+    worker_memory: int = option(
+        2048, "MiB that a worker may take for an image; more is failed:out_of_memory (0: any)", ge=256, also=(0,)
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,9 +269,13 @@ class DedupConfig(StageConfig):
     """stage=dedup: of images that are the same, or nearly so, one stays; optional, between filter and shard."""
 
     hamming: int = option(
-        20, "images are near duplicates if at most this many of their 128 bits differ (-1: only exact)", identity=True
+        20,
+        "images are near duplicates if at most this many of their 128 bits differ (-1: only exact)",
+        identity=True,
+        ge=-1,
+        le=128,
     )
-    memory: int = option(1024, "MiB that a rank may take for the hashes of samples")
+    memory: int = option(1024, "MiB that a rank may take for the hashes of samples", ge=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -284,14 +284,28 @@ class ShardConfig(StageConfig):
 
     format: str = option("mds", "storage format", identity=True, choices=FORMATS)
     shuffle: bool = option(False, "shuffle the whole data set by a permutation keyed by the seed", identity=True)
-    partition_size: int = option(0, "samples per partition (0: a 32nd of the data, 32 to 256 MiB)", identity=True)
-    shard_bytes: int = option(2**26, "largest size of one data file (tar: one file for each partition)", identity=True)
-    shape: tuple[int, ...] = option((), "bring images to [height,width]; masks by their nearest pixel", identity=True)
-    im_mode: str = option("", "bring images to this mode: RGB, L, RGBA, LA or I;16", identity=True)
+    partition_size: int = option(0, "samples per partition (0: a 32nd of the data, 32 to 256 MiB)", identity=True, ge=0)
+    shard_bytes: int = option(
+        2**26, "largest size of one data file (tar: one file for each partition)", identity=True, ge=1, le=2**32 - 1
+    )
+    shape: tuple[int, ...] = option(
+        (),
+        "bring images to [height,width]; masks by their nearest pixel",
+        identity=True,
+        ge=1,
+        le=65535,
+        lengths=(0, 2),
+    )
+    im_mode: str = option(
+        "",
+        "bring images to this mode: RGB, L, RGBA, LA or I;16",
+        identity=True,
+        choices=("", "RGB", "L", "RGBA", "LA", "I;16"),
+    )
     encode: str = option(
         "", "encode images anew (empty: their bytes as they are)", identity=True, choices=("", "png", "jpeg", "webp")
     )
-    quality: int = option(95, "encode=jpeg and webp: 1 to 100", identity=True)
+    quality: int = option(95, "encode=jpeg and webp: 1 to 100", identity=True, ge=1, le=100)
     compression: str = option("", "hdf5: compress each image", identity=True, choices=("", "gzip"))
     captions: str = option(
         "none", "folders of images: auto, txt, folder, none, or a captions .json/.jsonl/.csv file", identity=True
@@ -322,8 +336,12 @@ class PrecomputeConfig(DeviceConfig, StageConfig):
         "store an image_embedding too: embedded, openclip:<model>[:<pretrained>] or clip:<repo or folder>",
         identity=True,
     )
-    image_resolutions: tuple[int, ...] = option((256, 512), "edges of the square crops to encode", identity=True)
-    batch_size: str = option("32", "images per forward pass; auto: as many as make a GPU fastest", identity=True)
+    image_resolutions: tuple[int, ...] = option(
+        (256, 512), "edges of the square crops to encode", identity=True, ge=1, le=65536
+    )
+    batch_size: str = option(
+        "32", "images per forward pass; auto: as many as make a GPU fastest", identity=True, choices=("auto",), ge=1
+    )
     latent: str = option(
         "sample",
         "take the posterior's sample, its mode, or its moments (mean and deviation: training draws samples of them)",
@@ -346,16 +364,22 @@ class PrecomputeConfig(DeviceConfig, StageConfig):
         "float16", "precision of the stored latents", identity=True, choices=("float16", "float32")
     )
     save_images: bool = option(False, "store the image bytes beside the latents", identity=True)
-    shard_bytes: int = option(2**26, "largest size of one data file", identity=True)
-    threads: int = option(1, "CPU threads per rank (results depend on it in the last bit)", identity=True)
-    workers: int = option(-1, "decoding processes per rank (-1: none on a CPU, else its CPUs without one)")
+    shard_bytes: int = option(2**26, "largest size of one data file", identity=True, ge=1, le=2**32 - 1)
+    threads: int = option(
+        1, "CPU threads per rank (results depend on it in the last bit)", identity=True, ge=1, le=1024
+    )
+    workers: int = option(
+        -1, "decoding processes per rank (-1: none on a CPU, else its CPUs without one)", ge=-1, le=1024
+    )
     keep: str = option(
         "all",
         "latents: when they are verified, remove the data of the stages before, but for their ledgers",
         choices=("all", "latents"),
     )
     compile: bool = option(False, "compile the networks with torch.compile", identity=True)
-    gpu_hour_price: float = option(0.0, "what a GPU hour costs: the events then tell the cost of a million images")
+    gpu_hour_price: float = option(
+        0.0, "what a GPU hour costs: the events then tell the cost of a million images", ge=0
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -370,10 +394,12 @@ class FeaturesConfig(DeviceConfig, StageConfig):
     features: str = option(
         "patch", "all tokens of its last layer, or the one for the picture", identity=True, choices=("patch", "pooled")
     )
-    batch_size: int = option(32, "pictures per forward pass", identity=True)
+    batch_size: int = option(32, "pictures per forward pass", identity=True, ge=1)
     save_dtype: str = option("float16", "precision of what is stored", identity=True, choices=("float16", "float32"))
-    shard_bytes: int = option(2**26, "largest size of one data file", identity=True)
-    threads: int = option(1, "CPU threads per rank (results depend on it in the last bit)", identity=True)
+    shard_bytes: int = option(2**26, "largest size of one data file", identity=True, ge=1, le=2**32 - 1)
+    threads: int = option(
+        1, "CPU threads per rank (results depend on it in the last bit)", identity=True, ge=1, le=1024
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -383,32 +409,44 @@ class TrainConfig(DeviceConfig, RunConfig):
     task: str = option("diffuse", "what to learn", identity=True, choices=("diffuse", "classify", "caption"))
     name: str = option("", "name of the run folder (default: <task>)")
     model: str = option("nano", "size of the network", identity=True)
-    steps: int = option(1000, "optimizer steps", identity=True)
-    epochs: float = option(0.0, "passes over the data, in place of steps= (0: steps counts)", identity=True)
-    batch_size: int = option(32, "samples per step, over all ranks", identity=True)
+    steps: int = option(1000, "optimizer steps", identity=True, ge=1)
+    epochs: float = option(0.0, "passes over the data, in place of steps= (0: steps counts)", identity=True, ge=0)
+    batch_size: int = option(32, "samples per step, over all ranks", identity=True, ge=1)
     micro_batch: int = option(
-        0, "samples per forward pass of a rank, to save memory (0: all at once; on a CPU as many as fit its caches)"
+        0,
+        "samples per forward pass of a rank, to save memory (0: all at once; on a CPU as many as fit its caches)",
+        ge=0,
     )
-    workers: int = option(0, "processes per rank that prepare batches ahead (0: none)")
-    lr: float = option(3e-3, "peak learning rate", identity=True)
-    warmup_steps: int = option(100, "steps of linear warm-up", identity=True)
+    workers: int = option(0, "processes per rank that prepare batches ahead (0: none)", ge=0, le=1024)
+    lr: float = option(3e-3, "peak learning rate", identity=True, gt=0)
+    warmup_steps: int = option(100, "steps of linear warm-up", identity=True, ge=0)
     schedule: str = option(
         "cosine",
         "learning rate after the warm-up",
         identity=True,
         choices=("cosine", "constant", "step", "plateau", "wsd"),
     )
-    min_lr: float = option(0.0, "the learning rate never falls below this", identity=True)
-    lr_factor: float = option(0.1, "step and plateau: each reduction multiplies the rate by this", identity=True)
-    lr_step: float = option(
-        0.3, "step: a reduction after every such fraction of the way; wsd: the decay's fraction", identity=True
+    min_lr: float = option(0.0, "the learning rate never falls below this", identity=True, ge=0)
+    lr_factor: float = option(
+        0.1, "step and plateau: each reduction multiplies the rate by this", identity=True, gt=0, le=1
     )
-    lr_patience: int = option(5, "plateau: evaluations without gain before a reduction", identity=True)
-    beta2: float = option(0.99, "AdamW: decay of the squared gradients' average", identity=True)
-    weight_decay: float = option(0.01, "AdamW weight decay", identity=True)
-    clip_norm: float = option(1.0, "gradient norm is clipped to this", identity=True)
-    max_skipped: int = option(10, "steps in a row whose loss may be NaN or infinite (they are left out)", identity=True)
-    ema_decay: float = option(0.995, "decay of the averaged weights used for sampling and evaluation", identity=True)
+    lr_step: float = option(
+        0.3,
+        "step: a reduction after every such fraction of the way; wsd: the decay's fraction",
+        identity=True,
+        gt=0,
+        le=1,
+    )
+    lr_patience: int = option(5, "plateau: evaluations without gain before a reduction", identity=True, ge=1)
+    beta2: float = option(0.99, "AdamW: decay of the squared gradients' average", identity=True, ge=0, lt=1)
+    weight_decay: float = option(0.01, "AdamW weight decay", identity=True, ge=0)
+    clip_norm: float = option(1.0, "gradient norm is clipped to this", identity=True, gt=0)
+    max_skipped: int = option(
+        10, "steps in a row whose loss may be NaN or infinite (they are left out)", identity=True, ge=0
+    )
+    ema_decay: float = option(
+        0.995, "decay of the averaged weights used for sampling and evaluation", identity=True, ge=0, lt=1
+    )
     precision: str = option(
         "float32", "of activations; parameters are float32", identity=True, choices=("float32", "bfloat16")
     )
@@ -417,27 +455,37 @@ class TrainConfig(DeviceConfig, RunConfig):
     )
     compile: bool = option(False, "compile the model (torch.compile)")
     valid_fraction: float = option(
-        0.0, "fraction of the training set that is kept out, to tell which checkpoint is best", identity=True
+        0.0,
+        "fraction of the training set that is kept out, to tell which checkpoint is best",
+        identity=True,
+        ge=0,
+        lt=1,
     )
     valid_input: str = option("", "caption: dataset directory that is kept for this, in place of valid_fraction=")
     split_file: str = option(
         "", "caption: JSON, CSV or TSV that says which images are train, valid and test, by file name", identity=True
     )
-    evaluate_every: int = option(0, "steps between evaluations on it (0: at the end only)", identity=True)
-    early_stop: int = option(0, "stop after so many evaluations without gain (0: never)", identity=True)
-    show: int = option(0, "diffuse: so many pictures are drawn at each evaluation, for the report")
+    evaluate_every: int = option(0, "steps between evaluations on it (0: at the end only)", identity=True, ge=0)
+    early_stop: int = option(0, "stop after so many evaluations without gain (0: never)", identity=True, ge=0)
+    show: int = option(0, "diffuse: so many pictures are drawn at each evaluation, for the report", ge=0, le=1000)
     caption_drop: float = option(
-        0.1, "diffuse: fraction of captions hidden, for classifier-free guidance", identity=True
+        0.1, "diffuse: fraction of captions hidden, for classifier-free guidance", identity=True, ge=0, le=1
     )
     process: str = option(
         "flow", "diffuse: rectified flow, or EDM preconditioning", identity=True, choices=("flow", "edm")
     )
     noise_mean: float = option(
-        0.7, "diffuse: mean of the noise level's logit (flow) or logarithm (edm: -0.6 is usual)", identity=True
+        0.7,
+        "diffuse: mean of the noise level's logit (flow) or logarithm (edm: -0.6 is usual)",
+        identity=True,
+        ge=-20,
+        le=20,
     )
-    noise_std: float = option(1.0, "diffuse: its deviation (edm: 1.2 is usual)", identity=True)
-    sigma_data: float = option(0.9, "diffuse, edm: deviation of the data", identity=True)
-    mask_ratio: float = option(0.0, "diffuse: fraction of tokens that the backbone does not see", identity=True)
+    noise_std: float = option(1.0, "diffuse: its deviation (edm: 1.2 is usual)", identity=True, gt=0)
+    sigma_data: float = option(0.9, "diffuse, edm: deviation of the data", identity=True, gt=0)
+    mask_ratio: float = option(
+        0.0, "diffuse: fraction of tokens that the backbone does not see", identity=True, ge=0, lt=1
+    )
     start_from: str = option(
         "",
         "diffuse, caption: run folder, checkpoint, or name of the data set's run whose averaged weights come first",
@@ -451,48 +499,66 @@ class TrainConfig(DeviceConfig, RunConfig):
         0,
         "diffuse: which latents_<resolution> to learn (0: the smallest); classify: edge of the model's input",
         identity=True,
+        ge=0,
+        le=65536,
     )
-    classes: int = option(0, "classify: number of classes (0: as the labels tell)", identity=True)
+    classes: int = option(0, "classify: number of classes (0: as the labels tell)", identity=True, ge=0)
     blocks: str = option("", "classify: kinds of blocks, repeated: ssm, attention, hybrid, or a list", identity=True)
     mixer: str = option("", "classify: mamba2 (default) or mamba1", identity=True)
     scan_backend: str = option(
         "auto", "kernels of the scan; auto: mamba_ssm where it really works", choices=("auto", "torch", "mamba_ssm")
     )
-    patch: int = option(0, "classify: edge of a patch (0: as the model has it; so in what follows)", identity=True)
+    patch: int = option(
+        0, "classify: edge of a patch (0: as the model has it; so in what follows)", identity=True, ge=0
+    )
     stem: str = option("", "classify: patch, or conv for small images", identity=True)
     pool: str = option("", "classify: mean, or a class token", identity=True)
-    depth: int = option(0, "classify: number of blocks", identity=True)
-    heads: int = option(0, "classify: of attention", identity=True)
-    d_state: int = option(0, "classify: states of a channel", identity=True)
-    d_conv: int = option(0, "classify: taps of the convolution before the scan", identity=True)
-    expand: int = option(0, "classify: inner width of the scan, in widths of the model", identity=True)
-    mlp_ratio: float = option(0.0, "classify: width of the MLP after each mixer (0: none)", identity=True)
-    dropout: float = option(0.0, "classify, caption: dropout", identity=True)
-    drop_path: float = option(0.0, "classify: drop-path of the last block; it rises from 0", identity=True)
+    depth: int = option(0, "classify: number of blocks", identity=True, ge=0, le=10000)
+    heads: int = option(0, "classify: of attention", identity=True, ge=0)
+    d_state: int = option(0, "classify: states of a channel", identity=True, ge=0)
+    d_conv: int = option(0, "classify: taps of the convolution before the scan", identity=True, ge=0)
+    expand: int = option(0, "classify: inner width of the scan, in widths of the model", identity=True, ge=0)
+    mlp_ratio: float = option(0.0, "classify: width of the MLP after each mixer (0: none)", identity=True, ge=0)
+    dropout: float = option(0.0, "classify, caption: dropout", identity=True, ge=0, lt=1)
+    drop_path: float = option(0.0, "classify: drop-path of the last block; it rises from 0", identity=True, ge=0, lt=1)
     enlarge: float = option(
-        1.0, "classify: images are read at so many times the resolution, and cropped from that", identity=True
+        1.0,
+        "classify: images are read at so many times the resolution, and cropped from that",
+        identity=True,
+        ge=1,
+        le=16,
     )
     crop_scale: float = option(
-        1.0, "classify, caption with encoder=: random crops take this fraction of the area at least", identity=True
+        1.0,
+        "classify, caption with encoder=: random crops take this fraction of the area at least",
+        identity=True,
+        gt=0,
+        le=1,
     )
     shift: float = option(
-        0.0, "classify, caption with encoder=: images are shifted by up to so many pixels", identity=True
+        0.0, "classify, caption with encoder=: images are shifted by up to so many pixels", identity=True, ge=0
     )
-    flip: float = option(0.0, "classify, caption with encoder=: probability of mirroring left and right", identity=True)
+    flip: float = option(
+        0.0, "classify, caption with encoder=: probability of mirroring left and right", identity=True, ge=0, le=1
+    )
     rotate: float = option(
-        0.0, "classify, caption with encoder=: images are turned by up to so many degrees", identity=True
+        0.0, "classify, caption with encoder=: images are turned by up to so many degrees", identity=True, ge=0, le=180
     )
-    shear: float = option(0.0, "classify, caption with encoder=: images are sheared by up to this", identity=True)
+    shear: float = option(0.0, "classify, caption with encoder=: images are sheared by up to this", identity=True, ge=0)
     randaugment: int = option(
-        0, "classify, caption with encoder=: operations of RandAugment on each image", identity=True
+        0, "classify, caption with encoder=: operations of RandAugment on each image", identity=True, ge=0, le=100
     )
-    randaugment_magnitude: float = option(9.0, "classify: their strength, 0 to 10", identity=True)
-    mixup: float = option(0.0, "classify: alpha of mixup (0: none)", identity=True)
-    cutmix: float = option(0.0, "classify: alpha of cutmix (0: none); with mixup, one of both", identity=True)
-    mix_probability: float = option(1.0, "classify: fraction of samples that are mixed, if any", identity=True)
-    erase: float = option(0.0, "classify, caption with encoder=: probability of random erasing", identity=True)
+    randaugment_magnitude: float = option(9.0, "classify: their strength, 0 to 10", identity=True, ge=0, le=10)
+    mixup: float = option(0.0, "classify: alpha of mixup (0: none)", identity=True, ge=0)
+    cutmix: float = option(0.0, "classify: alpha of cutmix (0: none); with mixup, one of both", identity=True, ge=0)
+    mix_probability: float = option(
+        1.0, "classify: fraction of samples that are mixed, if any", identity=True, ge=0, le=1
+    )
+    erase: float = option(
+        0.0, "classify, caption with encoder=: probability of random erasing", identity=True, ge=0, le=1
+    )
     label_smoothing: float = option(
-        0.0, "classify, caption: share of the target spread over all classes or tokens", identity=True
+        0.0, "classify, caption: share of the target spread over all classes or tokens", identity=True, ge=0, lt=1
     )
     decoder: str = option(
         "transformer", "caption: what writes the texts", identity=True, choices=("transformer", "mamba")
@@ -503,7 +569,7 @@ class TrainConfig(DeviceConfig, RunConfig):
         identity=True,
         choices=("likelihood", "cider"),
     )
-    draws: int = option(5, "caption, objective=cider: texts drawn about each picture", identity=True)
+    draws: int = option(5, "caption, objective=cider: texts drawn about each picture", identity=True, ge=2)
     positions: str = option(
         "learned", "caption: positions of the transformer", identity=True, choices=("learned", "rotary")
     )
@@ -517,20 +583,22 @@ class TrainConfig(DeviceConfig, RunConfig):
     tokenizer: str = option(
         "bpe", "caption: bpe (learned from the captions), or a pretrained one: repo or folder", identity=True
     )
-    vocab_size: int = option(8000, "caption: tokens of a learned tokenizer, at most", identity=True)
-    max_length: int = option(64, "caption: tokens of a text, with its begin, end and question", identity=True)
-    checkpoint_every: int = option(500, "steps between checkpoints")
-    keep_checkpoints: int = option(2, "older checkpoints are deleted, but for the best one (0: keep all)")
+    vocab_size: int = option(8000, "caption: tokens of a learned tokenizer, at most", identity=True, ge=1)
+    max_length: int = option(64, "caption: tokens of a text, with its begin, end and question", identity=True, ge=4)
+    checkpoint_every: int = option(500, "steps between checkpoints", ge=1)
+    keep_checkpoints: int = option(2, "older checkpoints are deleted, but for the best one (0: keep all)", ge=0)
     export_every: int = option(
-        0, "epochs after which the model is validated and exported by epoch and loss (0: never)", identity=True
+        0, "epochs after which the model is validated and exported by epoch and loss (0: never)", identity=True, ge=0
     )
-    keep_exports: int = option(3, "older ones are deleted, but for the best one (0: keep all)")
+    keep_exports: int = option(3, "older ones are deleted, but for the best one (0: keep all)", ge=0)
     save_in_background: bool = option(True, "write checkpoints while training goes on")
-    log_every: int = option(20, "steps between log lines")
-    loggers: tuple[str, ...] = option((), "besides the JSON lines: tensorboard, wandb")
+    log_every: int = option(20, "steps between log lines", ge=1)
+    loggers: tuple[str, ...] = option(
+        (), "besides the JSON lines: tensorboard, wandb", choices=("tensorboard", "wandb")
+    )
     wandb_project: str = option("latentmill", "wandb: project")
     hub_repo: str = option("", "Hugging Face Hub: upload each export to this repository")
-    threads: int = option(0, "CPU threads per rank (0: all cores shared by the ranks of a node)")
+    threads: int = option(0, "CPU threads per rank (0: all cores shared by the ranks of a node)", ge=0, le=1024)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -542,40 +610,45 @@ class GenerateConfig(DeviceConfig, StageConfig):
     prompts: tuple[str, ...] = option(
         (), "captions to draw, or one path of a text file with a prompt a line", identity=True
     )
-    images_per_prompt: int = option(1, "pictures of each prompt, from different noise", identity=True)
+    images_per_prompt: int = option(1, "pictures of each prompt, from different noise", identity=True, ge=1)
     seeds: tuple[int, ...] = option(
         (),
         "one picture of each prompt from each of these, the same whatever else is drawn; in place of seed= and "
         "images_per_prompt=",
         identity=True,
+        ge=0,
     )
     vae: str = option(
         "", "decode with this autoencoder, whose latents are alike, in place of the one trained with", identity=True
     )
     sampler: str = option("euler", "how noise becomes a picture", identity=True, choices=("euler", "heun", "dpm++"))
-    steps: int = option(20, "steps of the sampler", identity=True)
-    guidance: float = option(1.5, "classifier-free guidance scale (1: none)", identity=True)
-    batch_size: int = option(32, "with output=: pictures drawn at a time", identity=True)
-    partition_size: int = option(256, "with output=: pictures in a partition", identity=True)
-    threads: int = option(0, "CPU threads (0: all cores; with output= results depend on it in the last bit)")
+    steps: int = option(20, "steps of the sampler", identity=True, ge=1)
+    guidance: float = option(1.5, "classifier-free guidance scale (1: none)", identity=True, ge=0)
+    batch_size: int = option(32, "with output=: pictures drawn at a time", identity=True, ge=1)
+    partition_size: int = option(256, "with output=: pictures in a partition", identity=True, ge=1)
+    threads: int = option(
+        0, "CPU threads (0: all cores; with output= results depend on it in the last bit)", ge=0, le=1024
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
-class CostConfig:
+class CostConfig(Options):
     """stage=cost: what training by a recipe takes: steps, tokens, memory, GPU hours, money. Trains nothing."""
 
     recipe: str = option("microdit", "a name in pipeline/conf/recipe, or your own YAML")
     phase: str = option("", "only this phase")
-    channels: int = option(4, "of the image latents")
-    downsample: int = option(8, "pixels per latent")
-    caption_shape: tuple[int, ...] = option((77, 1024), "length and width of the text states")
+    channels: int = option(4, "of the image latents", ge=1)
+    downsample: int = option(8, "pixels per latent", ge=1)
+    caption_shape: tuple[int, ...] = option((77, 1024), "length and width of the text states", ge=1, lengths=(2,))
     gpu: str = option("h100", "kind of GPU, for its peak", choices=("a100", "h100", "h200", "b200"))
-    gpus: int = option(8, "how many")
-    mfu: float = option(0.2, "part of the GPUs' peak in bfloat16 that training reaches, where nothing was measured")
-    images_per_second: tuple[float, ...] = option(
-        (), "measured training speed of one GPU in each phase, in place of mfu"
+    gpus: int = option(8, "how many", ge=1)
+    mfu: float = option(
+        0.2, "part of the GPUs' peak in bfloat16 that training reaches, where nothing was measured", gt=0, le=1
     )
-    gpu_hour_price: float = option(3.79, "money for an hour of one GPU")
+    images_per_second: tuple[float, ...] = option(
+        (), "measured training speed of one GPU in each phase, in place of mfu", gt=0
+    )
+    gpu_hour_price: float = option(3.79, "money for an hour of one GPU", gt=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -596,11 +669,11 @@ class EvaluateConfig(DeviceConfig, RunConfig):
         "", "fidelity: TorchScript file of the features, such as inception-2015-12-05.pt; pixels: average colours"
     )
     clip: str = option("", "fidelity: <model>:<weights> of open_clip, for the CLIP score")
-    objects: int = option(1, "shapes: objects in the prompts, 1 or 2")
+    objects: int = option(1, "shapes: objects in the prompts, 1 or 2", ge=1, le=2)
     sampler: str = option("euler", "how noise becomes a picture", choices=("euler", "heun", "dpm++"))
-    steps: int = option(20, "steps of the sampler")
-    guidance: float = option(1.5, "classifier-free guidance scale (1: none)")
-    threads: int = option(0, "CPU threads (0: all cores)")
+    steps: int = option(20, "steps of the sampler", ge=1)
+    guidance: float = option(1.5, "classifier-free guidance scale (1: none)", ge=0)
+    threads: int = option(0, "CPU threads (0: all cores)", ge=0, le=1024)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -618,20 +691,22 @@ class CaptionConfig(DeviceConfig, StageConfig):
         "what to answer, for runs with prompt=question (default: the questions that the data set has)",
         identity=True,
     )
-    beams: int = option(1, "texts that are followed at once; 1 is greedy", identity=True)
-    length_penalty: float = option(1.0, "beams: log probability / length ** this decides", identity=True)
-    top_p: float = option(0.0, "draw from the likeliest tokens with this share of probability (0: no)", identity=True)
-    temperature: float = option(1.0, "of drawing", identity=True)
-    min_length: int = option(1, "tokens of a text at least", identity=True)
-    max_length: int = option(0, "tokens of a text at most (0: what the model was trained for)", identity=True)
-    batch_size: int = option(32, "pictures at a time", identity=True)
+    beams: int = option(1, "texts that are followed at once; 1 is greedy", identity=True, ge=1)
+    length_penalty: float = option(1.0, "beams: log probability / length ** this decides", identity=True, ge=0)
+    top_p: float = option(
+        0.0, "draw from the likeliest tokens with this share of probability (0: no)", identity=True, ge=0, le=1
+    )
+    temperature: float = option(1.0, "of drawing", identity=True, gt=0)
+    min_length: int = option(1, "tokens of a text at least", identity=True, ge=0)
+    max_length: int = option(0, "tokens of a text at most (0: what the model was trained for)", identity=True, ge=0)
+    batch_size: int = option(32, "pictures at a time", identity=True, ge=1)
     column: str = option("generated", "data set: column that the new captions go into", identity=True)
-    shard_bytes: int = option(2**26, "largest size of one data file", identity=True)
-    threads: int = option(1, "CPU threads per rank")
+    shard_bytes: int = option(2**26, "largest size of one data file", identity=True, ge=1, le=2**32 - 1)
+    threads: int = option(1, "CPU threads per rank", ge=1, le=1024)
 
 
 @dataclass(frozen=True, kw_only=True)
-class FeideggerConfig:
+class FeideggerConfig(Options):
     """stage=feidegger: FEIDEGGER's pictures and German captions in one file, for a sequence model."""
 
     data_path: str = option(
@@ -639,27 +714,27 @@ class FeideggerConfig:
         "the release's JSON: URL or file",
     )
     output_dir: str = option(help="folder for the result, and for what is fetched")
-    image_size: tuple[int, ...] = option((224, 224), "height and width")
-    max_length: int = option(128, "tokens of a caption")
-    batch_size: int = option(64, "pictures in memory at a time")
-    num_workers: int = option(2, "processes that decode pictures")
+    image_size: tuple[int, ...] = option((224, 224), "height and width", ge=1, le=65535, lengths=(2,))
+    max_length: int = option(128, "tokens of a caption", ge=4)
+    batch_size: int = option(64, "pictures in memory at a time", ge=1)
+    num_workers: int = option(2, "processes that decode pictures", ge=0, le=1024)
     language_model: str = option("bpe", "tokenizer: bpe (learned from the captions), or a pretrained one")
-    seed: int = option(0, "of the split")
-    valid_fraction: float = option(0.1, "share of the pictures that are the val split")
-    test_fraction: float = option(0.1, "share of the pictures that are the test split")
-    max_failed_fraction: float = option(0.1, "stop if more than this share of the pictures cannot be had")
+    seed: int = option(0, "of the split", ge=0)
+    valid_fraction: float = option(0.1, "share of the pictures that are the val split", ge=0, lt=1)
+    test_fraction: float = option(0.1, "share of the pictures that are the test split", ge=0, lt=1)
+    max_failed_fraction: float = option(0.1, "stop if more than this share of the pictures cannot be had", ge=0, le=1)
     allow_private_hosts: bool = option(False, "allow addresses that are not globally routable")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ToolConfig:
+class ToolConfig(Options):
     """What tools that look at one dataset directory take: verify, repair, gc."""
 
     input: str = option(help="dataset directory (it holds plan/ and data/)")
 
 
 @dataclass(frozen=True, kw_only=True)
-class VerifyConfig:
+class VerifyConfig(Options):
     """stage=verify: check counts, files and hashes; names what is wrong, exit code 1 if anything is."""
 
     input: str = option("", "dataset directory (it holds plan/ and data/)")
@@ -668,7 +743,7 @@ class VerifyConfig:
     deep: bool = option(
         False, "also read every row, decode every image, compare with what the stage before kept, decode some latents"
     )
-    workers: int = option(0, "processes that look at partitions (0: one for each CPU that we may use)")
+    workers: int = option(0, "processes that look at partitions (0: one for each CPU that we may use)", ge=0, le=1024)
     json: bool = option(False, "print the findings as JSON")
     trace: str = option("", "check nothing, but tell the way of the sample with this key through data_dir")
     show: str = option("", "with trace: write a picture of the sample at each stage to this .png")
@@ -679,11 +754,11 @@ class RepairConfig(ToolConfig):
     """stage=repair: verify, then redo just the partitions that are wrong."""
 
     deep: bool = option(False, "look for what verify finds with deep=true, too")
-    workers: int = option(0, "processes that look at partitions (0: one for each CPU that we may use)")
+    workers: int = option(0, "processes that look at partitions (0: one for each CPU that we may use)", ge=0, le=1024)
 
 
 @dataclass(frozen=True, kw_only=True)
-class TakedownConfig:
+class TakedownConfig(Options):
     """stage=takedown: remove samples for good from all finished dataset directories below a folder."""
 
     takedown: str = option(help="text file: a key, or the hash (32 hexadecimal digits) of a source file, on each line")
@@ -696,22 +771,22 @@ class TakedownConfig:
 class GcConfig(ToolConfig):
     """stage=gc: delete what crashed attempts and replaced partitions left behind."""
 
-    older_than: float = option(86400.0, "leave attempts alone that changed within this many seconds")
+    older_than: float = option(86400.0, "leave attempts alone that changed within this many seconds", ge=0)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReportConfig:
+class ReportConfig(Options):
     """stage=report: one self-contained page about everything below a data directory."""
 
     data_dir: str = option(help="folder to describe: data_dir, or any folder below it")
     dataset: str = option("", "describe only <data_dir>/<dataset>")
     output: str = option("", "file to write (default: report.html in the described folder)")
-    samples: int = option(24, "pictures on each contact sheet")
-    gpu_hour_price: float = option(0.0, "what an hour of one GPU costs: training runs then tell their cost")
+    samples: int = option(24, "pictures on each contact sheet", ge=0, le=1000)
+    gpu_hour_price: float = option(0.0, "what an hour of one GPU costs: training runs then tell their cost", ge=0)
 
 
 @dataclass(frozen=True, kw_only=True)
-class LaunchConfig:
+class LaunchConfig(Options):
     """launch/submit.py: from a command to running ranks. All other keys go to the stages.
 
     What a SLURM job asks for can be given to one stage alone (precompute.gpus_per_node=8), and any option of sbatch
@@ -724,7 +799,7 @@ class LaunchConfig:
         "local: ranks are processes here; inline: this process, for debugging; slurm; or a preset: a name in "
         "pipeline/conf/cluster or a path to your own YAML",
     )
-    ranks: int = option(1, "local: processes to start for each stage")
+    ranks: int = option(1, "local: processes to start for each stage", ge=1, le=4096)
     dry_run: bool = option(
         False, "print what would be done and stop; slurm: the job scripts, and what sbatch says of them"
     )
@@ -734,10 +809,10 @@ class LaunchConfig:
         "apart, so that no GPU waits for a CPU stage; all: in a single job",
         choices=("false", "true", "all"),
     )
-    nodes: int = option(1, "slurm: nodes of a job, or of each element of an array")
-    tasks_per_node: int = option(0, "slurm: ranks on each node (0: one for each GPU, else one)")
-    cpus_per_task: int = option(1, "slurm: CPUs of each rank")
-    gpus_per_node: int = option(0, "slurm: GPUs of each node")
+    nodes: int = option(1, "slurm: nodes of a job, or of each element of an array", ge=1)
+    tasks_per_node: int = option(0, "slurm: ranks on each node (0: one for each GPU, else one)", ge=0)
+    cpus_per_task: int = option(1, "slurm: CPUs of each rank", ge=1)
+    gpus_per_node: int = option(0, "slurm: GPUs of each node", ge=0)
     mem: str = option("", "slurm: memory of each node, as 64G (default: the partition's)")
     time: str = option(
         "", "slurm: time limit, as 24:00:00; a job that reaches it is requeued (default: the partition's)"
@@ -748,10 +823,10 @@ class LaunchConfig:
     constraint: str = option("", "slurm: features that nodes must have")
     reservation: str = option("", "slurm: reservation to run in")
     exclude: str = option("", "slurm: nodes to avoid, as node[3-4]")
-    array: int = option(0, "slurm: start each stage (but train) as so many independent jobs instead of one")
-    array_parallelism: int = option(0, "slurm: how many elements of the array may run at a time (0: any number)")
-    lives: int = option(5, "slurm: give up when a job ended this often in a row without having got anything done")
-    signal_seconds: int = option(120, "slurm: how long before the time limit ranks are told to stop")
+    array: int = option(0, "slurm: start each stage (but train) as so many independent jobs instead of one", ge=0)
+    array_parallelism: int = option(0, "slurm: how many elements of the array may run at a time (0: any number)", ge=0)
+    lives: int = option(5, "slurm: give up when a job ended this often in a row without having got anything done", ge=1)
+    signal_seconds: int = option(120, "slurm: how long before the time limit ranks are told to stop", ge=1, le=65535)
     setup: str = option("", "slurm: shell lines to run before the ranks start, as 'module load cuda; export A=b'")
     container: str = option("", "slurm: image to run the ranks in")
     container_runtime: str = option(
@@ -764,23 +839,23 @@ class LaunchConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StatusConfig:
+class StatusConfig(Options):
     """launch/status.py: how everything below a folder stands."""
 
     path: str = option(help="data_dir, or any folder below it: a dataset directory, a run; needs no key")
     stage: str = option("", "only this stage (filter), or the folder of this name (shard-mds)")
-    ranks: int = option(20, "ranks to show of each stage, those in trouble first (0: none)")
-    every: float = option(2.0, "seconds between two looks (SLURM is asked every 10 s at most)")
+    ranks: int = option(20, "ranks to show of each stage, those in trouble first (0: none)", ge=0)
+    every: float = option(2.0, "seconds between two looks (SLURM is asked every 10 s at most)", gt=0)
     follow: str = option(
         "auto",
         "look again and again until all is done; auto: on a terminal, and for html= and port=",
         choices=("auto", "true", "false"),
     )
     logs: str = option("", "show the end of logs instead: rank3, failed (all ranks that did), or job")
-    lines: int = option(40, "lines of each log to show")
+    lines: int = option(40, "lines of each log to show", ge=1)
     json: bool = option(False, "print JSON, one object for each look")
     html: str = option("", "write a page with plots to this file instead")
-    port: int = option(0, "serve metrics for Prometheus on this port")
+    port: int = option(0, "serve metrics for Prometheus on this port", ge=0, le=65535)
     host: str = option("127.0.0.1", "address to serve them at; 0.0.0.0: reachable from other machines")
 
 
@@ -862,9 +937,8 @@ def _digest(secret: str) -> str:
 def default_of(cls: type, name: str) -> Any:
     """Default of a field in JSON-able form, for settings that an older plan did not know yet."""
     field = next(f for f in dataclasses.fields(cls) if f.name == name)
-    if field.default_factory is not dataclasses.MISSING:
-        return list(field.default_factory())
-    return field.default
+    value = default_value(field)
+    return list(value) if isinstance(value, tuple) else value
 
 
 def stage_folder(config: RunConfig, stage: str, variant: str = "") -> Path:

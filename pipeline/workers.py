@@ -29,8 +29,6 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from pipeline.config import ConfigError
-
 Token = TypeVar("Token")
 Answer = bytes | bytearray
 
@@ -367,16 +365,8 @@ def _cgroup_file(name: str) -> Path:
 
 
 def worker_count(setting: str, local_world_size: int = 1) -> int:
-    """How many processes ``workers=`` asks for: a number, or ``auto`` for the CPUs of this rank.
-
-    Raises:
-        ConfigError: neither.
-    """
-    if setting == "auto":
-        return available_cpus(local_world_size)
-    if not setting.isdigit():
-        raise ConfigError(f"workers={setting}: give a number, or auto")
-    return int(setting)
+    """How many processes ``workers=`` asks for: a number, or ``auto`` for the CPUs of this rank."""
+    return available_cpus(local_world_size) if setting == "auto" else int(setting)
 
 
 # ---------------------------------------------------------------- in a worker

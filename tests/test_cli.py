@@ -20,6 +20,7 @@ from pipeline.config import (
     option,
     stage_folder,
 )
+from pipeline.options import Options
 
 
 @pytest.mark.parametrize(
@@ -154,7 +155,7 @@ def test_a_stage_does_not_load_pandas_with_pyarrow() -> None:
 )
 def test_numbers_out_of_range_are_refused_by_name(value, message):
     @dataclass(frozen=True, kw_only=True)
-    class Numbers:
+    class Numbers(Options):
         """Some numbers."""
 
         share: float = option(0.5, "a share", ge=0, lt=1)

@@ -101,7 +101,7 @@ def test_what_is_wrong_is_said_in_one_line(arguments: list[str], message: str) -
         ("partition: cpu", "expected a mapping with kind: local, inline, slurm"),
         ("kind: slurm\npartitoin: cpu", "unknown key 'partitoin'; did you mean partition"),
         ("kind: slurm\nfilter: {nods: 2}", "unknown key 'filter.nods'; did you mean nodes"),
-        ("kind: slurm\ntime: 24:00:00", "put the time in quotes"),
+        ("kind: slurm\ntime: 1\ntime: 2", "time is given twice"),
         ("kind: [", "not YAML"),
     ],
 )

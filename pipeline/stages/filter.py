@@ -10,7 +10,7 @@ from typing import Any
 from pipeline import filters, images
 from pipeline.answers import understood
 from pipeline.captions import clean_caption
-from pipeline.cli import config_for, nearest
+from pipeline.cli import config_for
 from pipeline.config import ConfigError, FilterConfig
 from pipeline.distributed import Rank, distributed
 from pipeline.keylist import KeyList, key_digest
@@ -82,9 +82,6 @@ class Filter(Stage):
     @cached_property
     def caption_checks(self) -> list[filters.CaptionCheck]:
         config = self.config
-        for name in config.caption_checks:
-            if name not in filters.CAPTION_CHECKS:
-                raise ConfigError(f"caption_checks={name}: {nearest(name, filters.CAPTION_CHECKS)}")
         checks = [filters.CAPTION_CHECKS[name] for name in config.caption_checks]
         return checks + ([filters.at_least(config.min_caption_length)] if config.min_caption_length else [])
 

@@ -90,8 +90,6 @@ class Wanted:
         Raises:
             ConfigError: that is none.
         """
-        if config.images_per_prompt < 1:
-            raise ConfigError(f"images_per_prompt={config.images_per_prompt}: must be at least 1")
         if config.seeds and config.images_per_prompt > 1:
             raise ConfigError("seeds=, images_per_prompt=: give one of them; there is a picture from each seed")
         wanted = cls(prompts_of(config), len(config.seeds) or config.images_per_prompt, config.seed, config.seeds)
@@ -206,9 +204,6 @@ class Generate(Stage):
         return load_painter(self.checkpoint, self.rank.device, self.config.vae)
 
     def plan(self, since: int = 0) -> Iterator[Partition]:
-        for name in ("partition_size", "batch_size", "steps"):
-            if getattr(self.config, name) < 1:
-                raise ConfigError(f"{name}={getattr(self.config, name)}: must be at least 1")
         total = len(self.wanted)
         for start in range(0, total, self.config.partition_size):
             stop = min(total, start + self.config.partition_size)

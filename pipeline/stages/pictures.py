@@ -9,7 +9,6 @@ from itertools import islice
 import numpy as np
 
 from pipeline import images
-from pipeline.config import ConfigError
 from pipeline.partitions.plan import Partition
 from pipeline.partitions.stage import Stage, follow_upstream
 from pipeline.samples import Outcome, Row, SampleError, content_hash
@@ -21,8 +20,6 @@ class PictureStage(Stage):
     """Batches never reach over partitions, so that the result does not depend on who does which of them."""
 
     def plan(self, since: int = 0) -> Iterator[Partition]:
-        if self.config.batch_size < 1:
-            raise ConfigError(f"batch_size={self.config.batch_size}: must be at least 1")
         return follow_upstream(self.upstream, since)
 
     @abstractmethod

@@ -201,11 +201,7 @@ class Precompute(Stage):
     @cached_property
     def batch_size(self) -> int:
         given = self.config.batch_size
-        if given == "auto":
-            return self.encoding.find_batch_size()
-        if not given.isdigit() or not int(given):
-            raise ConfigError(f"batch_size={given}: must be a number of at least 1, or auto")
-        return int(given)
+        return self.encoding.find_batch_size() if given == "auto" else int(given)
 
     # ---- decoders
 

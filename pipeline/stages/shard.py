@@ -18,7 +18,7 @@ from pipeline.config import ConfigError, ShardConfig
 from pipeline.distributed import Rank, distributed
 from pipeline.formats.base import IMAGE, MASK, get_format
 from pipeline.formats.columns import WIDE
-from pipeline.formats.pixels import MODES, mask_array, natural_mode, to_array, to_bytes
+from pipeline.formats.pixels import mask_array, natural_mode, to_array, to_bytes
 from pipeline.memory import keep_freed_memory
 from pipeline.partitions import engine
 from pipeline.partitions.plan import Partition
@@ -106,14 +106,6 @@ class Shard(Stage):
 
     def _check_settings(self) -> None:
         config = self.config
-        if config.partition_size < 0:
-            raise ConfigError(f"partition_size={config.partition_size}: must be at least 1, or 0 to cut by size")
-        if config.shard_bytes < 1:
-            raise ConfigError(f"shard_bytes={config.shard_bytes}: must be at least 1")
-        if config.im_mode and config.im_mode not in MODES:
-            raise ConfigError(f"im_mode={config.im_mode}: expected one of {', '.join(MODES)}")
-        if not 1 <= config.quality <= 100:
-            raise ConfigError(f"quality={config.quality}: expected 1 to 100")
         if not self.fixed and (self.size or config.im_mode) and not config.encode:
             raise ConfigError("shape= and im_mode= change pixels: say how to store them, encode=png or encode=jpeg")
         if self.fixed and config.encode:

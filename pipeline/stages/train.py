@@ -77,8 +77,6 @@ def learned(config: TrainConfig, dataset: Dataset | None) -> tuple[Task, Batches
 
         dataset.require_columns("jpg", "label")
         config = replace(config, resolution=config.resolution or 224)
-        if config.enlarge < 1:
-            raise ConfigError(f"enlarge={config.enlarge}: must be at least 1")
         images = ImageDataset(RandomAccess(dataset), round(config.resolution * config.enlarge))
         task: Task = Classify(config, images)
         return task, *split(images, config.valid_fraction, config.seed)

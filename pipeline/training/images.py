@@ -100,15 +100,9 @@ class Augmentation:
 
     Args:
         size: edge of what comes out (0: as what goes in).
-
-    Raises:
-        ConfigError: a probability or strength that cannot be.
     """
 
     def __init__(self, config: TrainConfig, size: int = 0) -> None:
-        for name in ("flip", "erase", "mix_probability"):
-            if not 0 <= getattr(config, name) <= 1:
-                raise ConfigError(f"{name}={getattr(config, name)}: must be between 0 and 1")
         self._config, self._size = config, size
         names = ("shift", "flip", "rotate", "shear", "randaugment", "erase")
         self.given = [name for name in names if getattr(config, name)] + ["crop_scale"] * (config.crop_scale < 1)

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from pipeline.cli import nearest
 from pipeline.config import ConfigError, TrainConfig, identity
 from pipeline.storage import Folder
 
@@ -145,17 +144,15 @@ def open_loggers(run: Folder, config: TrainConfig, life: str, step: int) -> list
     """What ``loggers=`` asks for, after the log that is always there.
 
     Raises:
-        ConfigError: no such logger, or it is not installed.
+        ConfigError: one is not installed.
     """
     log = TrainingLog(run, life)
     loggers: list[Logger] = [log]
     for name in config.loggers:
         if name == "tensorboard":
             loggers.append(TensorBoard(run.path, step))
-        elif name == "wandb":
-            loggers.append(Wandb(run, config))
         else:
-            raise ConfigError(f"loggers={name}: {nearest(name, ('tensorboard', 'wandb'))}")
+            loggers.append(Wandb(run, config))
     if step:
         log.write(step, {"resumed_after": step})
     log.merge()

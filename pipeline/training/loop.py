@@ -216,16 +216,8 @@ def check(config: TrainConfig, rank: Rank) -> None:
     Raises:
         ConfigError: names them.
     """
-    for name in ("export_every", "keep_exports"):
-        if getattr(config, name) < 0:
-            raise ConfigError(f"{name}={getattr(config, name)}: must not be negative")
-    for name in ("steps", "batch_size", "checkpoint_every", "log_every", "lr_patience"):
-        if getattr(config, name) < 1:
-            raise ConfigError(f"{name}={getattr(config, name)}: must be at least 1")
     if config.batch_size < rank.world_size:
         raise ConfigError(f"batch_size={config.batch_size}: less than one sample for each of {rank.world_size} ranks")
-    if not 0 < config.lr_step <= 1:
-        raise ConfigError(f"lr_step={config.lr_step}: must be a fraction of the way, above 0 and at most 1")
     if (config.schedule == "plateau" or config.early_stop) and not config.valid_fraction:
         name = "schedule=plateau" if config.schedule == "plateau" else f"early_stop={config.early_stop}"
         raise ConfigError(f"{name} needs a validation set: valid_fraction=0.1, for example")
