@@ -6,12 +6,13 @@ Layers, later ones win: defaults < preset < the preset's section for a stage < c
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from pipeline import cli
 from pipeline.config import STAGES, ConfigError, LaunchConfig
+from pipeline.options import condition_text, without_effect
 from pipeline.yaml_files import read_settings
 
 KINDS = ("local", "inline", "slurm")
@@ -72,9 +73,27 @@ def read(arguments: list[str]) -> Launch:
     config, _ = _build(layers, "")
     if kind == "slurm" and "ranks" in own:
         raise ConfigError("ranks= is for cluster=local; on SLURM: nodes= and tasks_per_node=")
-    if kind != "slurm" and config.pack != "false":
-        raise ConfigError(f"pack={config.pack} is for cluster=slurm: here the stages run one after another anyway")
-    return Launch(kind, config, settings, {stage: Request(*_build(layers, stage)) for stage in STAGES})
+    requests = {stage: Request(*_build(layers, stage)) for stage in STAGES}
+    _require_effect(preset | own, kind, requests)
+    return Launch(kind, config, settings, requests)
+
+
+def _require_effect(given: Mapping[str, Any], kind: str, requests: Mapping[str, Request]) -> None:
+    """Refuse what cannot have an effect on any stage, such as what is meant for another kind of cluster.
+
+    Raises:
+        ConfigError: names it.
+    """
+    configs = {stage: replace(request.config, cluster=kind) for stage, request in requests.items()}
+    for key, value in given.items():
+        section, _, name = key.rpartition(".")
+        if name.startswith("slurm_"):
+            found = {} if kind == "slurm" else {name: "cluster=slurm"}
+        else:
+            chosen = [configs[section]] if section else configs.values()
+            found = min((without_effect(config, [name]) for config in chosen), key=len)
+        for condition in found.values():
+            raise ConfigError(f"{key}={value} has no effect with cluster={kind}: it is for {condition_text(condition)}")
 
 
 def _is_ours(key: str) -> bool:

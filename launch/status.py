@@ -47,7 +47,7 @@ def read(argv: list[str]) -> StatusConfig:
         if "path" in settings:
             raise ConfigError("path is given twice")
         settings["path"] = bare[0]
-    return cli.build(StatusConfig, settings)
+    return cli.build_given(StatusConfig, {}, settings)
 
 
 def _follows(config: StatusConfig, default: bool) -> bool:

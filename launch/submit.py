@@ -74,6 +74,7 @@ def jobs_of(launch: LaunchConfig, settings: dict[str, str], requests: Mapping[st
         names.remove("download")
     run_id = uuid.uuid4().hex
     jobs: list[Job] = []
+    unused = _Unused(settings)
     for number, (name, own) in enumerate(_steps(names, settings)):
         keys = {f.name for f in fields(STAGES[name])}
         runs = [job for job in jobs if job.stage == "train"]
@@ -82,8 +83,9 @@ def jobs_of(launch: LaunchConfig, settings: dict[str, str], requests: Mapping[st
             own.pop("input", None)
             if name in (*MAIN_LINE, *UPSTREAMS) and before and before[-1].output:
                 own["input"] = str(before[-1].output)
-        if name in ("generate", "evaluate") and runs and runs[-1].config.name:
+        if name in ("generate", "evaluate") and runs and runs[-1].config.name and not own.get("checkpoint"):
             own.setdefault("name", runs[-1].config.name)
+        unused.drop_from(own, name)
         if "run_id" in keys:
             own.setdefault("run_id", run_id)
         arguments = tuple(f"{key}={value}" for key, value in own.items())
@@ -93,6 +95,7 @@ def jobs_of(launch: LaunchConfig, settings: dict[str, str], requests: Mapping[st
         ranks = 1 if is_single(name, arguments) else launch.ranks
         request = (requests or {}).get(name, Request(launch))
         jobs.append(Job(name, config, arguments, ranks, output_of(name, config), request))
+    unused.require_none()
     return jobs
 
 
@@ -106,6 +109,32 @@ def per_dataset(settings: dict[str, str]) -> list[dict[str, str]]:
     if len(set(names)) < len(names):
         raise ConfigError(f"dataset={settings['dataset']}: a data set is named twice")
     return [{**settings, "dataset": name} for name in names]
+
+
+class _Unused:
+    """Settings for all stages go to those stages in which they have an effect; there must be one.
+
+    A setting for one stage alone (``train.lr=``) must have an effect there: the stage's config says so.
+    """
+
+    def __init__(self, settings: Mapping[str, str]) -> None:
+        self._plain = {key for key in settings if "." not in key}
+        self._used: set[str] = set()
+        self._why: dict[str, str] = {}
+
+    def drop_from(self, own: dict[str, str], stage: str) -> None:
+        """Take those out of the settings of a stage that have no effect in it."""
+        for key, why in cli.ineffective(stage, own).items():
+            if key in self._plain:
+                del own[key]
+                self._why.setdefault(key, why)
+        self._used |= own.keys()
+
+    def require_none(self) -> None:
+        """Raises ConfigError for a setting that no stage has used."""
+        for key, why in self._why.items():
+            if key not in self._used:
+                raise ConfigError(why)
 
 
 def _steps(names: list[str], settings: dict[str, str]) -> Iterator[tuple[str, dict[str, str]]]:

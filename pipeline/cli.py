@@ -15,7 +15,15 @@ from typing import Any, TypeVar
 from pipeline.arrow import without_pandas
 from pipeline.config import STAGES, ConfigError, LaunchConfig, RunConfig, public
 from pipeline.distributed.life import Life
-from pipeline.options import condition_of, condition_text, default_value, list_items, range_text, shown
+from pipeline.options import (
+    condition_names,
+    condition_text,
+    default_value,
+    list_items,
+    option_text,
+    shown,
+    without_effect,
+)
 from pipeline.options import nearest as nearest
 from pipeline.yaml_files import read_settings
 
@@ -219,20 +227,87 @@ def _type_name(field: dataclasses.Field[Any]) -> str:
 
 def load(stage: str, arguments: Sequence[str]) -> Any:
     """The config of ``stage`` from command-line ``arguments``, the recipe's YAML and the data set's."""
-    given = parse(arguments)
-    cls = STAGES[stage]
     own: Settings = {}
-    for key, value in given.items():
+    for key, value in parse(arguments).items():
         section, dot, name = key.partition(".")
         own[name if dot and section == stage else key] = value
+    values, settings = _from_files(stage, own)
+    config: Any = build_given(STAGES[stage], settings, own)
+    _require_effect_of_file(stage, values, settings, config, f"{yaml_name(own.get('dataset', ''))}: ")
+    return config
+
+
+def ineffective(stage: str, own: Settings) -> dict[str, str]:
+    """Of the settings ``own`` of a stage, those that cannot have an effect in it, each with what is wrong.
+
+    Raises:
+        ConfigError: as :func:`build`.
+    """
+    config: Any = build(STAGES[stage], {**_from_files(stage, own)[1], **own})
+    found = without_effect(config, own)
+    return {key: _without_effect(key, own[key], condition, config) for key, condition in found.items()}
+
+
+def _from_files(stage: str, own: Settings) -> tuple[Settings, Settings]:
+    """All that the data set's YAML says for this split and subset; of that and the recipe's YAML, this stage's part."""
+    values: Settings = {}
     settings: Settings = {}
-    if own.get("dataset") and issubclass(cls, RunConfig):
+    if own.get("dataset") and issubclass(STAGES[stage], RunConfig):
         where = f"{yaml_name(own['dataset'])}: "
         values = chosen(dataset_settings(own["dataset"]), own.get("split", "train"), own.get("subset", ""), where)
         settings = select(values, stage, where)
     if stage == "train" and own.get("recipe"):
         settings |= recipe_settings(own["recipe"], own.get("phase", ""))
-    return build(cls, settings | own)
+    return values, settings
+
+
+def build_given(cls: type[Config], settings: Mapping[str, Any], given: Mapping[str, Any]) -> Config:
+    """The config of ``settings``, from files, and of what was ``given`` in a command, which wins.
+
+    Raises:
+        ConfigError: as :func:`build`; or what was given cannot have an effect.
+    """
+    config = build(cls, {**settings, **given})
+    for key, condition in without_effect(config, given).items():
+        raise ConfigError(_without_effect(key, given[key], condition, config))
+    return config
+
+
+def _without_effect(key: str, value: Any, condition: str, config: Any) -> str:
+    names = [name for name in sorted(condition_names(condition)) if getattr(config, name) not in ("", 0, ())]
+    now = ", ".join(f"{name}={shown(getattr(config, name))}" for name in names)
+    shown_value = value if isinstance(value, str) else shown(value)
+    return f"{key}={shown_value} has no effect{f' with {now}' if now else ''}: it is for {condition_text(condition)}"
+
+
+def _require_effect_of_file(stage: str, values: Settings, settings: Settings, config: Any, where: str) -> None:
+    """Refuse settings of a YAML file that cannot have an effect, neither by that file alone nor in this run.
+
+    What stands there for all stages may be meant for another one, and for a choice that a command makes.
+    """
+    cls = STAGES[stage]
+    if not (inert := without_effect(config, settings)):
+        return
+    alone: Any = build(cls, _completed(cls, settings))
+    for key, condition in without_effect(alone, inert).items():
+        own = key in (values.get(stage) or {}) or f"{stage}.{key}" in values or key not in values
+        if own or not any(_may_have_effect(other, key, values) for other in STAGES):
+            raise ConfigError(where + _without_effect(key, settings[key], condition, alone))
+
+
+def _may_have_effect(stage: str, key: str, values: Settings) -> bool:
+    cls = STAGES[stage]
+    if key not in {f.name for f in dataclasses.fields(cls)}:
+        return False
+    settings = select(values, stage, "")
+    condition = without_effect(build(cls, _completed(cls, settings)), [key]).get(key, "")
+    return not condition or not condition_names(condition) & set(settings)
+
+
+def _completed(cls: type, settings: Mapping[str, Any]) -> Settings:
+    """``settings`` with something in place of what is required."""
+    missing = [f.name for f in dataclasses.fields(cls) if default_value(f) is dataclasses.MISSING]
+    return {**dict.fromkeys(missing, "..."), **settings}
 
 
 def dump(config: Any) -> str:
@@ -265,10 +340,8 @@ def help_text(cls: type, usage: str) -> str:
     width = max(len(f.name) for f in fields)
     for f in fields:
         default = default_value(f)
-        notes = [f"[{range_text(f)}]"] if range_text(f) else []
-        notes += [f"[with {condition_text(condition)}]"] if (condition := condition_of(cls, f)) else []
-        notes += ["(required)" if default is dataclasses.MISSING else f"(default: {shown(default) or NOTHING})"]
-        lines.append(f"  {f.name:<{width}}  {' '.join([f.metadata.get('help', ''), *notes])}")
+        note = "(required)" if default is dataclasses.MISSING else f"(default: {shown(default) or NOTHING})"
+        lines.append(f"  {f.name:<{width}}  {option_text(cls, f)} {note}")
     return "\n".join(lines)
 
 

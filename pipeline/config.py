@@ -13,11 +13,11 @@ import hashlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from urllib.parse import unquote_plus, urlsplit
 
+from pipeline.options import NEVER, Options, default_value
 from pipeline.options import ConfigError as ConfigError
-from pipeline.options import Options, default_value
 from pipeline.options import option as option
 
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://[^\s,'\"\]]+", re.IGNORECASE)
@@ -30,6 +30,14 @@ _SIGNATURE = re.compile(
 _KEY = re.compile(r"key", re.IGNORECASE)  # of parameters that may be a secret, or the name of what is meant
 
 
+_SHAPES = "source=shapes"
+_URL_LIST = "source=url_list"
+_ARCHIVES = "source=http_archive|huggingface|webdataset|parquet"
+_FETCHED = "source=url_list|http_archive|huggingface|webdataset|parquet|torchvision"
+_DIFFUSE, _CLASSIFY, _CAPTION = "task=diffuse", "task=classify", "task=caption"
+_AUGMENTED = "task=classify or task=caption and encoder"  # training decodes the images
+_SLURM = "cluster=slurm"
+
 FORMATS = ("mds", "tar", "parquet", "ipc", "memmap", "hdf5")
 """Storage formats that stage=shard writes."""
 
@@ -41,7 +49,9 @@ class RunConfig(Options):
     dataset: str = option("", "a name in pipeline/conf/dataset (shapes, image_folder, ...) or a path to your own YAML")
     data_dir: str = option("", "root of everything: <data_dir>/<dataset>/<split>/<stage>[-<variant>]")
     split: str = option("train", "part of the data set: train, valid, test, ...")
-    subset: str = option("", "small: about 1 % of a published data set, for a first try; lies in <dataset>-<subset>")
+    subset: str = option(
+        "", "small: about 1 % of a published data set, for a first try; lies in <dataset>-<subset>", when="dataset"
+    )
     input: str = option("", "folder to read, instead of the upstream stage's place below data_dir")
     output: str = option("", "folder to write, instead of the stage's place below data_dir")
     variant: str = option("", "suffix of the stage's folder, to keep several results side by side")
@@ -58,7 +68,7 @@ class RunConfig(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DeviceConfig:
+class DeviceConfig(Options):
     """What every stage with networks takes besides."""
 
     device: str = option(
@@ -94,89 +104,185 @@ class SourceConfig(StageConfig):
         identity=True,
     )
     partition_size: int = option(
-        1000, "samples per partition (sources whose samples are known beforehand)", identity=True, ge=1
+        1000,
+        "samples per partition (sources whose samples are known beforehand)",
+        identity=True,
+        ge=1,
+        when="source=shapes|digits|image_folder|url_list",
     )
     copy: bool = option(
-        False, "image_folder: copy the files into the output instead of referring to them", identity=True
+        False, "copy the files into the output instead of referring to them", identity=True, when="source=image_folder"
     )
     captions: str = option(
-        "auto", "image_folder: auto, txt, folder, none, or a captions .json/.jsonl/.csv file", identity=True
+        "auto",
+        "auto, txt, folder, none, or a captions .json/.jsonl/.csv file",
+        identity=True,
+        when="source=image_folder",
     )
-    count: int = option(1000, "shapes: number of scenes", identity=True, ge=1)
-    questions: bool = option(False, "shapes: with questions and answers, for prompt=question", identity=True)
-    image_size: int = option(64, "shapes: edge of the square pictures, in pixels", identity=True, ge=1, le=4096)
-    objects: int = option(1, "shapes: objects in a scene, 1 or 2 (0: both kinds)", identity=True, ge=0, le=2)
+    count: int = option(1000, "number of scenes", identity=True, ge=1, when=_SHAPES)
+    questions: bool = option(False, "with questions and answers, for prompt=question", identity=True, when=_SHAPES)
+    image_size: int = option(64, "edge of the square images, in pixels", identity=True, ge=1, le=4096, when=_SHAPES)
+    objects: int = option(1, "objects in a scene, 1 or 2 (0: both kinds)", identity=True, ge=0, le=2, when=_SHAPES)
     holdout: bool = option(
-        True, "shapes: leave out a fixed list of colour-shape pairs, to test new combinations", identity=True
+        True,
+        "leave out a fixed list of colour-shape pairs, to test new combinations",
+        identity=True,
+        when=_SHAPES,
     )
     urls: tuple[str, ...] = option(
         (),
         "http_archive, webdataset, parquet: URLs of tar, zip or parquet files, {000..199} being a range; "
         "url_list: URLs of lists",
         identity=True,
+        when="source=url_list|http_archive|webdataset|parquet|torchvision",
     )
     sha256: tuple[str, ...] = option(
-        (), "http_archive: expected hashes, in the order of urls (empty: not known)", identity=True
+        (), "expected hashes, in the order of urls (empty: not known)", identity=True, when="source=http_archive"
     )
     fraction: float = option(
-        1.0, "take only the first files, or rows of a list, as this fraction of them", identity=True, gt=0, le=1
+        1.0,
+        "take only the first files, or rows of a list, as this fraction of them",
+        identity=True,
+        gt=0,
+        le=1,
+        when=_FETCHED,
     )
-    repo: str = option("", "huggingface: the data set's repository, as owner/name", identity=True)
-    revision: str = option("main", "huggingface: branch, tag or commit; recorded as a commit", identity=True)
+    repo: str = option("", "the data set's repository, as owner/name", identity=True, when="source=huggingface")
+    revision: str = option(
+        "main", "branch, tag or commit; recorded as a commit", identity=True, when="source=huggingface"
+    )
     files: tuple[str, ...] = option(
-        (), "huggingface: files to take, as paths with * and ranges like {000..199}", identity=True
+        (),
+        "files to take, as paths with * and ranges like {000..199}",
+        identity=True,
+        when="source=huggingface|torchvision",
     )
     metadata: tuple[str, ...] = option(
-        (), "files that hold captions and fields: URLs, paths, or paths in the repository", identity=True
+        (),
+        "files that hold captions and fields: URLs, paths, or paths in the repository",
+        identity=True,
+        when=_ARCHIVES,
     )
     annotations: str = option(
         "",
         "how they are laid out: jdb, diffusiondb, coco, textcaps, flickr30k, texts; or caltech256, folders",
         identity=True,
+        when=_ARCHIVES,
     )
-    metadata_member: str = option("", "which member of a metadata archive to read", identity=True)
-    metadata_split: str = option("", "which split to take of metadata that hold several", identity=True)
-    listed_only: bool = option(False, "leave out images that the metadata do not list", identity=True)
-    labels: bool = option(False, "take the label from .cls files, or from the label column", identity=True)
+    metadata_member: str = option("", "which member of a metadata archive to read", identity=True, when="metadata")
+    metadata_split: str = option(
+        "", "which split to take of metadata that hold several", identity=True, when="metadata"
+    )
+    listed_only: bool = option(
+        False, "leave out images that the metadata do not list", identity=True, when="annotations"
+    )
+    labels: bool = option(
+        False,
+        "take the label from .cls files, or from the label column",
+        identity=True,
+        when=_ARCHIVES,
+    )
     max_nsfw: float = option(
-        0.2, "diffusiondb: drop images with a higher score for image or prompt", identity=True, ge=0, le=2
+        0.2,
+        "drop images with a higher score for image or prompt",
+        identity=True,
+        ge=0,
+        le=2,
+        when="annotations=diffusiondb",
     )
-    url_column: str = option("", "url_list: name or number of the column with URLs (default: url)", identity=True)
+    url_column: str = option("", "name or number of the column with URLs (default: url)", identity=True, when=_URL_LIST)
     caption_column: str = option(
-        "", "url_list, parquet: column with one or several captions (default: caption, text, ...)", identity=True
+        "",
+        "column with one or several captions (default: caption, text, ...)",
+        identity=True,
+        when="source=url_list|http_archive|huggingface|webdataset|parquet",
     )
-    image_column: str = option("", "parquet: column with the images (default: image, jpg, ...)", identity=True)
-    hash_column: str = option("", "url_list: column with an MD5, SHA-1 or SHA-256 to check", identity=True)
+    image_column: str = option(
+        "",
+        "column with the images (default: image, jpg, ...)",
+        identity=True,
+        when=_ARCHIVES,
+    )
+    hash_column: str = option("", "column with an MD5, SHA-1 or SHA-256 to check", identity=True, when=_URL_LIST)
     columns: tuple[str, ...] = option(
         (),
         "url_list, parquet: further columns to keep in meta; archives: fields of .json files (none: all)",
         identity=True,
+        when="source=url_list|http_archive|huggingface|webdataset|parquet",
     )
-    split_column: str = option("", "url_list: column that tells the split", identity=True)
-    split_values: tuple[str, ...] = option((), "url_list: its values in this split", identity=True)
-    expected_gb: float = option(0.0, "about so much is to come, where no server says it before (0: not known)", ge=0)
-    check_space: bool = option(True, "stop before what is to come does not fit on the disk")
-    max_archive_bytes: int = option(2**40, "http: larger files are refused", ge=1)
-    max_members: int = option(2_000_000, "an archive with more members is refused", ge=1)
+    split_column: str = option("", "column that tells the split", identity=True, when=_URL_LIST)
+    split_values: tuple[str, ...] = option(
+        (), "its values in this split", identity=True, when="source=url_list and split_column"
+    )
+    expected_gb: float = option(
+        0.0,
+        "about so much is to come, where no server says it before (0: not known)",
+        ge=0,
+        when=_FETCHED,
+    )
+    check_space: bool = option(
+        True,
+        "stop before what is to come does not fit on the disk",
+        when=_FETCHED,
+    )
+    max_archive_bytes: int = option(
+        2**40,
+        "larger files are refused",
+        ge=1,
+        when=_FETCHED,
+    )
+    max_members: int = option(
+        2_000_000,
+        "an archive with more members is refused",
+        ge=1,
+        when="source=http_archive|huggingface|webdataset|parquet|torchvision",
+    )
     max_member_bytes: int = option(
-        2**30, "a member or file larger than this is failed:too_many_bytes", identity=True, ge=1
+        2**30,
+        "a member or file larger than this is failed:too_many_bytes",
+        identity=True,
+        ge=1,
+        when="source!=shapes|digits",
     )
-    timeout: float = option(0.0, "http: seconds with (almost) no byte (0: 60 for archives, 10 for images)", ge=0)
+    timeout: float = option(
+        0.0,
+        "seconds with (almost) no byte (0: 60 for archives, 10 for images)",
+        ge=0,
+        when=_FETCHED,
+    )
     deadline: float = option(
-        0.0, "http: seconds that one file may take, all tries and redirects together (0: a day; images: 60)", ge=0
+        0.0,
+        "seconds that one file may take, all tries and redirects together (0: a day; images: 60)",
+        ge=0,
+        when=_FETCHED,
     )
-    retries: int = option(3, "http: tries after the first, with exponential backoff", ge=0, le=1000)
-    connections: int = option(512, "url_list: requests at a time, of each rank", ge=1, le=65536)
-    per_host: int = option(8, "url_list: requests at a time at one host, of each rank", ge=1, le=65536)
-    per_second: float = option(0.0, "url_list: requests a second at one host, of each rank (0: any number)", ge=0)
-    contact: str = option("", "http: a URL or e-mail address for the User-Agent, so that servers know whom to tell")
-    robots_txt: bool = option(False, "url_list: ask hosts for their robots.txt, and heed it", identity=True)
+    retries: int = option(
+        3,
+        "tries after the first, with exponential backoff",
+        ge=0,
+        le=1000,
+        when=_FETCHED,
+    )
+    connections: int = option(512, "requests at a time, of each rank", ge=1, le=65536, when=_URL_LIST)
+    per_host: int = option(8, "requests at a time at one host, of each rank", ge=1, le=65536, when=_URL_LIST)
+    per_second: float = option(0.0, "requests a second at one host, of each rank (0: any number)", ge=0, when=_URL_LIST)
+    contact: str = option(
+        "",
+        "a URL or e-mail address for the User-Agent, so that servers know whom to tell",
+        when=_FETCHED,
+    )
+    robots_txt: bool = option(False, "ask hosts for their robots.txt, and heed it", identity=True, when=_URL_LIST)
     opt_outs: tuple[str, ...] = option(
         ("noai", "noimageai", "noindex", "noimageindex"),
-        "url_list: drop images whose X-Robots-Tag says one of these",
+        "drop images whose X-Robots-Tag says one of these",
         identity=True,
+        when=_URL_LIST,
     )
-    allow_private_hosts: bool = option(False, "http: allow addresses that are not globally routable")
+    allow_private_hosts: bool = option(
+        False,
+        "allow addresses that are not globally routable",
+        when=_FETCHED,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,12 +294,16 @@ class DownloadConfig(SourceConfig):
 class FilterConfig(SourceConfig):
     """stage=filter: every image becomes an upright RGB image of a bounded size, or a ledger row that says why not."""
 
+    inherited: ClassVar = {"SourceConfig": "fuse=true"}
+
     fuse: bool = option(
         False, "take the samples from their source as they arrive; no stage=download, no raw data", identity=True
     )
 
     keep_raw: bool = option(
-        True, "false: when the result is verified, remove what stage=download has stored, but for its ledgers"
+        True,
+        "false: when the result is verified, remove what stage=download has stored, but for its ledgers",
+        when="fuse=false",
     )
     min_image_size: int = option(256, "drop images whose smaller edge is below this", identity=True, ge=0)
     max_image_size: int = option(
@@ -219,10 +329,21 @@ class FilterConfig(SourceConfig):
         identity=True,
         choices=("jpg", "png", "webp", "auto"),
     )
-    encode_quality: int = option(95, "JPEG and WebP quality of images that had to change", identity=True, ge=1, le=100)
+    encode_quality: int = option(
+        95,
+        "JPEG and WebP quality of images that had to change",
+        identity=True,
+        ge=1,
+        le=100,
+        when="encode_format=jpg|webp|auto",
+    )
     skip_reencode: bool = option(True, "images that need no change keep their bytes", identity=True)
     validate: str = option(
-        "full", "images that keep their bytes are decoded once (full) or not", identity=True, choices=("full", "header")
+        "full",
+        "images that keep their bytes are decoded once (full) or not",
+        identity=True,
+        choices=("full", "header"),
+        when="skip_reencode=true",
     )
     background: str = option("white", "colour under transparent pixels and of borders: name or #rrggbb", identity=True)
     icc: str = option(
@@ -258,9 +379,15 @@ class FilterConfig(SourceConfig):
         ge=0,
         le=1024,
     )
-    decode_timeout: float = option(60.0, "seconds that one image may take; then it is failed:decoder_timeout", gt=0)
+    decode_timeout: float = option(
+        60.0, "seconds that one image may take; then it is failed:decoder_timeout", gt=0, when="workers!=0"
+    )
     worker_memory: int = option(
-        2048, "MiB that a worker may take for an image; more is failed:out_of_memory (0: any)", ge=256, also=(0,)
+        2048,
+        "MiB that a worker may take for an image; more is failed:out_of_memory (0: any)",
+        ge=256,
+        also=(0,),
+        when="workers!=0",
     )
 
 
@@ -286,7 +413,12 @@ class ShardConfig(StageConfig):
     shuffle: bool = option(False, "shuffle the whole data set by a permutation keyed by the seed", identity=True)
     partition_size: int = option(0, "samples per partition (0: a 32nd of the data, 32 to 256 MiB)", identity=True, ge=0)
     shard_bytes: int = option(
-        2**26, "largest size of one data file (tar: one file for each partition)", identity=True, ge=1, le=2**32 - 1
+        2**26,
+        "largest size of one data file (tar: one file for each partition)",
+        identity=True,
+        ge=1,
+        le=2**32 - 1,
+        when="format!=tar",
     )
     shape: tuple[int, ...] = option(
         (),
@@ -305,8 +437,10 @@ class ShardConfig(StageConfig):
     encode: str = option(
         "", "encode images anew (empty: their bytes as they are)", identity=True, choices=("", "png", "jpeg", "webp")
     )
-    quality: int = option(95, "encode=jpeg and webp: 1 to 100", identity=True, ge=1, le=100)
-    compression: str = option("", "hdf5: compress each image", identity=True, choices=("", "gzip"))
+    quality: int = option(
+        95, "quality of the images that are encoded", identity=True, ge=1, le=100, when="encode=jpeg|webp"
+    )
+    compression: str = option("", "compress each image", identity=True, choices=("", "gzip"), when="format=hdf5")
     captions: str = option(
         "none", "folders of images: auto, txt, folder, none, or a captions .json/.jsonl/.csv file", identity=True
     )
@@ -384,7 +518,7 @@ class PrecomputeConfig(DeviceConfig, StageConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class FeaturesConfig(DeviceConfig, StageConfig):
-    """stage=features: a frozen encoder's features of each picture, for task=caption, as MDS."""
+    """stage=features: a frozen encoder's features of each image, for task=caption, as MDS."""
 
     encoder: str = option(
         "embedded",
@@ -392,9 +526,9 @@ class FeaturesConfig(DeviceConfig, StageConfig):
         identity=True,
     )
     features: str = option(
-        "patch", "all tokens of its last layer, or the one for the picture", identity=True, choices=("patch", "pooled")
+        "patch", "all tokens of its last layer, or the one for the image", identity=True, choices=("patch", "pooled")
     )
-    batch_size: int = option(32, "pictures per forward pass", identity=True, ge=1)
+    batch_size: int = option(32, "images per forward pass", identity=True, ge=1)
     save_dtype: str = option("float16", "precision of what is stored", identity=True, choices=("float16", "float32"))
     shard_bytes: int = option(2**26, "largest size of one data file", identity=True, ge=1, le=2**32 - 1)
     threads: int = option(
@@ -405,6 +539,8 @@ class FeaturesConfig(DeviceConfig, StageConfig):
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(DeviceConfig, RunConfig):
     """stage=train: fit a model to a data set; goes on from the last checkpoint of its run folder."""
+
+    inherited: ClassVar = {"variant": NEVER}
 
     task: str = option("diffuse", "what to learn", identity=True, choices=("diffuse", "classify", "caption"))
     name: str = option("", "name of the run folder (default: <task>)")
@@ -426,9 +562,16 @@ class TrainConfig(DeviceConfig, RunConfig):
         identity=True,
         choices=("cosine", "constant", "step", "plateau", "wsd"),
     )
-    min_lr: float = option(0.0, "the learning rate never falls below this", identity=True, ge=0)
+    min_lr: float = option(
+        0.0, "the learning rate never falls below this", identity=True, ge=0, when="schedule!=constant"
+    )
     lr_factor: float = option(
-        0.1, "step and plateau: each reduction multiplies the rate by this", identity=True, gt=0, le=1
+        0.1,
+        "each reduction multiplies the learning rate by this",
+        identity=True,
+        gt=0,
+        le=1,
+        when="schedule=step|plateau",
     )
     lr_step: float = option(
         0.3,
@@ -436,8 +579,11 @@ class TrainConfig(DeviceConfig, RunConfig):
         identity=True,
         gt=0,
         le=1,
+        when="schedule=step|wsd",
     )
-    lr_patience: int = option(5, "plateau: evaluations without gain before a reduction", identity=True, ge=1)
+    lr_patience: int = option(
+        5, "evaluations without gain before a reduction", identity=True, ge=1, when="schedule=plateau"
+    )
     beta2: float = option(0.99, "AdamW: decay of the squared gradients' average", identity=True, ge=0, lt=1)
     weight_decay: float = option(0.01, "AdamW weight decay", identity=True, ge=0)
     clip_norm: float = option(1.0, "gradient norm is clipped to this", identity=True, gt=0)
@@ -461,156 +607,239 @@ class TrainConfig(DeviceConfig, RunConfig):
         ge=0,
         lt=1,
     )
-    valid_input: str = option("", "caption: dataset directory that is kept for this, in place of valid_fraction=")
+    valid_input: str = option("", "dataset directory that is kept for this, in place of valid_fraction=", when=_CAPTION)
     split_file: str = option(
-        "", "caption: JSON, CSV or TSV that says which images are train, valid and test, by file name", identity=True
+        "",
+        "JSON, CSV or TSV that says which images are train, valid and test, by file name",
+        identity=True,
+        when=_CAPTION,
     )
     evaluate_every: int = option(0, "steps between evaluations on it (0: at the end only)", identity=True, ge=0)
     early_stop: int = option(0, "stop after so many evaluations without gain (0: never)", identity=True, ge=0)
-    show: int = option(0, "diffuse: so many pictures are drawn at each evaluation, for the report", ge=0, le=1000)
+    show: int = option(0, "so many images are drawn at each evaluation, for the report", ge=0, le=1000, when=_DIFFUSE)
     caption_drop: float = option(
-        0.1, "diffuse: fraction of captions hidden, for classifier-free guidance", identity=True, ge=0, le=1
+        0.1, "fraction of captions hidden, for classifier-free guidance", identity=True, ge=0, le=1, when=_DIFFUSE
     )
     process: str = option(
-        "flow", "diffuse: rectified flow, or EDM preconditioning", identity=True, choices=("flow", "edm")
+        "flow", "rectified flow, or EDM preconditioning", identity=True, choices=("flow", "edm"), when=_DIFFUSE
     )
     noise_mean: float = option(
         0.7,
-        "diffuse: mean of the noise level's logit (flow) or logarithm (edm: -0.6 is usual)",
+        "mean of the noise level's logit (flow) or logarithm (edm: -0.6 is usual)",
         identity=True,
         ge=-20,
         le=20,
+        when=_DIFFUSE,
     )
-    noise_std: float = option(1.0, "diffuse: its deviation (edm: 1.2 is usual)", identity=True, gt=0)
-    sigma_data: float = option(0.9, "diffuse, edm: deviation of the data", identity=True, gt=0)
+    noise_std: float = option(1.0, "its deviation (edm: 1.2 is usual)", identity=True, gt=0, when=_DIFFUSE)
+    sigma_data: float = option(0.9, "deviation of the data", identity=True, gt=0, when="task=diffuse and process=edm")
     mask_ratio: float = option(
-        0.0, "diffuse: fraction of tokens that the backbone does not see", identity=True, ge=0, lt=1
+        0.0, "fraction of tokens that the backbone does not see", identity=True, ge=0, lt=1, when=_DIFFUSE
     )
     start_from: str = option(
         "",
-        "diffuse, caption: run folder, checkpoint, or name of the data set's run whose averaged weights come first",
+        "run folder, checkpoint, or name of the data set's run whose averaged weights come first",
+        when="task=diffuse|caption",
     )
     mix: tuple[str, ...] = option(
-        (), "diffuse: more latents to train on, as <folder>*<weight>; those of input= have weight 1", identity=True
+        (),
+        "more latents to train on, as <folder>*<weight>; those of input= have weight 1",
+        identity=True,
+        when=_DIFFUSE,
     )
     recipe: str = option("", "settings by a name in pipeline/conf/recipe, or by your own YAML")
-    phase: str = option("", "which phase of the recipe to train; it starts from the one before")
+    phase: str = option("", "which phase of the recipe to train; it starts from the one before", when="recipe")
     resolution: int = option(
         0,
         "diffuse: which latents_<resolution> to learn (0: the smallest); classify: edge of the model's input",
         identity=True,
         ge=0,
         le=65536,
+        when="task=diffuse|classify",
     )
-    classes: int = option(0, "classify: number of classes (0: as the labels tell)", identity=True, ge=0)
-    blocks: str = option("", "classify: kinds of blocks, repeated: ssm, attention, hybrid, or a list", identity=True)
-    mixer: str = option("", "classify: mamba2 (default) or mamba1", identity=True)
+    classes: int = option(0, "number of classes (0: as the labels tell)", identity=True, ge=0, when=_CLASSIFY)
+    blocks: str = option(
+        "", "kinds of blocks, repeated: ssm, attention, hybrid, or a list", identity=True, when=_CLASSIFY
+    )
+    mixer: str = option("", "mamba2 (default) or mamba1", identity=True, when=_CLASSIFY)
     scan_backend: str = option(
         "auto", "kernels of the scan; auto: mamba_ssm where it really works", choices=("auto", "torch", "mamba_ssm")
     )
     patch: int = option(
-        0, "classify: edge of a patch (0: as the model has it; so in what follows)", identity=True, ge=0
+        0, "edge of a patch (0: as the model has it; so in what follows)", identity=True, ge=0, when=_CLASSIFY
     )
-    stem: str = option("", "classify: patch, or conv for small images", identity=True)
-    pool: str = option("", "classify: mean, or a class token", identity=True)
-    depth: int = option(0, "classify: number of blocks", identity=True, ge=0, le=10000)
-    heads: int = option(0, "classify: of attention", identity=True, ge=0)
-    d_state: int = option(0, "classify: states of a channel", identity=True, ge=0)
-    d_conv: int = option(0, "classify: taps of the convolution before the scan", identity=True, ge=0)
-    expand: int = option(0, "classify: inner width of the scan, in widths of the model", identity=True, ge=0)
-    mlp_ratio: float = option(0.0, "classify: width of the MLP after each mixer (0: none)", identity=True, ge=0)
-    dropout: float = option(0.0, "classify, caption: dropout", identity=True, ge=0, lt=1)
-    drop_path: float = option(0.0, "classify: drop-path of the last block; it rises from 0", identity=True, ge=0, lt=1)
+    stem: str = option("", "patch, or conv for small images", identity=True, when=_CLASSIFY)
+    pool: str = option("", "mean, or a class token", identity=True, when=_CLASSIFY)
+    depth: int = option(0, "number of blocks", identity=True, ge=0, le=10000, when=_CLASSIFY)
+    heads: int = option(0, "of attention", identity=True, ge=0, when=_CLASSIFY)
+    d_state: int = option(0, "states of a channel", identity=True, ge=0, when=_CLASSIFY)
+    d_conv: int = option(0, "taps of the convolution before the scan", identity=True, ge=0, when=_CLASSIFY)
+    expand: int = option(0, "inner width of the scan, in widths of the model", identity=True, ge=0, when=_CLASSIFY)
+    mlp_ratio: float = option(0.0, "width of the MLP after each mixer (0: none)", identity=True, ge=0, when=_CLASSIFY)
+    dropout: float = option(0.0, "dropout", identity=True, ge=0, lt=1, when="task=classify|caption")
+    drop_path: float = option(
+        0.0, "drop-path of the last block; it rises from 0", identity=True, ge=0, lt=1, when=_CLASSIFY
+    )
     enlarge: float = option(
         1.0,
-        "classify: images are read at so many times the resolution, and cropped from that",
+        "images are read at so many times the resolution, and cropped from that",
         identity=True,
         ge=1,
         le=16,
+        when=_CLASSIFY,
     )
     crop_scale: float = option(
         1.0,
-        "classify, caption with encoder=: random crops take this fraction of the area at least",
+        "random crops take this fraction of the area at least",
         identity=True,
         gt=0,
         le=1,
+        when=_AUGMENTED,
     )
     shift: float = option(
-        0.0, "classify, caption with encoder=: images are shifted by up to so many pixels", identity=True, ge=0
+        0.0,
+        "images are shifted by up to so many pixels",
+        identity=True,
+        ge=0,
+        when=_AUGMENTED,
     )
     flip: float = option(
-        0.0, "classify, caption with encoder=: probability of mirroring left and right", identity=True, ge=0, le=1
+        0.0,
+        "probability of mirroring left and right",
+        identity=True,
+        ge=0,
+        le=1,
+        when=_AUGMENTED,
     )
     rotate: float = option(
-        0.0, "classify, caption with encoder=: images are turned by up to so many degrees", identity=True, ge=0, le=180
+        0.0,
+        "images are turned by up to so many degrees",
+        identity=True,
+        ge=0,
+        le=180,
+        when=_AUGMENTED,
     )
-    shear: float = option(0.0, "classify, caption with encoder=: images are sheared by up to this", identity=True, ge=0)
+    shear: float = option(0.0, "images are sheared by up to this", identity=True, ge=0, when=_AUGMENTED)
     randaugment: int = option(
-        0, "classify, caption with encoder=: operations of RandAugment on each image", identity=True, ge=0, le=100
+        0,
+        "operations of RandAugment on each image",
+        identity=True,
+        ge=0,
+        le=100,
+        when=_AUGMENTED,
     )
-    randaugment_magnitude: float = option(9.0, "classify: their strength, 0 to 10", identity=True, ge=0, le=10)
-    mixup: float = option(0.0, "classify: alpha of mixup (0: none)", identity=True, ge=0)
-    cutmix: float = option(0.0, "classify: alpha of cutmix (0: none); with mixup, one of both", identity=True, ge=0)
+    randaugment_magnitude: float = option(
+        9.0,
+        "their strength, 0 to 10",
+        identity=True,
+        ge=0,
+        le=10,
+        when="task=classify and randaugment or task=caption and encoder and randaugment",
+    )
+    mixup: float = option(0.0, "alpha of mixup (0: none)", identity=True, ge=0, when=_CLASSIFY)
+    cutmix: float = option(
+        0.0, "alpha of cutmix (0: none); with mixup, one of both", identity=True, ge=0, when=_CLASSIFY
+    )
     mix_probability: float = option(
-        1.0, "classify: fraction of samples that are mixed, if any", identity=True, ge=0, le=1
+        1.0,
+        "fraction of samples that are mixed, if any",
+        identity=True,
+        ge=0,
+        le=1,
+        when="task=classify and mixup or task=classify and cutmix",
     )
     erase: float = option(
-        0.0, "classify, caption with encoder=: probability of random erasing", identity=True, ge=0, le=1
+        0.0,
+        "probability of random erasing",
+        identity=True,
+        ge=0,
+        le=1,
+        when=_AUGMENTED,
     )
     label_smoothing: float = option(
-        0.0, "classify, caption: share of the target spread over all classes or tokens", identity=True, ge=0, lt=1
+        0.0,
+        "share of the target spread over all classes or tokens",
+        identity=True,
+        ge=0,
+        lt=1,
+        when="task=classify|caption",
     )
     decoder: str = option(
-        "transformer", "caption: what writes the texts", identity=True, choices=("transformer", "mamba")
+        "transformer", "what writes the texts", identity=True, choices=("transformer", "mamba"), when=_CAPTION
     )
     objective: str = option(
         "likelihood",
-        "caption: what is raised: likelihood of the texts; cider: CIDEr-D of texts that are drawn (self-critical)",
+        "what is raised: likelihood of the texts; cider: CIDEr-D of texts that are drawn (self-critical)",
         identity=True,
         choices=("likelihood", "cider"),
+        when=_CAPTION,
     )
-    draws: int = option(5, "caption, objective=cider: texts drawn about each picture", identity=True, ge=2)
+    draws: int = option(
+        5, "captions drawn for each image", identity=True, ge=2, when="task=caption and objective=cider"
+    )
     positions: str = option(
-        "learned", "caption: positions of the transformer", identity=True, choices=("learned", "rotary")
+        "learned",
+        "positions of the transformer",
+        identity=True,
+        choices=("learned", "rotary"),
+        when="task=caption and decoder=transformer",
     )
     prompt: str = option(
-        "none", "caption: question: answer the samples' questions", identity=True, choices=("none", "question")
+        "none",
+        "question: answer the samples' questions",
+        identity=True,
+        choices=("none", "question"),
+        when=_CAPTION,
     )
     encoder: str = option(
-        "", "caption: encode pictures while training with this encoder, not from stage=features", identity=True
+        "",
+        "encode images while training with this encoder, not from stage=features",
+        identity=True,
+        when=_CAPTION,
     )
-    features: str = option("patch", "caption, with encoder=: as in stage=features", identity=True)
+    features: str = option("patch", "as in stage=features", identity=True, when="task=caption and encoder")
     tokenizer: str = option(
-        "bpe", "caption: bpe (learned from the captions), or a pretrained one: repo or folder", identity=True
+        "bpe",
+        "bpe (learned from the captions), or a pretrained one: repo or folder",
+        identity=True,
+        when=_CAPTION,
     )
-    vocab_size: int = option(8000, "caption: tokens of a learned tokenizer, at most", identity=True, ge=1)
-    max_length: int = option(64, "caption: tokens of a text, with its begin, end and question", identity=True, ge=4)
+    vocab_size: int = option(
+        8000, "tokens of a learned tokenizer, at most", identity=True, ge=1, when="task=caption and tokenizer=bpe"
+    )
+    max_length: int = option(
+        64, "tokens of a text, with its begin, end and question", identity=True, ge=4, when=_CAPTION
+    )
     checkpoint_every: int = option(500, "steps between checkpoints", ge=1)
     keep_checkpoints: int = option(2, "older checkpoints are deleted, but for the best one (0: keep all)", ge=0)
     export_every: int = option(
         0, "epochs after which the model is validated and exported by epoch and loss (0: never)", identity=True, ge=0
     )
-    keep_exports: int = option(3, "older ones are deleted, but for the best one (0: keep all)", ge=0)
+    keep_exports: int = option(
+        3, "older ones are deleted, but for the best one (0: keep all)", ge=0, when="export_every"
+    )
     save_in_background: bool = option(True, "write checkpoints while training goes on")
     log_every: int = option(20, "steps between log lines", ge=1)
     loggers: tuple[str, ...] = option(
         (), "besides the JSON lines: tensorboard, wandb", choices=("tensorboard", "wandb")
     )
-    wandb_project: str = option("latentmill", "wandb: project")
+    wandb_project: str = option("latentmill", "project", when="loggers=wandb")
     hub_repo: str = option("", "Hugging Face Hub: upload each export to this repository")
     threads: int = option(0, "CPU threads per rank (0: all cores shared by the ranks of a node)", ge=0, le=1024)
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateConfig(DeviceConfig, StageConfig):
-    """stage=generate: draw pictures for prompts with a trained run; with output=, any number of them by any ranks."""
+    """stage=generate: draw images for prompts with a trained run; with output=, any number of them by any ranks."""
+
+    inherited: ClassVar = {"StageConfig": "output", "variant": NEVER}
 
     checkpoint: str = option("", "run folder, or one checkpoint in it (default: the data set's run)")
-    name: str = option("", "name of the run folder, as in stage=train")
+    name: str = option("", "name of the run folder, as in stage=train", when="!checkpoint")
     prompts: tuple[str, ...] = option(
         (), "captions to draw, or one path of a text file with a prompt a line", identity=True
     )
-    images_per_prompt: int = option(1, "pictures of each prompt, from different noise", identity=True, ge=1)
+    images_per_prompt: int = option(1, "images of each prompt, from different noise", identity=True, ge=1)
     seeds: tuple[int, ...] = option(
         (),
         "one picture of each prompt from each of these, the same whatever else is drawn; in place of seed= and "
@@ -621,11 +850,11 @@ class GenerateConfig(DeviceConfig, StageConfig):
     vae: str = option(
         "", "decode with this autoencoder, whose latents are alike, in place of the one trained with", identity=True
     )
-    sampler: str = option("euler", "how noise becomes a picture", identity=True, choices=("euler", "heun", "dpm++"))
+    sampler: str = option("euler", "how noise becomes an image", identity=True, choices=("euler", "heun", "dpm++"))
     steps: int = option(20, "steps of the sampler", identity=True, ge=1)
     guidance: float = option(1.5, "classifier-free guidance scale (1: none)", identity=True, ge=0)
-    batch_size: int = option(32, "with output=: pictures drawn at a time", identity=True, ge=1)
-    partition_size: int = option(256, "with output=: pictures in a partition", identity=True, ge=1)
+    batch_size: int = option(32, "images drawn at a time", identity=True, ge=1, when="output")
+    partition_size: int = option(256, "images in a partition", identity=True, ge=1, when="output")
     threads: int = option(
         0, "CPU threads (0: all cores; with output= results depend on it in the last bit)", ge=0, le=1024
     )
@@ -643,7 +872,11 @@ class CostConfig(Options):
     gpu: str = option("h100", "kind of GPU, for its peak", choices=("a100", "h100", "h200", "b200"))
     gpus: int = option(8, "how many", ge=1)
     mfu: float = option(
-        0.2, "part of the GPUs' peak in bfloat16 that training reaches, where nothing was measured", gt=0, le=1
+        0.2,
+        "part of the GPUs' peak in bfloat16 that training reaches, where nothing was measured",
+        gt=0,
+        le=1,
+        when="!images_per_second",
     )
     images_per_second: tuple[float, ...] = option(
         (), "measured training speed of one GPU in each phase, in place of mfu", gt=0
@@ -655,59 +888,73 @@ class CostConfig(Options):
 class EvaluateConfig(DeviceConfig, RunConfig):
     """stage=evaluate: judge a trained run; writes evaluation.json into its folder."""
 
+    inherited: ClassVar = {"variant": NEVER}
+
     checkpoint: str = option("", "run folder, or one checkpoint in it (default: the data set's run)")
-    name: str = option("", "name of the run folder, as in stage=train")
+    name: str = option("", "name of the run folder, as in stage=train", when="!checkpoint")
     metric: str = option(
         "",
-        "what to measure; shapes: whether pictures show what the prompt says; fidelity: FID, KID, CLIP score; "
+        "what to measure; shapes: whether images show what the prompt says; fidelity: FID, KID, CLIP score; "
         "classes: of task=classify",
         choices=("", "shapes", "fidelity", "classes"),
     )
-    generated: str = option("", "fidelity: dataset directory with the pictures to judge (stage=generate output=...)")
-    reference: str = option("", "fidelity: dataset directory with real pictures, for FID and KID")
-    features: str = option(
-        "", "fidelity: TorchScript file of the features, such as inception-2015-12-05.pt; pixels: average colours"
+    generated: str = option(
+        "", "dataset directory with the images to judge (stage=generate output=...)", when="metric=fidelity"
     )
-    clip: str = option("", "fidelity: <model>:<weights> of open_clip, for the CLIP score")
-    objects: int = option(1, "shapes: objects in the prompts, 1 or 2", ge=1, le=2)
-    sampler: str = option("euler", "how noise becomes a picture", choices=("euler", "heun", "dpm++"))
-    steps: int = option(20, "steps of the sampler", ge=1)
-    guidance: float = option(1.5, "classifier-free guidance scale (1: none)", ge=0)
+    reference: str = option("", "dataset directory with real images, for FID and KID", when="metric=fidelity")
+    features: str = option(
+        "",
+        "TorchScript file of the features, such as inception-2015-12-05.pt; pixels: average colours",
+        when="metric=fidelity and reference",
+    )
+    clip: str = option("", "<model>:<weights> of open_clip, for the CLIP score", when="metric=fidelity")
+    objects: int = option(1, "objects in the prompts, 1 or 2", ge=1, le=2, when="metric=shapes")
+    sampler: str = option(
+        "euler", "how noise becomes an image", choices=("euler", "heun", "dpm++"), when="metric=shapes"
+    )
+    steps: int = option(20, "steps of the sampler", ge=1, when="metric=shapes")
+    guidance: float = option(1.5, "classifier-free guidance scale (1: none)", ge=0, when="metric=shapes")
     threads: int = option(0, "CPU threads (0: all cores)", ge=0, le=1024)
 
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionConfig(DeviceConfig, StageConfig):
-    """stage=caption: texts about pictures by a trained run: at image_path=, else a data set's, as a column."""
+    """stage=caption: texts about images by a trained run: at image_path=, else a data set's, as a column."""
+
+    inherited: ClassVar = {"StageConfig": "!image_path"}
 
     checkpoint: str = option(
         "", "run folder, checkpoint, or export folder (default: the data set's run)", identity=True
     )
-    name: str = option("", "name of the run folder, as in stage=train")
-    image_path: str = option("", "picture, folder of pictures, URL of a picture, or dataset directory")
-    split_file: str = option("", "with image_path=: only those images that this file puts into split=")
+    name: str = option("", "name of the run folder, as in stage=train", when="!checkpoint")
+    image_path: str = option("", "picture, folder of images, URL of an image, or dataset directory")
+    split_file: str = option("", "only those images that this file puts into split=", when="image_path")
     question: str = option(
         "",
         "what to answer, for runs with prompt=question (default: the questions that the data set has)",
         identity=True,
     )
     beams: int = option(1, "texts that are followed at once; 1 is greedy", identity=True, ge=1)
-    length_penalty: float = option(1.0, "beams: log probability / length ** this decides", identity=True, ge=0)
+    length_penalty: float = option(
+        1.0, "rank beams by log probability / length ** length_penalty", identity=True, ge=0, when="beams!=1"
+    )
     top_p: float = option(
         0.0, "draw from the likeliest tokens with this share of probability (0: no)", identity=True, ge=0, le=1
     )
-    temperature: float = option(1.0, "of drawing", identity=True, gt=0)
+    temperature: float = option(1.0, "of drawing", identity=True, gt=0, when="top_p")
     min_length: int = option(1, "tokens of a text at least", identity=True, ge=0)
     max_length: int = option(0, "tokens of a text at most (0: what the model was trained for)", identity=True, ge=0)
-    batch_size: int = option(32, "pictures at a time", identity=True, ge=1)
-    column: str = option("generated", "data set: column that the new captions go into", identity=True)
-    shard_bytes: int = option(2**26, "largest size of one data file", identity=True, ge=1, le=2**32 - 1)
+    batch_size: int = option(32, "images at a time", identity=True, ge=1)
+    column: str = option("generated", "column that the new captions go into", identity=True, when="!image_path")
+    shard_bytes: int = option(
+        2**26, "largest size of one data file", identity=True, ge=1, le=2**32 - 1, when="!image_path"
+    )
     threads: int = option(1, "CPU threads per rank", ge=1, le=1024)
 
 
 @dataclass(frozen=True, kw_only=True)
 class FeideggerConfig(Options):
-    """stage=feidegger: FEIDEGGER's pictures and German captions in one file, for a sequence model."""
+    """stage=feidegger: FEIDEGGER's images and German captions in one file, for a sequence model."""
 
     data_path: str = option(
         "https://raw.githubusercontent.com/zalandoresearch/feidegger/master/data/FEIDEGGER_release_1.1.json",
@@ -716,13 +963,13 @@ class FeideggerConfig(Options):
     output_dir: str = option(help="folder for the result, and for what is fetched")
     image_size: tuple[int, ...] = option((224, 224), "height and width", ge=1, le=65535, lengths=(2,))
     max_length: int = option(128, "tokens of a caption", ge=4)
-    batch_size: int = option(64, "pictures in memory at a time", ge=1)
-    num_workers: int = option(2, "processes that decode pictures", ge=0, le=1024)
+    batch_size: int = option(64, "images in memory at a time", ge=1)
+    num_workers: int = option(2, "processes that decode images", ge=0, le=1024)
     language_model: str = option("bpe", "tokenizer: bpe (learned from the captions), or a pretrained one")
     seed: int = option(0, "of the split", ge=0)
-    valid_fraction: float = option(0.1, "share of the pictures that are the val split", ge=0, lt=1)
-    test_fraction: float = option(0.1, "share of the pictures that are the test split", ge=0, lt=1)
-    max_failed_fraction: float = option(0.1, "stop if more than this share of the pictures cannot be had", ge=0, le=1)
+    valid_fraction: float = option(0.1, "share of the images that are the val split", ge=0, lt=1)
+    test_fraction: float = option(0.1, "share of the images that are the test split", ge=0, lt=1)
+    max_failed_fraction: float = option(0.1, "stop if more than this share of the images cannot be loaded", ge=0, le=1)
     allow_private_hosts: bool = option(False, "allow addresses that are not globally routable")
 
 
@@ -739,14 +986,22 @@ class VerifyConfig(Options):
 
     input: str = option("", "dataset directory (it holds plan/ and data/)")
     data_dir: str = option("", "in place of input: check everything below this folder")
-    dataset: str = option("", "with data_dir: only <data_dir>/<dataset>")
+    dataset: str = option("", "only <data_dir>/<dataset>", when="data_dir")
     deep: bool = option(
-        False, "also read every row, decode every image, compare with what the stage before kept, decode some latents"
+        False,
+        "also read every row, decode every image, compare with what the stage before kept, decode some latents",
+        when="!trace",
     )
-    workers: int = option(0, "processes that look at partitions (0: one for each CPU that we may use)", ge=0, le=1024)
+    workers: int = option(
+        0,
+        "processes that look at partitions (0: one for each CPU that this process may use)",
+        ge=0,
+        le=1024,
+        when="!trace",
+    )
     json: bool = option(False, "print the findings as JSON")
     trace: str = option("", "check nothing, but tell the way of the sample with this key through data_dir")
-    show: str = option("", "with trace: write a picture of the sample at each stage to this .png")
+    show: str = option("", "write an image of the sample at each stage to this .png", when="trace")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -754,7 +1009,9 @@ class RepairConfig(ToolConfig):
     """stage=repair: verify, then redo just the partitions that are wrong."""
 
     deep: bool = option(False, "look for what verify finds with deep=true, too")
-    workers: int = option(0, "processes that look at partitions (0: one for each CPU that we may use)", ge=0, le=1024)
+    workers: int = option(
+        0, "processes that look at partitions (0: one for each CPU that this process may use)", ge=0, le=1024
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -781,7 +1038,7 @@ class ReportConfig(Options):
     data_dir: str = option(help="folder to describe: data_dir, or any folder below it")
     dataset: str = option("", "describe only <data_dir>/<dataset>")
     output: str = option("", "file to write (default: report.html in the described folder)")
-    samples: int = option(24, "pictures on each contact sheet", ge=0, le=1000)
+    samples: int = option(24, "images on each contact sheet", ge=0, le=1000)
     gpu_hour_price: float = option(0.0, "what an hour of one GPU costs: training runs then tell their cost", ge=0)
 
 
@@ -799,43 +1056,53 @@ class LaunchConfig(Options):
         "local: ranks are processes here; inline: this process, for debugging; slurm; or a preset: a name in "
         "pipeline/conf/cluster or a path to your own YAML",
     )
-    ranks: int = option(1, "local: processes to start for each stage", ge=1, le=4096)
+    ranks: int = option(1, "processes to start for each stage", ge=1, le=4096, when="cluster=local")
     dry_run: bool = option(
         False, "print what would be done and stop; slurm: the job scripts, and what sbatch says of them"
     )
     pack: str = option(
         "false",
-        "slurm: run the stages of a command one after another in one job; true: those without GPUs and those with GPUs "
+        "run the stages of a command one after another in one job; true: those without GPUs and those with GPUs "
         "apart, so that no GPU waits for a CPU stage; all: in a single job",
         choices=("false", "true", "all"),
+        when=_SLURM,
     )
-    nodes: int = option(1, "slurm: nodes of a job, or of each element of an array", ge=1)
-    tasks_per_node: int = option(0, "slurm: ranks on each node (0: one for each GPU, else one)", ge=0)
-    cpus_per_task: int = option(1, "slurm: CPUs of each rank", ge=1)
-    gpus_per_node: int = option(0, "slurm: GPUs of each node", ge=0)
-    mem: str = option("", "slurm: memory of each node, as 64G (default: the partition's)")
+    nodes: int = option(1, "nodes of a job, or of each element of an array", ge=1, when=_SLURM)
+    tasks_per_node: int = option(0, "ranks on each node (0: one for each GPU, else one)", ge=0, when=_SLURM)
+    cpus_per_task: int = option(1, "CPUs of each rank", ge=1, when=_SLURM)
+    gpus_per_node: int = option(0, "GPUs of each node", ge=0, when=_SLURM)
+    mem: str = option("", "memory of each node, as 64G (default: the partition's)", when=_SLURM)
     time: str = option(
-        "", "slurm: time limit, as 24:00:00; a job that reaches it is requeued (default: the partition's)"
+        "",
+        "time limit, as 24:00:00; a job that reaches it is requeued (default: the partition's)",
+        when=_SLURM,
     )
-    partition: str = option("", "slurm: partition, or several as a,b")
-    account: str = option("", "slurm: account to charge")
-    qos: str = option("", "slurm: quality of service")
-    constraint: str = option("", "slurm: features that nodes must have")
-    reservation: str = option("", "slurm: reservation to run in")
-    exclude: str = option("", "slurm: nodes to avoid, as node[3-4]")
-    array: int = option(0, "slurm: start each stage (but train) as so many independent jobs instead of one", ge=0)
-    array_parallelism: int = option(0, "slurm: how many elements of the array may run at a time (0: any number)", ge=0)
-    lives: int = option(5, "slurm: give up when a job ended this often in a row without having got anything done", ge=1)
-    signal_seconds: int = option(120, "slurm: how long before the time limit ranks are told to stop", ge=1, le=65535)
-    setup: str = option("", "slurm: shell lines to run before the ranks start, as 'module load cuda; export A=b'")
-    container: str = option("", "slurm: image to run the ranks in")
+    partition: str = option("", "partition, or several as a,b", when=_SLURM)
+    account: str = option("", "account to charge", when=_SLURM)
+    qos: str = option("", "quality of service", when=_SLURM)
+    constraint: str = option("", "features that nodes must have", when=_SLURM)
+    reservation: str = option("", "reservation to run in", when=_SLURM)
+    exclude: str = option("", "nodes to avoid, as node[3-4]", when=_SLURM)
+    array: int = option(0, "start each stage (but train) as so many independent jobs instead of one", ge=0, when=_SLURM)
+    array_parallelism: int = option(
+        0, "how many elements of the array may run at a time (0: any number)", ge=0, when="cluster=slurm and array"
+    )
+    lives: int = option(
+        5, "give up when a job ended this often in a row without having got anything done", ge=1, when=_SLURM
+    )
+    signal_seconds: int = option(
+        120, "how long before the time limit ranks are told to stop", ge=1, le=65535, when=_SLURM
+    )
+    setup: str = option("", "shell lines to run before the ranks start, as 'module load cuda; export A=b'", when=_SLURM)
+    container: str = option("", "image to run the ranks in", when=_SLURM)
     container_runtime: str = option(
-        "apptainer", "slurm: what runs the image", choices=("apptainer", "singularity", "pyxis")
+        "apptainer",
+        "what runs the image",
+        choices=("apptainer", "singularity", "pyxis"),
+        when="cluster=slurm and container",
     )
-    container_args: str = option(
-        "", "slurm: more options for it, as '--bind /scratch' (data, logs, checkout and GPUs are there without)"
-    )
-    srun_args: str = option("", "slurm: more options for srun")
+    container_args: str = option("", "its options, as '--nv --bind /data'", when="cluster=slurm and container")
+    srun_args: str = option("", "more options for srun", when=_SLURM)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -852,11 +1119,11 @@ class StatusConfig(Options):
         choices=("auto", "true", "false"),
     )
     logs: str = option("", "show the end of logs instead: rank3, failed (all ranks that did), or job")
-    lines: int = option(40, "lines of each log to show", ge=1)
+    lines: int = option(40, "lines of each log to show", ge=1, when="logs")
     json: bool = option(False, "print JSON, one object for each look")
     html: str = option("", "write a page with plots to this file instead")
     port: int = option(0, "serve metrics for Prometheus on this port", ge=0, le=65535)
-    host: str = option("127.0.0.1", "address to serve them at; 0.0.0.0: reachable from other machines")
+    host: str = option("127.0.0.1", "address to serve them at; 0.0.0.0: reachable from other machines", when="port")
 
 
 STAGES: dict[str, type] = {

@@ -14,6 +14,8 @@ import operator
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 
+NEVER = "never"
+"""As ``when`` of an option: it is inherited, but this stage has no use for it."""
 LARGEST = 2**63 - 1
 """No whole number is larger: the file formats and libraries below store 64 bits."""
 _COMPARISONS = {
@@ -57,7 +59,8 @@ def option(
         also: Numbers that are allowed outside of the bounds, such as 0 for "none".
         lengths: How many values a list may have (empty: any number).
         when: When the option has an effect (empty: always): ``name=value|value`` (another option has one of these
-            values), ``name`` (it is set) or ``!name`` (it is not), joined by `` and `` and, weaker, `` or ``.
+            values), ``name!=value|value``, ``name`` (it is set) or ``!name`` (it is not), joined by `` and `` and,
+            weaker, `` or ``; :data:`NEVER`.
             :func:`pipeline.cli.load` refuses a setting that cannot have an effect.
     """
     bounds = {name: bound for name, bound in (("ge", ge), ("gt", gt), ("le", le), ("lt", lt)) if bound is not None}
@@ -82,8 +85,8 @@ class Options:
         ConfigError: a value that is not among its choices or out of its range.
     """
 
-    base_when: ClassVar[Mapping[str, str]] = {}
-    """By the name of a base class: when the options that it declares have an effect in this one."""
+    inherited: ClassVar[Mapping[str, str]] = {}
+    """By the name of an inherited option, or of the base that declares it: when it has an effect in this class."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
@@ -175,12 +178,12 @@ def _check_number(field: dataclasses.Field[Any], value: float) -> None:
 def condition_of(cls: type, field: dataclasses.Field[Any]) -> str:
     """When ``field`` has an effect in ``cls``, as :func:`option` takes it; empty: always."""
     own = str(field.metadata.get("when") or "")
-    bases: Mapping[str, str] = getattr(cls, "base_when", {})
-    for base in cls.__mro__:
-        if base.__name__ in bases and field.name in inspect.get_annotations(base):
-            needed = bases[base.__name__]
-            return " or ".join(f"{needed} and {choice}" for choice in own.split(" or ")) if own else needed
-    return own
+    inherited: Mapping[str, str] = getattr(cls, "inherited", {})
+    base = next((base for base in cls.__mro__ if field.name in inspect.get_annotations(base)), cls)
+    needed = inherited.get(field.name) or inherited.get(base.__name__) or ""
+    if own and needed:
+        return " or ".join(f"{needed} and {choice}" for choice in own.split(" or "))
+    return own or needed
 
 
 def holds(condition: str, values: Mapping[str, Any]) -> bool:
@@ -191,15 +194,19 @@ def holds(condition: str, values: Mapping[str, Any]) -> bool:
 
 
 def _term_holds(term: str, values: Mapping[str, Any]) -> bool:
+    if term == NEVER:
+        return False
     name, equals, wanted = term.partition("=")
     if equals:
-        return shown(values[name]) in wanted.split("|")
+        value = values[name.rstrip("!")]
+        among = any(shown(part) in wanted.split("|") for part in (value if isinstance(value, tuple) else (value,)))
+        return among != name.endswith("!")
     return bool(values[name.lstrip("!")]) != term.startswith("!")
 
 
 def condition_names(condition: str) -> set[str]:
     """The options that a condition looks at."""
-    return {term.partition("=")[0].lstrip("!") for term in _terms(condition)}
+    return {term.partition("=")[0].strip("!") for term in _terms(condition) if term != NEVER}
 
 
 def _terms(condition: str) -> Iterator[str]:
@@ -208,16 +215,25 @@ def _terms(condition: str) -> Iterator[str]:
 
 
 def condition_text(condition: str) -> str:
-    """A condition as messages and help show it: ``source=url_list or parquet``, ``encoder= is given``."""
+    """A condition as messages and help show it: ``source=url_list or parquet``, ``task=caption and encoder=``."""
     return ", or ".join(" and ".join(map(_term_text, choice.split(" and "))) for choice in condition.split(" or "))
 
 
 def _term_text(term: str) -> str:
+    if term == NEVER:
+        return "another stage"
     name, equals, wanted = term.partition("=")
     if equals:
-        names = [value or '""' for value in wanted.split("|")]
-        return f"{name}={', '.join(names[:-1])}{' or ' if len(names) > 1 else ''}{names[-1]}"
+        *names, last = wanted.split("|")
+        return f"{name}={', '.join(names)}{' or ' if names else ''}{last}".replace("!=", " other than ")
     return f"without {name[1:]}=" if term.startswith("!") else f"{name}="
+
+
+def option_text(cls: type, field: dataclasses.Field[Any]) -> str:
+    """What is to know of an option but its default: its help, its range, and when it has an effect."""
+    notes = [f"[{text}]"] if (text := range_text(field)) else []
+    notes += [f"[with {condition_text(condition)}]"] if (condition := condition_of(cls, field)) else []
+    return " ".join([field.metadata.get("help", ""), *notes])
 
 
 def without_effect(config: Any, given: Iterable[str]) -> dict[str, str]:

@@ -115,7 +115,7 @@ def test_what_cannot_share_a_job_is_refused(arguments: tuple[str, ...], mode: st
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("cluster=local", "pack=true"), "pack=true is for cluster=slurm"),
+        (("cluster=local", "pack=true"), "pack=true has no effect with cluster=local"),
         (("cluster=slurm", "pack=some"), "pack=some"),
         (("cluster=slurm", "filter.pack=true"), "filter.pack"),
         (("cluster=slurm", "dataset=a,b", "output=/x"), "output= are for one data set"),

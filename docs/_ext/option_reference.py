@@ -10,8 +10,8 @@ from docutils.statemachine import StringList
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
-from pipeline import cli
 from pipeline.config import STAGES, LaunchConfig, StatusConfig
+from pipeline.options import default_value, option_text, shown
 
 PROGRAMS = {**STAGES, "submit": LaunchConfig, "status": StatusConfig}
 
@@ -22,27 +22,26 @@ class Options(SphinxDirective):
     required_arguments = 1
 
     def run(self) -> list[nodes.Node]:
+        cls = PROGRAMS[self.arguments[0]]
         lines = [
             "",
             "| option | default | meaning |",
             "|---|---|---|",
-            *map(_row, dataclasses.fields(PROGRAMS[self.arguments[0]])),
+            *(_row(cls, field) for field in dataclasses.fields(cls)),
         ]
         node = nodes.section()
         self.state.nested_parse(StringList(lines, source="options"), self.content_offset, node)
         return list(node.children)
 
 
-def _row(field: dataclasses.Field[Any]) -> str:
-    default = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
+def _row(cls: type, field: dataclasses.Field[Any]) -> str:
+    default = default_value(field)
     if default is dataclasses.MISSING:
-        shown = "required"
+        text = "required"
     else:
-        shown = f"`{text}`" if (text := cli._shown(default)) else ""
-    allowed = " \\| ".join(f"`{choice}`" for choice in field.metadata.get("choices") or () if choice)
-    allowed = allowed or cli.range_text(field.metadata.get("bounds") or {})
-    meaning = field.metadata["help"].replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*")
-    return f"| `{field.name}` | {shown} | {meaning}{f' ({allowed})' if allowed else ''} |"
+        text = f"`{shown(default)}`" if shown(default) else ""
+    meaning = option_text(cls, field).replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*")
+    return f"| `{field.name}` | {text} | {meaning} |"
 
 
 def setup(app: Sphinx) -> dict[str, Any]:

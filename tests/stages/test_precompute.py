@@ -263,7 +263,7 @@ def test_a_latent_that_is_not_finite_is_no_latent(
 
 
 def test_wrong_settings_are_one_clear_error(encoded: Callable[..., Dataset]) -> None:
-    with pytest.raises(ConfigError, match="batch_size=0: must be a number of at least 1, or auto"):
+    with pytest.raises(ConfigError, match="batch_size=0: must be auto or a whole number of at least 1"):
         encoded(batch_size="0")
     with pytest.raises(ConfigError, match="image_resolutions=33: must be a multiple of 2"):
         encoded(image_resolutions=(33,))
