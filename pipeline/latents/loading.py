@@ -1,4 +1,4 @@
-"""Batches of stored latents for training: from local disks without copies in between, from elsewhere by streaming.
+"""Batches of stored latents for training, from local disks and from elsewhere.
 
 Any folder of MDS shards with an ``index.json`` can be read; of a dataset directory, shapes, dtypes and how captions are
 stored come from its manifest.
@@ -6,10 +6,7 @@ stored come from its manifest.
 
 from __future__ import annotations
 
-import json
 import os
-import struct
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -23,164 +20,28 @@ from torch import Tensor
 
 from pipeline.cli import nearest
 from pipeline.config import ConfigError
-from pipeline.encoders.base import sampled
-from pipeline.latents import text_storage
+from pipeline.distributed import find_place
 from pipeline.latents.ahead import Ahead
-from pipeline.loading import Epochs, Mixture, Parts, Stream, order, sequential
-from pipeline.partitions.dataset import Dataset
+from pipeline.latents.folder import TEXT as _TEXT
+from pipeline.latents.folder import Expected, LatentFolder, Layout
+from pipeline.loading import Epochs, Mixture, Parts, ShardLocal, Stream, order, sequential
 from pipeline.randomness import keyed_seed, normals, uniforms
 
-_OPEN_FILES = 4096
+__all__ = [
+    "Expected",
+    "LatentDataset",
+    "LatentFolder",
+    "LatentLoader",
+    "Layout",
+    "Slots",
+    "TrainingLatents",
+    "build_streaming_latents_dataloader",
+]
+
 _BLOCK = 1024  # slots that random numbers are drawn for at once
-_IMAGE, _TEXT, _BACK = "latents_", "caption_latents", "caption_back"
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How the latents of a folder are stored.
-
-    Attributes:
-        shapes: by column.
-        dtype: of latents, and of text states that are not packed.
-        latent: sample, mode or moments.
-        storage: of text states, see :mod:`pipeline.latents.text_storage`.
-    """
-
-    shapes: Mapping[str, tuple[int, ...]]
-    dtype: str = "float16"
-    latent: str = "sample"
-    storage: str = "dense"
-
-    @classmethod
-    def of(cls, manifest: Mapping[str, Any]) -> Layout:
-        shapes = {name: tuple(shape) for name, shape in manifest["shapes"].items()}
-        storage = manifest.get("text_storage", {}).get("kind", "dense")
-        return cls(shapes, manifest["dtype"], manifest.get("latent", "sample"), storage)
-
-    def bytes_of(self, column: str) -> int:
-        shape = self.shapes[column]
-        if column.startswith(_TEXT):
-            return text_storage.size_of(shape, self.storage, self.dtype)
-        return int(np.prod(shape)) * np.dtype(self.dtype).itemsize
-
-    def image_shape(self, column: str) -> tuple[int, int, int]:
-        """(c, h, w) of the latents that training sees."""
-        channels, height, width = self.shapes[column]
-        return (channels // 2 if self.latent == "moments" else channels, height, width)
-
-    def image(self, raw: Tensor, column: str, noise: Tensor | None) -> Tensor:
-        """uint8 (b, bytes) → (b, c, h, w)."""
-        values = raw.view(getattr(torch, self.dtype)).reshape(-1, *self.shapes[column])
-        return sampled(values.float(), noise).to(values.dtype) if self.latent == "moments" else values
-
-    def text(self, raw: Tensor, column: str = _TEXT) -> Tensor:
-        """uint8 (b, bytes) → (b, l, d)."""
-        return text_storage.unpack(raw, self.shapes[column], self.storage, self.dtype)
-
-
-class LatentFolder:
-    """Stored latents in a local folder, by position; a column's bytes go from the page cache to the batch in one copy.
-
-    Args:
-        layout: of a folder that is no dataset directory.
-
-    Raises:
-        ConfigError: there is no such folder, it is not finished, or is of another format.
-    """
-
-    def __init__(self, path: str | Path, layout: Layout | None = None) -> None:
-        self.path = Path(path)
-        if (self.path / "plan").is_dir():
-            dataset = Dataset.open(self.path)
-            dataset.require_success()
-            if "shapes" not in dataset.header["extra"]:
-                raise ConfigError(f"{path} holds no latents: it is made by stage={dataset.stage}")
-            layout = Layout.of(dataset.header["extra"])
-        try:
-            index = json.loads((self.path / "index.json").read_text())
-        except OSError as error:
-            raise ConfigError(f"{path}: no MDS folder: index.json: {error.strerror}") from None
-        if layout is None:
-            raise ConfigError(f"{path} is no dataset directory: say what the shapes are")
-        self.layout = layout
-        shards = index["shards"]
-        if any(shard["zip_data"] for shard in shards):
-            raise ConfigError(f"{path}: its shards are compressed: read it through StreamingDataset")
-        self._files = [shard["raw_data"]["basename"] for shard in shards]
-        self._starts = np.cumsum([0, *(shard["samples"] for shard in shards)])
-        self._open: OrderedDict[int, np.ndarray] = OrderedDict()
-        sizes = shards[0]["column_sizes"] if shards else []
-        self.columns: list[str] = shards[0]["column_names"] if shards else []
-        self._sizes: list[tuple[str, int | None]] = list(zip(self.columns, sizes, strict=True))
-        self._head = struct.Struct(f"<{sum(size is None for size in sizes)}I")
-
-    def __len__(self) -> int:
-        return int(self._starts[-1])
-
-    def __getstate__(self) -> dict[str, Any]:
-        """For worker processes, which open the files themselves."""
-        return {**self.__dict__, "_open": OrderedDict(), "_head": self._head.format}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _head=struct.Struct(state["_head"]))
-
-    def read(self, positions: Sequence[int], columns: Sequence[str]) -> dict[str, Tensor]:
-        """The bytes of ``columns`` at ``positions``: uint8 (b, bytes) each.
-
-        Raises:
-            ValueError: a sample's bytes are not of the size that the layout says; names its key.
-        """
-        wanted = {column: self.layout.bytes_of(column) for column in columns}
-        batch = {column: np.empty((len(positions), size), np.uint8) for column, size in wanted.items()}
-        for place, position in enumerate(positions):
-            data, spans = self._spans(int(position))
-            for column, size in wanted.items():
-                start, stop = spans[column]
-                source = data
-                if start == stop and column.startswith(_TEXT) and _BACK in spans:
-                    back = int(data[slice(*spans[_BACK])].view(np.int64)[0])
-                    source, home = self._spans(int(position) - back)
-                    start, stop = home[column]
-                if stop - start != size:
-                    raise ValueError(
-                        f"{self.path}: sample {self.key(int(position))!r}: {column} has {stop - start} bytes, "
-                        f"expected {size} for {self.layout.shapes[column]}"
-                    )
-                batch[column][place] = source[start:stop]
-        return {column: torch.from_numpy(values) for column, values in batch.items()}
-
-    def key(self, position: int) -> str:
-        data, spans = self._spans(position)
-        return bytes(data[slice(*spans["key"])]).decode(errors="replace") if "key" in spans else str(position)
-
-    def _spans(self, position: int) -> tuple[np.ndarray, dict[str, tuple[int, int]]]:
-        """The file that holds the sample, and where its columns lie in it."""
-        number = int(np.searchsorted(self._starts, position, "right")) - 1
-        data = self._file(number)
-        at = int(data[4 + 4 * (position - int(self._starts[number])) :][:4].view(np.uint32)[0])
-        sizes = iter(self._head.unpack_from(data.data, at))
-        at += self._head.size
-        spans = {}
-        for name, fixed in self._sizes:
-            size = next(sizes) if fixed is None else fixed
-            spans[name] = (at, at + size)
-            at += size
-        return data, spans
-
-    def _file(self, number: int) -> np.ndarray:
-        if number not in self._open:
-            self._open[number] = np.memmap(self.path / self._files[number], np.uint8, "r").view(np.ndarray)
-            if len(self._open) > _OPEN_FILES:
-                self._open.popitem(last=False)
-        return self._open[number]
-
-    def column_of(self, image_size: int) -> str:
-        """Raises ConfigError where there are no latents of that size."""
-        column = f"{_IMAGE}{image_size}"
-        if column not in self.columns:
-            sizes = [name[len(_IMAGE) :] for name in self.columns if name.startswith(_IMAGE)]
-            raise ConfigError(f"image_size={image_size}: {self.path} has {nearest(str(image_size), sizes)}")
-        return column
+_MIXED = 1 << 15  # samples that are shuffled among each other where shards come from elsewhere, at least
+_KNOWN = ("pin_memory", "prefetch", "num_workers", "prefetch_factor")
+_IGNORED = ("persistent_workers",)  # of DataLoader: there are no worker processes that could end
 
 
 @dataclass
@@ -205,11 +66,6 @@ class TrainingLatents:
         return {"image_latents": image.float(), "caption_latents": layout.text(raw[_TEXT]).float()}
 
 
-def _noise(shape: tuple[int, ...], seed: int, epoch: int, samples: Sequence[tuple[int, int]]) -> Tensor:
-    """Standard normal float32 (b, *shape), keyed by seed, epoch, folder and position."""
-    return torch.from_numpy(np.stack([normals(shape, seed, "moments", epoch, *sample) for sample in samples]))
-
-
 # ---- which samples
 
 
@@ -219,12 +75,18 @@ class Slots:
 
     Without weights every sample stands in an epoch once. With weights, each 1024 slots hold the folders in these
     shares, and each folder is gone through again and again, every sample once per round.
+
+    Attributes:
+        sizes: samples of each folder.
+        blocks: of each folder the first sample of each shard, and the number of all at the end: samples are then
+            shuffled within a window of shards, so that few shards are needed at a time. Empty: shuffled as a whole.
     """
 
     sizes: tuple[int, ...]
     seed: int
     shuffle: bool = True
     weights: tuple[float, ...] = ()
+    blocks: tuple[tuple[int, ...], ...] = ()
 
     def __len__(self) -> int:
         return sum(self.sizes)
@@ -233,17 +95,36 @@ class Slots:
         """Folder and position (int64 both) of each of the ``slots`` of ``epoch``."""
         return self._parts.locate(self._stream.samples(epoch * len(self) + slots))
 
+    @property
+    def order(self) -> str:
+        """Name of the order where it is not the usual one: a position in one order means nothing in another."""
+        if not self.shuffle:
+            return "sequential"
+        return repr([ShardLocal(starts) for starts in self.blocks]) if self.blocks else ""
+
     @cached_property
     def _parts(self) -> Parts:
         return Parts(self.sizes)
 
     @cached_property
     def _stream(self) -> Stream:
-        kind = order if self.shuffle else sequential
         if not self.weights:
-            return Epochs(len(self), self.seed, kind)
-        rounds = [Epochs(n, keyed_seed(self.seed, "folder", number), kind) for number, n in enumerate(self.sizes)]
+            firsts = self._parts.starts.tolist()
+            starts = [first + start for first, own in zip(firsts, self.blocks, strict=False) for start in own[:-1]]
+            return self._epochs(len(self), self.seed, [*starts, len(self)])
+        rounds = [
+            self._epochs(n, keyed_seed(self.seed, "folder", number), self.blocks[number] if self.blocks else ())
+            for number, n in enumerate(self.sizes)
+        ]
         return Mixture(rounds, self.weights, self.seed, _BLOCK)
+
+    def _epochs(self, n: int, seed: int, starts: Sequence[int]) -> Epochs:
+        if not self.shuffle:
+            return Epochs(n, seed, sequential)
+        if not self.blocks:
+            return Epochs(n, seed, order)
+        window = max(8, -(-_MIXED * (len(starts) - 1) // n))
+        return Epochs(n, seed, ShardLocal(starts, window))
 
 
 @lru_cache(maxsize=8)
@@ -251,72 +132,49 @@ def _uniforms(seed: int, epoch: int, block: int) -> np.ndarray:
     return uniforms(_BLOCK, seed, "drop", epoch, block)
 
 
-# ---- the loader
+# ---- the samples
 
 
 @dataclass
-class LatentLoader:
-    """Batches of one epoch after the other, read ahead by a thread.
-
-    The batches of all ranks together are consecutive slots of the epoch; each rank has its part. So the state, one
-    number of slots, means the same under any number of ranks.
+class LatentDataset:
+    """The samples of all folders, one folder after the other: a map-style dataset.
 
     Attributes:
-        batch_size: samples per batch of this rank.
-        position: slots of the epoch that all ranks have been through.
+        column: which latents, ``latents_<image_size>``.
+        seed: of the samples that are drawn where moments are stored, with ``epoch``.
     """
 
     folders: Sequence[LatentFolder]
-    slots: Slots
     column: str
-    batch_size: int
-    cap_drop_prob: float = 0.0
-    drop_last: bool = True
-    rank: int = 0
-    world_size: int = 1
-    prefetch: int = 4
-    pin_memory: bool = False
+    seed: int = 0
     epoch: int = 0
-    position: int = 0
-    _fields: tuple[str, ...] = field(default=("seed", "samples"), repr=False)
-
-    @property
-    def _step(self) -> int:
-        return self.batch_size * self.world_size
 
     def __len__(self) -> int:
-        """Batches of a whole epoch."""
-        return len(self.slots) // self._step if self.drop_last else -(-len(self.slots) // self._step)
+        """Samples of all folders."""
+        return int(self._parts.starts[-1])
 
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        """The rest of the epoch: ``image_latents`` (b, c, h, w), ``caption_latents`` (b, 1, l, d),
-        ``drop_caption_mask`` (b,), 0 where the caption is to be hidden, else 1."""
-        with closing(Ahead(self._batches(self.epoch, self.position), self.prefetch)) as batches:
-            for stop, batch in batches:
-                self.position = stop
-                yield batch
-        self.epoch, self.position = self.epoch + 1, 0
+    @cached_property
+    def _parts(self) -> Parts:
+        return Parts([len(folder) for folder in self.folders])
 
-    def _batches(self, epoch: int, position: int) -> Iterator[tuple[int, dict[str, Tensor]]]:
-        total = len(self.slots)
-        while position < total and (position + self._step <= total or not self.drop_last):
-            stop = min(position + self._step, total)
-            first, last = (position + (stop - position) * r // self.world_size for r in (self.rank, self.rank + 1))
-            if first < last:
-                yield stop, self._batch(epoch, np.arange(first, last))
-            position = stop
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """``image_latents`` (c, h, w), ``caption_latents`` (1, l, d) and ``drop_caption_mask`` (), which is 1."""
+        number = int(index) + len(self) if index < 0 else int(index)
+        if not 0 <= number < len(self):
+            raise IndexError(f"there is no sample {index}: the dataset has {len(self)}")
+        batch = self.batch(self.epoch, *self._parts.locate(np.array([number])))
+        return {**{name: tensor[0] for name, tensor in batch.items()}, "drop_caption_mask": torch.tensor(1.0)}
 
-    def _batch(self, epoch: int, slots: np.ndarray) -> dict[str, Tensor]:
-        folders, positions = self.slots.samples(epoch, slots)
+    def batch(self, epoch: int, folders: np.ndarray, positions: np.ndarray) -> dict[str, Tensor]:
+        """``image_latents`` (b, c, h, w) and ``caption_latents`` (b, 1, l, d) of samples by folder and position."""
         parts, places = [], []
         for number in np.unique(folders):
             chosen = np.flatnonzero(folders == number)
             parts.append(self._part(epoch, int(number), positions[chosen].tolist()))
             places.append(chosen)
-        batch = parts[0] if len(parts) == 1 else _merged(parts, np.concatenate(places))
-        drawn = np.array([_uniforms(self.slots.seed, epoch, int(s) // _BLOCK)[s % _BLOCK] for s in slots])
-        batch["drop_caption_mask"] = torch.from_numpy((drawn >= self.cap_drop_prob).astype(np.float32))
-        return {name: tensor.pin_memory() for name, tensor in batch.items()} if self.pin_memory else batch
+        if not parts:
+            return self._part(epoch, 0, [])
+        return parts[0] if len(parts) == 1 else _merged(parts, np.concatenate(places))
 
     def _part(self, epoch: int, number: int, positions: list[int]) -> dict[str, Tensor]:
         folder = self.folders[number]
@@ -324,35 +182,181 @@ class LatentLoader:
         raw = folder.read(positions, [self.column, _TEXT])
         noise = None
         if layout.latent == "moments":
-            samples = [(number, position) for position in positions]
-            noise = _noise(layout.image_shape(self.column), self.slots.seed, epoch, samples)
+            noise = torch.empty(0, *layout.image_shape(self.column))
+            if positions:
+                noise = _noise(layout.image_shape(self.column), self.seed, epoch, [(number, at) for at in positions])
         image = layout.image(raw[self.column], self.column, noise)
         return {"image_latents": image, "caption_latents": layout.text(raw[_TEXT])[:, None]}
 
-    def state_dict(self) -> dict[str, int]:
-        return {
-            "seed": self.slots.seed,
-            "samples": len(self.slots),
-            "epoch": self.epoch,
-            "position": self.position,
-        }
 
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Go on where ``state`` was taken, on any number of ranks.
-
-        Raises:
-            ValueError: it was taken with other data or another seed.
-        """
-        own = self.state_dict()
-        for name in self._fields:
-            if state[name] != own[name]:
-                raise ValueError(f"cannot go on: the state has {name}={state[name]}, this loader {name}={own[name]}")
-        self.epoch, self.position = state["epoch"], state["position"]
+def _noise(shape: tuple[int, ...], seed: int, epoch: int, samples: Sequence[tuple[int, int]]) -> Tensor:
+    """Standard normal float32 (b, *shape), keyed by seed, epoch, folder and position."""
+    return torch.from_numpy(np.stack([normals(shape, seed, "moments", epoch, *sample) for sample in samples]))
 
 
 def _merged(parts: list[dict[str, Tensor]], places: np.ndarray) -> dict[str, Tensor]:
     back = torch.from_numpy(np.argsort(places))
     return {name: torch.cat([part[name] for part in parts])[back] for name in parts[0]}
+
+
+# ---- the loader
+
+
+@dataclass
+class LatentLoader:
+    """Batches of latents, read ahead by a thread; each ``iter()`` gives one epoch, in an order of its own.
+
+    It is used as torch's DataLoader is: an epoch that was left early is not gone on with, the next ``iter()`` begins
+    the next one; only :meth:`load_state_dict` makes it go on where a state was taken. The batches of all ranks together
+    are consecutive slots of the epoch; each rank has its part. So the state, one number of slots, means the same under
+    any number of ranks.
+
+    Attributes:
+        batch_size: samples per batch of this rank.
+        drop_last: leave out the last samples of an epoch that do not fill a batch on every rank. Without it every rank
+            gets the same number of batches too; the last ones are then smaller, and where there are fewer samples than
+            ranks left, a batch of some ranks has none, (0, c, h, w).
+        epoch: the epoch that the next batch is of.
+        position: slots of this epoch that all ranks have been through.
+    """
+
+    dataset: LatentDataset
+    slots: Slots
+    batch_size: int
+    cap_drop_prob: float = 0.0
+    drop_last: bool = True
+    rank: int | None = None
+    world_size: int | None = None
+    prefetch: int = 4
+    pin_memory: bool = False
+    epoch: int = 0
+    position: int = 0
+    _going_on: bool = field(default=False, repr=False)
+    _newest: int = field(default=0, repr=False)
+
+    def __post_init__(self) -> None:
+        for name, least in (("batch_size", 1), ("prefetch", 1), ("world_size", 1)):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or int(value) != value or value < least):
+                raise ConfigError(f"{name}={value}: must be a whole number of at least {least}")
+        if (self.rank is None) != (self.world_size is None):
+            raise ConfigError(f"rank={self.rank}, world_size={self.world_size}: give both, or none")
+        if self.rank is not None and not 0 <= self.rank < (self.world_size or 1):
+            raise ConfigError(f"rank={self.rank}: must be from 0 to {(self.world_size or 1) - 1}, as world_size says")
+        if not 0 <= self.cap_drop_prob <= 1:
+            raise ConfigError(f"cap_drop_prob={self.cap_drop_prob}: must be from 0 to 1")
+
+    def place(self) -> tuple[int, int]:
+        """Rank and world size: as given, else those of torch.distributed, else the launcher's, now."""
+        if self.rank is not None and self.world_size is not None:
+            return self.rank, self.world_size
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            return torch.distributed.get_rank(), torch.distributed.get_world_size()
+        here = find_place(os.environ)
+        return here.rank, here.world_size
+
+    def __len__(self) -> int:
+        """Batches of a whole epoch, on every rank."""
+        step = self.batch_size * self.place()[1]
+        return len(self.slots) // step if self.drop_last else -(-len(self.slots) // step)
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        """An epoch, or the rest of the one that a loaded state is of: ``image_latents`` (b, c, h, w),
+        ``caption_latents`` (b, 1, l, d), ``drop_caption_mask`` (b,), 0 where the caption is to be hidden, else 1."""
+        epoch, position = (self.epoch + 1, 0) if self.position and not self._going_on else (self.epoch, self.position)
+        self._newest += 1
+        mine = self._newest
+        if not len(self):
+            raise ConfigError(
+                f"batch_size={self.batch_size} on {self.place()[1]} ranks is more than the {len(self.slots)} samples: "
+                "give a smaller one, or drop_last=False"
+            )
+        with closing(Ahead(self._batches(epoch, position), self.prefetch)) as batches:
+            for stop, batch in batches:
+                self._reached(mine, epoch, stop)
+                yield batch
+        self._reached(mine, epoch, len(self.slots))  # also where nothing was left of a state's epoch
+
+    def _reached(self, iterator: int, epoch: int, stop: int) -> None:
+        """Keep the state, which is that of the iterator that was made last."""
+        if iterator == self._newest:
+            self.epoch, self.position = (epoch + 1, 0) if stop == len(self.slots) else (epoch, stop)
+            self._going_on = False
+
+    def _batches(self, epoch: int, position: int) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        """Batches, each with the slot at which what is handed out with it ends: the last with that of the epoch."""
+        rank, world_size = self.place()
+        total, step = len(self.slots), self.batch_size * world_size
+        required = position
+        while position + step <= total if self.drop_last else position < total:
+            stop = self._stop(position, world_size)
+            required = self._require(epoch, required, stop)
+            first, last = (position + (stop - position) * r // world_size for r in (rank, rank + 1))
+            left = total - stop
+            over = left < step if self.drop_last else not left
+            yield total if over else stop, self._batch(epoch, np.arange(first, last))
+            position = stop
+
+    def _stop(self, position: int, world_size: int) -> int:
+        """Where the global batch that begins at ``position`` ends: it leaves none, or enough for all ranks."""
+        total = len(self.slots)
+        stop = min(position + self.batch_size * world_size, total)
+        missing = world_size - (total - stop)
+        if not self.drop_last and 0 < missing < world_size <= stop - position - missing:
+            stop -= missing
+        return stop
+
+    def _require(self, epoch: int, first: int, stop: int) -> int:
+        """Have the shards from elsewhere that hold the slots from ``first`` to some way behind ``stop`` brought here;
+        where these end."""
+        if not self.slots.blocks:
+            return first
+        last = min(stop + _MIXED, len(self.slots))
+        folders, positions = self.slots.samples(epoch, np.arange(first, last))
+        for number in np.unique(folders):
+            self.dataset.folders[number].require(positions[folders == number])
+        return max(first, last)
+
+    def _batch(self, epoch: int, slots: np.ndarray) -> dict[str, Tensor]:
+        batch = self.dataset.batch(epoch, *self.slots.samples(epoch, slots))
+        drawn = np.array([_uniforms(self.slots.seed, epoch, int(s) // _BLOCK)[s % _BLOCK] for s in slots])
+        batch["drop_caption_mask"] = torch.from_numpy((drawn >= self.cap_drop_prob).astype(np.float32))
+        return {name: tensor.pin_memory() for name, tensor in batch.items()} if self.pin_memory else batch
+
+    # ---- where it stands
+
+    def set_epoch(self, epoch: int) -> None:
+        """Let the next ``iter()`` give this epoch: from its beginning, unless a state of just this epoch was loaded."""
+        if epoch < 0:
+            raise ValueError(f"epoch={epoch}: must be at least 0")
+        if not (self._going_on and epoch == self.epoch):
+            self.epoch, self.position, self._going_on = int(epoch), 0, False
+            self._newest += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the batches that were handed out end; the same on every rank."""
+        state = {
+            "seed": self.slots.seed,
+            "samples": len(self.slots),
+            "epoch": self.epoch,
+            "position": self.position,
+        }
+        return state | ({"order": self.slots.order} if self.slots.order else {})
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Let the next ``iter()`` go on where ``state`` was taken, on any number of ranks.
+
+        Raises:
+            ValueError: it was taken with other data, another seed or another order.
+        """
+        own = self.state_dict()
+        for name in ("seed", "samples", "order"):
+            if state.get(name) != own.get(name) and not (name not in state and not self.slots.blocks):
+                raise ValueError(
+                    f"cannot go on: the state has {name}={state.get(name)}, this loader {name}={own.get(name)}"
+                )
+        self.epoch, self.position, self._going_on = state["epoch"], state["position"], True
+        self._newest += 1
 
 
 def build_streaming_latents_dataloader(
@@ -370,65 +374,67 @@ def build_streaming_latents_dataloader(
     rank: int | None = None,
     world_size: int | None = None,
     cache: str | Path = "",
+    latent_shape: Sequence[int] = (),
+    dtype: str = "",
     **options: Any,
-) -> Any:
+) -> LatentLoader:
     """A loader of latents that micro_diffusion's training code takes as its own.
 
     Args:
-        datadir: a folder, or several; with ``://`` in it, a place that StreamingDataset reads.
+        datadir: a folder, or several; with ``://`` in it, a place elsewhere (``s3://…``, ``gs://…``, ``hf://…``, …),
+            whose shards are brought to ``cache`` as they are needed.
         batch_size: samples per batch of this rank.
         image_size: which ``latents_<image_size>``.
-        cap_seq_size, cap_emb_dim: shape of the text states, checked against the manifest.
+        cap_seq_size, cap_emb_dim: shape of the text states, checked against what is stored.
         cap_drop_prob: fraction of captions to hide.
         weights: shares of several folders; none: each sample once per epoch.
-        rank, world_size: torch.distributed's, or the launcher's, by default.
-        cache: local folder for what is streamed.
-        options: ``pin_memory`` and ``prefetch`` of :class:`LatentLoader`; for what is streamed, those of torch's
-            ``DataLoader``.
+        rank, world_size: those of torch.distributed, or the launcher's, when an epoch begins, by default.
+        cache: local folder for shards from elsewhere.
+        latent_shape, dtype: of latents in a folder that was not made by stage=precompute: by default those of an
+            autoencoder that makes images 8 times smaller, in float16.
+        options: ``pin_memory`` and ``prefetch`` (batches to read ahead) of :class:`LatentLoader`; or, as for torch's
+            DataLoader, ``num_workers`` and ``prefetch_factor``, whose product is ``prefetch``, and
+            ``persistent_workers``, which changes nothing as a thread reads.
 
     Raises:
-        ConfigError: a folder is missing or not finished, has no such latents, or ones of another shape.
+        ConfigError: a folder is missing or not finished, has no such latents, or ones of another shape; an argument is
+            wrong.
     """
     places = [datadir] if isinstance(datadir, str | Path) else list(datadir)
     if not places or (weights and (len(weights) != len(places) or min(weights) <= 0)):
         raise ConfigError(f"weights={list(weights)}: give a positive one for each of {len(places)} folders")
-    foreign = Layout(
-        {f"{_IMAGE}{image_size}": (4, image_size // 8, image_size // 8), _TEXT: (cap_seq_size, cap_emb_dim)}
-    )
-    expected = (cap_seq_size, cap_emb_dim)
-    if any("://" in str(place) for place in places):
-        from pipeline.latents import streaming
-
-        return streaming.build(
-            [str(place) for place in places], batch_size, image_size, expected, foreign,
-            cap_drop_prob=cap_drop_prob, shuffle=shuffle, drop_last=drop_last, weights=weights, seed=seed,
-            cache=cache, options=options,
-        )  # fmt: skip
-    folders = [LatentFolder(place, foreign) for place in places]
+    expected = Expected((cap_seq_size, cap_emb_dim), tuple(latent_shape), dtype)
+    folders = [_opened(place, expected, cache) for place in places]
     columns = {folder.column_of(image_size) for folder in folders}
     shapes = {folder.layout.image_shape(column) for folder in folders for column in columns}
     if len(shapes) > 1:
         raise ConfigError(f"the folders' latents differ in shape: {', '.join(map(str, sorted(shapes)))}")
-    for folder in folders:
-        check_text(folder.path, folder.layout, expected)
-    here = _place()
-    rank, world_size = here[0] if rank is None else rank, here[1] if world_size is None else world_size
-    known = {name: options.pop(name) for name in ("pin_memory", "prefetch") if name in options}
-    slots = Slots(tuple(len(folder) for folder in folders), seed, shuffle, tuple(weights))
-    return LatentLoader(folders, slots, columns.pop(), batch_size, cap_drop_prob, drop_last, rank, world_size, **known)
+    far = any("://" in str(place) for place in places)
+    blocks = tuple(tuple(folder.starts.tolist()) for folder in folders) if far else ()
+    slots = Slots(tuple(len(folder) for folder in folders), seed, shuffle, tuple(weights), blocks)
+    dataset = LatentDataset(folders, columns.pop(), seed)
+    return LatentLoader(dataset, slots, batch_size, cap_drop_prob, drop_last, rank, world_size, **_ahead(options))
 
 
-def check_text(place: object, layout: Layout, expected: tuple[int, int]) -> None:
-    """Raises ConfigError unless text states are of the shape that the caller expects."""
-    if layout.shapes[_TEXT] != expected:
-        length, width = layout.shapes[_TEXT]
-        raise ConfigError(
-            f"{place}: text states are {length} x {width}: give cap_seq_size={length} and cap_emb_dim={width}"
-        )
+def _opened(place: str | Path, expected: Expected, cache: str | Path) -> LatentFolder:
+    if "://" not in str(place):
+        return LatentFolder(place, expected)
+    from pipeline.latents.streaming import RemoteFolder
+
+    return RemoteFolder(str(place), expected, cache)
 
 
-def _place() -> tuple[int, int]:
-    """Rank and world size."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+def _ahead(options: Mapping[str, Any]) -> dict[str, Any]:
+    """``pin_memory`` and ``prefetch`` of DataLoader's options or our own.
+
+    Raises:
+        ConfigError: an option that has no meaning here.
+    """
+    known = {name: options[name] for name in ("pin_memory", "prefetch") if name in options}
+    workers, factor = options.get("num_workers"), options.get("prefetch_factor")
+    if "prefetch" not in known and (workers or factor):
+        known["prefetch"] = max(1, workers or 1) * (factor or 2)
+    for name in options:
+        if name not in (*_KNOWN, *_IGNORED):
+            raise ConfigError(f"{name}={options[name]}: {nearest(name, (*_KNOWN, *_IGNORED))}")
+    return known

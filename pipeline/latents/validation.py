@@ -20,7 +20,10 @@ from torch.nn.functional import cosine_similarity
 
 from pipeline import images
 from pipeline.encoders.base import Autoencoder, TextEncoder, autoencoder, posterior_noise, sampled, text_encoder
-from pipeline.latents.loading import _BACK, _IMAGE, _TEXT, Layout
+from pipeline.latents.folder import BACK as _BACK
+from pipeline.latents.folder import IMAGE as _IMAGE
+from pipeline.latents.folder import TEXT as _TEXT
+from pipeline.latents.folder import Layout
 from pipeline.loading import Permutation
 from pipeline.partitions.dataset import Dataset, Stored
 from pipeline.partitions.verify import Finding

@@ -58,6 +58,9 @@ class Feed:
         else:
             self._parts = (prepared[request] for request in requests)
 
+    def __iter__(self) -> Iterator[Part]:
+        return self
+
     def __next__(self) -> Part:
         return next(self._parts)
 
