@@ -419,8 +419,10 @@ class Loader:
     It is used as torch's DataLoader is: each ``iter()`` gives the sampler's ``epochs``, the first one those from 0 on,
     the next those that follow; with ``epochs=0`` it never ends, and goes on where the last ``iter()`` was left. Else
     what was left early is not gone on with; only :meth:`load_state_dict` makes the next ``iter()`` go on where a state
-    was taken. The state counts the batches that were handed out, not those that workers have read ahead. It can be
-    loaded into a loader of any number of ranks and workers and any batch size: no sample is missed or comes twice.
+    was taken. (Behind the last sample nothing is left: that ``iter()`` is empty, so that a finished run stays finished;
+    :meth:`set_epoch` begins the next epoch there.) The state counts the batches that were handed out, not those that
+    workers have read ahead. It can be loaded into a loader of any number of ranks and workers and any batch size: no
+    sample is missed or comes twice.
 
     Every rank gets the same number of batches. Where fewer samples than ranks are left at the end, the last batch of
     some ranks has none: it is like any other of the same ``collate_fn``, with tensors, arrays and lists of length 0.
@@ -476,6 +478,8 @@ class Loader:
             if mine == self._newest:  # the state is that of the iterator that was made last
                 self.sampler.position, self._going_on = ahead.position, False
             yield batch
+        if mine == self._newest:
+            self._going_on = False  # also where nothing was left
 
     def _next_round(self) -> Sampler:
         """The sampler of one ``iter()``: from where it begins to where it ends."""
@@ -483,7 +487,9 @@ class Loader:
         if not each:
             return replace(self.sampler)
         number = position // each
-        if position % each and not self._going_on:
+        if self._going_on:
+            number = max(0, position - 1) // each
+        elif position % each:
             number, position = number + 1, (number + 1) * each
         return replace(self.sampler, position=position, epochs=(number + 1) * self.sampler.epochs)
 
@@ -495,7 +501,8 @@ class Loader:
         """
         if epoch < 0 or (self.sampler.epochs and epoch % self.sampler.epochs):
             raise ValueError(f"epoch={epoch}: must be a multiple of {self.sampler.epochs or 1}, at least 0")
-        if not (self._going_on and epoch == self.sampler.epoch):
+        inside = epoch * self.sampler.n < self.sampler.position < (epoch + 1) * self.sampler.n
+        if not (self._going_on and inside):
             self.sampler.position, self._going_on = int(epoch) * self.sampler.n, False
             self._newest += 1
 

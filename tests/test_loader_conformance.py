@@ -17,12 +17,16 @@ import numpy as np
 import pytest
 import torch
 from latents.conftest import COUNT, make  # noqa: F401 - a fixture
+from tiny_training import Points, Regression
 from torch.utils.data import DataLoader
 
-from pipeline.config import ConfigError
+from pipeline.cli import build
+from pipeline.config import ConfigError, TrainConfig
+from pipeline.distributed import Place, Rank
 from pipeline.formats import MemmapConverter, Reader
 from pipeline.latents.loading import build_streaming_latents_dataloader
 from pipeline.loading import Concatenated, Epochs, Loader, Mixture, Sampler, sequential
+from pipeline.training.feed import Feed
 
 BATCH = 6
 
@@ -346,3 +350,28 @@ def test_a_loader_that_never_ends_has_no_length_and_goes_on() -> None:
         len(loader)
     with pytest.raises(ValueError, match="the dataset has 5 samples, but the sampler has n=6"):
         Loader(Numbers(5), Sampler(6, 2, 0))
+
+
+def test_a_finished_run_stays_finished_until_the_next_epoch_is_asked_for() -> None:
+    loader, again = (Loader(Numbers(5), Sampler(5, 2, 0, epochs=2)) for _ in range(2))
+    assert len(list(loader)) == len(loader) == 5
+    again.load_state_dict(loader.state_dict())
+    assert list(again) == [] and len(list(again)) == 5
+    again.load_state_dict(loader.state_dict())
+    again.set_epoch(2)
+    assert len(list(again)) == 5
+    with pytest.raises(ValueError, match="epoch=3: must be a multiple of 2"):
+        again.set_epoch(3)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_the_feed_of_training_gives_each_sample_once_an_epoch_however_it_is_gone_through(ranks: int) -> None:
+    config = build(TrainConfig, {"batch_size": 10, "micro_batch": 3})
+    positions: list[int] = []
+    for number in range(ranks):
+        rank = Rank(Place(number, ranks))
+        feed = Feed(Regression(), Points(50), Sampler(50, 10, 0, number, ranks), 0, 10, config, rank)
+        parts = [*islice(feed, 3), *(part for _, part in zip(range(2), feed, strict=False)), next(feed), *feed]
+        assert list(feed) == [] and sum(part.last for part in parts) == 10
+        positions += [int(position) for part in parts for position in part.keys.positions]
+    assert Counter(positions) == Counter(2 * list(range(50)))
