@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launch.monitor.flight import FLIGHT
 from launch.script import is_single
 from pipeline.distributed import EXIT_STOPPED, Rank
 from pipeline.telemetry import last_events
@@ -90,6 +91,7 @@ def _start(job: Job, logs: Path | None) -> list[subprocess.Popen[bytes]]:
         }
         env = {"OMP_NUM_THREADS": str(max(1, cores // job.ranks)), **os.environ}
         env |= {key: str(value) for key, value in world.items()}
+        env |= {"TORCH_FR_DUMP_TEMP_FILE": str(logs / FLIGHT), "TORCH_NCCL_DUMP_ON_TIMEOUT": "1"} if logs else {}
         env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
         output = (logs / f"rank{rank}.log").open("ab") if logs else None
         ranks.append(

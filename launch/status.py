@@ -121,9 +121,11 @@ def _write_page(config: StatusConfig, watch: Watch, snapshot: Snapshot, every: f
 
 
 def _logs(config: StatusConfig, watch: Watch) -> None:
-    from launch.monitor.logs import choose, show
+    from launch.monitor.logs import choose, collectives, show
 
     snapshot = watch.look()
+    if config.logs in ("failed", "job") and (lines := collectives(snapshot)):
+        print("==> collectives <==", *lines, "", sep="\n", flush=True)
     logs = choose(snapshot, config.logs)
     show(logs, config.lines, (lambda: not watch.look().over) if _follows(config, False) else None)
 

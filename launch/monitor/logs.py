@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from launch.monitor.flight import FLIGHT, explain
 from launch.monitor.watch import ACTIVE, Snapshot, StageStatus
 from pipeline.cli import nearest
 from pipeline.config import ConfigError
@@ -76,6 +77,8 @@ class _Logs:
     ranks: list[Path] = field(default_factory=list)
     ended: dict[int, str] = field(default_factory=dict)
     """Rank → its exit code, of the job's last life."""
+    flight: list[Path] = field(default_factory=list)
+    """Recordings of collectives, of the same life."""
 
     def of_rank(self, rank: int) -> list[Path]:
         """Ranks of an array's elements count on, tasks of each from 0."""
@@ -96,12 +99,19 @@ def _newest(output: Path) -> _Logs:
         return _Logs()
     outputs = sorted(folders[-1].glob("*.out"), key=lambda path: path.stat().st_mtime)
     if not outputs:
-        return _Logs([], sorted(folders[-1].glob("rank*.log")))
+        return _Logs([], sorted(folders[-1].glob("rank*.log")), flight=sorted(folders[-1].glob(f"{FLIGHT}*")))
     job = outputs[-1].stem
     lives = sorted((folders[-1] / f".{job}").glob("*.*"), key=lambda path: path.stat().st_mtime)
     codes = [path.name.partition(".") for path in (lives[-1].glob("*.*") if lives else [])]
     ended = {int(rank): code for rank, _, code in codes if rank.isdigit() and code.isdigit()}
-    return _Logs(outputs[-1:], sorted(folders[-1].glob(f"{job}-*.log")), ended)
+    flight = [path for life in lives[-1:] for path in life.glob(f"{FLIGHT}*")]
+    return _Logs(outputs[-1:], sorted(folders[-1].glob(f"{job}-*.log")), ended, flight)
+
+
+def collectives(snapshot: Snapshot) -> list[str]:
+    """Who hung in which collective, in the newest life of the newest job of the stage of interest."""
+    stage = _of_interest(snapshot.stages)
+    return explain(_newest(Path(stage.path)).flight) if stage and stage.state != "finished" else []
 
 
 # ---- showing

@@ -8,12 +8,16 @@ import os
 import sys
 from typing import NoReturn
 
+from pipeline.distributed.flight import write_recording
+
 
 def hard_exit(code: int) -> NoReturn:
     """End this process now. Threads that linger, and communicators that wait for dead peers, cannot keep it."""
     if multiprocessing := sys.modules.get("multiprocessing"):
         for child in multiprocessing.active_children():
             child.kill()
+    if code:
+        write_recording()
     for handler in logging.getLogger("pipeline").handlers:
         with contextlib.suppress(OSError, ValueError):
             handler.flush()
