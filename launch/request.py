@@ -5,6 +5,7 @@ Layers, later ones win: defaults < preset < the preset's section for a stage < c
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -20,10 +21,10 @@ PRESETS = cli.CONF / "cluster"
 _OF_ALL = ("stage", "cluster", "ranks", "dry_run", "pack")  # keys that cannot differ between the stages of a command
 _FIELDS = {f.name for f in fields(LaunchConfig)}
 _PER_STAGE = _FIELDS - set(_OF_ALL)
+_ALSO = ("gpus",)  # another way to give gpus_per_node=
 _OURS = {
     "array": "array=",
     "chdir": "the folder to submit from",
-    "dependency": "stage=a,b",
     "job_name": "",
     "ntasks": "nodes= and tasks_per_node=",
     "ntasks_per_node": "tasks_per_node=",
@@ -66,8 +67,10 @@ def read(arguments: list[str]) -> Launch:
         ConfigError: a key or value that cannot be; a preset that is not there.
     """
     given = cli.parse(arguments)
-    settings = {key: value for key, value in given.items() if not _is_ours(key)}
-    own = {key: value for key, value in given.items() if _is_ours(key)}
+    stages = str(given.get("stage", "")).split(",")
+    theirs = {key for key in given if not _is_ours(key) or (key == "gpus" and "cost" in stages)}
+    settings = {key: value for key, value in given.items() if key in theirs}
+    own = {key: value for key, value in given.items() if key not in theirs}
     kind, preset = load_preset(own.get("cluster", "local"))
     layers = [*_layers(preset), *_layers(own)]
     config, _ = _build(layers, "")
@@ -100,7 +103,7 @@ def _is_ours(key: str) -> bool:
     section, dot, name = key.rpartition(".")
     if dot and section not in STAGES:
         return False
-    return name.startswith("slurm_") or name in (_PER_STAGE if dot else _FIELDS)
+    return name.startswith("slurm_") or name in (_PER_STAGE if dot else _FIELDS) or name in _ALSO
 
 
 def load_preset(name: str) -> tuple[str, dict[str, Any]]:
@@ -150,13 +153,67 @@ def _build(layers: list[tuple[str, dict[str, Any]]], stage: str) -> tuple[Launch
     values: dict[str, Any] = {}
     for section, layer in layers:
         if section in ("", stage):
-            values |= layer
+            values |= _with_gpus(layer, values)
     options = {name.removeprefix("slurm_"): _text(values.pop(name)) for name in [*values] if name.startswith("slurm_")}
     for name in options:
         if name.replace("-", "_") in _OURS:
             instead = _OURS[name.replace("-", "_")]
             raise ConfigError(f"slurm_{name}= is set by the launcher" + (f": use {instead}" if instead else ""))
-    return cli.build(LaunchConfig, values), options
+    config = cli.build(LaunchConfig, values)
+    _check(config)
+    return config, options
+
+
+_GPUS = re.compile(r"(?:([A-Za-z][\w.-]*):)?(\d+)")
+
+
+def _with_gpus(layer: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
+    """``layer`` with ``gpus=``, ``gpus_per_node=h100:8`` and ``gres=gpu:h100:8`` as ``gpus_per_node=8 gpu_type=h100``.
+
+    Raises:
+        ConfigError: a number that cannot be; two ways of saying it.
+    """
+    layer = dict(layer)
+    gres = [word for word in str(layer.get("gres", "")).split(",") if word]
+    gpu = [word for word in gres if word.partition(":")[0] == "gpu"]
+    ways = [name for name in ("gpus_per_node", "gpus") if layer.get(name) not in (None, "", 0, "0")]
+    ways += ["gres=gpu"] if gpu else []
+    if len(ways) > 1 or len(gpu) > 1:
+        raise ConfigError(f"{' and '.join(ways)} ask for GPUs twice: use gpus_per_node= alone")
+    if not ways:
+        return layer
+    if gpu:
+        text = gpu[0].partition(":")[2] or "1"
+        layer["gres"] = ",".join(word for word in gres if word not in gpu)
+    else:
+        text = str(layer.pop(ways[0]))
+    found = _GPUS.fullmatch(text if text[-1:].isdigit() else f"{text}:1" if gpu else text)
+    if not found:
+        raise ConfigError(f"{ways[0]}={text}: expected a number, or a type and a number, as h100:8")
+    count = int(found[2])
+    if ways == ["gpus"]:
+        nodes = str(layer.get("nodes", before.get("nodes", 1)))
+        if nodes.isdigit() and int(nodes) and count % int(nodes):
+            raise ConfigError(f"gpus={text}: not the same number on each of nodes={nodes}: use gpus_per_node=")
+        count //= int(nodes) if nodes.isdigit() and int(nodes) else 1
+    return {**layer, "gpus_per_node": count, **({"gpu_type": found[1]} if found[1] else {})}
+
+
+def _check(config: LaunchConfig) -> None:
+    """Raises ConfigError for what SLURM would refuse late, or could not do at all."""
+    from launch.pack import minutes
+
+    for name in ("gpu_type", "gpu_bind"):
+        if getattr(config, name) and not config.gpus_per_node:
+            raise ConfigError(f"{name}={getattr(config, name)}: there are no GPUs; set gpus_per_node=")
+    if config.after and not re.fullmatch(r"((after\w+:)?\d+(_\d+)?)([,:](after\w+:)?\d+(_\d+)?)*", config.after):
+        raise ConfigError(f"after={config.after}: expected the ids of jobs, as 1234 or 1234,1240")
+    limit = 60 * minutes(config.time) if config.time else float("inf")
+    if config.signal_seconds >= limit:
+        raise ConfigError(
+            f"signal_seconds={config.signal_seconds}: ranks would be told to stop as soon as they start, with "
+            f"time={config.time}; make one shorter or the other longer"
+        )
 
 
 def _text(value: Any) -> str:

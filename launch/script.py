@@ -72,7 +72,7 @@ class Script:
         log = "%x-%A_%a.out" if self.array else "%x-%j.out"
         options = {
             "job-name": self.name,
-            "comment": self.comment,
+            "comment": f"{self.comment} {config.comment}".strip(),
             "nodes": str(self.nodes),
             "ntasks-per-node": str(self.tasks_per_node),
             "cpus-per-task": str(config.cpus_per_task),
@@ -85,6 +85,13 @@ class Script:
             "constraint": config.constraint,
             "reservation": config.reservation,
             "exclude": config.exclude,
+            "gres": config.gres,
+            "gpu-bind": config.gpu_bind if self.gpus else "",
+            "licenses": config.licenses,
+            "nice": str(config.nice or ""),
+            "begin": config.begin,
+            "mail-user": config.mail_user,
+            "mail-type": config.mail_type or ("END,FAIL" if config.mail_user else ""),
             "array": self._array(),
             "chdir": str(self.workdir),
             "output": str(self.logs / log),
@@ -101,7 +108,7 @@ class Script:
         gpus = self.request.config.gpus_per_node
         if self.single:
             gpus = min(gpus, 1) if self.stage in _GPU_SINGLE else 0
-        return str(gpus) if gpus else ""
+        return ":".join(filter(None, [self.request.config.gpu_type, str(gpus)])) if gpus else ""
 
     def _array(self) -> str:
         if self.array is None:
@@ -124,10 +131,11 @@ class Script:
             "",
             "# ---- settings",
             *(f"export {name}={shlex.quote(value)}" for name, value in self._settings().items()),
+            *([f"NOTIFY={shlex.quote(self.request.config.notify)}"] if self.request.config.notify else []),
             "",
             "# ---- the job",
             'source "$LATENTMILL_HOME/slurm/env.sh"',
-            *([] if _in_venv() else [f"PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH"]),
+            *([] if _in_venv() else _this_python()),
             *([self.request.config.setup.rstrip("\n")] if self.request.config.setup else []),
             'source "$LATENTMILL_HOME/slurm/job.sh"',
             "",
@@ -139,7 +147,8 @@ class Script:
         config = self.request.config
         settings = {"LATENTMILL_HOME": str(HOME)}
         settings |= {"LATENTMILL_VENV": sys.prefix} if _in_venv() else {}
-        settings |= {"LOGS": str(self.logs), "LIVES": str(config.lives)}
+        settings |= {"LOGS": str(self.logs), "LIVES": str(config.lives), "BAD_NODES": str(config.bad_nodes)}
+        settings |= {"STAGGER": str(config.stagger)} if config.stagger >= 0 else {}
         settings |= {"WAIT": "1800"} if self.stage in LOCKSTEP else {}  # one rank may have more to do at the end
         arguments, srun = config.container_args, config.srun_args
         if config.container and config.container_runtime == "pyxis":
@@ -147,6 +156,8 @@ class Script:
         elif config.container:
             settings["CONTAINER"] = f"{config.container_runtime} exec {arguments} {config.container}".replace("  ", " ")
         settings |= {"BINDS": ",".join(self.binds)} if config.container and self.binds else {}
+        binds = (("cpu-bind", config.cpu_bind), ("mem-bind", config.mem_bind))
+        srun = " ".join([*(f"--{name}={value}" for name, value in binds if value), *([srun] if srun else [])])
         settings |= {"SRUN_ARGS": srun} if srun else {}
         if self.array:
             settings |= {"ARRAY_OFFSET": str(self.array.offset), "ARRAY_TOTAL": str(self.array.total)}
@@ -174,6 +185,15 @@ class Script:
 
 def _in_venv() -> bool:
     return (Path(sys.prefix) / "bin/activate").exists()
+
+
+def _this_python() -> list[str]:
+    """Lines that make ``python`` the one that runs this; a node without it is told from the others."""
+    folder = shlex.quote(str(Path(sys.executable).parent))
+    return [
+        f"PATH={folder}:$PATH",
+        f'[ -x {folder}/python ] || LATENTMILL_BROKEN="no python in "{folder}" on $(hostname)"',
+    ]
 
 
 def _directive(name: str, value: str) -> str:

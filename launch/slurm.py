@@ -6,6 +6,7 @@ The scripts do the rest (slurm/job.sh): this program may end, and the machine th
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import os
 import re
@@ -23,15 +24,18 @@ import submitit
 import xxhash
 from submitit.core.utils import FailedJobError
 
-from launch import pack
+from launch import pack, precheck
+from launch.notify import host_of, require_url
 from launch.script import LOCKSTEP, Array, Script
 from pipeline.config import MAIN_LINE, UPSTREAMS, ConfigError, identity, public_text
+from pipeline.distributed.output import forgive
 
 if TYPE_CHECKING:
     from launch.submit import Job
 
 T = TypeVar("T")
 _PAUSES = (2, 4, 8, 15, 30, 30, 60, 60, 60)  # seconds between tries while the controller does not answer
+_SOON = 60.0  # seconds: a job that could start within them finds room now
 _ENDING = 60.0  # seconds to wait for jobs of the same work that are about to end
 _AWAY = re.compile(
     "unable to contact slurm controller|socket timed out|connection refused|communication connection failure|"
@@ -58,6 +62,9 @@ class Submitted:
     ids: tuple[str, ...]
     how: str
     scripts: tuple[Script, ...]
+    size: str = ""
+    notes: tuple[str, ...] = ()
+    """Lines for the user below its own."""
 
 
 # ---- what to submit
@@ -70,8 +77,10 @@ def submit(jobs: list[Job]) -> int:
         SlurmError: sbatch refused one; what was submitted before it stays, and the same command finds it.
     """
     require_slurm()
+    forgive()  # a chain is submitted whole, also when nobody reads what is printed (submit.py … | head -1)
     done: list[Submitted] = []
     with outer_job_forgotten():
+        _check_first(jobs)
         limit = max_array_size() if any(job.request.config.array for job in jobs) else 0
         for job in jobs:
             try:
@@ -81,23 +90,144 @@ def submit(jobs: list[Job]) -> int:
                 hint = f"; submitted before it: {' '.join(ids)} (the same command finds them)" if ids else ""
                 raise ConfigError(f"{job.stage}: {error}{hint}") from None
             done.append(entry)
-            print(f"{entry.how:<22} {job.stage:<10} {_size(entry):<24} {job.output or ''}", flush=True)
+            print(f"{entry.how:<22} {job.stage:<10} {entry.size:<24} {job.output or ''}", flush=True)
+            for note in entry.notes:
+                print(f"{'':<22} {note}", flush=True)
     _advise(done)
     return 0
+
+
+def _check_first(jobs: list[Job]) -> None:
+    """Raise what can be said before anything is submitted.
+
+    Raises:
+        ConfigError: names the stage.
+    """
+    for url in {job.request.config.notify for job in jobs} - {""}:
+        require_url(url)
+    coming = queued_outputs()
+    for job in jobs:
+        waits = job.request.config.after or job.request.config.begin or "dependency" in job.request.options
+        if not waits and not find(name_of(job), patient=False):
+            try:
+                precheck.check(job, coming)
+            except ConfigError as error:
+                raise ConfigError(f"{job.stage}: {error}; nothing was submitted") from None
+        coming |= {str(job.output)} if job.output else set()
+    _check_after({job.request.config.after for job in jobs} - {""})
+
+
+def queued_outputs() -> set[str]:
+    """Places that this user's jobs in the queue work on, by their comments."""
+    said = persistently(lambda: ask("squeue", "--noheader", "--me", "--format=%k"))
+    return {line.strip().partition(" ")[0] for line in said.splitlines() if line.strip()}
+
+
+def _check_after(texts: set[str]) -> None:
+    """Raises ConfigError for a job that SLURM does not know: it would take such a dependency for fulfilled."""
+    for text in texts:
+        for number in re.findall(r"\d+(?:_\d+)?", text):
+            try:
+                persistently(functools.partial(ask, "scontrol", "show", "job", "--oneliner", number))
+            except SlurmError:
+                raise ConfigError(
+                    f"after={text}: SLURM does not know job {number} (any more), and would not wait for it; "
+                    "if it has succeeded, leave after= out"
+                ) from None
 
 
 def _submit(job: Job, before: list[Submitted], max_array: int) -> Submitted:
     scripts = scripts_of(job, max_array)
     if already_done(job):
-        return Submitted(job, (), "finished already", scripts)
+        return Submitted(job, (), "finished already", scripts, _size(scripts[0]))
     if ids := find(scripts[0].name):
-        return Submitted(job, ids, f"submitted before: {','.join(ids)}", scripts)
+        return _present(job, ids, scripts)
+    if only_looks(job):
+        scripts = (_small(scripts[0]),)
     dependency = dependency_of(job, before)
-    ids = ()
+    notes: tuple[str, ...] = ()
     for script in scripts:
         request = replace(script.request, options={**script.request.options, **dependency})
-        ids += _sbatch_once(replace(script, request=request))
-    return Submitted(job, ids, f"submitted: {','.join(ids)}", scripts)
+        chosen, notes = preferred(replace(script, request=request))
+        ids += _sbatch_once(chosen)
+    return Submitted(job, ids, f"submitted: {','.join(ids)}", scripts, _size(scripts[0]), notes)
+
+
+def _present(job: Job, ids: tuple[str, ...], scripts: tuple[Script, ...]) -> Submitted:
+    """What waits or runs for the same output already, with the size that it has.
+
+    Raises:
+        ConfigError: it makes something else of the output than is asked for now.
+    """
+    results, others = precheck.differences(job, scripts[0].logs / f"{ids[0]}_submission.sh")
+    if results:
+        raise ConfigError(
+            f"{job.stage}: job {' '.join(ids)} is in the queue for {job.output} with {'; '.join(results)}: "
+            f"scancel {' '.join(ids)}, or choose another output= or variant="
+        )
+    size, wanted = size_of_job(ids[0]) or _size(scripts[0]), _size(scripts[0])
+    notes = [f"it has {size}, {wanted} is asked for now: scancel {' '.join(ids)} first"] if size != wanted else []
+    notes += [f"it has {'; '.join(others)}: scancel {' '.join(ids)} first"] if others else []
+    return Submitted(job, ids, f"submitted before: {','.join(ids)}", scripts, size, tuple(notes))
+
+
+def size_of_job(number: str) -> str:
+    """Nodes and ranks of a job in the queue, as :func:`_size` says it; empty if SLURM does not tell."""
+    try:
+        lines = ask("scontrol", "show", "job", "--oneliner", number).splitlines()
+    except SlurmError:
+        return ""
+    facts = dict(re.findall(r"(\S+?)=(\S*)", lines[0])) if lines else {}
+    try:
+        nodes, tasks = int(facts["NumNodes"].partition("-")[0]), int(facts["NumTasks"])
+    except (KeyError, ValueError):
+        return ""
+    elements = re.search(r"--array=0-(\d+)", _script_text(facts.get("Command", "")))
+    return _sizes(int(elements[1]) + 1 if elements else 0, nodes, max(1, tasks // max(1, nodes)))
+
+
+def _script_text(path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except (OSError, ValueError):
+        return ""
+
+
+def only_looks(job: Job) -> bool:
+    """Whether the job has nothing to do but to see that its source is as it was."""
+    return job.stage == MAIN_LINE[0] and finished_as_asked(job)
+
+
+def _small(script: Script) -> Script:
+    """The same with a single process."""
+    config = replace(script.request.config, nodes=1, tasks_per_node=1, gpus_per_node=0, array=0)
+    return replace(script, array=None, request=replace(script.request, config=config))
+
+
+def preferred(script: Script) -> tuple[Script, tuple[str, ...]]:
+    """The script for the first of several partitions that has room for it now, else for all that could take it.
+
+    (Of several, SLURM takes the one where the job can start first, whatever their order.) And what to tell the user.
+    """
+    names = script.request.config.partition.split(",")
+    if len(names) == 1:
+        return script, ()
+    accepted, notes = [], []
+    for name in names:
+        good, said = test_only(_on(script, name))
+        if not good:
+            notes.append(f"not in partition {name}: {said}")
+            continue
+        accepted.append(name)
+        start = re.search(r"to start at (\S+)", said)
+        if start and time.mktime(time.strptime(start[1], "%Y-%m-%dT%H:%M:%S")) < time.time() + _SOON:
+            return _on(script, name), (*notes, f"partition {name}: the first with room now")
+    return _on(script, ",".join(accepted or names)), tuple(notes)
+
+
+def _on(script: Script, partition: str) -> Script:
+    config = replace(script.request.config, partition=partition)
+    return replace(script, request=replace(script.request, config=config))
 
 
 def rehearse(jobs: list[Job]) -> int:
@@ -106,18 +236,20 @@ def rehearse(jobs: list[Job]) -> int:
     accepted = True
     for job in jobs:
         for script in scripts_of(job, max_array_size() if available and job.request.config.array else 0):
-            print(f"# ==== {job.stage}: {job.output or ''}\n{public_text(script.text)}")
+            print(f"# ==== {job.stage}: {job.output or ''}\n{_public(script)}")
             good, said = test_only(script) if available else (True, "no SLURM on this machine that could be asked")
             accepted &= good
             print(f"# ==== {job.stage}: {'' if good else 'refused: '}{said}\n")
     return 0 if accepted else 1
 
 
-def _size(entry: Submitted) -> str:
-    script = entry.scripts[0]
-    times = f"{script.array.total} x " if script.array else ""
-    nodes = f"{script.nodes} node{'s' * (script.nodes > 1)}"
-    return f"{times}{nodes} x {script.tasks_per_node} rank{'s' * (script.tasks_per_node > 1)}"
+def _size(script: Script) -> str:
+    return _sizes(script.array.total if script.array else 0, script.nodes, script.tasks_per_node)
+
+
+def _sizes(elements: int, nodes: int, ranks: int) -> str:
+    times = f"{elements} x " if elements else ""
+    return f"{times}{nodes} node{'s' * (nodes > 1)} x {ranks} rank{'s' * (ranks > 1)}"
 
 
 def _advise(done: list[Submitted]) -> None:
@@ -164,10 +296,17 @@ def name_for(stage: str, work: str) -> str:
 
 
 def comment_of(job: Job) -> str:
-    """For people who look at squeue, and for launch/status.py."""
+    """For people who look at squeue, and for launch/status.py: where the job works."""
     if job.parts:
         return pack.comment([comment_of(part) for part in job.parts if part.output])
-    return comment_for(job.output or "")
+    return comment_for(place_of(job))
+
+
+def place_of(job: Job) -> Path:
+    """The job's output, or for a tool without one a place of its name below what it works on."""
+    config = job.config
+    root = Path(getattr(config, "input", "") or getattr(config, "data_dir", "")).absolute()
+    return job.output or root / getattr(config, "dataset", "") / job.stage
 
 
 def comment_for(output: str | Path) -> str:
@@ -176,11 +315,10 @@ def comment_for(output: str | Path) -> str:
 
 def logs_of(job: Job) -> Path:
     """The folder of the job's scripts and logs, beside its output."""
-    config = job.config
     if job.parts:
         return (job.output or Path.cwd()) / "logs" / "pack.slurm"
-    output = job.output or Path(getattr(config, "input", "") or getattr(config, "data_dir", "")).absolute() / job.stage
-    return output.parent / "logs" / f"{output.name}.slurm"
+    place = place_of(job)
+    return place.parent / "logs" / f"{place.name}.slurm"
 
 
 def dependency_of(job: Job, before: list[Submitted]) -> dict[str, str]:
@@ -192,6 +330,10 @@ def dependency_of(job: Job, before: list[Submitted]) -> dict[str, str]:
     """
     waiting = [entry for entry in before if entry.ids and _needs(job, entry.job)]
     words = [f"{'afterany' if entry.scripts[0].array else 'afterok'}:{':'.join(entry.ids)}" for entry in waiting]
+    after = job.request.config.after
+    if after and not waiting:  # those that wait for a job of this command wait for it anyway
+        words += [re.sub(r"(^|,)(?=\d)", r"\1afterok:", after)]
+    words += [text for name, text in job.request.options.items() if name == "dependency"]
     return {"dependency": ",".join(words), "kill-on-invalid-dep": "yes"} if words else {}
 
 
@@ -217,20 +359,35 @@ def already_done(job: Job) -> bool:
     In doubt it is not: the stage itself then says what is the matter.
     """
     from pipeline.partitions.dataset import Dataset
-    from pipeline.stages import get_stage
+    from pipeline.partitions.stage import input_folder
     from pipeline.storage import StorageError
 
     if job.parts:
         return all(map(already_done, job.parts))
-    if job.stage not in (*MAIN_LINE[1:-1], *UPSTREAMS) or job.config.overwrite or job.config.retry_failed:
+    if job.stage not in (*MAIN_LINE[1:-1], *UPSTREAMS) or not finished_as_asked(job):
         return False  # the first stage looks at its source again
     try:
-        dataset, upstream = Dataset.open(job.output or ""), Dataset.open(job.config.input)
+        dataset, upstream = Dataset.open(job.output or ""), Dataset.open(input_folder(job.config, job.stage))
         newest = dataset.plans[-1].header
         return (
+            upstream.success is not None and newest["upstream"]["content_digest"] == upstream.success["content_digest"]
+        )
+    except (ConfigError, StorageError, OSError, KeyError, TypeError):
+        return False
+
+
+def finished_as_asked(job: Job) -> bool:
+    """Whether the job's output is finished, with these settings."""
+    from pipeline.partitions.dataset import Dataset
+    from pipeline.stages import get_stage
+    from pipeline.storage import StorageError
+
+    if job.config.overwrite or job.config.retry_failed:
+        return False
+    try:
+        dataset = Dataset.open(job.output or "")
+        return (
             dataset.success is not None
-            and upstream.success is not None
-            and newest["upstream"]["content_digest"] == upstream.success["content_digest"]
             and dataset.header["stage_version"] == get_stage(job.stage).version_with(job.config)
             and dataset.header["identity"] == identity(job.config)
         )
@@ -322,14 +479,16 @@ def test_only(script: Script) -> tuple[bool, str]:
     return done.returncode == 0, _one_line(done.stderr + done.stdout)
 
 
-def find(name: str) -> tuple[str, ...]:
+def find(name: str, patient: bool = True) -> tuple[str, ...]:
     """Ids of this user's jobs of that name that wait or run. Jobs that are just ending are waited for, up to a minute:
-    they may be about to be queued again."""
+    they may be about to be queued again; if not ``patient``, they count."""
     command = ("squeue", "--noheader", "--me", f"--name={name}", "--format=%F %T")
     deadline = time.monotonic() + _ENDING
     while True:
         lines = persistently(lambda: ask(*command)).splitlines()
         states = [line.split() for line in lines if line.strip()]
+        if not patient:
+            return tuple(number for number, _ in states)
         if any(state != "COMPLETING" for _, state in states) or not states or time.monotonic() > deadline:
             return tuple(dict.fromkeys(number for number, state in states if state != "COMPLETING"))
         print(f"{name}: job {states[0][0]} is about to end: waiting for it", file=sys.stderr, flush=True)
@@ -369,6 +528,13 @@ def persistently(do: Callable[[], T]) -> T:
             print(f"SLURM does not answer ({error}): trying again in {pause} s", file=sys.stderr, flush=True)
             time.sleep(pause)
     return do()
+
+
+def _public(script: Script) -> str:
+    """The script without secrets."""
+    notify = script.request.config.notify
+    text = script.text.replace(shlex.quote(notify), f"<a URL at {host_of(notify)}>") if notify else script.text
+    return public_text(text)
 
 
 def _one_line(text: str) -> str:

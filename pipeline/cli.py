@@ -359,8 +359,8 @@ def config_for(stage: str, arguments: Sequence[str] | None = None) -> Any:
     with errors_as_one_line():
         try:
             return load(stage, arguments)
-        except ConfigError:
-            Life().ended(2)  # before it is a rank: the job script shall know that another try is in vain
+        except ConfigError as error:
+            Life().ended(2, f"error: {error}")  # the job script shall know that another try is in vain
             raise
 
 

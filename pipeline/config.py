@@ -1070,25 +1070,75 @@ class LaunchConfig(Options):
     nodes: int = option(1, "nodes of a job, or of each element of an array", ge=1, when=_SLURM)
     tasks_per_node: int = option(0, "ranks on each node (0: one for each GPU, else one)", ge=0, when=_SLURM)
     cpus_per_task: int = option(1, "CPUs of each rank", ge=1, when=_SLURM)
-    gpus_per_node: int = option(0, "GPUs of each node", ge=0, when=_SLURM)
+    gpus_per_node: int = option(
+        0, "GPUs of each node, with their type as h100:8 (or gpus=h100:16, of all nodes together)", ge=0, when=_SLURM
+    )
+    gpu_type: str = option("", "type of the GPUs, as h100", when="cluster=slurm and gpus_per_node")
+    gres: str = option(
+        "", "other generic resources of each node, as nvme:1 (gpu:h100:8 is gpus_per_node=h100:8)", when=_SLURM
+    )
+    gpu_bind: str = option(
+        "",
+        "which of its node's GPUs a rank sees, as closest or single:1 (default: all)",
+        when="cluster=slurm and gpus_per_node",
+    )
+    cpu_bind: str = option(
+        "",
+        "bind each rank to cores, to a socket (sockets) or to the CPUs of a NUMA domain (ldoms)",
+        choices=("", "none", "threads", "cores", "sockets", "ldoms"),
+        when=_SLURM,
+    )
+    mem_bind: str = option(
+        "", "local: memory of a rank from its own NUMA domain alone", choices=("", "none", "local"), when=_SLURM
+    )
     mem: str = option("", "memory of each node, as 64G (default: the partition's)", when=_SLURM)
     time: str = option(
         "",
         "time limit, as 24:00:00; a job that reaches it is requeued (default: the partition's)",
         when=_SLURM,
     )
-    partition: str = option("", "partition, or several as a,b", when=_SLURM)
+    partition: str = option(
+        "",
+        "partition, or several in order of preference (a,b): the first that has room now, else any of them",
+        when=_SLURM,
+    )
     account: str = option("", "account to charge", when=_SLURM)
     qos: str = option("", "quality of service", when=_SLURM)
     constraint: str = option("", "features that nodes must have", when=_SLURM)
     reservation: str = option("", "reservation to run in", when=_SLURM)
     exclude: str = option("", "nodes to avoid, as node[3-4]", when=_SLURM)
+    licenses: str = option("", "licenses that must be free, as name:2", when=_SLURM)
+    nice: int = option(0, "let others go first by this much", ge=-2147483645, le=2147483645, when=_SLURM)
+    begin: str = option("", "not before this time, as 20:00, 2027-01-31T08:00 or now+2hours", when=_SLURM)
+    after: str = option(
+        "", "not before these jobs have succeeded, as 1234 or 1234,1240 (afterany:1234: have ended)", when=_SLURM
+    )
+    comment: str = option("", "a text for sacct and squeue, behind the place of the output", when=_SLURM)
+    mail_user: str = option("", "address for mails of SLURM", when=_SLURM)
+    mail_type: str = option(
+        "", "when to send them: END, FAIL, BEGIN, REQUEUE, ALL (default with mail_user=: END,FAIL)", when=_SLURM
+    )
+    notify: str = option("", "URL that gets a small JSON message when a stage has finished, or failed for good")
     array: int = option(0, "start each stage (but train) as so many independent jobs instead of one", ge=0, when=_SLURM)
     array_parallelism: int = option(
         0, "how many elements of the array may run at a time (0: any number)", ge=0, when="cluster=slurm and array"
     )
     lives: int = option(
         5, "give up when a job ended this often in a row without having got anything done", ge=1, when=_SLURM
+    )
+    bad_nodes: int = option(
+        2,
+        "nodes that may be left out of a job's next lives for doing badly while others did well",
+        ge=0,
+        le=1000,
+        when=_SLURM,
+    )
+    stagger: int = option(
+        -1,
+        "seconds over which the starts of ranks are spread (-1: 1 per 50 ranks, up to 60)",
+        ge=-1,
+        le=3600,
+        when=_SLURM,
     )
     signal_seconds: int = option(
         120, "how long before the time limit ranks are told to stop", ge=1, le=65535, when=_SLURM

@@ -50,6 +50,7 @@ class Events:
 
     def __init__(self, root: Folder, rank: Rank, beat: float = BEAT) -> None:
         self._root = root
+        rank.life.work = str(root.path)
         bucket = f"events/{rank.rank // _PER_BUCKET:03d}"
         root.mkdir("events", exist_ok=True)
         root.mkdir(bucket, exist_ok=True)
@@ -140,11 +141,18 @@ class Process:
         last: its newest event.
         ended: the event that was its last word (finish, stop, error, hang); empty if there is none.
         points: how it went, oldest first.
+        written: when that event was written, by the file server's clock; 0 if that is not known.
     """
 
     last: dict[str, Any] = field(default_factory=dict)
     ended: dict[str, Any] = field(default_factory=dict)
     points: list[Point] = field(default_factory=list)
+    written: float = 0.0
+
+    @property
+    def skew(self) -> float:
+        """By how many seconds the clock of the process's node is ahead of the file server's."""
+        return float(self.last["time"]) - self.written if self.written else 0.0
 
     def add(self, event: dict[str, Any]) -> None:
         """Take in an event that is newer than all others."""
@@ -238,12 +246,15 @@ class EventReader:
                     for place in range(0, start, max(2048, start // _PLACES)):
                         self._add(path, os.pread(fd, 4096, place).split(b"\n")[1:-1][:1])
                 text = _read_from(fd, start)
+            written = os.fstat(fd).st_mtime
         finally:
             os.close(fd)
         complete = text.rfind(b"\n") + 1
         lines = text[:complete].split(b"\n")
         self._add(path, lines[1 if start and path not in self._offsets else 0 : -1])
         self._offsets[path] = start + complete
+        if complete and path in self.processes:
+            self.processes[path].written = written
 
     def _add(self, path: str, lines: list[bytes]) -> None:
         for line in lines:

@@ -14,15 +14,28 @@ export PYTHONPATH=$LATENTMILL_HOME${PYTHONPATH:+:$PYTHONPATH}
 
 # ---- 2. Python: the environment that `make setup` made, or name another one: LATENTMILL_VENV=/path sbatch …
 # conda instead: set +u; source /path/to/conda/etc/profile.d/conda.sh; conda activate latentmill; set -u
-LATENTMILL_VENV=${LATENTMILL_VENV:-$LATENTMILL_HOME/.venv}
+if [ -z "${LATENTMILL_VENV:-}" ]; then
+  LATENTMILL_VENV=$LATENTMILL_HOME/.venv
+  latentmill_default=1
+fi
+LATENTMILL_BROKEN="" # what is wrong here: job.sh then tries another node, if there is one
 if [ -f "$LATENTMILL_VENV/bin/activate" ]; then
   case $- in *u*) latentmill_u=-u ;; *) latentmill_u=+u ;; esac
   set +u # activate reads variables that need not be set
   source "$LATENTMILL_VENV/bin/activate"
   set "$latentmill_u"
   unset latentmill_u
-elif [ -z "${CONTAINER:-}" ] && [[ ${SRUN_ARGS:-} != *--container-image* ]] && ! command -v python > /dev/null; then
-  echo "no Python: neither $LATENTMILL_VENV (make setup) nor one on PATH; see slurm/env.sh" >&2
+elif [ -n "${CONTAINER:-}" ] || [[ ${SRUN_ARGS:-} = *--container-image* ]]; then
+  : # the container has its own
+elif [ -z "${latentmill_default:-}" ]; then
+  LATENTMILL_BROKEN="no Python environment at LATENTMILL_VENV=$LATENTMILL_VENV on $(hostname)"
+elif ! command -v python > /dev/null; then
+  LATENTMILL_BROKEN="no Python on $(hostname): neither $LATENTMILL_VENV (make setup) nor one on PATH; see slurm/env.sh"
+else
+  echo "there is no $LATENTMILL_VENV (make setup): using $(command -v python)" >&2
+fi
+if [ -n "$LATENTMILL_BROKEN" ] && [ -z "${SLURM_JOB_ID:-}" ]; then
+  echo "$LATENTMILL_BROKEN" >&2
   return 1
 fi
 

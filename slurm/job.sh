@@ -10,25 +10,55 @@
 #
 # It returns when the work is done. Otherwise the script ends there, with the exit code of the rank that failed or else
 # of srun. If another try makes sense, the job goes back into SLURM's queue first: when it was told to stop (preemption,
-# time limit: SIGTERM or SIGUSR2), when a rank failed, was killed or hung. SLURM by itself starts a job again only when
-# a node fails or something more important needs its place.
+# time limit: SIGTERM or SIGUSR2), when a rank failed, was killed or hung. Nodes that did badly while others did well
+# are left out of the next life (nodes.sh). What no other try can heal (a wrong setting, a full disk) ends it at once.
+# SLURM by itself starts a job again only when a node fails or something more important needs its place.
 #
 # Settings, from the environment:
 #   LOGS=$PWD/logs    one log per task, <job name>-<job id>-<task>.log; the lives of a job follow each other in it
 #   LIVES=5           give up when so many lives in a row got nothing done: no partition committed, no checkpoint saved
+#   BAD_NODES=2       how many nodes may be left out for doing badly, in all lives together (0: none)
 #   WAIT=60           seconds that other tasks have when the first one has finished, before they are killed (0: any)
 #   LOOK=30           seconds between two looks for ranks that show no life
+#   STAGGER=          seconds over which the starts of ranks are spread; default: one second per 50 ranks, at most 60
 #   NPROC_PER_NODE=1  for run_torchrun and run_accelerate
 #   CONTAINER         put before each command, for example CONTAINER="apptainer exec image.sif"
 #   SRUN_ARGS         more options for srun, for example SRUN_ARGS="--container-image=image.sqsh" (pyxis)
 #   BINDS             folders that a container sees besides the checkout and the logs: BINDS=/data,/scratch
+#   NOTIFY            a URL that gets a small JSON message when the job has finished, or has failed for good
 #
 # The elements of an array (sbatch --array=0-9 slurm/filter.sbatch) share a stage's work: they pass "${ELEMENT[@]}".
+# Settings of a script that an argument may override: settings KEY=VALUE... -- "$@", then pass "${SETTINGS[@]}" "$@".
 # shellcheck shell=bash disable=SC2016,SC2034
 
+settings() { # settings KEY=VALUE... -- ARGUMENT...: SETTINGS are those whose key no argument gives
+  local word given=" "
+  local -a mine=()
+  SETTINGS=()
+  while [ $# -gt 0 ] && [ "$1" != -- ]; do mine+=("$1"); shift; done
+  for word in "$@"; do
+    word=${word#--}
+    word=${word%%=*}
+    given+="${word//-/_} "
+  done
+  for word in ${mine[@]+"${mine[@]}"}; do
+    [[ $given = *" ${word%%=*} "* ]] || SETTINGS+=("$word")
+  done
+}
+
+if [ -n "${LATENTMILL_CHECK:-}" ]; then # on a login node: only tell whether the work is done (slurm/pipeline.sh)
+  ELEMENT=()
+  run() { shift 2; exec python -m launch.finished "$@"; }
+  run_together() { run "$@"; }
+  run_torchrun() { shift; exec python -m launch.finished "$@"; }
+  run_accelerate() { run_torchrun "$@"; }
+  return 0
+fi
+
 [ -n "${SLURM_JOB_ID:-}" ] || { echo "this is a SLURM job: submit it with sbatch" >&2; exit 2; }
-: "${LOGS:=$PWD/logs}" "${LIVES:=5}" "${WAIT:=60}" "${LOOK:=30}" "${NPROC_PER_NODE:=1}"
-: "${CONTAINER:=}" "${SRUN_ARGS:=}" "${BINDS:=}"
+: "${LOGS:=$PWD/logs}" "${LIVES:=5}" "${BAD_NODES:=2}" "${WAIT:=60}" "${LOOK:=30}" "${STAGGER:=}" "${NPROC_PER_NODE:=1}"
+: "${CONTAINER:=}" "${SRUN_ARGS:=}" "${BINDS:=}" "${NOTIFY:=}"
+export -n NOTIFY # it may hold a secret, and ranks do not need it
 LOGS=$(realpath -m "$LOGS")
 : "${SLURM_NTASKS:=$((SLURM_NNODES * ${SLURM_NTASKS_PER_NODE:-1}))}"
 # left over from a job around the one that submitted this, they would bind our tasks to its CPUs
@@ -40,13 +70,19 @@ lm_steps=0            # that this life has begun
 lm_size=()            # options of srun, where a step does not use all of the job
 lm_first=0            # number of this job's first rank
 lm_ending=""          # whether SLURM is ending this job already
+lm_last=""            # whether the last line has been said
 ELEMENT=()
 if [ -n "${SLURM_ARRAY_JOB_ID:-}" ]; then
   lm_id=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID # SLURM_JOB_ID alone may mean the whole array to scontrol
   lm_ranks=$((SLURM_NTASKS * NPROC_PER_NODE))
   lm_first=$(((${ARRAY_OFFSET:-0} + SLURM_ARRAY_TASK_ID - SLURM_ARRAY_TASK_MIN) * lm_ranks))
-  ELEMENT=("rank_offset=$lm_first" "world_size=$((${ARRAY_TOTAL:-$SLURM_ARRAY_TASK_COUNT} * lm_ranks))")
+  lm_world=$((${ARRAY_TOTAL:-$SLURM_ARRAY_TASK_COUNT} * lm_ranks))
+  ELEMENT=("rank_offset=$lm_first" "world_size=$lm_world")
 fi
+
+lm_say() { printf '%s job %s, life %s: %s\n' "$(date '+%F %T')" "$lm_id" "$lm_life" "$*" 2>/dev/null || true; }
+
+# ---- folders: the work decides how a job ends, not its logs
 
 # What the ranks have to say (pipeline/distributed/life.py) goes into a folder for each life and step. A first life
 # begins anew: SLURM gives job ids out again when its controller has lost its memory.
@@ -54,8 +90,9 @@ lm_logs=$LOGS/$SLURM_JOB_NAME-$SLURM_JOB_ID
 export LATENTMILL_TASK_OUTPUT=$lm_logs # for launch/status.py: where a rank's log is, and the job's
 LATENTMILL_JOB_OUTPUT=$(readlink /proc/$$/fd/1) && export LATENTMILL_JOB_OUTPUT || true
 lm_state=$LOGS/.$SLURM_JOB_NAME-$SLURM_JOB_ID
-[ "$lm_life" -gt 0 ] || rm -rf "$lm_state"
-mkdir -p "$lm_state"
+lm_writable() { mkdir -p "$LOGS" "$lm_state" 2>/dev/null && { : > "$lm_state/life"; } 2>/dev/null; }
+lm_note() { { printf '%s\n' "$2" > "$lm_state/$1"; } 2>/dev/null || true; } # lm_note NAME VALUE: for the lives to come
+lm_noted() { cat "$lm_state/$1" 2>/dev/null || true; }
 
 # What every container needs: the checkout, the logs (where ranks say how they ended), the data, the GPUs.
 lm_binds=$LATENTMILL_HOME,$LOGS${BINDS:+,$BINDS}
@@ -71,19 +108,33 @@ elif [[ $SRUN_ARGS = *--container-image* ]]; then
     NVIDIA_DRIVER_CAPABILITIES=${NVIDIA_DRIVER_CAPABILITIES:-compute,utility}
 fi
 
-lm_say() { echo "$(date '+%F %T') job $lm_id, life $lm_life: $*"; }
+[ "$lm_life" -gt 0 ] || rm -rf "$lm_state" 2>/dev/null || true
+lm_writable || lm_say "WARNING: $LOGS cannot be written: the work goes on, without logs of single ranks"
 
-lm_say "$SLURM_NTASKS tasks on $SLURM_JOB_NODELIST; their logs: $lm_logs-<task>.log"
+source "$LATENTMILL_HOME/slurm/nodes.sh"
+
+# A log folder that is deleted while the job runs comes back, so that a later life finds a place for its logs. (SLURM
+# would fail a job whose .out file has no folder.)
+lm_keep_folders() {
+  local deleted=""
+  [ -d "$LATENTMILL_LIFE" ] || deleted=1
+  mkdir -p "$LATENTMILL_LIFE" "$(dirname "${LATENTMILL_JOB_OUTPUT:-$LOGS/x}")" 2>/dev/null || return 0
+  if [[ ${LATENTMILL_JOB_OUTPUT:-} = /* && ! /proc/$BASHPID/fd/1 -ef $LATENTMILL_JOB_OUTPUT ]]; then
+    { : >> "$LATENTMILL_JOB_OUTPUT"; } 2>/dev/null && exec >> "$LATENTMILL_JOB_OUTPUT" 2>&1
+  fi
+  [ -z "$deleted" ] ||
+    lm_say "WARNING: the folder of the logs was deleted while the job runs: what it held is lost, the work goes on"
+}
 
 # ---- starting ranks
 
-run() { lm_run alone "${lm_tasks:-$SLURM_NTASKS}" "${lm_size[@]}" "$@"; }
+run() { lm_each=1 lm_run alone "${lm_tasks:-$SLURM_NTASKS}" "${lm_size[@]}" "$@"; }
 
-run_together() { lm_run together "${lm_tasks:-$SLURM_NTASKS}" "${lm_size[@]}" "$@"; }
+run_together() { lm_each=1 lm_run together "${lm_tasks:-$SLURM_NTASKS}" "${lm_size[@]}" "$@"; }
 
 # Jobs of several stages: what each of them uses of the job.
 step_size() { # step_size NODES TASKS-PER-NODE CPUS-PER-TASK: for run and run_together from here on
-  lm_tasks=$(($1 * $2))
+  lm_tasks=$(($1 * $2)) lm_nodes=$1
   lm_size=(--nodes="$1" --ntasks="$lm_tasks" --ntasks-per-node="$2" --cpus-per-task="$3")
   export OMP_NUM_THREADS=$3 MKL_NUM_THREADS=$3
 }
@@ -92,7 +143,8 @@ step_size() { # step_size NODES TASKS-PER-NODE CPUS-PER-TASK: for run and run_to
 # all the time until SLURM's SIGKILL to save what they have. (Agents would send it again, and kill them after 30 s.)
 run_torchrun() {
   lm_meet
-  lm_run together "$((SLURM_NNODES * NPROC_PER_NODE))" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 \
+  lm_each=$NPROC_PER_NODE lm_run together "$((SLURM_NNODES * NPROC_PER_NODE))" \
+    --ntasks="$SLURM_NNODES" --ntasks-per-node=1 \
     bash -c 'trap "" TERM USR1 USR2; exec python -m torch.distributed.run --nnodes="$SLURM_NNODES" \
       --node-rank="$SLURM_NODEID" --nproc-per-node="$NPROC_PER_NODE" --master-addr="$MASTER_ADDR" \
       --master-port="$MASTER_PORT" --signals-to-handle=SIGINT "$@"' torchrun "$@"
@@ -100,7 +152,8 @@ run_torchrun() {
 
 run_accelerate() {
   lm_meet
-  lm_run together "$((SLURM_NNODES * NPROC_PER_NODE))" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 \
+  lm_each=$NPROC_PER_NODE lm_run together "$((SLURM_NNODES * NPROC_PER_NODE))" \
+    --ntasks="$SLURM_NNODES" --ntasks-per-node=1 \
     bash -c 'trap "" USR1 USR2; exec accelerate launch --multi_gpu --num_machines="$SLURM_NNODES" \
       --machine_rank="$SLURM_NODEID" --num_processes="$((SLURM_NNODES * NPROC_PER_NODE))" --rdzv_backend=static \
       --main_process_ip="$MASTER_ADDR" --main_process_port="$MASTER_PORT" "$@"' accelerate "$@"
@@ -114,8 +167,21 @@ lm_meet() { # on the first node, and at another port than an earlier life, whose
   export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-110}
 }
 
+# What each task does first: see that its node has the environment, and let the others go first (a thousand ranks that
+# import Python at the same moment are a storm for a file server).
+lm_task='
+rank=$((LM_FIRST + SLURM_PROCID * LM_EACH))
+if [ -n "$LM_PYTHON" ] && [ "$(command -v python)" != "$LM_PYTHON" ]; then
+  why="there is no $LM_PYTHON on $SLURMD_NODENAME"
+  echo "error: $why"
+  { printf "%s\n0 0\n%s\n\n" "$SLURMD_NODENAME" "$why" > "$LATENTMILL_LIFE/$rank.78"; } 2>/dev/null
+  exit 78
+fi
+[ "$LM_STAGGER" = 0 ] || sleep "$((LM_STAGGER * rank / LM_WORLD))"
+exec "$@"'
+
 lm_run() { # lm_run alone|together RANKS [SRUN-OPTION...] COMMAND...
-  local how=$1 ranks=$2 rc=0 options=() srun watcher
+  local how=$1 ranks=$2 rc=0 options=() task=() srun watcher tee
   shift 2
   while [[ ${1:-} = --* ]]; do options+=("$1"); shift; done
   local done=$lm_state/$lm_steps.done
@@ -125,30 +191,51 @@ lm_run() { # lm_run alone|together RANKS [SRUN-OPTION...] COMMAND...
     lm_say "step $lm_steps was done in an earlier life"
     return 0
   fi
-  rm -rf "$LATENTMILL_LIFE"
-  mkdir -p "$LATENTMILL_LIFE"
+  rm -rf "$LATENTMILL_LIFE" 2>/dev/null || true
+  lm_forget_old_lives
+  if lm_writable && mkdir -p "$LATENTMILL_LIFE"; then
+    options+=(--open-mode=append --output="$LOGS/%x-%j-%t.log")
+  fi
   export TORCH_FR_DUMP_TEMP_FILE=$LATENTMILL_LIFE/flight- # torch adds the rank
+  export LM_FIRST=$lm_first LM_WORLD=${lm_world:-$ranks} LM_EACH=$lm_each LM_PYTHON=""
+  [[ -n $CONTAINER || $SRUN_ARGS = *--container* ]] || LM_PYTHON=$(command -v python || true)
+  export LM_STAGGER=${STAGGER:-$((LM_WORLD >= 6000 ? 60 : LM_WORLD / 50))}
+  [[ -z $LM_PYTHON && $LM_STAGGER = 0 ]] || task=(bash -c "$lm_task" task)
+  [[ " $* " != *" -m "* ]] || { lm_module=${*#* -m }; lm_module=${lm_module%% *}; }
+  lm_srun=$(mktemp "${TMPDIR:-/tmp}/latentmill-srun.XXXXXX" 2>/dev/null) || lm_srun=/dev/null
+  exec 9> >(exec tee -a "$lm_srun" >&2)
+  tee=$!
   # In the background, because bash acts on a signal only when what it waits for has ended.
   # shellcheck disable=SC2086 # SRUN_ARGS and CONTAINER are several words each
-  srun --export=ALL --kill-on-bad-exit=1 --wait="$WAIT" --open-mode=append --output="$LOGS/%x-%j-%t.log" \
-    "${options[@]}" $SRUN_ARGS $CONTAINER "$@" &
+  srun --export=ALL --kill-on-bad-exit=1 --wait="$WAIT" "${options[@]}" $SRUN_ARGS \
+    "${task[@]}" $CONTAINER "$@" 2>&9 9>&- &
   srun=$!
-  lm_watch "$srun" &
+  lm_watch "$srun" 9>&- &
   watcher=$!
+  exec 9>&-
   wait "$srun" || rc=$?
   kill "$watcher" 2>/dev/null || true
-  : > "$LATENTMILL_LIFE/ended" # and so NFS looks at the folder anew
+  wait "$tee" || true
+  lm_keep_folders
+  { : > "$LATENTMILL_LIFE/ended"; } 2>/dev/null || true # and so NFS looks at the folder anew
   lm_judge "$how" "$rc" "$ranks"
   { : > "$done"; } 2>/dev/null || true # without it, another life starts the step again, which finds that all is done
+}
+
+lm_forget_old_lives() { # what the lives before the last one left behind has been judged
+  local life
+  for life in "$lm_state"/[0-9]*.[0-9]*; do
+    life=${life##*/}
+    [[ ! ${life%%.*} =~ ^[0-9]+$ ]] || [ "${life%%.*}" -ge "$((lm_life - 1))" ] || rm -rf "${lm_state:?}/$life" || true
+  done
 }
 
 # ---- how it ended
 
 lm_judge() { # lm_judge alone|together RC RANKS: return if the work is done, else end the script
-  local how=$1 rc=$2 file code codes=" " story
-  for file in "$LATENTMILL_LIFE"/*.*; do
-    [ ! -e "$file" ] || codes+="${file##*.} "
-  done
+  local how=$1 rc=$2 story codes
+  lm_read "$3"
+  codes=" ${lm_code[*]} "
   [[ $rc != 0 || $codes = *\ [1-9]* ]] || return 0
   story="srun ended with code $rc; $(lm_story "$3")"
   [ "$rc" != 0 ] || rc=1
@@ -160,32 +247,89 @@ lm_judge() { # lm_judge alone|together RC RANKS: return if the work is done, els
     return 0
   fi
   [[ $codes != *" 2 "* ]] || rc=2
+  story+=$(lm_first_error)
   if [[ $rc =~ ^(2|126|127)$ ]]; then
-    lm_say "$story. Not started again: a setting is wrong or something is missing"
-    exit "$rc"
+    lm_give_up "$rc" "$story. Not started again: a setting is wrong or something is missing"
+  fi
+  lm_find_bad_nodes "$how" "$3"
+  if [ "${#lm_bad[@]}" = 0 ] && [[ -n $lm_sick || ( $codes = *" 74 "* && $(lm_fruitless) != 0 ) ]]; then
+    lm_give_up "$rc" "$story. Not started again: other nodes would do no better. Mend it, and the same command goes on"
   fi
   lm_again "$rc" "$story"
 }
 
-lm_story() { # lm_story RANKS: how they ended
-  local file name rank words=() failed="" hung="" silent="" stopped=0
-  local -A code=()
-  for file in "$LATENTMILL_LIFE"/*.*; do
+declare -A lm_code=() lm_node=() lm_pace=() lm_why=() # of each rank of this life
+lm_work=""                                            # the folder that the ranks write to
+
+lm_read() { # lm_read RANKS: what the ranks said, or else what srun said of them
+  local file name rank node pace why work
+  lm_code=() lm_node=() lm_pace=() lm_why=()
+  lm_place "$1"
+  lm_ask_srun
+  for file in "$LATENTMILL_LIFE"/[0-9]*.[0-9]*; do
+    [ -e "$file" ] || continue
     name=${file##*/}
-    [[ ! -e $file || $name = *.alive ]] || code[${name%.*}]=${name##*.}
+    rank=${name%.*}
+    { read -r node; read -r pace; read -r why; read -r work; } < "$file" 2>/dev/null || true
+    lm_code[$rank]=${name##*.}
+    [ -z "${node:-}" ] || lm_node[$rank]=$node
+    lm_pace[$rank]=${pace:-0 0} lm_why[$rank]=${why:-}
+    lm_work=${work:-$lm_work}
   done
+}
+
+lm_place() { # lm_place RANKS: on which node each rank was, as SLURM distributes tasks unless told otherwise
+  local nodes counts=() part rank=$lm_first node task
+  mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST" 2>/dev/null)
+  for part in ${SLURM_TASKS_PER_NODE//,/ }; do # 2(x3),1
+    [[ $part =~ ^([0-9]+)(\(x([0-9]+)\))?$ ]] || continue
+    for ((node = 0; node < ${BASH_REMATCH[3]:-1}; node++)); do counts+=("${BASH_REMATCH[1]}"); done
+  done
+  for node in "${!nodes[@]}"; do
+    part=${counts[$node]:-1}
+    [ -z "${lm_nodes:-}" ] || part=$((node < lm_nodes ? $1 / lm_nodes : 0)) # step_size
+    [ "$LM_EACH" = 1 ] || part=$LM_EACH
+    for ((task = 0; task < part; task++)); do
+      lm_node[$rank]=${nodes[$node]}
+      rank=$((rank + 1))
+    done
+  done
+}
+
+# srun names tasks that ended badly: "srun: error: node1: tasks 0-1,3: Exited with exit code 78". A node that does not
+# see the folder of the logs has no other way to say so.
+lm_ask_srun() {
+  local line tasks span task
+  [ "$LM_EACH" = 1 ] || return 0 # one agent for several ranks
+  while read -r line; do
+    [[ $line =~ ^srun:\ error:\ .*:\ tasks?\ ([0-9,-]+):\ Exited\ with\ exit\ code\ ([0-9]+)$ ]] || continue
+    tasks=${BASH_REMATCH[1]}
+    for span in ${tasks//,/ }; do
+      for ((task = ${span%-*}; task <= ${span#*-}; task++)); do
+        lm_code[$((lm_first + task))]=${BASH_REMATCH[2]}
+      done
+    done
+  done < "$lm_srun"
+}
+
+lm_story() { # lm_story RANKS: how they ended
+  local rank words=() failed="" hung="" silent="" missing="" refused="" stopped=0 name
   for ((rank = lm_first; rank < lm_first + $1; rank++)); do
-    case ${code[$rank]:-} in
+    case ${lm_code[$rank]:-} in
       0) ;;
       75 | 76) stopped=$((stopped + 1)) ;;
+      74) refused+=" $rank" ;;
       77) hung+=" $rank" ;;
+      78) missing+=" $rank" ;;
       "") silent+=" $rank" ;;
-      *) failed+=" $rank(${code[$rank]})" ;;
+      *) failed+=" $rank(${lm_code[$rank]})" ;;
     esac
   done
   [ -z "$failed" ] || words+=("failed (with code):$failed")
-  [ -z "$hung" ] || words+=("hung:$hung")
-  [ -z "$silent" ] || words+=("killed, lost or frozen:$silent")
+  [ -z "$missing" ] || words+=("without their environment:$missing on$(lm_nodes_of "$missing")")
+  [ -z "$refused" ] || words+=("refused by the file system:$refused on$(lm_nodes_of "$refused")")
+  [ -z "$hung" ] || words+=("hung:$hung on$(lm_nodes_of "$hung")")
+  [ -z "$silent" ] || words+=("killed, lost or frozen:$silent on$(lm_nodes_of "$silent")")
   [ "$stopped" = 0 ] || words+=("stopped at a safe boundary: $stopped of $1")
   [ "${#words[@]}" -gt 0 ] || words=("all finished")
   printf -v name '%s; ' "${words[@]}"
@@ -193,30 +337,49 @@ lm_story() { # lm_story RANKS: how they ended
   echo "ranks ${name:0:400}"
 }
 
+lm_nodes_of() { # lm_nodes_of RANKS: the nodes that they were on, a blank before each
+  local rank seen=" "
+  for rank in $1; do
+    [[ $seen = *" ${lm_node[$rank]:-?} "* ]] || seen+="${lm_node[$rank]:-?} "
+  done
+  seen=${seen% }
+  echo "${seen:0:200}"
+}
+
+lm_first_error() { # ". rank 3: error: ...", of the lowest rank that gave a reason or whose log has one
+  local rank why
+  for rank in $(printf '%s\n' "${!lm_code[@]}" | sort -n); do
+    [[ ! ${lm_code[$rank]} =~ ^(0|75|76)$ ]] || continue
+    why=${lm_why[$rank]:-}
+    [ -n "$why" ] || why=$(tail -n 50 "$lm_logs-$((rank - lm_first)).log" 2>/dev/null |
+      grep -E '^[A-Za-z_.]*[Ee]rror: ' | tail -n 1)
+    [ -z "$why" ] || { echo ". Rank $rank: ${why:0:400}"; return; }
+  done
+}
+
 lm_again() { # lm_again RC WHY: another life for this job, unless it gets nowhere; ends the script
   local rc=$1 why=$2 state try fruitless
   trap '' TERM
   fruitless=$(lm_fruitless)
   if [ "$fruitless" -ge "$LIVES" ]; then
-    lm_say "$why. Giving up: nothing got done in $fruitless lives in a row (LIVES=$LIVES)"
-    exit "$rc"
+    lm_give_up "$rc" "$why. Giving up: nothing got done in $fruitless lives in a row (LIVES=$LIVES)"
   fi
+  lm_note fruitless "$fruitless"
+  lm_note node "$(lm_only_node)"
   for try in {1..30}; do # the controller may be away for a while
     if state=$(lm_ask); then
       # SIGNALING is RUNNING, seen while SLURM still sends the signal that the ranks may just have died of
       if [[ -z $lm_ending && ! $state =~ JobState=(RUNNING|SIGNALING)" " ]] || ! lm_is_ours "$state"; then
-        lm_say "$why. SLURM has ended this life of the job itself"
-        exit "$rc"
+        lm_end "$rc" "$why. SLURM has ended this life of the job itself"
       fi
       if scontrol requeue "$lm_id"; then
-        lm_say "$why. Requeued: it begins again when SLURM finds room, usually not before two minutes"
-        exit "$rc"
+        lm_leave_out_bad_nodes
+        lm_end "$rc" "$why. Requeued: it begins again when SLURM finds room, usually not before two minutes"
       fi
     fi
     [ "$try" = 30 ] || sleep 10
   done
-  lm_say "$why. It could not be requeued: the same command, or sbatch, goes on where it stopped"
-  exit "$rc"
+  lm_give_up "$rc" "$why. It could not be requeued: the same command, or sbatch, goes on where it stopped"
 }
 
 lm_ask() { scontrol show job --oneliner "$lm_id" 2>/dev/null; }
@@ -225,38 +388,101 @@ lm_ask() { scontrol show job --oneliner "$lm_id" 2>/dev/null; }
 lm_is_ours() { [[ $1 = *" Restarts=$lm_life "* ]]; } # lm_is_ours WHAT-SLURM-SAYS
 
 lm_fruitless() { # how many lives in a row, this one included, ended without having got anything done
-  local life count=0
-  for ((life = lm_life; life >= 0; life--)); do
-    ! compgen -G "$lm_state/$life.*/saved" > /dev/null || break
-    ! compgen -G "$lm_state/$life.*/ended" > /dev/null || count=$((count + 1))
-  done
-  echo "$count"
+  local before
+  before=$(lm_noted fruitless)
+  if compgen -G "$lm_state/$lm_life.*/saved" > /dev/null; then
+    echo 0
+  elif [[ " ${lm_code[*]} " = *" 78 "* && ${#lm_bad[@]} -gt 0 ]]; then
+    echo "${before:-0}" # a node without its environment does not count: BAD_NODES limits how often
+  else
+    echo "$((${before:-$lm_life} + 1))" # where nothing could be noted, all lives count
+  fi
 }
+
+# ---- the end
+
+lm_end() { # lm_end CODE WHY: end the script, with WHY as its last line
+  lm_last=said
+  lm_say "$2"
+  exit "$1"
+}
+
+lm_give_up() { # lm_give_up CODE WHY: the same, for good
+  lm_notify failed "$2"
+  lm_end "$1" "$2"
+}
+
+lm_notify() { # lm_notify finished|failed|cancelled WHY
+  [ -n "$NOTIFY" ] || return 0
+  if [ -n "${SLURM_ARRAY_JOB_ID:-}" ]; then # of all elements one tells
+    case $1 in
+      finished) [ "$(squeue --noheader --jobs="$SLURM_ARRAY_JOB_ID" 2>/dev/null | wc -l)" -le 1 ] || return 0 ;;
+      *) mkdir "$LOGS/.$SLURM_JOB_NAME-$SLURM_ARRAY_JOB_ID.$1" 2>/dev/null || return 0 ;;
+    esac
+  fi
+  NOTIFY=$NOTIFY timeout 60 python -m launch.notify event="$1" job="$lm_id" name="$SLURM_JOB_NAME" \
+    work="${LATENTMILL_WORK:-$lm_work}" reason="$2" || true
+}
+
+trap lm_exited EXIT
+lm_exited() {
+  local rc=$?
+  rm -f "${lm_srun:-}" 2>/dev/null || true
+  [ -z "$lm_last" ] || return 0
+  if [ "$rc" = 0 ]; then
+    lm_notify finished "done in $(lm_duration), life $lm_life"
+    lm_say "finished; this life took $(lm_duration)"
+  else
+    lm_notify failed "the job script ended with code $rc"
+    lm_say "the job script ended with code $rc: see above"
+  fi
+}
+lm_duration() { printf '%d:%02d:%02d' "$((SECONDS / 3600))" "$((SECONDS / 60 % 60))" "$((SECONDS % 60))"; }
 
 # Whoever ends this job (scancel, a preemption, a failed node, somebody's requeue) has decided what becomes of it: to
 # requeue it now would undo a scancel. Only a job at its time limit whose ranks did not stop in time would be forgotten.
 trap lm_terminated TERM
 lm_terminated() {
+  local state
   trap '' TERM
   lm_ending=1
-  [ -n "${LATENTMILL_LIFE:-}" ] || exit 143
-  if [[ $(lm_ask) = *" Reason=TimeLimit "* ]]; then
-    : > "$LATENTMILL_LIFE/ended"
+  state=$(lm_ask || true)
+  if [[ -n ${LATENTMILL_LIFE:-} && $state = *" Reason=TimeLimit "* ]]; then
+    { : > "$LATENTMILL_LIFE/ended"; } 2>/dev/null || true
     lm_again 143 "the time limit came before the ranks had stopped"
   fi
-  exit 143
+  if [[ $state = *" JobState=CANCELLED"* ]]; then
+    lm_notify cancelled "cancelled (scancel)"
+    lm_end 143 "cancelled: it does not begin again by itself. The same command goes on where it stopped"
+  fi
+  state=${state#* JobState=}
+  lm_end 143 "SLURM ends this life of the job (${state%% *}): if it is in the queue again, it goes on where it stopped"
 }
 
-# A rank whose process is frozen (stopped, or stuck in C or the kernel) cannot say so: its file <rank>.alive grows old.
+# A rank whose process is frozen (stopped, or stuck in C or the kernel) cannot say so: its file <rank>.alive grows old,
+# by the file server's clock, as those of the nodes may differ.
+lm_frozen() {
+  local now seconds
+  { : > "$LATENTMILL_LIFE/now"; } 2>/dev/null || return 0
+  now=$(stat -c %.Y "$LATENTMILL_LIFE/now")
+  seconds=$(cat "$LATENTMILL_LIFE"/*.alive 2>/dev/null | awk 'NR == 1 { print $3 }')
+  [ -n "$seconds" ] || return 0
+  find "$LATENTMILL_LIFE" -name '*.alive' -printf '%T@ %f\n' |
+    awk -v now="$now" -v limit="$seconds" '$1 + limit < now { sub(/\.alive$/, "", $2); printf " %s", $2 }'
+}
+
 lm_watch() { # lm_watch PID-OF-SRUN
   local frozen before="" step
+  trap - EXIT TERM
   set +e # it goes on looking, whatever fails once
   while sleep "$LOOK"; do
-    frozen=$(find "$LATENTMILL_LIFE" -name '*.alive' ! -newermt now -printf ' %f')
+    lm_keep_folders
+    frozen=$(lm_frozen)
     # twice, as after a suspension all look frozen for a moment
     if [ -n "$frozen" ] && [ "$frozen" = "$before" ] && lm_is_ours "$(lm_ask)"; then
-      lm_say "no life from ranks${frozen//.alive/}: ending this life. All ranks write where they are into their logs"
-      step=$(cat "$LATENTMILL_LIFE"/*.alive | head -n 1)
+      echo "$frozen " > "$LATENTMILL_LIFE/frozen"
+      lm_say "no life from ranks$frozen: ending this life. All ranks write where they are into their logs"
+      step=$(cat "$LATENTMILL_LIFE"/*.alive | awk 'NR == 1 { print $1 }')
       scancel --signal=USR1 "$step"
       sleep 2
       scancel --signal=TERM "$step"
@@ -269,3 +495,12 @@ lm_watch() { # lm_watch PID-OF-SRUN
     before=$frozen
   done
 }
+
+lm_say "$SLURM_NTASKS tasks on $SLURM_JOB_NODELIST; their logs: $lm_logs-<task>.log"
+if [ -n "${LATENTMILL_BROKEN:-}" ]; then # says slurm/env.sh of this node
+  lm_code=([$lm_first]=78) lm_node=([$lm_first]=${SLURMD_NODENAME:-$(hostname)})
+  lm_bad=("${lm_node[$lm_first]}")
+  lm_keep_what_may_be_left_out
+  [ "${#lm_bad[@]}" -gt 0 ] || lm_give_up 78 "$LATENTMILL_BROKEN. Not started again: other nodes would do no better"
+  lm_again 78 "$LATENTMILL_BROKEN"
+fi

@@ -1,18 +1,23 @@
 #!/usr/bin/env bash
 # Submit the stages of a data set as a chain of jobs, each of which starts when the one before has succeeded.
-# It needs sbatch and nothing else; run it on a login node, from the checkout:
+# It needs no more than sbatch; run it on a login node, from the checkout:
 #
 #   DATASET=shapes DATA_DIR=/data slurm/pipeline.sh                     # download filter shard precompute train
 #   DATASET=shapes DATA_DIR=/data slurm/pipeline.sh shard precompute
 #   FILTER_OPTIONS="--nodes=4 --time=8:00:00" DATASET=shapes DATA_DIR=/data slurm/pipeline.sh
 #
-# Run it again at any time: a stage whose job still waits or runs is not submitted twice, and one that is finished ends
-# at once. What all jobs need may be given as sbatch has it: SBATCH_ACCOUNT=... SBATCH_PARTITION=... slurm/pipeline.sh
+# Run it again at any time: a stage whose job still waits or runs is not submitted twice, nor is one that is finished
+# (as far as there is a Python here to ask; else its job ends at once). What all jobs need may be given as sbatch has
+# it: SBATCH_ACCOUNT=... SBATCH_PARTITION=... slurm/pipeline.sh
 set -euo pipefail
 
 # ---- settings, beside those of the scripts (slurm/<stage>.sbatch), which are passed on
 export DATASET=${DATASET:?a name in pipeline/conf/dataset, or your own YAML}
 export DATA_DIR=${DATA_DIR:?root of everything}
+if [ -n "${BATCH_SIZE:-}" ]; then
+  echo "BATCH_SIZE=$BATCH_SIZE: of which stage? Set PRECOMPUTE_BATCH_SIZE and TRAIN_BATCH_SIZE" >&2
+  exit 2
+fi
 INPUT=${INPUT:-}                              # for the first stage alone: the others read what the one before wrote
 DOWNLOAD_OPTIONS=${DOWNLOAD_OPTIONS:-}        # options of sbatch for one stage
 FILTER_OPTIONS=${FILTER_OPTIONS:-}
@@ -52,10 +57,15 @@ before=""
 for stage in "${stages[@]}"; do
   [ -f "slurm/$stage.sbatch" ] || { echo "no stage '$stage': slurm/$stage.sbatch is not there" >&2; exit 2; }
   name=$(basename "$DATASET" .yaml)-$stage
-  id=$(try squeue --noheader --me --name="$name" --states=PENDING,RUNNING,SUSPENDED --format=%F)
-  id=${id%%$'\n'*}
+  # by the place that its comment holds: other data, splits and settings of this name are other work
+  id=$(try squeue --noheader --me --states=PENDING,RUNNING,SUSPENDED --format='%F %k' |
+    awk -v place="$place/$stage*" '$2 == place { print $1; exit }')
   if [ -n "$id" ]; then
     echo "$stage: job $id, submitted before"
+  elif INPUT=$INPUT LATENTMILL_CHECK=1 SLURM_SUBMIT_DIR=$PWD bash "slurm/$stage.sbatch" > /dev/null 2>&1; then
+    echo "$stage: finished already"
+    INPUT=""
+    continue
   else
     options=${stage^^}_OPTIONS
     # The dependency is only an economy: each stage looks for itself if its input is finished.

@@ -84,6 +84,14 @@ def test_every_preset_that_we_ship_is_valid(name: str) -> None:
         (["cluster=slurm", "slurm_array=1-3"], "slurm_array= is set by the launcher: use array="),
         (["cluster=slurm", "slurm_job_name=mine"], "slurm_job_name= is set by the launcher"),
         (["cluster=slurm", "container_runtime=docker"], "container_runtime=docker: "),
+        (["cluster=slurm", "gpus_per_node=h100:many"], "gpus_per_node=h100:many: expected a number, or a type and a"),
+        (["cluster=slurm", "gpus=9", "nodes=2"], "gpus=9: not the same number on each of nodes=2: use gpus_per_node="),
+        (["cluster=slurm", "gpus=8", "gres=gpu:8"], "gpus and gres=gpu ask for GPUs twice: use gpus_per_node= alone"),
+        (["cluster=slurm", "gpu_type=h100"], "gpu_type=h100: there are no GPUs; set gpus_per_node="),
+        (["cluster=slurm", "gpu_bind=closest"], "gpu_bind=closest: there are no GPUs; set gpus_per_node="),
+        (["cluster=slurm", "time=1:30", "signal_seconds=90"], "signal_seconds=90: ranks would be told to stop as soon"),
+        (["cluster=slurm", "time=soon"], "time=soon: expected minutes, hours:minutes:seconds or days-hours"),
+        (["cluster=slurm", "after=later"], "after=later: expected the ids of jobs, as 1234 or 1234,1240"),
         (["cluster=slurm", "nods=3"], "unknown key 'nods' for stage filter; did you mean nodes"),
         (["cluster=slurm", "filtr.nodes=3"], "no stage 'filtr'; did you mean filter?"),
     ],
@@ -132,6 +140,49 @@ def test_gpus_make_as_many_ranks_unless_told_otherwise() -> None:
     assert options("stage=precompute", "gpus_per_node=8", "tasks_per_node=2")["ntasks-per-node"] == "2"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["gpus_per_node=a100:4"], ("a100:4", "4", None)),
+        (["gpus=h100:8", "nodes=2"], ("h100:4", "4", None)),
+        (["gpus_per_node=2", "gpu_type=mi300"], ("mi300:2", "2", None)),
+        (["gres=gpu:h100:8,nvme:1"], ("h100:8", "8", "nvme:1")),
+        (["gres=gpu"], ("1", "1", None)),
+        (["gres=nvme:1"], (None, "1", "nvme:1")),
+    ],
+)
+def test_gpus_are_asked_for_in_each_way_that_people_know(
+    arguments: list[str], expected: tuple[str | None, str, str | None]
+) -> None:
+    said = options("stage=precompute", *arguments)
+    assert (said.get("gpus-per-node"), said["ntasks-per-node"], said.get("gres")) == expected
+
+
+def test_gpus_of_a_preset_give_way_to_those_of_the_command(tmp_path: Path) -> None:
+    path = tmp_path / "site.yaml"
+    path.write_text("kind: slurm\ngpus_per_node: a100:8\nprecompute: {gpus: h100:16, nodes: 4}")
+    asked = {stage: read([f"cluster={path}", "stage=all"]).requests[stage].config for stage in ("train", "precompute")}
+    assert [(c.gpu_type, c.gpus_per_node) for c in asked.values()] == [("a100", 8), ("h100", 4)]
+    assert read([f"cluster={path}", "stage=train", "gpus_per_node=2"]).requests["train"].config.gpus_per_node == 2
+    assert read(["stage=cost", "gpus=8"]).settings == {"gpus": "8"}  # a setting of that stage
+
+
+def test_what_people_ask_of_sbatch_has_a_name() -> None:
+    said = options(
+        "stage=filter", "licenses=matlab:2", "nice=100", "begin=now+2hours", "comment=for the paper",
+        "mail_user=me@x.org",
+    )  # fmt: skip
+    wanted = {
+        "licenses": "matlab:2",
+        "nice": "100",
+        "begin": "now+2hours",
+        "comment": "/d/shapes/train/filter for the paper",
+    }
+    assert wanted.items() <= said.items()
+    assert (said["mail-user"], said["mail-type"]) == ("me@x.org", "END,FAIL")
+    assert options("stage=filter", "mail_type=BEGIN,END")["mail-type"] == "BEGIN,END"
+
+
 def test_a_stage_of_one_process_is_one_whatever_the_others_get() -> None:
     line = jobs("stage=all", "dataset=shapes", "data_dir=/d", "nodes=4", "gpus_per_node=8", "array=3", "train.array=0")
     sizes = {stage: slurm.scripts_of(job)[0].options() for stage, job in line.items()}
@@ -157,7 +208,11 @@ def test_values_with_spaces_are_quoted_and_line_breaks_refused() -> None:
             ["container=a.sqsh", "container_runtime=pyxis", "srun_args=--mpi=none"],
             "export SRUN_ARGS='--container-image=a.sqsh --mpi=none'",
         ),
+        (["cpu_bind=ldoms", "mem_bind=local"], "export SRUN_ARGS='--cpu-bind=ldoms --mem-bind=local'"),
         (["lives=9"], "export LIVES=9"),
+        (["bad_nodes=0"], "export BAD_NODES=0"),
+        (["stagger=30"], "export STAGGER=30"),
+        (["notify=https://hooks.example.org/T0/secret"], "NOTIFY=https://hooks.example.org/T0/secret"),
         (["setup=module load cuda; export A=1"], "module load cuda; export A=1"),
     ],
 )
@@ -203,6 +258,16 @@ def test_jobs_wait_for_those_whose_results_they_need() -> None:
     assert slurm.dependency_of(line["generate"], before[:2])["dependency"] == "afterok:1,afterok:2"
     assert slurm.dependency_of(line["report"], before)["dependency"] == "afterok:1,afterok:2,afterok:3"
     assert slurm.dependency_of(line["report"], before)["kill-on-invalid-dep"] == "yes"
+
+
+def test_jobs_can_wait_for_jobs_of_others() -> None:
+    line = jobs("stage=download,filter", "dataset=shapes", "data_dir=/d", "after=12,afterany:13_4")
+    first = slurm.dependency_of(line["download"], [])
+    assert first == {"dependency": "afterok:12,afterany:13_4", "kill-on-invalid-dep": "yes"}
+    before = [slurm.Submitted(line["download"], ("14",), "", slurm.scripts_of(line["download"]))]
+    assert slurm.dependency_of(line["filter"], before)["dependency"] == "afterok:14"  # which waits for the others
+    (job,) = jobs("stage=filter", "dataset=shapes", "data_dir=/d", "slurm_dependency=singleton").values()
+    assert slurm.dependency_of(job, [])["dependency"] == "singleton"
 
 
 def test_of_an_array_no_single_element_has_to_succeed() -> None:
@@ -320,6 +385,14 @@ def test_a_dry_run_shows_no_secret_of_a_url(tmp_path: Path) -> None:
     arguments = ["stage=download", f"dataset={tmp_path}/web.yaml", f"urls=[{url}]", f"data_dir={tmp_path}"]
     done = submit(*arguments, "cluster=slurm", "dry_run=true", environment={**os.environ, "PATH": str(tmp_path)})
     assert "https://example.org/part.tar?part=1&token=..." in done.stdout, done.stderr
+    assert "hush" not in done.stdout + done.stderr
+
+
+def test_a_dry_run_shows_of_a_webhook_only_its_host(tmp_path: Path) -> None:
+    arguments = ["stage=filter", "dataset=shapes", f"data_dir={tmp_path}", "cluster=slurm", "dry_run=true"]
+    notify = "notify=https://hooks.example.org/services/T0/B0/hush"
+    done = submit(*arguments, notify, environment={**os.environ, "PATH": str(tmp_path)})
+    assert "NOTIFY=<a URL at hooks.example.org>" in done.stdout, done.stderr
     assert "hush" not in done.stdout + done.stderr
 
 

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import json
+import re
+import shutil
+import sys
 import textwrap
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 from slurm_cluster.cluster import Cluster
 from test_slurm_launch import ROOT, await_end, field, logs_below
+
+from pipeline.distributed import expand_nodes
 
 SCRIPT = """#!/usr/bin/env bash
 #SBATCH --job-name=job --nodes=1 --ntasks-per-node={tasks} --output=%x-%j.out --open-mode=append --requeue
@@ -33,6 +43,48 @@ life = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
 @distributed
 def main(rank, config):
 """
+
+
+WAIT_FOR_STOP_IF = """
+while life == 0 and {}:
+    rank.check_stop()
+    time.sleep(0.02)
+"""
+WAIT_FOR_STOP = WAIT_FOR_STOP_IF.format("True")
+"""A rank that goes on in its job's first life until it is stopped, and has nothing to do in later ones."""
+GATEWAY = "198.18.{}.254"
+"""The login node, as nodes of the cluster of that number see it."""
+
+
+@contextmanager
+def webhook() -> Iterator[tuple[int, list[dict[str, Any]]]]:
+    """A server and what was posted to it."""
+    got: list[dict[str, Any]] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            got.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(204)
+            self.end_headers()
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("0.0.0.0", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server.server_address[1], got
+        server.shutdown()
+
+
+def linked_venv(folder: Path) -> Path:
+    """An environment of its own path, which can be hidden from a node."""
+    venv = folder / "venv"
+    (venv / "bin").mkdir(parents=True)
+    (venv / "bin/activate").write_text(f'PATH="{venv}/bin:$PATH"\n')
+    python = venv / "bin/python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    return venv
 
 
 @dataclass
@@ -96,6 +148,7 @@ def test_a_job_that_does_its_work_ends_well(slurm_cluster: Cluster, tmp_path: Pa
     assert job.end() == "COMPLETED"
     assert (job.log(0), job.log(1)) == ("rank 0 of 2\n", "rank 1 of 2\n")
     assert "life 0: 2 tasks on node" in job.said
+    assert "life 0: finished; this life took 0:00:" in job.said.splitlines()[-1]
 
 
 def test_the_exit_code_is_that_of_the_rank_that_failed(slurm_cluster: Cluster, tmp_path: Path) -> None:
@@ -114,6 +167,7 @@ def test_a_wrong_setting_is_not_tried_twice(slurm_cluster: Cluster, tmp_path: Pa
     assert (field(slurm_cluster, job.id, "ExitCode"), job.lives) == ("2:0", 1)
     assert "Not started again: a setting is wrong" in job.said
     assert "error: colour=loud: no such colour" in job.log(1)
+    assert "Rank 1: error: colour=loud: no such colour" in job.said
 
 
 def test_lives_count_only_while_nothing_gets_done(slurm_cluster: Cluster, tmp_path: Path) -> None:
@@ -197,7 +251,7 @@ def test_a_frozen_rank_is_named_and_the_job_begins_again(slurm_cluster: Cluster,
     assert job.end() == "COMPLETED", logs_below(tmp_path)
     assert job.lives == 2
     assert "no life from ranks 1: ending this life" in job.said
-    assert "killed, lost or frozen: 1; stopped at a safe boundary: 1 of 2. Requeued" in job.said
+    assert re.search(r"killed, lost or frozen: 1 on node\d; stopped at a safe boundary: 1 of 2. Requeued", job.said)
     assert "in frozen" in job.log(1)
 
 
@@ -206,7 +260,7 @@ def test_when_others_have_finished_a_frozen_rank_is_not_waited_for(slurm_cluster
     job = submit(slurm_cluster, tmp_path, body)
     assert job.end() == "COMPLETED", logs_below(tmp_path)
     assert job.lives == 1
-    assert "done, though srun ended with code 137; ranks killed, lost or frozen: 1" in job.said
+    assert "done, though srun ended with code 137; ranks killed, lost or frozen: 1 on node1" in job.said
 
 
 def test_one_element_of_an_array_begins_again_alone(slurm_cluster: Cluster, tmp_path: Path) -> None:
@@ -223,6 +277,219 @@ def test_one_element_of_an_array_begins_again_alone(slurm_cluster: Cluster, tmp_
     assert all("JobState=COMPLETED" in line for line in said)
     logs = [path.read_text().splitlines()[0] for path in tmp_path.glob("job-*-0.log")]
     assert sorted(logs) == [f"rank_offset={offset} world_size=6" for offset in (0, 2, 4)]
+
+
+def lives_of(job: Job) -> list[str]:
+    """Node lists of the lives, as the job script said them."""
+    return re.findall(r"life \d+: \d+ tasks on (\S+);", job.said)
+
+
+def assert_left_out(job: Job, node: str) -> None:
+    first, second = lives_of(job)
+    assert first == "node[1-2]" and node in expand_nodes(first) and node not in expand_nodes(second), job.said
+    assert f"left out of the next life, as they did badly while others did well: {node}" in job.said
+
+
+def test_a_node_without_its_environment_is_named_and_left_out(slurm_cluster: Cluster, tmp_path: Path) -> None:
+    """Of two nodes one; the other ranks did well. No life is lost by it, though LIVES=1."""
+    venv = linked_venv(tmp_path)
+    slurm_cluster.node("hide", "node2", venv)
+    try:
+        settings = f"export LATENTMILL_VENV={venv} LIVES=1"
+        job = submit(slurm_cluster, tmp_path, WAIT_FOR_STOP, settings=settings, options="--nodes=2 --exclude=node4")
+        assert job.end() == "COMPLETED", job.said
+    finally:
+        slurm_cluster.node("show", "node2", venv)
+    assert_left_out(job, "node2")
+    assert "ranks without their environment: 2 3 on node2" in job.said
+    assert f"Rank 2: there is no {venv}/bin/python on node2" in job.said
+    assert "left out of the next life, as they did badly while others did well: node2" in job.said
+    excluded = expand_nodes(field(slurm_cluster, job.id, "ExcNodeList"))
+    assert set(excluded) == {"node2", "node4"}  # and what its user excluded
+
+
+def test_the_node_of_the_job_script_may_be_the_broken_one(slurm_cluster: Cluster, tmp_path: Path) -> None:
+    venv = linked_venv(tmp_path)
+    slurm_cluster.node("hide", "node1", venv)
+    try:
+        job = submit(slurm_cluster, tmp_path, "pass", settings=f"export LATENTMILL_VENV={venv} LIVES=1", tasks=1)
+        assert job.end() == "COMPLETED", job.said
+    finally:
+        slurm_cluster.node("show", "node1", venv)
+    assert (lives_of(job), job.lives) == (["node1", "node2"], 2)
+    assert f"no Python environment at LATENTMILL_VENV={venv} on node1" in job.said
+
+
+def test_an_environment_that_is_nowhere_ends_the_job(slurm_cluster: Cluster, tmp_path: Path) -> None:
+    settings = "export LATENTMILL_VENV=/no/such/venv BAD_NODES=1"
+    job = submit(slurm_cluster, tmp_path, "pass", settings=settings, tasks=1)
+    assert job.end() == "FAILED"
+    assert job.lives == 2  # a second node was asked
+    assert "no Python environment at LATENTMILL_VENV=/no/such/venv on node2. Not started again" in job.said
+
+
+def test_a_module_that_no_node_has_ends_the_job_at_once(slurm_cluster: Cluster, tmp_path: Path) -> None:
+    job = submit(slurm_cluster, tmp_path, "import no_such_module", options="--nodes=2")
+    assert job.end() == "FAILED"
+    assert (field(slurm_cluster, job.id, "ExitCode"), job.lives) == ("78:0", 1)
+    assert re.search(r"Rank \d: No module named 'no_such_module'", job.said)
+    assert "Not started again: other nodes would do no better" in job.said
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_a_disk_that_is_full_for_all_ends_the_job_at_once(slurm_cluster: Cluster, tmp_path: Path, nodes: int) -> None:
+    work = tmp_path / "work"
+    work.mkdir()
+    body = f"rank.life.work = {str(work)!r}\n" + WAIT_FOR_STOP_IF.format("rank.rank != 0") + (
+        f"raise OSError(28, 'No space left on device', {str(work / 'file')!r})"
+    )  # fmt: skip
+    for node in ("node1", "node2", "node3", "node4"):
+        slurm_cluster.node("readonly", node, work)
+    try:
+        job = submit(slurm_cluster, tmp_path, body, options=f"--nodes={nodes}", tasks=1)
+        assert job.end() == "FAILED"
+    finally:
+        for node in ("node1", "node2", "node3", "node4"):
+            slurm_cluster.node("show", node, work)
+    assert (field(slurm_cluster, job.id, "ExitCode"), job.lives) == ("74:0", 1), job.said
+    assert "refused by the file system: 0 on node1" in job.said and "No space left on device" in job.said
+    assert "Not started again: other nodes would do no better" in job.said
+
+
+def test_a_node_whose_file_system_is_read_only_is_left_out(slurm_cluster: Cluster, tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    work.mkdir()
+    body = f"rank.life.work = {str(work)!r}\nopen({str(work)!r} + f'/{{rank.rank}}', 'w').close()\n" + WAIT_FOR_STOP
+    slurm_cluster.node("readonly", "node2", work)
+    try:
+        job = submit(slurm_cluster, tmp_path, body, options="--nodes=2", tasks=1)
+        assert job.end() == "COMPLETED", job.said
+    finally:
+        slurm_cluster.node("show", "node2", work)
+    assert_left_out(job, "node2")
+    assert "refused by the file system: 1 on node2" in job.said and "Read-only file system" in job.said
+
+
+@pytest.mark.parametrize(
+    ("body", "settings", "left_out", "said"),
+    [
+        ("sys.exit(3)", "", True, "failed (with code): 2(3)"),
+        ("sys.exit(3)", "export BAD_NODES=0", False, "failed (with code): 2(3)"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", "", True, "killed, lost or frozen: 2 on node2"),
+    ],
+)
+def test_a_node_that_does_badly_while_others_do_well_is_left_out(
+    slurm_cluster: Cluster, tmp_path: Path, body: str, settings: str, left_out: bool, said: str
+) -> None:
+    program = f"if life == 0 and rank.rank == 2:\n    time.sleep(1)\n    {body}\n" + WAIT_FOR_STOP
+    job = submit(slurm_cluster, tmp_path, program, options="--nodes=2", settings=settings)
+    assert job.end() == "COMPLETED", job.said
+    if left_out:
+        assert_left_out(job, "node2")
+    else:
+        assert field(slurm_cluster, job.id, "ExcNodeList") == "(null)"
+    assert said in job.said
+
+
+def test_a_node_that_crawls_is_left_out_of_the_next_life(slurm_cluster: Cluster, tmp_path: Path) -> None:
+    body = """
+        end = time.monotonic() + 3
+        while life == 0:
+            time.sleep(0.2 if os.environ["SLURMD_NODENAME"] == "node2" else 0.02)
+            if rank.rank == 0 and time.monotonic() > end:
+                rank.request_stop("preemption")
+            rank.check_stop()
+    """
+    job = submit(slurm_cluster, tmp_path, body, options="--nodes=2", settings="export SLOW_AFTER=2", tasks=1)
+    assert job.end() == "COMPLETED", job.said
+    assert_left_out(job, "node2")
+    assert "stopped at a safe boundary: 2 of 2" in job.said
+
+
+def test_a_job_is_never_left_without_nodes(slurm_cluster: Cluster, tmp_path: Path) -> None:
+    body = "if life == 0 and rank.rank == 1:\n    time.sleep(1)\n    sys.exit(3)\n" + WAIT_FOR_STOP
+    job = submit(slurm_cluster, tmp_path, body, options="--nodes=2 --exclude=node[3-4]", tasks=1)
+    assert job.end() == "COMPLETED", job.said
+    assert lives_of(job) == ["node[1-2]"] * 2
+    assert "node2 did badly, but without it SLURM could not start this job: it is not left out" in job.said
+
+
+def test_a_log_folder_that_is_deleted_costs_nothing_but_logs(slurm_cluster: Cluster, tmp_path: Path) -> None:
+    """Whether the job then ends well or has to begin again, which needs a place for its .out file."""
+    body = """
+        open(os.environ["MARKS"] + f"/ready{life}", "w").close()
+        end = time.monotonic() + 3
+        while time.monotonic() < end:
+            time.sleep(0.02)
+        if life == 0:
+            sys.exit(3)
+    """
+    logs = tmp_path / "logs"
+    logs.mkdir()
+    settings = f"export LOGS={logs} MARKS={tmp_path}"
+    job = submit(slurm_cluster, tmp_path, body, tasks=1, settings=settings, options=f"--output={logs}/%x-%j.out")
+    for life in (0, 1):
+        job.wait_for(f"ready{life}")
+        shutil.rmtree(logs)
+    assert job.end() == "COMPLETED"
+    assert job.lives == 2
+    said = "\n".join(path.read_text() for path in logs.glob("*.out"))
+    assert "WARNING: the folder of the logs was deleted while the job runs" in said and "life 1: finished" in said
+
+
+def test_logs_that_cannot_be_written_do_not_decide_how_a_job_ends(slurm_cluster: Cluster, tmp_path: Path) -> None:
+    logs = tmp_path / "logs"
+    logs.mkdir()
+    body = "print('so far')\nif life == 0:\n    sys.exit(3)"
+    for node in ("node1", "node2"):
+        slurm_cluster.node("readonly", node, logs)
+    try:
+        job = submit(slurm_cluster, tmp_path, body, tasks=1, settings=f"export LOGS={logs}")
+        assert job.end() == "COMPLETED", job.said
+    finally:
+        for node in ("node1", "node2"):
+            slurm_cluster.node("show", node, logs)
+    assert job.lives == 2
+    assert f"WARNING: {logs} cannot be written" in job.said
+    assert job.said.count("so far") == 2  # in the job's own output
+    assert list(logs.iterdir()) == []
+
+
+def test_clocks_of_nodes_may_differ(slurm_cluster: Cluster, tmp_path: Path) -> None:
+    """A rank whose clock is an hour behind is not taken for frozen."""
+    body = """
+        import pipeline.distributed.life, time as clock
+        real = clock.time
+        clock.time = lambda: real() - 3600
+        end = clock.monotonic() + 6
+        while clock.monotonic() < end:
+            rank.check_stop()
+            clock.sleep(0.02)
+    """
+    job = submit(slurm_cluster, tmp_path, body, hang=2, tasks=1)
+    assert (job.end(), job.lives) == ("COMPLETED", 1), job.said
+
+
+def test_few_files_stay_behind_after_many_lives(slurm_cluster: Cluster, tmp_path: Path) -> None:
+    job = submit(
+        slurm_cluster, tmp_path, "rank.saved()\nif life < 3:\n    sys.exit(3)", settings="BAD_NODES=0", tasks=1
+    )
+    assert (job.end(), job.lives) == ("COMPLETED", 4)
+    (state,) = tmp_path.glob(".job-*")
+    assert sorted(path.name for path in state.glob("*.[0-9]")) == ["2.0", "3.0"]
+
+
+def test_a_webhook_is_told_of_the_end_and_no_log_tells_its_secret(slurm_cluster: Cluster, tmp_path: Path) -> None:
+    with webhook() as (port, got):
+        address = f"http://{GATEWAY.format(slurm_cluster.number)}:{port}/T0/hush"
+        ends = {"good": "COMPLETED", "bad": "FAILED"}
+        for name, state in ends.items():
+            body = "pass" if name == "good" else "sys.exit(3)"
+            job = submit(slurm_cluster, tmp_path / name, body, tasks=1, settings=f"NOTIFY={address} LIVES=1")
+            assert job.end() == state
+    assert [(message["event"], message["name"]) for message in got] == [("finished", "job"), ("failed", "job")]
+    assert "Giving up: nothing got done in 1 lives in a row" in got[1]["reason"]
+    assert "hush" not in logs_below(tmp_path)
 
 
 def test_a_job_whose_ranks_hear_nothing_is_started_again_at_its_time_limit(late: Job) -> None:

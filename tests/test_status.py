@@ -345,7 +345,7 @@ def squeue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Non
 
 
 def line(number: str, name: str, state: str, reason: str, comment: str = "") -> tuple[str, ...]:
-    return (number, number, number, name, state, "N/A", "0:00", "1:00:00", "2", "node[1-2]", reason, comment)
+    return (number, number, number, name, state, "N/A", "0:00", "1:00:00", "2", "node[1-2]", reason, "", comment)
 
 
 def test_jobs_belong_to_outputs_by_name_number_or_comment(tmp_path: Path, squeue: Callable[..., None]) -> None:

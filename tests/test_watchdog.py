@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.distributed import EXIT_HUNG, EXIT_STOPPED
+from pipeline.distributed import EXIT_ENVIRONMENT, EXIT_HUNG, EXIT_STOPPED, EXIT_STORAGE
 from pipeline.telemetry import last_events
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,8 +27,13 @@ def main(rank, config):
 """
 
 
-def start(folder: Path, body: str, timeout: float = 0.6, rank: dict[str, str] | None = None) -> subprocess.Popen[str]:
-    """A rank that runs ``body`` with hang_timeout=``timeout``; its life's folder is ``folder``/life."""
+def start(
+    folder: Path, body: str, timeout: float = 0.6, rank: dict[str, str] | None = None, full: bool = False
+) -> subprocess.Popen[str]:
+    """A rank that runs ``body`` with hang_timeout=``timeout``; its life's folder is ``folder``/life.
+
+    ``full``: what it prints goes to a disk that is full.
+    """
     (folder / "life").mkdir(exist_ok=True)
     program = folder / "program.py"
     program.write_text(
@@ -36,6 +42,9 @@ def start(folder: Path, body: str, timeout: float = 0.6, rank: dict[str, str] | 
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "RANK", "WORLD_SIZE"))}
     environment |= {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "LATENTMILL_LIFE": str(folder / "life")}
     environment |= {"RANK": "0", "WORLD_SIZE": "1"} if rank is None else rank
+    if full:
+        with open("/dev/full", "w") as disk:
+            return subprocess.Popen([sys.executable, program], env=environment, stdout=disk, stderr=disk, text=True)
     return subprocess.Popen([sys.executable, program], env=environment, stderr=subprocess.PIPE, text=True)
 
 
@@ -103,11 +112,13 @@ def test_who_is_not_watched_may_take_its_time(tmp_path: Path, timeout: float, ra
     assert run(tmp_path, "time.sleep(1.2)", timeout, rank) == (0, "")
 
 
-def test_a_rank_that_is_alive_says_until_when_not_to_worry(tmp_path: Path) -> None:
+def test_a_rank_that_is_alive_says_for_how_long_not_to_worry(tmp_path: Path) -> None:
+    """The file's age is that of the file server's clock: the rank leaves its own clock out of it."""
     process = start(tmp_path, "while not rank.stopping:\n    time.sleep(0.05)\nrank.check_stop()", timeout=100)
     wait_for(tmp_path / "life/0.alive")
     time.sleep(0.2)
-    assert 90 < (tmp_path / "life/0.alive").stat().st_mtime - time.time() < 101
+    assert -5 < (tmp_path / "life/0.alive").stat().st_mtime - time.time() < 1
+    assert (tmp_path / "life/0.alive").read_text() == f". {socket.gethostname()} 100\n"
     process.send_signal(signal.SIGUSR2)
     process.communicate(timeout=60)
     assert process.returncode == EXIT_STOPPED
@@ -138,11 +149,50 @@ def test_usr1_shows_the_stacks_and_ends_nothing(tmp_path: Path) -> None:
         ("raise ValueError('a defect')", ["0.1"]),
         ("rank.saved()\nrank.saved()", ["0.0", "saved"]),
         ("sys.exit(5)", ["0.5"]),
+        ("raise PermissionError(13, 'Permission denied', '/data')", [f"0.{EXIT_STORAGE}"]),
+        ("import no_such_module", [f"0.{EXIT_ENVIRONMENT}"]),
+        ("raise ValueError('output') from OSError(28, 'No space left on device')", [f"0.{EXIT_STORAGE}"]),
     ],
 )
 def test_how_a_rank_ended_stands_in_its_life(tmp_path: Path, body: str, left: list[str]) -> None:
     run(tmp_path, body, timeout=0)
     assert marks(tmp_path) == left
+
+
+def test_the_reason_stands_beside_the_node_and_the_work_done(tmp_path: Path) -> None:
+    body = """
+        for _ in range(7):
+            rank.check_stop()
+        rank.life.work = "/data/out"
+        raise ConfigError("seed=-1: must  be at least 0")
+    """
+    run(tmp_path, body, timeout=0, rank={"RANK": "0", "WORLD_SIZE": "1", "SLURMD_NODENAME": "node7"})
+    node, pace, why, work = (tmp_path / "life/0.2").read_text().splitlines()
+    assert (node, pace.split()[0], why, work) == ("node7", "7", "error: seed=-1: must be at least 0", "/data/out")
+    assert 0 <= float(pace.split()[1]) < 60
+
+
+def test_a_module_that_is_missing_before_the_rank_begins_is_told_as_well(tmp_path: Path) -> None:
+    """Most imports happen before @distributed has anything to say."""
+    (tmp_path / "program.py").write_text("import pipeline.stages\nimport no_such_module\n")
+    environment = {**os.environ, "LATENTMILL_LIFE": str(tmp_path / "life"), "RANK": "3", "PYTHONPATH": str(ROOT)}
+    (tmp_path / "life").mkdir()
+    done = subprocess.run([sys.executable, tmp_path / "program.py"], env=environment, capture_output=True, text=True)
+    assert done.returncode == EXIT_ENVIRONMENT
+    assert marks(tmp_path) == [f"3.{EXIT_ENVIRONMENT}"]
+    assert (tmp_path / f"life/3.{EXIT_ENVIRONMENT}").read_text().splitlines()[2] == (
+        f"No module named 'no_such_module' ({sys.executable})"
+    )
+    assert "Traceback" in done.stderr
+
+
+@pytest.mark.parametrize("body", ["print('x' * 100_000)", "rank.log.info('x' * 100_000)", "sys.stdout.write('late')"])
+def test_a_log_that_cannot_be_written_ends_no_work(tmp_path: Path, body: str) -> None:
+    """Nor does what is left in a buffer at the end of the interpreter, which would be exit code 120."""
+    process = start(tmp_path, f"{body}\nopen({str(tmp_path / 'done')!r}, 'w').close()", timeout=0, full=True)
+    process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert (tmp_path / "done").exists() and marks(tmp_path) == ["0.0"]
 
 
 def test_a_wrong_setting_is_known_before_it_is_a_rank(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ Sample = tuple[dict[str, str], float]
 
 _STAGE: tuple[tuple[str, str, str, Callable[[StageStatus], float | None]], ...] = (
     ("done", "gauge", "Partitions committed, or steps made", lambda s: s.done),
-    ("total", "gauge", "Partitions planned, or steps asked for", lambda s: s.total),
+    ("planned", "gauge", "Partitions planned, or steps asked for", lambda s: s.total),
     ("samples", "gauge", "Samples worked on", lambda s: s.samples),
     ("samples_kept", "gauge", "Samples kept", lambda s: s.kept),
     ("samples_per_second", "gauge", "Speed of all ranks together", lambda s: s.rate),

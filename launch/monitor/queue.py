@@ -14,7 +14,7 @@ from launch.pack import places
 from pipeline.config import ConfigError
 
 EVERY = 10.0  # seconds between two squeue: a controller has other things to do
-_FIELDS = ("%A", "%F", "%i", "%j", "%T", "%S", "%M", "%l", "%D", "%N", "%r", "%k")
+_FIELDS = ("%A", "%F", "%i", "%j", "%T", "%S", "%M", "%l", "%D", "%N", "%r", "%x", "%k")
 _REASONS = {
     "Resources": "waits for nodes to become free",
     "Priority": "others come first",
@@ -41,7 +41,12 @@ _REASONS = {
 
 @dataclass(frozen=True)
 class QueuedJob:
-    """A job as squeue shows it. ``why``: what its reason for waiting means."""
+    """A job as squeue shows it.
+
+    Attributes:
+        why: what its reason for waiting means.
+        excluded: nodes that it leaves out: its user's, and those that did badly in an earlier life.
+    """
 
     number: str
     base: str
@@ -55,6 +60,7 @@ class QueuedJob:
     nodelist: str
     reason: str
     comment: str
+    excluded: str = ""
 
     @property
     def why(self) -> str:
@@ -99,8 +105,9 @@ class Queue:
         self._user = _owner(folder)
         self._next = 0.0
 
-    def refresh(self) -> None:
-        if not self.available or time.monotonic() < self._next:
+    def refresh(self, oldest: float = EVERY) -> None:
+        """Ask again if the last answer is older than ``oldest`` seconds."""
+        if not self.available or time.monotonic() < self._next - EVERY + oldest:
             return
         from launch import slurm  # not where there is no SLURM: it takes a while to import
 
@@ -134,12 +141,15 @@ def _job(line: str) -> QueuedJob | None:
     parts = line.split("\t", len(_FIELDS) - 1)
     if len(parts) != len(_FIELDS):
         return None
-    number, base, id_, name, state, start, elapsed, limit, nodes, nodelist, reason, comment = (p.strip() for p in parts)
-    return QueuedJob(number, base, id_, name, state, start, elapsed, limit, nodes, nodelist, reason, comment)
+    number, base, id_, name, state, start, elapsed, limit, nodes, nodelist, reason, excluded, comment = (
+        p.strip() for p in parts
+    )
+    place = comment.partition(" ")[0]  # what a user has to say comes behind it
+    return QueuedJob(number, base, id_, name, state, start, elapsed, limit, nodes, nodelist, reason, place, excluded)
 
 
 def _owner(folder: Path) -> str:
-    uid = folder.stat().st_uid
+    uid = folder.stat().st_uid if folder.exists() else os.getuid()
     try:
         return pwd.getpwuid(uid).pw_name
     except KeyError:

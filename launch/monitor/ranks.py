@@ -56,24 +56,39 @@ class RankStatus:
         return self.state in LIVE
 
 
-def current(processes: Iterable[Process]) -> list[Process]:
-    """The newest process of each rank of the newest run, by rank: a run may have had other numbers of ranks before."""
+def current(processes: Iterable[Process], now: float) -> list[Process]:
+    """The newest process of each rank of the newest run, by rank: a run may have had other numbers of ranks before.
+
+    Of other jobs that work on the same output at the same time, those processes that show signs of life.
+    """
     newest = sorted(processes, key=lambda process: process.last["begin"])
     if not newest:
         return []
-    world = newest[-1].last["world_size"]
+    world, job = newest[-1].last["world_size"], _job(newest[-1])
     by_rank = {p.last["rank"]: p for p in newest if p.last["world_size"] == world}
-    return [by_rank[rank] for rank in sorted(by_rank)]
+    shown = {id(process) for process in by_rank.values()}
+    beside = {
+        (_job(p), p.last["rank"]): p
+        for p in newest
+        if _job(p) not in ("", job) and not p.ended and now + p.skew - p.last["time"] < _SILENT * _beat(p)
+    }
+    others = [process for process in beside.values() if id(process) not in shown]
+    return sorted([*by_rank.values(), *others], key=lambda process: (process.last["rank"], process.last["begin"]))
+
+
+def _job(process: Process) -> str:
+    return str(process.last.get("job", ""))
 
 
 def statuses(processes: Iterable[Process], queue: Queue, now: float) -> list[RankStatus]:
-    """The state of each rank of the newest run."""
-    ranks = [_status(process, queue, now) for process in current(processes)]
+    """The state of each rank of the newest run; ``now`` by the file server's clock, which all are compared by."""
+    shown = current(processes, now)
+    ranks = [_status(process, queue, now + process.skew) for process in shown]
     speeds = [rank.rate for rank in ranks if rank.state == "running"]
     if len(speeds) >= 4:
         median = statistics.median(speeds)
-        for process, rank in zip(current(processes), ranks, strict=True):
-            settled = now - rank.begin > _SILENT * _beat(process)
+        for process, rank in zip(shown, ranks, strict=True):
+            settled = now + process.skew - rank.begin > _SILENT * _beat(process)
             if rank.state == "running" and settled and rank.rate < _SLOW * median:
                 rank.state = "slow"
                 rank.note = f"{rank.rate:.3g} samples/s, the median is {median:.3g}"
@@ -126,7 +141,7 @@ def _state(process: Process, queue: Queue, now: float) -> tuple[str, str]:
             return "hung", f"{note}; its log shows where"
         return _ENDED[ended["event"]], str(ended.get("error", "")) if ended["event"] == "error" else ""
     silence = now - last["time"]
-    over = queue.is_over(str(last.get("job", "")), last["time"]) if silence > _MISSED * _beat(process) else ""
+    over = queue.is_over(_job(process), last["time"] - process.skew) if silence > _MISSED * _beat(process) else ""
     if over:
         return "lost", f"it ended without a word{_place(last)}: {over}"
     if silence > _SILENT * _beat(process):

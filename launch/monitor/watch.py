@@ -8,6 +8,7 @@ Nothing per partition.
 from __future__ import annotations
 
 import errno
+import math
 import os
 import re
 import time
@@ -19,7 +20,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from launch.monitor.queue import Queue, QueuedJob
+from launch.monitor.joblogs import newest, only_logged
+from launch.monitor.queue import EVERY, Queue, QueuedJob
 from launch.monitor.ranks import BAD, RankStatus, statuses
 from launch.pack import comment, places
 from pipeline.config import MAIN_LINE, ConfigError
@@ -32,6 +34,7 @@ from pipeline.telemetry import DONE, EventReader, Process
 _DEPTH = 4  # <data_dir>/<dataset>/<split>/<stage>
 _MOST_NAMES = 2000  # of a folder that holds more, the rest is not ours
 _REDISCOVER = 30.0
+_FRESH = 1.0  # seconds
 _LISTINGS = 100
 _HOSTS = 20
 _MANY = 4  # more ranks than this with the same trouble are told of in one line
@@ -119,21 +122,35 @@ class Watch:
 
     def __init__(self, root: str | Path, past: bool = False, only: str = "") -> None:
         self.root = Path(root).absolute()
-        if not self.root.is_dir():
-            raise ConfigError(f"{root}: no such folder" if not self.root.exists() else f"{root} is not a folder")
+        if self.root.exists() and not self.root.is_dir():
+            raise ConfigError(f"{root} is not a folder")
         self.works: dict[Path, Work] = {}
         self._past = past
         self._only = only
         self._queue = Queue(self.root)
-        self._discover_at = 0.0
+        self._discovered = -math.inf
+        self._known: set[str] = set()
+        if not self.root.exists():
+            self._queue.refresh()
+            if not self._coming(set()):
+                queue = ", and no job in SLURM's queue is for it" if self._queue.available else ""
+                raise ConfigError(f"{root}: no such folder{queue}")
 
     def look(self) -> Snapshot:
-        """How things stand now."""
-        if time.monotonic() >= self._discover_at:
+        """How things stand now. That all is over is only said after a fresh look at the queue and at the folders."""
+        snapshot = self._look(_REDISCOVER, EVERY)
+        stale = time.monotonic() - self._discovered > _FRESH
+        return self._look(_FRESH, _FRESH) if snapshot.over and stale else snapshot
+
+    def _look(self, folders: float, queue: float) -> Snapshot:
+        """``folders``, ``queue``: how many seconds old may be what is known of them."""
+        self._queue.refresh(queue)
+        jobs = {f"{job.id} {job.state}" for job in self._queue.jobs}
+        if time.monotonic() >= self._discovered + folders or jobs != self._known:
             self._discover()
-            self._discover_at = time.monotonic() + _REDISCOVER
-        self._queue.refresh()
-        now = time.time()
+            self._discovered, self._known = time.monotonic(), jobs
+        # files are dated by the file server, whose clock may be ahead of that of this machine
+        now = max([time.time(), *(p.written for work in self.works.values() for p in work.processes)])
         stages, gone, taken = [], [], set()
         for path, work in self.works.items():
             try:
@@ -149,14 +166,14 @@ class Watch:
             taken |= {job.id for job in status.jobs}
         for path in gone:
             self.works.pop(path).root.close()
-            self._discover_at = 0.0
+            self._discovered = -math.inf
         if self._only:
             stages = [s for s in stages if self._only in (s.stage, s.name, Path(s.path).name)]
         return Snapshot(str(self.root), now, stages, self._coming(taken), self._queue.problem)
 
     def _discover(self) -> None:
         for path, kind in find(self.root):
-            if path not in self.works:
+            if not isinstance(self.works.get(path), kind):  # a job that had only logs may have planned meanwhile
                 self.works[path] = kind(path, self._past)
         order = {stage: number for number, stage in enumerate(MAIN_LINE)}
 
@@ -199,8 +216,11 @@ def find(root: Path) -> Iterator[tuple[Path, type[Work]]]:
                 yield folder, DatasetWork
             elif "checkpoints" in names or "events" in names:
                 yield folder, RunWork
-            elif depth < _DEPTH:
-                below += [folder / name for name in sorted(names - {"logs"})]
+            else:
+                if "logs" in names:
+                    yield from ((place, LoggedWork) for place in only_logged(folder))
+                if depth < _DEPTH:
+                    below += [folder / name for name in sorted(names - {"logs"})]
         level = below
 
 
@@ -299,6 +319,37 @@ class Work(ABC):
         for job in status.jobs:
             if job.why:
                 status.problems.append(f"job {job.id} pending: {job.why}")
+
+
+class LoggedWork(Work):
+    """A stage that has left nothing but logs: it waits, begins, or failed before it had planned anything."""
+
+    def __init__(self, path: Path, past: bool) -> None:
+        self.path = path
+        self.root = Folder.open(path.parent / "logs")
+
+    @property
+    def processes(self) -> list[Process]:
+        return []
+
+    def look(self, queue: Queue, now: float) -> StageStatus:
+        logs = newest(self.path)
+        status = StageStatus(str(self.path), self.path.name, self._stage(), "failed" if logs.failed else "")
+        status.jobs = self._jobs(queue, status.stage)
+        if logs.failed:
+            waits = "; its job is in SLURM's queue again" if status.jobs else ""
+            status.problems.append(f"{logs.reason or 'it failed before anything was planned: see its logs'}{waits}")
+        else:
+            self._judge(status)
+        if status.jobs:
+            status.state = "starting" if any(job.state == "RUNNING" for job in status.jobs) else "pending"
+        return status
+
+    def _stage(self) -> str:
+        return self.path.name.partition("-")[0]
+
+    def _measure(self, status: StageStatus) -> None:
+        pass
 
 
 def ranges(numbers: list[int]) -> str:

@@ -11,6 +11,7 @@
 - ``life``: what a rank tells the job script that started it
 - ``watchdog``: a rank that is stuck says where, and ends
 - ``peers``: how ranks wait for each other, and learn that one of them failed
+- ``output``: what a rank prints never ends it
 - ``rank``: what a stage sees of all this
 - ``run``: the decorator; how a rank ends, and its exit code
 
@@ -21,12 +22,22 @@ from pipeline.distributed.peers import BarrierTimeout, PeerFailed
 from pipeline.distributed.place import Place, expand_nodes, find_place
 from pipeline.distributed.rank import Rank
 from pipeline.distributed.run import distributed
-from pipeline.distributed.signals import EXIT_HUNG, EXIT_PEER, EXIT_STOPPED, Stopped, ignore_signals
+from pipeline.distributed.signals import (
+    EXIT_ENVIRONMENT,
+    EXIT_HUNG,
+    EXIT_PEER,
+    EXIT_STOPPED,
+    EXIT_STORAGE,
+    Stopped,
+    ignore_signals,
+)
 
 __all__ = [
+    "EXIT_ENVIRONMENT",
     "EXIT_HUNG",
     "EXIT_PEER",
     "EXIT_STOPPED",
+    "EXIT_STORAGE",
     "BarrierTimeout",
     "PeerFailed",
     "Place",

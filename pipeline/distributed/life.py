@@ -3,9 +3,11 @@
 Exit codes alone do not say enough: srun ends the other ranks when one fails, and torchrun has a code of its own. So a
 rank leaves small files in the folder that the script made for this life and named in ``LATENTMILL_LIFE``:
 
-    <rank>.alive    until its modification time, silence is nothing to worry about; holds the rank's SLURM step
+    <rank>.alive    rewritten as a sign of life: SLURM step, node, and the seconds for which it is good. How old it is
+                    is judged by the file server's clock, which gives it its modification time: clocks of nodes differ
     saved           something was done for good (a commit, a checkpoint): this life was not in vain
-    <rank>.<code>   how the rank ended
+    <rank>.<code>   how the rank ended; its node; steps made and seconds at work; why; the
+                    folder that it wrote to: one line each
 
 Without the variable, or on a disk that refuses them, nothing is written: the work does not depend on it.
 """
@@ -13,9 +15,12 @@ Without the variable, or on a disk that refuses them, nothing is written: the wo
 from __future__ import annotations
 
 import os
-import time
+import socket
 from contextlib import suppress
 from pathlib import Path
+
+LONGEST = 600
+"""Characters of a reason."""
 
 
 class Life:
@@ -26,32 +31,39 @@ class Life:
         self._folder = Path(folder) if folder else None
         number = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
         self._rank = number if rank is None else str(rank)
+        self._node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
         self._saved = False
+        self.work = ""
+        """The folder that the rank writes to, as soon as it is known."""
 
     def alive(self, seconds: float) -> None:
         """Not to be worried about for the next ``seconds``."""
         step = ".".join(os.environ.get(name, "") for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
-        self._leave(f"{self._rank}.alive", f"{step}\n", time.time() + seconds)
+        if self._folder is not None:
+            with suppress(OSError):
+                path = self._folder / f"{self._rank}.alive"
+                if not path.exists():
+                    path.write_text(f"{step} {self._node} {seconds:g}\n")
+                os.utime(path)  # no time given: the server's
 
     def saved(self) -> None:
         """Something was done for good."""
-        if not self._saved:
-            self._saved = True
-            self._leave("saved")
+        self._saved = self._saved or self._leave("saved")
 
-    def ended(self, code: int) -> None:
-        """The rank ends with exit code ``code``."""
-        self._leave(f"{self._rank}.{code}")
+    def ended(self, code: int, reason: str = "", steps: int = 0, seconds: float = 0.0) -> None:
+        """The rank ends with exit code ``code``, after ``steps`` that took it ``seconds`` without waiting."""
+        why = " ".join(reason.split())[:LONGEST]
+        self._leave(f"{self._rank}.{code}", f"{self._node}\n{steps} {seconds:.1f}\n{why}\n{self.work}\n")
         if self._folder is not None:
             with suppress(OSError):
                 (self._folder / f"{self._rank}.alive").unlink(missing_ok=True)
 
-    def _leave(self, name: str, text: str = "", time: float | None = None) -> None:
+    def _leave(self, name: str, text: str = "") -> bool:
+        """Whether the file is there now."""
         if self._folder is None:
-            return
-        with suppress(OSError):
-            path = self._folder / name
-            if not path.exists():
-                path.write_text(text)
-            if time is not None:
-                os.utime(path, (time, time))
+            return True
+        try:
+            (self._folder / name).write_text(text)
+        except OSError:
+            return False
+        return True

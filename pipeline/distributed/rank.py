@@ -48,6 +48,7 @@ class Rank:
         self.life = Life(self.place.rank)
         self.steps = 0
         """Safe boundaries that were reached so far."""
+        self.begin = time.monotonic()
         self.waited = 0.0
         """Seconds that were spent in :meth:`waiting`."""
         self.now: dict[str, Any] = {}

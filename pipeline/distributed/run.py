@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any, Concatenate, ParamSpec, TypeVar, overload
@@ -14,15 +16,18 @@ from typing import Any, Concatenate, ParamSpec, TypeVar, overload
 from pipeline.config import ConfigError
 from pipeline.distributed.ending import hard_exit
 from pipeline.distributed.life import Life
+from pipeline.distributed.output import forgive
 from pipeline.distributed.peers import FINISHED, STOPPED, PeerFailed, quiet_torch
 from pipeline.distributed.place import find_place
 from pipeline.distributed.rank import TIMEOUT, Rank
-from pipeline.distributed.signals import EXIT_PEER, EXIT_STOPPED, Stopped
+from pipeline.distributed.signals import EXIT_ENVIRONMENT, EXIT_PEER, EXIT_STOPPED, EXIT_STORAGE, Stopped
 from pipeline.distributed.watchdog import Watchdog, show_stacks_on_request
+from pipeline.startup import missing
 from pipeline.vitals import Progress
 
 P = ParamSpec("P")
 Result = TypeVar("Result")
+_REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 @overload
@@ -45,7 +50,8 @@ def distributed(function: Callable[..., Any] | None = None, *, timeout: float = 
 
     A process that a launcher started ends here if the function raises. Its exit code: that of ``SystemExit``; 2 for a
     :class:`ConfigError` (one line); 130 for Ctrl-C; :data:`EXIT_STOPPED` for :class:`Stopped`; :data:`EXIT_PEER` if it
-    ended because another rank failed; :data:`EXIT_HUNG` if it was stuck; else 1, with the traceback. A single process
+    ended because another rank failed; :data:`EXIT_HUNG` if it was stuck; :data:`EXIT_STORAGE` if the file system
+    refuses to be written; :data:`EXIT_ENVIRONMENT` if a module is missing; else 1, with the traceback. A single process
     raises, as any function does, and ends with the same codes if nobody catches it.
 
     Args:
@@ -61,15 +67,17 @@ def distributed(function: Callable[..., Any] | None = None, *, timeout: float = 
         try:
             rank = Rank(find_place(os.environ, **options), timeout, getattr(config, "device", "auto"))
         except ConfigError as error:
-            Life().ended(2)
+            Life().ended(2, f"error: {error}")
             _end_if_uncaught(error, 2)
             raise
+        if rank.launched:
+            forgive()
         quiet_torch()
         with log_as(rank), rank.signals, _watched(rank, getattr(config, "hang_timeout", 0.0)):
             try:
                 result = function(rank, *args, **kwargs)
                 rank.close()
-                rank.life.ended(0)
+                _say_ended(rank, 0)
             except BaseException as error:
                 _end(rank, error)
                 raise
@@ -121,14 +129,18 @@ def _end(rank: Rank, error: BaseException) -> None:
         _end_if_uncaught(error, code)
         return
     if message:
-        trace = error if code == 1 and not isinstance(error, SystemExit) else None
+        trace = error if code in (1, EXIT_ENVIRONMENT) and not isinstance(error, SystemExit) else None
         rank.log.log(logging.INFO if code == EXIT_STOPPED else logging.ERROR, message, exc_info=trace)
     if code in (0, EXIT_STOPPED):
         rank.close(STOPPED if code else FINISHED)
     else:
         rank.abort(message or f"exit code {code}")
-    rank.life.ended(code)
+    _say_ended(rank, code, "" if code == EXIT_STOPPED else message)
     hard_exit(code)
+
+
+def _say_ended(rank: Rank, code: int, reason: str = "") -> None:
+    rank.life.ended(code, reason, rank.steps, time.monotonic() - rank.begin - rank.waited)
 
 
 def _verdict(rank: Rank, error: BaseException) -> tuple[int, str]:
@@ -147,7 +159,20 @@ def _verdict(rank: Rank, error: BaseException) -> tuple[int, str]:
         return EXIT_PEER, f"{peer}; this rank ends as well"
     if isinstance(error, PeerFailed):
         return EXIT_PEER, str(error)
+    if isinstance(error, ImportError):
+        return EXIT_ENVIRONMENT, missing(error)
+    if refused := _refused(error):
+        return EXIT_STORAGE, f"error: {error if str(refused) in str(error) else f'{error}: {refused}'}"
     return 1, f"{type(error).__name__}: {error}"
+
+
+def _refused(error: BaseException | None) -> OSError | None:
+    """The refusal of a file system that an error comes from, if it does."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _REFUSED:
+            return error
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return None
 
 
 def _end_if_uncaught(error: BaseException, code: int) -> None:

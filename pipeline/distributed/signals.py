@@ -14,6 +14,10 @@ EXIT_PEER = 76
 """Ended only because another rank failed: that one's log has the reason."""
 EXIT_HUNG = 77
 """Ended by its own watchdog, for want of progress: the log says where it was stuck."""
+EXIT_STORAGE = 74
+"""The file system refuses (full, quota, read-only, no permission): in vain until that has changed (``EX_IOERR``)."""
+EXIT_ENVIRONMENT = 78
+"""Python, or a module that is needed, is missing on this node (``EX_CONFIG``)."""
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
 

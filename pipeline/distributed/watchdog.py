@@ -64,7 +64,7 @@ class Watchdog:
         threading.Thread(target=self._force, daemon=True).start()
         os.write(2, f"no progress for {self._timeout:g} s (hang_timeout): this rank ends. It was here:\n".encode())
         faulthandler.dump_traceback(2, all_threads=True)
-        self._life.ended(EXIT_HUNG)
+        self._life.ended(EXIT_HUNG, f"no progress for {self._timeout:g} s (hang_timeout)")
         self._tell()
         hard_exit(EXIT_HUNG)
 

@@ -62,7 +62,7 @@ def _extended(stage: Stage, dataset: Dataset, upstream: dict[str, Any] | None, o
 
     ``ours``: we have just made its plan of what there is.
     """
-    _check_identity(stage, dataset)
+    require_same(dataset, stage.name, stage.version_with(stage.config), stage.identity())
     try:
         append = _check_upstream(stage, dataset, upstream)
     except Stale:  # unless rank 0 has looked later than we, and seen more
@@ -248,20 +248,19 @@ def _upstream_state(stage: Stage) -> dict[str, Any] | None:
 # ---- does the plan that is there fit?
 
 
-def _check_identity(stage: Stage, dataset: Dataset) -> None:
+def require_same(dataset: Dataset, stage: str, version: int, identity: dict[str, Any]) -> None:
     """Raises Stale naming the first difference between what the output is and what is asked for."""
     header = dataset.header
     place = dataset.root.path
     cure = "choose another output= or variant=, or overwrite=true"
-    if header["stage"] != stage.name:
-        raise Stale(f"{place} is the output of stage {header['stage']}, not {stage.name}: {cure}")
-    version = stage.version_with(stage.config)
+    if header["stage"] != stage:
+        raise Stale(f"{place} is the output of stage {header['stage']}, not {stage}: {cure}")
     if header["stage_version"] != version:
         raise Stale(
-            f"{place} was made by version {header['stage_version']} of stage {stage.name}, this is {version}: {cure}"
+            f"{place} was made by version {header['stage_version']} of stage {stage}, this is {version}: {cure}"
         )
-    for name, value in stage.identity().items():
-        was = header["identity"].get(name, default_of(STAGES[stage.name], name))
+    for name, value in identity.items():
+        was = header["identity"].get(name, default_of(STAGES[stage], name))
         if was != value:
             raise Stale(f"{place} was made with {name}={_shown(was)}, now {name}={_shown(value)} is asked for: {cure}")
 

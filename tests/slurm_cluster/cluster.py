@@ -59,9 +59,10 @@ class Cluster:
             raise AssertionError(f"{command[0]} ended with {finished.returncode}\n{finished.stdout}\n{finished.stderr}")
         return finished
 
-    def node(self, action: str, node: str) -> None:
-        """``start``, ``stop``, ``crash``, ``cut``, ``heal``, ``orphan``, ``revive`` a node: see node.sh."""
-        self.run(HERE / "node.sh", self.root, action, node)
+    def node(self, action: str, node: str, path: str | Path = "") -> None:
+        """``start``, ``stop``, ``crash``, ``cut``, ``heal``, ``orphan``, ``revive`` a node; ``hide`` a path from it,
+        make it ``readonly``, or ``show`` it again: see node.sh."""
+        self.run(HERE / "node.sh", self.root, action, node, *([path] if path else []))
 
     def controller(self, action: str) -> None:
         """``kill`` SLURM's controller, as if its machine had failed, or ``start`` it with the state that it saved."""

@@ -1,10 +1,13 @@
 #!/usr/bin/env bash
-# node.sh ROOT start|stop|crash|cut|heal|orphan|revive NODE
+# node.sh ROOT start|stop|crash|cut|heal|orphan|revive NODE, node.sh ROOT hide|readonly|show NODE PATH
 #
 #   start   start the node's daemon          stop   end it politely
 #   crash   kill -9 it. With NETNS=1 every process of the node dies at once, as when the power fails;
 #           with NETNS=0 its tasks live on as orphans
 #   cut     take the node off the network; its tasks live on (NETNS=1 only)       heal   put it back
+#   hide    the node sees an empty folder at PATH, as when a file system is not mounted (NETNS=1 only)
+#   readonly  the node cannot write below PATH: what is open stays so (NETNS=1 only)
+#   show    undo hide or readonly
 #   orphan  kill -9 the daemon alone; its tasks live on (NETNS=1 only)            revive start it again
 set -euo pipefail
 export PATH="$PATH:/usr/sbin:/sbin"
@@ -30,6 +33,8 @@ start_as_daemon() {
 
 first_process() { pgrep -P "$(cat "$PIDFILE")"; } # of the node's own process table
 
+on_node() { nsenter --target "$(first_process)" --pid --mount "$@"; }
+
 case $ACTION in
   start)
     mkdir -p "$ROOT/spool/$NODE"
@@ -40,6 +45,9 @@ case $ACTION in
   cut) ip link set "${BRIDGE}n${NODE#node}" down ;;
   orphan) kill -KILL "$(pgrep -P "$(first_process)" -x slurmd)" ;;
   revive) setsid nsenter --target "$(first_process)" --net --uts --pid --mount slurmd ;;
+  hide) on_node mount -t tmpfs -o size=1m none "$4" ;;
+  readonly) on_node mount --bind "$4" "$4" && on_node mount -o remount,bind,ro "$4" ;;
+  show) on_node umount --lazy "$4" ;;
   heal) ip link set "${BRIDGE}n${NODE#node}" up ;;
   *) echo "node.sh: unknown action '$ACTION'" >&2; exit 2 ;;
 esac

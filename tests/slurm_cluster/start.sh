@@ -61,12 +61,14 @@ write_config() {
     where="NodeHostname=node$n NodeAddr=$NET.$n Port=$((PORT0 + 3))"
     [ "$NETNS" = 1 ] || where="NodeHostname=$(hostname -s) NodeAddr=127.0.0.1 Port=$((PORT0 + 2 + n))"
     echo "NodeName=node$n $where CPUs=$CPUS Boards=1 SocketsPerBoard=1 CoresPerSocket=$CPUS ThreadsPerCore=1" \
-      "RealMemory=$MEM Gres=gpu:$GPUS State=UNKNOWN"
+      "RealMemory=$MEM Gres=gpu:h100:$GPUS State=UNKNOWN"
   done > "$ROOT/etc/nodes.conf"
   { echo "include $ROOT/etc/nodes.conf"; cat "$here/partitions.conf"; } >> "$SLURM_CONF"
-  { echo "AutoDetect=off"; echo "NodeName=node[1-$NNODES] Name=gpu File=$ROOT/dev/nvidia[0-$((GPUS - 1))]"; } \
+  { echo "AutoDetect=off"; echo "NodeName=node[1-$NNODES] Name=gpu Type=h100 File=$ROOT/dev/nvidia[0-$((GPUS - 1))]"; } \
     > "$ROOT/etc/gres.conf"
   : > "$ROOT/etc/cgroup.conf"
+  printf '#!/bin/sh\necho "$@" >> "%s/log/mail"\n' "$ROOT" > "$ROOT/etc/mail" # keeps what SLURM would send
+  chmod +x "$ROOT/etc/mail"
 }
 
 sql() { mariadb --no-defaults -uroot -S "$ROOT/mysql/s.sock" -e "$1"; }

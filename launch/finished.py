@@ -1,0 +1,28 @@
+"""Whether a stage has nothing left to do: ``python -m launch.finished pipeline.stages.<stage> key=value ...``.
+
+Exit code 0 if so, else 1. For slurm/pipeline.sh, which then asks for no nodes for it.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from launch.request import Request
+from launch.slurm import already_done
+from launch.submit import Job, output_of
+from pipeline import cli
+from pipeline.config import ConfigError, LaunchConfig
+
+
+def main(argv: list[str]) -> int:
+    stage = argv[0].rpartition(".")[2]
+    try:
+        config = cli.load(stage, argv[1:])
+        job = Job(stage, config, tuple(argv[1:]), 1, output_of(stage, config), Request(LaunchConfig(stage=stage)))
+    except ConfigError:
+        return 1  # the job says what is wrong
+    return 0 if already_done(job) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,114 @@
+"""What is clear on the login node, before a job waits for hours to say it: missing inputs, outputs of other settings.
+
+Also what SLURM holds already for the same output, and how that differs from what is asked for now.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Collection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline import cli
+from pipeline.config import MAIN_LINE, UPSTREAMS, ConfigError, identity, public_text
+from pipeline.partitions.dataset import Dataset, Unfinished
+from pipeline.partitions.planning import Stale, require_same
+from pipeline.partitions.stage import input_folder
+from pipeline.storage import StorageError
+
+if TYPE_CHECKING:
+    from launch.submit import Job
+
+_OF_DATASETS = (*MAIN_LINE[1:-1], *UPSTREAMS)
+_LAUNCH_ONLY = ("run_id", "output", "input", "data_dir")
+
+
+def check(job: Job, coming: Collection[str]) -> None:
+    """Raise what the job itself would say as soon as it runs, as far as it is clear now.
+
+    Args:
+        coming: outputs that are being made, or will be before this job starts.
+
+    Raises:
+        ConfigError: the input is not there or not finished; the output was made with other settings.
+    """
+    _check_input(job, coming)
+    if job.stage in (*MAIN_LINE[:-1], *UPSTREAMS) and job.output is not None and not job.config.overwrite:
+        _check_output(job)
+
+
+def _check_input(job: Job, coming: Collection[str]) -> None:
+    source = str(getattr(job.config, "input", "") or "")
+    if not source and job.stage in _OF_DATASETS:
+        try:
+            source = str(input_folder(job.config, job.stage))
+        except ConfigError:
+            return  # not told apart yet: the stage before may still be waiting
+    if not source or "://" in source or any(letter in source for letter in "*?[,"):
+        return
+    path = Path(source).absolute()
+    if str(path) in coming or str(path / "data") in coming:
+        return
+    if not path.exists():
+        raise ConfigError(f"input={source}: there is no such file or folder")
+    if job.stage in _OF_DATASETS and (path / "plan").is_dir():
+        try:
+            Dataset.open(path).require_success()
+        except Unfinished as error:
+            raise ConfigError(f"stage {job.stage} cannot start: {error}") from None
+        except (StorageError, OSError, KeyError, TypeError):
+            return  # damaged in some way: the stage says how
+
+
+def _check_output(job: Job) -> None:
+    from pipeline.stages import get_stage
+
+    try:
+        dataset = Dataset.open(job.output or "")
+        require_same(dataset, job.stage, get_stage(job.stage).version_with(job.config), identity(job.config))
+    except Stale:
+        raise
+    except (ConfigError, StorageError, OSError, KeyError, TypeError):
+        return  # nothing is there yet, or the stage itself says what is the matter
+
+
+# ---- what waits or runs already
+
+
+def arguments_of(script: Path) -> dict[str, str]:
+    """Settings of the stage in a script that was submitted; empty if it cannot be read."""
+    try:
+        text = script.read_text()
+    except OSError:
+        return {}
+    found = re.search(r"^run(?:_together)? python -m pipeline\.stages\.\w+(.*(?:\\\n.*)*)", text, re.MULTILINE)
+    words = shlex.split(found[1].replace("\\\n", " ")) if found else []
+    return dict(word.partition("=")[::2] for word in words if "=" in word)
+
+
+def differences(job: Job, script: Path) -> tuple[list[str], list[str]]:
+    """How the job that ``script`` started differs from ``job``: in what the result is, and in other settings.
+
+    Each as ``name=was, now is``.
+    """
+    was = arguments_of(script)
+    if not was:
+        return [], []
+    now = dict(word.partition("=")[::2] for word in job.arguments)
+    try:
+        before: dict[str, Any] = identity(cli.load(job.stage, [f"{key}={value}" for key, value in was.items()]))
+        after: dict[str, Any] = identity(job.config)
+    except ConfigError:
+        before, after = {}, {}
+    results = [name for name in after if before.get(name) != after[name]]
+    others = [n for n in sorted({*was, *now}) if was.get(n) != now.get(n) and n not in (*results, *_LAUNCH_ONLY)]
+    return (
+        [f"{name}={_text(before.get(name))}, now {_text(after[name])}" for name in results],
+        [f"{name}={_text(was.get(name, 'unset'))}, now {_text(now.get(name, 'unset'))}" for name in others],
+    )
+
+
+def _text(value: Any) -> str:
+    return public_text(str(value).lower() if isinstance(value, bool) else str(value))
