@@ -426,10 +426,18 @@ def replaced_digests(dataset: Dataset) -> set[str]:
     return {str(plan.header["replaces"]) for plan in dataset.plans if plan.header["kind"] == TAKEDOWN}
 
 
-def commit_takedown(dataset: Dataset, taken: dict[str, tuple[int, str]], upstream: Dataset | None) -> bool:
+def commit_takedown(
+    dataset: Dataset,
+    taken: dict[str, tuple[int, str]],
+    requests: dict[str, list[str]],
+    upstream: Dataset | None,
+) -> bool:
     """Add a generation that writes partitions again without some samples; False if another was first.
 
-    ``taken``: key → partition of its newest row, and the reason that this row gets. ``upstream`` is free of them.
+    Args:
+        taken: key → partition of its newest row, and the reason that this row gets.
+        requests: hashes of the lines of the list that named them otherwise than by key → keys.
+        upstream: what ``dataset`` was made from, free of these samples.
     """
     last = last_upstream(dataset)
     if last is not None and upstream is not None:
@@ -440,6 +448,7 @@ def commit_takedown(dataset: Dataset, taken: dict[str, tuple[int, str]], upstrea
         "kind": TAKEDOWN,
         "redo": spans(index for index, _ in taken.values()),
         "taken": taken,
+        "requests": requests,
         "replaces": dataset.require_success()["content_digest"],
     }
     return _commit_generation(dataset, header, list)

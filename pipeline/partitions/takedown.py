@@ -21,8 +21,8 @@ Taken = dict[str, tuple[int, str]]
 """Key → the partition that its newest row is in, and the reason that this row will have."""
 
 
-def find(dataset: Dataset, keys: Set[str], hashes: Set[str]) -> Taken:
-    """Look for samples with these keys, or made from files with these XXH3-128 hashes, in all ledgers of ``dataset``.
+def find(dataset: Dataset, keys: Set[str]) -> Taken:
+    """Look for samples with these keys in all ledgers of ``dataset``.
 
     Those that were taken down before are not looked for.
 
@@ -31,10 +31,9 @@ def find(dataset: Dataset, keys: Set[str], hashes: Set[str]) -> Taken:
     """
     found: Taken = {}
     for index in range(dataset.partitions):
-        table = SlotReader(dataset, index).ledger(["key", "container", "outcome", "source_hash"]).to_pydict()
-        rows = zip(table["key"], table["container"], table["outcome"], table["source_hash"], strict=True)
-        for key, container, outcome, source_hash in rows:
-            if not container and (key in keys or source_hash in hashes or key in found) and key not in dataset.taken:
+        table = SlotReader(dataset, index).ledger(["key", "container", "outcome"]).to_pydict()
+        for key, container, outcome in zip(table["key"], table["container"], table["outcome"], strict=True):
+            if not container and key in keys and key not in dataset.taken:
                 found[key] = (index, TAKEN if outcome == "kept" else TAKEN_UNKEPT)
     return found
 

@@ -6,8 +6,9 @@ without it; then what they replace is deleted. The rows stay in the ledgers as `
 
 from __future__ import annotations
 
-import re
+import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.cli import config_for
@@ -16,76 +17,95 @@ from pipeline.distributed import Rank, distributed
 from pipeline.partitions import engine
 from pipeline.partitions.dataset import Dataset, SlotReader, find_datasets
 from pipeline.partitions.gc import collect
+from pipeline.partitions.optouts import Wanted, account, read_list, report, requests, resolve
 from pipeline.partitions.planning import commit_takedown, replaced_digests
 from pipeline.partitions.takedown import find, is_takedown
 from pipeline.stages import stage_that_made
 from pipeline.storage import StorageError
 
-_HASH = re.compile(r"[0-9a-fA-F]{32}")
+
+@dataclass
+class Taken:
+    """What a takedown did."""
+
+    removed: dict[str, int]
+    """How many samples were removed from each dataset directory."""
+    lines: list[Wanted]
+    """The list, with what became of each line."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether every line of the list named a sample that is gone now."""
+        return all(line.fate not in ("not found", "ambiguous") for line in self.lines)
 
 
-def takedown(folder: Path, wanted: Path, rank: Rank, count_only: bool = False) -> dict[str, int]:
+def takedown(folder: Path, wanted: Path, rank: Rank, count_only: bool = False) -> Taken:
     """Remove the samples that the file ``wanted`` lists from all dataset directories below ``folder``.
 
     Interrupted, it is to be run again with the same list.
-
-    Returns:
-        How many samples were removed from each dataset directory.
 
     Raises:
         ConfigError: the list cannot be read or has nothing in it, or there is no dataset directory.
         StorageError: one of them is not finished, damaged, or not made from what its upstream holds now.
     """
-    keys, hashes = read_list(wanted)
+    lines = read_list(wanted)
     try:
-        return _takedown(folder, keys, hashes, rank, count_only)
+        return _takedown(folder, lines, rank, count_only)
     except OSError as error:
         raise StorageError(f"{folder}: {error}; run it again with the same list") from error
 
 
-def _takedown(folder: Path, keys: set[str], hashes: set[str], rank: Rank, count_only: bool) -> dict[str, int]:
+def _takedown(folder: Path, lines: list[Wanted], rank: Rank, count_only: bool) -> Taken:
     datasets = list(_upstream_first(find_datasets(folder)))
     if not datasets:
         raise ConfigError(f"no dataset directory below {folder}")
     for dataset in datasets:
         _require_sound_state(dataset)
+    if not count_only:
+        datasets = [_resumed(dataset, rank) for dataset in datasets]
+    resolve(lines, [*_further_up(datasets), *datasets])
+    keys = {key for line in lines for key in line.keys}
     removed = {}
+    gone: set[str] = set()
     for opened in datasets:
         dataset = Dataset(opened.root)
-        if dataset.success is None and not count_only:
-            engine.run(stage_that_made(dataset, rank, lenient=True))  # a takedown that was interrupted
-            dataset = Dataset(opened.root)
-        found = find(dataset, keys, hashes)
-        keys |= set(found)
+        found = find(dataset, keys)
+        gone |= found.keys()
         removed[str(dataset.root.path)] = len(found)
         rank.log.info("%s: %d samples to remove", dataset.root.path, len(found))
         if count_only:
             continue
         upstream = _upstream_of(dataset)
         if found or (upstream is not None and _digest_known(dataset) != _digest(upstream)):
-            if not commit_takedown(dataset, found, upstream):
+            if not commit_takedown(dataset, found, requests(lines, found), upstream):
                 raise StorageError(f"{dataset.root.path}: another run is at work on it: run it again when that is done")
             engine.run(stage_that_made(dataset, rank, lenient=True))
         for path in collect(Dataset(dataset.root), 0.0):
             rank.log.info("deleted %s", path)
         _prove(Dataset(dataset.root), keys)
-    return removed
+    account(lines, gone, datasets, "would be removed" if count_only else "removed")
+    return Taken(removed, lines)
 
 
-def read_list(path: Path) -> tuple[set[str], set[str]]:
-    """Keys and hashes in a text file, one on each line.
+def _resumed(opened: Dataset, rank: Rank) -> Dataset:
+    """The dataset, after a takedown that was interrupted has been brought to its end."""
+    dataset = Dataset(opened.root)
+    if dataset.success is None:
+        engine.run(stage_that_made(dataset, rank, lenient=True))
+    return Dataset(opened.root)
 
-    Raises:
-        ConfigError: it cannot be read, or there is nothing in it.
-    """
-    try:
-        lines = {line.strip() for line in path.read_text(encoding="utf-8").splitlines()} - {""}
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"takedown={path}: cannot be read: {error}") from None
-    if not lines:
-        raise ConfigError(f"takedown={path}: there is nothing in it")
-    hashes = {line for line in lines if _HASH.fullmatch(line)}
-    return lines - hashes, {line.lower() for line in hashes}
+
+def _further_up(datasets: list[Dataset]) -> list[Dataset]:
+    """What the datasets were made from, outside of the folder: only there the ledgers name files and URLs."""
+    known = {str(dataset.root.path) for dataset in datasets}
+    found: list[Dataset] = []
+    for dataset in datasets:
+        upstream = _upstream_of(dataset)
+        while upstream is not None and str(upstream.root.path) not in known:
+            known.add(str(upstream.root.path))
+            found.append(upstream)
+            upstream = _upstream_of(upstream)
+    return found
 
 
 def _upstream_first(datasets: list[Dataset]) -> Iterator[Dataset]:
@@ -145,15 +165,15 @@ def _prove(dataset: Dataset, keys: set[str]) -> None:
 
 
 @distributed
-def main(rank: Rank, config: TakedownConfig) -> None:
+def main(rank: Rank, config: TakedownConfig) -> int:
     with engine.expected_errors(rank):
         folder = Path(config.data_dir, dataset_name(config.dataset)).absolute()
-        removed = takedown(folder, Path(config.takedown), rank, config.count_only)
-    for path, count in removed.items():
+        taken = takedown(folder, Path(config.takedown), rank, config.count_only)
+    for path, count in taken.removed.items():
         print(f"{path}: {count} samples {'would be removed' if config.count_only else 'removed'}")
-    if not any(removed.values()):
-        print("nothing of what the list names is there (any more)")
+    print("\n".join(report(taken.lines)))
+    return 0 if taken.complete else 1
 
 
 if __name__ == "__main__":
-    main(config_for("takedown"))
+    sys.exit(main(config_for("takedown")))

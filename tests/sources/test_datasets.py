@@ -308,9 +308,12 @@ CASES: dict[str, Callable[[Server, Path], Case]] = {
 
 
 def run(stage: str, *arguments: str) -> dict[str, Any]:
+    """Run the stage with those of the arguments that have an effect in it, as submit.py does."""
     known = set(cli.STAGES[stage].__dataclass_fields__)
-    own = [argument for argument in arguments if argument.partition("=")[0] in known]
-    return engine.run(get_stage(stage)(cli.load(stage, list(dict.fromkeys(own))), Rank()))
+    own = cli.parse(list(dict.fromkeys(argument for argument in arguments if argument.partition("=")[0] in known)))
+    unused = cli.ineffective(stage, own)
+    config = cli.load(stage, [f"{key}={value}" for key, value in own.items() if key not in unused])
+    return engine.run(get_stage(stage)(config, Rank()))
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:

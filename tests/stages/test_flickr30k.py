@@ -91,7 +91,7 @@ def stage(name: str, *arguments: str) -> None:
 
 def settings(data: Path, *more: str) -> TrainConfig:
     arguments = ["task=caption", "dataset=flickr30k", "split=all", f"data_dir={data}", "max_length=24", "batch_size=8"]
-    arguments += ["lr=0.01", "warmup_steps=4", "ema_decay=0.5", "log_every=1", "vocab_size=300", "keep_exports=0"]
+    arguments += ["lr=0.01", "warmup_steps=4", "ema_decay=0.5", "log_every=1", "vocab_size=300"]
     config: TrainConfig = cli.load("train", [*arguments, *more])
     return config
 

@@ -163,7 +163,7 @@ def test_samples_can_be_taken_down_of_which_only_the_ledger_is_left(line: Path) 
     release_upstream(line / "filter", Rank(), whole_line=False)
     wanted = line / "wanted.txt"
     wanted.write_text(KEY)
-    assert set(takedown(line, wanted, Rank()).values()) == {1}
+    assert set(takedown(line, wanted, Rank()).removed.values()) == {1}
     for stage in ("download", "filter", "shard-mds"):
         assert_sound(line / stage)
         (row,) = [row for row in rows(line / stage) if row["key"] == KEY]
