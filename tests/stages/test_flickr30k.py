@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -154,7 +155,7 @@ def test_what_does_not_go_together_is_said(data: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="puts none of these 24 images into train"):
         learned(settings(data, f"split_file={other}"), features)
     with pytest.raises(ConfigError, match="flip=0.5: .*encoder="):
-        learned(settings(data, f"split_file={file}", "flip=0.5"), features)
+        learned(replace(settings(data, f"split_file={file}"), flip=0.5), features)
 
 
 def test_pictures_of_training_alone_are_augmented(data: Path) -> None:
