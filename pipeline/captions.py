@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+CAPTION_COLUMNS = ("captions", "caption", "text", "descriptions", "sentences", "prompt")
+"""Names under which data sets keep one or several captions."""
+TITLE_COLUMNS = ("title", "alt")
+"""Names whose texts serve as captions where none of :data:`CAPTION_COLUMNS` is there."""
+_DEEPEST = 8
 
 _JOINERS = "\u200c\u200d"
 """Zero-width non-joiner and joiner: Persian and Indic words and composed emoji are written with them, so they stay."""
@@ -59,3 +66,40 @@ def _few_marks(text: Iterable[str], most: int) -> str:
         if marks <= most:
             kept.append(char)
     return "".join(kept)
+
+
+def repaired(text: str | bytes | bytearray) -> str:
+    """`text` as UTF-8 can hold it: bytes that are not UTF-8, and lone surrogates, become U+FFFD."""
+    if not isinstance(text, str):
+        return bytes(text).decode("utf-8", "replace")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return str(text)
+
+
+def captions_of(value: Any, depth: int = 0) -> list[str]:
+    """The captions in a value as files and data sets have it: a text, bytes, a list of them, or a mapping that names
+    its text (``{"caption": …}``). Blank texts and whatever is no text (null, NaN, numbers) are no captions.
+    """
+    if isinstance(value, str | bytes | bytearray):
+        text = repaired(value)
+        return [text] if text.strip() else []
+    if depth == _DEEPEST:
+        return []
+    if isinstance(value, Mapping):
+        names = caption_columns(value) or [name for name in ("raw",) if name in value]
+        return next(filter(None, (captions_of(value[name], depth + 1) for name in names)), [])
+    if hasattr(value, "tolist"):  # an array, or one of its scalars
+        return captions_of(value.tolist(), depth + 1)
+    if isinstance(value, list | tuple):
+        return [text for item in value for text in captions_of(item, depth + 1)]
+    return []
+
+
+def caption_columns(names: Iterable[Any]) -> list[str]:
+    """Those of `names` that hold captions, whatever their case, the best first; titles only where nothing else is."""
+    lower = {name.lower(): name for name in names if isinstance(name, str)}
+    found = [lower[name] for name in CAPTION_COLUMNS if name in lower]
+    return found or [lower[name] for name in TITLE_COLUMNS if name in lower]

@@ -115,7 +115,7 @@ class SourceConfig(StageConfig):
     )
     captions: str = option(
         "auto",
-        "auto, txt, folder, none, or a captions .json/.jsonl/.csv file",
+        "auto, txt, folder, none, or a file with captions (json, jsonl, csv, tsv, parquet)",
         identity=True,
         when="source=image_folder",
     )
@@ -150,6 +150,9 @@ class SourceConfig(StageConfig):
     repo: str = option("", "the data set's repository, as owner/name", identity=True, when="source=huggingface")
     revision: str = option(
         "main", "branch, tag or commit; recorded as a commit", identity=True, when="source=huggingface"
+    )
+    mirror: str = option(
+        "", "folder with the publisher's files, which are taken from there and not from the network", when=_FETCHED
     )
     files: tuple[str, ...] = option(
         (),
@@ -370,8 +373,14 @@ class FilterConfig(SourceConfig):
     scores: tuple[str, ...] = option(
         (), "drop samples whose columns do not meet these, as [nsfw<0.5,aesthetic>=5]", identity=True
     )
-    keep_keys: str = option("", "file of keys (text, one a line, or parquet): drop all other samples", identity=True)
-    deny_keys: str = option("", "file of keys (text, one a line, or parquet): drop these samples", identity=True)
+    keep_keys: str = option("", "file of keys (text, table, parquet or .npy): drop all other samples", identity=True)
+    deny_keys: str = option("", "file of keys (text, table, parquet or .npy): drop these samples", identity=True)
+    key_column: str = option(
+        "",
+        "the column or field that these files list, as uid or url (default: key)",
+        identity=True,
+        when="keep_keys or deny_keys",
+    )
     workers: str = option(
         "auto",
         "processes of each rank for images (auto: its CPUs; 0: the rank itself, unprotected)",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Callable, Container, Iterable, Sequence
+from typing import Any
 
 from pipeline.config import ConfigError
 from pipeline.samples import Row
@@ -18,7 +19,7 @@ RowCheck = Callable[[Row], str]
 KeyCheck = Callable[[str], str]
 
 _URL = re.compile(r"\s*(https?://|www\.)\S+\s*", re.IGNORECASE)
-_SCORE = re.compile(r"([A-Za-z_]\w*)(<=|>=|<|>)(-?\d+(?:\.\d+)?(?:e-?\d+)?)")
+_SCORE = re.compile(r"([^\W\d][\w.-]*)(<=|>=|<|>)(-?\d+(?:\.\d+)?(?:e-?\d+)?)")
 _COMPARE = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
 _LOOKED_AT = 200  # characters of a caption; long texts repeat themselves more
 
@@ -69,21 +70,61 @@ def denied_by(keys: Container[str]) -> KeyCheck:
     return lambda key: "key_denied" if key in keys else ""
 
 
+def column_value(row: Row, column: str) -> Any:
+    """The value of a column of ``row``, or of a field of its ``meta``, whatever the case; None if there is none."""
+    for place in (row, row.get("meta")):
+        if isinstance(place, dict):
+            if column in place:
+                return place[column]
+            found = next((name for name in place if name.lower() == column.lower()), None)
+            if found is not None:
+                return place[found]
+    return None
+
+
+def columns_in(rows: Iterable[Row]) -> list[str]:
+    """Names of the columns and fields that some of ``rows`` have."""
+    names: dict[str, None] = {}
+    for row in rows:
+        names |= dict.fromkeys(name for name in row if name != "meta")
+        names |= dict.fromkeys(row["meta"] if isinstance(row.get("meta"), dict) else ())
+    return list(names)
+
+
+def score_column(text: str) -> str:
+    """The column that a condition is about. Raises ConfigError for what is none."""
+    return _parsed(text)[0]
+
+
 def score(text: str) -> RowCheck:
-    """A condition on a numeric column, as `nsfw<0.5`: what does not meet it is `score_<column>`, and so
-    is what has no number there.
+    """A condition on a numeric column or field, as `nsfw<0.5`: what does not meet it is `score_<column>`, and so
+    is what has no number there. Numbers as lists write them, as text, count.
 
     Raises:
         ConfigError: no such condition.
     """
+    column, compare, limit = _parsed(text)
+
+    def check(row: Row) -> str:
+        value = _number(column_value(row, column))
+        return "" if value is not None and compare(value, limit) else f"score_{column.lower()}"
+
+    return check
+
+
+def _parsed(text: str) -> tuple[str, Callable[[float, float], bool], float]:
     match = _SCORE.fullmatch(text.replace(" ", ""))
     if match is None:
         raise ConfigError(f"scores={text}: write <column><limit>, as nsfw<0.5 or aesthetic>=5")
-    column, compare, limit = match[1], _COMPARE[match[2]], float(match[3])
+    return match[1], _COMPARE[match[2]], float(match[3])
 
-    def check(row: Row) -> str:
-        value = row.get(column)
-        good = isinstance(value, (int, float)) and not isinstance(value, bool) and compare(value, limit)
-        return "" if good else f"score_{column.lower()}"
 
-    return check
+def _number(value: Any) -> float | None:
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
+        return None
+    return value

@@ -3,35 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import xxhash
 
 from pipeline.config import ConfigError
+from pipeline.sources.lists import SUFFIXES, open_list
+from pipeline.sources.texts import Lines, decoded, list_errors, open_text, skip, suffix_of
 
 _BLOCK = 1 << 22
-_ROWS = 1 << 16
 
 
 class KeyList:
-    """The keys in a text file, one on each line, or in the column `key` of a parquet file (or its only one).
+    """The keys in a file: text with one on each line, a table or parquet file with a column of them (or its only one),
+    or ``.npy`` as DataComp's subsets are, pairs of uint64 for uids of 32 hexadecimal digits.
 
     Of each its XXH3-128 is held, 16 bytes: two keys of one hash are not to be expected before 2^64 of them.
+
+    Args:
+        path: the file.
+        column: the column of keys in a file that has several.
 
     Raises:
         ConfigError: the file cannot be read, or there is no key in it.
     """
 
-    def __init__(self, path: str) -> None:
-        try:
-            digests = bytearray()
-            for key in _parquet_keys(path) if path.endswith(".parquet") else _text_keys(path):
-                digests += xxhash.xxh3_128_digest(key)
-        except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
-            raise ConfigError(f"{path}: no list of keys: {error}") from None
+    def __init__(self, path: str, column: str = "key") -> None:
+        digests = bytearray()
+        for key in _keys(Path(path), column):
+            digests += xxhash.xxh3_128_digest(key)
         hashes = np.frombuffer(digests, ">u8").reshape(-1, 2).astype(np.uint64)
         order = np.lexsort((hashes[:, 1], hashes[:, 0]))
         self._high, self._low = hashes[order, 0], hashes[order, 1]
@@ -52,21 +54,61 @@ class KeyList:
         return False
 
 
-def _text_keys(path: str) -> Iterator[str]:
-    with open(path, encoding="utf-8-sig") as file:
-        yield from filter(None, (line.strip() for line in file))
+def _keys(path: Path, column: str) -> Iterator[str]:
+    suffix = suffix_of(path)
+    if suffix == ".npy":
+        return _array_keys(path)
+    return _listed_keys(path, column) if suffix in SUFFIXES and suffix != ".txt" else _text_keys(path)
 
 
-def _parquet_keys(path: str) -> Iterator[str]:
-    with pq.ParquetFile(path) as file:
-        names = file.schema_arrow.names
-        if "key" not in names and len(names) != 1:
-            raise ConfigError(f"{path}: it has no column key, but {', '.join(names)}")
-        column = "key" if "key" in names else names[0]
-        for batch in file.iter_batches(_ROWS, columns=[column], use_threads=False):
-            for key in batch.column(0).cast(pa.string()).to_pylist():
-                if key:
-                    yield key
+def _text_keys(path: Path) -> Iterator[str]:
+    with list_errors(path), path.open("rb") as file:
+        stream, mark = open_text(file)
+        skip(stream, mark)
+        lines = Lines(stream)
+        while line := lines.take():
+            if key := decoded(line).strip():
+                yield key
+
+
+def _listed_keys(path: Path, column: str) -> Iterator[str]:
+    """The keys in a column of a list; numbers count as they are written."""
+    listed = open_list(path, "a list of keys")
+    names = listed.columns or list(dict.fromkeys(name for row in islice(listed.rows(), 100) for name in row.values))
+    found = next((name for name in names if name.lower() == column.lower()), "")
+    if not found:
+        if len(names) != 1:
+            raise ConfigError(f"{path}: it has no column {column}, but {', '.join(names) or 'none'}")
+        found = names[0]
+        if suffix_of(path) in (".csv", ".tsv"):  # what looked like a heading is a key
+            listed = open_list(path, heading=False)
+            found = "0"
+    for number, row in enumerate(listed.rows(), 1):
+        key = row.values.get(found)
+        if row.error or isinstance(key, float | list | dict):
+            raise ConfigError(f"{path}: row {number}: {row.error or f'{key!r} is no key'}")
+        if key is not None and (text := str(key).strip()):
+            yield text
+
+
+def _array_keys(path: Path) -> Iterator[str]:
+    """Keys of an array: texts, whole numbers, or pairs of uint64 that are a uid's upper and lower half."""
+    with list_errors(path):
+        try:
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (ValueError, EOFError) as error:
+            raise ConfigError(f"{path}: no array of keys: {error}") from None
+    if array.dtype.names and len(array.dtype.names) == 2:
+        high, low = (array[name] for name in array.dtype.names)
+    elif array.ndim == 2 and array.shape[1] == 2 and array.dtype == np.uint64:
+        high, low = array[:, 0], array[:, 1]
+    elif array.ndim == 1 and array.dtype.kind in "iuUS":
+        yield from (key.decode() if isinstance(key, bytes) else str(key) for key in array)
+        return
+    else:
+        raise ConfigError(f"{path}: an array {array.shape} of {array.dtype} is no list of keys")
+    for upper, lower in zip(high, low, strict=True):
+        yield f"{int(upper):016x}{int(lower):016x}"
 
 
 def key_digest(path: str) -> str:

@@ -340,8 +340,8 @@ class PairedFolders:
         for root in self._roots:
             if not root.is_dir():
                 raise ConfigError(f"input_data={root}: no such folder")
-        masks = {path.rpartition(".")[0]: path for path, _ in walk(self._roots[1])}
-        self._pairs = [(path, masks.get(path.rpartition(".")[0])) for path, _ in walk(self._roots[0])]
+        masks = {found.path.rpartition(".")[0]: found.path for found in walk(self._roots[1])}
+        self._pairs = [(found.path, masks.get(found.path.rpartition(".")[0])) for found in walk(self._roots[0])]
         if not self._pairs:
             raise ConfigError(f"input_data={image_folder}: no image below this folder")
 

@@ -17,7 +17,7 @@ from pipeline.hosts import Hosts
 from pipeline.partitions.attempt import Attempt, AttemptRemoved, Superseded, require_output, unless_removed
 from pipeline.partitions.claims import Claims
 from pipeline.partitions.dataset import Dataset
-from pipeline.partitions.finalize import Incomplete, Overtaken, Unbalanced, finalize
+from pipeline.partitions.finalize import Incomplete, Overtaken, Unbalanced, common_failures, finalize
 from pipeline.partitions.plan import BUCKET, TAKEDOWN, Partition
 from pipeline.partitions.planning import open_or_plan
 from pipeline.partitions.stage import Stage
@@ -273,7 +273,7 @@ class Worker:
         if totals["in"] >= 10_000 and totals["failed"] > limit * totals["in"]:
             raise Unbalanced(
                 f"{self.dataset.root.path}: {totals['failed']} of {totals['in']} samples of this rank failed, more "
-                f"than max_failed_fraction={limit:g} allows: {dict(Counter(record['reasons']).most_common(3))}"
+                f"than max_failed_fraction={limit:g} allows: {common_failures(self.dataset)}"
             )
 
     def _now(self, partition: int, done: int) -> None:
@@ -347,6 +347,8 @@ def main(make: Callable[[Any, Rank], Stage], config: Any, rank: Rank) -> None:
         counts = success["counts"]
         shown = ", ".join(f"{counts[name]} {name}" for name in ("in", "kept", "dropped", "failed"))
         rank.log.info("%s: finished: %s %s", stage.output, shown, success["reasons"] or "")
+        for remark in stage.remarks(success):
+            rank.log.warning("%s: %s", stage.output, remark)
 
 
 @contextmanager

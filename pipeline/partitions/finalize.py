@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
-from pipeline.partitions.dataset import MANIFEST, SUCCESS, Dataset
+from pipeline.partitions.dataset import MANIFEST, SUCCESS, Dataset, SlotReader
 from pipeline.partitions.plan import BUCKET, FORMAT_VERSION
 from pipeline.storage import GONE, Folder, StorageError, json_bytes, seal
 
@@ -226,6 +226,8 @@ def _write(dataset: Dataset, folder: Folder, max_failed_fraction: float) -> tupl
     }
     manifest = {**success, "config": dataset.header["config"], "software": software(), **dataset.header["extra"]}
     manifest |= {"noted": dict(tally.noted)} if tally.noted else {}
+    left_out = dataset.header.get("left_out")
+    manifest |= {"left_out": left_out} if left_out else {}
     with folder.create("manifest.json") as file:
         file.write(json_bytes(manifest))
     digests["manifest.json"] = file.digest
@@ -296,6 +298,37 @@ def check_balance(dataset: Dataset, totals: dict[str, int], max_failed_fraction:
         if all_ and failed / all_ > max_failed_fraction:
             raise Unbalanced(
                 f"{place}: {failed} of {all_} {what} failed, more than "
-                f"max_failed_fraction={max_failed_fraction:g} allows; "
-                "see the ledger's reasons, then retry_failed=true, or allow more with max_failed_fraction="
+                f"max_failed_fraction={max_failed_fraction:g} allows: {common_failures(dataset)}. If that can pass, "
+                "retry_failed=true tries again; max_failed_fraction= allows more"
             )
+
+
+_SHOWN = 3  # reasons in a message
+
+
+def common_failures(dataset: Dataset) -> str:
+    """The commonest reasons of failures in what is committed, with their counts and an example of each."""
+    counts: Counter[str] = Counter()
+    where: dict[str, int] = {}
+    for index in range(dataset.partitions):
+        for reason, count in (dataset.record(index) or {"reasons": {}})["reasons"].items():
+            if reason.startswith("failed:"):
+                counts[reason.partition(":")[2]] += count
+                where.setdefault(reason.partition(":")[2], index)
+    shown = [_failure(dataset, where[reason], reason, count) for reason, count in counts.most_common(_SHOWN)]
+    more = counts.total() - sum(count for _, count in counts.most_common(_SHOWN))
+    return "; ".join(shown) + (f"; {more} for {len(counts) - _SHOWN} other reasons" if more else "")
+
+
+def _failure(dataset: Dataset, index: int, reason: str, count: int) -> str:
+    """One reason: ``dns: images.example, 12 times (as shard-0.tar)``."""
+    try:
+        rows = SlotReader(dataset, index).ledger(["outcome", "reason", "detail", "source", "member", "key"]).to_pylist()
+    except (OSError, StorageError):
+        rows = []
+    for row in rows:
+        if row["outcome"] == "failed" and row["reason"] == reason:
+            place = "/".join(filter(None, (row["source"], row["member"]))) or row["key"]
+            detail = f": {row['detail']}" if row["detail"] else ""
+            return f"{reason}{detail}, {count} time{'s' * (count > 1)} (as {place})"
+    return f"{reason}, {count} time{'s' * (count > 1)}"

@@ -16,6 +16,7 @@ import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -52,6 +53,48 @@ _SCHEMA = pa.schema(
         ("only", pa.list_(pa.string())),
     ]
 )
+
+
+class LeftOut(dict[str, dict[str, Any]]):
+    """What looks like data but is no sample of the plan: reason → count, and some examples."""
+
+    def add(self, reason: str, *examples: str) -> None:
+        """Count these."""
+        if examples:
+            entry = self.setdefault(reason, {"count": 0, "examples": []})
+            entry["count"] += len(examples)
+            entry["examples"] += [text[:200] for text in examples[: _EXAMPLES - len(entry["examples"])]]
+
+    def told(self) -> list[str]:
+        """A line for each reason."""
+        return [f"{reason}: {found['count']}, as {', '.join(found['examples'])}" for reason, found in self.items()]
+
+
+_EXAMPLES = 3
+
+
+def stamp(path: str | Path) -> str:
+    """Size and time of change of a file; empty if it is not there."""
+    try:
+        state = os.stat(path)
+    except OSError:
+        return ""
+    return f"{state.st_size} bytes at {state.st_mtime_ns} ns"
+
+
+def file_state(path: str | Path) -> str:
+    """What tells whether a file has changed: the hash of one of up to 64 MiB, else size and time of change; empty if it
+    is not there."""
+    try:
+        if os.path.getsize(path) > _HASHED:
+            return stamp(path)
+        with open(path, "rb") as file:
+            return f"xxh3:{xxhash.xxh3_128_hexdigest(file.read(_HASHED + 1))}"
+    except OSError:
+        return ""
+
+
+_HASHED = 64 << 20  # bytes of a file that is read to see whether it has changed
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ import time
 import uuid
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from itertools import chain
+from itertools import chain, islice, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from pipeline.partitions.stage import Stage
 from pipeline.storage import GONE, Folder, StorageError, probe
 
 _POLL = 0.2
+_CURE = "choose another output= or variant=, or overwrite=true"
 _OURS = ("plan", "data", "claims", "events", "partial", "tables")
 
 
@@ -63,6 +64,8 @@ def _extended(stage: Stage, dataset: Dataset, upstream: dict[str, Any] | None, o
     ``ours``: we have just made its plan of what there is.
     """
     require_same(dataset, stage.name, stage.version_with(stage.config), stage.identity())
+    if stage.rank.is_main:
+        _check_watched(stage, dataset)
     try:
         append = _check_upstream(stage, dataset, upstream)
     except Stale:  # unless rank 0 has looked later than we, and seen more
@@ -204,7 +207,11 @@ def _plan(stage: Stage, root: Folder, upstream: dict[str, Any] | None) -> bool:
         if first is None:
             raise ConfigError(f"stage {stage.name}: there is nothing to do: the input has no samples")
         header = {**_header(stage, upstream), "generation": 0, "first": 0, "kind": "plan"}
-        return commit_plan(root, header, chain([first], partitions))
+        left_out = header["left_out"] = stage.left_out()  # it is complete when the last partition has been planned
+        won = commit_plan(root, header, chain([first], partitions))
+        for line in left_out.told():
+            stage.rank.log.warning("left out of the plan: %s", line)
+        return won
     except OSError as error:
         raise StorageError(f"output {root.path}: the plan cannot be made: {error}") from error
 
@@ -227,6 +234,7 @@ def _header(stage: Stage, upstream: dict[str, Any] | None) -> dict[str, Any]:
         "format": stage.format,
         "origin": stage.origin(),
         "extra": stage.extra(),
+        "watched": stage.watched(),
         "run_id": stage.config.run_id,
     }
 
@@ -252,17 +260,16 @@ def require_same(dataset: Dataset, stage: str, version: int, identity: dict[str,
     """Raises Stale naming the first difference between what the output is and what is asked for."""
     header = dataset.header
     place = dataset.root.path
-    cure = "choose another output= or variant=, or overwrite=true"
     if header["stage"] != stage:
-        raise Stale(f"{place} is the output of stage {header['stage']}, not {stage}: {cure}")
+        raise Stale(f"{place} is the output of stage {header['stage']}, not {stage}: {_CURE}")
     if header["stage_version"] != version:
         raise Stale(
-            f"{place} was made by version {header['stage_version']} of stage {stage}, this is {version}: {cure}"
+            f"{place} was made by version {header['stage_version']} of stage {stage}, this is {version}: {_CURE}"
         )
     for name, value in identity.items():
         was = header["identity"].get(name, default_of(STAGES[stage], name))
         if was != value:
-            raise Stale(f"{place} was made with {name}={_shown(was)}, now {name}={_shown(value)} is asked for: {cure}")
+            raise Stale(f"{place} was made with {name}={_shown(was)}, now {name}={_shown(value)} is asked for: {_CURE}")
 
 
 def _shown(value: Any) -> str:
@@ -286,8 +293,7 @@ def _check_upstream(stage: Stage, dataset: Dataset, upstream: dict[str, Any] | N
             "run stage=takedown again with the same takedown= on the whole data set"
         )
     raise Stale(
-        f"{dataset.root.path} was made from another content of {upstream['path']} (its content_digest changed): "
-        "choose another output= or variant=, or overwrite=true"
+        f"{dataset.root.path} was made from another content of {upstream['path']} (its content_digest changed): {_CURE}"
     )
 
 
@@ -298,11 +304,49 @@ def last_upstream(dataset: Dataset) -> dict[str, Any] | None:
 
 def _recheck(stage: Stage, dataset: Dataset) -> None:
     """Plan again and compare: raises Stale if the inputs are not those that were planned."""
-    if inputs_digest(_partitions(stage)) != dataset.header["inputs_digest"]:
-        raise Stale(
-            f"{dataset.root.path}: the input has changed since it was planned (files added, removed or modified): "
-            "choose another output= or variant=, or overwrite=true"
-        )
+    if dataset.header["config"].get("mirror", "") != getattr(stage.config, "mirror", ""):
+        return  # the same files from elsewhere
+    if inputs_digest(_partitions(stage)) == dataset.header["inputs_digest"]:
+        return
+    planned = (file for index in range(dataset.planned_by(0).stop) for file in dataset.partition(index).inputs)
+    if "watched" not in dataset.header and not any(map(stage.changed, planned)):
+        return  # planned by an earlier version, which chose files by other rules: those that it chose are the same
+    planned = (file for index in range(dataset.planned_by(0).stop) for file in dataset.partition(index).inputs)
+    now = (file for partition in _partitions(stage) for file in partition.inputs)
+    raise Stale(
+        f"{dataset.root.path}: the input has changed since it was planned ({first_difference(planned, now)}): {_CURE}"
+    )
+
+
+_WINDOW = 10_000  # inputs to look ahead, to find out whether one was added or removed
+
+
+def first_difference(planned: Iterator[Input], now: Iterator[Input]) -> str:
+    """The first input that is not as it was planned, and what has become of it."""
+    for before, after in zip_longest(planned, now):
+        if before == after:
+            continue
+        if before is None or after is None:
+            return f"{after.path} was added" if before is None else f"{before.path} was removed"
+        if before.path != after.path:
+            if before.path in (file.path for file in islice(now, _WINDOW)):
+                return f"{after.path} was added"
+            return f"{before.path} was removed"
+        same = (before.size, before.mtime_ns) == (after.size, after.mtime_ns)
+        return f"{after.path}{', or what lies beside it,' if same else ''} was modified"
+    return "files were added, removed or modified"
+
+
+def _check_watched(stage: Stage, dataset: Dataset) -> None:
+    """Raises Stale if a file that the result depends on is not as it was planned with."""
+    before = dataset.header.get("watched")
+    if before is None:
+        return
+    now = stage.watched()
+    for name in sorted({*before, *now}):
+        if before.get(name) != now.get(name):
+            what = "was added" if name not in before else "was removed" if not now.get(name) else "was modified"
+            raise Stale(f"{dataset.root.path}: {name} {what} since it was planned: {_CURE}")
 
 
 # ---- further generations

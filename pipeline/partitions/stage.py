@@ -16,7 +16,7 @@ from pipeline.config import MAIN_LINE, UPSTREAMS, ConfigError, StageConfig, defa
 from pipeline.distributed import Rank
 from pipeline.formats.base import Writer
 from pipeline.partitions.dataset import Dataset
-from pipeline.partitions.plan import Input, Partition
+from pipeline.partitions.plan import Input, LeftOut, Partition
 from pipeline.samples import Outcome, Schema
 
 
@@ -115,6 +115,22 @@ class Stage(ABC):
         """What else the manifest should say (encoders, shapes, scaling); JSON-able, the same on every rank."""
         return {}
 
+    def watched(self) -> dict[str, str]:
+        """Files besides the inputs that the result depends on: name → state."""
+        return {}
+
+    def left_out(self) -> LeftOut:
+        """What looks like data but is no sample of the plan that was just made."""
+        return LeftOut()
+
+    def changed(self, file: Input) -> bool:
+        """Whether a planned input is not what it was, where :attr:`rechecks` holds."""
+        return True
+
+    def remarks(self, success: dict[str, Any]) -> list[str]:
+        """What a person should know about the finished result, a line each."""
+        return one_sided(success)
+
     def identity(self) -> dict[str, Any]:
         """The settings that the bytes of the result depend on, by name; JSON-able."""
         return identity(self.config)
@@ -122,6 +138,19 @@ class Stage(ABC):
     def origin(self) -> str:
         """The folder that rows refer to, if the format holds references."""
         return ""
+
+
+_NEARLY_ALL = 0.999
+
+
+def one_sided(success: dict[str, Any]) -> list[str]:
+    """A warning where nearly all samples were dropped for one reason: more often a mistake than a choice."""
+    total = success["counts"]["in"]
+    return [
+        f"{count} of {total} samples were dropped for one reason, {reason.partition(':')[2]}: is that setting right?"
+        for reason, count in success["reasons"].items()
+        if reason.startswith("dropped:") and count > _NEARLY_ALL * total
+    ]
 
 
 def input_folder(config: Any, stage: str) -> Path:

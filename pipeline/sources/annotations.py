@@ -6,27 +6,32 @@ YAML gives as ``annotations=``. The table is SQLite below ``<output>/tables``, s
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 import re
 import sqlite3
 import tarfile
 import uuid
-from collections import defaultdict
+import zlib
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
-import pyarrow.parquet as pq
+import pyarrow as pa
 import xxhash
 
+from pipeline.captions import captions_of
 from pipeline.config import ConfigError, SourceConfig, public
-from pipeline.samples import SampleError, Schema, content_hash
+from pipeline.samples import SampleError, Schema, content_hash, plain
 from pipeline.sources.archives import members
 from pipeline.sources.archives.compression import unpacked
+from pipeline.sources.clutter import in_clutter
+from pipeline.sources.lists import batch_rows, parquet_file
+from pipeline.sources.separated import separated
+from pipeline.sources.texts import Lines, open_text, skip, small_text
 
 _MOST = 1 << 40  # bytes that a file with annotations may unpack to
 _LARGEST = 4 << 30  # bytes of one JSON document
@@ -45,72 +50,158 @@ class Entry:
 
 
 Found = Iterator[tuple[str, Entry]]
-Reader = Callable[[IO[bytes], SourceConfig], Found]
+
+
+class LeftOutRows(Counter[str]):
+    """Entries of a file that could not be used, by reason, and the first of them in words."""
+
+    first: str = ""
+
+    def note(self, reason: str, example: str) -> None:
+        self[reason] += 1
+        self.first = self.first or f"{reason}: {example}"
+
+
+Reader = Callable[[IO[bytes], SourceConfig, LeftOutRows], Found]
 
 
 # ---- one function for each published layout
 
 
-def _jdb(file: IO[bytes], config: SourceConfig) -> Found:
+def _jdb(file: IO[bytes], config: SourceConfig, left_out: LeftOutRows) -> Found:
     """JourneyDB: JSON lines in a tgz, ``img_path`` and ``prompt``."""
-    for line in _lines(file):
-        row = json.loads(line)
-        caption = (row.get("Task2") or {}).get("Caption")
-        yield row["img_path"], Entry([row["prompt"]], {"caption_gpt": caption} if caption else {})
+    for number, line in enumerate(_lines(file), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            name, prompt = row["img_path"], row.get("prompt")
+            task = row.get("Task2")
+        except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
+            left_out.note("bad_row", f"line {number}")
+            continue
+        if name := _name(name, f"line {number}", left_out):
+            more = captions_of(task.get("Caption")) if isinstance(task, dict) else []
+            if captions := _noted(prompt, f"line {number}", left_out):
+                yield name, Entry(captions, {"caption_gpt": more[0]} if more else {})
 
 
-def _diffusiondb(file: IO[bytes], config: SourceConfig) -> Found:
+def _diffusiondb(file: IO[bytes], config: SourceConfig, left_out: LeftOutRows) -> Found:
     """DiffusionDB: one parquet with prompts, settings and two scores of safety in 0..1 (2: blurred)."""
     fields = ("image_name", "prompt", "image_nsfw", "prompt_nsfw", "seed", "step", "cfg", "sampler", "part_id")
-    parquet = pq.ParquetFile(file)
+    parquet = parquet_file(file)
     columns = [name for name in fields if name in parquet.schema_arrow.names]
+    if "image_name" not in columns:
+        raise ConfigError(f"no column image_name, but {', '.join(parquet.schema_arrow.names)}")
+    number = 0
     for batch in parquet.iter_batches(_BATCH, columns=columns):
-        for row in batch.to_pylist():
-            name, prompt = row.pop("image_name"), row.pop("prompt")
-            unsafe = max(row.get("image_nsfw") or 0.0, row.get("prompt_nsfw") or 0.0) > config.max_nsfw
-            yield name, Entry([prompt or ""], row, dropped="nsfw" if unsafe else "")
+        for listed in batch_rows(batch):
+            number += 1
+            row, place = listed.values, f"row {number}"
+            if listed.error:
+                left_out.note("bad_row", f"{place}: {listed.error}")
+                continue
+            name, prompt = row.pop("image_name"), row.pop("prompt", None)
+            scores = [row.get("image_nsfw"), row.get("prompt_nsfw")]
+            unsafe = any(isinstance(score, int | float) and score > config.max_nsfw for score in scores)
+            if name := _name(name, place, left_out):
+                captions = _noted(prompt, place, left_out)
+                yield name, Entry(captions, plain(row), dropped="nsfw" if unsafe else "")
 
 
-def _coco(file: IO[bytes], config: SourceConfig) -> Found:
+def _coco(file: IO[bytes], config: SourceConfig, left_out: LeftOutRows) -> Found:
     """COCO: a JSON document with ``images`` and ``annotations``, bare or as ``metadata_member`` of a zip."""
-    document = json.loads(_document(file, config.metadata_member))
-    captions: dict[int, list[str]] = defaultdict(list)
-    for note in document["annotations"]:
-        captions[note["image_id"]].append(note["caption"].strip())
-    for image in document["images"]:
-        yield image["file_name"], Entry(captions[image["id"]], {"image_id": image["id"]})
+    document = _object(file, config, "images", "annotations")
+    captions: dict[Any, list[str]] = defaultdict(list)
+    for number, note in enumerate(document["annotations"]):
+        place = f"annotations[{number}]"
+        if not isinstance(note, dict) or not isinstance(note.get("image_id"), int | str):
+            left_out.note("bad_row", place)
+            continue
+        captions[note["image_id"]] += [text.strip() for text in _noted(note.get("caption"), place, left_out)]
+    for number, image in enumerate(document["images"]):
+        place = f"images[{number}]"
+        if not isinstance(image, dict) or not isinstance(image.get("id"), int | str):
+            left_out.note("bad_row", place)
+        elif name := _name(image.get("file_name"), place, left_out):
+            yield name, Entry(captions[image["id"]], {"image_id": image["id"]})
 
 
-def _textcaps(file: IO[bytes], config: SourceConfig) -> Found:
+def _textcaps(file: IO[bytes], config: SourceConfig, left_out: LeftOutRows) -> Found:
     """TextCaps: a JSON document whose ``data`` have ``image_id`` and ``reference_strs``; a row per caption or image."""
     captions: dict[str, list[str]] = {}
-    for row in json.loads(_document(file, config.metadata_member))["data"]:
-        texts = row.get("reference_strs") or [row["caption_str"]]
-        known = captions.setdefault(row["image_id"], [])
-        known += [text for text in texts if text not in known]
+    for number, row in enumerate(_object(file, config, "data")["data"]):
+        place = f"data[{number}]"
+        if not isinstance(row, dict):
+            left_out.note("bad_row", place)
+        elif name := _name(row.get("image_id"), place, left_out):
+            texts = _noted(row.get("reference_strs") or row.get("caption_str"), place, left_out)
+            known = captions.setdefault(name, [])
+            known += [text for text in texts if text not in known]
     for name, texts in captions.items():
-        yield name, Entry(texts, {"image_id": name})
+        if texts:
+            yield name, Entry(texts, {"image_id": name})
 
 
-def _flickr30k(file: IO[bytes], config: SourceConfig) -> Found:
+def _flickr30k(file: IO[bytes], config: SourceConfig, left_out: LeftOutRows) -> Found:
     """Flickr30k: CSV with ``raw`` (a JSON list of captions), ``filename`` and Karpathy's ``split``; without
     ``metadata_split=`` all of them."""
-    csv.field_size_limit(_LARGEST)
-    for row in csv.DictReader(io.TextIOWrapper(file, "utf-8-sig", newline="")):
-        if config.metadata_split in ("", row["split"]):
-            captions = [text.strip() for text in json.loads(row["raw"])]
-            yield row["filename"], Entry(captions, {"image_id": row["img_id"]})
+    stream, mark = open_text(file)
+    skip(stream, mark)
+    lines = Lines(stream)
+    rows = separated(lines, ",")
+    _, names = next(rows, (0, list[str]()))
+    if missing := [name for name in ("raw", "filename", "split") if name not in names]:
+        raise ConfigError(f"no column {', '.join(missing)}, but {', '.join(names)}")
+    for number, fields in rows:
+        row, place = dict(zip(names, fields, strict=False)), f"line {number}"
+        if len(fields) != len(names):
+            left_out.note("bad_row", f"{place}: {len(fields)} fields in place of {len(names)}")
+            continue
+        if config.metadata_split not in ("", row["split"]):
+            continue
+        try:
+            raw = json.loads(row["raw"])
+        except (ValueError, RecursionError):
+            left_out.note("bad_row", f"{place}: raw is no JSON")
+            continue
+        name = _name(row["filename"], place, left_out)
+        captions = [text.strip() for text in _noted(raw, place, left_out)] if name else []
+        if captions:
+            yield name, Entry(captions, {"image_id": row.get("img_id", "")})
 
 
-def _texts(file: IO[bytes], config: SourceConfig) -> Found:
+def _name(value: Any, place: str, left_out: LeftOutRows) -> str:
+    """The name of an image; empty, and counted, where there is none."""
+    if not isinstance(value, str) or not value.strip():
+        left_out.note("no_image_name", place)
+        return ""
+    return value
+
+
+def _noted(value: Any, place: str, left_out: LeftOutRows) -> list[str]:
+    """The captions in ``value``; counted where there are fewer than places for one."""
+    captions = captions_of(value)
+    if len(captions) < (len(value) if isinstance(value, list) else 1):
+        left_out.note("no_caption", place)
+    return captions
+
+
+def _texts(file: IO[bytes], config: SourceConfig, left_out: LeftOutRows) -> Found:
     """An archive of ``<image name>.txt``, as SAM-LLaVA's captions are."""
-    for member in members(file, 2**62, lambda name, size: min(size, _SMALL) if name.endswith(".txt") else None):
-        if not member.error:
-            stem = member.name.rpartition("/")[2].removesuffix(".txt")
-            yield stem, Entry([member.data.decode("utf-8", "replace").strip()])
+
+    def wants(name: str, size: int) -> int | None:
+        return min(size, _SMALL) if name.endswith(".txt") and not in_clutter(name) else None
+
+    for member in members(file, 2**62, wants):
+        if member.error:
+            left_out.note(member.error.reason, member.name)
+            continue
+        stem = member.name.rpartition("/")[2].removesuffix(".txt")
+        yield stem, Entry(_noted(small_text(member.data), member.name, left_out))
 
 
-def _imagenet(file: IO[bytes], config: SourceConfig) -> Found:
+def _imagenet(file: IO[bytes], config: SourceConfig, left_out: LeftOutRows) -> Found:
     """ImageNet's devkit, for the images of its validation set: their numbers, and which WordNet ids they mean.
 
     The label is the place of the id among all classes in order, as in the training set.
@@ -121,6 +212,8 @@ def _imagenet(file: IO[bytes], config: SourceConfig) -> Found:
         return min(size, _LARGEST) if name.rpartition("/")[2] in wanted else None
 
     found = {member.name.rpartition("/")[2]: member.data for member in members(file, 1_000_000, wants)}
+    if missing := [name for name in wanted if name not in found]:
+        raise ConfigError(f"no {' and no '.join(missing)} in it, as ImageNet's devkit has")
     names = synset_names(io.BytesIO(found["meta.mat"]))
     numbers = [int(number) for number in found["ILSVRC2012_validation_ground_truth.txt"].split()]
     places = {name: place for place, name in enumerate(sorted(names[number] for number in set(numbers)))}
@@ -194,16 +287,37 @@ def _lines(file: IO[bytes]) -> Iterator[bytes]:
                 return
 
 
+def _object(file: IO[bytes], config: SourceConfig, *lists: str) -> dict[str, Any]:
+    """The JSON object in a file, bare or as a member of an archive, which has these ``lists``.
+
+    Raises:
+        ConfigError: it is none, or lacks one.
+    """
+    try:
+        document = json.loads(_document(file, config.metadata_member))
+    except RecursionError:
+        raise ConfigError("nested too deeply") from None
+    if not isinstance(document, dict):
+        raise ConfigError(f"expected an object with {' and '.join(lists)}, but it is a {type(document).__name__}")
+    for name in lists:
+        if not isinstance(document.get(name), list):
+            raise ConfigError(f"no list {name!r} in it, but {', '.join(map(str, document))}")
+    return document
+
+
 def _document(file: IO[bytes], member: str) -> bytes:
     """The whole file, or a member of it if it is an archive.
 
     Raises:
         ConfigError: it has no such member.
     """
-    start = file.read(4)
-    file.seek(0)
-    if start[:1] in b"{[":
-        return file.read(_LARGEST)
+    stream, mark = open_text(file)
+    skip(stream, mark)
+    start = stream.peek(1)[:64].lstrip() if hasattr(stream, "peek") else stream.read(64).lstrip()
+    if start[:1] in (b"{", b"["):
+        if not hasattr(stream, "peek"):
+            stream.seek(mark)
+        return stream.read(_LARGEST)
     wanted = (lambda name: name.endswith(member)) if member else (lambda name: name.endswith(".json"))
     for found in members(file, 1_000_000, lambda name, size: min(size, _LARGEST) if wanted(name) else None):
         if not found.error:
@@ -260,6 +374,7 @@ class Annotations:
     def _write(self, place: Path, files: Iterable[tuple[str, IO[bytes]]]) -> None:
         assert self._read is not None
         digests = {}
+        left_out = LeftOutRows()
         classes: dict[int, str] = {}
         with closing(sqlite3.connect(place)) as table:
             table.execute("pragma journal_mode=off")
@@ -273,21 +388,32 @@ class Annotations:
                         content.update(block)
                     digests[name] = content.hexdigest()
                     file.seek(0)
-                    entries = _noted(self._read(file, self._config), classes)
+                    entries = _with_classes(self._read(file, self._config, left_out), classes)
                     rows = ((_plain(image), _packed(entry)) for image, entry in entries)
                     table.executemany("insert or ignore into images values (?, ?)", rows)
-                except SampleError as error:
-                    raise ConfigError(f"metadata: {name}: {error}") from None
-                except (ValueError, KeyError, TypeError, tarfile.TarError) as error:
+                except (SampleError, ConfigError, *_UNREADABLE) as error:
+                    said = str(error) if isinstance(error, SampleError | ConfigError) else _in_words(error)
                     raise ConfigError(
-                        f"metadata: {name} is not laid out as annotations={self._config.annotations} expects "
-                        f"({type(error).__name__}: {error})"
+                        f"metadata: {public(name)} is not laid out as annotations={self._config.annotations} expects: "
+                        f"{said}"
                     ) from None
+            self._judge(table, left_out)
             about: dict[str, Any] = {"metadata": digests}
+            if left_out:
+                about["metadata_left_out"] = dict(sorted(left_out.items()))
             if classes:
                 about["classes"] = [classes[label] for label in sorted(classes)]
             table.execute("insert into about values (?)", (json.dumps(about, sort_keys=True),))
             table.commit()
+
+    def _judge(self, table: sqlite3.Connection, left_out: LeftOutRows) -> None:
+        """Raises ConfigError if less than half of the entries could be used."""
+        listed = table.execute("select count(*) from images").fetchone()[0]
+        if left_out["bad_row"] + left_out["no_image_name"] > listed or not listed:
+            raise ConfigError(
+                f"metadata: {', '.join(map(public, self._config.metadata))}: {listed} entries can be used as "
+                f"annotations={self._config.annotations}, {left_out.total()} cannot: {left_out.first or 'it is empty'}"
+            )
 
     def open(self, home: Path, files: Callable[[], Iterable[tuple[str, IO[bytes]]]], planned: dict[str, Any]) -> None:
         """Be ready to answer; the table is made again if it has been deleted since it was planned.
@@ -325,15 +451,37 @@ def _opened(place: Path) -> sqlite3.Connection:
     return sqlite3.connect(f"{place.absolute().as_uri()}?mode=ro&immutable=1", uri=True)
 
 
-def _noted(found: Found, classes: dict[int, str]) -> Found:
+_UNREADABLE = (
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+    OSError,
+    tarfile.TarError,
+    zlib.error,
+    sqlite3.Error,
+    pa.ArrowException,
+)
+"""What damaged files make Python's and other libraries raise."""
+
+
+def _in_words(error: BaseException) -> str:
+    first = str(error).partition("\n")[0][:200]
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__
+
+
+def _with_classes(found: Found, classes: dict[int, str]) -> Found:
     """``found``, and the names of the classes that are in it."""
     for name, entry in found:
-        if entry.label is not None:
+        if entry.label is not None and entry.captions:
             classes[entry.label] = entry.captions[0]
         yield name, entry
 
 
 def _packed(entry: Entry) -> str:
+    entry = replace(entry, captions=captions_of(entry.captions), meta=plain(entry.meta))
     return json.dumps({name: value for name, value in asdict(entry).items() if value not in ([], {}, None, "")})
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from pipeline.config import ConfigError, SourceConfig
-from pipeline.partitions.plan import Partition
+from pipeline.partitions.plan import Input, LeftOut, Partition
 from pipeline.samples import IMAGE_COLUMNS, Outcome, Schema
 
 
@@ -17,7 +18,7 @@ class Source(ABC):
     """Lists what there is, and brings it in partition by partition."""
 
     rechecks: bool = False
-    """Whether planning again is cheap and tells if the inputs have changed."""
+    """Whether planning again is cheap and asks no server, so that it shows if the inputs have changed."""
 
     format: str = "tar"
     """Storage format of what is brought in."""
@@ -30,12 +31,24 @@ class Source(ABC):
         """The output folder; sources keep what they need besides in ``partial`` and ``tables`` below it."""
         self.scratch: Path | None = None
         """A folder for files that are needed for a while only."""
+        self.left_out = LeftOut()
+        """What the last :meth:`plan` has seen that looks like data but is no sample."""
+        self.noted: Counter[str] = Counter()
+        """The same of the partition that is being brought in, without examples."""
         self.check_stop: Callable[[], None] = lambda: None
         """To be called now and then in long work; raises when the rank was asked to stop."""
 
     def extra(self) -> dict[str, Any]:
         """What samples need to know of the plan, and the manifest says: class names, revisions, ..."""
         return {}
+
+    def watched(self) -> dict[str, str]:
+        """Files besides the inputs that samples depend on, as captions in a file of their own: name → state."""
+        return {}
+
+    def changed(self, file: Input) -> bool:
+        """Whether a planned input is not what it was."""
+        return False
 
     def schema(self) -> Schema:
         """Columns of the samples."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import shutil
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from io import BufferedReader
 from pathlib import Path
@@ -17,14 +18,16 @@ from typing import IO, Any
 import xxhash
 
 from pipeline.config import ConfigError, public
-from pipeline.partitions.plan import Input, Partition
-from pipeline.samples import IMAGE_COLUMNS, Outcome, SampleError, Schema, make_key, real_path
+from pipeline.partitions.plan import Input, Partition, file_state
+from pipeline.samples import IMAGE_COLUMNS, Outcome, SampleError, Schema, make_key, path_text, real_path
 from pipeline.sources import parquet_rows
 from pipeline.sources.annotations import Annotations, archive_class, get_annotations
 from pipeline.sources.archives import reader as archive_reader
 from pipeline.sources.base import Source
 from pipeline.sources.http import Head, Policy, fetch
+from pipeline.sources.mirror import Mirror
 from pipeline.sources.partial import Partial
+from pipeline.sources.texts import is_pointer
 
 _BLOCK = 1 << 20
 _IDLE, _DEADLINE = 60.0, 86400.0
@@ -44,7 +47,26 @@ class Place:
 
 
 class FileSource(Source):
-    """A source whose partitions are files."""
+    """A source whose partitions are files.
+
+    With ``mirror=`` what lies at URLs is taken from a folder, checked against the same hashes; files that are not in it
+    are left out of the plan, and counted.
+    """
+
+    @property
+    def rechecks(self) -> bool:  # type: ignore[override]
+        return bool(self.mirror or self.config.input)
+
+    @cached_property
+    def mirror(self) -> Mirror | None:
+        """The folder that stands for the network: ``mirror=``, or ``input=`` where that has no other meaning."""
+        folder = self.config.mirror or (self.config.input if self.input_is_mirror else "")
+        return Mirror(folder) if folder else None
+
+    @property
+    def input_is_mirror(self) -> bool:
+        """Whether ``input=`` is a folder with the publisher's files."""
+        return False
 
     @abstractmethod
     def inputs(self) -> Iterator[Input]:
@@ -66,6 +88,28 @@ class FileSource(Source):
         """Names and places of the files with captions that ``metadata=`` names."""
         return [(name, Place(url=name) if "://" in name else Place(path=name)) for name in self.config.metadata]
 
+    def watched(self) -> dict[str, str]:
+        """Files with captions on this machine; those by URL are fetched once."""
+        places = [(name, self._mirrored(place, name)) for name, place in self.metadata()]
+        return {name: file_state(place.path) for name, place in places if place.path}
+
+    def changed(self, file: Input) -> bool:
+        path = self._mirrored(self.locate(file), file.path).path
+        return bool(path) and file.mtime_ns >= 0 and local_input(path, file.path).mtime_ns != file.mtime_ns
+
+    def _mirrored(self, place: Place, name: str) -> Place:
+        """``place``, or where it lies in the mirror.
+
+        Raises:
+            SampleError: ``not_in_mirror``.
+        """
+        if not self.mirror or not place.url:
+            return place
+        found = self.mirror.find(place.url)
+        if found is None:
+            raise SampleError("not_in_mirror", f"{name} is not below {self.config.mirror}", retryable=True)
+        return replace(place, url="", path=path_text(str(found)), headers={})
+
     # ---- planning
 
     def schema(self) -> Schema:
@@ -79,7 +123,8 @@ class FileSource(Source):
 
     def plan(self) -> Iterator[Partition]:
         check_settings(self.config)
-        files = list(self.inputs())
+        self.left_out.clear()
+        files = list(self._available())
         sizes = [self.size_of(file) for file in files]
         known = sum(sizes)
         largest = max(sizes, default=0)  # an archive lies there until its samples are stored
@@ -87,14 +132,40 @@ class FileSource(Source):
         for file in files:
             yield Partition((file,))
 
+    def _available(self) -> Iterator[Input]:
+        """The files that are there: all, or those in the mirror, with size and time of change.
+
+        Raises:
+            ConfigError: none is.
+        """
+        missing = count = 0
+        for file in self.inputs():
+            try:
+                place = self._mirrored(self.locate(file), file.path)
+            except SampleError as error:
+                if not missing:
+                    first = error.detail
+                missing += 1
+                self.left_out.add(error.reason, file.path)
+                continue
+            count += 1
+            known = file.mtime_ns >= 0 or not place.path
+            state = None if known else local_input(real_path(place.path), file.path)
+            yield replace(file, size=state.size, mtime_ns=state.mtime_ns) if state else file
+        if missing and not count:
+            raise ConfigError(f"mirror={self.config.mirror}: none of the {missing} files is in it: {first}")
+
     @cached_property
     def annotations(self) -> Annotations:
         return get_annotations(self.config)
 
     def _metadata_files(self) -> Iterator[tuple[str, IO[bytes]]]:
         for name, place in self.metadata():
-            with self._fetched(name, place) as (file, _, _):
-                yield name, file
+            try:
+                with self._fetched(name, place) as (file, _, _):
+                    yield name, file
+            except SampleError as error:
+                raise ConfigError(f"metadata: {public(name)}: {error}") from None
 
     # ---- bringing in
 
@@ -122,15 +193,21 @@ class FileSource(Source):
             SampleError: the file as a whole cannot be used; nothing was yielded then.
         """
         self.annotations.enter(planned.path, self.planned.get("classes", []))
-        magic = file.read(4)
         file.seek(0)
-        if magic == b"PAR1":
+        start = file.read(64)
+        file.seek(0)
+        if is_pointer(start):
+            raise SampleError("lfs_pointer", "a pointer of Git LFS: fetch the file itself with `git lfs pull`")
+        if not start:
+            raise SampleError("empty", "the file has no bytes", retryable=True)
+        if start.startswith(b"PAR1"):
             return parquet_rows.outcomes(planned.path, file, self.config, self.annotations.columns)
-        return archive_reader.outcomes(planned.path, file, self.config, self.annotations, self.check_stop)
+        return archive_reader.outcomes(planned.path, file, self.config, self.annotations, self.check_stop, self.noted)
 
     @contextmanager
     def _fetched(self, name: str, place: Place, planned: Input | None = None) -> Iterator[tuple[IO[bytes], int, str]]:
         """The file, its size and its XXH3-128, checked against what is known of it."""
+        place = self._mirrored(place, name)
         if place.path:
             with self._opened(place, planned) as found:
                 yield found
@@ -162,14 +239,24 @@ class FileSource(Source):
             raise SampleError("unreadable", error.strerror or "", retryable=True) from None
         with file:
             state = os.fstat(file.fileno())
-            if planned and (state.st_size, state.st_mtime_ns) != (planned.size, planned.mtime_ns):
+            known = planned is not None and planned.mtime_ns >= 0
+            if planned and known and (state.st_size, state.st_mtime_ns) != (planned.size, planned.mtime_ns):
                 raise SampleError("changed_since_plan", "size or time of change differ from the plan")
             part = BufferedReader(_Part(file.fileno(), *(place.span or (0, state.st_size))), _BLOCK)
             digest = xxhash.xxh3_128()
+            expected = {"sha256": place.sha256.lower(), "md5": place.md5.lower()}
+            sums = {name: hashlib.new(name) for name, value in expected.items() if value}
             while block := part.read(_BLOCK):
                 digest.update(block)
+                for each in sums.values():
+                    each.update(block)
                 self.check_stop()
-            yield part, part.seek(0, io.SEEK_END), digest.hexdigest()
+            for name, each in sums.items():
+                if each.hexdigest() != expected[name]:
+                    raise SampleError("wrong_hash", f"{name} is {each.hexdigest()}", retryable=True)
+            size = part.seek(0, io.SEEK_END)
+            part.seek(0)
+            yield part, size, digest.hexdigest()
 
 
 class _Part(io.RawIOBase):

@@ -14,10 +14,16 @@ from pipeline.partitions.plan import Input
 from pipeline.samples import SampleError
 from pipeline.sources.files import FileSource, Place
 from pipeline.sources.http import Target
+from pipeline.sources.ranges import expand
+from pipeline.sources.texts import Lines, decoded, list_errors, open_text, skip
 
 
 class HttpArchive(FileSource):
     """Images of tar (plain, gzip, bzip2, xz), zip and parquet files, with the texts beside an image as its captions."""
+
+    @property
+    def input_is_mirror(self) -> bool:
+        return bool(self.config.input) and Path(self.config.input).is_dir()
 
     @cached_property
     def named(self) -> list[tuple[str, str]]:
@@ -27,9 +33,13 @@ class HttpArchive(FileSource):
             ConfigError: there are no URLs, one is none, or a setting makes no sense with them.
         """
         config = self.config
-        listed = _listed(Path(config.input)) if config.input else [("", url) for url in config.urls]
+        listed = (
+            _listed(Path(config.input))
+            if config.input and not self.input_is_mirror
+            else [("", url) for url in expand(config.urls)]
+        )
         if not listed:
-            raise ConfigError("source=http_archive needs urls=[...], or input=<a file with a URL a line>")
+            raise ConfigError("source=http_archive needs urls=[...], or input=<a file with a URL on each line>")
         if config.sha256 and len(config.sha256) != len(listed):
             raise ConfigError(f"sha256: {len(config.sha256)} hashes for {len(listed)} urls")
         for digest in config.sha256:
@@ -73,18 +83,24 @@ def check_url(url: str) -> None:
 
 
 def _listed(path: Path) -> list[tuple[str, str]]:
-    """Names and URLs of a text file: a line is ``<name> <URL>`` or a URL; a line without a URL is a heading."""
-    try:
-        lines = path.read_text("utf-8-sig").splitlines()
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"input={path}: cannot be read: {error}") from None
+    """Names and URLs of a text file: a line is a URL, or a name and a URL with blanks, a tab or a comma between them.
+
+    A URL ends at a blank, or at the quotation mark that it began with. Lines without one, as headings, say nothing.
+    """
     found = []
-    for line in lines:
-        parts = line.replace(",", " ", 1).split() if "\t" not in line else line.split("\t")
-        url = next((part.strip() for part in parts if re.match(r"\s*https?://", part)), "")
-        if url:
-            found.append(("" if parts[0].strip() == url else parts[0].strip(), url))
+    with list_errors(f"input={path}"), path.open("rb") as file:
+        stream, mark = open_text(file)
+        skip(stream, mark)
+        lines = Lines(stream)
+        while line := lines.take():
+            if match := _LINE.match(decoded(line)):
+                before = match[1].strip(" \t,;\"'")
+                name = before.split("\t")[0] if "\t" in before else before.replace(",", " ", 1).partition(" ")[0]
+                found.append((name.strip(" ,\"'"), match[3]))
     return found
+
+
+_LINE = re.compile(r"(.*?)(?P<quote>[\"'])?(https?://(?(quote)(?:(?!(?P=quote))\S)+|\S+))")
 
 
 SOURCE = HttpArchive

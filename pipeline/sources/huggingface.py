@@ -18,13 +18,20 @@ from pipeline.config import ConfigError
 from pipeline.partitions.plan import Input
 from pipeline.sources.files import FileSource, Place
 from pipeline.sources.http_archive import share
-from pipeline.sources.webdataset import expand
+from pipeline.sources.ranges import expand
 
 _SHA256 = "sha256:"
 
 
 class HuggingFace(FileSource):
     """Tar, zip and parquet files of ``repo=``, those that ``files=`` name."""
+
+    @property
+    def input_is_mirror(self) -> bool:
+        return bool(self.config.input)
+
+    def watched(self) -> dict[str, str]:
+        return super().watched() if self.mirror else {}  # a commit does not change
 
     @cached_property
     def _api(self) -> Any:
@@ -43,6 +50,8 @@ class HuggingFace(FileSource):
         if planned := self.planned.get("commit"):
             return str(planned)
         config = self.config
+        if self.mirror:
+            return next((commit for commit, _ in map(self._recorded, self._paths) if commit), "")
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", config.repo):
             raise ConfigError("source=huggingface needs repo=<owner>/<name>")
         return str(self._asked(lambda: self._api.dataset_info(config.repo, revision=config.revision).sha))
@@ -73,6 +82,9 @@ class HuggingFace(FileSource):
     def inputs(self) -> Iterator[Input]:
         if not self.config.files:
             raise ConfigError("source=huggingface needs files=[...]: which files, as paths with * and {000..199}")
+        if self.mirror:
+            yield from self._in_mirror()
+            return
         found = {file.path: file for file in self._asked(lambda: list(self._listed()))}
         chosen: list[str] = []
         for pattern in expand(self.config.files):
@@ -85,6 +97,35 @@ class HuggingFace(FileSource):
             file = found[path]
             etag = _SHA256 + file.lfs.sha256 if file.lfs else file.blob_id
             yield Input(path, size=file.size, etag=etag)
+
+    @cached_property
+    def _paths(self) -> list[str]:
+        """Files of the repository in the mirror, as paths in it, or as far as they lie below the mirror."""
+        return self.mirror.paths() if self.mirror else []
+
+    def _in_mirror(self) -> Iterator[Input]:
+        """The files that patterns name: with a ``*`` those that are there, else all, of which some may be missing."""
+        chosen: list[str] = []
+        for pattern in expand(self.config.files):
+            if re.search(r"[*?\[]", pattern):
+                ends = {pattern.split("/", count)[-1] for count in range(pattern.count("/") + 1)}
+                chosen += [path for path in self._paths if any(fnmatch.fnmatchcase(path, end) for end in ends)]
+            else:
+                chosen.append(pattern)
+        chosen = list(dict.fromkeys(chosen))
+        for path in islice(chosen, share(len(chosen), self.config.fraction) if chosen else 0):
+            _, sha256 = self._recorded(path)
+            yield Input(path, etag=_SHA256 + sha256 if sha256 else "")
+
+    def _recorded(self, path: str) -> tuple[str, str]:
+        """Commit and SHA-256 of a file, as ``huggingface-cli download --local-dir`` notes them."""
+        assert self.mirror
+        note = self.mirror.root / ".cache" / "huggingface" / "download" / f"{path}.metadata"
+        try:
+            commit, etag = note.read_text().split()[:2]
+        except (OSError, ValueError):
+            return "", ""
+        return commit, etag if re.fullmatch(r"[0-9a-f]{64}", etag) else ""
 
     def _listed(self) -> Iterator[Any]:
         from huggingface_hub.hf_api import RepoFile
@@ -105,6 +146,8 @@ class HuggingFace(FileSource):
         return self._place(file.path, sha256)
 
     def _place(self, path: str, sha256: str = "") -> Place:
+        if self.mirror:
+            return Place(url=f"mirror://{self.config.repo}/{path}", sha256=sha256)
         from huggingface_hub import hf_hub_url
 
         url = hf_hub_url(self.config.repo, path, repo_type="dataset", revision=self.commit, endpoint=self._api.endpoint)

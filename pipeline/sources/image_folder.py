@@ -1,45 +1,54 @@
 """A folder of images, nested as it likes: ``<class>/…/<name>.<ext>``, captions beside them or in one file.
 
 Captions (``captions=``): ``txt`` is the first line of ``<name>.txt``; ``folder`` the name of the image's folder; a file
-``captions.json``, ``.jsonl`` or ``.csv`` maps file names to one or several captions; ``auto`` takes the first of these
-that is there for an image. Where all images lie in folders, the top folder is the class and gives the label.
+(``captions.json``, ``.jsonl``, ``.csv``, ``.tsv`` or ``.parquet``) maps file names to one or several captions; ``auto``
+takes the first of these that is there for an image. An empty ``<name>.txt``, and a null in a file, say that there is no
+caption. Where all images lie in folders, the top folder is the class and gives the label.
+
+Links to folders are followed. What is no sample (hidden files, a system's own) is left out, and what looks like data
+but is not used (images of other kinds, texts and rows about no image) is counted in the plan.
 """
 
 from __future__ import annotations
 
-import csv
-import json
 import os
 import stat
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass, field
 from functools import cached_property
 from io import FileIO
 from pathlib import Path
 from typing import Any
 
 from pipeline.config import ConfigError
-from pipeline.partitions.plan import Input, Partition
+from pipeline.partitions.plan import Input, LeftOut, Partition, file_state, stamp
 from pipeline.samples import (
-    FORMATS,
     IMAGE_COLUMNS,
     Outcome,
     Schema,
     caption_fields,
     content_hash,
+    image_format,
     make_key,
     path_text,
     real_path,
 )
 from pipeline.sources.base import Source
+from pipeline.sources.caption_files import CaptionFile, normalised
+from pipeline.sources.clutter import is_clutter, is_unread
+from pipeline.sources.texts import small_text, suffix_of
 from pipeline.storage import GONE
 
 _AHEAD = 8
 """Files that are open before they are read."""
-_NAME_COLUMNS = ("file_name", "filename", "image", "path", "file", "key")
-_CAPTION_COLUMNS = ("captions", "caption", "text", "sentences")
-_CAPTION_FILES = ("captions.json", "captions.jsonl", "captions.csv")
+_CAPTION_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".ndjson", ".parquet")
+"""Of a file of captions in the folder; the first that is there counts."""
+_TEXT = 1 << 16
+"""Bytes of a text beside an image that are read."""
+_FEW = 0.5
+"""Of rows or images without a counterpart, a fraction that is worth a warning."""
 
 
 class ImageFolder(Source):
@@ -73,27 +82,45 @@ class ImageFolder(Source):
     @cached_property
     def classes(self) -> list[str]:
         """Names of the top folders in order, the label being the index; none if images lie outside of folders."""
-        entries = sorted(os.scandir(self.root), key=lambda e: e.name)
-        if any(e.is_file() and _format(e.name) for e in entries):
+        home = _identity(os.stat(self.root))
+        entries = sorted((e for e in os.scandir(self.root) if not is_clutter(e.name)), key=lambda e: e.name)
+        if any(image_format(e.name) and not _is_folder(e) for e in entries):
             return []
-        return [path_text(e.name) for e in entries if e.is_dir()]
+        return [path_text(e.name) for e in entries if _is_folder(e) and _identity(e.stat()) != home]
+
+    @cached_property
+    def _numbers(self) -> dict[str, int]:
+        """Class → label, as they were planned."""
+        return {name: number for number, name in enumerate(self.planned.get("classes", []))}
 
     def extra(self) -> dict[str, Any]:
         return {"classes": self.classes} if self.classes else {}
 
+    def watched(self) -> dict[str, str]:
+        return {self._caption_path.name: file_state(self._caption_path)} if self._caption_path else {}
+
     # ---- planning
 
     def plan(self) -> Iterator[Partition]:
-        if self.config.partition_size < 1:
-            raise ConfigError(f"partition_size={self.config.partition_size}: must be at least 1")
+        self.left_out.clear()
         group: list[Input] = []
-        for path, state in walk(self.root):
-            group.append(Input(path_text(path), size=state.st_size, mtime_ns=state.st_mtime_ns))
+        matches = _Matches(self._caption_file)
+        for found in walk(self.root, self.left_out, texts=self.config.captions in ("auto", "txt")):
+            group.append(Input(path_text(found.path), size=found.size, mtime_ns=found.mtime_ns, etag=found.text))
+            matches.add(found.path, self._row_of(found.path))
             if len(group) == self.config.partition_size:
                 yield Partition(tuple(group), len(group))
                 group = []
         if group:
             yield Partition(tuple(group), len(group))
+        matches.judge(self.left_out)
+
+    def changed(self, file: Input) -> bool:
+        try:
+            state = os.stat(os.path.join(self._prefix, real_path(file.path)))
+        except OSError:
+            return True
+        return (state.st_size, state.st_mtime_ns) != (file.size, file.mtime_ns)
 
     # ---- bringing in
 
@@ -157,50 +184,129 @@ class ImageFolder(Source):
         row: dict[str, Any] = {
             "key": outcome.key,
             "jpg": data if self.config.copy else b"",
-            "format": _format(path),
+            "format": image_format(path),
             **caption_fields(self.captions_of(path)),
             "path": path,
             "hash": outcome.source_hash,
         }
-        classes = self.planned.get("classes", [])
-        if classes:
-            row["label"] = classes.index(path.partition("/")[0])
+        if self._numbers:
+            row["label"] = self._numbers[path.partition("/")[0]]
         return row
 
     # ---- captions
 
     @cached_property
-    def _caption_file(self) -> dict[str, list[str]]:
-        """Captions by file name, from the file that the setting names or that lies in the folder."""
+    def _caption_path(self) -> Path | None:
+        """The file with captions that the setting names or that lies in the folder."""
         setting = self.config.captions
         if setting in ("txt", "folder", "none"):
-            return {}
+            return None
         if setting != "auto":
             path = Path(setting)
             path = path if path.is_absolute() or path.is_file() else self.root / setting
             if not path.is_file():
                 raise ConfigError(f"captions={setting}: expected auto, txt, folder, none or an existing file")
-            return read_captions(path)
-        found = [self.root / name for name in _CAPTION_FILES if (self.root / name).is_file()]
-        return read_captions(found[0]) if found else {}
+            return path
+        names = sorted(os.listdir(self.root))
+        found = [
+            name
+            for suffix in _CAPTION_SUFFIXES
+            for name in names
+            if name.lower().startswith(f"captions{suffix}") and suffix_of(name) == suffix
+        ]
+        if len(found) > 1:
+            self.left_out.add("other_caption_file", *found[1:])
+        return self.root / found[0] if found else None
+
+    @cached_property
+    def _caption_file(self) -> CaptionFile | None:
+        return CaptionFile(self._caption_path) if self._caption_path else None
+
+    @cached_property
+    def _owned(self) -> dict[str, bool]:
+        """Whether the image that a row names is there, by the row's name."""
+        return {}
+
+    def _row_of(self, path: str) -> str:
+        """The row of captions about the image at ``path``, unless it names another image that is there."""
+        if not self._caption_file:
+            return ""
+        name = self._caption_file.find(path)
+        if not name or name == normalised(path):
+            return name
+        if name not in self._owned:
+            written = self._caption_file.rows[name].name
+            self._owned[name] = any((self.root / text).is_file() for text in {name, written} if "\0" not in text)
+        return "" if self._owned[name] else name
 
     def captions_of(self, path: str) -> list[str]:
         """The captions of the image at ``path``, by the setting ``captions``; empty if there are none."""
         setting = self.config.captions
         if setting in ("auto", "txt"):
-            text = self.root / Path(real_path(path)).with_suffix(".txt")
-            try:
-                with open(text, "rb", opener=_open_at_once) as file:
-                    lines = file.read(1 << 16).decode("utf-8", "replace").strip().splitlines()
-                if lines:
-                    return [lines[0].strip()]
-            except OSError:
-                pass
-        listed = self._caption_file.get(path) or self._caption_file.get(path.rpartition("/")[2])
-        if listed:
-            return listed
+            text = self._beside(path)
+            if text is not None:
+                return [text]
+        if self._caption_file and (name := self._row_of(real_path(path))):
+            return self._caption_file.rows[name].captions
         folder = path.rpartition("/")[0].rpartition("/")[2]
         return [folder] if setting in ("auto", "folder") and folder else []
+
+    def _beside(self, path: str) -> str | None:
+        """The first line of the text beside the image at ``path``; None if there is no such file."""
+        for suffix in (".txt", ".TXT"):
+            with (
+                suppress(OSError),
+                open((self.root / real_path(path)).with_suffix(suffix), "rb", opener=_open_at_once) as file,
+            ):
+                return _first_line(file.read(_TEXT))
+        return None
+
+
+def _first_line(data: bytes) -> str:
+    """The first line of a text that is not blank."""
+    lines = small_text(data).splitlines()
+    return lines[0].strip() if lines else ""
+
+
+class _Matches:
+    """Which rows of a file of captions are about an image."""
+
+    def __init__(self, file: CaptionFile | None) -> None:
+        self._file = file
+        self._images: dict[str, str] = {}
+        self._without = 0
+        self._first = ""
+        self._shared: dict[str, str] = {}
+
+    def add(self, path: str, row: str) -> None:
+        """The image at ``path`` has this row; empty: none."""
+        self._first = self._first or path
+        if not row:
+            self._without += 1
+        elif row in self._images:
+            self._shared.setdefault(row, f"{row} for {self._images[row]} and {path}")
+        else:
+            self._images[row] = path
+
+    def judge(self, left_out: LeftOut) -> None:
+        """Count what has no counterpart.
+
+        Raises:
+            ConfigError: no row is about an image.
+        """
+        file = self._file
+        if file is None:
+            return
+        left_out.add("bad_caption_row", *file.bad)
+        others = [row for name, row in file.rows.items() if name not in self._images]
+        if self._first and not self._images:
+            row = others[0]
+            raise ConfigError(
+                f"captions={file.path}: none of its {len(file.rows)} rows is about an image here: "
+                f"{f'line {row.line}' if row.line else 'the first'} names {row.name!r}, an image is {self._first!r}"
+            )
+        left_out.add("caption_row_without_image", *(f"line {r.line}: {r.name}" if r.line else r.name for r in others))
+        left_out.add("caption_row_of_several_images", *self._shared.values())
 
 
 def _open_at_once(path: str, flags: int) -> int:
@@ -208,67 +314,85 @@ def _open_at_once(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK)
 
 
-def walk(root: Path) -> Iterator[tuple[str, os.stat_result]]:
-    """Paths of the image files below ``root``, relative to it, in byte order folder by folder, with their state."""
-    pending = [""]
+@dataclass(frozen=True, slots=True)
+class Found:
+    """An image file below a folder; ``text`` is the state of the text beside it, empty if there is none."""
+
+    path: str
+    size: int
+    mtime_ns: int
+    text: str = ""
+
+
+@dataclass(slots=True)
+class _Folder:
+    """A folder that is still to be looked through, and those that it lies in, so that links cannot go in circles."""
+
+    path: str
+    above: frozenset[tuple[int, int]] = field(default_factory=frozenset)
+
+
+def walk(root: Path, left_out: LeftOut | None = None, *, texts: bool = False) -> Iterator[Found]:
+    """The image files below ``root``, relative to it, in byte order folder by folder.
+
+    Args:
+        left_out: counts what looks like data but is not used.
+        texts: look for a ``<name>.txt`` beside each.
+    """
+    left_out = LeftOut() if left_out is None else left_out
+    pending = [_Folder("")]
     while pending:
         folder = pending.pop()
+        try:
+            here = _identity(os.stat(root / folder.path))
+            entries = sorted(os.scandir(root / folder.path), key=lambda e: os.fsencode(e.name))
+        except OSError as error:
+            if not folder.path:
+                raise
+            left_out.add("unreadable_folder", f"{path_text(folder.path)}: {error.strerror}")
+            continue
+        if here in folder.above:
+            left_out.add("link_in_a_circle", path_text(folder.path))
+            continue
         below = []
-        with os.scandir(root / folder) as entries:
-            for entry in sorted(entries, key=lambda e: os.fsencode(e.name)):
-                path = f"{folder}/{entry.name}" if folder else entry.name
-                if entry.is_dir(follow_symlinks=False):
-                    below.append(path)
-                elif _format(entry.name):
-                    try:
-                        yield path, entry.stat()
-                    except OSError:  # a link to nowhere: planned as it is, and failed when it is read
-                        yield path, entry.stat(follow_symlinks=False)
+        beside = {_stem(e.name): e for e in entries if e.name.lower().endswith(".txt")} if texts else {}
+        for entry in entries:
+            path = f"{folder.path}/{entry.name}" if folder.path else entry.name
+            if is_clutter(entry.name):
+                left_out.add("clutter", *([path_text(path)] if image_format(entry.name) or _is_folder(entry) else ()))
+            elif _is_folder(entry):
+                below.append(_Folder(path, folder.above | {here}))
+            elif image_format(entry.name):
+                yield _found(path, entry, beside.pop(_stem(entry.name), None))
+            elif is_unread(entry.name):
+                left_out.add("unread_image_format", path_text(path))
+            elif entry.is_symlink() and not os.path.exists(entry.path):
+                left_out.add("link_to_nowhere", path_text(path))
+        left_out.add("text_without_image", *(path_text(f"{folder.path}/{e.name}".lstrip("/")) for e in beside.values()))
         pending += reversed(below)
 
 
-def _format(name: str) -> str:
-    """The image format that a file's extension promises; empty if none."""
-    return FORMATS.get(name.rpartition(".")[2].lower(), "") if "." in name else ""
-
-
-def read_captions(path: Path) -> dict[str, list[str]]:
-    """File name → captions, from ``.json`` (a mapping, or a list of objects), ``.jsonl`` or ``.csv``.
-
-    Raises:
-        ConfigError: the file is none of these, or has no column for the name or the caption.
-    """
+def _found(path: str, entry: os.DirEntry[str], text: os.DirEntry[str] | None) -> Found:
     try:
-        if path.suffix == ".csv":
-            with path.open(newline="", encoding="utf-8-sig") as file:
-                return _from_rows(path, csv.DictReader(file))
-        if path.suffix == ".jsonl":
-            with path.open(encoding="utf-8") as file:
-                return _from_rows(path, (json.loads(line) for line in file if line.strip()))
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise ConfigError(f"captions={path}: cannot be read: {error}") from None
-    if isinstance(value, dict):
-        return {str(name): _texts(captions) for name, captions in value.items()}
-    return _from_rows(path, value)
+        state = entry.stat()
+    except OSError:  # a link to nowhere: planned as it is, and failed when it is read
+        state = entry.stat(follow_symlinks=False)
+    return Found(path, state.st_size, state.st_mtime_ns, f"txt {stamp(text.path)}" if text else "")
 
 
-def _from_rows(path: Path, rows: Any) -> dict[str, list[str]]:
-    captions: dict[str, list[str]] = {}
-    for row in rows:
-        name = next((row[c] for c in _NAME_COLUMNS if row.get(c)), None) if isinstance(row, dict) else None
-        texts = next((row[c] for c in _CAPTION_COLUMNS if c in row), None) if name else None
-        if name is None or texts is None:
-            raise ConfigError(
-                f"captions={path}: a row needs a name ({', '.join(_NAME_COLUMNS)}) "
-                f"and a caption ({', '.join(_CAPTION_COLUMNS)})"
-            )
-        captions.setdefault(str(name), []).extend(_texts(texts))
-    return captions
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads to itself
+        return False
 
 
-def _texts(value: Any) -> list[str]:
-    return [str(text) for text in value] if isinstance(value, list) else [str(value)]
+def _stem(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _identity(state: os.stat_result) -> tuple[int, int]:
+    return state.st_dev, state.st_ino
 
 
 SOURCE = ImageFolder

@@ -3,22 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.captions import caption_columns, captions_of
 from pipeline.config import SourceConfig
 from pipeline.headers import ImageError, sniff
-from pipeline.samples import Outcome, SampleError, Schema, make_key
+from pipeline.samples import Outcome, SampleError, Schema, label_of, make_key, path_text
 from pipeline.sources.annotations import Entry
 from pipeline.sources.archives.reader import settle
-from pipeline.sources.lists import CAPTION_COLUMNS, plain, texts
+from pipeline.sources.lists import ListRow, batch_rows, parquet_file
 
 _IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "img", "image_bytes")
 _LABEL_COLUMNS = ("label", "cls", "fine_label", "class")
 _BATCH = 64  # rows with images in memory at a time
+
+
+@dataclass(frozen=True, slots=True)
+class _Roles:
+    """Which columns say what; the first caption column that has a text for a row counts."""
+
+    image: str
+    captions: tuple[str, ...]
+    label: str
+    fields: tuple[str, ...]
+
+    @property
+    def wanted(self) -> list[str]:
+        columns = (self.image, *self.captions, self.label, *self.fields)
+        return list(dict.fromkeys(column for column in columns if column))
 
 
 def outcomes(name: str, file: IO[bytes], config: SourceConfig, columns: Schema) -> Iterator[Outcome]:
@@ -28,64 +45,69 @@ def outcomes(name: str, file: IO[bytes], config: SourceConfig, columns: Schema) 
         SampleError: ``damaged_parquet``, ``no_column``; before anything is yielded.
     """
     try:
-        parquet = pq.ParquetFile(file)
-        names = parquet.schema_arrow.names
-        image = _column(config.image_column, _IMAGE_COLUMNS, names, "image_column")
-        caption = _column(config.caption_column, CAPTION_COLUMNS, names, "caption_column", needed=False)
-        label = _column("", _LABEL_COLUMNS, names, "labels", needed=config.labels) if config.labels else ""
-        for column in config.columns:
-            _column(column, (), names, "columns")
-        wanted = [column for column in (image, caption, label, *config.columns) if column]
+        parquet = parquet_file(file)
+        roles = _roles(config, parquet.schema_arrow.names)
         for group in range(parquet.num_row_groups):  # all of it can be read, before any of it counts
-            for _ in parquet.iter_batches(_BATCH, row_groups=[group], columns=wanted):
+            for _ in parquet.iter_batches(_BATCH, row_groups=[group], columns=roles.wanted):
                 pass
-    except (pa.ArrowException, OSError, ValueError) as error:
+    except (pa.ArrowException, OSError, ValueError, KeyError) as error:
         raise SampleError("damaged_parquet", type(error).__name__, retryable=True) from None
-    return _rows(name, parquet, wanted, (image, caption, label), config, columns)
+    return _rows(name, parquet, roles, config, columns)
+
+
+def _roles(config: SourceConfig, names: list[str]) -> _Roles:
+    for column in config.columns:
+        _column(column, (), names, "columns")
+    captions = [config.caption_column] if config.caption_column else caption_columns(names)
+    for column in captions:
+        _column(column, (), names, "caption_column")
+    return _Roles(
+        _column(config.image_column, _IMAGE_COLUMNS, names, "image_column"),
+        tuple(captions),
+        _column("", _LABEL_COLUMNS, names, "labels") if config.labels else "",
+        config.columns,
+    )
 
 
 def _rows(
-    name: str,
-    parquet: pq.ParquetFile,
-    wanted: list[str],
-    roles: tuple[str, str, str],
-    config: SourceConfig,
-    columns: Schema,
+    name: str, parquet: pq.ParquetFile, roles: _Roles, config: SourceConfig, columns: Schema
 ) -> Iterator[Outcome]:
-    image, caption, label = roles
     number = 0
-    for batch in parquet.iter_batches(_BATCH, columns=list(dict.fromkeys(wanted))):
-        for row in batch.to_pylist():
-            data, path = _image(row[image])
-            outcome = Outcome(make_key(f"{name}/{number:09d}"), "failed", source=name, member=path, offset=number)
+    for batch in parquet.iter_batches(_BATCH, columns=roles.wanted):
+        for row in batch_rows(batch):
+            outcome = Outcome(make_key(f"{name}/{number:09d}"), "failed", source=name, offset=number)
             number += 1
-            outcome.source_bytes = len(data)
-            if len(data) > config.max_member_bytes:
-                outcome.reason, outcome.detail = "too_many_bytes", f"{len(data)} bytes"
-                yield outcome
-                continue
             try:
-                format = sniff(data) if data else "no_image"
-            except ImageError as error:
+                _settle(outcome, row, roles, config, columns)
+            except (SampleError, ImageError) as error:
                 outcome.reason, outcome.detail = error.reason, error.detail
-            else:
-                entry = Entry(
-                    texts(row[caption]) if caption else [],
-                    {column: plain(row[column]) for column in config.columns},
-                    int(row[label]) if label and row[label] is not None else None,
-                )
-                if data:
-                    settle(outcome, data, format, entry, columns)
-                else:
-                    outcome.reason = format
             yield outcome
 
 
-def _column(setting: str, usual: tuple[str, ...], names: list[str], option: str, *, needed: bool = True) -> str:
-    """The column that a setting names, else the first of the usual ones; empty if none is there and none needed."""
+def _settle(outcome: Outcome, row: ListRow, roles: _Roles, config: SourceConfig, columns: Schema) -> None:
+    """Keep the image of a row. Raises SampleError or ImageError for what speaks against it."""
+    if row.error:
+        raise SampleError("bad_row", row.error)
+    values = row.values
+    data, outcome.member = _image(values[roles.image])
+    outcome.source_bytes = len(data)
+    if len(data) > config.max_member_bytes:
+        raise SampleError("too_many_bytes", f"{len(data)} bytes")
+    if not data:
+        raise SampleError("no_image", f"column {roles.image}: {_kind(values[roles.image])}")
+    entry = Entry(
+        next(filter(None, (captions_of(values[column]) for column in roles.captions)), []),
+        {column: values[column] for column in roles.fields},
+        label_of(values[roles.label]) if roles.label else None,
+    )
+    settle(outcome, data, sniff(data), entry, columns)
+
+
+def _column(setting: str, usual: tuple[str, ...], names: list[str], option: str) -> str:
+    """The column that a setting names, else the first of the usual ones."""
     lower = {name.lower(): name for name in names}
     found = setting if setting in names else "" if setting else next((lower[n] for n in usual if n in lower), "")
-    if not found and (setting or needed):
+    if not found:
         raise SampleError("no_column", f"{option}={setting}: it has {', '.join(names)}", retryable=True)
     return found
 
@@ -94,5 +116,13 @@ def _image(value: Any) -> tuple[bytes, str]:
     """The bytes of an image, and the name it had."""
     if isinstance(value, dict):
         data, path = value.get("bytes"), value.get("path")
-        return data if isinstance(data, bytes) else b"", PurePosixPath(str(path)).name if path else ""
+        name = path_text(PurePosixPath(path).name) if isinstance(path, str) else ""
+        return data if isinstance(data, bytes) else b"", name
     return value if isinstance(value, bytes) else b"", ""
+
+
+def _kind(value: Any) -> str:
+    """What is in place of an image, in words."""
+    if isinstance(value, dict):
+        return "a path without bytes" if value.get("path") else "neither bytes nor path"
+    return "null" if value is None else "no bytes" if value == b"" else type(value).__name__

@@ -6,7 +6,7 @@ There is no ``source=`` for it, as a configuration must not name code to run.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,20 +14,22 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
+from pipeline.captions import caption_columns, captions_of
 from pipeline.config import ConfigError, DownloadConfig
 from pipeline.distributed import Rank
 from pipeline.headers import ImageError, sniff
 from pipeline.partitions import engine
 from pipeline.partitions.plan import Input, Partition
-from pipeline.samples import IMAGE_COLUMNS, Outcome, Schema, make_key
+from pipeline.samples import IMAGE_COLUMNS, Outcome, SampleError, Schema, label_of, make_key
 from pipeline.sources.annotations import Entry
 from pipeline.sources.archives.reader import settle
 from pipeline.sources.base import Source
-from pipeline.sources.lists import CAPTION_COLUMNS, texts
+from pipeline.sources.memory_images import pixels_of, storable
 from pipeline.stages.download import Download
 
 _IMAGES = ("image", "jpg", "img", "pixel_values")
 _LABELS = ("label", "cls", "target")
+_LOOKED_AT = 10  # items that tell whether there are labels
 
 
 class MapDataset(Protocol):
@@ -72,51 +74,74 @@ class TorchDataset(Source):
             data = _encoded(image)
             outcome.source_bytes = len(data)
             settle(outcome, data, sniff(data), entry, self.schema())
-        except ImageError as error:
+        except (ImageError, SampleError) as error:
             outcome.reason, outcome.detail = error.reason, error.detail
         except Exception as error:  # whatever a foreign dataset raises is about one item
-            outcome.reason, outcome.detail, outcome.retryable = "item_failed", type(error).__name__, True
+            first = str(error).partition("\n")[0][:200]
+            outcome.detail = f"{type(error).__name__}: {first}" if first else type(error).__name__
+            outcome.reason, outcome.retryable = "item_failed", True
         return outcome
 
 
 def _parts(item: Any) -> tuple[Any, Entry]:
-    if isinstance(item, dict):
-        image = next(item[name] for name in _IMAGES if name in item)
-        captions = next((item[name] for name in CAPTION_COLUMNS if name in item), None)
-        label = next((item[name] for name in _LABELS if name in item), None)
-        return image, Entry(texts(captions), {}, None if label is None else int(label))
+    """The image of an item, and what the item says of it.
+
+    Raises:
+        SampleError: ``no_image``, ``bad_item``, ``bad_label``.
+    """
+    if isinstance(item, Mapping):
+        image = next((item[name] for name in _IMAGES if item.get(name) is not None), None)
+        if image is None:
+            raise SampleError("no_image", f"a mapping with {', '.join(map(str, item))}; expected {', '.join(_IMAGES)}")
+        texts = (captions_of(item[name]) for name in caption_columns(item))
+        label = next((item[name] for name in _LABELS if item.get(name) is not None), None)
+        return image, Entry(next(filter(None, texts), []), label=label_of(label))
     image, *rest = item if isinstance(item, Sequence) and not isinstance(item, bytes | str) else (item,)
+    if len(rest) > 1:
+        raise SampleError("bad_item", f"{1 + len(rest)} parts; expected (image, label or captions), or a mapping")
     target = rest[0] if rest else None
-    if isinstance(target, str | list | tuple):
-        return image, Entry(texts(list(target) if isinstance(target, tuple) else target))
-    return image, Entry(label=None if target is None else int(target))
+    if isinstance(target, str | list | tuple | Mapping):
+        return image, Entry(captions_of(target))
+    return image, Entry(label=label_of(target))
 
 
 def _encoded(image: Any) -> bytes:
     """The bytes of an image as they are, or as PNG, without loss."""
-    if isinstance(image, bytes):
-        return image
+    if isinstance(image, bytes | bytearray):
+        return bytes(image)
     if isinstance(image, str | Path):
         return Path(image).read_bytes()
     if not isinstance(image, Image.Image):
-        array = np.asarray(image)
+        array = pixels_of(image)
         if array.dtype != np.uint8:
-            raise TypeError(f"an array of {array.dtype}, not of uint8")
-        image = Image.fromarray(array)
+            raise SampleError("no_image", f"an array of {array.dtype}, not of uint8")
+        image = Image.fromarray(array[:, :, 0] if array.ndim == 3 and array.shape[2] == 1 else array)
     file = io.BytesIO()
-    image.save(file, "PNG", compress_level=1)
+    storable(image).save(file, "PNG", compress_level=1)
     return file.getvalue()
+
+
+def _has_labels(dataset: MapDataset) -> bool:
+    """Whether the first item that can be read has a label."""
+    for number in range(min(len(dataset), _LOOKED_AT)):
+        try:
+            return _parts(dataset[number])[1].label is not None
+        except Exception:
+            continue
+    return False
 
 
 def import_dataset(dataset: MapDataset, rank: Rank | None = None, **settings: Any) -> dict[str, Any]:
     """Bring all items into the dataset directory ``output=``, or below ``data_dir=``; what ``_SUCCESS`` says.
 
-    ``labels=True`` where targets are classes; further ``settings`` as of stage=download.
+    Targets that are whole numbers are taken as labels, unless ``labels=False``; further ``settings`` as of
+    stage=download.
 
     Raises:
         ConfigError, StorageError: as the stage does.
     """
-    config = replace(DownloadConfig(**settings), source="torch_dataset")
+    labels = settings.get("labels", _has_labels(dataset))
+    config = replace(DownloadConfig(**settings), source="torch_dataset", labels=labels)
 
     class Import(Download):
         source = TorchDataset(config, dataset)

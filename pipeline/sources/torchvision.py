@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import io
 import re
 import struct
@@ -20,6 +19,7 @@ from pipeline.partitions.plan import Input
 from pipeline.samples import Outcome, SampleError, Schema, make_key
 from pipeline.sources.annotations import Entry
 from pipeline.sources.archives import check, members
+from pipeline.sources.archives.compression import unpacked
 from pipeline.sources.archives.reader import settle
 from pipeline.sources.files import FileSource, Place
 from pipeline.sources.http_archive import share
@@ -124,6 +124,10 @@ class Torchvision(FileSource):
     """``files=[cifar10]`` and the like; images become PNG, without loss, and class names captions."""
 
     @property
+    def input_is_mirror(self) -> bool:
+        return bool(self.config.input)
+
+    @property
     def published(self) -> Published:
         """The set that is asked for.
 
@@ -210,14 +214,13 @@ class Torchvision(FileSource):
 
 
 def idx(file: IO[bytes], dimensions: int) -> Pixels:
-    """The array of a (gzipped) IDX file of bytes.
+    """The array of an IDX file of bytes, gzipped or not.
 
     Raises:
         SampleError: it is none, or not whole.
     """
     try:
-        with gzip.open(file) as unpacked:
-            data = unpacked.read(_LARGEST)
+        data = unpacked(file, _LARGEST).read()
         magic, *shape = struct.unpack(f">{1 + dimensions}I", data[: 4 * (1 + dimensions)])
         if magic != 0x800 + dimensions:
             raise ValueError("another kind of file")

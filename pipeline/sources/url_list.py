@@ -12,9 +12,10 @@ from urllib.parse import unquote, urlsplit
 
 from multidict import MultiMapping
 
+from pipeline.captions import repaired
 from pipeline.config import ConfigError, public
 from pipeline.headers import ImageError, sniff
-from pipeline.partitions.plan import Input, Partition
+from pipeline.partitions.plan import Input, Partition, file_state
 from pipeline.samples import IMAGE_COLUMNS, Outcome, SampleError, Schema, make_key
 from pipeline.sources.annotations import Entry
 from pipeline.sources.archives.compression import unpacked
@@ -24,8 +25,11 @@ from pipeline.sources.files import check_settings, check_space, local_input, pol
 from pipeline.sources.http import FetchError, Head, Policy, fetch
 from pipeline.sources.http.crawler import Crawler
 from pipeline.sources.http_archive import check_url, share
-from pipeline.sources.lists import SUFFIXES, List, Record, Span, check_columns, open_list, record
+from pipeline.sources.lists import SUFFIXES, List, Span, is_list, open_list
+from pipeline.sources.mirror import Mirror
 from pipeline.sources.partial import Partial
+from pipeline.sources.ranges import expand
+from pipeline.sources.records import Columns, Record, columns_of, record
 
 _LARGEST = 64 << 20  # bytes of an image
 _IDLE, _DEADLINE = 10.0, 60.0
@@ -34,6 +38,17 @@ _HASHES = {32: "md5", 40: "sha1", 64: "sha256"}
 
 class UrlList(Source):
     """Rows of txt, csv, tsv, json, jsonl or parquet lists: a file or folder ``input=``, or fetched from ``urls=``."""
+
+    @cached_property
+    def mirror(self) -> Mirror | None:
+        """The folder that stands for the network, for lists and for images."""
+        return Mirror(self.config.mirror) if self.config.mirror else None
+
+    def watched(self) -> dict[str, str]:
+        """The lists, which take too long to read for a plan to be made again."""
+        if self.config.urls and not self.mirror:
+            return {}
+        return {path.name: file_state(path) for path in self.lists}
 
     # ---- planning
 
@@ -48,46 +63,58 @@ class UrlList(Source):
         if config.split_column and not config.split_values:
             raise ConfigError("split_column= needs split_values=[...]")
         check_space(config, self.home, None)
+        self.left_out.clear()
+        names = [path.name for path in self.lists]
+        if len(set(names)) < len(names):
+            raise ConfigError(f"two lists are called {next(name for name in names if names.count(name) > 1)}")
         for path in self.lists:
             planned = local_input(str(path), path.name)
             yield from self._spans(path, planned)
 
     def _spans(self, path: Path, planned: Input) -> Iterator[Partition]:
-        rows = open_list(path)
-        first = next(rows.rows(Span(0, 1, next((s.offset for s in rows.spans(1)), 0))), None)
-        if first is None:
+        rows = open_list(path, "a list of URLs")
+        columns = self._columns_of(path)
+        if columns is None:
+            self.left_out.add("empty_list", path.name)
             return
-        check_columns(first, self.config, path.name)
         spans = rows.spans(self.config.partition_size)
         if self.config.fraction < 1:
             every = list(spans)
             spans = iter(every[: share(len(every), self.config.fraction)])
         for span in spans:
             file = Input(path.name, span.start, span.stop, planned.size, planned.mtime_ns, f"offset {span.offset}")
-            if count := self._count(rows, span):
+            if count := self._count(rows, span, columns):
                 yield Partition((file,), count)
 
-    def _count(self, rows: List, span: Span) -> int:
+    def _columns_of(self, path: Path) -> Columns | None:
+        if path not in self._columns:
+            self._columns[path] = columns_of(open_list(path, "a list of URLs"), self.config)
+        return self._columns[path]
+
+    @cached_property
+    def _columns(self) -> dict[Path, Columns | None]:
+        """Which columns of a list say what."""
+        return {}
+
+    def _count(self, rows: List, span: Span, columns: Columns) -> int:
         if not self.config.split_column:
             return span.stop - span.start
-        return sum(self._wanted(record(row, self.config)) for row in rows.rows(span))
+        return sum(self._wanted(record(row, columns, self.config)) for row in rows.rows(span))
 
     def _wanted(self, said: Record) -> bool:
-        return not self.config.split_column or said.split in self.config.split_values
+        return not self.config.split_column or said.split in self.config.split_values or bool(said.error)
 
     @cached_property
     def lists(self) -> list[Path]:
         """The files with rows, in order; those by URL are fetched once and stay below the output."""
         config = self.config
         if config.urls:
-            return [self._fetched(url) for url in config.urls]
+            return [self._fetched(url) for url in expand(config.urls)]
         if not config.input:
             raise ConfigError("source=url_list needs input=<a list of URLs or a folder of lists>, or urls=[...]")
         path = Path(config.input).absolute()
         if path.is_dir():
-            found = sorted(
-                p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith((".", "_"))
-            )
+            found = sorted(p for p in path.iterdir() if is_list(p.name) and not p.name.startswith((".", "_")))
             if not found:
                 raise ConfigError(f"input={config.input}: no {', '.join(SUFFIXES)} files in it")
             return found
@@ -97,6 +124,11 @@ class UrlList(Source):
 
     def _fetched(self, url: str) -> Path:
         check_url(url)
+        if self.mirror:
+            found = self.mirror.find(url)
+            if found is None:
+                raise ConfigError(f"mirror={self.config.mirror}: {public(url)} is not in it")
+            return found
         name = unquote(urlsplit(url).path).rpartition("/")[2] or "list.txt"
         digest = hashlib.sha256(str(public(url)).encode()).hexdigest()[:16]
         place = self.home / "tables" / f"list-{digest}" / name
@@ -136,19 +168,36 @@ class UrlList(Source):
             )
         offset = int(planned.etag.rpartition(" ")[2])
         rows = open_list(path).rows(Span(planned.start, planned.stop, offset))
+        columns = self._columns_of(path) or Columns()
         for number, row in enumerate(islice(rows, planned.stop - planned.start), planned.start):
-            said = record(row, self.config)
+            said = record(row, columns, self.config)
             key = make_key(f"{planned.path}/{number:09d}")
             if self._wanted(said) and partition.wants(key):
-                shown = str(public(said.url.encode("utf-8", "replace").decode()))
+                shown = str(public(repaired(said.url)))
                 yield Outcome(key, "failed", source=planned.path, member=shown, offset=number), said
 
     def _results(self, jobs: list[tuple[Outcome, Record]]) -> Iterator[bytes | SampleError]:
+        if self.mirror:
+            return (self._from_mirror(self.mirror, said.url) for _, said in jobs)
         limit = min(self.config.max_member_bytes, _LARGEST)
         refused = self._refused
         sinks = [ImageSink(limit, refused) for _ in jobs]
         asked = [(said.url, sink) for (_, said), sink in zip(jobs, sinks, strict=True)]
         return self._crawler.fetch_all(asked, self.check_stop, self.scratch)
+
+    def _from_mirror(self, mirror: Mirror, url: str) -> bytes | SampleError:
+        self.check_stop()
+        if not url:
+            return SampleError("bad_url", "it is empty")
+        found = mirror.find(url)
+        if found is None:
+            return SampleError("not_in_mirror", "", retryable=True)
+        try:
+            size = found.stat().st_size
+            limit = min(self.config.max_member_bytes, _LARGEST)
+            return found.read_bytes() if size <= limit else SampleError("too_many_bytes", f"{size} bytes")
+        except OSError as error:
+            return SampleError("unreadable", error.strerror or "", retryable=True)
 
     @cached_property
     def _crawler(self) -> Crawler:
@@ -171,6 +220,9 @@ class UrlList(Source):
         return frozenset(directive.lower() for directive in self.config.opt_outs)
 
     def _outcome(self, outcome: Outcome, said: Record, result: bytes | SampleError) -> Outcome:
+        if said.error:
+            outcome.reason, outcome.detail = "bad_row", said.error
+            return outcome
         if isinstance(result, SampleError):
             outcome.status = "dropped" if result.reason in ("opted_out", "robots_txt") else "failed"
             outcome.reason, outcome.detail, outcome.retryable = result.reason, result.detail, result.retryable
@@ -180,11 +232,12 @@ class UrlList(Source):
             outcome.reason, outcome.detail = "wrong_hash", f"of {len(result)} bytes"
             return outcome
         try:
-            format = sniff(result)
-        except ImageError as error:
+            if not result:
+                raise ImageError("empty")
+            settle(outcome, result, sniff(result), Entry(said.captions, said.meta), self.schema())
+        except (ImageError, SampleError) as error:
             outcome.reason, outcome.detail = error.reason, error.detail
             return outcome
-        settle(outcome, result, format, Entry(said.captions, said.meta), self.schema())
         if outcome.row is not None:
             outcome.row["url"] = outcome.member
         return outcome

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import cached_property
 from itertools import islice
@@ -16,9 +16,8 @@ from pipeline.sources.archives.member import Wants
 from pipeline.sources.archives.tar import tar_members
 from pipeline.sources.files import FileSource, Place, local_input
 from pipeline.sources.http_archive import check_url, share
+from pipeline.sources.ranges import expand
 
-_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
-_MOST = 1_000_000
 _INSIDE = "inside "
 
 
@@ -110,27 +109,6 @@ class WebDataset(FileSource):
 
 def _name(place: str) -> str:
     return re.sub(r"[?#].*", "", place).rpartition("/")[2] if "://" in place else place.rpartition("/")[2]
-
-
-def expand(patterns: Sequence[str]) -> list[str]:
-    """``a-{08..11}.tar`` → ``a-08.tar``, ``a-09.tar``, …; several ranges in one pattern make all combinations.
-
-    Raises:
-        ConfigError: a range is empty, or they are too many.
-    """
-    found: list[str] = []
-    for pattern in patterns:
-        matched = _RANGE.search(pattern)
-        if not matched:
-            found.append(pattern)
-            continue
-        first, last = int(matched[1]), int(matched[2])
-        if last < first or last - first >= _MOST:
-            raise ConfigError(f"{matched[0]}: an empty or very long range")
-        width = len(matched[1])
-        head, tail = pattern[: matched.start()], pattern[matched.end() :]
-        found += expand([f"{head}{number:0{width}d}{tail}" for number in range(first, last + 1)])
-    return found
 
 
 SOURCE = WebDataset

@@ -10,7 +10,7 @@ from pipeline.cli import config_for
 from pipeline.config import DownloadConfig
 from pipeline.distributed import Rank, distributed
 from pipeline.partitions import engine
-from pipeline.partitions.plan import Partition
+from pipeline.partitions.plan import Input, LeftOut, Partition
 from pipeline.partitions.stage import Stage
 from pipeline.samples import Outcome, Schema
 from pipeline.sources.base import Source, get_source
@@ -41,13 +41,24 @@ class Download(Stage):
     def origin(self) -> str:
         return self.source.origin()
 
+    def watched(self) -> dict[str, str]:
+        return self.source.watched()
+
+    def left_out(self) -> LeftOut:
+        return self.source.left_out
+
+    def changed(self, file: Input) -> bool:
+        return self.source.changed(file)
+
     def plan(self, since: int = 0) -> Iterator[Partition]:
         return self.source.plan()
 
     def process(self, partition: Partition) -> Iterator[Outcome]:
         self.source.planned = self.planned["extra"]
         self.source.scratch = self.scratch
-        return self.source.samples(partition)
+        self.source.noted.clear()
+        yield from self.source.samples(partition)
+        self.notes["noted"] = {reason: count for reason, count in self.source.noted.items() if count}
 
 
 @distributed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import fields, replace
 from functools import cached_property
 from typing import Any
@@ -14,8 +15,8 @@ from pipeline.cli import config_for
 from pipeline.config import ConfigError, FilterConfig
 from pipeline.distributed import Rank, distributed
 from pipeline.keylist import KeyList, key_digest
-from pipeline.partitions.dataset import Stored
-from pipeline.partitions.plan import Partition
+from pipeline.partitions.dataset import RandomAccess, Stored
+from pipeline.partitions.plan import Input, LeftOut, Partition
 from pipeline.partitions.stage import Stage, follow_upstream
 from pipeline.samples import Outcome, Row, SampleError, Schema, caption_fields, content_hash
 from pipeline.sources.base import Source, get_source
@@ -23,6 +24,8 @@ from pipeline.stages import release
 from pipeline.workers import Answer, Lost, Pool, worker_count
 
 _KEY_LISTS = ("keep_keys", "deny_keys")
+_LOOKED_AT, _SPREAD = 500, 200
+"""Samples that tell which columns and fields there are: the first, and some of all."""
 _NOT_TAKEN = ("svg",)
 """Reasons that are no failure of the data: kinds of file that we do not take."""
 
@@ -50,6 +53,15 @@ class Filter(Stage):
             self.upstream.require_columns("key", "jpg", "captions")
         before = self.source.schema() if self.config.fuse else self.upstream.schema
         return {**before, "width": "int", "height": "int", "min_side": "int"}
+
+    def watched(self) -> dict[str, str]:
+        return self.source.watched() if self.config.fuse else {}
+
+    def left_out(self) -> LeftOut:
+        return self.source.left_out if self.config.fuse else LeftOut()
+
+    def changed(self, file: Input) -> bool:
+        return self.source.changed(file)
 
     def extra(self) -> dict[str, Any]:
         return self.source.extra() if self.config.fuse else dict(self.upstream.header["extra"])
@@ -100,22 +112,74 @@ class Filter(Stage):
         for name in _KEY_LISTS:
             if planned.get(name, "") != (found := key_digest(getattr(self.config, name))) and planned:
                 raise ConfigError(f"{name}={getattr(self.config, name)}: changed while we ran: now {found}")
-        lists = {name: KeyList(path) for name in _KEY_LISTS if (path := getattr(self.config, name))}
         checks = {"keep_keys": filters.kept_by, "deny_keys": filters.denied_by}
-        return [checks[name](keys) for name, keys in lists.items()]
+        return [checks[name](keys) for name, keys in self.key_lists.items()]
+
+    @cached_property
+    def key_lists(self) -> dict[str, KeyList]:
+        column = self.config.key_column or "key"
+        return {name: KeyList(path, column) for name in _KEY_LISTS if (path := getattr(self.config, name))}
 
     def plan(self, since: int = 0) -> Iterator[Partition]:
         self.rules, self.caption_checks, self.row_checks, self.key_checks  # noqa: B018 - wrong settings are found now
+        self._check_columns()
         return self.source.plan() if self.config.fuse else follow_upstream(self.upstream, since)
+
+    def _check_columns(self) -> None:
+        """Raises ConfigError if a setting names a column that is nowhere among the first samples."""
+        config = self.config
+        wanted = [(f"scores={text}", filters.score_column(text)) for text in config.scores]
+        wanted += [(f"key_column={config.key_column}", config.key_column)] if config.key_column else []
+        if not wanted:
+            return
+        known = list(self.schema())
+        if not config.fuse:
+            known = [*known, *filters.columns_in(self._first_rows())]
+        elif config.columns or "meta" not in known:
+            known += config.columns
+        else:
+            return  # what the source brings is not there yet
+        for setting, column in wanted:
+            if column.lower() not in (name.lower() for name in known):
+                shown = ", ".join(name for name in dict.fromkeys(known) if name not in ("jpg", "meta"))
+                raise ConfigError(f"{setting}: no sample has a column or field {column}; there are {shown}")
+
+    def _first_rows(self) -> Iterator[Row]:
+        """Columns of some samples, without their images."""
+        access = RandomAccess(self.upstream)
+        columns = [name for name in self.upstream.schema if name != "jpg"]
+        spread = range(0, len(access), max(1, len(access) // _SPREAD))
+        for position in dict.fromkeys((*range(min(len(access), _LOOKED_AT)), *spread)):
+            with suppress(SampleError):
+                yield access.row(position, columns)
+
+    def remarks(self, success: dict[str, Any]) -> list[str]:
+        """Also of denied keys that no sample has: a mistyped one would be denied to nobody."""
+        said = super().remarks(success)
+        if "key_lists" not in self.__dict__:
+            return said  # no sample was judged by us
+        if "deny_keys" in self.key_lists:
+            listed, found = len(self.key_lists["deny_keys"]), success["reasons"].get("dropped:key_denied", 0)
+            if found < listed:
+                said.append(f"deny_keys={self.config.deny_keys}: {listed} keys, but {found} samples have one of them")
+        if "keep_keys" in self.key_lists:
+            listed = len(self.key_lists["keep_keys"])
+            found = success["counts"]["in"] - success["reasons"].get("dropped:key_not_kept", 0)
+            if found < listed:
+                said.append(f"keep_keys={self.config.keep_keys}: {listed} keys, but {found} samples have one of them")
+        return said
 
     def process(self, partition: Partition) -> Iterator[Outcome]:
         for (outcome, row), result in self.pool.map(self._images(partition), self.rank.check_stop):
             yield self._judged(outcome, row, result)
+        if self.config.fuse:
+            self.notes["noted"] = {reason: count for reason, count in self.source.noted.items() if count}
 
     def _images(self, partition: Partition) -> Iterator[tuple[tuple[Outcome, Row], bytes | None]]:
         """Outcomes so far, the rest of their rows, and the images, None where there is none to judge."""
         if self.config.fuse:
             self.source.planned, self.source.scratch = self.planned["extra"], self.scratch
+            self.source.noted.clear()
             arrived = (self._arrived(outcome) for outcome in self.source.samples(partition))
         else:
             stored = self.upstream.samples(partition.inputs[0].start)
@@ -137,20 +201,25 @@ class Filter(Stage):
             outcome.reason, outcome.detail, outcome.retryable = error.reason, error.detail, error.retryable
             return outcome, None
         outcome.source_bytes, outcome.source_hash = len(row["jpg"]), content_hash(row["jpg"])
-        return outcome, row
+        return outcome, row if self._listed(outcome, row) else None
 
     def _arrived(self, outcome: Outcome) -> tuple[Outcome, Row | None]:
         """The same of what a source has brought in."""
         row, outcome.row = outcome.row, None
         if row is not None:
             outcome.status = "failed"  # until it is judged
-            if not self._listed(outcome):
+            if not self._listed(outcome, row):
                 return outcome, None
         return outcome, row
 
-    def _listed(self, outcome: Outcome) -> bool:
-        """Whether the sample's key is one that the lists of keys allow."""
-        reason = next(filter(None, (check(outcome.key) for check in self.key_checks)), "")
+    def _listed(self, outcome: Outcome, row: Row | None = None) -> bool:
+        """Whether the sample's key, or what is in its column ``key_column``, is one that the lists of keys allow."""
+        column = self.config.key_column
+        if column and row is None:
+            return True  # to be asked again when its columns are known
+        value = filters.column_value(row, column) if column and row else outcome.key
+        key = "" if value is None else str(value)
+        reason = next(filter(None, (check(key) for check in self.key_checks)), "")
         if reason:
             outcome.status, outcome.reason = "dropped", reason
         return not reason

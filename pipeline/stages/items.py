@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 from abc import ABC, abstractmethod
@@ -12,18 +11,34 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from pipeline import images
+from pipeline.captions import captions_of, repaired
 from pipeline.config import ConfigError, DownloadConfig, ShardConfig
 from pipeline.formats.base import IMAGE, MASK
 from pipeline.formats.pixels import to_bytes
 from pipeline.loading import Permutation
 from pipeline.partitions.dataset import Dataset, RandomAccess
-from pipeline.partitions.plan import Input, Partition
+from pipeline.partitions.plan import Input, LeftOut, Partition, file_state
 from pipeline.randomness import keyed_seed
-from pipeline.samples import IMAGE_COLUMNS, Outcome, Row, SampleError, Schema, caption_fields, content_hash
+from pipeline.samples import (
+    IMAGE_COLUMNS,
+    Outcome,
+    Row,
+    SampleError,
+    Schema,
+    caption_fields,
+    content_hash,
+    label_of,
+    path_text,
+    plain,
+)
 from pipeline.sources.annotations import synset_names
 from pipeline.sources.image_folder import ImageFolder, walk
+from pipeline.sources.lists import NAME_COLUMNS, open_list
+from pipeline.sources.memory_images import pixels_of, storable, upright
+from pipeline.sources.texts import suffix_of
 
 _PARTITIONS = 32
 """As many at least, so that processes share the work evenly, as long as partitions are of the least size."""
@@ -56,6 +71,18 @@ class Items(ABC):
     def extra(self) -> dict[str, Any]:
         """What the manifest should say of them."""
         return {}
+
+    def watched(self) -> dict[str, str]:
+        """Files besides the inputs that samples depend on: name → state."""
+        return {}
+
+    def left_out(self) -> LeftOut:
+        """What looks like data but is no sample of the last plan."""
+        return LeftOut()
+
+    def changed(self, file: Input) -> bool:
+        """Whether a planned input is not what it was."""
+        return True
 
     @abstractmethod
     def plan(self, since: int, sample_bytes: int) -> Iterator[Partition]:
@@ -155,15 +182,24 @@ class Folder(Items):
     def extra(self) -> dict[str, Any]:
         return {"classes": self.classes} if self.classes else {}
 
+    def watched(self) -> dict[str, str]:
+        lists = {path: file_state(path) for path in (self.config.labels, self.config.classes) if Path(path).is_file()}
+        return self.source.watched() | {Path(path).name: state for path, state in lists.items()}
+
+    def left_out(self) -> LeftOut:
+        return self.source.left_out
+
+    def changed(self, file: Input) -> bool:
+        return self.source.changed(file)
+
     def plan(self, since: int, sample_bytes: int) -> Iterator[Partition]:
-        files = [(path, state.st_size, state.st_mtime_ns) for path, state in walk(self.source.root)]
+        files = [file for partition in self.source.plan() for file in partition.inputs]
         if not files:
             raise ConfigError(f"input={self.config.input}: no image below this folder")
-        mean = sum(size for _, size, _ in files) / len(files)
+        mean = sum(file.size for file in files) / len(files)
         for start, stop in self.cuts(len(files), sample_bytes or mean):
             chosen = self.order(np.arange(start, stop), len(files), 0)
-            inputs = tuple(Input(path, size=size, mtime_ns=time) for path, size, time in (files[i] for i in chosen))
-            yield Partition(inputs, stop - start)
+            yield Partition(tuple(files[i] for i in chosen), stop - start)
 
     def outcomes(self, partition: Partition, planned: dict[str, Any]) -> Iterator[Outcome]:
         self.source.planned = {"classes": []}
@@ -192,8 +228,8 @@ class Folder(Items):
 
     def some(self) -> Iterator[Row]:
         planned = self.extra()
-        for path, state in walk(self.source.root):
-            file = Input(path, size=state.st_size, mtime_ns=state.st_mtime_ns)
+        for found in walk(self.source.root):
+            file = Input(path_text(found.path), size=found.size, mtime_ns=found.mtime_ns)
             for outcome in self.outcomes(Partition((file,), 1), planned):
                 if outcome.row is not None:
                     yield outcome.row
@@ -334,24 +370,31 @@ def completed(key: str, row: Row) -> Row:
     """``row`` with the columns that every sample has, its values as they are stored."""
     row = dict(row)
     data, kind = file_of(row.pop("image") if "image" in row else row[IMAGE])
-    captions = row.pop("captions", row.pop("caption", []))
+    first = row.pop("caption", [])
+    captions = row.pop("captions", [])
     made: Row = {
-        "key": str(row.pop("key", key)),
+        "key": repaired(str(row.pop("key", key))),
         IMAGE: data,
         "format": kind,
-        **caption_fields([captions] if isinstance(captions, str) else list(captions)),
+        **caption_fields(captions_of(captions) or first),
         **(header_columns(data) if kind != "npy" else _npy_columns(data)),
     }
     row.pop(IMAGE, None)
     if "label" in row:
-        made["label"] = int(row.pop("label"))
+        label = label_of(row.pop("label"))
+        if label is None:
+            raise SampleError("no_label")
+        made["label"] = label
     if row.get(MASK) is not None:
-        made[MASK] = file_of(row.pop(MASK))[0]
+        made[MASK] = file_of(row.pop(MASK), numbers=True)[0]
     return made | {str(name): _plain(value) for name, value in row.items() if name not in made}
 
 
-def file_of(value: Any) -> tuple[bytes, str]:
-    """The bytes of an image file and its format; of what is no file yet, one without loss."""
+def file_of(value: Any, *, numbers: bool = False) -> tuple[bytes, str]:
+    """The bytes of an image file and its format; of what is no file yet, one without loss.
+
+    ``numbers``: its values are no colours, those of a palette stay indices.
+    """
     if isinstance(value, (bytes, bytearray, memoryview)):
         data = bytes(value)
     elif isinstance(value, (str, os.PathLike)):
@@ -360,24 +403,15 @@ def file_of(value: Any) -> tuple[bytes, str]:
         except OSError as error:
             raise SampleError("unreadable", error.strerror or "") from None
     else:
-        return to_bytes(array_of(value))
+        if isinstance(value, Image.Image):
+            value = upright(value) if numbers else storable(value)
+        return to_bytes(pixels_of(value, numbers=numbers))
     if data.startswith(b"\x93NUMPY"):
         return data, "npy"
     try:
         return data, images.probe(data).format
     except images.ImageError as error:
         raise SampleError(error.reason, error.detail) from None
-
-
-def array_of(value: Any) -> np.ndarray:
-    """(h, w) or (h, w, c) of a PIL image, an array, or a tensor (c, h, w)."""
-    if hasattr(value, "detach"):
-        array = value.detach().cpu().numpy()
-        return np.ascontiguousarray(array.transpose(1, 2, 0)) if array.ndim == 3 else array
-    array = np.asarray(value)
-    if array.ndim not in (2, 3):
-        raise SampleError("no_image", f"{type(value).__name__} of shape {array.shape}")
-    return array.astype(np.uint8) if array.dtype == np.bool_ else array
 
 
 def header_columns(data: bytes) -> Row:
@@ -399,12 +433,12 @@ def _npy_columns(data: bytes) -> Row:
 
 def _plain(value: Any) -> Any:
     if isinstance(value, np.generic):
-        return value.item()
+        value = value.item()
     if isinstance(value, np.ndarray) or hasattr(value, "detach"):
         from pipeline.formats.pixels import to_npy
 
         return to_npy(value.detach().cpu().numpy() if hasattr(value, "detach") else value)
-    return value
+    return value if isinstance(value, bytes) else plain(value)
 
 
 def kind_of(value: Any) -> str:
@@ -442,9 +476,9 @@ def read_classes(path: Path) -> list[str]:
 
 
 def read_labels(path: Path) -> dict[str, str]:
-    """File name → class: ``.csv`` with two columns (ImageNet's ``LOC_val_solution.csv``: the first word counts),
-    ``.json``, ``.txt`` with a pair a line, or ``ILSVRC2012_validation_ground_truth.txt`` of ImageNet's devkit, whose
-    numbers are not in WordNet order: ``meta.mat`` beside it, or in its parent, tells which class they mean.
+    """File name → class: a list of two columns (ImageNet's ``LOC_val_solution.csv``: the first word counts), a ``.json``
+    mapping, ``.txt`` with a pair on each line, or ``ILSVRC2012_validation_ground_truth.txt`` of ImageNet's devkit,
+    whose numbers are not in WordNet order: ``meta.mat`` beside it, or in its parent, tells which class they mean.
 
     Raises:
         ConfigError: it cannot be read.
@@ -454,17 +488,26 @@ def read_labels(path: Path) -> dict[str, str]:
             names = _devkit_names(path)
             numbers = path.read_text().split()
             return {f"ILSVRC2012_val_{n:08d}": names[int(number)] for n, number in enumerate(numbers, 1)}
-        if path.suffix == ".json":
-            return {str(name): str(label) for name, label in json.loads(path.read_text()).items()}
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            pairs = csv.reader(file) if path.suffix == ".csv" else (line.split(None, 1) for line in file)
-            labels = {pair[0].strip(): pair[1].split()[0] for pair in pairs if len(pair) > 1 and pair[1].strip()}
-        header = next(iter(labels), "")
-        if path.suffix == ".csv" and header.lower() in ("imageid", "image", "file", "file_name", "filename", "name"):
-            del labels[header]
-        return labels
+        return _named_labels(path)
+    except ConfigError:
+        raise
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise ConfigError(f"labels={path}: cannot be read: {error}") from None
+
+
+def _named_labels(path: Path) -> dict[str, str]:
+    """The pairs of a list: a name, and a class, of several words the first."""
+    labels: dict[str, str] = {}
+    for number, row in enumerate(open_list(path, "a file of labels", heading=False).rows(), 1):
+        values = [str(value) for value in row.values.values() if isinstance(value, str | int)]
+        pair = values[0].split(None, 1) if suffix_of(path) == ".txt" else values
+        words = pair[1].split() if len(pair) > 1 else []
+        if number == 1 and pair and pair[0].strip().lower() in ("imageid", *NAME_COLUMNS):
+            continue  # the heading
+        if row.error or not words or not pair[0].strip():
+            raise ConfigError(f"labels={path}: row {number}: {row.error or 'expected a name and a class'}")
+        labels[pair[0].strip()] = words[0]
+    return labels
 
 
 def _devkit_names(path: Path) -> dict[int, str]:

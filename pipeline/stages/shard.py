@@ -21,7 +21,7 @@ from pipeline.formats.columns import WIDE
 from pipeline.formats.pixels import mask_array, natural_mode, to_array, to_bytes
 from pipeline.memory import keep_freed_memory
 from pipeline.partitions import engine
-from pipeline.partitions.plan import Partition
+from pipeline.partitions.plan import Input, LeftOut, Partition
 from pipeline.partitions.stage import Stage
 from pipeline.samples import Outcome, Row, SampleError, Schema
 from pipeline.stages.items import Folder, Items, Upstream, is_image_folder
@@ -43,6 +43,15 @@ class Shard(Stage):
     @property
     def rechecks(self) -> bool:  # type: ignore[override]
         return not self.reads_upstream
+
+    def watched(self) -> dict[str, str]:
+        return self.items.watched()
+
+    def left_out(self) -> LeftOut:
+        return self.items.left_out()
+
+    def changed(self, file: Input) -> bool:
+        return self.items.changed(file)
 
     @property
     def format(self) -> str:

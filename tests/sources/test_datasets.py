@@ -511,7 +511,7 @@ def test_metadata_that_changed_are_noticed(server: Server, memory: Path, monkeyp
     again.planned = Dataset.open(output).header
     (partition,) = again.plan()
     assert len(list(again.process(partition))) == 3
-    server.put("/textvqa/data/textcaps/TextCaps_0.1_train.json", b'{"data": []}')
+    server.put("/textvqa/data/textcaps/TextCaps_0.1_train.json", b'{"data": [{"image_id": "x", "caption_str": "y"}]}')
     for table in output.glob("tables/*"):
         table.unlink()
     other = get_stage("download")(config, Rank())

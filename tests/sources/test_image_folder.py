@@ -19,7 +19,8 @@ from pipeline.partitions.dataset import Dataset
 from pipeline.partitions.planning import Stale, open_or_plan
 from pipeline.partitions.verify import verify
 from pipeline.samples import content_hash, path_text, real_path
-from pipeline.sources.image_folder import ImageFolder, read_captions, walk
+from pipeline.sources.caption_files import CaptionFile
+from pipeline.sources.image_folder import ImageFolder, walk
 from pipeline.stages.download import Download
 
 
@@ -121,7 +122,7 @@ def test_the_first_line_of_a_text_file_beside_the_image_is_its_caption(images: P
     (images / "things/c.v2.txt").write_bytes(b"caf\xe9 \xc3\xa9\n")
     assert captions(download(images)) == {
         "things/a-png": ["A red square."],
-        "things/b-png": ["things"],  # an empty file says nothing: the folder's name does
+        "things/b-png": [],  # an empty file says that there is none
         "things/c=2Ev2-png": ["caf� é"],
     }
 
@@ -162,16 +163,17 @@ def test_the_setting_says_where_captions_come_from(images: Path, setting: str, e
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "cannot be read"),
-        ('[{"caption": "x"}]', "a row needs a name"),
-        ('[{"file": "x"}]', "and a caption"),
-        ("[3]", "a row"),
+        ("{", "no JSON"),
+        ('[{"caption": "x"}]', "row 1: a row needs a name .* but has caption"),
+        ('[{"file": "x"}]', "and a caption .* but has file"),
+        ("[3]", "row 1: no JSON object"),
+        ("[]", "no row"),
     ],
 )
 def test_a_caption_file_that_cannot_be_used_is_named(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "captions.json").write_text(text)
-    with pytest.raises(ConfigError, match=rf"captions=.*captions.json: .*{message}"):
-        read_captions(tmp_path / "captions.json")
+    with pytest.raises(ConfigError, match=rf"captions.json: .*{message}"):
+        CaptionFile(tmp_path / "captions.json")
 
 
 def test_a_caption_file_that_is_not_there_is_named(images: Path) -> None:
@@ -272,11 +274,13 @@ def test_a_link_to_nowhere_is_a_row_and_a_link_to_a_file_is_that_file(images: Pa
     (images / "loop.png").symlink_to(images / "loop.png")
     (images / "link.png").symlink_to(picture(tmp_path / "elsewhere" / "x.png"))
     picture(tmp_path / "elsewhere/more/y.png")
-    (images / "folder").symlink_to(tmp_path / "elsewhere/more")  # not followed: it might lead round in a circle
+    (images / "folder").symlink_to(tmp_path / "elsewhere/more")
+    (images / "round").symlink_to(images)
     assert outcomes(download(images)) == {
         "broken-png": "failed:missing",
         "loop-png": "failed:unreadable",
         "link-png": "kept:",
+        "folder/y-png": "kept:",
     }
 
 
@@ -349,7 +353,7 @@ def test_walking_sorts_by_bytes_and_ends_on_hard_cases(images: Path) -> None:
     for name in ("B.png", "a.png", "é.png", "Z/1.png", "a/1.png", "a/b/1.png"):
         picture(images / name)
     (images / "pipe.png").symlink_to("/dev/null")
-    assert [path for path, _ in walk(images)] == [
+    assert [found.path for found in walk(images)] == [
         "B.png",
         "a.png",
         "pipe.png",
@@ -376,7 +380,7 @@ def test_a_file_that_was_added_since_makes_the_output_stale(images: Path) -> Non
     picture(images / "a.png")
     download(images)
     picture(images / "b.png")
-    with pytest.raises(Stale, match=r"the input has changed since it was planned \(files added, removed or modified\)"):
+    with pytest.raises(Stale, match=r"the input has changed since it was planned \(b.png was added\)"):
         download(images)
     (images / "b.png").unlink()
     download(images)

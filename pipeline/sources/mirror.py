@@ -1,0 +1,45 @@
+"""A folder with a publisher's files, in place of the network: ``mirror=``."""
+
+from __future__ import annotations
+
+from pathlib import Path, PurePosixPath
+from urllib.parse import unquote, urlsplit
+
+from pipeline.config import ConfigError
+
+
+class Mirror:
+    """Finds in a folder what lies at a URL, or at a path in a repository.
+
+    The file may lie below the folder under the URL's whole path (with or without the host) or any end of it, down to
+    its name alone: the longest end that is there counts.
+
+    Raises:
+        ConfigError: there is no such folder.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self.root = Path(folder).absolute()
+        if not self.root.is_dir():
+            raise ConfigError(f"mirror={folder}: no such folder")
+
+    def find(self, place: str) -> Path | None:
+        """The file that stands for ``place``; None if there is none."""
+        path = place
+        if "://" in place:
+            parts = urlsplit(place)
+            path = f"{parts.hostname or ''}/{unquote(parts.path)}"
+        names = [part for part in PurePosixPath(path).parts if part not in ("", ".", "..", "/") and "\0" not in part]
+        for first in range(len(names)):
+            file = self.root.joinpath(*names[first:])
+            try:
+                if file.is_file():
+                    return file
+            except OSError:  # a name longer than a file system takes
+                continue
+        return None
+
+    def paths(self) -> list[str]:
+        """All files below the folder, relative to it, in order; hidden ones are left out."""
+        found = (path.relative_to(self.root) for path in self.root.rglob("*") if path.is_file())
+        return sorted(str(path) for path in found if not any(part.startswith(".") for part in path.parts))
