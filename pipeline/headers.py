@@ -21,10 +21,11 @@ from zlib import error as ZlibError
 from PIL import AvifImagePlugin, Image, TiffImagePlugin, UnidentifiedImageError
 
 from pipeline.colour import MAX_PROFILE
+from pipeline.tiff import without_lost_fields
 
 logging.getLogger("PIL").setLevel(logging.CRITICAL)  # what it has to say about a bad file is in our errors
 
-FORMATS = ("jpeg", "png", "webp", "gif", "bmp", "tiff", "avif")
+FORMATS = ("jpeg", "png", "webp", "gif", "bmp", "tiff", "avif", "jpeg2000")
 LOSSLESS_FORMATS = ("png", "gif", "bmp", "tiff")
 
 _MAX_SCANS = 500
@@ -127,6 +128,8 @@ _MAGIC = (
     (b"MM\0*", "tiff"),
     (b"II+\0", "tiff"),
     (b"MM\0+", "tiff"),
+    (b"\0\0\0\x0cjP  \r\n\x87\n", "jpeg2000"),
+    (b"\xff\x4f\xff\x51", "jpeg2000"),
 )
 
 
@@ -268,8 +271,9 @@ _PNG_MODES = {
 
 
 def _probe_png(data: bytes, limits: Limits) -> Probe:
-    orientation, frames, alpha, icc = 1, 1, False, b""
+    orientation, frames, alpha, icc, readable = 1, 1, False, b"", True
     for kind, start, end in png_chunks(data):
+        readable = readable and not (kind in _PNG_TEXTS and _is_long_text(kind, data[start:end]))
         if kind == b"tRNS":
             alpha = True
         elif kind == b"eXIf":
@@ -283,8 +287,42 @@ def _probe_png(data: bytes, limits: Limits) -> Probe:
     if mode is None:
         raise ImageError("decode_error", f"PNG with {bits} bits of colour type {colour}")
     alpha |= colour in (4, 6)
-    plain = mode in ("L", "RGB") and not alpha and frames == 1
+    plain = mode in ("L", "RGB") and not alpha and frames == 1 and readable
     return _checked(Probe("png", width, height, mode, orientation, frames, alpha, plain, icc), limits)
+
+
+_PNG_TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
+"""Chunks of metadata. Pillow refuses a file for those that are long, or unpack to more than a megabyte."""
+_LONG_TEXT = 1 << 20
+
+
+def _is_long_text(kind: bytes, chunk: bytes) -> bool:
+    """Whether other decoders may refuse a PNG for this chunk."""
+    if len(chunk) > _LONG_TEXT:
+        return True
+    if kind == b"tEXt" or len(chunk) * 1032 < _LONG_TEXT:  # deflate packs no better
+        return False
+    packed = chunk.partition(b"\0")[2]
+    if kind == b"iTXt":  # flag, method, then language and keyword, each with a zero
+        packed = b"" if packed[:1] != b"\1" else packed[2:].split(b"\0", 2)[-1]
+    else:
+        packed = packed[1:]
+    try:
+        return len(decompressobj().decompress(packed, _LONG_TEXT + 1)) > _LONG_TEXT
+    except ZlibError:
+        return True
+
+
+def png_pixels(data: bytes) -> bytes:
+    """A PNG without its texts and profile, which say nothing about pixels; ``data`` itself where it has none.
+
+    Raises:
+        ImageError: it is cut.
+    """
+    chunks = list(png_chunks(data))
+    if not any(kind in _PNG_TEXTS for kind, _, _ in chunks):
+        return data
+    return data[:8] + b"".join(data[start - 8 : end + 4] for kind, start, end in chunks if kind not in _PNG_TEXTS)
 
 
 def _inflated_profile(chunk: bytes) -> bytes:
@@ -425,6 +463,16 @@ def _probe_pillow(data: bytes, limits: Limits) -> Probe:
     return _checked(found, limits)
 
 
+_HARMLESS = (
+    r"Metadata Warning, tag \d+ had too many entries",
+    r"Possibly corrupt EXIF (MakerNote )?data",
+    r"Corrupt EXIF data",
+    r"Palette images with Transparency expressed in bytes",
+    r"Couldn't allocate palette entry for transparency",
+)
+"""Warnings of Pillow about metadata, or about what is done right all the same; all others refuse the file."""
+
+
 @contextmanager
 def opened(data: bytes, format: str, limits: Limits) -> Iterator[Image.Image]:
     """Pillow's image, with Pillow held to this one format and to `limits`, its warnings raised and its failures
@@ -434,6 +482,9 @@ def opened(data: bytes, format: str, limits: Limits) -> Iterator[Image.Image]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
+            for harmless in _HARMLESS:
+                warnings.filterwarnings("ignore", harmless)
+            data = without_lost_fields(data) if format == "tiff" else data
             with Image.open(BytesIO(data), formats=(format.upper(),)) as image:
                 yield image
     except ImageError:
@@ -465,4 +516,5 @@ _PROBES: dict[str, Callable[[bytes, Limits], Probe]] = {
     "bmp": _probe_pillow,
     "tiff": _probe_pillow,
     "avif": _probe_pillow,
+    "jpeg2000": _probe_pillow,
 }

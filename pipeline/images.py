@@ -15,6 +15,7 @@ without metadata: alpha (over `background`), palettes, CMYK, 16-bit, BMP, TIFF, 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
@@ -41,6 +42,7 @@ from pipeline.headers import (
     is_turbo_jpeg,
     opened,
     png_chunks,
+    png_pixels,
     probe,
 )
 from pipeline.phash import EDGE, phash
@@ -355,12 +357,30 @@ def _decode_jpeg(data: bytes, header: Probe, at_least: Size | None) -> tuple[Pix
         scale = next((s for s in (8, 4, 2) if _scaled_enough(header, s, target)), 1)
     width, height = -(-header.width // scale), -(-header.height // scale)
     try:
-        pixels = simplejpeg.decode_jpeg(data, "RGBX", min_width=width, min_height=height, strict=True)
+        pixels = _decoded_jpeg(data, width, height)
     except MemoryError:
         raise ImageError("out_of_memory") from None
     except ValueError as error:
         raise ImageError(*explain(error)) from error
     return _of_size(pixels, width, height), scale
+
+
+_EXTRANEOUS = re.compile(r"(\d+) extraneous bytes before marker 0xd9")
+"""What libjpeg says when something lies between the last of the pixels and the end marker: cameras pad files so."""
+
+
+def _decoded_jpeg(data: bytes, width: int, height: int) -> Pixels:
+    """RGBX pixels. Raises ValueError for whatever the decoder only warns about, but for bytes before the end marker:
+    the file without them must decode without a warning."""
+    try:
+        return simplejpeg.decode_jpeg(data, "RGBX", min_width=width, min_height=height, strict=True)
+    except ValueError as error:
+        found = _EXTRANEOUS.search(str(error))
+        end = data.rfind(b"\xff\xd9")
+        if not found or end < int(found[1]):
+            raise
+        data = data[: end - int(found[1])] + b"\xff\xd9"
+        return simplejpeg.decode_jpeg(data, "RGBX", min_width=width, min_height=height, strict=True)
 
 
 def _scaled_enough(header: Probe, scale: int, target: Size) -> bool:
@@ -369,7 +389,7 @@ def _scaled_enough(header: Probe, scale: int, target: Size) -> bool:
 
 def _decode_pillow(data: bytes, header: Probe, limits: Limits, rules: Rules | None) -> Pixels:
     background = rules.background_rgb if rules else (255, 255, 255)
-    with opened(data, header.format, limits) as image:
+    with opened(png_pixels(data) if header.format == "png" else data, header.format, limits) as image:
         image.load()
         if header.format == "png":
             _check_png_rows(data, header, image)

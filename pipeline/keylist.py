@@ -11,7 +11,7 @@ import xxhash
 
 from pipeline.config import ConfigError
 from pipeline.sources.lists import SUFFIXES, open_list
-from pipeline.sources.texts import Lines, decoded, list_errors, open_text, skip, suffix_of
+from pipeline.sources.texts import Lines, list_errors, open_text, skip, suffix_of
 
 _BLOCK = 1 << 22
 
@@ -67,7 +67,7 @@ def _text_keys(path: Path) -> Iterator[str]:
         skip(stream, mark)
         lines = Lines(stream)
         while line := lines.take():
-            if key := decoded(line).strip():
+            if key := line.decode().strip():
                 yield key
 
 

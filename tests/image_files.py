@@ -90,6 +90,8 @@ def samples() -> dict[str, bytes]:
         "tiff": saved(image, "TIFF"),
         "tiff-lzw": saved(image, "TIFF", compression="tiff_lzw"),
         "avif": saved(image, "AVIF"),
+        "jpeg2000": saved(image, "JPEG2000"),
+        "jpeg2000-bare": saved(image, "JPEG2000", no_jp2=True),
     }
 
 
@@ -118,6 +120,9 @@ def bombs() -> dict[str, bytes]:
         "bmp": bytes(bmp),
         "tiff": tiff,
         "avif": avif,
+        "jpeg2000": SAMPLES["jpeg2000"]
+        .replace(struct.pack(">II", 47, 61), struct.pack(">II", 60_000, 60_000))
+        .replace(struct.pack(">II", 61, 47), struct.pack(">II", 60_000, 60_000)),
     }
 
 

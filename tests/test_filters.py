@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +48,13 @@ def test_scores_are_conditions_on_columns() -> None:
     assert score("nsfw<0.5")({"nsfw": 0.4}) == ""
     assert score("nsfw < 0.5")({"nsfw": 0.5}) == "score_nsfw"
     assert score("aesthetic>=5")({"aesthetic": 5}) == ""
-    assert score("aesthetic>=5")({}) == score("aesthetic>=5")({"aesthetic": "6"}) == "score_aesthetic"
+    assert score("aesthetic>=5")({"aesthetic": "6", "meta": {"aesthetic": 4}}) == ""
+    assert (
+        score("aesthetic>=5")({"meta": {"Aesthetic": 6.5}}) == score("aesthetic>=5")({"meta": {"aesthetic": "5"}}) == ""
+    )
+    for value in (None, True, "six", float("nan"), [6]):
+        assert score("aesthetic>=5")({"meta": {"aesthetic": value}}) == "score_aesthetic"
+    assert score("aesthetic>=5")({}) == "score_aesthetic"
     with pytest.raises(ConfigError, match="scores=nsfw"):
         score("nsfw")
 
@@ -68,6 +75,42 @@ def test_lists_of_keys(kind: str, tmp_path: Path) -> None:
     assert "spaced" in found and "\u8d64" in found and "" not in found
     assert (kept_by(found)("nobody"), kept_by(found)("spaced")) == ("key_not_kept", "")
     assert (denied_by(found)("nobody"), denied_by(found)("spaced")) == ("", "key_denied")
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl", "csv.gz"])
+def test_keys_in_a_column_of_a_table(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"list.{suffix}"
+    separator = "\t" if suffix == "tsv" else ","
+    text = '{"uid": "a", "n": 1}\n{"uid": "b", "n": 2}\n'
+    text = text if suffix == "jsonl" else f"n{separator}UID\n1{separator}a\n2{separator}b\n"
+    path.write_bytes(gzip.compress(text.encode()) if suffix.endswith("gz") else text.encode())
+    assert len(KeyList(str(path), "uid")) == 2 and "b" in KeyList(str(path), "uid")
+    assert "2" in KeyList(str(path), "n")
+    with pytest.raises(ConfigError, match="no column key, but"):
+        KeyList(str(path))
+
+
+def test_a_table_of_one_column_may_lack_a_heading(tmp_path: Path) -> None:
+    (tmp_path / "list.csv").write_text("a-jpg\nb-jpg\n")
+    assert len(KeyList(str(tmp_path / "list.csv"))) == 2
+    (tmp_path / "list.csv").write_text("key\nb-jpg\n")
+    assert len(KeyList(str(tmp_path / "list.csv"))) == 1
+
+
+def test_subsets_as_datacomp_has_them(tmp_path: Path) -> None:
+    uids = ["000000000000000100000000000000ff", "ffffffffffffffff0000000000000000"]
+    pairs = [(int(uid[:16], 16), int(uid[16:], 16)) for uid in uids]
+    np.save(tmp_path / "fields.npy", np.array(pairs, np.dtype("u8,u8")))
+    np.save(tmp_path / "columns.npy", np.array(pairs, np.uint64))
+    np.save(tmp_path / "texts.npy", np.array(uids))
+    for name in ("fields", "columns", "texts"):
+        found = KeyList(str(tmp_path / f"{name}.npy"))
+        assert len(found) == 2 and all(uid in found for uid in uids)
+    np.save(tmp_path / "floats.npy", np.ones((3, 3)))
+    np.save(tmp_path / "objects.npy", np.array([{}], object))
+    for name in ("floats.npy", "objects.npy"):
+        with pytest.raises(ConfigError, match=name):
+            KeyList(str(tmp_path / name))
 
 
 def test_what_is_no_list_of_keys(tmp_path: Path) -> None:

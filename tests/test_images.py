@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from image_files import ARITHMETIC_JPEG, ODD_JPEG, SAMPLES, bombs, damaged, picture, png, png_chunk, saved
 from PIL import Image, ImageCms
+from PIL.PngImagePlugin import PngInfo
 from profiles import ADOBE_RGB, profile
 from sklearn.datasets import load_sample_image
 
@@ -36,6 +37,7 @@ from pipeline.images import (
     resize,
     target_size,
 )
+from pipeline.tiff import without_lost_fields
 
 KEEP_ALL = Rules(min_image_size=0, max_image_size=0)
 
@@ -115,6 +117,76 @@ def test_exif_orientation_survives_any_bytes() -> None:
     assert all(exif_orientation(good[:end]) in (1, 6) for end in range(len(good)))
     assert exif_orientation(b"II*\0\xff\xff\xff\xff") == 1
     assert exif_orientation(b"") == 1
+
+
+# ---------------------------------------------------------------- damage that does not touch the pixels
+
+LONG = "x" * 2_000_000
+
+
+def described(**texts: str) -> PngInfo:
+    info = PngInfo()
+    for kind, text in texts.items():
+        if kind == "international":
+            info.add_itxt("about", text, zip=True)
+        else:
+            info.add_text("about", text, zip=kind == "packed")
+    return info
+
+
+@pytest.mark.parametrize("options", [
+    {"pnginfo": described(plain=LONG)},
+    {"pnginfo": described(packed=LONG)},
+    {"pnginfo": described(international=LONG)},
+    {"icc_profile": bytes(3_000_000)},
+])  # fmt: skip
+def test_a_png_with_long_texts_or_profile_is_read_and_written_anew_without_them(options: dict[str, Any]) -> None:
+    image = picture(61, 47)
+    result = process(saved(image, "PNG", **options), replace(KEEP_ALL, encode_format="png"))
+    assert result.changed and len(result.data) < 100_000
+    assert np.array_equal(np.asarray(Image.open(BytesIO(result.data))), np.asarray(image))
+
+
+def test_a_png_with_short_texts_keeps_its_bytes() -> None:
+    data = saved(picture(61, 47), "PNG", pnginfo=described(plain="short", packed="short" * 100))
+    assert process(data, KEEP_ALL).data == data
+
+
+@pytest.mark.parametrize("name", ["jpeg", "jpeg-grey", "jpeg-444"])
+@pytest.mark.parametrize("tail", [b"", b"after the end"])
+def test_bytes_before_the_end_marker_of_a_jpeg_are_harmless(name: str, tail: bytes) -> None:
+    good = SAMPLES[name]
+    padded = good[:-2] + b"\0\0camera\0" + good[-2:] + tail
+    assert np.array_equal(images.decode(padded, probe(padded)), images.decode(good, probe(good)))
+    with pytest.raises(ImageError, match="truncated"):
+        process(good[:-300] + b"\0\0camera\0" + good[-2:], KEEP_ALL)
+
+
+def tiff_with(*fields: bytes) -> bytes:
+    """A TIFF whose directory has these fields besides its own."""
+    data = SAMPLES["tiff"]
+    (start,) = struct.unpack_from("<I", data, 4)
+    (count,) = struct.unpack_from("<H", data, start)
+    own = [data[start + 2 + 12 * number :][:12] for number in range(count)]
+    every = sorted([*own, *fields], key=lambda field: struct.unpack_from("<H", field))
+    directory = struct.pack("<H", len(every)) + b"".join(every) + bytes(4)
+    return data[:4] + struct.pack("<I", len(data)) + data[8:] + directory
+
+
+def test_fields_of_a_tiff_that_say_nothing_of_pixels_may_be_damaged() -> None:
+    good = images.decode(SAMPLES["tiff"], probe(SAMPLES["tiff"]))
+    lost = tiff_with(struct.pack("<HHII", 270, 2, 100, 10_000_000), struct.pack("<HHII", 33432, 2, 9, 2**32 - 5))
+    assert np.array_equal(images.decode(lost, probe(lost)), good)
+    assert without_lost_fields(SAMPLES["tiff"]) == SAMPLES["tiff"]
+    twice = tiff_with(struct.pack("<HHIHH", 274, 3, 2, 3, 6))
+    assert np.array_equal(images.decode(twice, probe(twice)), good[::-1, ::-1])
+    pixels = tiff_with(struct.pack("<HHII", 347, 7, 100, 10_000_000))
+    assert without_lost_fields(pixels) == pixels
+
+
+@pytest.mark.parametrize("end", range(0, 60, 7))
+def test_a_cut_tiff_is_left_as_it_is(end: int) -> None:
+    assert without_lost_fields(SAMPLES["tiff"][:end]) == SAMPLES["tiff"][:end]
 
 
 # ---------------------------------------------------------------- caps come before decoding

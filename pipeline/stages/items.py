@@ -476,9 +476,9 @@ def read_classes(path: Path) -> list[str]:
 
 
 def read_labels(path: Path) -> dict[str, str]:
-    """File name → class: a list of two columns (ImageNet's ``LOC_val_solution.csv``: the first word counts), a ``.json``
-    mapping, ``.txt`` with a pair on each line, or ``ILSVRC2012_validation_ground_truth.txt`` of ImageNet's devkit,
-    whose numbers are not in WordNet order: ``meta.mat`` beside it, or in its parent, tells which class they mean.
+    """File name → class: a list of two columns (ImageNet's ``LOC_val_solution.csv``: the first word counts), a
+    ``.json`` mapping, ``.txt`` with a pair on each line, or ``ILSVRC2012_validation_ground_truth.txt`` of ImageNet's
+    devkit, whose numbers are not in WordNet order: ``meta.mat`` beside it, or above it, tells what they mean.
 
     Raises:
         ConfigError: it cannot be read.
@@ -489,8 +489,8 @@ def read_labels(path: Path) -> dict[str, str]:
             numbers = path.read_text().split()
             return {f"ILSVRC2012_val_{n:08d}": names[int(number)] for n, number in enumerate(numbers, 1)}
         return _named_labels(path)
-    except ConfigError:
-        raise
+    except ConfigError as error:
+        raise ConfigError(f"labels={error}") from None
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise ConfigError(f"labels={path}: cannot be read: {error}") from None
 
@@ -505,7 +505,7 @@ def _named_labels(path: Path) -> dict[str, str]:
         if number == 1 and pair and pair[0].strip().lower() in ("imageid", *NAME_COLUMNS):
             continue  # the heading
         if row.error or not words or not pair[0].strip():
-            raise ConfigError(f"labels={path}: row {number}: {row.error or 'expected a name and a class'}")
+            raise ConfigError(f"{path}: row {number}: {row.error or 'expected a name and a class'}")
         labels[pair[0].strip()] = words[0]
     return labels
 
@@ -513,5 +513,5 @@ def _named_labels(path: Path) -> dict[str, str]:
 def _devkit_names(path: Path) -> dict[int, str]:
     found = next((folder / "meta.mat" for folder in path.parents[:2] if (folder / "meta.mat").is_file()), None)
     if found is None:
-        raise ConfigError(f"labels={path}: meta.mat of the devkit must lie beside it")
+        raise ConfigError(f"{path}: meta.mat of the devkit must lie beside it")
     return synset_names(found)
