@@ -58,8 +58,6 @@ class UrlList(Source):
     def plan(self) -> Iterator[Partition]:
         config = self.config
         check_settings(config)
-        if config.partition_size < 1:
-            raise ConfigError(f"partition_size={config.partition_size}: must be at least 1")
         if config.split_column and not config.split_values:
             raise ConfigError("split_column= needs split_values=[...]")
         check_space(config, self.home, None)
