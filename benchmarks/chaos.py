@@ -32,7 +32,9 @@ def plan(trials: int, seed: int, events: list[str]) -> list[tuple[str, str, int]
 
 def _way(event: str, way: str) -> str:
     """Elements of an array come and go one by one: what is done to "the" job of a trial is for a single one."""
-    alone = event.startswith(("reach", "lose", "crash", "cut", "orphan", "reboot"))
+    alone = event.startswith(("reach", "lose", "crash", "cut", "orphan", "reboot", "make", "delete", "throttle", "let"))
+    if event == "cancel_an_element":
+        return "array"
     return "submit" if (alone and way == "array") or event == "reach_time_limit" else way
 
 

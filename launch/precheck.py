@@ -83,7 +83,7 @@ def arguments_of(script: Path) -> dict[str, str]:
         text = script.read_text()
     except OSError:
         return {}
-    found = re.search(r"^run(?:_together)? python -m pipeline\.stages\.\w+(.*(?:\\\n.*)*)", text, re.MULTILINE)
+    found = re.search(r"^run(?:_together)? python -m pipeline\.stages\.\w+((?:\\\n|.)*)", text, re.MULTILINE)
     words = shlex.split(found[1].replace("\\\n", " ")) if found else []
     return dict(word.partition("=")[::2] for word in words if "=" in word)
 

@@ -59,7 +59,7 @@ for stage in "${stages[@]}"; do
   name=$(basename "$DATASET" .yaml)-$stage
   # by the place that its comment holds: other data, splits and settings of this name are other work
   id=$(try squeue --noheader --me --states=PENDING,RUNNING,SUSPENDED --format='%F %k' |
-    awk -v place="$place/$stage*" '$2 == place { print $1; exit }')
+    awk -v place="$place/$stage*" '$2 == place && !found++ { print $1 }')
   if [ -n "$id" ]; then
     echo "$stage: job $id, submitted before"
   elif INPUT=$INPUT LATENTMILL_CHECK=1 SLURM_SUBMIT_DIR=$PWD bash "slurm/$stage.sbatch" > /dev/null 2>&1; then

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from launch import slurm
+from launch import precheck, slurm
 from launch.request import PRESETS, Request, read
 from launch.script import Array, Script
 from launch.submit import Job, jobs_of
@@ -221,6 +221,21 @@ def test_settings_reach_the_script(arguments: list[str], line: str) -> None:
     assert line in text.splitlines()
 
 
+def test_a_script_tells_again_what_it_was_made_for(tmp_path: Path) -> None:
+    """So that the same output asked for with other settings is noticed while its job still waits."""
+    arguments = ["stage=filter", "dataset=shapes", f"data_dir={tmp_path}", "input=/a b/c", "encode_quality=90"]
+    (job,) = jobs(*arguments).values()
+    (tmp_path / "7_submission.sh").write_text(slurm.scripts_of(job)[0].text)
+    assert precheck.arguments_of(tmp_path / "7_submission.sh")["input"] == "/a b/c"
+    assert precheck.differences(job, tmp_path / "7_submission.sh") == ([], [])
+    (other,) = jobs(*arguments[:-1], "encode_quality=95", "workers=3").values()
+    assert precheck.differences(other, tmp_path / "7_submission.sh") == (
+        ["encode_quality=90, now 95"],
+        ["workers=unset, now 3"],
+    )
+    assert precheck.differences(job, tmp_path / "gone.sh") == ([], [])
+
+
 def test_a_large_array_is_cut_and_shares_what_may_run_at_a_time() -> None:
     (job,) = jobs("stage=filter", "dataset=shapes", "data_dir=/d", "array=25", "array_parallelism=9").values()
     arrays = [one.array for one in slurm.scripts_of(job, 10)]
@@ -350,6 +365,29 @@ def test_bash_understands_the_scripts(path: Path) -> None:
     subprocess.run(["bash", "-n", path], check=True)
     assert max(map(len, path.read_text().splitlines())) <= 120
     assert path.suffix != ".sbatch" or os.access(path, os.X_OK)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "left"),
+    [
+        ("", "vae=sd batch_size=32 split=train "),
+        ("vae=embedded seed=3", "batch_size=32 split=train "),
+        ("--vae embedded --batch-size=8", "split=train "),
+    ],
+)
+def test_arguments_of_a_script_win_over_its_settings(arguments: str, left: str) -> None:
+    """They would be given twice otherwise, which is an error."""
+    words = f"settings vae=sd batch_size=32 split=train -- {arguments}"
+    script = f'set -euo pipefail; source {ROOT}/slurm/job.sh; {words}; printf "%s " "${{SETTINGS[@]}}"'
+    environment = {**os.environ, "LATENTMILL_CHECK": "1"}
+    assert subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True).stdout == left
+
+
+def test_a_batch_size_for_a_whole_chain_is_refused() -> None:
+    environment = {**os.environ, "DATASET": "shapes", "DATA_DIR": "/d", "BATCH_SIZE": "8"}
+    done = subprocess.run([ROOT / "slurm/pipeline.sh"], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == "BATCH_SIZE=8: of which stage? Set PRECOMPUTE_BATCH_SIZE and TRAIN_BATCH_SIZE\n"
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)

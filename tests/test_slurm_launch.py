@@ -148,6 +148,19 @@ def test_the_chain_by_scripts_alone(slurm_cluster: Cluster, tmp_path: Path) -> N
     assert re.findall(r"job (\d+), submitted before", second) == jobs
     assert await_end(slurm_cluster, *jobs) == ["COMPLETED"] * 3, logs_below(tmp_path)
     assert Dataset.open(tmp_path / "tiny/train/shard-tar").require_success()["counts"]["kept"] == 60
+    third = slurm_cluster.run(*command[:1], "filter", "shard", environment=environment).stdout
+    assert third.splitlines()[:2] == ["filter: finished already", "shard: finished already"]
+
+
+def test_other_data_and_splits_of_the_same_name_are_other_work(slurm_cluster: Cluster, tmp_path: Path) -> None:
+    held = {**TEMPLATE, "DATASET": "shapes", "DOWNLOAD_OPTIONS": "--hold --output=/dev/null"}
+    pipeline = [ROOT / "slurm/pipeline.sh", "download"]
+    said = [
+        slurm_cluster.run(*pipeline, environment={**held, "DATA_DIR": str(tmp_path / place), **more}).stdout
+        for place, more in (("a", {}), ("b", {}), ("b", {"SPLIT": "valid"}), ("a", {}))
+    ]
+    jobs = [re.findall(r"download: job (\d+)", text)[0] for text in said]
+    assert len(set(jobs)) == 3 and jobs[3] == jobs[0] and "submitted before" in said[3]
 
 
 def test_after_a_failed_stage_the_next_does_not_run(slurm_cluster: Cluster, tmp_path: Path) -> None:
@@ -190,6 +203,108 @@ def test_what_sbatch_refuses_is_one_line(slurm_cluster: Cluster, tmp_path: Path)
     rehearsed = slurm_cluster.run(*SUBMIT, *arguments, "dry_run=true", check=False)
     assert rehearsed.returncode == 1
     assert "refused: invalid partition specified: nowhere" in rehearsed.stdout
+
+
+def test_a_job_that_waits_is_told_with_its_own_size_and_settings(slurm_cluster: Cluster, tmp_path: Path) -> None:
+    arguments = ["stage=download", "dataset=shapes", f"data_dir={tmp_path / 'new'}", "cluster=slurm", "slurm_hold=true"]
+    first = slurm_cluster.run(*SUBMIT, *arguments, "count=20").stdout
+    (job,) = numbers(first)
+    again = slurm_cluster.run(*SUBMIT, *arguments, "count=20", "nodes=2", "tasks_per_node=3", "hang_timeout=99").stdout
+    assert re.search(rf"submitted before: {job} +download +1 node x 1 rank ", again)
+    assert "it has 1 node x 1 rank, 2 nodes x 3 ranks is asked for now" in again
+    assert "it has hang_timeout=unset, now 99" in again
+    other = slurm_cluster.run(*SUBMIT, *arguments, "count=40", check=False)
+    assert (other.returncode, other.stdout) == (2, "")
+    assert f"download: job {job} is in the queue for {tmp_path}/new/shapes/train/download with count=20, now 40" in (
+        other.stderr
+    )
+    # the line that it advises to watch by works before anything is there
+    (watch,) = re.findall(r"watch: python (.*)", first)
+    shown = slurm_cluster.run(sys.executable, ROOT / watch.split()[0], *watch.split()[1:]).stdout
+    assert "held by its user" in shown
+
+
+def test_what_cannot_work_is_said_before_anything_is_submitted(slurm_cluster: Cluster, tmp_path: Path) -> None:
+    plan = ["stage=download", "dataset=shapes", "count=20", f"data_dir={tmp_path}"]
+    subprocess.run([*SUBMIT, *plan], check=True, capture_output=True)
+    (tmp_path / "begun").mkdir()
+    for arguments, message in (
+        (["stage=download", "dataset=image_folder", "input=/nope"], "input=/nope: there is no such file or folder"),
+        (["stage=download", "dataset=shapes", "count=30"], "was made with count=20, now count=30 is asked for"),
+        (["stage=filter,shard", "dataset=shapes", "input=/nope"], "input=/nope: there is no such file or folder"),
+        (["stage=download", "dataset=shapes", "count=20", "after=999999"], "SLURM does not know job 999999"),
+        (["stage=download", "dataset=shapes", "count=20", "notify=mailto:me"], "notify=: expected a URL"),
+    ):
+        done = slurm_cluster.run(*SUBMIT, *arguments, f"data_dir={tmp_path}", "cluster=slurm", check=False)
+        assert (done.returncode, done.stdout) == (2, ""), done.stderr
+        assert message in done.stderr and len(done.stderr.splitlines()) == 1
+    assert slurm_cluster.run("squeue", "--noheader").stdout == ""
+
+
+def test_a_finished_first_stage_is_looked_at_by_one_process(slurm_cluster: Cluster, tmp_path: Path) -> None:
+    plan = ["stage=download", "dataset=shapes", "count=20", f"data_dir={tmp_path}"]
+    subprocess.run([*SUBMIT, *plan], check=True, capture_output=True)
+    said = slurm_cluster.run(*SUBMIT, *plan, "cluster=slurm", "array=5", "tasks_per_node=4").stdout
+    (job,) = numbers(said)
+    assert "1 node x 1 rank" in said
+    assert await_end(slurm_cluster, job) == ["COMPLETED"]
+
+
+OPTIONS = [
+    "nodes=2",
+    "gpus=h100:4",
+    "gres=gpu:h100:2",
+    "gpu_bind=closest",
+    "cpu_bind=ldoms",
+    "mem_bind=local",
+    "licenses=matlab:2",
+    "nice=100",
+    "comment=for the paper",
+    "begin=now+1hour",
+    "mail_user=me@example.org",
+    "mail_type=ALL",
+    "slurm_dependency=singleton",
+    "slurm_exclusive=true",
+]
+
+
+def test_slurm_understands_every_option(slurm_cluster: Cluster, tmp_path: Path) -> None:
+    plan = ["stage=precompute", "dataset=shapes", f"data_dir={tmp_path}", f"input={tmp_path}", "cluster=slurm"]
+    options = [option for option in OPTIONS if not option.startswith("gres=")]
+    said = slurm_cluster.run(*SUBMIT, *plan, *options, "dry_run=true").stdout
+    assert re.search(r"# ==== precompute: Job \d+ to start at", said), said
+    assert "#SBATCH --gpus-per-node=h100:2" in said and "--gpu-bind=closest" in said
+    other = [option for option in OPTIONS if not option.startswith("gpus=")]
+    assert "#SBATCH --gpus-per-node=h100:2" in slurm_cluster.run(*SUBMIT, *plan, *other, "dry_run=true").stdout
+    for wrong in ("gpus_per_node=a100:1", "licenses=matlab:99", "begin=teatime2"):
+        done = slurm_cluster.run(*SUBMIT, *plan, wrong, "dry_run=true", check=False)
+        assert done.returncode == 1 and "refused: " in done.stdout, wrong
+
+
+def test_of_several_partitions_the_first_that_has_room_is_taken(slurm_cluster: Cluster, tmp_path: Path) -> None:
+    plan = ["stage=download", "dataset=shapes", "count=20", "cluster=slurm", "slurm_hold=true", "notify=http://x.org/"]
+    said = slurm_cluster.run(*SUBMIT, *plan, f"data_dir={tmp_path / 'a'}", "partition=nowhere,main,high").stdout
+    assert "not in partition nowhere: " in said and "partition main: the first with room now" in said
+    (job,) = numbers(said)
+    assert field(slurm_cluster, job, "Partition") == "main"
+    last = [*plan, f"data_dir={tmp_path / 'b'}", f"after={job}", "partition=high,main", "mail_user=me@example.org"]
+    (second,) = numbers(slurm_cluster.run(*SUBMIT, *last).stdout)
+    assert f"afterok:{job}" in field(slurm_cluster, second, "Dependency")
+    slurm_cluster.run("scancel", second, job)
+    end = time.monotonic() + 20
+    mails = slurm_cluster.root / "log/mail"
+    while not (mails.exists() and f"Job_id={second}" in mails.read_text()):
+        assert time.monotonic() < end, mails.read_text() if mails.exists() else "no mail"
+        time.sleep(0.2)
+    assert "me@example.org" in mails.read_text()
+
+
+def test_a_chain_is_submitted_whole_though_nobody_reads_what_is_printed(slurm_cluster: Cluster, tmp_path: Path) -> None:
+    plan = ["stage=download,filter,shard", *SHAPES, f"data_dir={tmp_path}", "cluster=slurm", "slurm_hold=true"]
+    words = " ".join(str(word) for word in [*SUBMIT, *plan])
+    done = slurm_cluster.run("bash", "-c", f"set -o pipefail; {words} | true", check=False)
+    assert done.stderr == ""
+    assert len(slurm_cluster.run("squeue", "--noheader").stdout.splitlines()) == 3
 
 
 def test_a_dry_run_asks_slurm_and_submits_nothing(slurm_cluster: Cluster, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -310,6 +311,82 @@ def test_who_is_long_dead_is_looked_at_once_a_minute(
     assert reads == [1, 0, 0, 1]
 
 
+# ---- clocks and jobs that differ
+
+
+def test_a_node_whose_clock_is_an_hour_behind_is_not_silent(tmp_path: Path) -> None:
+    """How long ago a rank wrote is told by the file server, which dates all files by the same clock."""
+    output = tmp_path / "filter"
+    plan(output, 10)
+    for rank, late in ((0, 0), (1, 3600), (2, -3600)):
+        lines = [event("beat", rank, 3, NOW - 50 - late, NOW - 5 - late, 1)]
+        path = write_events(output, lines)
+        os.utime(path, (NOW - 5, NOW - 5))
+    status = look(output)
+    assert status.states == {"running": 3} and status.problems == []
+    assert {rank.heartbeat for rank in status.ranks} == {5.0}
+
+
+def test_ranks_of_two_jobs_that_share_an_output_are_all_shown(tmp_path: Path) -> None:
+    output = tmp_path / "filter"
+    plan(output, 10)
+    for job, begin in (("7", NOW - 90), ("8", NOW - 80)):
+        for rank in (0, 1):
+            write_events(output, [event("beat", rank, 2, begin, NOW - 5, 1, job=job)])
+    write_events(output, [event("beat", 0, 2, NOW - 900, NOW - 700, 1, job="6")])  # an earlier one
+    assert [(rank.rank, rank.job) for rank in look(output).ranks] == [(0, "7"), (0, "8"), (1, "7"), (1, "8")]
+
+
+# ---- jobs that failed before they had planned
+
+
+def leave_logs(folder: Path, code: int, reason: str, last: str) -> Path:
+    """What slurm/job.sh leaves of a job for ``folder``/filter; the log of its rank 0."""
+    logs = folder / "logs/filter.slurm"
+    life = logs / ".filter-12/0.0"
+    life.mkdir(parents=True)
+    (life / f"0.{code}").write_text(f"node1\n0 0.0\n{reason}\n\n")
+    (logs / "filter-12.out").write_text(f"2027-01-01 10:00:00 job 12, life 0: {last}\n")
+    (logs / "filter-12-0.log").write_text(f"{reason}\n")
+    return logs / "filter-12-0.log"
+
+
+def test_a_stage_that_failed_before_it_had_planned_is_shown_with_its_error(tmp_path: Path) -> None:
+    log = leave_logs(tmp_path / "set/train", 2, "error: input=/nope: no such folder", "Not started again: …")
+    snapshot = Watch(tmp_path).look()
+    (stage,) = snapshot.stages
+    assert (stage.name, stage.stage, stage.state) == ("set/train/filter", "filter", "failed")
+    assert stage.problems == ["rank 0: error: input=/nope: no such folder"]
+    assert snapshot.over
+    assert logs.choose(snapshot, "failed") == [log]
+    assert program(tmp_path, "ranks=0").stdout.count("no such folder") == 1
+
+
+def test_a_local_stage_that_failed_before_it_had_planned_is_shown_too(tmp_path: Path) -> None:
+    folder = tmp_path / "set/train/logs/shard-mds.20270101-100000.123"
+    folder.mkdir(parents=True)
+    (folder / "rank0.log").write_text("10:00:00 [rank 0/2 here] stopped\n")
+    (folder / "rank1.log").write_text("error: format=mds: no such thing\n")
+    (stage,) = Watch(tmp_path).look().stages
+    assert (stage.stage, stage.state, stage.problems) == ("shard", "failed", ["error: format=mds: no such thing"])
+    assert logs.choose(Watch(tmp_path).look(), "failed") == [folder / "rank1.log"]
+
+
+def test_what_was_finished_and_removed_is_not_listed(tmp_path: Path) -> None:
+    leave_logs(tmp_path, 0, "", "finished; this life took 0:00:12")
+    assert Watch(tmp_path).look().stages == []
+
+
+def test_a_job_that_plans_after_all_takes_the_place_of_its_logs(tmp_path: Path, clock: Callable[[float], None]) -> None:
+    leave_logs(tmp_path, 1, "OSError: later", "Requeued")
+    looking = Watch(tmp_path)
+    assert looking.look().stages[0].state == "failed"
+    plan(tmp_path / "filter", 10)
+    clock(60)
+    (stage,) = looking.look().stages
+    assert (stage.state, stage.total) == ("planned", 10)
+
+
 # ---- SLURM's queue
 
 SQUEUE = """#!/bin/sh
@@ -370,6 +447,32 @@ def test_jobs_belong_to_outputs_by_name_number_or_comment(tmp_path: Path, squeue
         "job 13 pending: a limit of the account or quality of service is reached (QOSMaxJobsPerUserLimit)",
     ]
     assert not now.over
+
+
+def test_a_folder_that_is_not_there_yet_is_shown_if_a_job_is_for_it(
+    tmp_path: Path, squeue: Callable[..., None]
+) -> None:
+    squeue(line("7", "filter-12ab", "PENDING", "Priority", f"{tmp_path}/new/filter for the paper"))
+    snapshot = Watch(tmp_path / "new").look()
+    assert [job.why for job in snapshot.jobs] == ["others come first (Priority)"]
+    assert not snapshot.over
+    with pytest.raises(ConfigError, match=r"other: no such folder, and no job in SLURM's queue is for it"):
+        Watch(tmp_path / "other")
+
+
+def test_short_jobs_are_seen_and_the_end_is_that_of_the_submission(
+    tmp_path: Path, squeue: Callable[..., None], clock: Callable[[float], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The queue is looked at every ten seconds, folders every thirty: a stage may come and go in between."""
+    squeue(line("7", "filter-12ab", "PENDING", "Priority", f"{tmp_path}/filter"))
+    looking = Watch(tmp_path)
+    assert not looking.look().over
+    squeue()
+    plan(tmp_path / "filter", 10)
+    monkeypatch.setattr(looking._queue, "_next", 0.0)
+    clock(5)
+    (stage,) = looking.look().stages
+    assert stage.name == "filter"
 
 
 def test_slurm_is_asked_once_in_ten_seconds(tmp_path: Path, squeue: Callable[..., None]) -> None:

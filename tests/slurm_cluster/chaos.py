@@ -10,6 +10,7 @@ import functools
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -68,6 +69,12 @@ class Trial:
     note: str = ""
     held: list[int] = field(default_factory=list)
     """Ranks that stand still while the mischief is done, so that they do not finish meanwhile."""
+    undo: list[Callable[[], object]] = field(default_factory=list)
+    """What mends the nodes after the trial."""
+    cancelled: int = 0
+    """Elements of the array that were cancelled."""
+    user: tuple[str, ...] = ()
+    """What to run commands with, to be another user."""
 
     def __post_init__(self) -> None:
         self.random = random.Random(self.seed)
@@ -77,6 +84,15 @@ class Trial:
     @property
     def output(self) -> Path:
         return self.folder / "output"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Of the ranks: clocks of two nodes are wrong, if the event says so (:func:`skew_clocks`)."""
+        if "skew" not in self.options:
+            return {}
+        (self.folder / "clocks").mkdir(exist_ok=True)
+        (self.folder / "clocks/sitecustomize.py").write_text(WRONG_CLOCK)
+        return {"PYTHONPATH": f"{ROOT}:{self.folder / 'clocks'}"}
 
     @property
     def job(self) -> str:
@@ -89,17 +105,18 @@ class Trial:
         if self.way == "template":
             environment = {**HURRY, "LATENTMILL_HOME": str(ROOT), "LOGS": str(self.folder / "logs")}
             settings = self.work.settings
-            environment |= {"DATASET": settings.pop("dataset"), "OUTPUT": str(self.output)}
+            environment |= {"DATASET": settings.pop("dataset"), "OUTPUT": str(self.output), **self.environment}
             more = [f"{key}={value}" for key, value in settings.items()]
             command = ["sbatch", "--parsable", "--nodes=2", "--ntasks-per-node=3", "--mem=1G", f"--chdir={self.folder}"]
             command += [ROOT / "slurm/download.sbatch", *more, f"hang_timeout={self.options['hang_timeout']}"]
-            said = self.cluster.run(*command, environment=environment).stdout
+            said = self.cluster.run(*self.user, *command, environment=environment).stdout
         else:
             size = (
                 {"array": "3", "tasks_per_node": "2"} if self.way == "array" else {"nodes": "2", "tasks_per_node": "3"}
             )
             keys = {"stage": "download", **self.work.settings, "output": self.output, "cluster": "slurm"}
-            keys |= size | {"setup": "; ".join(f"export {k}={v}" for k, v in HURRY.items())} | self.options
+            setup = "; ".join(f"export {k}={v}" for k, v in {**HURRY, **self.environment}.items())
+            keys |= size | {"setup": setup} | {key: value for key, value in self.options.items() if key != "skew"}
             words = [f"{key}={value}" for key, value in keys.items()]
             said = self.cluster.run(sys.executable, ROOT / "launch/submit.py", *words).stdout
         found = re.search(r"\d+", said.partition("submitted")[2] or said)
@@ -171,10 +188,13 @@ class Trial:
         """Wait until all jobs have come to their end, by themselves."""
         for job in self.jobs:
             self.until(functools.partial(self._ended, job), f"the end of job {job}")
-            assert self.state(job)["JobState"] == "COMPLETED", self.story()
+            states = [one["JobState"] for one in self.elements(job)]
+            assert states.count("CANCELLED") == self.cancelled, self.story()
+            assert states.count("COMPLETED") == len(states) - self.cancelled, self.story()
 
     def _ended(self, job: str) -> bool:
-        return self.state(job).get("JobState", "") in _ENDS
+        states = [one["JobState"] for one in self.elements(job)]
+        return bool(states) and all(state in _ENDS for state in states)
 
     def check(self) -> None:
         """The result is complete, sound, and the same as without disturbance."""
@@ -193,12 +213,18 @@ def run(
     """Submit (with further ``options`` of launch/submit.py), disturb, wait, check."""
     act = EVENTS[event]
     trial = Trial(cluster, folder, work, way, seed, {"hang_timeout": "6", **OPTIONS.get(event, {}), **options})
-    trial.submit()
-    trial.until_at_work()
-    trial.hold()
-    trial.note = f"at {trial.committed()}/{work.partitions}: {act(trial)}"
-    trial.release()
-    trial.finish()
+    try:
+        if event in BEFORE:
+            BEFORE[event](trial)
+        trial.submit()
+        trial.until_at_work()
+        trial.hold()
+        trial.note = f"at {trial.committed()}/{work.partitions}: {act(trial)}"
+        trial.release()
+        trial.finish()
+    finally:
+        for mend in trial.undo:
+            mend()
     trial.check()
     return trial
 
@@ -208,13 +234,17 @@ def processes(*words: str) -> list[int]:
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
-            try:
-                environment = (entry / "environ").read_bytes().decode(errors="replace")
-            except OSError:
-                continue
-            if all(word in environment for word in words):
+            environment = environment_of(int(entry.name))
+            if environment and all(word in environment for word in words):
                 found.append(int(entry.name))
     return sorted(found)
+
+
+def environment_of(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace")
+    except OSError:
+        return ""
 
 
 def words_of(pid: int) -> str:
@@ -390,6 +420,84 @@ def submit_twice(trial: Trial) -> str:
     return "submitted twice"
 
 
+def lose_environment(trial: Trial) -> str:
+    """One node no longer sees Python, from the next life on."""
+    return _spoil(trial, "hide", Path(sys.prefix), "has no Python environment")
+
+
+def make_read_only(trial: Trial) -> str:
+    """The output cannot be written on one node any more, from the next life on."""
+    return _spoil(trial, "readonly", trial.output, "cannot write the output")
+
+
+def _spoil(trial: Trial, action: str, path: Path, what: str) -> str:
+    node = trial.random.choice(trial.nodes())
+    trial.cluster.node(action, node, path)
+    trial.undo.append(lambda: trial.cluster.node("show", node, path))
+    return f"{node} {what}, {kill_all_ranks(trial)}"
+
+
+def delete_logs(trial: Trial) -> str:
+    """The ranks then fail, too, so that another life needs the folder."""
+    for logs in trial.folder.rglob("logs"):
+        shutil.rmtree(logs, ignore_errors=True)
+    trial.cluster.run("scancel", "--signal=USR2", trial.job)
+    return "log folder deleted, SIGUSR2"
+
+
+def cancel_an_element(trial: Trial) -> str:
+    """The other elements do its work as well."""
+    trial.cluster.run("scancel", f"{trial.job}_1")
+    trial.cancelled = 1
+    return "one element of the array cancelled"
+
+
+def throttle_a_node(trial: Trial) -> str:
+    """Its ranks run for a tenth of the time, until all the others have done their part."""
+    node = trial.nodes()[-1]
+    slow = [pid for pid in trial.held if f"SLURMD_NODENAME={node}" in environment_of(pid)]
+    fast = [pid for pid in trial.held if pid not in slow]
+    send(fast, signal.SIGCONT)
+    trial.held = slow
+    begin, seconds = time.monotonic(), trial.random.uniform(3, 8)
+    while time.monotonic() < begin + seconds:
+        send(slow, signal.SIGCONT)
+        time.sleep(0.02)
+        send(slow, signal.SIGSTOP)
+        time.sleep(0.18)
+    return f"{node} ran at a tenth of its speed for {seconds:.0f} s"
+
+
+def skew_clocks(trial: Trial) -> str:
+    """Clocks were wrong from the start (:data:`WRONG_CLOCK`); now a rank dies as well."""
+    return f"clocks of nodes differ by hours, {kill_a_rank(trial)}"
+
+
+def let_another_user_help(trial: Trial) -> str:
+    """Somebody of the same group submits the same work, with logs of their own."""
+    way, trial.way, trial.user = trial.way, "template", ("setpriv", "--reuid=65534", "--clear-groups")
+    trial.submit()
+    trial.way, trial.user = way, ()
+    return "submitted by another user as well"
+
+
+def open_to_others(trial: Trial) -> None:
+    """Whatever the trial's jobs write can be written by everybody: SLURM passes on the umask of who submits."""
+    before = os.umask(0)
+    trial.undo.append(lambda: os.umask(before))
+    trial.folder.chmod(0o777)
+
+
+WRONG_CLOCK = """
+import os, time
+_real, _late = time.time, {"node1": 3600.0, "node2": -7200.0}.get(os.environ.get("SLURMD_NODENAME"), 0.0)
+time.time = lambda: _real() - _late
+"""
+BEFORE: dict[str, Callable[[Trial], object]] = {
+    "let_another_user_help": open_to_others,
+    "make_read_only": lambda trial: trial.output.mkdir(),
+}
+"""What must be so before the job is submitted."""
 EVENTS: dict[str, Callable[[Trial], str]] = {
     act.__name__: act
     for act in (
@@ -412,10 +520,19 @@ EVENTS: dict[str, Callable[[Trial], str]] = {
         tell_term,
         reach_time_limit,
         submit_twice,
+        lose_environment,
+        make_read_only,
+        delete_logs,
+        cancel_an_element,
+        throttle_a_node,
+        skew_clocks,
+        let_another_user_help,
     )
 }
 _PATIENT = {"hang_timeout": "300"}
 OPTIONS = {
+    "skew_clocks": {"skew": "true"},
+    "throttle_a_node": _PATIENT,
     "reach_time_limit": {"time": "00:01:00", "signal_seconds": "20", **_PATIENT},
     **dict.fromkeys(("cut_batch_node", "cut_other_node", "orphan_batch_node", "preempt"), _PATIENT),
     **dict.fromkeys(("restart_controller", "lose_controller_and_ranks"), _PATIENT),
