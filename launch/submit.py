@@ -19,7 +19,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from launch import local
+from launch import local, notify
 from launch.request import PRESETS, Launch, Request, read
 from launch.script import is_single
 from pipeline import cli
@@ -35,6 +35,7 @@ from pipeline.config import (
     run_folder,
     stage_folder,
 )
+from pipeline.distributed import EXIT_STOPPED
 
 ALL = (*MAIN_LINE, "generate", "evaluate", "report")
 
@@ -220,12 +221,31 @@ def main(argv: list[str]) -> int:
 
 def run_here(jobs: list[Job], launch: Launch) -> int:
     """Run the jobs on this machine, one after the other; the first exit code that is not 0."""
+    for url in {job.request.config.notify for job in jobs} - {""}:
+        notify.require_url(url)
     for number, job in enumerate(jobs, 1):
         print(f"[{number}/{len(jobs)}] {job.stage}: {job.output or ''}", flush=True)
-        code = inline(job) if launch.kind == "inline" else local.run(job)
+        try:
+            code = inline(job) if launch.kind == "inline" else local.run(job)
+        except ConfigError as error:
+            _tell(job, 2, f"error: {error}")
+            raise
+        _tell(job, code)
         if code:
             return code
     return 0
+
+
+def _tell(job: Job, code: int, why: str = "") -> None:
+    """Send the message that ``notify=`` asks for; that it cannot be sent ends nothing."""
+    if url := job.request.config.notify:
+        stopped = code in (EXIT_STOPPED, 130)
+        event = "finished" if not code else "cancelled" if stopped else "failed"
+        reason = why or ("stopped; the same command resumes" if stopped else f"exit code {code}" if code else "")
+        if problem := notify.send(
+            url, notify.message(event, name=job.stage, work=str(job.output or ""), reason=reason)
+        ):
+            print(problem, file=sys.stderr)
 
 
 def inline(job: Job) -> int:

@@ -110,7 +110,7 @@ def test_a_converted_folder_is_the_same_on_two_nodes_and_in_one_process(slurm_cl
 
 def test_a_chain_runs_in_order_and_is_not_submitted_twice(slurm_cluster: Cluster, tmp_path: Path) -> None:
     arguments = ["stage=download,filter,shard", *SHAPES, f"data_dir={tmp_path}", "cluster=slurm", "nodes=2"]
-    first = slurm_cluster.run(*SUBMIT, *arguments, "tasks_per_node=2").stdout
+    first = slurm_cluster.run(*SUBMIT, *arguments, "tasks_per_node=2", "download.slurm_hold=true").stdout
     jobs = numbers(first)
     assert len(jobs) == 3
     again = slurm_cluster.run(*SUBMIT, *arguments, "tasks_per_node=2").stdout
@@ -120,6 +120,7 @@ def test_a_chain_runs_in_order_and_is_not_submitted_twice(slurm_cluster: Cluster
         slurm_cluster.run("squeue", "--noheader", f"--jobs={job}", "--format=%E").stdout for job in jobs[1:]
     ]
     assert all("afterok" in text for text in dependencies)
+    slurm_cluster.run("scontrol", "release", jobs[0])
     assert await_end(slurm_cluster, *jobs) == ["COMPLETED"] * 3, logs_below(tmp_path)
     assert Dataset.open(tmp_path / "shapes/train/shard-mds").require_success()["counts"]["kept"] == 120
 
