@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pipeline.formats.base import Format, register_format
     from pipeline.formats.converter import (
         Converter,
         ConverterFixedSize,
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
         ResizeAndConvert,
         TarConverter,
     )
+    from pipeline.formats.extension import FixedFiles, FlexibleFiles
     from pipeline.formats.reader import (
         DenseIpcReader,
         DenseMemmapReader,
@@ -41,6 +43,9 @@ __all__ = [
     "DenseIpcReader",
     "DenseMemmapConverter",
     "DenseMemmapReader",
+    "FixedFiles",
+    "FlexibleFiles",
+    "Format",
     "HDF5Converter",
     "HDF5Reader",
     "IpcConverter",
@@ -56,11 +61,18 @@ __all__ = [
     "ResizeAndConvert",
     "TarConverter",
     "TarReader",
+    "register_format",
 ]
+_MODULES = {"Format": "base", "register_format": "base", "FixedFiles": "extension", "FlexibleFiles": "extension"}
 
 
 def __getattr__(name: str) -> Any:
     """The classes are loaded when they are asked for: the engine, which they use, uses this package's modules."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{'reader' if name.endswith('Reader') else 'converter'}"), name)
+    module = _MODULES.get(name) or ("reader" if name.endswith("Reader") else "converter")
+    return getattr(import_module(f"{__name__}.{module}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -13,6 +13,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from importlib import import_module
+from importlib.metadata import entry_points
 from typing import Any
 
 import numpy as np
@@ -106,6 +107,13 @@ class Format(ABC):
     index_file: str = ""
     """Name of what the format's own readers expect in the root; most need nothing there."""
 
+    pattern: str = ""
+    """Glob of a partition's data files, where the Hugging Face library reads them; else empty."""
+
+    def features(self, schema: Schema, classes: Sequence[str]) -> list[dict[str, Any]]:
+        """The columns as that library's YAML describes them; ``classes`` are the names of the labels."""
+        return []
+
     def index(self, schema: Schema, files: Iterable[dict[str, Any]]) -> Iterator[bytes]:
         """Content of ``index_file``, in pieces; ``files`` has path, bytes, xxh3, samples, shard_bytes of each."""
         return iter(())
@@ -123,6 +131,26 @@ _MODULES = {
 }
 
 
+_ADDED: dict[str, Format] = {}
+_ENTRY_POINTS = "latentmill.formats"
+
+
+def register_format(format: Format) -> None:
+    """Let ``format`` be known by its name in this process. An installed package makes its format known to all of
+    Latentmill's commands with an entry point of the group ``latentmill.formats``.
+
+    Raises:
+        ConfigError: it has no name, or that of another format.
+    """
+    name = getattr(format, "name", "")
+    other = _ADDED.get(name)
+    if not name or not name.isidentifier():
+        raise ConfigError(f"{type(format).__name__}.name={name!r}: expected letters, digits and _")
+    if name in _MODULES or (other is not None and type(other).__qualname__ != type(format).__qualname__):
+        raise ConfigError(f"{type(format).__name__}.name={name}: there is another format of this name")
+    _ADDED[name] = format
+
+
 def get_format(name: str) -> Format:
     """The format called ``name``.
 
@@ -131,9 +159,18 @@ def get_format(name: str) -> Format:
     """
     from pipeline.cli import nearest
 
-    if name not in _MODULES:
-        raise ConfigError(f"format={name}: {nearest(name, _MODULES)}")
-    return import_module(f"pipeline.formats.{_MODULES[name]}").FORMAT  # type: ignore[no-any-return]
+    if name in _MODULES:
+        return import_module(f"pipeline.formats.{_MODULES[name]}").FORMAT  # type: ignore[no-any-return]
+    if name not in _ADDED:
+        for point in entry_points(group=_ENTRY_POINTS, name=name):
+            found = point.load()
+            register_format(found() if isinstance(found, type) else found)
+    if name not in _ADDED:
+        raise ConfigError(
+            f"format={name}: {nearest(name, {**_MODULES, **_ADDED})}. One of your own is known where the module that "
+            f"defines it was imported, or by an entry point of the group {_ENTRY_POINTS}"
+        )
+    return _ADDED[name]
 
 
 def chunked(parts: Iterable[bytes]) -> Iterator[bytes]:

@@ -34,6 +34,21 @@ def stored(kind: str, value: Any) -> Any:
     return json.dumps(value, ensure_ascii=False) if kind == "json" else value
 
 
+_FEATURES = {"str": "string", "json": "string", "int": "int64", "jpeg": "image", "bytes": "large_binary"}
+
+
+def features(schema: Schema, names: Iterable[str], classes: Sequence[str]) -> list[dict[str, Any]]:
+    """The columns ``names`` as the YAML of the Hugging Face library describes them; ``json`` is text."""
+    return [{"name": name, **feature(name, schema[name], classes)} for name in names]
+
+
+def feature(name: str, kind: str, classes: Sequence[str]) -> dict[str, Any]:
+    """What a column holds, in that YAML: a label with class names is one of these."""
+    if name == "label" and kind == "int" and classes:
+        return {"dtype": {"class_label": {"names": {str(number): text for number, text in enumerate(classes)}}}}
+    return {"dtype": _FEATURES[kind]}
+
+
 class Columns:
     """Columns of some rows in memory, to take single rows out of fast."""
 

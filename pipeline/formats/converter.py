@@ -18,9 +18,9 @@ import numpy as np
 
 from pipeline import cli
 from pipeline.arrow import without_pandas
-from pipeline.config import ConfigError, ShardConfig
+from pipeline.config import FORMATS, ConfigError, ShardConfig
 from pipeline.distributed import Place, Rank, find_place
-from pipeline.formats.base import Location, Writer
+from pipeline.formats.base import Format, Location, Writer, get_format, register_format
 from pipeline.formats.fixed import FixedWriter
 from pipeline.formats.pixels import mask_array, nearest, to_array, to_image
 from pipeline.memory import keep_freed_memory
@@ -28,6 +28,7 @@ from pipeline.partitions import engine
 from pipeline.samples import Row
 from pipeline.stages.items import Items, Objects
 from pipeline.stages.shard import Shard
+from pipeline.storage import StorageError
 
 if TYPE_CHECKING:
     from pipeline.partitions.dataset import Dataset
@@ -56,7 +57,10 @@ class Converter:
         settings: any other of ``python -m pipeline.stages.shard --help``.
     """
 
-    format: ClassVar[str]
+    format: ClassVar[str | Format] = ""
+    """Storage format: the name of a known one, or one of your own, see :mod:`pipeline.formats.extension`."""
+    _family: ClassVar[str] = ""
+    """The known format whose settings one's own takes: any of the same kind."""
 
     def __init__(
         self,
@@ -81,7 +85,7 @@ class Converter:
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.dist = dist
-        given: dict[str, Any] = {"format": self.format, "output": str(output_path), **settings}
+        given: dict[str, Any] = {"format": self._known_format(), "output": str(output_path), **settings}
         given |= {"shape": list(shape or ()), "im_mode": im_mode}
         if images_per_file:
             given = {"partition_size": images_per_file, "shard_bytes": _GIB, **given}
@@ -90,6 +94,24 @@ class Converter:
                 raise ConfigError(f"input_data={input_data}: no such folder")
             given["input"] = str(input_data)
         self.config: ShardConfig = cli.build(ShardConfig, given)
+
+    def _known_format(self) -> str:
+        """Find out ``format_name``; what the config is to say, which knows only our own formats.
+
+        Raises:
+            ConfigError: there is no such format, or it is of the other kind.
+        """
+        if not self._family:
+            raise ConfigError(f"{type(self).__name__}: derive it from ConverterFixedSize or ConverterFlexibleSize")
+        if isinstance(self.format, str):
+            self.format_name = self.format or self._family
+        else:
+            register_format(self.format)
+            self.format_name = self.format.name
+        if get_format(self.format_name).fixed != get_format(self._family).fixed:
+            base = "ConverterFixedSize" if get_format(self.format_name).fixed else "ConverterFlexibleSize"
+            raise ConfigError(f"{type(self).__name__}.format={self.format_name}: derive the class from {base}")
+        return self.format_name if self.format_name in FORMATS else self._family
 
     def convert(self) -> Path:
         """Convert all, or what an earlier call has left; the folder that holds the result.
@@ -104,7 +126,28 @@ class Converter:
             self._convert_in_processes(place)
         else:
             self._run(place)
+        self._check_readable()
         return Path(self.config.output)
+
+    def _check_readable(self) -> None:
+        """Raises ConfigError if what one's own writing has written cannot be read."""
+        known = (ConverterFixedSize, ConverterFlexibleSize)
+        if any(type(self)._write_data_to_disk is cls._write_data_to_disk for cls in known):  # type: ignore[attr-defined]
+            return
+        from pipeline.partitions.dataset import Dataset, RandomAccess
+
+        dataset = Dataset.open(self.config.output)
+        if dataset.success is None or not len(dataset):
+            return
+        access = RandomAccess(dataset)
+        try:
+            for position in (0, len(access) - 1):
+                access.row(position)
+        except StorageError as error:
+            raise ConfigError(
+                f"{type(self).__name__}._write_data_to_disk has written what format={self.format_name} cannot read "
+                f"({error.__cause__}): give the class a format= of its own, see FixedFiles and FlexibleFiles"
+            ) from error
 
     def repair(self) -> bool:
         """Check every byte of the finished result, and do again what is damaged; whether anything was.
@@ -174,7 +217,9 @@ class Converter:
 
 
 class ConverterFlexibleSize(Converter):
-    """Formats that keep each image as the file it came as."""
+    """Formats that keep each image as the file it came as; without a ``format``, Arrow IPC."""
+
+    _family = "ipc"
 
     def _write_data_to_disk(self, writer: Writer, row: Row) -> None:
         """Write one sample."""
@@ -197,7 +242,10 @@ class _Hooked(Writer):
 
 
 class ConverterFixedSize(Converter):
-    """Formats that hold pixels, all of one size and mode: give ``shape`` and ``im_mode`` where images differ."""
+    """Formats that hold pixels, all of one size and mode: give ``shape`` and ``im_mode`` where images differ; without
+    a ``format``, ``.npy`` files."""
+
+    _family = "memmap"
 
     def _init_arrays(self, writer: FixedWriter, count: int, first: Row) -> dict[str, np.ndarray]:
         """The arrays (count, h, w[, c]) that one file's samples are put in; ``first`` is the first of them."""
@@ -212,8 +260,19 @@ class ConverterFixedSize(Converter):
     def _adapted(self, writer: Writer) -> Writer:
         assert isinstance(writer, FixedWriter)
         writer.allocate = lambda count, first: self._init_arrays(writer, count, first)
-        writer.store = lambda number, arrays, rows: self._write_data_to_disk(writer, number, arrays, rows)
+        writer.store = lambda number, arrays, rows: self._stored(writer, number, arrays, rows)
         return writer
+
+    def _stored(
+        self, writer: FixedWriter, number: int, arrays: Mapping[str, np.ndarray], rows: list[Row]
+    ) -> list[Location]:
+        places = self._write_data_to_disk(writer, number, arrays, rows)
+        if not isinstance(places, list) or len(places) != len(rows):
+            raise ConfigError(
+                f"{type(self).__name__}._write_data_to_disk must return a list of (file, offset, length), one for "
+                f"each of the {len(rows)} rows, as writer.write_file does"
+            )
+        return places
 
 
 def _stage_of(converter: Converter, config: ShardConfig, rank: Rank) -> Shard:
@@ -227,6 +286,13 @@ def _stage_of(converter: Converter, config: ShardConfig, rank: Rank) -> Shard:
             if config.input:
                 return super().items
             return Objects(config, converter.input_data, converter._custom_collate_fn, converter.batch_size)
+
+        @property
+        def format(self) -> str:
+            return converter.format_name
+
+        def identity(self) -> dict[str, Any]:
+            return super().identity() | {"format": converter.format_name}
 
         def adapted(self, writer: Writer) -> Writer:
             return converter._adapted(writer)

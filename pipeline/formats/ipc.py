@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from pipeline.formats.base import IMAGE, Create, FileReader, Format, Location, Open, Writer
 from pipeline.formats.blocks import BlockFile
-from pipeline.formats.columns import WIDE, Columns, arrow_schema, arrow_table
+from pipeline.formats.columns import WIDE, Columns, arrow_schema, arrow_table, features
 from pipeline.samples import Row, Schema
 from pipeline.storage import Folder, HashedFile
 
@@ -152,12 +152,16 @@ class IpcReader(FileReader):
 
 class Ipc(Format):
     name = "ipc"
+    pattern = "samples.*.arrow"
 
     def writer(self, create: Create, partition: int, schema: Schema, shard_bytes: int, compression: str = "") -> Writer:
         return IpcWriter(create, schema, shard_bytes)
 
     def open(self, open: Open, name: str, schema: Schema, origin: Folder | None = None) -> FileReader:
         return IpcReader(open(name), schema)
+
+    def features(self, schema: Schema, classes: Sequence[str]) -> list[dict[str, Any]]:
+        return features(schema, ordered(schema), classes)
 
 
 FORMAT = Ipc()

@@ -5,11 +5,11 @@ from __future__ import annotations
 import io
 
 import numpy as np
-import pyarrow as pa
 
 from pipeline.formats.base import IMAGE, MASK, Create, FileReader, Format, Location, Open, Writer
 from pipeline.formats.blocks import BlockFile
-from pipeline.formats.columns import Columns, arrow_table
+from pipeline.formats.columns import arrow_table
+from pipeline.formats.extension import read_columns, write_columns
 from pipeline.formats.fixed import FixedReader, FixedWriter
 from pipeline.samples import Row, Schema
 from pipeline.storage import Folder
@@ -29,8 +29,7 @@ class MemmapWriter(FixedWriter):
 
     def write_file(self, number: int, arrays: dict[str, np.ndarray], rows: list[Row]) -> list[Location]:
         table = arrow_table(rows, self.schema, self.small)
-        with self.create(_columns(number)) as file, pa.ipc.new_file(file, table.schema) as writer:
-            writer.write_table(table)
+        write_columns(self.create, number, table)
         labels = {_LABEL: table[_LABEL].to_numpy()} if self.schema.get(_LABEL) == "int" else {}
         for name, array in {**arrays, **labels}.items():
             header = _header(array)
@@ -43,10 +42,6 @@ class MemmapWriter(FixedWriter):
 
 
 _FILES = {IMAGE: "images", MASK: "masks", _LABEL: "labels"}
-
-
-def _columns(number: int) -> str:
-    return f"columns.{number:05d}.arrow"
 
 
 class _Array:
@@ -68,12 +63,8 @@ class _Array:
 
 class MemmapReader(FixedReader):
     def __init__(self, open: Open, name: str, schema: Schema) -> None:
+        super().__init__(read_columns(open, name, schema), schema)
         number = int(name.split(".")[1])
-        try:
-            table = pa.ipc.open_file(pa.PythonFile(open(_columns(number)).file(), mode="r")).read_all()
-        except (pa.ArrowException, OSError) as error:
-            raise ValueError(f"{name}: {error}") from None
-        super().__init__(Columns(table, schema), schema)
         self._images = _Array(open(name))
         self._masks = _Array(open(f"{_FILES[MASK]}.{number:05d}.npy")) if MASK in schema else None
 

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from pipeline.formats import thrift
 from pipeline.formats.base import Create, FileReader, Format, Location, Open, Writer
 from pipeline.formats.blocks import BlockFile
-from pipeline.formats.columns import WIDE, Columns, arrow_schema, stored
+from pipeline.formats.columns import WIDE, Columns, arrow_schema, features, stored
 from pipeline.formats.ipc import ordered
 from pipeline.formats.thrift import I32, I64
 from pipeline.samples import Row, Schema
@@ -248,12 +248,16 @@ class ParquetReader(FileReader):
 
 class Parquet(Format):
     name = "parquet"
+    pattern = "samples.*.parquet"
 
     def writer(self, create: Create, partition: int, schema: Schema, shard_bytes: int, compression: str = "") -> Writer:
         return ParquetWriter(create, schema, shard_bytes)
 
     def open(self, open: Open, name: str, schema: Schema, origin: Folder | None = None) -> FileReader:
         return ParquetReader(open(name), schema)
+
+    def features(self, schema: Schema, classes: Sequence[str]) -> list[dict[str, Any]]:
+        return features(schema, ordered(schema), classes)
 
 
 FORMAT = Parquet()

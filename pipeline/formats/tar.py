@@ -6,12 +6,13 @@ import io
 import json
 import tarfile
 from collections.abc import Collection, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
 from pipeline.formats.base import IMAGE, Create, FileReader, Format, Location, Open, Writer, joined
 from pipeline.formats.blocks import BlockFile
-from pipeline.formats.columns import WIDE
+from pipeline.formats.columns import WIDE, feature
 from pipeline.samples import EXTENSIONS, Row, Schema
 from pipeline.storage import Folder
 
@@ -144,12 +145,32 @@ class TarReader(FileReader):
 
 class Tar(Format):
     name = "tar"
+    pattern = "*.tar"
 
     def writer(self, create: Create, partition: int, schema: Schema, shard_bytes: int, compression: str = "") -> Writer:
         return TarWriter(create, partition, schema)
 
     def open(self, open: Open, name: str, schema: Schema, origin: Folder | None = None) -> FileReader:
         return TarReader(open(name), schema)
+
+    def features(self, schema: Schema, classes: Sequence[str]) -> list[dict[str, Any]]:
+        """One for each kind of member: an image is in the column of its extension, the others of its row are null."""
+        images = [{"name": extension, "dtype": "image"} for extension in EXTENSIONS.values()]
+        masks = [{"name": f"{name}.{end}", "dtype": kind} for name in _binary_columns(schema) for end, kind in _ENDS]
+        rest = [
+            {"name": name, **({"list": "string"} if name == "captions" else _within(name, kind, classes))}
+            for name, kind in sorted(schema.items())
+            if kind not in WIDE
+        ]
+        texts = [{"name": name, "dtype": "string"} for name in ("__key__", "__url__", "txt")]
+        return [*texts, *images, *masks, {"name": "json", "struct": rest}]
+
+
+_ENDS = (("png", "image"), ("bin", "binary"))
+
+
+def _within(name: str, kind: str, classes: Sequence[str]) -> dict[str, Any]:
+    return {"dtype": "json"} if kind == "json" else feature(name, kind, classes)
 
 
 FORMAT = Tar()

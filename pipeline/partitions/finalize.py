@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
+from pipeline.partitions import card
 from pipeline.partitions.dataset import MANIFEST, SUCCESS, Dataset, SlotReader
 from pipeline.partitions.plan import BUCKET, FORMAT_VERSION
 from pipeline.storage import GONE, Folder, StorageError, json_bytes, seal
@@ -199,7 +200,8 @@ def _fence(root: Folder, attempt: str) -> None:
 def _write(dataset: Dataset, folder: Folder, max_failed_fraction: float) -> tuple[dict[str, Any], dict[str, str]]:
     """Write what a finished dataset has at its root into ``folder``; what ``_SUCCESS`` says, all digests in order."""
     tally = Tally(dataset)
-    digests = {}
+    digests: dict[str, str] = {}
+    unchecked: dict[str, str] = {}  # people may change it: it is not part of what is verified
     with folder.create(MANIFEST) as file:
         _write_manifest(dataset, tally, file)
     digests[MANIFEST] = file.digest
@@ -212,6 +214,11 @@ def _write(dataset: Dataset, folder: Folder, max_failed_fraction: float) -> tupl
             for part in dataset.format.index(dataset.schema, _index_entries(dataset, folder)):
                 file.write(part)
         digests[index] = file.digest
+    text = card.card(dataset, totals["kept"], (entry["path"] for entry in _index_entries(dataset, folder)))
+    if text and card.is_ours(dataset.root):
+        with folder.create(card.NAME) as file:
+            file.write(text.encode())
+        unchecked[card.NAME] = file.digest
     success = {
         "format_version": FORMAT_VERSION,
         "stage": dataset.stage,
@@ -235,7 +242,7 @@ def _write(dataset: Dataset, folder: Folder, max_failed_fraction: float) -> tupl
     success["digests"] = dict(digests)
     with folder.create(SUCCESS) as file:
         file.write(seal(success))
-    return success, {**digests, SUCCESS: file.digest}
+    return success, {**unchecked, **digests, SUCCESS: file.digest}
 
 
 def _write_manifest(dataset: Dataset, tally: Tally, file: Any) -> None:
