@@ -650,6 +650,35 @@ class TrainConfig(DeviceConfig, RunConfig):
         "run folder, checkpoint, or name of the data set's run whose averaged weights come first",
         when="task=diffuse|caption",
     )
+    vae: str = option(
+        "", "latents without a manifest: what made them, as stage=precompute takes it", identity=True, when=_DIFFUSE
+    )
+    text_encoder: str = option(
+        "", "latents without a manifest: what made their text states", identity=True, when=_DIFFUSE
+    )
+    caption_shape: tuple[int, ...] = option(
+        (),
+        "latents without a manifest: length and width of their text states (default: 77 tokens)",
+        identity=True,
+        ge=1,
+        lengths=(0, 2),
+        when=_DIFFUSE,
+    )
+    latent_shape: tuple[int, ...] = option(
+        (),
+        "latents without a manifest: channels, height and width (default: an eighth of the resolution)",
+        identity=True,
+        ge=1,
+        lengths=(0, 3),
+        when=_DIFFUSE,
+    )
+    latent_dtype: str = option(
+        "",
+        "latents without a manifest: as what they are stored (default: float16)",
+        identity=True,
+        choices=("", "float16", "float32"),
+        when=_DIFFUSE,
+    )
     mix: tuple[str, ...] = option(
         (),
         "more latents to train on, as <folder>*<weight>; those of input= have weight 1",

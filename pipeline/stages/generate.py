@@ -123,6 +123,7 @@ def load_painter(checkpoint: str | Path, device: str | torch.device = "cpu", vae
     model.load_state_dict(loaded.tensors["ema"])
     normalisation = Normalisation(tuple(loaded.facts["normalisation"]["mean"]), loaded.facts["normalisation"]["scale"])
     latents = loaded.facts["latents"]
+    _require_encoders(checkpoint, latents, vae)
     decoder = autoencoder(vae or latents["autoencoder"], device)
     channels, height, _ = latents["image_shape"]
     if (decoder.channels, decoder.downsample * height) != (channels, latents["resolution"]):
@@ -138,6 +139,17 @@ def load_painter(checkpoint: str | Path, device: str | torch.device = "cpu", vae
         text_encoder(latents["text_encoder"], device),
         loaded.step,
     )
+
+
+def _require_encoders(checkpoint: str | Path, latents: dict[str, Any], vae: str) -> None:
+    """Raises ConfigError where a run on latents of others does not know what it takes to draw."""
+    if not (vae or latents["autoencoder"]):
+        raise ConfigError(f"checkpoint={checkpoint}: it was trained on latents without a manifest: give vae=")
+    if not latents["text_encoder"]:
+        raise ConfigError(
+            f"checkpoint={checkpoint}: it was trained on latents without a manifest, and does not know what encodes "
+            "prompts: train it with text_encoder="
+        )
 
 
 def sample_images(painter: Painter, prompts: Sequence[str], seed: int = 0, manner: Manner = _DEFAULT) -> np.ndarray:

@@ -1,0 +1,110 @@
+"""The latents that task=diffuse learns: of stage=precompute, or of a folder that others have written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from pipeline.config import ConfigError, TrainConfig
+from pipeline.latents.folder import IMAGE, Expected, LatentFolder
+from pipeline.latents.loading import TrainingLatents
+from pipeline.loading import Batches
+from pipeline.options import nearest
+from pipeline.partitions.dataset import Dataset
+from pipeline.storage import digest
+from pipeline.training.mixture import Mixed, parse_mix
+from pipeline.training.tasks.diffuse import LatentInfo
+
+_OF_OTHERS = ("vae", "text_encoder", "caption_shape", "latent_shape", "latent_dtype")
+"""Settings that say what a folder without a manifest does not."""
+
+
+@dataclass(frozen=True)
+class StoredLatents:
+    """A folder of latents, and what made them.
+
+    Attributes:
+        vae, text_encoder: as stage=precompute takes them; empty where nobody has said it.
+        data: digest of the content.
+    """
+
+    folder: LatentFolder
+    vae: str
+    text_encoder: str
+    data: str
+
+    @classmethod
+    def opened(cls, place: Path, config: TrainConfig) -> StoredLatents:
+        """The latents at ``place``.
+
+        Raises:
+            ConfigError: there are none, they are not finished, or the settings do not fit them.
+        """
+        if not (place / "plan").is_dir() and (place / "index.json").is_file():
+            expected = Expected(tuple(config.caption_shape), tuple(config.latent_shape), config.latent_dtype)
+            if config.show and not config.vae:
+                raise ConfigError(
+                    f"show={config.show}: {place} does not say what its latents are decoded with: give vae="
+                )
+            folder = LatentFolder(place, expected)
+            return cls(folder, config.vae, config.text_encoder, digest((place / "index.json").read_bytes()))
+        for name in _OF_OTHERS:
+            if getattr(config, name):
+                raise ConfigError(f"{name}= is for latents without a manifest, but {place} has one: leave it out")
+        dataset = Dataset.open(place)
+        content = dataset.require_success()["content_digest"]
+        if not any(name.startswith(IMAGE) for name in dataset.schema):
+            raise ConfigError(f"{place} holds no latents: run stage=precompute first")
+        settings = dataset.header["config"]
+        return cls(LatentFolder(place), settings["vae"], settings["text_encoder"][0], content)
+
+    @property
+    def resolutions(self) -> list[int]:
+        names = (name[len(IMAGE) :] for name in self.folder.layout.shapes if name.startswith(IMAGE))
+        return sorted(int(name) for name in names if name.isdigit())
+
+    def resolution(self, wanted: int) -> int:
+        """The resolution whose latents are learned: as asked for, else the smallest there is.
+
+        Raises:
+            ConfigError: there are no such latents.
+        """
+        there = self.resolutions
+        if not there:
+            raise ConfigError(f"{self.folder.name} holds no latents: run stage=precompute first")
+        if wanted and wanted not in there:
+            raise ConfigError(f"resolution={wanted}: {self.folder.name} has {nearest(str(wanted), map(str, there))}")
+        return wanted or there[0]
+
+    def info(self, resolution: int) -> LatentInfo:
+        """What a checkpoint says of where its latents came from."""
+        layout = self.folder.layout
+        length, width = layout.shapes["caption_latents"]
+        return LatentInfo(
+            self.vae,
+            self.text_encoder,
+            resolution,
+            layout.image_shape(f"{IMAGE}{resolution}"),
+            (length, width),
+            self.data,
+            layout.latent == "moments",
+        )
+
+
+def latents_of(config: TrainConfig, place: Path) -> tuple[Batches, LatentInfo]:
+    """The latents at ``place``, and of the folders that are to be mixed in; what is known of the first.
+
+    Raises:
+        ConfigError: they were not made alike.
+    """
+    first = StoredLatents.opened(place, config)
+    resolution = first.resolution(config.resolution)
+    info = first.info(resolution)
+    parts: list[tuple[Batches, float]] = [(TrainingLatents(first.folder, resolution), 1.0)]
+    for other, weight in parse_mix(config.mix):
+        part = StoredLatents.opened(other, config)
+        theirs = part.info(part.resolution(resolution))
+        if replace(info, data="") != replace(theirs, data=""):
+            raise ConfigError(f"mix={other}: {replace(theirs, data='')}, but {place}: {info}")
+        parts.append((TrainingLatents(part.folder, resolution), weight))
+    return (parts[0][0] if len(parts) == 1 else Mixed(parts, config.seed)), info
