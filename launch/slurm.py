@@ -27,7 +27,7 @@ from submitit.core.utils import FailedJobError
 from launch import pack, precheck
 from launch.notify import host_of, require_url
 from launch.script import LOCKSTEP, Array, Script
-from pipeline.config import MAIN_LINE, UPSTREAMS, ConfigError, identity, public_text
+from pipeline.config import MAIN_LINE, UPSTREAMS, ConfigError, dataset_name, identity, public_text
 from pipeline.distributed.output import forgive
 
 if TYPE_CHECKING:
@@ -306,7 +306,7 @@ def place_of(job: Job) -> Path:
     """The job's output, or for a tool without one a place of its name below what it works on."""
     config = job.config
     root = Path(getattr(config, "input", "") or getattr(config, "data_dir", "")).absolute()
-    return job.output or root / getattr(config, "dataset", "") / job.stage
+    return job.output or root / dataset_name(getattr(config, "dataset", "")) / job.stage
 
 
 def comment_for(output: str | Path) -> str:

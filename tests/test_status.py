@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from recorded import SAMPLES, commit, event, plan, record, write_events
 
@@ -309,6 +310,23 @@ def test_who_is_long_dead_is_looked_at_once_a_minute(
         looking.look()
         reads.append(operations.since()["read events"])
     assert reads == [1, 0, 0, 1]
+
+
+# ---- plots
+
+
+def test_the_speed_of_ranks_at_work_does_not_fall_at_the_right_edge(tmp_path: Path) -> None:
+    """The last heartbeat is some seconds old at any time."""
+    output = tmp_path / "filter"
+    plan(output, 100)
+    write_events(output, [event("beat", 0, 1, NOW - 100, NOW - 100 + 10 * k, k) for k in range(10)])  # until NOW - 10
+    watching = Watch(output, past=True)
+    watching.look()
+    processes = next(iter(watching.works.values())).processes
+    speed = page._slope(processes, np.linspace(NOW - 100, NOW, 50), telemetry.DONE)
+    assert speed[-10:].min() > 0.9 * SAMPLES / 10
+    processes[0].ended = processes[0].last
+    assert page._slope(processes, np.linspace(NOW - 100, NOW + 20, 50), telemetry.DONE)[-1] == 0
 
 
 # ---- clocks and jobs that differ

@@ -18,6 +18,7 @@ from pipeline.storage import Folder
 from pipeline.telemetry import DONE, GPU, LOSS, MEMORY, READ, TIME, WAITED, WRITTEN, Process
 
 _TIMES = 120
+_STEADY = 5  # points at the end of a live process that its present speed is the mean of
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP = 340, 150, 46, 20, 8
 Series = NDArray[np.float64]
 
@@ -94,7 +95,13 @@ def _slope(processes: list[Process], times: Series, column: int) -> Series:
     total = np.zeros(len(times))
     for process in processes:
         points = _columns(process)
-        total += np.interp(times, points[:, TIME], np.maximum.accumulate(points[:, column]))
+        seen, counted = points[:, TIME], np.maximum.accumulate(points[:, column])
+        if not process.ended and len(points) > 2:  # until it speaks again it goes on as before, not at speed 0
+            since = max(0, len(points) - 1 - _STEADY)
+            speed = (counted[-1] - counted[since]) / max(seen[-1] - seen[since], 1e-9)
+            ahead = 2 * process.last.get("beat", 10.0)
+            seen, counted = np.append(seen, seen[-1] + ahead), np.append(counted, counted[-1] + speed * ahead)
+        total += np.interp(times, seen, counted)
     return np.maximum(0, np.gradient(total, times))
 
 

@@ -21,7 +21,8 @@ def main(config: GcConfig) -> int:
         except StorageError as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
-    print(f"{config.input}: {count} deleted")
+    why = "" if count else f": nothing that counts for nothing is older than older_than={config.older_than:g} seconds"
+    print(f"{config.input}: {count} deleted{why}")
     return 0
 
 
