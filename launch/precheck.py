@@ -77,25 +77,32 @@ def _check_output(job: Job) -> None:
 # ---- what waits or runs already
 
 
-def arguments_of(script: Path) -> dict[str, str]:
-    """Settings of the stage in a script that was submitted; empty if it cannot be read."""
+def arguments_of(script: Path) -> list[dict[str, str]]:
+    """Settings of each stage that a script runs; empty if it cannot be read."""
     try:
         text = script.read_text()
     except OSError:
-        return {}
-    found = re.search(r"^run(?:_together)? python -m pipeline\.stages\.\w+((?:\\\n|.)*)", text, re.MULTILINE)
-    words = shlex.split(found[1].replace("\\\n", " ")) if found else []
-    return dict(word.partition("=")[::2] for word in words if "=" in word)
+        return []
+    runs = re.findall(r"^run(?:_together)? python -m pipeline\.stages\.\w+((?:\\\n|.)*)", text, re.MULTILINE)
+    words = [shlex.split(run.replace("\\\n", " ")) for run in runs]
+    return [dict(word.partition("=")[::2] for word in of_one if "=" in word) for of_one in words]
 
 
 def differences(job: Job, script: Path) -> tuple[list[str], list[str]]:
-    """How the job that ``script`` started differs from ``job``: in what the result is, and in other settings.
+    """How the job that ``script`` started differs from ``job``: in what the results are, and in other settings.
 
     Each as ``name=was, now is``.
     """
-    was = arguments_of(script)
-    if not was:
-        return [], []
+    results: list[str] = []
+    others: list[str] = []
+    for part, was in zip(job.parts or (job,), arguments_of(script), strict=False):
+        of_results, of_others = _differences(part, was)
+        results += of_results
+        others += of_others
+    return results, others
+
+
+def _differences(job: Job, was: dict[str, str]) -> tuple[list[str], list[str]]:
     now = dict(word.partition("=")[::2] for word in job.arguments)
     try:
         before: dict[str, Any] = identity(cli.load(job.stage, [f"{key}={value}" for key, value in was.items()]))

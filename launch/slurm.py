@@ -109,18 +109,20 @@ def _check_first(jobs: list[Job]) -> None:
     for job in jobs:
         waits = job.request.config.after or job.request.config.begin or "dependency" in job.request.options
         if not waits and not find(name_of(job), patient=False):
-            try:
-                precheck.check(job, coming)
-            except ConfigError as error:
-                raise ConfigError(f"{job.stage}: {error}; nothing was submitted") from None
-        coming |= {str(job.output)} if job.output else set()
+            for part in job.parts or (job,):
+                try:
+                    precheck.check(part, coming)
+                except ConfigError as error:
+                    raise ConfigError(f"{part.stage}: {error}; nothing was submitted") from None
+                coming |= {str(part.output)} if part.output else set()
+        coming |= {str(part.output) for part in job.parts or (job,) if part.output}
     _check_after({job.request.config.after for job in jobs} - {""})
 
 
 def queued_outputs() -> set[str]:
     """Places that this user's jobs in the queue work on, by their comments."""
     said = persistently(lambda: ask("squeue", "--noheader", "--me", "--format=%k"))
-    return {line.strip().partition(" ")[0] for line in said.splitlines() if line.strip()}
+    return {place for line in said.splitlines() for place in pack.places(line.strip().partition(" ")[0])} - {""}
 
 
 def _check_after(texts: set[str]) -> None:

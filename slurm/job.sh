@@ -199,6 +199,7 @@ lm_run() { # lm_run alone|together RANKS [SRUN-OPTION...] COMMAND...
   export TORCH_FR_DUMP_TEMP_FILE=$LATENTMILL_LIFE/flight- # torch adds the rank
   export LM_FIRST=$lm_first LM_WORLD=${lm_world:-$ranks} LM_EACH=$lm_each LM_PYTHON=""
   [[ -n $CONTAINER || $SRUN_ARGS = *--container* ]] || LM_PYTHON=$(command -v python || true)
+  [[ $LM_PYTHON = /* ]] || LM_PYTHON="" # a shell function of the site
   export LM_STAGGER=${STAGGER:-$((LM_WORLD >= 6000 ? 60 : LM_WORLD / 50))}
   [[ -z $LM_PYTHON && $LM_STAGGER = 0 ]] || task=(bash -c "$lm_task" task)
   [[ " $* " != *" -m "* ]] || { lm_module=${*#* -m }; lm_module=${lm_module%% *}; }

@@ -226,7 +226,7 @@ def test_a_script_tells_again_what_it_was_made_for(tmp_path: Path) -> None:
     arguments = ["stage=filter", "dataset=shapes", f"data_dir={tmp_path}", "input=/a b/c", "encode_quality=90"]
     (job,) = jobs(*arguments).values()
     (tmp_path / "7_submission.sh").write_text(slurm.scripts_of(job)[0].text)
-    assert precheck.arguments_of(tmp_path / "7_submission.sh")["input"] == "/a b/c"
+    assert precheck.arguments_of(tmp_path / "7_submission.sh")[0]["input"] == "/a b/c"
     assert precheck.differences(job, tmp_path / "7_submission.sh") == ([], [])
     (other,) = jobs(*arguments[:-1], "encode_quality=95", "workers=3").values()
     assert precheck.differences(other, tmp_path / "7_submission.sh") == (

@@ -478,6 +478,19 @@ def test_a_folder_that_is_not_there_yet_is_shown_if_a_job_is_for_it(
         Watch(tmp_path / "other")
 
 
+def test_nodes_that_did_badly_are_named(tmp_path: Path, squeue: Callable[..., None]) -> None:
+    log = leave_logs(tmp_path, 75, "", "Requeued")
+    (log.parent / ".filter-12/excluded").write_text(" node7\n")
+    plan(tmp_path / "filter", 10)
+    words = line("12", "filter-12ab", "PENDING", "BeginTime", f"{tmp_path}/filter")
+    squeue((*words[:-2], "node[3,7]", words[-1]))
+    (stage,) = Watch(tmp_path).look().stages
+    assert stage.problems == [
+        "job 12 pending: was requeued: SLURM lets it wait for two minutes (BeginTime)",
+        "left out, as they did badly while other nodes did well: node7",
+    ]
+
+
 def test_short_jobs_are_seen_and_the_end_is_that_of_the_submission(
     tmp_path: Path, squeue: Callable[..., None], clock: Callable[[float], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -55,6 +55,11 @@ class JobLogs:
         return [log for rank in failed for log in self.of_rank(rank)] or (self.outputs if self.failed else [])
 
     @property
+    def left_out(self) -> list[str]:
+        """Nodes that did badly in earlier lives and are left out of later ones."""
+        return sorted(set(_read(self.lives[-1].parent / "excluded").split())) if self.lives else []
+
+    @property
     def failed(self) -> bool:
         """Whether the last that is known of the job is that it failed."""
         if any(code not in UNHARMED for code in self.ended.values()):

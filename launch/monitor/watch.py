@@ -319,6 +319,8 @@ class Work(ABC):
         for job in status.jobs:
             if job.why:
                 status.problems.append(f"job {job.id} pending: {job.why}")
+        if any(job.excluded for job in status.jobs) and (nodes := newest(self.path).left_out):
+            status.problems.append(f"left out, as they did badly while other nodes did well: {', '.join(nodes)}")
 
 
 class LoggedWork(Work):
