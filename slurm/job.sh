@@ -282,7 +282,8 @@ lm_read() { # lm_read RANKS: what the ranks said, or else what srun said of them
 lm_place() { # lm_place RANKS: on which node each rank was, as SLURM distributes tasks unless told otherwise
   local nodes counts=() part rank=$lm_first node task
   mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST" 2>/dev/null)
-  for part in ${SLURM_TASKS_PER_NODE//,/ }; do # 2(x3),1
+  part=${SLURM_TASKS_PER_NODE:-1}
+  for part in ${part//,/ }; do # 2(x3),1
     [[ $part =~ ^([0-9]+)(\(x([0-9]+)\))?$ ]] || continue
     for ((node = 0; node < ${BASH_REMATCH[3]:-1}; node++)); do counts+=("${BASH_REMATCH[1]}"); done
   done

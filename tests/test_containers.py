@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -44,7 +45,7 @@ def run_job(folder: Path, before: str, **environment: str) -> tuple[subprocess.C
     script = f"set -euo pipefail\n{before}\nsource {ROOT}/slurm/env.sh\nsource {ROOT}/slurm/job.sh\nrun task x=1\n"
     job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "filter", "SLURM_NTASKS": "1", "SLURM_NNODES": "1"}
     job |= {"SLURM_JOB_NODELIST": "a", "LOGS": str(folder / "logs"), "SEEN": str(folder / "seen"), "LOOK": "0.1"}
-    job |= {"PATH": f"{folder}/bin:{os.environ['PATH']}", "LATENTMILL_VENV": "/nowhere"}
+    job |= {"PATH": f"{folder}/bin:{os.environ['PATH']}", "LATENTMILL_VENV": sys.prefix}
     ended = subprocess.run(
         ["bash", "-c", script], env=job | environment, cwd=folder, capture_output=True, text=True, check=False
     )
@@ -84,7 +85,7 @@ def test_pyxis_is_told_mounts_and_enroot_the_gpus(tmp_path: Path, gpus: str) -> 
 def test_without_a_container_nothing_changes(tmp_path: Path) -> None:
     ended, seen = run_job(tmp_path, "", SLURM_GPUS_ON_NODE="2")
     assert ended.returncode == 0, ended.stderr
-    assert seen[0].endswith("/%x-%j-%t.log task x=1") and "gpus=none" in seen[1]
+    assert " ".join(seen).endswith(f" task task x=1 task x=1 gpus=none flight={tmp_path}/logs/.filter-7/0.0/flight-")
 
 
 def test_a_container_command_that_is_none_is_refused(tmp_path: Path) -> None:
@@ -94,18 +95,21 @@ def test_a_container_command_that_is_none_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_site_with_containers_only_needs_no_python_outside(tmp_path: Path) -> None:
-    for name in ("bash", "date", "realpath", "dirname", "mkdir", "rm", "readlink", "find", "sleep", "cat", "kill"):
+    tools = ("awk", "bash", "cat", "date", "dirname", "find", "grep", "hostname", "kill", "mkdir", "mktemp", "readlink")
+    for name in (*tools, "realpath", "rm", "sleep", "sort", "stat", "tail", "tee", "tr", "wc"):
         path = next(Path(folder, name) for folder in ("/usr/bin", "/bin") if Path(folder, name).exists())
         (tmp_path / "tools").mkdir(exist_ok=True)
         (tmp_path / "tools" / name).symlink_to(path)
     path = f"PATH={tmp_path}/bin:{tmp_path}/tools"
-    ended, seen = run_job(tmp_path, path, CONTAINER="apptainer exec image.sif")
+    ended, seen = run_job(tmp_path, path, CONTAINER="apptainer exec image.sif", LATENTMILL_VENV="/nowhere")
     assert ended.returncode == 0, ended.stderr
     assert seen[-1].startswith("task x=1")
     (tmp_path / "again").mkdir()
-    ended, seen = run_job(tmp_path / "again", f"PATH={tmp_path}/again/bin:{tmp_path}/tools")
-    assert ended.returncode and not seen
-    assert "no Python: neither /nowhere (make setup) nor one on PATH" in ended.stderr
+    ended, seen = run_job(
+        tmp_path / "again", f"PATH={tmp_path}/again/bin:{tmp_path}/tools", LATENTMILL_VENV="/nowhere"
+    )
+    assert (ended.returncode, seen) == (78, [])
+    assert "no Python environment at LATENTMILL_VENV=/nowhere on" in ended.stdout
 
 
 def test_collectives_are_recorded_and_torch_ends_ranks_as_it_sees_fit(tmp_path: Path) -> None:
