@@ -105,9 +105,7 @@ def test_a_site_with_containers_only_needs_no_python_outside(tmp_path: Path) -> 
     assert ended.returncode == 0, ended.stderr
     assert seen[-1].startswith("task x=1")
     (tmp_path / "again").mkdir()
-    ended, seen = run_job(
-        tmp_path / "again", f"PATH={tmp_path}/again/bin:{tmp_path}/tools", LATENTMILL_VENV="/nowhere"
-    )
+    ended, seen = run_job(tmp_path / "again", f"PATH={tmp_path}/again/bin:{tmp_path}/tools", LATENTMILL_VENV="/nowhere")
     assert (ended.returncode, seen) == (78, [])
     assert "no Python environment at LATENTMILL_VENV=/nowhere on" in ended.stdout
 
