@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
 GPU_STAGES = ("precompute", "features", "caption", "train", "generate", "evaluate")
 """Stages that compute on a GPU where there is one."""
-_SIZES = ("nodes", "tasks_per_node", "cpus_per_task", "gpus_per_node", "mem", "time")
+_SIZES = ("nodes", "tasks_per_node", "cpus_per_task", "gpus_per_node", "gpu_type", "gpu_bind", "mem", "time")
 """Keys that may differ between the steps of a job."""
 _NOT_SHARED = ("stage", "cluster", "ranks", "dry_run", "pack", "array", "array_parallelism", *_SIZES)
 _LOCKSTEP_WAIT, _WAIT = 1800, 60  # seconds, see job.sh
-_Key = tuple[bool, tuple[tuple[str, Any], ...]]
+_Key = tuple[str, tuple[tuple[str, Any], ...]]
 
 
 def packed(jobs: list[Job], mode: str) -> list[Job]:
@@ -86,10 +86,19 @@ def uses_gpus(job: Job) -> bool:
 
 def _key(job: Job) -> _Key:
     shared = {f.name: getattr(job.request.config, f.name) for f in fields(LaunchConfig) if f.name not in _NOT_SHARED}
-    return uses_gpus(job), tuple(sorted({**shared, **job.request.options}.items()))
+    return _gpu_kind(job), tuple(sorted({**shared, **job.request.options}.items()))
+
+
+def _gpu_kind(job: Job) -> str:
+    """Which GPUs the stage asks for, whatever their number; empty if it uses none."""
+    config = job.request.config
+    return f"GPUs {config.gpu_type} {config.gpu_bind}".strip() if uses_gpus(job) else ""
 
 
 def _require_alike(jobs: list[Job]) -> None:
+    kinds = sorted({_gpu_kind(job) for job in jobs} - {""})
+    if len(kinds) > 1:
+        raise ConfigError(f"pack=all: {' and '.join(kinds)} are asked for: one job has one kind; use pack=true")
     first = dict(_key(jobs[0])[1])
     for job in jobs[1:]:
         other = dict(_key(job)[1])
@@ -127,12 +136,15 @@ def _request(jobs: list[Job]) -> Request:
             "(<stage>.gpus_per_node= asks for one stage alone)",
             file=sys.stderr,
         )
+    gpu = next((job.request.config for job in jobs if uses_gpus(job)), None)
     times = [script.request.config.time for script in scripts]
     config = replace(
         widest.request.config,
         nodes=max(script.nodes for script in scripts),
         tasks_per_node=widest.tasks_per_node,
         gpus_per_node=max(map(gpu_count, gpus), default=0),
+        gpu_type=gpu.gpu_type if gpu else "",
+        gpu_bind=gpu.gpu_bind if gpu else "",
         mem=max((script.request.config.mem for script in scripts), key=mebibytes),
         time=times[0] if len(set(times)) == 1 else _sum(times),
     )

@@ -24,7 +24,7 @@ import submitit
 import xxhash
 from submitit.core.utils import FailedJobError
 
-from launch import pack, precheck
+from launch import forecast, pack, precheck
 from launch.notify import host_of, require_url
 from launch.script import LOCKSTEP, Array, Script
 from pipeline.config import MAIN_LINE, UPSTREAMS, ConfigError, dataset_name, identity, public_text
@@ -81,6 +81,7 @@ def submit(jobs: list[Job]) -> int:
     done: list[Submitted] = []
     with outer_job_forgotten():
         _check_first(jobs)
+        forecast.warn(jobs)
         limit = max_array_size() if any(job.request.config.array for job in jobs) else 0
         for job in jobs:
             try:
@@ -242,6 +243,7 @@ def rehearse(jobs: list[Job]) -> int:
             good, said = test_only(script) if available else (True, "no SLURM on this machine that could be asked")
             accepted &= good
             print(f"# ==== {job.stage}: {'' if good else 'refused: '}{said}\n")
+    forecast.print_for_slurm(jobs, available)
     return 0 if accepted else 1
 
 

@@ -214,7 +214,10 @@ def main(argv: list[str]) -> int:
             jobs = packed(jobs, launch.config.pack)
             return slurm.rehearse(jobs) if launch.config.dry_run else slurm.submit(jobs)
         if launch.config.dry_run:
+            from launch.forecast import print_for_here
+
             print("\n".join(describe(job) for job in jobs))
+            print_for_here(jobs)
             return 0
         return run_here(jobs, launch)
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 _MOVED = 1 << 20  # bytes read or written that count as progress: heartbeats write less, a long download more
 _PAGE = os.sysconf("SC_PAGE_SIZE")
+_TICKS = os.sysconf("SC_CLK_TCK")
 
 
 class Progress:
@@ -40,21 +41,24 @@ class Vitals:
         self._rank = rank
         self._progress = Progress(rank)
         self._since = time.monotonic()
+        self._peak = 0
 
     def read(self) -> dict[str, Any]:
-        """``rss`` and ``peak`` memory in bytes, the first with children; ``cpu`` seconds, with those of children that
-        ended; bytes ``read`` and ``written``; seconds ``waited`` for others or for data; seconds that it is ``still``,
-        without progress; ``gpu`` if the rank computes on one: ``use`` (0 to 1) and ``memory`` in bytes.
+        """``rss`` and ``peak`` memory in bytes, and ``cpu`` seconds, all with those of children (image workers, data
+        loaders); bytes ``read`` and ``written``; seconds ``waited`` for others or for data; seconds that it is
+        ``still``, without progress; ``gpu`` if the rank computes on one: ``use`` (0 to 1) and ``memory`` in bytes.
         """
         now = time.monotonic()
         if self._progress.made():
             self._since = now
         read, written = bytes_moved()
-        spent, resident = os.times(), _resident()
+        children = _children()
+        resident = _resident(children)
+        self._peak = max(self._peak, resident, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
         values = {
             "rss": resident,
-            "peak": max(resident, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024),
-            "cpu": round(spent.user + spent.system + spent.children_user + spent.children_system, 2),
+            "peak": self._peak,
+            "cpu": round(_cpu(children), 2),
             "read": read,
             "written": written,
             "waited": round(self._rank.waited, 3),
@@ -72,17 +76,33 @@ def bytes_moved() -> tuple[int, int]:
     return 0, 0
 
 
-def _resident() -> int:
-    """Resident memory of this process and of its children: image workers, data loaders."""
+def _children() -> list[str]:
+    """Processes that this one has started: image workers, data loaders."""
     children: list[str] = []
     with suppress(OSError):
         for thread in os.listdir("/proc/self/task"):
             children += Path(f"/proc/self/task/{thread}/children").read_text().split()
+    return children
+
+
+def _resident(children: list[str]) -> int:
+    """Resident memory of this process and of its children, in bytes."""
     pages = 0
     for process in ("self", *children):
         with suppress(OSError, ValueError, IndexError):
             pages += int(Path(f"/proc/{process}/statm").read_text().split()[1])
     return pages * _PAGE
+
+
+def _cpu(children: list[str]) -> float:
+    """Seconds of CPU of this process and its children: of those that ended, and of those that live."""
+    own = os.times()
+    ticks = 0
+    for process in children:
+        with suppress(OSError, ValueError, IndexError):
+            stat = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+            ticks += sum(map(int, stat[11:15]))  # user and system time, its own and that of its ended children
+    return own.user + own.system + own.children_user + own.children_system + ticks / _TICKS
 
 
 def _gpu(rank: Rank) -> dict[str, Any]:

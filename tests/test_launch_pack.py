@@ -92,6 +92,12 @@ def test_time_limits_of_single_stages_add_up_and_a_common_one_is_that_of_the_job
     assert job.request.config.time == ""  # the others have that of the partition
 
 
+def test_the_type_of_gpus_is_that_of_the_stages_that_use_them() -> None:
+    (job,) = pack("stage=shard,precompute,train", "dataset=shapes", "precompute.gpus_per_node=h100:2",
+                  "train.gpus_per_node=h100:8", mode="all")  # fmt: skip
+    assert slurm.scripts_of(job)[0].options()["gpus-per-node"] == "h100:8"
+
+
 def test_stages_that_compute_on_no_gpu_get_none(capsys: pytest.CaptureFixture[str]) -> None:
     cpu, gpu = pack("stage=filter,shard,precompute,train", "dataset=shapes", "gpus_per_node=8")
     assert [slurm.scripts_of(job)[0].options().get("gpus-per-node") for job in (cpu, gpu)] == [None, "8"]
@@ -104,12 +110,14 @@ def test_stages_that_compute_on_no_gpu_get_none(capsys: pytest.CaptureFixture[st
         (("filter.array=3",), "true", "array=3 cuts stage filter into independent jobs"),
         (("filter.partition=big",), "all", "stage download has partition=, stage filter partition=big"),
         (("filter.slurm_exclusive=true",), "all", "stage filter exclusive=true"),
+        (("stage=precompute,train", "precompute.gpus_per_node=a100:2", "train.gpus_per_node=h100:8"), "all", "a100 and"),
         (("filter.time=soon", "shard.time=1"), "true", "time="),
     ],
 )
 def test_what_cannot_share_a_job_is_refused(arguments: tuple[str, ...], mode: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        pack("stage=download,filter,shard", "dataset=shapes", "time=5", *arguments, mode=mode)
+        given = arguments if "stage=" in arguments[0] else ("stage=download,filter,shard", *arguments)
+        pack("dataset=shapes", "time=5", *given, mode=mode)
 
 
 @pytest.mark.parametrize(

@@ -70,3 +70,17 @@ def test_a_packed_job_ends_with_the_code_of_the_stage_that_failed(slurm_cluster:
     assert "there is nothing to do: the input has no samples" in logs_below(tmp_path)
     assert Dataset.open(tmp_path / "shapes/train/filter").require_success()["counts"]["dropped"] == 40
     assert not (tmp_path / "shapes/train/shard-mds/plan").exists()
+
+
+def test_a_dry_run_knows_the_limits_of_the_cluster(slurm_cluster: Cluster, tmp_path: Path) -> None:
+    arguments = [*CHAIN, f"data_dir={tmp_path}", "cluster=slurm", "dry_run=true", "precompute.gpus_per_node=8"]
+    asked = ["nodes=9", "tasks_per_node=17", "mem=32G", "shard.partition=nowhere"]
+    done = slurm_cluster.run(*SUBMIT, *arguments, *asked, check=False)
+    assert done.returncode == 1  # sbatch refuses it as well
+    said = done.stdout.partition("# ==== estimated")[2]
+    assert "download: 800 samples in 80 partitions" in said and "proposed: nodes=1 tasks_per_node=1" in said
+    assert "nodes=9: partition main allows 4" in said
+    assert "nodes of partition main have 16 CPUs" in said and "mem=32G: nodes of partition main have 16G" in said
+    assert "partition=nowhere: there is none of this name; known: high, main" in said
+    assert "not known in full" not in said
+    assert not list(tmp_path.iterdir())

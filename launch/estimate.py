@@ -1,0 +1,608 @@
+"""What stages will take, before anything runs: time, CPU and GPU hours, disk and inodes; and what to ask SLURM for.
+
+The amount of work is that of the plan where there is one, else of the input or of the stage before. What a sample costs
+is in ``rates.yaml``, corrected by what earlier runs below ``data_dir`` took.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+from math import ceil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launch import pack
+from launch.script import Script
+from launch.site import Limits, Room, Site
+from pipeline.config import MAIN_LINE, UPSTREAMS, ConfigError
+from pipeline.storage import StorageError
+
+if TYPE_CHECKING:
+    from launch.submit import Job
+    from pipeline.partitions.dataset import Dataset
+
+RATES = Path(__file__).parent / "rates.yaml"
+INODES = 4
+"""Of a partition: its folder, record, ledger and one data file."""
+WITHIN = 4.0  # hours that a proposal aims at
+_FULL = 0.85  # of the time that CPUs are busy where a stage runs on several ranks
+_MOST_RUNS = 20  # earlier runs that are looked at
+_NETWORK = ("http_archive", "url_list", "huggingface", "torchvision")
+"""Sources that bring samples over a network: how fast is not for CPUs to say, nor how many before it is planned."""
+_WITH_PARTITIONS = (*MAIN_LINE[:-1], *UPSTREAMS)
+
+
+@dataclass(frozen=True)
+class Work:
+    """How much a stage has to do; -1 where that is not known yet. ``bytes``: of its input."""
+
+    samples: int = -1
+    bytes: float = -1.0
+    partitions: int = -1
+
+    @property
+    def sample_bytes(self) -> float:
+        return max(0.0, self.bytes) / max(1, self.samples)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a stage will take, at the size that is asked for.
+
+    Attributes:
+        hours: from its start to its end; None if that cannot be told.
+        output_bytes, inodes: of what it writes.
+        basis: where the numbers come from, or why there are none.
+        finished: there is nothing left to do.
+    """
+
+    stage: str
+    work: Work
+    cpu_hours: float | None = None
+    gpu_hours: float | None = None
+    hours: float | None = None
+    output_bytes: float = -1.0
+    inodes: int = -1
+    basis: str = ""
+    finished: bool = False
+    proposal: dict[str, str] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+
+# ---- rates
+
+
+@cache
+def rates() -> dict[str, Any]:
+    """The table that is shipped."""
+    import yaml
+
+    table: dict[str, Any] = yaml.safe_load(RATES.read_text())
+    return table
+
+
+def predicted(stage: str, settings: Mapping[str, Any], sample_bytes: float, gpus: bool) -> float | None:
+    """Seconds of a CPU, or of a GPU, for one sample by the table; None if it has no such entry."""
+    table = rates()
+    if stage == "precompute" and not str(settings.get("vae", "")).startswith("embedded"):
+        operations = sum(
+            table["models"]["vae_tflop_256"] * (edge / 256) ** 2 for edge in settings.get("image_resolutions", ())
+        )
+        operations += table["models"]["text_tflop"] * len(settings.get("text_encoder", ()))
+        return float(operations / table["models"]["tflops_of_a_gpu" if gpus else "tflops_of_a_cpu"])
+    entry = table["stages"].get(stage)
+    if entry is None or gpus:
+        return None
+    return float(entry["sample"] + entry["megabyte"] * sample_bytes / 1e6)
+
+
+@dataclass(frozen=True)
+class History:
+    """What earlier runs of a stage took on this site: ``factor`` of what the table says, the median of ``runs``."""
+
+    runs: int = 0
+    cpu: float = 1.0
+    gpu: float = 1.0
+    gpu_runs: int = 0
+    rank_seconds: float = 0.0
+    """Of a rank for one sample, whatever it waited for; training: of all its ranks together."""
+
+
+def history(data_dir: Path, stage: str) -> History:
+    """Look at the events of what was made by ``stage`` below ``data_dir``."""
+    cpus, gpus, seconds = [], [], []
+    for run in _runs(data_dir, stage):
+        if run.cpu is not None:
+            cpus.append(run.cpu)
+        if run.gpu is not None:
+            gpus.append(run.gpu)
+        seconds.append(run.seconds)
+    if not seconds:
+        return History()
+    middle = statistics.median
+    return History(
+        len(seconds), middle(cpus) if cpus else 1.0, middle(gpus) if gpus else 1.0, len(gpus), middle(seconds)
+    )
+
+
+@dataclass(frozen=True)
+class _Run:
+    cpu: float | None
+    gpu: float | None
+    seconds: float
+
+
+@cache
+def _places(data_dir: Path) -> list[tuple[Path, bool]]:
+    """Outputs below ``data_dir``, and whether each is a training run."""
+    from launch.monitor.watch import DatasetWork, find
+
+    return [(path, kind is not DatasetWork) for path, kind in find(data_dir)] if data_dir.is_dir() else []
+
+
+def _runs(data_dir: Path, stage: str) -> Iterator[_Run]:
+    seen = 0
+    for path, is_run in _places(data_dir):
+        if is_run != (stage == "train") or seen == _MOST_RUNS:
+            continue
+        try:
+            run = _train_run(path) if is_run else _dataset_run(path, stage)
+        except (OSError, StorageError, ConfigError, KeyError, TypeError, ValueError):
+            continue  # what is damaged tells nothing; others do
+        if run is not None:
+            seen += 1
+            yield run
+
+
+def _dataset_run(path: Path, stage: str) -> _Run | None:
+    from pipeline.partitions.dataset import Dataset
+    from pipeline.telemetry import last_events
+
+    dataset = Dataset.open(path)
+    if dataset.stage != stage:
+        return None
+    events = [event for event in last_events(path) if event["totals"].get("in") and event.get("cpu")]
+    done = sum(event["totals"]["in"] for event in events)
+    if done < 20:
+        return None
+    spent = sum(event["cpu"] for event in events) / done
+    seconds = sum(event["time"] - event["begin"] - event.get("waited", 0.0) for event in events) / done
+    on_gpu = any(event.get("gpu") for event in events)
+    by_table = predicted(stage, dataset.header["config"], input_of(dataset).sample_bytes, on_gpu)
+    if not by_table:
+        return _Run(None, None, seconds)
+    return _Run(None, seconds / by_table, seconds) if on_gpu else _Run(spent / by_table, None, seconds)
+
+
+def _train_run(path: Path) -> _Run | None:
+    from pipeline.telemetry import last_events
+
+    events = [event for event in last_events(path) if event.get("done")]
+    done = sum(event["done"] for event in events)
+    return _Run(None, None, sum(event["time"] - event["begin"] for event in events) / done) if done else None
+
+
+# ---- how much there is to do
+
+
+def input_of(dataset: Dataset) -> Work:
+    """What a planned dataset was made from, or is to be."""
+    plan = dataset.plans[0].header
+    samples = sum(p.header["expected"] for p in dataset.plans) - sum(p.header["supersedes"] for p in dataset.plans)
+    if min(p.header["expected"] for p in dataset.plans) < 0:
+        samples = dataset.success["counts"]["in"] if dataset.success else -1
+    upstream = (plan.get("upstream") or {}).get("path")
+    size = -1.0
+    if upstream:
+        size = _stored_bytes(Path(upstream))
+    if size < 0:
+        sizes = [i.size for index in range(min(dataset.partitions, 50)) for i in dataset.partition(index).inputs]
+        if sizes and min(sizes) >= 0:
+            size = sum(sizes) * dataset.partitions / min(dataset.partitions, 50)
+    return Work(samples, size, dataset.partitions)
+
+
+def _stored_bytes(path: Path) -> float:
+    from pipeline.partitions.dataset import Dataset
+
+    try:
+        success = Dataset.open(path).success
+    except (ConfigError, StorageError, OSError):
+        return -1.0
+    return float(success["counts"]["bytes"]) if success else -1.0
+
+
+def _result_of(dataset: Dataset) -> Work:
+    assert dataset.success is not None
+    counts = dataset.success["counts"]
+    return Work(counts["kept"], counts["bytes"], dataset.partitions)
+
+
+def _opened(path: str | Path | None) -> Dataset | None:
+    from pipeline.partitions.dataset import Dataset
+
+    try:
+        return Dataset.open(path) if path else None
+    except (ConfigError, StorageError, OSError):
+        return None
+
+
+def work_of(job: Job, before: Work | None, walk: bool) -> tuple[Work, str]:
+    """What a stage has to do, and what that is known from; ``before``: what the stage before it will have made."""
+    if (dataset := _opened(job.output)) is not None:
+        return input_of(dataset), "its plan"
+    if job.stage == "download" or (job.stage == "filter" and job.config.fuse):
+        return _source(job) if walk else (Work(), "known when it is planned")
+    upstream = _opened(getattr(job.config, "input", ""))
+    if upstream is not None and upstream.success is not None:
+        work = _result_of(upstream)
+        return replace(work, partitions=_partitions(job, work)), "its input"
+    if before is not None and before.samples >= 0:
+        return replace(before, partitions=_partitions(job, before)), "the stage before, if that keeps all"
+    return Work(), "known when the stage before is planned"
+
+
+def _source(job: Job) -> tuple[Work, str]:
+    """Plan as the stage will; not where that needs a network."""
+    from launch import local
+    from pipeline.stages import get_stage
+
+    if job.config.source in _NETWORK:
+        gigabytes = job.config.expected_gb
+        return Work(bytes=gigabytes * 1e9 if gigabytes else -1.0), "known when it is planned"
+    samples = partitions = 0
+    size, known = 0.0, True
+    for partition in get_stage(job.stage)(job.config, local.planner()).plan():
+        partitions += 1
+        samples += max(0, partition.count)
+        sizes = [one.size for one in partition.inputs]
+        known = known and bool(sizes) and min(sizes) >= 0
+        size += sum(sizes)
+    return Work(samples or -1, size if known else -1.0, partitions), "its input"
+
+
+def _partitions(job: Job, work: Work) -> int:
+    """How many partitions a stage will make of what another has made."""
+    if job.stage != "shard":
+        return work.partitions
+    if job.config.partition_size:
+        return ceil(work.samples / job.config.partition_size)
+    each = min(max(work.bytes / 32, 32 * 2**20), 256 * 2**20)
+    return max(1, ceil(work.bytes / each)) if work.bytes > 0 else -1
+
+
+def output_bytes(job: Job, work: Work) -> float:
+    """Bytes that the stage will write; -1 if that cannot be told."""
+    config, each = job.config, work.sample_bytes
+    if work.samples < 0:
+        return work.bytes if job.stage == "download" else -1.0
+    table = rates()["bytes"]
+    if job.stage == "precompute":
+        latents = sum(_latent_bytes(config, edge) for edge in config.image_resolutions)
+        text = table["text_states"] if any(name != "embedded" for name in config.text_encoder) else table["embedded"]
+        return work.samples * float(latents + text * len(config.text_encoder))
+    if work.bytes < 0:
+        return -1.0
+    if job.stage == "download":
+        refers = config.source == "image_folder" and not config.copy
+        return work.samples * float(table["reference"]) if refers else work.bytes
+    if job.stage == "filter" and config.max_image_size:
+        return work.samples * min(each, table["jpeg_per_pixel"] * 1.5 * config.max_image_size**2)
+    return work.samples * float(table["reference"]) if job.stage in ("dedup", "features") else work.bytes
+
+
+def _latent_bytes(config: Any, edge: int) -> float:
+    channels = 16 if str(config.vae) == "embedded16" else 4
+    number = 4 if config.save_dtype == "float32" else 2
+    return channels * (edge / 8) ** 2 * number * (2 if config.latent == "moments" else 1)
+
+
+# ---- the estimate
+
+
+def estimates(
+    jobs: Sequence[Job], site: Site | None = None, rooms: Iterable[Room] = (), walk: bool = True
+) -> list[Estimate]:
+    """One for each stage of the jobs, in order; with warnings where ``site`` says what there is.
+
+    Args:
+        walk: look at the input of a stage that is not planned yet, which may be millions of files.
+    """
+    found: list[Estimate] = []
+    made: dict[str, Work] = {}
+    for job in jobs:
+        own: list[Estimate] = []
+        for stage in job.parts or (job,):
+            dataset = pack.dataset_of(stage)
+            estimate = _estimate(stage, made.get(dataset), walk)
+            if stage.stage in _WITH_PARTITIONS:
+                made[dataset] = Work(estimate.work.samples, estimate.output_bytes, estimate.work.partitions)
+            own.append(estimate if estimate.finished else replace(estimate, **_advice(stage, estimate, site)))
+        own[-1].warnings.extend(_check_time(job, own, site))
+        found += own
+    return _with_room(found, list(rooms))
+
+
+def _estimate(job: Job, before: Work | None, walk: bool) -> Estimate:
+    dataset = _opened(job.output) if job.stage in _WITH_PARTITIONS else None
+    if dataset is not None and dataset.success is not None:
+        done = _result_of(dataset)
+        return Estimate(job.stage, done, 0.0, 0.0, 0.0, done.bytes, 0, "finished", finished=True)
+    if job.stage == "train":
+        return _training(job)
+    if job.stage not in _WITH_PARTITIONS:
+        return Estimate(job.stage, Work(), basis="not estimated")
+    work, known = work_of(job, before, walk)
+    size = output_bytes(job, work)
+    inodes = _inodes(job, work, size)
+    if work.samples < 0:
+        return Estimate(job.stage, work, output_bytes=size, inodes=inodes, basis=f"samples are {known}")
+    gpus = pack.uses_gpus(job)
+    past = history(_place(job), job.stage)
+    settings = {name: getattr(job.config, name, ()) for name in ("vae", "image_resolutions", "text_encoder")}
+    each = predicted(job.stage, settings, work.sample_bytes, gpus)
+    measured = past.gpu_runs if gpus else past.runs
+    factor = past.gpu if gpus else past.cpu
+    estimate = Estimate(job.stage, work, output_bytes=size, inodes=inodes, basis=_basis(known, measured, factor, each))
+    network = getattr(job.config, "source", "") in _NETWORK and job.stage in ("download", "filter")
+    workers = _workers(job, work)
+    if network:
+        hours = work.samples * past.rank_seconds / workers / 3600 if past.runs else None
+        return replace(estimate, hours=hours)
+    if each is None:
+        hours = work.samples * past.rank_seconds / _ranks(job, work) / 3600 if past.runs else None
+        return replace(estimate, hours=hours)
+    total = work.samples * each * factor / 3600
+    if gpus:
+        return replace(estimate, gpu_hours=total, hours=total / _ranks(job, work))
+    return replace(estimate, cpu_hours=total, hours=total / workers / (_FULL if workers > 1 else 1.0))
+
+
+def _basis(known: str, runs: int, factor: float, each: float | None) -> str:
+    said = f"{runs} earlier run{'s' * (runs > 1)} here" if runs else "not measured here yet"
+    if each is None:
+        return f"{said}; amount: {known}"
+    corrected = f" x {factor:.2g}" if runs else ""
+    return f"launch/rates.yaml{corrected} ({said}); amount: {known}"
+
+
+def _training(job: Job) -> Estimate:
+    """By the speed of earlier runs alone: models differ too much for a table."""
+    past = history(_place(job), "train")
+    config = job.config
+    if not past.rank_seconds:
+        return Estimate(job.stage, Work(), basis="no earlier run here to tell; stage=cost says what a recipe takes")
+    if config.epochs:
+        return Estimate(job.stage, Work(), basis="epochs= of latents that are not there yet")
+    samples = config.steps * config.batch_size
+    ranks = _ranks(job, Work())
+    total = samples * past.rank_seconds / 3600
+    basis = f"{past.runs} earlier run{'s' * (past.runs > 1)} here, of whatever model"
+    return Estimate(
+        job.stage, Work(samples), gpu_hours=total if pack.uses_gpus(job) else None, hours=total / ranks, basis=basis
+    )
+
+
+def _place(job: Job) -> Path:
+    """Where to look for earlier runs."""
+    data_dir = getattr(job.config, "data_dir", "")
+    return Path(data_dir) if data_dir else (job.output or Path.cwd()).parent
+
+
+def _script(job: Job) -> Script:
+    return Script(job.stage, "", "", job.arguments, Path(), job.request)
+
+
+def _ranks(job: Job, work: Work) -> int:
+    """Ranks that have something to do; those of a local command, or of a job."""
+    config = job.request.config
+    asked = job.ranks if config.cluster in ("local", "inline") else _script(job).nodes * _script(job).tasks_per_node
+    asked *= max(1, config.array)
+    return max(1, min(asked, work.partitions) if work.partitions > 0 else asked)
+
+
+def _workers(job: Job, work: Work) -> int:
+    """CPUs that are busy."""
+    return _ranks(job, work) * (job.request.config.cpus_per_task if job.stage == "filter" else 1)
+
+
+def _inodes(job: Job, work: Work, size: float) -> int:
+    if work.partitions < 0:
+        return -1
+    files = 1
+    if shard_bytes := getattr(job.config, "shard_bytes", 0):
+        files = max(1, ceil(size / work.partitions / shard_bytes))
+    return work.partitions * (INODES - 1 + files)
+
+
+# ---- what to ask for
+
+
+def _advice(job: Job, estimate: Estimate, site: Site | None) -> dict[str, Any]:
+    """Proposal and warnings for one stage."""
+    config = job.request.config
+    limits = site.limits(config.partition) if site else []
+    advice: dict[str, Any] = {"proposal": propose(job, estimate, limits[0] if limits else None)}
+    warnings = _check(job, limits, site) if site else []
+    asked, parts = _script(job).ranks, estimate.work.partitions
+    if job.stage in _WITH_PARTITIONS and 0 < parts < asked and config.cluster not in ("local", "inline"):
+        warnings.append(f"{asked} ranks for {parts} partitions: {asked - parts} of them will have nothing to do")
+    return {**advice, "warnings": warnings}
+
+
+def propose(job: Job, estimate: Estimate, limits: Limits | None) -> dict[str, str]:
+    """Options that bring a stage to its end within some hours on nodes as ``limits`` describes them."""
+    cpus, gpus = (limits.cpus, limits.gpus) if limits else (0, 0)
+    most = min(limits.most_nodes, limits.nodes) if limits else float("inf")
+    parts = max(1, estimate.work.partitions)
+    if estimate.gpu_hours and job.stage != "train":
+        each = gpus or pack.gpu_count(job.request.config.gpus_per_node) or 1
+        wanted = min(parts, max(1, ceil(estimate.gpu_hours / WITHIN)))
+        nodes = int(min(most, ceil(wanted / each)))
+        own = min(each, wanted)
+        proposal = {"nodes": str(nodes), "gpus_per_node": str(own), "tasks_per_node": "0"}
+        proposal |= {"cpus_per_task": str(max(1, cpus // each))} if cpus else {}
+        hours = estimate.gpu_hours / (nodes * own)
+    elif estimate.cpu_hours:
+        each = cpus or 16
+        wanted = min(parts, max(1, ceil(estimate.cpu_hours / WITHIN / _FULL)))
+        nodes = int(min(most, ceil(wanted / each)))
+        proposal = {"nodes": str(nodes), "tasks_per_node": str(min(each, ceil(wanted / nodes))), "cpus_per_task": "1"}
+        if nodes > 1:  # independent jobs find room sooner than one that waits for all its nodes at once
+            proposal = {"array": str(nodes), **proposal, "nodes": "1"}
+        hours = estimate.cpu_hours / min(parts, nodes * int(proposal["tasks_per_node"])) / _FULL
+    elif estimate.hours:
+        proposal, hours = {}, estimate.hours
+    else:
+        return {}
+    time = 10 * ceil((hours * 60 * 1.5 + 10) / 10)
+    return proposal | {"time": pack.clock(min(time, limits.most_minutes if limits else time))}
+
+
+def _check(job: Job, limits: list[Limits], site: Site) -> list[str]:
+    """Where the limits of partition and account will not do for what is asked."""
+    config, script = job.request.config, _script(job)
+    warnings = []
+    known = {limit.partition for limit in site.partitions}
+    for name in filter(None, (name.strip() for name in config.partition.split(","))):
+        if site.partitions and name not in known:
+            warnings.append(f"partition={name}: there is none of this name; known: {', '.join(sorted(known))}")
+    asked = pack.minutes(config.time)
+    for limit in limits:
+        where = f"partition {limit.partition}"
+        if not limit.up:
+            warnings.append(f"{where} is not up: the job would wait")
+        if asked > limit.most_minutes:
+            warnings.append(f"time={config.time}: {where} allows {pack.clock(limit.most_minutes)}")
+        if script.nodes > min(limit.most_nodes, limit.nodes):
+            warnings.append(f"nodes={script.nodes}: {where} allows {min(limit.most_nodes, limit.nodes):g}")
+        each = script.tasks_per_node * config.cpus_per_task
+        if limit.cpus and each > limit.cpus:
+            said = f"tasks_per_node={script.tasks_per_node} x cpus_per_task={config.cpus_per_task}"
+            warnings.append(f"{said}: nodes of {where} have {limit.cpus} CPUs")
+        if pack.gpu_count(script.gpus) > limit.gpus:
+            warnings.append(f"gpus_per_node={script.gpus}: nodes of {where} have {limit.gpus} GPUs")
+        if limit.memory and pack.mebibytes(config.mem) > limit.memory:
+            warnings.append(f"mem={config.mem}: nodes of {where} have {limit.memory / 1024:.0f}G")
+    for account in site.accounts:
+        if config.account in ("", account.name) and asked > account.most_minutes:
+            warnings.append(f"time={config.time}: account {account.name} allows {pack.clock(account.most_minutes)}")
+        if config.account in ("", account.name) and config.array > account.most_submitted:
+            warnings.append(f"array={config.array}: account {account.name} allows {account.most_submitted:g} jobs")
+    if config.account and site.accounts and config.account not in {account.name for account in site.accounts}:
+        names = ", ".join(sorted({account.name for account in site.accounts}))
+        warnings.append(f"account={config.account}: not one of yours ({names})")
+    return warnings
+
+
+def _check_time(job: Job, found: list[Estimate], site: Site | None) -> list[str]:
+    """Whether the time limit will do for the work that is estimated, of all steps of a packed job together."""
+    config = job.request.config
+    hours = sum(estimate.hours or 0.0 for estimate in found)
+    limits = site.limits(config.partition) if site else []
+    asked = pack.minutes(config.time)
+    limit = max(asked, 1.0) if asked else min((limit.default_minutes for limit in limits), default=float("inf"))
+    if config.cluster in ("local", "inline") or hours * 60 <= limit:
+        return []
+    times = ceil(hours * 60 / limit) - 1
+    what = f"time={config.time}" if asked else "the partition's default time"
+    return [
+        f"about {span(hours)} of work, but {what} is {pack.clock(limit)}: the job will be requeued about {times} "
+        f"time{'s' * (times > 1)}; more ranks or a longer time= avoid that"
+    ]
+
+
+def _with_room(found: list[Estimate], rooms: list[Room]) -> list[Estimate]:
+    """Warn at the stage where disk or inodes will not do any more."""
+    size = inodes = 0.0
+    warned: set[tuple[str, str]] = set()
+    result = []
+    for estimate in found:
+        size += max(0.0, estimate.output_bytes) * (not estimate.finished)
+        inodes += max(0, estimate.inodes)
+        warnings = list(estimate.warnings)
+        for room in rooms:
+            if size > room.bytes and (room.of, "bytes") not in warned:
+                warned.add((room.of, "bytes"))
+                warnings.append(f"{amount(size)} are needed up to here, {room.of} has room for {amount(room.bytes)}")
+            if inodes > room.inodes and (room.of, "inodes") not in warned:
+                warned.add((room.of, "inodes"))
+                warnings.append(
+                    f"{inodes:,.0f} files are needed up to here, {room.of} has room for {room.inodes:,.0f}: "
+                    "compact=true halves them, larger partitions (partition_size=) need fewer"
+                )
+        result.append(replace(estimate, warnings=warnings))
+    return result
+
+
+def idle_gpus(jobs: Sequence[Job], found: Sequence[Estimate]) -> str:
+    """What ``pack=all`` would cost: hours of GPUs that wait while stages without GPUs run; empty if there are none."""
+    gpus = max(
+        (pack.gpu_count(_script(job).gpus) * _script(job).nodes for job in jobs if pack.uses_gpus(job)), default=0
+    )
+    before = [
+        estimate for job, estimate in zip(jobs, found, strict=True) if not pack.uses_gpus(job) and not estimate.finished
+    ]
+    if not gpus or not before:
+        return ""
+    names = ", ".join(dict.fromkeys(estimate.stage for estimate in before))
+    hours = sum(estimate.hours or 0.0 for estimate in before)
+    unknown = [estimate.stage for estimate in before if estimate.hours is None]
+    more = f", and as long as {', '.join(unknown)} take" if unknown else ""
+    return f"in one job, {gpus} GPUs are idle while {names} run: about {hours * gpus:.1f} GPU hours{more}"
+
+
+# ---- in words
+
+
+def lines(estimate: Estimate) -> Iterator[str]:
+    """What a dry run says of a stage."""
+    yield f"{estimate.stage}: {summary(estimate)}"
+    if estimate.basis and estimate.basis != summary(estimate) and not estimate.finished:
+        yield f"    from {estimate.basis}"
+    if estimate.proposal:
+        yield "    proposed: " + " ".join(f"{name}={value}" for name, value in estimate.proposal.items())
+    for warning in estimate.warnings:
+        yield f"    ! {warning}"
+
+
+def summary(estimate: Estimate) -> str:
+    """Size, time, hours, disk, as far as they are known."""
+    work = estimate.work
+    if estimate.finished:
+        return f"finished: {work.samples:,} samples, {amount(work.bytes)} in {work.partitions:,} partitions"
+    said = [f"{work.samples:,} samples" if work.samples >= 0 else "unknown samples"]
+    if work.bytes > 0:
+        said[0] += f" ({amount(work.bytes)})"
+    if work.samples < 0 > work.partitions and estimate.hours is None:
+        return estimate.basis
+    if work.partitions >= 0:
+        said[0] += f" in {work.partitions:,} partition{'s' * (work.partitions != 1)}"
+    said.append("time unknown" if estimate.hours is None else f"about {span(estimate.hours)}")
+    for hours, name in ((estimate.cpu_hours, "CPU"), (estimate.gpu_hours, "GPU")):
+        if hours:
+            said.append(f"{hours:,.1f} {name} hours" if hours >= 0.1 else f"less than 0.1 {name} hours")
+    if estimate.output_bytes >= 0:
+        said.append(f"writes {amount(estimate.output_bytes)}")
+    if estimate.inodes >= 0:
+        said.append(f"{estimate.inodes:,} inodes")
+    return ", ".join(said)
+
+
+def span(hours: float) -> str:
+    """``40 s``, ``12 min``, ``3 h 05 min``."""
+    from launch.monitor.ranks import duration
+
+    return duration(max(1.0, hours * 3600))
+
+
+def amount(size: float) -> str:
+    """Bytes for people."""
+    for unit in ("bytes", "KB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} TB"
