@@ -85,6 +85,9 @@ class StageConfig(RunConfig):
 
     overwrite: bool = option(False, "move an existing output of this stage aside and start again")
     retry_failed: bool = option(False, "append a generation that tries the retryable failures again")
+    compact: bool = option(
+        False, "when it is finished, pack ledgers and records into few files: half the inodes, see stage=compact"
+    )
     restore: bool = option(False, "make data again that keep_raw=false or keep=latents have removed")
     max_failed_fraction: float = option(
         0.1, "the stage fails if more than this fraction of its samples failed", ge=0, le=1
@@ -1053,6 +1056,15 @@ class RepairConfig(ToolConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class CompactConfig(ToolConfig):
+    """stage=compact: pack ledgers and records of finished partitions into few files, where inodes are scarce."""
+
+    input: str = option(help="dataset directory, or a folder above several; unfinished ones are left as they are")
+    rank_offset: int = option(0, "array jobs: added to the rank of this job's first task", ge=0)
+    world_size: int = option(0, "array jobs: ranks of all elements together", ge=0)
+
+
+@dataclass(frozen=True, kw_only=True)
 class TakedownConfig(Options):
     """stage=takedown: remove samples for good from all finished dataset directories below a folder."""
 
@@ -1230,6 +1242,7 @@ STAGES: dict[str, type] = {
     "verify": VerifyConfig,
     "repair": RepairConfig,
     "gc": GcConfig,
+    "compact": CompactConfig,
     "takedown": TakedownConfig,
     "report": ReportConfig,
 }

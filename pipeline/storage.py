@@ -152,13 +152,7 @@ class Folder:
             raise
 
     def _parsed(self, name: str, text: bytes) -> dict[str, Any]:
-        try:
-            value = json.loads(text)
-        except ValueError:
-            value = None
-        if not isinstance(value, dict):
-            raise StorageError(f"{self.path / name} is damaged: not a JSON object")
-        return value
+        return _parsed(text, self.path / name)
 
     def read_sealed(self, name: str) -> dict[str, Any] | None:
         """The object that :func:`seal` made the file ``name`` of; None where there is no such file.
@@ -167,12 +161,7 @@ class Folder:
             StorageError: a byte of it has changed.
         """
         text = self._read_if_there(name)
-        if text is None:
-            return None
-        value = self._parsed(name, text)
-        if value.pop("digest", None) != _digest_sealed(text):
-            raise StorageError(f"{self.path / name} is damaged: its content does not fit its digest")
-        return value
+        return None if text is None else unsealed(text, self.path / name)
 
     # ---- writing
 
@@ -475,6 +464,28 @@ def json_bytes(value: Any) -> bytes:
 def seal(value: dict[str, Any]) -> bytes:
     """Canonical JSON of ``value`` with a digest of itself, so that a changed byte is noticed."""
     return json_bytes({**value, "digest": digest(json_bytes(value))})
+
+
+def unsealed(text: bytes, path: Path) -> dict[str, Any]:
+    """The object that :func:`seal` made ``text`` of; ``path`` is for the message.
+
+    Raises:
+        StorageError: a byte of it has changed.
+    """
+    value = _parsed(text, path)
+    if value.pop("digest", None) != _digest_sealed(text):
+        raise StorageError(f"{path} is damaged: its content does not fit its digest")
+    return value
+
+
+def _parsed(text: bytes, path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise StorageError(f"{path} is damaged: not a JSON object")
+    return value
 
 
 def _digest_sealed(text: bytes) -> str:

@@ -12,13 +12,16 @@ from typing import Any
 from pipeline.config import StageConfig, option
 from pipeline.distributed import Place, Rank
 from pipeline.partitions import engine
-from pipeline.partitions.dataset import Dataset
+from pipeline.partitions.compact import stale_packs
+from pipeline.partitions.dataset import Dataset, SlotReader
 from pipeline.partitions.gc import collect
-from pipeline.partitions.ledger import read_ledger
+from pipeline.partitions.ledger import FILE as LEDGER
+from pipeline.partitions.packs import Packs
 from pipeline.partitions.plan import Input, Partition
 from pipeline.partitions.stage import Stage, follow_upstream
 from pipeline.partitions.verify import verify
 from pipeline.samples import Outcome, Schema, content_hash
+from pipeline.storage import Folder
 
 SCHEMA: Schema = {"key": "str", "jpg": "jpeg", "caption": "str"}
 
@@ -138,20 +141,25 @@ def make(output: Path, stage: type[Stage] = Fake, rank: Rank | None = None, **se
 
 def committed(output: Path) -> dict[str, bytes]:
     """Data files and ledgers of all slots: path below the output → bytes."""
-    return {
-        str(path.relative_to(output)): path.read_bytes()
-        for path in sorted(output.glob("data/*/[0-9]*/*"))
-        if path.name != "record.json"
-    }
+    slots = sorted(output.glob("data/*/[0-9]*"))
+    return {str(slot.relative_to(output) / name): data for slot in slots for name, data in slot_files(slot).items()}
+
+
+def slot_files(slot: Path) -> dict[str, bytes]:
+    """Data files and the ledger of a slot, which may be packed: name → bytes."""
+    output, bucket = slot.parents[2], int(slot.parent.name)
+    found = {path.name: path.read_bytes() for path in slot.iterdir() if path.name != "record.json"}
+    with Folder.open(output) as root:
+        ledger = Packs(root).read(bucket, slot.name, LEDGER)
+    return {**found, LEDGER: ledger} if ledger is not None else found
 
 
 def rows(output: Path) -> Iterator[dict[str, Any]]:
     """Ledger rows of the partitions that count, in order, with the number of the partition."""
     dataset = Dataset.open(output)
     for index in range(dataset.partitions):
-        with dataset.root.folder(dataset.path_of(index)) as folder:
-            for row in read_ledger(folder).to_pylist():
-                yield {**row, "partition": index}
+        for row in SlotReader(dataset, index).ledger().to_pylist():
+            yield {**row, "partition": index}
 
 
 def outcomes(output: Path) -> dict[str, str]:
@@ -189,7 +197,7 @@ def assert_sound(output: Path) -> dict[str, Any]:
     return success
 
 
-_EXPECTED = re.compile(r"plan(\.\d+)?|data|claims|events|_SUCCESS|manifest\.(parquet|json)|index\.json")
+_EXPECTED = re.compile(r"plan(\.\d+)?|data|claims|events|packed|_SUCCESS|manifest\.(parquet|json)|index\.json")
 
 
 def leftovers(output: Path) -> list[str]:
@@ -199,4 +207,5 @@ def leftovers(output: Path) -> list[str]:
     slots = {dataset.path_of(index) for index in range(dataset.partitions)}
     found = [path.name for path in output.iterdir() if not _EXPECTED.fullmatch(path.name)]
     found += [str(p.relative_to(output)) for p in output.glob("data/*/*") if str(p.relative_to(output)) not in slots]
+    found += [str(path) for path in output.glob("packed/.*")] + [str(name) for name in stale_packs(dataset)]
     return found + [path.name for path in output.parent.iterdir() if path.name.startswith(".")]

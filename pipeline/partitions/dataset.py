@@ -21,10 +21,11 @@ from pipeline.config import STAGES, ConfigError
 from pipeline.formats.base import FileReader, Format, get_format
 from pipeline.formats.blocks import BlockFile, Verify, blocks_of
 from pipeline.partitions.ledger import FILE as LEDGER
-from pipeline.partitions.ledger import read_ledger
+from pipeline.partitions.ledger import parse_ledger
+from pipeline.partitions.packs import Packs
 from pipeline.partitions.plan import BUCKET, RELEASE, TAKEDOWN, Partition, PartitionReader, Plan, read_plans
 from pipeline.samples import TAKEN, Row, SampleError, Schema
-from pipeline.storage import GONE, Folder, StorageError, digest
+from pipeline.storage import GONE, Folder, StorageError, digest, unsealed
 
 SUCCESS = "_SUCCESS"
 RECORD = "record.json"
@@ -157,10 +158,14 @@ class SlotReader:
     @cached_property
     def record(self) -> dict[str, Any]:
         """What record.json says."""
-        record = self._folder.read_sealed(RECORD)
-        if record is None:
+        return unsealed(self.record_bytes(), self.root / self.path / RECORD)
+
+    def record_bytes(self) -> bytes:
+        """The file record.json; raises StorageError if there is none."""
+        data = self._dataset.small_file(self._index, RECORD)
+        if data is None:
             raise StorageError(f"{self.root / self.path} is damaged: run stage=repair on {self.root}")
-        return record
+        return data
 
     @cached_property
     def _files(self) -> dict[str, dict[str, Any]]:
@@ -241,17 +246,18 @@ class SlotReader:
         Raises:
             StorageError: record or ledger are damaged.
         """
-        self.ledger_bytes()
-        return read_ledger(self._folder, columns)
+        return parse_ledger(self.ledger_bytes(), columns)
 
     def ledger_bytes(self) -> bytes:
         """The file of the ledger; raises StorageError if it is not what the record says."""
         try:
-            data = self._folder.read(LEDGER)
+            data = self._dataset.small_file(self._index, LEDGER)
         except OSError as error:
             raise StorageError(
                 f"{self.root / self.path / LEDGER} cannot be read ({error.strerror}): run stage=repair on {self.root}"
             ) from error
+        if data is None:
+            raise StorageError(f"{self.root / self.path / LEDGER} is missing: run stage=repair on {self.root}")
         if digest(data) != self._files[LEDGER]["xxh3"]:
             raise StorageError(f"{self.root / self.path} is damaged: run stage=repair on {self.root}")
         return data
@@ -273,6 +279,7 @@ class Dataset:
                 f"{root.path} is not a dataset directory (no plan/ in it): "
                 "stage=download makes one of images, tars of WebDataset or Parquet files"
             )
+        self.packs = Packs(root)
         self._readers = [PartitionReader(root, plan) for plan in self.plans]
         self._firsts = [plan.first for plan in self.plans]
 
@@ -362,14 +369,23 @@ class Dataset:
             StorageError: the slot holds something that is not of this plan.
         """
         path = self.path_of(index)
-        record = self.root.read_sealed(f"{path}/{RECORD}")
-        if record is None:
+        data = self.small_file(index, RECORD)
+        if data is None:
             return None
+        record = unsealed(data, self.root.path / path / RECORD)
         if record.get("plan") != self.counts_by(index).digest or record.get("partition") != index:
             raise StorageError(
                 f"{self.root.path / path} was made for another plan: run stage=repair on {self.root.path}"
             )
         return record
+
+    def small_file(self, index: int, name: str) -> bytes | None:
+        """The record or ledger of a partition, from its folder or from a pack; None if neither has it.
+
+        Raises:
+            StorageError: it may have been in a pack that is damaged.
+        """
+        return self.packs.read(index // BUCKET, self.slot(index), name)
 
     # ---- finished datasets
 
@@ -461,7 +477,9 @@ class Dataset:
 
 def before_redone(dataset: Dataset, index: int) -> Dataset:
     """``dataset`` as it was before the generation that does partition ``index`` again."""
-    return Dataset(dataset.root, dataset.counts_by(index).generation)
+    before = Dataset(dataset.root, dataset.counts_by(index).generation)
+    before.packs = dataset.packs  # open already
+    return before
 
 
 class RandomAccess:

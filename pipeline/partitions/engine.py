@@ -16,6 +16,7 @@ from pipeline.distributed import Rank
 from pipeline.hosts import Hosts
 from pipeline.partitions.attempt import Attempt, AttemptRemoved, Superseded, require_output, unless_removed
 from pipeline.partitions.claims import Claims
+from pipeline.partitions.compact import compact, uncompacted
 from pipeline.partitions.dataset import Dataset
 from pipeline.partitions.finalize import Incomplete, Overtaken, Unbalanced, common_failures, finalize
 from pipeline.partitions.plan import BUCKET, TAKEDOWN, Partition
@@ -51,6 +52,8 @@ def run(stage: Stage, planned: Callable[[], None] = lambda: None) -> dict[str, A
         with unless_removed(dataset.root):
             if dataset.success is not None:
                 stage.rank.log.info("%s: already finished", dataset.root.path)
+                if stage.config.compact and stage.rank.is_main and (left := uncompacted(dataset)):
+                    compact(dataset, left, stage.rank.check_stop)
                 return dataset.success
             success = _run(stage, dataset)
             _compare_restored(stage, dataset, success)
@@ -77,7 +80,10 @@ def _run(stage: Stage, dataset: Dataset) -> dict[str, Any]:
         try:
             stage.rank.on_hang = worker.tell_hang
             worker.work()
-            return worker.finish()
+            success = worker.finish()
+            if stage.config.compact:
+                worker.compact()
+            return success
         finally:
             worker.close()
 
@@ -306,6 +312,21 @@ class Worker:
                     self.claims.release("finalize")
                 self.work()
             else:
+                self._sleep(pause)
+                pause = min(pause * 1.5, max(_POLL, self.config.lease / 4))
+
+    def compact(self) -> None:
+        """Pack the finished dataset's small files, together with the other ranks, a bucket at a time."""
+        dataset = Dataset(self.dataset.root)
+        pause = _POLL
+        while left := uncompacted(dataset):
+            mine = [bucket for bucket in left if self.claims.take(f"compact.{bucket:03d}")]
+            for bucket in mine:
+                try:
+                    compact(dataset, [bucket], self.rank.check_stop)
+                finally:
+                    self.claims.release(f"compact.{bucket:03d}")
+            if not mine:
                 self._sleep(pause)
                 pause = min(pause * 1.5, max(_POLL, self.config.lease / 4))
 

@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+from pipeline.partitions.compact import compact, stale_packs
 from pipeline.partitions.dataset import Dataset
+from pipeline.partitions.packs import FOLDER
 from pipeline.storage import GONE, TRASH, Folder, StorageError
 
 PARTIAL = "partial"
@@ -43,6 +45,25 @@ def _collect_all(dataset: Dataset, older_than: float) -> Iterator[Path]:
         for bucket in data.listdir():
             with data.folder(bucket) as folder:
                 yield from _collect(folder, _redone(dataset, folder), older_than)
+    if dataset.root.exists(FOLDER):
+        with dataset.root.folder(FOLDER) as packed:
+            yield from _collect(packed, {}, older_than)
+            yield from _collect_packs(dataset, packed, older_than)
+
+
+def _collect_packs(dataset: Dataset, packed: Folder, older_than: float) -> Iterator[Path]:
+    """Packs that hold partitions which do not count any more; what counts in them is packed again first."""
+    stale = stale_packs(dataset) if dataset.success is not None else []
+    for name in stale:
+        try:
+            if time.time() - packed.stat(str(name)).st_mtime < older_than:
+                continue
+            compact(dataset, [name.bucket])
+            packed.trash(str(name))
+        except OSError as error:
+            if error.errno not in GONE:
+                raise
+        yield packed.path / str(name)
 
 
 def _collect_moved_aside(root: Folder, older_than: float) -> Iterator[Path]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Sequence
 from operator import attrgetter
@@ -161,8 +160,14 @@ class Ledger:
 
 def read_ledger(folder: Folder, columns: list[str] | None = None) -> pa.Table:
     """The ledger of the partition in ``folder``; dictionary columns come as plain strings."""
-    with os.fdopen(folder.open_file(FILE), "rb") as file:
-        table = pq.ParquetFile(file).read(columns, use_threads=False)  # no threads: a process may fork, and end
+    return parse_ledger(folder.read(FILE), columns)
+
+
+def parse_ledger(data: bytes, columns: list[str] | None = None) -> pa.Table:
+    """The ledger in the bytes of its file; dictionary columns come as plain strings."""
+    table = pq.ParquetFile(pa.BufferReader(data)).read(
+        columns, use_threads=False
+    )  # no threads: a process may fork, end
     plain = pa.schema(
         [pa.field(f.name, pa.string() if pa.types.is_dictionary(f.type) else f.type) for f in table.schema]
     )

@@ -31,7 +31,7 @@ from pipeline.storage import GONE, Folder, StorageError, probe
 
 _POLL = 0.2
 _CURE = "choose another output= or variant=, or overwrite=true"
-_OURS = ("plan", "data", "claims", "events", "partial", "tables")
+_OURS = ("plan", "data", "claims", "events", "packed", "partial", "tables")
 
 
 class Stale(ConfigError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -13,10 +14,9 @@ import xxhash
 from pipeline.partitions.dataset import RECORD, SUCCESS, Dataset, Released, SlotReader
 from pipeline.partitions.finalize import Tally, Unbalanced, check_balance, records
 from pipeline.partitions.ledger import FILE as LEDGER
-from pipeline.partitions.ledger import read_ledger
 from pipeline.partitions.plan import PARTITIONS
 from pipeline.samples import SampleError
-from pipeline.storage import BLOCK, GONE, Folder, StorageError
+from pipeline.storage import BLOCK, GONE, Folder, StorageError, digest
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,16 +90,37 @@ def verify_partition(dataset: Dataset, index: int) -> Iterator[Finding]:
                 yield Finding(index, "does not belong here", name)
             healthy = True
             for name, file in expected.items():
-                for finding in _verify_file(folder, index, name, file, dataset):
+                check = _verify_ledger_bytes if name == LEDGER else partial(_verify_file, folder=folder, name=name)
+                for finding in check(dataset, index, file):
                     healthy = False
                     yield finding
             if healthy:
-                yield from _verify_ledger(dataset, folder, index, record["counts"])
+                yield from _verify_ledger(dataset, index, record["counts"])
     except (OSError, StorageError, KeyError, ValueError, pa.ArrowException) as error:
         yield Finding(index, f"cannot be read: {type(error).__name__}: {error}")
 
 
-def _verify_file(folder: Folder, index: int, name: str, file: dict[str, object], dataset: Dataset) -> Iterator[Finding]:
+def _verify_ledger_bytes(dataset: Dataset, index: int, file: dict[str, object]) -> Iterator[Finding]:
+    """Is the ledger, in its folder or in a pack, what the record says?"""
+    try:
+        data = dataset.small_file(index, LEDGER)
+    except OSError as error:
+        yield Finding(index, f"cannot be read: {error.strerror}", LEDGER)
+        return
+    if data is None:
+        yield Finding(index, "is missing", LEDGER)
+    elif len(data) != file["bytes"]:
+        yield Finding(index, f"has {len(data)} bytes instead of {file['bytes']}", LEDGER)
+    elif digest(data) != file["xxh3"]:
+        blocks: list[str] = list(file["blocks"])  # type: ignore[call-overload]
+        parts = [data[start : start + BLOCK] for start in range(0, len(data), BLOCK)]
+        bad = [str(n) for n, part in enumerate(parts) if digest(part) != blocks[n]]
+        yield Finding(index, f"its bytes have changed in block {', '.join(bad) or '?'} of {BLOCK >> 20} MiB", LEDGER)
+
+
+def _verify_file(
+    dataset: Dataset, index: int, file: dict[str, object], *, folder: Folder, name: str
+) -> Iterator[Finding]:
     try:
         fd = folder.open_file(name)
     except OSError as error:
@@ -120,16 +141,16 @@ def _verify_file(folder: Folder, index: int, name: str, file: dict[str, object],
     if size != file["bytes"]:
         yield Finding(index, f"has {size} bytes instead of {file['bytes']}", name)
     elif whole.hexdigest() != file["xxh3"]:
-        keys = _keys_in(folder, name, bad) if name != LEDGER else []
+        keys = _keys_in(dataset, index, name, bad)
         at = f"its bytes have changed in block {', '.join(map(str, bad)) or '?'} of {BLOCK >> 20} MiB"
         yield Finding(index, at, name, ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else ""))
 
 
-def _keys_in(folder: Folder, name: str, blocks: list[int]) -> list[str]:
+def _keys_in(dataset: Dataset, index: int, name: str, blocks: list[int]) -> list[str]:
     """Keys of the samples that lie, in part, in damaged blocks of a data file."""
     try:
-        table = read_ledger(folder, ["key", "file", "offset", "length"]).to_pylist()
-    except (OSError, pa.ArrowException):
+        table = SlotReader(dataset, index).ledger(["key", "file", "offset", "length"]).to_pylist()
+    except (OSError, StorageError, pa.ArrowException):
         return []
     spans = [(number * BLOCK, (number + 1) * BLOCK) for number in blocks]
     return [
@@ -140,9 +161,9 @@ def _keys_in(folder: Folder, name: str, blocks: list[int]) -> list[str]:
     ]
 
 
-def _verify_ledger(dataset: Dataset, folder: Folder, index: int, counts: dict[str, int]) -> Iterator[Finding]:
+def _verify_ledger(dataset: Dataset, index: int, counts: dict[str, int]) -> Iterator[Finding]:
     """Do the ledger's rows agree with the record, and does the first row that each file holds decode?"""
-    table = read_ledger(folder).to_pylist()
+    table = SlotReader(dataset, index).ledger().to_pylist()
     samples = [row for row in table if not row["container"]]
     for outcome in ("kept", "dropped", "failed"):
         found = sum(row["outcome"] == outcome for row in samples)

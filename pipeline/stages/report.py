@@ -19,7 +19,6 @@ from pipeline.cli import config_for, errors_as_one_line
 from pipeline.config import ConfigError, ReportConfig, dataset_name
 from pipeline.hosts import Hosts, HostStatus
 from pipeline.partitions.dataset import Dataset, SlotReader, Stored, find_datasets
-from pipeline.partitions.ledger import read_ledger
 from pipeline.samples import SampleError
 from pipeline.storage import Folder
 
@@ -122,8 +121,7 @@ def hosts(dataset: Dataset) -> list[HostStatus]:
     """How the servers of most images did, of samples that came by URL."""
     found = Hosts()
     for index in spread(dataset.partitions, _LEDGERS):
-        with dataset.root.folder(dataset.path_of(index)) as folder:
-            table = read_ledger(folder, ["outcome", "reason", "member"]).to_pydict()
+        table = SlotReader(dataset, index).ledger(["outcome", "reason", "member"]).to_pydict()
         for outcome, reason, member in zip(table["outcome"], table["reason"], table["member"], strict=True):
             found.add(member or "", outcome, reason)
     return found.statuses(_HOSTS)
@@ -134,8 +132,7 @@ def size_histograms(dataset: Dataset) -> list[str]:
     widths: list[int] = []
     heights: list[int] = []
     for index in spread(dataset.partitions, _LEDGERS):
-        with dataset.root.folder(dataset.path_of(index)) as folder:
-            table = read_ledger(folder, ["outcome", "width", "height"]).to_pydict()
+        table = SlotReader(dataset, index).ledger(["outcome", "width", "height"]).to_pydict()
         for outcome, width, height in zip(table["outcome"], table["width"], table["height"], strict=True):
             if outcome == "kept" and width and height:
                 widths.append(width)

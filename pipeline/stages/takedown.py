@@ -18,6 +18,7 @@ from pipeline.partitions import engine
 from pipeline.partitions.dataset import Dataset, SlotReader, find_datasets
 from pipeline.partitions.gc import collect
 from pipeline.partitions.optouts import Wanted, account, read_list, report, requests, resolve
+from pipeline.partitions.packs import Pack, list_packs
 from pipeline.partitions.planning import commit_takedown, replaced_digests
 from pipeline.partitions.takedown import find, is_takedown
 from pipeline.stages import stage_that_made
@@ -160,6 +161,9 @@ def _prove(dataset: Dataset, keys: set[str]) -> None:
     slots = {dataset.path_of(index) for index in range(dataset.partitions)}
     root = dataset.root.path
     there = {str(path.relative_to(root)) for path in root.glob("data/*/*")}
+    for name in list_packs(dataset.root):
+        members = Pack(dataset.root, name).members
+        there |= {f"data/{name.bucket:03d}/{member.rpartition('/')[0]}" for member in members}
     if there - slots:
         raise StorageError(f"{root}: {min(there - slots)} is left, and may hold samples that were removed")
 

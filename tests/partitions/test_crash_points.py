@@ -22,6 +22,7 @@ from fake_stage import FakeFilter, assert_sound, committed, leftovers, run
 from pipeline import storage
 from pipeline.distributed import Rank
 from pipeline.partitions.attempt import Superseded
+from pipeline.partitions.compact import compact
 from pipeline.partitions.dataset import Dataset
 from pipeline.stages.release import release
 from pipeline.stages.repair import repair
@@ -63,6 +64,20 @@ def unwanted(folder: Path) -> None:
     (folder / "wanted.txt").write_text("sample00001\nsample00003\n")
 
 
+def packed(folder: Path) -> None:
+    run(folder / "output", **{**SMALL, "count": 7}, compact=True)
+
+
+def compact_all(folder: Path) -> None:
+    compact(Dataset.open(folder / "output"), [0])
+
+
+def packed_and_unwanted(folder: Path) -> None:
+    unwanted(folder)
+    for name in ("upstream", "output"):
+        compact(Dataset.open(folder / name), [0])
+
+
 def small(folder: Path) -> None:
     run(folder / "output", **{**SMALL, "count": 7})
 
@@ -73,6 +88,16 @@ SCENARIOS = {
     "a repair": Scenario(damaged, lambda folder: repair(folder / "output", Rank())),
     "an append": Scenario(gained, lambda f: run(f / "output", FakeFilter, input=str(f / "upstream"), lease=0.2)),
     "a takedown": Scenario(unwanted, lambda folder: takedown(folder, folder / "wanted.txt", Rank())),
+    "a compaction": Scenario(small, lambda folder: compact_all(folder)),
+    "a compaction at the end": Scenario(
+        lambda folder: None, lambda f: run(f / "output", **{**SMALL, "count": 7}, compact=True)
+    ),
+    "a retry of packed partitions": Scenario(
+        packed, lambda f: run(f / "output", **{**SMALL, "count": 7}, retry_failed=True, run_id="one", compact=True)
+    ),
+    "a takedown of packed samples": Scenario(
+        packed_and_unwanted, lambda folder: takedown(folder, folder / "wanted.txt", Rank())
+    ),
     "a release": Scenario(small, lambda folder: release(folder / "output", Rank())),
     "an overwrite": Scenario(
         finished, lambda f: run(f / "output", **SMALL, colour="blue", overwrite=True, run_id="one")

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
-from fake_stage import assert_sound, leftovers, make, rank_of, run
+from fake_stage import assert_sound, leftovers, make, rank_of, run, slot_files
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -33,6 +33,7 @@ from interleaving import Actor, World
 from pipeline import storage
 from pipeline.distributed import Rank
 from pipeline.partitions import claims, dataset, engine, finalize, plan, planning
+from pipeline.partitions.compact import compact
 from pipeline.partitions.dataset import Dataset
 from pipeline.partitions.gc import collect
 from pipeline.stages.repair import repair
@@ -49,6 +50,9 @@ SCENES = [
     ("committed", ("worker", "worker", "worker")),
     ("finished", ("retry", "worker", "retry")),
     ("finished", ("overwrite", "retry", "overwrite", "overwrite")),
+    ("finished", ("compact", "compact", "retry")),
+    ("finished", ("compact", "overwrite", "compact", "gc")),
+    ("packed", ("repair", "retry", "compact", "gc")),
     ("damaged", ("repair", "repair", "gc")),
     ("damaged", ("repair", "worker", "worker", "overwrite")),
 ]
@@ -85,7 +89,12 @@ def reference(colour: str, retries: int) -> tuple[str, dict[int, dict[str, bytes
 
 
 def files_in(slot: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in slot.iterdir() if path.name != "record.json"}
+    """Its data files and ledger; what is being removed from it is in a pack."""
+    interposed, storage.interpose = storage.interpose, None
+    try:
+        return slot_files(slot)
+    finally:
+        storage.interpose = interposed
 
 
 class Interleavings(RuleBasedStateMachine):
@@ -137,7 +146,9 @@ class Interleavings(RuleBasedStateMachine):
                 (self.output / name).unlink()
         if blind:
             self.world._patch.setattr(claims.Claims, "take", lambda claims, name: True)
-        if there == "damaged":
+        if there == "packed":
+            compact(Dataset.open(self.output), [0])
+        if there in ("damaged", "packed"):
             self.success_is_true_and_stays()
             self.what_is_committed_stays_and_is_right()
             for which in (seed, seed + 1):
@@ -164,7 +175,10 @@ class Interleavings(RuleBasedStateMachine):
         return header["identity"]["colour"] if header else "red"
 
     @precondition(has_room)
-    @rule(kind=st.sampled_from(["worker", "worker", "retry", "overwrite", "gc", "repair"]), rank=st.integers(0, 2))
+    @rule(
+        kind=st.sampled_from(["worker", "worker", "retry", "overwrite", "gc", "repair", "compact"]),
+        rank=st.integers(0, 2),
+    )
     def start(self, kind: str, rank: int) -> None:
         """A process that has not done anything yet."""
         colour = self.colour()
@@ -185,6 +199,8 @@ class Interleavings(RuleBasedStateMachine):
             self.spawn(kind, lambda: list(collect(Dataset.open(self.output), 0.0)))
         elif kind == "repair" and (self.output / "plan").exists():
             self.spawn(kind, lambda: repair(self.output, Rank()))
+        elif kind == "compact" and (self.output / "plan").exists():
+            self.spawn(kind, lambda: compact(Dataset.open(self.output), [0]))
 
     @precondition(lambda self: self.successful is not None and len(self.damaged) < 3)
     @rule(which=st.integers(0, 9), name=st.sampled_from(["ledger.parquet", "record.json", "shard.00000.mds"]))

@@ -1,0 +1,154 @@
+"""Ledgers and records of finished partitions, packed into one file for each bucket of 1,000 partitions.
+
+A pack is an uncompressed zip file, ``packed/BBB.G.zip``. Of every partition in bucket ``BBB`` as it counts in
+generation ``G`` it holds the very bytes of ``<slot>/record.json`` and ``<slot>/ledger.parquet``. The partition's folder
+stays, with its data files. A slot's name is never used again for other content: it does not matter which copy is read.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import zipfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+from pipeline.storage import GONE, Folder, HashedFile, StorageError
+
+FOLDER = "packed"
+_NAME = re.compile(r"(\d+)\.(\d+)\.zip")
+_LOCAL_HEADER = 30  # bytes, before the name and the extra field; APPNOTE.TXT of PKWARE, section 4.3.7
+_TIME = (1980, 1, 1, 0, 0, 0)
+
+
+@dataclass(frozen=True)
+class PackName:
+    """Which bucket a pack is of, as of which generation."""
+
+    bucket: int
+    generation: int
+
+    def __str__(self) -> str:
+        return f"{self.bucket:03d}.{self.generation}.zip"
+
+    @classmethod
+    def parse(cls, name: str) -> PackName | None:
+        found = _NAME.fullmatch(name)
+        return cls(int(found[1]), int(found[2])) if found else None
+
+
+def list_packs(root: Folder) -> list[PackName]:
+    """The packs of a dataset directory, for each bucket the newest first."""
+    try:
+        with root.folder(FOLDER) as folder:
+            names = folder.listdir()
+    except OSError as error:
+        if error.errno not in GONE:
+            raise
+        return []
+    found = [pack for name in names if (pack := PackName.parse(name))]
+    return sorted(found, key=lambda pack: (pack.bucket, -pack.generation))
+
+
+class Pack:
+    """An open pack. It may be read by several threads and processes at a time.
+
+    Raises:
+        OSError: it is not there.
+        StorageError: it is damaged.
+    """
+
+    def __init__(self, root: Folder, name: PackName) -> None:
+        self.name = name
+        self._file = os.fdopen(root.open_file(f"{FOLDER}/{name}"), "rb")
+        try:
+            with zipfile.ZipFile(self._file) as archive:
+                self._members = {info.filename: (info.header_offset, info.file_size) for info in archive.infolist()}
+        except (zipfile.BadZipFile, ValueError, EOFError) as error:
+            self._file.close()
+            raise StorageError(f"{root.path / FOLDER / str(name)} is damaged: {error}") from None
+
+    @property
+    def members(self) -> Iterable[str]:
+        """``<slot>/<file>``."""
+        return self._members.keys()
+
+    def read(self, member: str) -> bytes | None:
+        """The bytes of a member as they are, whoever checks them; None if there is none of this name."""
+        if member not in self._members:
+            return None
+        start, size = self._members[member]
+        fd = self._file.fileno()
+        header = os.pread(fd, _LOCAL_HEADER, start)
+        start += _LOCAL_HEADER + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
+        return os.pread(fd, size, start)
+
+
+def write_pack(file: HashedFile, members: Iterator[tuple[str, bytes]]) -> None:
+    """Write a pack; equal members give equal bytes."""
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:  # type: ignore[call-overload]
+        for name, data in members:
+            archive.writestr(zipfile.ZipInfo(name, _TIME), data)
+
+
+class Packs:
+    """Finds the small files of partitions, in their folders or in packs, which are opened when they are needed."""
+
+    def __init__(self, root: Folder) -> None:
+        self._root = root
+        self._opened: dict[PackName, Pack | StorageError] = {}
+
+    @cached_property
+    def _names(self) -> dict[int, list[PackName]]:
+        names: dict[int, list[PackName]] = {}
+        for name in list_packs(self._root):
+            names.setdefault(name.bucket, []).append(name)
+        return names
+
+    def read(self, bucket: int, slot: str, file: str) -> bytes | None:
+        """What a slot held in the file of this name: from its folder, or from a pack; None if neither has it.
+
+        Raises:
+            StorageError: it may have been in a pack that is damaged.
+        """
+        member, path = f"{slot}/{file}", f"data/{bucket:03d}/{slot}/{file}"
+        if bucket in self._names and (data := self._in_packs(bucket, member)) is not None:
+            return data
+        if (data := self._in_folder(path)) is not None:
+            return data
+        self.__dict__.pop("_names", None)  # it may have been packed since we looked
+        if (data := self._in_packs(bucket, member)) is not None:
+            return data
+        for name in self._names.get(bucket, ()):
+            if isinstance(damage := self._opened.get(name), StorageError):
+                raise damage
+        return None
+
+    def _in_folder(self, path: str) -> bytes | None:
+        try:
+            return self._root.read(path)
+        except OSError as error:
+            if error.errno in (*GONE, 20):  # ENOTDIR
+                return None
+            raise
+
+    def _in_packs(self, bucket: int, member: str) -> bytes | None:
+        for name in self._names.get(bucket, ()):
+            pack = self._open(name)
+            if pack is not None and (data := pack.read(member)) is not None:
+                return data
+        return None
+
+    def _open(self, name: PackName) -> Pack | None:
+        if name not in self._opened:
+            try:
+                self._opened[name] = Pack(self._root, name)
+            except StorageError as error:
+                self._opened[name] = error
+            except OSError as error:
+                if error.errno not in GONE:
+                    raise
+                return None  # a newer one has taken its place
+        found = self._opened[name]
+        return None if isinstance(found, StorageError) else found
