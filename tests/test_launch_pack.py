@@ -110,7 +110,11 @@ def test_stages_that_compute_on_no_gpu_get_none(capsys: pytest.CaptureFixture[st
         (("filter.array=3",), "true", "array=3 cuts stage filter into independent jobs"),
         (("filter.partition=big",), "all", "stage download has partition=, stage filter partition=big"),
         (("filter.slurm_exclusive=true",), "all", "stage filter exclusive=true"),
-        (("stage=precompute,train", "precompute.gpus_per_node=a100:2", "train.gpus_per_node=h100:8"), "all", "a100 and"),
+        (
+            ("stage=precompute,train", "precompute.gpus_per_node=a100:2", "train.gpus_per_node=h100:8"),
+            "all",
+            "a100 and",
+        ),
         (("filter.time=soon", "shard.time=1"), "true", "time="),
     ],
 )
