@@ -236,7 +236,8 @@ class PackedScript(Script):
 def script_of(job: Job, name: str, comment: str, logs: Path) -> PackedScript:
     """The script of a packed job; steps whose results are there already are run as well, and end at once."""
     steps = tuple(replace(_script(part), logs=logs) for part in job.parts)
-    return PackedScript(job.stage, name, comment, (), logs, job.request, steps=steps)
+    arguments = tuple(argument for part in job.parts for argument in part.arguments)  # the places that they name
+    return PackedScript(job.stage, name, comment, arguments, logs, job.request, steps=steps)
 
 
 def comment(places: list[str]) -> str:

@@ -166,8 +166,8 @@ class Script:
     @property
     def binds(self) -> tuple[str, ...]:
         """Folders that the stage reads or writes, for a container to see; those below another one are left out."""
-        given = dict(argument.split("=", 1) for argument in self.arguments)
-        named = [given.get(key, "") for key in _PLACES]
+        given = [argument.partition("=") for argument in self.arguments]
+        named = [value for key, _, value in given if key in _PLACES]
         paths = sorted({str(Path(name).absolute()) for name in named if name and "://" not in name}, key=len)
         paths = [path for path in paths if Path(path).exists()]
         kept = [path for path in paths if not any(Path(path).is_relative_to(other) for other in paths if other != path)]

@@ -153,7 +153,7 @@ def test_a_takedown_leaves_nothing_in_packs(memory: Path) -> None:
         pack(memory / name)
     taken = memory / "taken.txt"
     taken.write_text("sample00001\nsample00012\n")
-    removed = takedown(memory, taken, Rank())
+    removed = takedown(memory, taken, Rank()).removed
     assert sum(removed.values()) == 4
     for name in ("upstream", "output"):
         assert_sound(memory / name)
