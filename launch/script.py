@@ -130,7 +130,7 @@ class Script:
             "set -euo pipefail",
             "",
             "# ---- settings",
-            *(f"export {name}={shlex.quote(value)}" for name, value in self._settings().items()),
+            *(f"export {name}={shlex.quote(value)}" for name, value in self.settings.items()),
             *([f"NOTIFY={shlex.quote(self.request.config.notify)}"] if self.request.config.notify else []),
             "",
             "# ---- the job",
@@ -143,7 +143,8 @@ class Script:
         ]
         return "\n".join(lines) + "\n"
 
-    def _settings(self) -> dict[str, str]:
+    @property
+    def settings(self) -> dict[str, str]:
         config = self.request.config
         settings = {"LATENTMILL_HOME": str(HOME)}
         settings |= {"LATENTMILL_VENV": sys.prefix} if _in_venv() else {}

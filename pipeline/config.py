@@ -1226,6 +1226,29 @@ class StatusConfig(Options):
     host: str = option("127.0.0.1", "address to serve them at; 0.0.0.0: reachable from other machines", when="port")
 
 
+@dataclass(frozen=True, kw_only=True)
+class DoctorConfig(Options):
+    """launch/doctor.py: what is wrong with this machine, or with a cluster, before a job finds out.
+
+    Keys of launch/submit.py say what to check: cluster=, nodes=, tasks_per_node=, gpus_per_node=, partition=, …
+    """
+
+    stage: str = option("precompute", "whose section of a preset counts (cluster=mysite)")
+    data_dir: str = option("", "folder for data, to check what its file system promises")
+    vae: str = option("", "autoencoder to measure, as for stage=precompute")
+    text_encoder: str = option("", "text encoder to measure, as for stage=precompute")
+    image_resolutions: tuple[int, ...] = option((256,), "resolutions to encode at", ge=8, le=8192)
+    batch_size: int = option(32, "images of a batch", ge=1, le=65536)
+    gpus: int = option(0, "GPUs that a node must show (0: gpus_per_node)", ge=0, le=1024)
+    cpus: int = option(0, "CPUs that a rank must have (0: cpus_per_task)", ge=0, le=65536)
+    seconds: float = option(1.0, "how long each speed is measured", gt=0, le=3600)
+    patience: float = option(30.0, "seconds that ranks wait for each other, and for each other's files", gt=0, le=3600)
+    queue: float = option(600.0, "seconds to wait until SLURM has room for the job", gt=0, le=604_800)
+    mebibytes: int = option(64, "size of the all-reduce in MiB", ge=1, le=16384)
+    json: bool = option(False, "print the findings as JSON")
+    run_id: str = option("", "one text for all ranks of a check (the launcher sets it)")
+
+
 STAGES: dict[str, type] = {
     "download": DownloadConfig,
     "filter": FilterConfig,

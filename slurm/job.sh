@@ -57,7 +57,7 @@ fi
 
 [ -n "${SLURM_JOB_ID:-}" ] || { echo "this is a SLURM job: submit it with sbatch" >&2; exit 2; }
 : "${LOGS:=$PWD/logs}" "${LIVES:=5}" "${BAD_NODES:=2}" "${WAIT:=60}" "${LOOK:=30}" "${STAGGER:=}" "${NPROC_PER_NODE:=1}"
-: "${CONTAINER:=}" "${SRUN_ARGS:=}" "${BINDS:=}" "${NOTIFY:=}"
+: "${NOTIFY:=}"
 export -n NOTIFY # it may hold a secret, and ranks do not need it
 LOGS=$(realpath -m "$LOGS")
 : "${SLURM_NTASKS:=$((SLURM_NNODES * ${SLURM_NTASKS_PER_NODE:-1}))}"
@@ -94,19 +94,8 @@ lm_writable() { mkdir -p "$LOGS" "$lm_state" 2>/dev/null && { : > "$lm_state/lif
 lm_note() { { printf '%s\n' "$2" > "$lm_state/$1"; } 2>/dev/null || true; } # lm_note NAME VALUE: for the lives to come
 lm_noted() { cat "$lm_state/$1" 2>/dev/null || true; }
 
-# What every container needs: the checkout, the logs (where ranks say how they ended), the data, the GPUs.
-lm_binds=$LATENTMILL_HOME,$LOGS${BINDS:+,$BINDS}
-if [[ ${CONTAINER%% *} =~ ^(.*/)?(apptainer|singularity)$ ]]; then
-  lm_nv=""
-  [[ ${SLURM_GPUS_ON_NODE:-0} = 0 || $CONTAINER =~ \ --(nv|nvccli|rocm)(\ |$) ]] || lm_nv="--nv "
-  [[ $CONTAINER =~ \ (exec|run)\  ]] || { echo "CONTAINER=$CONTAINER: expected '… exec [options] image'" >&2; exit 2; }
-  CONTAINER=${CONTAINER/"${BASH_REMATCH[0]}"/"${BASH_REMATCH[0]}$lm_nv--bind $lm_binds "}
-elif [[ $SRUN_ARGS = *--container-image* ]]; then
-  SRUN_ARGS+=" --container-mounts=$lm_binds"
-  # enroot shows a container the driver and the devices only where these say so
-  [ "${SLURM_GPUS_ON_NODE:-0}" = 0 ] || export NVIDIA_VISIBLE_DEVICES=${NVIDIA_VISIBLE_DEVICES:-all} \
-    NVIDIA_DRIVER_CAPABILITIES=${NVIDIA_DRIVER_CAPABILITIES:-compute,utility}
-fi
+# shellcheck source=slurm/container.sh
+source "$LATENTMILL_HOME/slurm/container.sh"
 
 [ "$lm_life" -gt 0 ] || rm -rf "$lm_state" 2>/dev/null || true
 lm_writable || lm_say "WARNING: $LOGS cannot be written: the work goes on, without logs of single ranks"

@@ -250,8 +250,12 @@ class Rank:
 
     # ---- the end
 
-    def close(self, how: str = FINISHED) -> None:
-        """Leave the other ranks in peace: they know that this one is done. Idempotent."""
+    def close(self, how: str = FINISHED, linger: float = LINGER) -> None:
+        """Leave the other ranks in peace: they know that this one is done. Idempotent.
+
+        Args:
+            linger: seconds for which rank 0 serves others that are not done yet.
+        """
         if self._group is not None:
             import torch.distributed as dist
 
@@ -259,7 +263,7 @@ class Rank:
                 dist.destroy_process_group()
             self._group = None
         if self._peers is not None:
-            self._peers.leave(how, LINGER)
+            self._peers.leave(how, linger)
             self._peers = None
 
     def failed_peer(self) -> str:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).parent
-COMMANDS = ("slurmctld", "slurmd", "srun", "sbatch", "squeue", "scontrol", "munged", "ip", "nsenter", "unshare")
+COMMANDS = ("slurmctld", "slurmd", "srun", "sbatch", "squeue", "scontrol", "munged", "ip", "nft", "nsenter", "unshare")
 SEARCH_PATH = os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin"
 CLUSTERS = Path(tempfile.gettempdir()) / f"latentmill-slurm-{os.getuid()}"  # short: it holds sockets
 MAX_CLUSTERS = 200

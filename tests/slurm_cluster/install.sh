@@ -20,6 +20,7 @@ need slurmd slurmd
 need slurm-client srun sbatch squeue scontrol
 need munge munged
 need iproute2 ip
+need nftables nft
 need tuxpaint-stamps-default /usr/share/tuxpaint/stamps
 
 [ "${#missing[@]}" -gt 0 ] || exit 0

@@ -1,0 +1,75 @@
+"""What the findings of several ranks say together."""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+
+from launch.checkup.start import Heard
+from pipeline.doctor.finding import Finding
+
+_SLOW = 0.5  # of the median speed of all nodes
+_LAST_LINES = 3
+_MARKS = ("start", "end")  # findings that only show that a rank lives
+
+
+def judge(heard: Heard) -> list[Finding]:
+    """The findings of all ranks that people should see, and what follows from comparing them."""
+    shown = [finding for finding in heard.findings if finding.check not in _MARKS]
+    return [*shown, *_silent(heard), *_different(shown), *_slow(shown)]
+
+
+def _silent(heard: Heard) -> list[Finding]:
+    """Ranks that did not come to their end."""
+    wanted = set(range(heard.ranks)) if heard.ranks else {-1}
+    ended = {finding.rank for finding in heard.findings if finding.check == "end"}
+    begun = {finding.rank: finding.node for finding in heard.findings}
+    last = "; ".join(heard.other[-_LAST_LINES:])
+    said = f"; last lines: {last}" if last else ""
+    found = []
+    by_node: dict[str, list[int]] = defaultdict(list)
+    for rank in sorted(wanted - ended):
+        by_node[begun.get(rank, "")].append(rank)
+    for node, ranks in by_node.items():
+        who = f"ranks {_numbers(ranks)}" if heard.ranks else "the check"
+        how = "began and did not come to an end" if node else "never began"
+        found.append(Finding("ranks", "fail", f"{who} {how}{said}", "its node's log, or SLURM's, says more", node=node))
+    return found
+
+
+def _numbers(ranks: list[int]) -> str:
+    return ", ".join(map(str, ranks[:16])) + (", …" if len(ranks) > 16 else "")
+
+
+def _different(findings: list[Finding]) -> list[Finding]:
+    """Nodes whose Python or packages are not those of the others."""
+    found = []
+    for key, what in (("python", "Python"), ("packages", "packages"), ("driver", "driver")):
+        nodes: dict[str, list[str]] = defaultdict(list)
+        for finding in findings:
+            if key in finding.values and finding.node not in nodes[str(finding.values[key])]:
+                nodes[str(finding.values[key])].append(finding.node)
+        if len(nodes) > 1:
+            groups = sorted(nodes.values(), key=len)
+            text = f"{what} of {', '.join(groups[0])} are not those of {', '.join(groups[-1])}"
+            advice = "one environment on a file system that all nodes see; results may differ otherwise"
+            found.append(
+                Finding("same environment", "warn" if key == "driver" else "fail", text, advice, node=groups[0][0])
+            )
+    return found
+
+
+def _slow(findings: list[Finding]) -> list[Finding]:
+    """Nodes that decode far more slowly than the others."""
+    speeds = {finding.node: float(finding.values["decode"]) for finding in findings if "decode" in finding.values}
+    if len(speeds) < 3:
+        return []
+    median = statistics.median(speeds.values())
+    advice = "is it throttled, or used by others? exclude= it"
+    return [
+        Finding(
+            "slow node", "warn", f"decodes {speed:,.0f} images a second, the median is {median:,.0f}", advice, node=node
+        )
+        for node, speed in speeds.items()
+        if speed < _SLOW * median
+    ]

@@ -1,0 +1,83 @@
+"""One thing that was looked at: a state, what was seen, and what to do about it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+State = Literal["ok", "warn", "fail", "skip"]
+MARK = "@latentmill-doctor "
+"""Begins a line that is a finding, so that it is found among whatever else a job prints."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one check of one rank (or of the machine that asks) came to."""
+
+    check: str
+    state: State
+    text: str
+    advice: str = ""
+    values: dict[str, Any] = field(default_factory=dict)
+    """Measured values by name, for those who compare ranks."""
+    node: str = ""
+    rank: int = -1
+    """-1: not a rank of a job."""
+
+    def line(self) -> str:
+        return MARK + json.dumps(dataclasses.asdict(self), ensure_ascii=True)
+
+
+def read(lines: Iterable[str]) -> Iterator[Finding]:
+    """The findings among ``lines``; a line that was cut, by the end of its job for example, is left out."""
+    names = {f.name for f in dataclasses.fields(Finding)}
+    for line in lines:
+        _, mark, text = line.partition(MARK)
+        if mark:
+            try:
+                values = json.loads(text)
+                yield Finding(**{name: value for name, value in values.items() if name in names})
+            except (ValueError, TypeError, AttributeError):
+                continue
+
+
+class Report:
+    """Collects the findings of one process and prints each at once: what comes after may hang."""
+
+    def __init__(self, node: str, rank: int) -> None:
+        self.node, self.rank = node, rank
+        self._lock = threading.Lock()
+
+    def add(self, *findings: Finding) -> None:
+        with self._lock:
+            for finding in findings:
+                placed = dataclasses.replace(finding, node=finding.node or self.node, rank=self.rank)
+                # one write, on a line of its own: others may be in the middle of one
+                os.write(sys.stdout.fileno(), f"\n{placed.line()}\n".encode())
+
+    def run(self, check: str, look: Callable[[], Iterable[Finding]], seconds: float) -> bool:
+        """Add what ``look`` finds; if it raises, or takes more than ``seconds``, that is what was found.
+
+        Returns:
+            Whether it came to an end.
+        """
+        ended = threading.Event()
+
+        def work() -> None:
+            try:
+                self.add(*look())
+            except Exception as error:  # whatever it is, the other checks go on
+                first = str(error).partition("\n")[0]
+                self.add(Finding(check, "fail", f"{type(error).__name__}: {first}"))
+            ended.set()
+
+        threading.Thread(target=work, name=f"doctor-{check}", daemon=True).start()
+        if not ended.wait(seconds):
+            self.add(Finding(check, "fail", f"no answer within {seconds:g} s", "it would hang a job in the same way"))
+        return ended.is_set()
