@@ -18,7 +18,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
-
 def _say_missing(error: ModuleNotFoundError) -> None:
     print(
         f"fail: {sys.executable} has no package {error.name!r}\n"

@@ -65,16 +65,16 @@ def test_what_the_shell_says_is_read_as_well(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("setup", "venv", "path", "said"),
+    ("setup", "venv", "said"),
     [
-        ("false; no_such_command", "", "", "setup= fails: .*no_such_command"),
-        ("", "/not/there", "", "no Python environment at LATENTMILL_VENV=/not/there on "),
-        ("", "", "old", r"python is not Python 3.11 or later: 3.9.1 \(.*/old/python\)"),
-        ("", "", "bare", "Python cannot import the pipeline: ModuleNotFoundError: No module named 'xxhash'"),
+        ("false; no_such_command", "", "setup= fails: .*no_such_command"),
+        ("", "/not/there", "no Python environment at LATENTMILL_VENV=/not/there on "),
+        ("", "{tmp}/old", r"python is not Python 3.11 or later: 3.9.1 \(.*/old/bin/python\)"),
+        ("", "{tmp}/bare", "Python cannot import the pipeline: ModuleNotFoundError: No module named 'xxhash'"),
     ],
 )
 def test_an_environment_that_cannot_be_used_is_told_without_it(
-    tmp_path: Path, setup: str, venv: str, path: str, said: str
+    tmp_path: Path, setup: str, venv: str, said: str
 ) -> None:
     for name, script in (
         ("old", "echo 3.9.1 >&2; exit 1"),
@@ -83,12 +83,12 @@ def test_an_environment_that_cannot_be_used_is_told_without_it(
             "[[ $2 != *import?pipeline* ]] || { echo \"ModuleNotFoundError: No module named 'xxhash'\" >&2; exit 1; }",
         ),
     ):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "python").write_text(f"#!/usr/bin/env bash\n{script}\n")
-        (tmp_path / name / "python").chmod(0o755)
-    environment = {"LATENTMILL_HOME": str(ROOT), "LATENTMILL_VENV": venv, "DOCTOR_SETUP": setup}
-    environment["SLURM_JOB_ID"] = "7"
-    environment["PATH"] = f"{tmp_path}/{path}:{os.environ['PATH']}" if path else os.environ["PATH"]
+        (tmp_path / name / "bin").mkdir(parents=True)
+        (tmp_path / name / "bin/python").write_text(f"#!/usr/bin/env bash\n{script}\n")
+        (tmp_path / name / "bin/python").chmod(0o755)
+        (tmp_path / name / "bin/activate").write_text(f"PATH={tmp_path}/{name}/bin:$PATH\n")
+    environment = {"LATENTMILL_HOME": str(ROOT), "DOCTOR_SETUP": setup, "SLURM_JOB_ID": "7", "PATH": os.environ["PATH"]}
+    environment["LATENTMILL_VENV"] = venv.format(tmp=tmp_path)
     script = (ROOT / "slurm/doctor.sh").read_text()
     ended = subprocess.run(
         ["bash", "-c", script, "doctor"], env=environment, capture_output=True, text=True, check=True
