@@ -1,5 +1,5 @@
-# What every container needs, whatever runs in it: the checkout, the logs (where ranks say how they ended), the data, the
-# GPUs. job.sh and launch/doctor.py source this; it completes CONTAINER and SRUN_ARGS (job.sh says what they are).
+# What every container needs, whatever runs in it: the checkout, the logs (where ranks say how they ended), the data,
+# the GPUs. job.sh and launch/doctor.py source this; it completes CONTAINER and SRUN_ARGS (job.sh says what they are).
 # shellcheck shell=bash
 
 : "${CONTAINER:=}" "${SRUN_ARGS:=}" "${BINDS:=}" "${LOGS:=}"

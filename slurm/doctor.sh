@@ -1,5 +1,5 @@
-# What launch/doctor.py has each task of its job do first, as the text of `bash -c`: no file of the node is needed to say
-# that a node has no checkout, no environment or no Python. Findings are lines, as pipeline/doctor/finding.py reads them.
+# What launch/doctor.py has each task of its job do first, as the text of `bash -c`: no file of the node is needed to
+# say that it has no checkout, no environment or no Python. Findings are lines that pipeline/doctor/finding.py reads.
 #
 # From the environment: LATENTMILL_HOME, DOCTOR_SETUP (shell lines), DOCTOR_LIMIT (seconds); arguments: of the check.
 # shellcheck shell=bash disable=SC1091,SC2086
@@ -11,8 +11,8 @@ say() { # say CHECK STATE TEXT ADVICE
     word=${word//\"/\\\"}
     words+=("${word//[[:cntrl:]]/ }")
   done
-  printf '\n@latentmill-doctor {"check": "%s", "state": "%s", "text": "%s", "advice": "%s", "node": "%s", "rank": %d}\n' \
-    "${words[@]}" "${SLURMD_NODENAME:-$HOSTNAME}" "${SLURM_PROCID:-0}"
+  printf '\n@latentmill-doctor {"check": "%s", "state": "%s", "text": "%s", "advice": "%s", ' "${words[@]}"
+  printf '"node": "%s", "rank": %d}\n' "${SLURMD_NODENAME:-$HOSTNAME}" "${SLURM_PROCID:-0}"
 }
 
 end() { # end TEXT ADVICE
