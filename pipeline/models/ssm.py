@@ -8,10 +8,7 @@ sums lose what they remember.
 
 from __future__ import annotations
 
-import importlib
-import logging
 import math
-from functools import cache
 from typing import Any
 
 import torch
@@ -19,9 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.config import ConfigError
+from pipeline.models.scan_kernels import CHUNK, backend_of, scan
 
-BACKENDS = ("auto", "torch", "mamba_ssm")
-_CHUNK = 64
 _KEEP_EVERY = 8
 
 
@@ -152,7 +148,7 @@ def ssd(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, chunk
 def chunk_length(length: int) -> int:
     """The work within chunks grows with their length, that between them with their number; they are about equal, as
     the last one is padded."""
-    chunks = math.ceil(length / (_CHUNK // 2 if length > 2 * _CHUNK else _CHUNK))
+    chunks = math.ceil(length / (CHUNK // 2 if length > 2 * CHUNK else CHUNK))
     return math.ceil(length / max(1, chunks)) or 1
 
 
@@ -192,59 +188,27 @@ def _decays(rates: Tensor) -> Tensor:
     return torch.where(below | torch.eye(q, dtype=torch.bool, device=rates.device), sums.exp(), 0)
 
 
-# ---- which implementation
-
-
-def backend_of(wanted: str, device: torch.device) -> str:
-    """torch or mamba_ssm, for tensors on ``device``; "auto" takes the kernels where they are really there.
-
-    Raises:
-        ConfigError: the kernels are asked for, and cannot be used.
-    """
-    if wanted == "torch" or (wanted == "auto" and device.type != "cuda"):
-        return "torch"
-    reason = "they need a CUDA device" if device.type != "cuda" else _kernels()[0]
-    if wanted == "mamba_ssm" and reason:
-        raise ConfigError(f"scan_backend=mamba_ssm: its kernels cannot be used: {reason}")
-    choice = "torch" if reason else "mamba_ssm"
-    if wanted == "auto":
-        _tell(choice, reason)
-    return choice
-
-
-@cache
-def _tell(choice: str, reason: str) -> None:
-    logging.getLogger("pipeline").info("scan_backend=auto: %s%s", choice, f" ({reason})" if reason else "")
-
-
-@cache
-def _kernels() -> tuple[str, Any, Any]:
-    """(why not, selective_scan_fn, mamba_chunk_scan_combined). Importing is the only test that tells the truth: a
-    package that was built without CUDA is found, and fails when it is used."""
-    try:
-        scan = importlib.import_module("mamba_ssm.ops.selective_scan_interface")
-        importlib.import_module("selective_scan_cuda")
-        combined = importlib.import_module("mamba_ssm.ops.triton.ssd_combined")
-    except Exception as error:
-        return f"{type(error).__name__}: {error}", None, None
-    return "", scan.selective_scan_fn, combined.mamba_chunk_scan_combined
-
-
-def _selective_scan_cuda(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
-    exact = [t.float().transpose(1, 2).contiguous() for t in (x, dt, b, c)]
-    out: Tensor = _kernels()[1](exact[0], exact[1], a.float(), exact[2], exact[3], d.float())
-    return out.transpose(1, 2).to(x.dtype)
-
-
-def _ssd_cuda(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
-    out: Tensor = _kernels()[2](x, dt.float(), a.float(), b[:, :, None], c[:, :, None], chunk_size=_CHUNK, D=d.float())
-    return out
-
-
 # ---- mixers
 
 
-class Mamba1(nn.Module):
+class Mixer(nn.Module):
+    """A sequence mixer; which implementation of its scan it uses is settled once, as torch.compile cannot follow that.
+
+    Args:
+        backend: a name in :data:`pipeline.models.scan_kernels.BACKENDS`.
+        name: of the mixer, "mamba1" or "mamba2".
+    """
+
+    def __init__(self, backend: str, name: str) -> None:
+        super().__init__()
+        self.backend = backend_of(backend, torch.device("cuda" if torch.cuda.is_available() else "cpu"), name)
+
+    def uses_kernel(self, x: Tensor) -> bool:
+        """Whether ``x`` goes through mamba_ssm's kernel."""
+        return self.backend == "mamba_ssm" and x.is_cuda
+
+
+class Mamba1(Mixer):
     """Sequence mixer of Mamba-1: causal depthwise convolution, selective scan, gate.
 
     Args:
@@ -253,8 +217,8 @@ class Mamba1(nn.Module):
     """
 
     def __init__(self, dim: int, d_state: int = 16, d_conv: int = 4, expand: int = 2, backend: str = "auto") -> None:
-        super().__init__()
-        self.inner, self.d_state, self.backend = expand * dim, d_state, backend
+        super().__init__(backend, "mamba1")
+        self.inner, self.d_state = expand * dim, d_state
         self.rank = math.ceil(dim / 16)
         self.into = nn.Linear(dim, 2 * self.inner, bias=False)
         self.conv = CausalConv(self.inner, d_conv)
@@ -274,15 +238,15 @@ class Mamba1(nn.Module):
         step, b, c = self.select(x).split([self.rank, self.d_state, self.d_state], -1)
         dt = F.softplus(self.step(step).float())
         a = -self.log_rate.float().exp()
-        if backend_of(self.backend, x.device) == "mamba_ssm":
-            y = _selective_scan_cuda(x, dt, a, b, c, self.skip)
+        if self.uses_kernel(x):
+            y = scan("mamba1", x, dt, a, b, c, self.skip)
         else:
             y = selective_scan(x, dt, a, b, c, self.skip)
         out: Tensor = self.out(y * F.silu(gate))
         return out
 
 
-class Mamba2(nn.Module):
+class Mamba2(Mixer):
     """Sequence mixer of Mamba-2: causal depthwise convolution, SSD, gated norm.
 
     Args:
@@ -300,8 +264,8 @@ class Mamba2(nn.Module):
         backend: str = "auto",
         chunk: int = 0,
     ) -> None:
-        super().__init__()
-        self.inner, self.d_state, self.backend, self.chunk = expand * dim, d_state, backend, chunk
+        super().__init__(backend, "mamba2")
+        self.inner, self.d_state, self.chunk = expand * dim, d_state, chunk
         self.heads = max(1, self.inner // head_dim)
         if self.inner % self.heads:
             raise ConfigError(f"a width of {self.inner} does not divide into heads of {head_dim}")
@@ -339,8 +303,8 @@ class Mamba2(nn.Module):
 
     def scanned(self, gate: Tensor, x: Tensor, dt: Tensor, b: Tensor, c: Tensor) -> Tensor:
         """(b, l, dim)."""
-        if backend_of(self.backend, x.device) == "mamba_ssm":
-            y = _ssd_cuda(x, dt, self.rates, b, c, self.skip)
+        if self.uses_kernel(x):
+            y = scan("mamba2", x, dt, self.rates, b, c, self.skip)
         else:
             y = ssd(x, dt, self.rates, b, c, self.skip, self.chunk)
         return self.gated(y.flatten(2), gate)

@@ -58,7 +58,7 @@ def load_classifier(checkpoint: str | Path, device: str | torch.device = "cpu") 
     found = open_checkpoint(checkpoint, "best", parts=("ema",))
     if found.facts["task"] != "classify":
         raise ConfigError(f"checkpoint={checkpoint}: its task is {found.facts['task']}, expected classify")
-    model = VisionMamba(VisionMambaConfig(**found.facts["model"]))
+    model = VisionMamba(VisionMambaConfig(**{**found.facts["model"], "scan_backend": "auto"}))
     model.load_state_dict(found.tensors["ema"])
     how = found.facts["preprocessing"]
     return Classifier(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import logging
 from collections.abc import Callable
 
 import pytest
@@ -11,18 +9,7 @@ import torch
 from models.oracle import oracle, oracle_ssd
 from torch import Tensor
 
-from pipeline.config import ConfigError
-from pipeline.models.ssm import (
-    MIXERS,
-    Bidirectional,
-    Mamba1,
-    Mamba2,
-    _selective_scan_cuda,
-    _ssd_cuda,
-    backend_of,
-    selective_scan,
-    ssd,
-)
+from pipeline.models.ssm import MIXERS, Bidirectional, selective_scan, ssd
 
 Scan = Callable[..., Tensor]
 LENGTHS = (1, 17, 64, 196, 1024)
@@ -114,30 +101,3 @@ def test_both_directions_mirror_each_other(mixer: str) -> None:
     tokens = torch.randn(2, 33, 32)
     torch.testing.assert_close(mirrored(tokens.flip(1)).flip(1), model(tokens))
     assert not torch.allclose(model(tokens.flip(1)).flip(1), model(tokens), atol=1e-4)
-
-
-def test_kernels_that_are_not_there_are_refused_or_told(caplog: pytest.LogCaptureFixture) -> None:
-    if importlib.util.find_spec("mamba_ssm"):
-        pytest.skip("mamba_ssm is installed")
-    caplog.set_level(logging.INFO, "pipeline")
-    with pytest.raises(ConfigError, match="scan_backend=mamba_ssm: its kernels cannot be used"):
-        backend_of("mamba_ssm", torch.device("cpu"))
-    for _ in range(2):
-        assert backend_of("auto", torch.device("cuda")) == "torch"
-    assert caplog.text.count("scan_backend=auto: torch (ModuleNotFoundError") == 1
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("kind", ["mamba1", "mamba2"])
-def test_kernels_give_what_torch_gives(kind: str) -> None:
-    pytest.importorskip("mamba_ssm")
-    model = (Mamba1 if kind == "mamba1" else Mamba2)(64, d_state=16).cuda()
-    tokens = torch.randn(2, 196, 64, device="cuda")
-    results = []
-    for backend in ("torch", "mamba_ssm"):
-        model.backend = backend
-        results.append([model(tokens), *torch.autograd.grad(model(tokens).square().sum(), list(model.parameters()))])
-    for ours, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-2)
-    assert callable(_selective_scan_cuda) and callable(_ssd_cuda)
