@@ -565,7 +565,12 @@ class TrainConfig(DeviceConfig, RunConfig):
         "samples per forward pass of a rank, to save memory (0: all at once; on a CPU as many as fit its caches)",
         ge=0,
     )
-    workers: int = option(0, "processes per rank that prepare batches ahead (0: none)", ge=0, le=1024)
+    workers: int = option(
+        -1,
+        "processes per rank that prepare batches ahead (-1: none on a CPU; for a GPU its CPUs but one, 8 at most)",
+        ge=-1,
+        le=1024,
+    )
     lr: float = option(3e-3, "peak learning rate", identity=True, gt=0)
     warmup_steps: int = option(100, "steps of linear warm-up", identity=True, ge=0)
     schedule: str = option(
@@ -606,12 +611,28 @@ class TrainConfig(DeviceConfig, RunConfig):
         0.995, "decay of the averaged weights used for sampling and evaluation", identity=True, ge=0, lt=1
     )
     precision: str = option(
-        "float32", "of activations; parameters are float32", identity=True, choices=("float32", "bfloat16")
+        "auto",
+        "of activations; parameters are float32; auto: bfloat16 on a GPU, with TF32 for what stays in float32; float32 "
+        "on a CPU",
+        identity=True,
+        choices=("auto", "float32", "tf32", "bfloat16"),
     )
     parallel: str = option(
-        "ddp", "ddp: every rank has the whole model; fsdp: it is spread over the ranks", choices=("ddp", "fsdp")
+        "ddp",
+        "ddp: every rank has the whole model; fsdp: it is spread over the ranks; hsdp: over those of a node",
+        choices=("ddp", "fsdp", "hsdp"),
     )
-    compile: bool = option(False, "compile the model (torch.compile)")
+    reshard_after_forward: bool = option(
+        True,
+        "false keeps gathered parameters until the backward pass: faster, and more memory",
+        when="parallel=fsdp|hsdp",
+    )
+    checkpoint_activations: bool = option(
+        False, "compute activations again in the backward pass: a third more work, and far less memory"
+    )
+    deterministic: bool = option(False, "only operations that give the same bits each time; slower, on a GPU")
+    profile: int = option(0, "steps that torch's profiler records on rank 0, into profile/ of the run (0: none)", ge=0)
+    compile: bool = option(False, "compile the model block by block (torch.compile)")
     valid_fraction: float = option(
         0.0,
         "fraction of the training set that is kept out, to tell which checkpoint is best",
@@ -894,6 +915,9 @@ class GenerateConfig(DeviceConfig, StageConfig):
     sampler: str = option("euler", "how noise becomes an image", identity=True, choices=("euler", "heun", "dpm++"))
     steps: int = option(20, "steps of the sampler", identity=True, ge=1)
     guidance: float = option(1.5, "classifier-free guidance scale (1: none)", identity=True, ge=0)
+    precision: str = option(
+        "bfloat16", "of the network on a GPU (CPUs use float32)", identity=True, choices=("float32", "bfloat16")
+    )
     batch_size: int = option(32, "images drawn at a time", identity=True, ge=1, when="output")
     partition_size: int = option(256, "images in a partition", identity=True, ge=1, when="output")
     threads: int = option(
@@ -955,6 +979,7 @@ class EvaluateConfig(DeviceConfig, RunConfig):
     )
     steps: int = option(20, "steps of the sampler", ge=1, when="metric=shapes")
     guidance: float = option(1.5, "classifier-free guidance scale (1: none)", ge=0, when="metric=shapes")
+    precision: str = option("bfloat16", "of the network on a GPU (CPUs use float32)", choices=("float32", "bfloat16"))
     threads: int = option(0, "CPU threads (0: all cores)", ge=0, le=1024)
 
 
@@ -985,6 +1010,9 @@ class CaptionConfig(DeviceConfig, StageConfig):
     temperature: float = option(1.0, "of drawing", identity=True, gt=0, when="top_p")
     min_length: int = option(1, "tokens of a text at least", identity=True, ge=0)
     max_length: int = option(0, "tokens of a text at most (0: what the model was trained for)", identity=True, ge=0)
+    precision: str = option(
+        "bfloat16", "of the network on a GPU (CPUs use float32)", identity=True, choices=("float32", "bfloat16")
+    )
     batch_size: int = option(32, "images at a time", identity=True, ge=1)
     column: str = option("generated", "column that the new captions go into", identity=True, when="!image_path")
     shard_bytes: int = option(

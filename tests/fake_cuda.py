@@ -31,10 +31,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
+from weakref import WeakValueDictionary
 
 import torch
+import torch.nn.functional as F
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 NAME = "NVIDIA H100 80GB HBM3"
 _POISON = 0xA5
@@ -62,6 +66,7 @@ class Wait:
     what: str
     shape: tuple[int, ...]
     where: str
+    thread: int
 
     def __str__(self) -> str:
         return f"{self.where}: {self.what} of {self.shape}"
@@ -75,7 +80,11 @@ class FakeCuda:
         self.waits: list[Wait] = []
         self.copies = 0
         """Asynchronous copies to the host so far."""
+        self.communicated: WeakValueDictionary[int, CudaTensor] = WeakValueDictionary()
+        """By address: what a process group was given, and hands back as it got it, as a tensor of the CPU."""
         self._late: list[Callable[[], None]] = []
+        self.assumed: int | None = None
+        """Where C++ means to make tensors that it says it makes on the CPU."""
         self._current = threading.local()
         self._lock = threading.Lock()
 
@@ -92,8 +101,12 @@ class FakeCuda:
 
     def waited(self, what: str, shape: tuple[int, ...] = ()) -> None:
         """The host waits here, until all copies have arrived."""
-        self.waits.append(Wait(what, shape, _where()))
+        self.note(what, shape)
         self.arrive()
+
+    def note(self, what: str, shape: tuple[int, ...] = ()) -> None:
+        """The host waits here for something."""
+        self.waits.append(Wait(what, shape, _where(), threading.get_ident()))
 
     def later(self, deliver: Callable[[], None]) -> None:
         """A copy to the host was started."""
@@ -115,14 +128,15 @@ class FakeCuda:
 
     @contextmanager
     def no_waits(self) -> Iterator[None]:
-        """Context in which the host must not wait for the device.
+        """Context in which this thread must not wait for the device.
 
         Raises:
             AssertionError: it did; names the lines.
         """
         before = len(self.waits)
         yield
-        found = list(dict.fromkeys(map(str, self.waits[before:])))
+        ours = (wait for wait in self.waits[before:] if wait.thread == threading.get_ident())
+        found = list(dict.fromkeys(map(str, ours)))
         assert not found, "the host waits for the device:\n  " + "\n  ".join(found)
 
 
@@ -163,6 +177,8 @@ class CudaTensor(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if _spread(args, kwargs):
+            return NotImplemented
         return _dispatch(func, args, kwargs or {})
 
     device = property(lambda self: torch.device("cuda", self.index))  # type: ignore[assignment]
@@ -213,7 +229,7 @@ class CudaTensor(torch.Tensor):
         return f"CudaTensor({self.inner!r}, device='{self.device}')"
 
     def __format__(self, spec: str) -> str:
-        return format(self._read("format()").item(), spec)
+        return format(self._read("format()").item(), spec) if not self.dim() else repr(self)
 
     def numpy(self, **_: Any) -> Any:
         raise TypeError(f"can't convert {self.device} device type tensor to numpy. Use Tensor.cpu() first")
@@ -317,6 +333,9 @@ def _to(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     if args and isinstance(args[0], torch.Tensor):
         args = (args[0].device, args[0].dtype, *args[1:])
     device, dtype, non_blocking, memory_format = torch._C._nn._parse_to(*args, **kwargs)
+    if isinstance(x, DTensor):
+        assert device is None or device == x.device, "a tensor that is spread over ranks stays where it is"
+        return _plain_to(x, dtype or x.dtype, copy=copy)
     index = _index(device) if device is not None and device.type == "cuda" else None
     here = x.index if isinstance(x, CudaTensor) else None
     if device is not None and device.type not in ("cuda", "cpu"):
@@ -360,10 +379,17 @@ def _pin_memory(tensor: torch.Tensor, *_: Any) -> torch.Tensor:
 # ---- operations
 
 
+def _spread(args: Any, kwargs: Any) -> bool:
+    """Whether one of the tensors is spread over ranks: those have rules of their own."""
+    return any(isinstance(x, DTensor) for x in tree_leaves((args, kwargs)))
+
+
 class _Factories(TorchDispatchMode):
     """Sees what makes tensors on a device from nothing."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if _spread(args, kwargs):
+            return func(*args, **(kwargs or {}))
         return _dispatch(func, args, kwargs or {})
 
 
@@ -375,8 +401,13 @@ def _dispatch(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         if isinstance(x, CudaTensor):
             found[id(x.inner)] = x
             return x.inner
-        if isinstance(x, torch.Tensor):
-            others.append(x)
+        if type(x) in (torch.Tensor, torch.nn.Parameter):  # another subclass has its own rules
+            known = _cuda().communicated
+            given = known.get(x.untyped_storage().data_ptr()) if known and x.layout == torch.strided else None
+            if given is not None:
+                found[id(x)] = CudaTensor(x, given.index)
+            else:
+                others.append(x)
         return x
 
     name = func.overloadpacket.__name__ if hasattr(func, "overloadpacket") else str(func)
@@ -387,6 +418,8 @@ def _dispatch(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         plain_kwargs = {**plain_kwargs, "device": torch.device("cpu")}
         if name == "_to_copy" and index is not None and not found:  # from C++
             return _to(args[0], torch.device("cuda", index), kwargs.get("dtype"), bool(kwargs.get("non_blocking")))
+    if func.namespace == "c10d":
+        _cuda().communicated.update({t.inner.untyped_storage().data_ptr(): t for t in found.values()})
     if found:
         copied = _copied(name, func, args, plain_args, plain_kwargs)
         if copied is not None:
@@ -406,7 +439,7 @@ def _dispatch(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 
 def _copied(name: str, func: Any, args: Any, plain_args: Any, plain_kwargs: Any) -> Any:
     """The result of ``copy_`` between devices; None if it is none."""
-    if name != "copy_" or isinstance(args[0], CudaTensor) == isinstance(args[1], CudaTensor):
+    if name != "copy_" or _on_gpu(args[0]) == _on_gpu(args[1]):
         return None
     cuda, target, source = _cuda(), args[0], args[1]
     non_blocking = bool(plain_kwargs.get("non_blocking", args[2] if len(args) > 2 else False))
@@ -433,8 +466,14 @@ def _asked(name: str, device: torch.device, index: int | None) -> int | None:
         return _index(device)
     if name == "_to_copy":
         return index
+    if _cuda().assumed is not None:
+        return _cuda().assumed
     in_backward = torch._C._current_graph_task_id() != -1
     return (index if index is not None else _cuda().current) if in_backward else None
+
+
+def _on_gpu(x: torch.Tensor) -> bool:
+    return isinstance(x, CudaTensor) or x.untyped_storage().data_ptr() in _cuda().communicated
 
 
 def _check(name: str, args: Any, found: dict[int, CudaTensor], others: list[torch.Tensor]) -> None:
@@ -507,7 +546,7 @@ class Event:
     def synchronize(self) -> None:
         cuda = _cuda()
         late = cuda.copies - self._copies
-        cuda.waits.append(Wait("Event.synchronize()", (), _where()))
+        cuda.note("Event.synchronize()")
         cuda.arrive(max(0, cuda.started - late))
 
     def wait(self, stream: Any = None) -> None:
@@ -577,6 +616,27 @@ def _set_device(device: Any) -> None:
     _cuda().current = _index(device)
 
 
+def _grouped(tensors: Any, with_indices: bool = False) -> Any:
+    """torch's own, which takes all devices for CPUs: these tensors are on one GPU, or none is."""
+    groups = _plain_grouped(tensors, with_indices)
+    first = next((x for some in tensors for x in some if isinstance(x, CudaTensor | DTensor) and x.is_cuda), None)
+    return groups if first is None else {(first.device, dtype): group for (_, dtype), group in groups.items()}
+
+
+_plain_grouped = torch._C._group_tensors_by_device_and_dtype
+
+
+def _layer_norm(x: torch.Tensor, shape: Any, weight: Any = None, bias: Any = None, *more: Any, **kwargs: Any) -> Any:
+    """Under autocast a GPU takes it in float32, whatever it is given; a CPU would refuse to."""
+    if not isinstance(x, CudaTensor) or not torch.is_autocast_enabled("cuda"):
+        return _plain_layer_norm(x, shape, weight, bias, *more, **kwargs)
+    exact = [None if t is None else t.float() for t in (x, weight, bias)]
+    return _plain_layer_norm(exact[0], shape, exact[1], exact[2], *more, **kwargs)
+
+
+_plain_layer_norm = torch.layer_norm
+
+
 def _replacements(cuda: FakeCuda) -> list[tuple[Any, str, Any]]:
     """(owner, name, stand-in) of all that would ask the driver."""
     module = torch.cuda
@@ -589,6 +649,11 @@ def _replacements(cuda: FakeCuda) -> list[tuple[Any, str, Any]]:
         (torch.Tensor, "is_pinned", _is_pinned),
         (torch, "tensor", _from_data(torch.tensor)),
         (torch, "as_tensor", _from_data(torch.as_tensor)),
+        (DTensor, "device", property(lambda x: x._local_tensor.device)),
+        (DTensor, "is_cuda", property(lambda x: x._local_tensor.is_cuda)),
+        (DTensor, "is_cpu", property(lambda x: x._local_tensor.is_cpu)),
+        (torch, "layer_norm", _layer_norm),
+        (torch._C, "_group_tensors_by_device_and_dtype", _grouped),
         (torch, "autocast", _Autocast),
         (torch.amp, "autocast", _Autocast),
         (torch, "is_autocast_enabled", lambda kind="cuda": autocast_enabled("cpu" if kind == "cuda" else kind)),
@@ -600,6 +665,9 @@ def _replacements(cuda: FakeCuda) -> list[tuple[Any, str, Any]]:
         (torch.accelerator, "current_device_index", lambda: cuda.current),
         (torch.accelerator, "set_device_index", _set_device),
         (torch.accelerator, "device_count", lambda: cuda.devices),
+        (F, "scaled_dot_product_attention", _there(F.scaled_dot_product_attention)),  # masks
+        (torch.distributed, "Reducer", _there(torch.distributed.Reducer)),
+        (DistributedDataParallel, "_pre_forward", _there(DistributedDataParallel._pre_forward)),
         (module, "_lazy_init", lambda: None),
         (module, "is_initialized", lambda: True),
         (module, "is_available", lambda: True),
@@ -646,6 +714,22 @@ def _from_data(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
         return _to(make(data, **kwargs), torch.device(device)).requires_grad_(requires_grad)
 
     return made
+
+
+def _there(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function``, in which C++ makes further tensors: they lie where the first of those that it is given does."""
+
+    def called(*args: Any, **kwargs: Any) -> Any:
+        given = args[0].parameters() if isinstance(args[0], torch.nn.Module) else args[0]
+        given = given if isinstance(given, torch.Tensor) else next(iter(given), None)
+        cuda = _cuda()
+        before, cuda.assumed = cuda.assumed, given.index if isinstance(given, CudaTensor) else None
+        try:
+            return function(*args, **kwargs)
+        finally:
+            cuda.assumed = before
+
+    return called
 
 
 def _moved_to(x: torch.Tensor, device: Any, non_blocking: bool) -> torch.Tensor:

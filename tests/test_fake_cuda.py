@@ -127,7 +127,11 @@ def test_ddp_and_fsdp_work(cuda: FakeCuda) -> None:
     try:
         x = torch.randn(5, 4, device=GPU)
         model = nn.Linear(4, 2).to(GPU)
-        DistributedDataParallel(model, device_ids=[GPU], forward_sync_buffers=False)(x).sum().backward()
+        wrapped = DistributedDataParallel(model, device_ids=[GPU], forward_sync_buffers=False)
+        for _ in range(2):  # buckets are made again in the second step, for which ranks compare notes
+            wrapped(x).sum().backward()
+        with cuda.no_waits():
+            wrapped(x).sum().backward()
         assert model.weight.grad is not None and model.weight.grad.is_cuda
         sharded = nn.Linear(4, 2).to(GPU)
         fully_shard(

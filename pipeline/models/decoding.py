@@ -17,6 +17,8 @@ from pipeline.config import ConfigError
 from pipeline.models.captioner import Captioner
 from pipeline.randomness import uniforms
 
+_LOOK_EVERY = 8  # tokens
+
 
 @dataclass(frozen=True)
 class Decoding:
@@ -132,8 +134,15 @@ class _Work:
         """(b, ..., vocab): -inf where a token may not stand at ``place``."""
         logits = logits.float() + self.never
         if place < self.earliest_end:
-            logits[place - self.lengths < self.how.min_length, ..., self.marks.end] = -torch.inf
+            early = place - self.lengths < self.how.min_length
+            ends = logits[..., self.marks.end]
+            ends.masked_fill_(early.view(-1, *[1] * (ends.dim() - 1)), -torch.inf)
         return logits
+
+    def looks(self, place: int) -> bool:
+        """Whether it is time to see if all texts have ended, for which a GPU must be waited for. Tokens behind the end
+        of a text do no harm."""
+        return self.device.type == "cpu" or (place - self.first) % _LOOK_EVERY == _LOOK_EVERY - 1
 
     def prompt_at(self, place: int) -> Tensor | None:
         """(b,) the prompts' tokens at ``place``, -1 where the prompt is over; None if all are."""
@@ -159,7 +168,7 @@ def _one_by_one(work: _Work) -> list[list[int]]:
         done |= ended
         token = torch.where(done, marks.pad, token)
         chosen.append(token)
-        if bool(done.all()) or place + 1 == work.stop:
+        if place + 1 == work.stop or (work.looks(place) and bool(done.all())):
             break
         logits = work.cache.step(token[:, None])
     table = torch.stack(chosen, 1).tolist()

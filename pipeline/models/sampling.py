@@ -10,11 +10,13 @@ from torch import Tensor, nn
 
 from pipeline.cli import nearest
 from pipeline.config import ConfigError
+from pipeline.models.constants import number
 from pipeline.models.processes import Flow, Process
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
-"""(noisy (b, c, h, w), level ()) → clean (b, c, h, w)."""
+"""(noisy (b, c, h, w), level () on the CPU) → clean (b, c, h, w)."""
 Solver = Callable[[Denoise, Tensor, Tensor, Process], Tensor]
+"""(denoise, noise (b, c, h, w), levels (steps + 1,) on the CPU, process) → data (b, c, h, w)."""
 
 
 @torch.no_grad()
@@ -52,10 +54,14 @@ def sample(
         raise ConfigError(f"steps={steps}: must be at least 1")
 
     def denoise(x: Tensor, level: Tensor) -> Tensor:
-        return guided(model, x, level.to(x).expand(len(x)), text, guidance, process)
+        return guided(model, x, _at(level, x), text, guidance, process)
 
-    levels = process.schedule(steps).to(noise.device)
-    return SAMPLERS[sampler](denoise, noise * process.start, levels, process)
+    return SAMPLERS[sampler](denoise, noise * process.start, process.schedule(steps), process)
+
+
+def _at(level: Tensor, x: Tensor) -> Tensor:
+    """A level, which is on the CPU, for each of ``x``: (b,)."""
+    return number(float(level), x.dtype, x.device).expand(len(x))
 
 
 def guided(model: nn.Module, x: Tensor, t: Tensor, text: Tensor, guidance: float, process: Process) -> Tensor:
@@ -63,7 +69,7 @@ def guided(model: nn.Module, x: Tensor, t: Tensor, text: Tensor, guidance: float
     inner, time = process.input(x, t)
     if guidance == 1.0:
         return process.denoised(model(inner, time, text), x, t)
-    drop = torch.cat([torch.zeros(len(x)), torch.ones(len(x))]).bool().to(x.device)
+    drop = torch.arange(2 * len(x), device=x.device) >= len(x)
     both = model(torch.cat([inner, inner]), torch.cat([time, time]), torch.cat([text, text]), drop)
     with_text, without = both.chunk(2)
     return process.denoised(without + guidance * (with_text - without), x, t)
@@ -113,4 +119,4 @@ SAMPLERS: dict[str, Solver] = {"euler": euler, "heun": heun, "dpm++": dpm_solver
 
 
 def _slope(denoise: Denoise, x: Tensor, level: Tensor, process: Process) -> Tensor:
-    return process.slope(denoise(x, level), x, level.to(x).expand(len(x)))
+    return process.slope(denoise(x, level), x, _at(level, x))

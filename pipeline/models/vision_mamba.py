@@ -183,7 +183,9 @@ class Hybrid(nn.Module):
         self.balance = nn.Parameter(torch.zeros(dim))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        out: Tensor = torch.lerp(self.second(tokens).float(), self.first(tokens).float(), self.balance.sigmoid())
+        out: Tensor = torch.lerp(
+            self.second(tokens).float(), self.first(tokens).float(), self.balance.float().sigmoid()
+        )
         return out
 
 

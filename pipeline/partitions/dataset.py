@@ -482,6 +482,10 @@ def before_redone(dataset: Dataset, index: int) -> Dataset:
     return before
 
 
+def _opened(path: str, verify: Verify, open_files: int, taken: bool) -> RandomAccess:
+    return RandomAccess(Dataset.open(Path(path)), verify, open_files, taken)
+
+
 class RandomAccess:
     """Kept samples of a finished dataset by position. Nothing in it minds a fork.
 
@@ -514,6 +518,10 @@ class RandomAccess:
 
     def __len__(self) -> int:
         return self._starts[-1]
+
+    def __reduce__(self) -> Any:
+        """For worker processes, which open the dataset themselves."""
+        return _opened, (str(self.dataset.root.path), self._verify, self._most_files, self._taken)
 
     def _place(self, position: int) -> tuple[int, int, Index]:
         """Partition of the sample at ``position``, its place in it, and the partition's index."""

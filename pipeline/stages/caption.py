@@ -35,10 +35,12 @@ from pipeline.partitions import engine
 from pipeline.partitions.dataset import Dataset, SlotReader
 from pipeline.samples import FORMATS, Row, Schema
 from pipeline.splits import Splits
+from pipeline.stages.generate import set_precision
 from pipeline.stages.pictures import PictureStage
 from pipeline.storage import Folder
 from pipeline.tokenizer import Tokenizer
 from pipeline.training.checkpoint import open_checkpoint
+from pipeline.training.parallel import autocast
 from pipeline.training.tasks.caption import marks_of
 
 _THUMBNAIL = 224  # pixels
@@ -56,6 +58,7 @@ class CaptionWriter:
     tokenizer: Tokenizer
     prompt: str
     step: int
+    precision: str = "float32"
 
     @property
     def longest(self) -> int:
@@ -70,13 +73,17 @@ class CaptionWriter:
         keys: Sequence[str] | None = None,
     ) -> list[str]:
         """A text about each picture, uint8 (h, w, 3), of any sizes; with ``questions``, the answer to that of each."""
-        features = self.encoder.encode(self.encoder.preprocess(pictures))
+        device = self.model.places.device
         prompts = self.tokenizer.prompts(list(questions) or [None] * len(pictures))
-        texts = write(self.model, features.to(self.model.places.device), prompts, marks_of(self.tokenizer), how, keys)
+        with autocast(self.precision, device):
+            features = self.encoder.encode(self.encoder.preprocess(pictures).to(device)).float()
+            texts = write(self.model, features, prompts, marks_of(self.tokenizer), how, keys)
         return self.tokenizer.decode(texts)
 
 
-def load_writer(checkpoint: str | Path, device: str | torch.device = "cpu") -> CaptionWriter:
+def load_writer(
+    checkpoint: str | Path, device: str | torch.device = "cpu", precision: str = "float32"
+) -> CaptionWriter:
     """From a run's folder (its best checkpoint), one checkpoint, or an export folder; nothing else is needed.
 
     Raises:
@@ -105,6 +112,7 @@ def load_writer(checkpoint: str | Path, device: str | torch.device = "cpu") -> C
         Tokenizer.from_json(about["tokenizer"]),
         about["prompt"],
         step,
+        set_precision(precision, device),
     )
 
 
@@ -153,7 +161,7 @@ class Caption(PictureStage):
 
     @cached_property
     def writer(self) -> CaptionWriter:
-        return load_writer(checkpoint_of(self.config), self.rank.device)
+        return load_writer(checkpoint_of(self.config), self.rank.device, self.config.precision)
 
     def schema(self) -> Schema:
         self.upstream.require_columns("key", "jpg")
@@ -272,7 +280,7 @@ def write_about(config: CaptionConfig, device: torch.device) -> tuple[Path, list
     shows them. They lie in ``output=``, else in ``captions/`` of the working folder.
     """
     torch.set_num_threads(config.threads)
-    writer = load_writer(checkpoint_of(config), device)
+    writer = load_writer(checkpoint_of(config), device, config.precision)
     place = Path(config.output or "captions")
     lines: list[dict[str, Any]] = []
     thumbnails: list[str] = []

@@ -10,6 +10,7 @@ import numpy as np
 
 from pipeline.cli import config_for, errors_as_one_line
 from pipeline.config import ConfigError, EvaluateConfig
+from pipeline.distributed import Rank
 from pipeline.loading import Permutation
 from pipeline.metrics.shapes import judge, matches
 from pipeline.partitions.dataset import Dataset, RandomAccess
@@ -64,7 +65,7 @@ def evaluate_shapes(config: EvaluateConfig, run: Path) -> dict[str, Any]:
     """Judge pictures of fixed prompts and of combinations that training never saw; and how reliable the judge is."""
     from pipeline.stages.generate import Manner, load_painter, sample_images
 
-    painter = load_painter(config.checkpoint or run)
+    painter = load_painter(config.checkpoint or run, Rank(device=config.device).device, precision=config.precision)
 
     def draw(prompts: list[str], seed: int) -> np.ndarray:
         return sample_images(painter, prompts, seed, Manner.of(config))

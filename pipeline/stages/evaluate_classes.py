@@ -12,15 +12,18 @@ import torch
 from jinja2 import Environment, PackageLoader
 
 from pipeline.config import ConfigError, EvaluateConfig, StageConfig, dataset_name, stage_folder
+from pipeline.distributed import Rank
 from pipeline.metrics.classes import scores
 from pipeline.models.vision_mamba import VisionMamba, VisionMambaConfig
 from pipeline.partitions.dataset import Dataset, RandomAccess
 from pipeline.partitions.stage import open_input
+from pipeline.stages.generate import set_precision
 from pipeline.stages.report import embed
 from pipeline.storage import Folder
 from pipeline.training.checkpoint import open_checkpoint
 from pipeline.training.images import ImageDataset
 from pipeline.training.logs import read_log
+from pipeline.training.parallel import autocast
 from pipeline.training.tasks.classify import normalised
 
 _BATCH = 256
@@ -40,16 +43,20 @@ class Classifier:
     margin: float
     """Images are brought to this multiple of ``size``, and their middle is taken."""
     step: int
+    precision: str = "float32"
 
     @torch.inference_mode()
     def probabilities(self, images: torch.Tensor) -> np.ndarray:
         """float32 (b, classes)."""
         device = next(self.model.parameters()).device
-        logits = self.model(normalised(images.to(device), self.mean, self.std))
+        with autocast(self.precision, device):
+            logits = self.model(normalised(images.to(device), self.mean, self.std))
         return logits.float().softmax(1).cpu().numpy()
 
 
-def load_classifier(checkpoint: str | Path, device: str | torch.device = "cpu") -> Classifier:
+def load_classifier(
+    checkpoint: str | Path, device: str | torch.device = "cpu", precision: str = "float32"
+) -> Classifier:
     """The averaged weights of ``checkpoint`` (of a run's folder, the best).
 
     Raises:
@@ -69,14 +76,14 @@ def load_classifier(checkpoint: str | Path, device: str | torch.device = "cpu") 
         how["size"],
         how["edge"] / how["size"],
         found.step,
+        set_precision(precision, device),
     )
 
 
 def evaluate_classes(config: EvaluateConfig, run: Path) -> dict[str, Any]:
     """Judge a run on the test set (``input=``, else split=test of the data set); write the page into ``output=``, else
     into ``evaluation/`` of the run."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    classifier = load_classifier(config.checkpoint or run, device)
+    classifier = load_classifier(config.checkpoint or run, Rank(device=config.device).device, config.precision)
     dataset = test_set(config)
     dataset.require_columns("jpg", "label")
     data = ImageDataset(RandomAccess(dataset), classifier.size, margin=classifier.margin)

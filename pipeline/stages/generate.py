@@ -34,6 +34,7 @@ from pipeline.randomness import normals
 from pipeline.samples import IMAGE_COLUMNS, Outcome, Schema, caption_fields, content_hash
 from pipeline.storage import Folder
 from pipeline.training.checkpoint import FOLDER, RECORD, find_checkpoint, open_checkpoint, step_of
+from pipeline.training.parallel import autocast, set_matmul_precision
 from pipeline.training.tasks.diffuse import Normalisation
 
 _BATCH = 32
@@ -45,7 +46,8 @@ _LOOKED_AT = 400  # samples whose captions the default prompts are taken from
 
 @dataclass(frozen=True)
 class Painter:
-    """All that it takes to turn prompts into pictures; ``step`` of training that the weights are from."""
+    """All that it takes to turn prompts into images; ``step`` of training that the weights are from; ``precision`` of
+    the network."""
 
     model: DiT
     process: Process
@@ -53,6 +55,7 @@ class Painter:
     autoencoder: Autoencoder
     text_encoder: TextEncoder
     step: int
+    precision: str = "float32"
 
 
 @dataclass(frozen=True)
@@ -108,10 +111,14 @@ class Wanted:
         return (self.seeds[number % self.each], 0) if self.seeds else (self.seed, number)
 
 
-def load_painter(checkpoint: str | Path, device: str | torch.device = "cpu", vae: str = "") -> Painter:
+def load_painter(
+    checkpoint: str | Path, device: str | torch.device = "cpu", vae: str = "", precision: str = "float32"
+) -> Painter:
     """The averaged weights of ``checkpoint`` (of a run's folder, the newest), and the encoders it was trained with.
 
-    ``vae``: another autoencoder to decode with, whose latents are alike.
+    Args:
+        vae: another autoencoder to decode with, whose latents are alike.
+        precision: of the network on a GPU, "bfloat16" or "float32".
 
     Raises:
         ConfigError: no checkpoint there, or one of another task; an autoencoder with latents of another shape.
@@ -138,6 +145,7 @@ def load_painter(checkpoint: str | Path, device: str | torch.device = "cpu", vae
         decoder,
         text_encoder(latents["text_encoder"], device),
         loaded.step,
+        set_precision(precision, device),
     )
 
 
@@ -182,8 +190,9 @@ def _batch(painter: Painter, wanted: Wanted, numbers: Sequence[int], manner: Man
     noise = torch.from_numpy(np.stack([normals(shape, seed, "picture", place) for seed, place in starts])).to(device)
     states = painter.text_encoder.encode([wanted.prompt(number) for number in numbers]).to(device)
     process, sampler = painter.process, manner.sampler
-    latents = sample(painter.model, noise, states, manner.steps, manner.guidance, process, sampler)
-    return to_pixels(painter.autoencoder.decode(painter.normalisation.invert(latents)))
+    with autocast(painter.precision, device):
+        latents = sample(painter.model, noise, states, manner.steps, manner.guidance, process, sampler)
+    return to_pixels(painter.autoencoder.decode(painter.normalisation.invert(latents.float())))
 
 
 class Generate(Stage):
@@ -213,7 +222,7 @@ class Generate(Stage):
 
     @cached_property
     def painter(self) -> Painter:
-        return load_painter(self.checkpoint, self.rank.device, self.config.vae)
+        return load_painter(self.checkpoint, self.rank.device, self.config.vae, self.config.precision)
 
     def plan(self, since: int = 0) -> Iterator[Partition]:
         total = len(self.wanted)
@@ -263,7 +272,7 @@ def main(rank: Rank, config: GenerateConfig) -> None:
     run = run_of(config)
     set_threads(config.threads)
     wanted = Wanted.of(config)
-    painter = load_painter(config.checkpoint or run, rank.device, config.vae)
+    painter = load_painter(config.checkpoint or run, rank.device, config.vae, config.precision)
     place = write_samples(run, wanted, drawn(painter, wanted, Manner.of(config)))
     print(f"{len(wanted)} pictures: {place}")
 
@@ -283,6 +292,14 @@ def run_of(config: GenerateConfig | EvaluateConfig) -> Path:
     if not run.is_dir():
         raise ConfigError(f"{run}: there is no such training run; checkpoint= names one")
     return run
+
+
+def set_precision(precision: str, device: str | torch.device) -> str:
+    """What the networks on ``device`` compute in: as asked for on a GPU, where bfloat16 goes with TF32 for the rest;
+    float32 on a CPU."""
+    device = torch.device(device)
+    set_matmul_precision(precision, device)
+    return precision if device.type == "cuda" else "float32"
 
 
 def set_threads(threads: int) -> None:

@@ -16,8 +16,11 @@ from pipeline.partitions.dataset import Dataset, RandomAccess
 from pipeline.partitions.stage import input_folder, open_input, place_of
 from pipeline.storage import Folder, StorageError
 from pipeline.telemetry import Events
+from pipeline.workers import available_cpus
 
 if TYPE_CHECKING:
+    import torch
+
     from pipeline.training.tasks.base import Task
 
 
@@ -28,10 +31,13 @@ def main(rank: Rank, config: TrainConfig) -> None:
     dataset = _input(config)
     import torch
 
-    from pipeline.training.loop import train
+    from pipeline.training.loop import NotFinite, Training
 
-    torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // rank.local_world_size))
-    task, data, valid = learned(config, dataset)
+    torch.set_num_threads(config.threads or available_cpus(rank.local_world_size))
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before the first use of cuBLAS
+        torch.use_deterministic_algorithms(True)
+    task, data, valid = learned(config, dataset, rank.device)
     if config.epochs:
         config = replace(config, steps=max(1, round(config.epochs * len(data) / config.batch_size)))
     place = config.output or run_folder(config, config.name or config.task)
@@ -39,9 +45,13 @@ def main(rank: Rank, config: TrainConfig) -> None:
         run = Folder.open(place, create=True)
     except OSError as error:
         raise StorageError(f"output {place} cannot be made: {error.strerror}") from error
+    training = Training(task, data, config, rank, run, valid)  # what refuses the command leaves the run as it is
     rank.now = {"of": config.steps}
-    with Events(run, rank).around():
-        state = train(task, data, config, rank, run, valid)
+    try:
+        with Events(run, rank).around():
+            state = training.run()
+    except NotFinite as error:
+        raise SystemExit(f"error: {error}") from None
     if rank.is_main:
         rank.log.info("%s: finished after %d steps", place, state.step)
 
@@ -66,14 +76,20 @@ def _is_foreign(place: Path) -> bool:
     return not (place / "plan").is_dir() and (place / "index.json").is_file()
 
 
-def learned(config: TrainConfig, dataset: Dataset | None) -> tuple[Task, Batches, Batches | None]:
-    """The task, what it is trained on, and what it is measured on meanwhile."""
+def learned(
+    config: TrainConfig, dataset: Dataset | None, device: str | torch.device = "cpu"
+) -> tuple[Task, Batches, Batches | None]:
+    """The task, what it is trained on, and what it is measured on meanwhile.
+
+    Args:
+        device: where encoders compute that are no part of what is trained.
+    """
     if config.start_from and not Path(config.start_from).exists():
         config = replace(config, start_from=str(run_folder(config, config.start_from)))
     if config.task == "caption":
         from pipeline.training.tasks.caption import learned as captioning
 
-        return captioning(config, dataset)
+        return captioning(config, dataset, device)
     from pipeline.training.feed import Chosen, split
 
     if config.task == "classify":

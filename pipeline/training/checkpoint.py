@@ -30,12 +30,12 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 
 from pipeline.config import ConfigError
 from pipeline.distributed import Rank
 from pipeline.storage import Folder, StorageError, commit, seal
+from pipeline.training.staging import Stage, share_of
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")  # a single rank
 logging.getLogger("c10d-NullHandler-dcp_logger").setLevel(logging.WARNING)  # else two records for each tensor
@@ -96,7 +96,7 @@ class Checkpoints:
         self.keep = keep
         self._rank = rank or Rank()
         self._group = self._own_group()
-        self._stager = DefaultStager(StagingOptions(False, False, False, False))
+        self._stage = Stage()
         self._thread = ThreadPoolExecutor(1, "latentmill-checkpoint")
         self._pending: Future[None] | None = None
 
@@ -119,7 +119,7 @@ class Checkpoints:
         background: bool = False,
         done: Callable[[], None] = lambda: None,
     ) -> None:
-        """Write a checkpoint and commit it by one rename; every rank calls this, with its share of the tensors.
+        """Write a checkpoint and commit it by one rename; every rank calls this, with all tensors that it has.
 
         Args:
             spare: steps whose checkpoints are not deleted, however old.
@@ -132,10 +132,10 @@ class Checkpoints:
             OSError: the disk is full, for example; nothing is left behind.
         """
         self.wait()
-        staged = self._stager.stage(dict(tensors))
-        assert not isinstance(staged, Future)
+        staged = self._stage.copy(share_of(tensors, self._rank))
 
         def work() -> None:
+            self._stage.wait()
             self._write(step, facts, staged)
             if self._rank.is_main:
                 self._prune(spare)

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+_CHUNK = 2**26  # numbers that are averaged at a time on a GPU, to bound the memory that it takes
+
 
 class Ema:
     """Averages of all parameters in float32, and the newest values of persistent buffers.
@@ -19,18 +21,39 @@ class Ema:
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
-        self.updates = 0
         self._averages = {name: p.detach().clone().float() for name, p in model.named_parameters()}
         self._buffers = {name: tensor.detach().clone() for name, tensor in buffers_of(model).items()}
+        device = next((_local(average).device for average in self._averages.values()), torch.device("cpu"))
+        self._count = torch.zeros((), dtype=torch.float64, device=device)
+
+    @property
+    def updates(self) -> int:
+        """How many there were; waits for the device."""
+        return int(self._count)
+
+    @updates.setter
+    def updates(self, count: int) -> None:
+        self._count.fill_(count)
 
     @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        self.updates += 1
+    def update(self, model: nn.Module, left_out: Tensor | None = None) -> None:
+        """Take in the weights of ``model``, unless ``left_out`` (), which stays on the device, is 1."""
         newest = [_local(p).float() for p in model.parameters()]
-        torch._foreach_lerp_([_local(average) for average in self._averages.values()], newest, 1 - decay)
+        averages = [_local(average) for average in self._averages.values()]
+        if self._count.device.type == "cpu":
+            if left_out is not None and left_out > 0:
+                return
+            decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+            self._count += 1
+            torch._foreach_lerp_(averages, newest, 1 - decay)
+        else:
+            applied = 1 - left_out.double() if left_out is not None else torch.ones_like(self._count)
+            share = 1 - ((1 + self._count) / (10 + self._count)).clamp(max=self.decay)
+            self._count += applied
+            _approach(averages, newest, (share * applied).float())
         for name, tensor in buffers_of(model).items():
-            self._buffers[name].copy_(tensor)
+            kept = self._buffers[name]
+            kept.copy_(tensor if left_out is None else torch.where(left_out > 0, kept, tensor))
 
     def weights(self) -> dict[str, Tensor]:
         """What ``model.load_state_dict`` takes; to be filled in place when a run goes on."""
@@ -50,6 +73,18 @@ class Ema:
             with torch.no_grad():
                 for name, tensor in tensors.items():
                     _local(tensor).copy_(own[name])
+
+
+def _approach(averages: list[Tensor], newest: list[Tensor], share: Tensor) -> None:
+    """averages += share * (newest - averages), with ``share`` () on the device, by a few kernels for all tensors."""
+    first, size = 0, 0
+    for last, average in enumerate(averages, 1):
+        size += average.numel()
+        if size >= _CHUNK or last == len(averages):
+            change = torch._foreach_sub(newest[first:last], averages[first:last])
+            torch._foreach_mul_(change, share)
+            torch._foreach_add_(averages[first:last], change)
+            first, size = last, 0
 
 
 def buffers_of(model: nn.Module) -> dict[str, Tensor]:

@@ -6,10 +6,14 @@ nothing from them.
 
 from __future__ import annotations
 
+import multiprocessing
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
+import torch
 from torch.utils.data import DataLoader, Dataset
 
 from pipeline.config import TrainConfig
@@ -17,8 +21,10 @@ from pipeline.distributed import Rank, ignore_signals
 from pipeline.loading import Batches, Sampler, order
 from pipeline.randomness import keyed_seed
 from pipeline.training.tasks.base import Batch, Keys, Task
+from pipeline.workers import available_cpus
 
 _AHEAD = 2  # batches that each worker prepares beforehand
+_MOST_WORKERS = 8  # that are started unasked
 
 
 @dataclass(frozen=True)
@@ -29,9 +35,16 @@ class Part:
     batch: Batch
     last: bool
 
+    def pin_memory(self) -> Part:
+        """In memory that a GPU can read by itself. The DataLoader calls this, in a thread of its own."""
+        return replace(self, batch={name: tensor.pin_memory() for name, tensor in self.batch.items()})
+
 
 class Feed:
-    """Iterates over the parts of this rank's share of every step, from where ``sampler`` is on.
+    """Iterates over the parts of this rank's share of every step, from where ``sampler`` is on, on the rank's device.
+
+    For a GPU, batches are prepared in pinned memory by worker processes, which are fresh interpreters: none has the
+    network, or a driver's state, from a fork. :meth:`prefetch` starts to copy the next part while one is computed.
 
     Args:
         sampler: read once; the loop advances its own.
@@ -41,28 +54,90 @@ class Feed:
     def __init__(
         self, task: Task, data: Batches, sampler: Sampler, first: int, steps: int, config: TrainConfig, rank: Rank
     ) -> None:
-        prepared = _Prepared(task, data)
+        self._device, self._host = rank.device, task.on_host
+        self._on_gpu = rank.device.type == "cuda"
+        prepared = _Prepared(task.for_workers(), data)
         requests = _requests(replace(sampler), first, steps, config, part_size(task, config, rank))
         self._parts: Iterator[Part]
-        if config.workers:
+        if workers := worker_count(config, rank):
             loader = DataLoader(
                 prepared,
                 sampler=requests,
                 batch_size=None,
                 collate_fn=None,
-                num_workers=config.workers,
+                num_workers=workers,
                 prefetch_factor=_AHEAD,
                 worker_init_fn=ignore_signals,
+                pin_memory=self._on_gpu,
+                multiprocessing_context=_fresh_processes() if self._on_gpu else None,
             )
             self._parts = iter(loader)
         else:
-            self._parts = (prepared[request] for request in requests)
+            parts = (prepared[request] for request in requests)
+            self._parts = (part.pin_memory() for part in parts) if self._on_gpu else parts
+        self._stream: Any = torch.cuda.Stream(rank.device) if self._on_gpu else None
+        self._next: tuple[Part, Any] | None = None
+        self._computed: Any = None
+        self.waited = 0.0
+        """Seconds in which there was no data to compute with."""
 
     def __iter__(self) -> Iterator[Part]:
         return self
 
     def __next__(self) -> Part:
-        return next(self._parts)
+        part, copied = self._next or self._fetch()
+        self._next = None
+        if self._on_gpu:
+            current = torch.cuda.current_stream(self._device)
+            current.wait_event(copied)
+            for name, tensor in part.batch.items():
+                if name not in self._host:
+                    tensor.record_stream(current)
+        return part
+
+    def prefetch(self) -> None:
+        """What was taken is being computed: meanwhile get the next part, if it is for a GPU and there is one."""
+        if self._on_gpu:
+            self._computed = torch.cuda.Event()
+            self._computed.record()
+            try:
+                self._next = self._fetch()
+            except StopIteration:
+                self._next = None
+
+    def _fetch(self) -> tuple[Part, Any]:
+        """The next part, and for a GPU the event of its copy."""
+        start = time.monotonic()
+        part = next(self._parts)
+        if self._computed is None or self._computed.query():  # the device has nothing else to do
+            self.waited += time.monotonic() - start
+        if not self._on_gpu:
+            return part, None
+        copied = torch.cuda.Event()
+        with torch.cuda.stream(self._stream):
+            part = replace(part, batch=on_device(part.batch, self._device, self._host))
+            copied.record()
+        return part, copied
+
+
+def on_device(batch: Batch, device: torch.device, host: frozenset[str]) -> Batch:
+    """``batch`` on ``device``, but for those of these names; from pinned memory nothing waits for the copies."""
+    return {name: tensor if name in host else tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+
+
+def worker_count(config: TrainConfig, rank: Rank) -> int:
+    """Processes that prepare batches: as ``workers=`` says, else on a CPU none, for a GPU the rank's CPUs but one."""
+    if config.workers >= 0:
+        return config.workers
+    if rank.device.type != "cuda":
+        return 0
+    return max(1, min(_MOST_WORKERS, available_cpus(rank.local_world_size) - 1))
+
+
+def _fresh_processes() -> Any:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
 
 
 def part_size(task: Task, config: TrainConfig, rank: Rank) -> int:

@@ -46,6 +46,19 @@ class ImageDataset:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For worker processes: what is kept is shared with them, not copied."""
+        state = dict(self.__dict__)
+        if self._images is not None:
+            shared = torch.from_numpy(self._images).share_memory_()
+            self._images = shared.numpy()
+            state["_images"] = shared
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        shared = state.pop("_images")
+        self.__dict__.update(state, _images=None if shared is None else shared.numpy())
+
     def _keep(self) -> None:
         pixels = np.empty((len(self), 3, self.size, self.size), np.uint8)
         labels = np.empty(len(self), np.int64)

@@ -22,8 +22,15 @@ LOGS = "logs"
 MERGED = "training_log.jsonl"
 _WANDB_ID = "wandb_id"
 
-_PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "B200": 2250e12, "V100": 125e12}
-"""Dense operations a second in bfloat16 (V100: float16), from the vendors' data sheets."""
+_PEAK_FLOPS = {
+    "H200": (989e12, 495e12, 67e12),
+    "H100": (989e12, 495e12, 67e12),
+    "A100": (312e12, 156e12, 19.5e12),
+    "L40S": (362e12, 183e12, 91.6e12),
+    "B200": (2250e12, 1125e12, 75e12),
+    "V100": (125e12, 15.7e12, 15.7e12),
+}
+"""Dense operations a second in bfloat16 (V100: float16), TF32 and float32, from the vendors' data sheets (SXM)."""
 
 
 class Logger(ABC):
@@ -205,12 +212,13 @@ def memory_megabytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
 
 
-def peak_flops(device: torch.device) -> float:
-    """Operations a second in bfloat16 that the vendor promises; 0 if not known."""
+def peak_flops(device: torch.device, precision: str = "bfloat16") -> float:
+    """Operations a second in bfloat16, tf32 or float32 that the vendor promises; 0 if not known."""
     if device.type != "cuda":
         return 0.0
     name = torch.cuda.get_device_name(device)
-    return next((flops for known, flops in _PEAK_FLOPS.items() if known in name), 0.0)
+    place = ("bfloat16", "tf32", "float32").index(precision)
+    return next((flops[place] for known, flops in _PEAK_FLOPS.items() if known in name), 0.0)
 
 
 def flop_counter() -> FlopCounterMode:

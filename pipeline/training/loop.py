@@ -9,17 +9,14 @@ ranks see the same batches.
 from __future__ import annotations
 
 import math
-import time
 import uuid
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.config import ConfigError, TrainConfig, default_of, identity
 from pipeline.distributed import Rank
@@ -38,10 +35,23 @@ from pipeline.training.checkpoint import (
 )
 from pipeline.training.ema import Ema, buffers_of
 from pipeline.training.export import Uploads, export, export_epoch
-from pipeline.training.feed import Feed, Part, part_size
+from pipeline.training.feed import Feed, Part, on_device, part_size
 from pipeline.training.logs import Logger, Meter, forward_flops, memory_megabytes, open_loggers, peak_flops
+from pipeline.training.parallel import (
+    autocast,
+    check_parallel,
+    checkpoint_activations,
+    communicating,
+    compile_blocks,
+    precision_of,
+    set_matmul_precision,
+    shard,
+    wrapped,
+)
+from pipeline.training.profiling import Profiler
 from pipeline.training.schedule import learning_rate
 from pipeline.training.tasks.base import Keys, Task
+from pipeline.training.verdicts import StopRequests, Verdicts
 
 SHOWN = "shown"
 
@@ -139,72 +149,142 @@ def train(
         NotFinite: see there; the newest checkpoint is from before.
         Stopped: a signal came to any rank; the state was saved.
     """
-    check(config, rank)
-    flops = forward_flops(task.model, task.example())
-    state = _start(task, data, config, rank)
-    state.meter = Meter(flops, peak_flops(rank.device) * rank.world_size)
-    life = str(rank.broadcast(uuid.uuid4().hex))
-    checkpoints = Checkpoints(run, life, config.keep_checkpoints, rank)
-    saved = _resume(state, checkpoints, config, rank)
-    network = _wrapped(state.model, config, rank)
-    loggers = open_loggers(run, config, life, state.step) if rank.is_main else []
-    steps = max(0, config.steps - state.step)
-    feed = Feed(task, data, state.sampler, state.step, steps, config, rank) if steps else None
-    stopping = False
-    done = 0
-    uploads = Uploads(config.hub_repo, rank.log)
-    try:
-        while True:
-            lr = learning_rate(config, state.step, state.progress.reductions)
-            for group in state.optimizer.param_groups:
-                group["lr"] = lr
+    return Training(task, data, config, rank, run, valid).run()
 
-            if not stopping and _due(state, config) and valid and len(valid):
-                stopping = _evaluate(task, state, valid, config, rank, loggers, run)
-            finished = state.step >= config.steps or _without_hope(state, config)
-            best = state.progress.best_step == state.step
-            epoch = _finished_epoch(state, config)
-            if state.step != saved and (
-                finished or stopping or best or epoch or state.step % config.checkpoint_every == 0
-            ):  # in the background, unless the process is about to end
-                saved = _save(state, task, checkpoints, config, rank, background=not (finished or stopping))
-            if epoch and rank.is_main and not stopping:
-                checkpoints.wait()
-                progress = state.progress
-                uploads.start(export_epoch(run, epoch, state.step, progress.best_step, progress.valid_loss, config))
-            if stopping:
-                raise Stopped(f"stopped after step {state.step} of {config.steps}; the same command resumes")
-            if finished:
-                break
-            assert feed is not None
 
-            share, waited = _accumulate_gradients(task, network, feed, state, config, rank)
-            norm = _clip(state.model, config.clip_norm)
-            loss, stopping = _agree(share, rank)
-            if _finite(loss, norm, state, config, rank):
-                state.optimizer.step()
-                _share_buffers(state.model, rank)
-                state.ema.update(state.model)
-            state.optimizer.zero_grad(set_to_none=True)
-            state.sampler.advance()
-            state.step += 1
+class Training:
+    """One life of a run; see :func:`train`."""
 
-            state.meter.add(loss, config.batch_size, waited)
-            rank.waited += waited
-            batch = config.batch_size // rank.world_size
-            done += batch
-            rank.now = {"step": state.step, "of": config.steps, "loss": loss, "batch": batch, "done": done}
-            if state.step % config.log_every == 0 or state.step == config.steps:
-                _log(state, config, rank, loggers, {"lr": lr, "grad_norm": norm})
-    finally:
-        checkpoints.wait()
-        for logger in loggers:
-            logger.close()
-    if rank.is_main:
-        uploads.wait()
-        uploads.start(export(run, state.progress.best_step))
-        uploads.wait()
-    return state
+    def __init__(
+        self, task: Task, data: Batches, config: TrainConfig, rank: Rank, run: Folder, valid: Batches | None
+    ) -> None:
+        check(config, rank)
+        self.task, self.rank, self.folder, self.valid = task, rank, run, valid
+        life = str(rank.broadcast(uuid.uuid4().hex))
+        self.checkpoints = Checkpoints(run, life, config.keep_checkpoints, rank)
+        found = newest_record(self.checkpoints, rank)
+        self.config = config = _settled(config, found, self.checkpoints.folder, rank)
+        flops = forward_flops(task.model, task.example())
+        self.state = state = _start(task, data, config, rank)
+        state.meter = Meter(flops, peak_flops(rank.device, config.precision) * rank.world_size)
+        self.saved = -1
+        if found:
+            name, record = found
+            state.load(self.checkpoints.folder.path / name, record["facts"], record["step"])
+            self.saved = state.step
+        self.network = wrapped(state.model, config, rank)
+        self.loggers = open_loggers(run, config, life, state.step) if rank.is_main else []
+        left = max(0, config.steps - state.step)
+        self.feed = Feed(task, data, state.sampler, state.step, left, config, rank) if left else None
+        self.verdicts = Verdicts(rank.device, config.max_skipped, state.skipped)
+        self.requests = StopRequests(rank)
+        self.profiler = Profiler(run, rank, config.profile, left)
+        self.uploads = Uploads(config.hub_repo, rank.log)
+        self.unread: list[tuple[int, float, float]] = []
+        """Step, seconds without data and learning rate of each step whose verdict was not read."""
+        self.last = {"loss": math.nan, "grad_norm": math.nan, "lr": math.nan}
+        self.done = 0
+
+    def run(self) -> State:
+        """Until the end, or until a rank is asked to stop."""
+        state, config, rank = self.state, self.config, self.rank
+        stopping = False
+        try:
+            while True:
+                if not stopping and _due(state, config) and self.valid and len(self.valid):
+                    self.read()
+                    stopping = _evaluate(self.task, state, self.valid, config, rank, self.loggers, self.folder)
+                finished = state.step >= config.steps or _without_hope(state, config)
+                self._checkpoint(finished, stopping)
+                if stopping:
+                    raise Stopped(f"stopped after step {state.step} of {config.steps}; the same command resumes")
+                if finished:
+                    break
+                stopping = self._step()
+                if self.verdicts.immediate or state.step % config.log_every == 0:
+                    self.read()
+                if state.step % config.log_every == 0 or state.step == config.steps:
+                    self.read()
+                    _log(state, config, rank, self.loggers, {n: self.last[n] for n in ("lr", "grad_norm")})
+        finally:
+            self.profiler.close(state.step)
+            self.checkpoints.wait()
+            for logger in self.loggers:
+                logger.close()
+        if rank.is_main:
+            self.uploads.wait()
+            self.uploads.start(export(self.folder, state.progress.best_step))
+            self.uploads.wait()
+        return state
+
+    def _checkpoint(self, finished: bool, stopping: bool) -> None:
+        """Save and export what is due."""
+        state, config = self.state, self.config
+        best = state.progress.best_step == state.step
+        epoch = _finished_epoch(state, config)
+        due = finished or stopping or best or epoch or state.step % config.checkpoint_every == 0
+        if state.step != self.saved and due:  # in the background, unless the process is about to end
+            self.read()
+            background = not (finished or stopping)
+            self.saved = _save(state, self.task, self.checkpoints, config, self.rank, background=background)
+        if epoch and self.rank.is_main and not stopping:
+            self.checkpoints.wait()
+            progress = state.progress
+            made = export_epoch(self.folder, epoch, state.step, progress.best_step, progress.valid_loss, config)
+            self.uploads.start(made)
+
+    def _step(self) -> bool:
+        """One optimizer step, for which nothing waits on a GPU; whether a rank was asked to stop."""
+        state, config, rank = self.state, self.config, self.rank
+        assert self.feed is not None
+        lr = learning_rate(config, state.step, state.progress.reductions)
+        for group in state.optimizer.param_groups:
+            group["lr"] = lr
+        self.profiler.step(state.step + 1)
+        share, waited = _accumulate_gradients(self.task, self.network, self.feed, state, config, rank)
+        norm = _clip(state.model, config.clip_norm)
+        loss, stopping = _agree(share, rank, self.requests)
+        left_out = self.verdicts.judge(loss, norm)
+        state.optimizer.found_inf = left_out  # type: ignore[attr-defined] # its kernel leaves the step out
+        state.optimizer.step()
+        _share_buffers(state.model, rank)
+        state.ema.update(state.model, left_out)
+        state.optimizer.zero_grad(set_to_none=True)
+        state.sampler.advance()
+        state.step += 1
+        self.profiler.done(state.step)
+
+        self.unread.append((state.step, waited, lr))
+        rank.waited += waited
+        batch = config.batch_size // rank.world_size
+        self.done += batch
+        now = {"step": state.step, "of": config.steps, "batch": batch, "done": self.done}
+        rank.now = now | ({"loss": self.last["loss"]} if math.isfinite(self.last["loss"]) else {})
+        return stopping
+
+    def read(self) -> None:
+        """Learn what became of the steps so far.
+
+        Raises:
+            NotFinite: too many in a row were left out.
+        """
+        state, config = self.state, self.config
+        for (number, waited, lr), step in zip(self.unread, self.verdicts.read(), strict=True):
+            self.last = {"loss": step.loss, "grad_norm": step.norm, "lr": lr}
+            state.meter.add(step.loss, config.batch_size, waited)
+            state.skipped = step.in_row
+            state.skipped_ever += step.in_row > 0
+            if step.in_row > config.max_skipped:
+                raise NotFinite(
+                    f"step {number}: loss {step.loss}, gradient norm {step.norm}, {step.in_row} steps in a row "
+                    f"(max_skipped={config.max_skipped}). None of them was applied. A lower lr= or clip_norm= may "
+                    "help; the same command goes on from the newest checkpoint"
+                )
+            if step.in_row and self.rank.is_main:
+                self.rank.log.warning("step %d is left out: loss %s, gradient norm %s", number, step.loss, step.norm)
+        self.unread.clear()
+        if self.rank.now and math.isfinite(self.last["loss"]):
+            self.rank.now = {**self.rank.now, "loss": self.last["loss"]}
 
 
 # ---- the start
@@ -216,6 +296,7 @@ def check(config: TrainConfig, rank: Rank) -> None:
     Raises:
         ConfigError: names them.
     """
+    check_parallel(config, rank)
     if config.batch_size < rank.world_size:
         raise ConfigError(f"batch_size={config.batch_size}: less than one sample for each of {rank.world_size} ranks")
     if (config.schedule == "plateau" or config.early_stop) and not config.valid_fraction:
@@ -223,10 +304,40 @@ def check(config: TrainConfig, rank: Rank) -> None:
         raise ConfigError(f"{name} needs a validation set: valid_fraction=0.1, for example")
 
 
+def _settled(config: TrainConfig, found: tuple[str, dict[str, Any]] | None, folder: Folder, rank: Rank) -> TrainConfig:
+    """``config`` with what depends on the device, and on the run that it goes on with.
+
+    Raises:
+        ConfigError: that run was started with other settings.
+    """
+    before = found[1]["facts"]["config"] if found else {}
+    precision = precision_of(config.precision, rank.device, before.get("precision", ""))
+    config = replace(config, precision=precision)
+    if found:
+        _require_same(before, identity(config), folder, found[1]["step"])
+        if rank.is_main:
+            rank.log.info("resuming after step %d of %d", found[1]["step"], config.steps)
+            if config.steps != before["steps"]:
+                rank.log.info(
+                    "the run had %d steps: the learning rate goes on as if it had had %d from the start: %.3g",
+                    before["steps"],
+                    config.steps,
+                    learning_rate(config, found[1]["step"], found[1]["facts"]["progress"]["reductions"]),
+                )
+    set_matmul_precision(precision, rank.device)
+    if rank.is_main:
+        rank.log.info("precision=%s on %s", precision, rank.device.type)
+    return config
+
+
 def _start(task: Task, data: Batches, config: TrainConfig, rank: Rank) -> State:
     model = task.model.to(rank.device)
-    if config.parallel == "fsdp":
-        _shard(model, rank)
+    if config.checkpoint_activations:
+        checkpoint_activations(model)
+    if config.compile:
+        compile_blocks(model)
+    if config.parallel != "ddp":
+        shard(model, config, rank, config.precision)
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
@@ -239,60 +350,31 @@ def _start(task: Task, data: Batches, config: TrainConfig, rank: Rank) -> State:
     return State(model, optimizer, Ema(model, config.ema_decay), sampler, Meter())
 
 
-def _resume(state: State, checkpoints: Checkpoints, config: TrainConfig, rank: Rank) -> int:
-    """Load the newest checkpoint into ``state`` on every rank; its step, or -1 if there is none.
-
-    Raises:
-        ConfigError: it was made with other settings.
-    """
+def newest_record(checkpoints: Checkpoints, rank: Rank) -> tuple[str, dict[str, Any]] | None:
+    """Name and record of the newest checkpoint, the same on all ranks; None if there is none."""
     newest = checkpoints.newest(rank.log) if rank.is_main else None
-    name = rank.broadcast(newest.name if newest else "")
+    name = str(rank.broadcast(newest.name if newest else ""))
     if not name:
-        return -1
+        return None
     with checkpoints.folder.folder(name) as folder:
         record = folder.read_sealed("checkpoint.json") if not rank.is_main else checked_record(folder)
     assert record is not None
-    facts = record["facts"]
-    _require_same(facts["config"], identity(config), checkpoints.folder)
-    state.load(checkpoints.folder.path / name, facts, record["step"])
-    if rank.is_main:
-        rank.log.info("resuming after step %d of %d", state.step, config.steps)
-    return state.step
+    return name, record
 
 
-def _require_same(theirs: dict[str, object], ours: dict[str, object], folder: Folder) -> None:
+def _require_same(theirs: dict[str, Any], ours: dict[str, Any], folder: Folder, step: int) -> None:
+    """Raises ConfigError if a run goes on with other settings; one that is finished may get more steps."""
+    longer = ours["steps"] > theirs["steps"] <= step
     for name, value in ours.items():
         was = theirs.get(name, default_of(TrainConfig, name))  # a setting that there was not yet
-        if was != value:
-            raise ConfigError(
-                f"{name}={value}, but the run in {folder.path} was started with {name}={was}: use that, or "
-                "another name="
-            )
-
-
-def _shard(model: nn.Module, rank: Rank) -> None:
-    """FSDP2: parameters, gradients and optimizer state are spread over the ranks, block by block."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    rank.process_group()
-    mesh = init_device_mesh(rank.device.type, (rank.world_size,))
-    for block in getattr(model, "blocks", ()):
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-
-
-def _wrapped(model: nn.Module, config: TrainConfig, rank: Rank) -> nn.Module:
-    """The model, compiled if asked for, in what averages gradients over the ranks."""
-    network = model
-    if config.compile:
-        network = torch.compile(network)  # type: ignore[assignment]
-    if rank.world_size == 1 or config.parallel == "fsdp":
-        return network
-    rank.process_group()
-    return DistributedDataParallel(
-        network, device_ids=[rank.device] if rank.device.type == "cuda" else None, broadcast_buffers=False
-    )
+        if was == value or (longer and name in ("steps", "epochs")):
+            continue
+        hint = "use that, or another name="
+        if name in ("steps", "epochs"):
+            hint = f"it is at step {step}: finish it first, then it can be extended; or use another name="
+            if ours["epochs"] == theirs["epochs"] and ours["epochs"]:
+                hint = "the number of samples has changed; give steps= in place of epochs=, or another name="
+        raise ConfigError(f"{name}={value}, but the run in {folder.path} was started with {name}={was}: {hint}")
 
 
 # ---- a step
@@ -304,69 +386,37 @@ def _accumulate_gradients(
     """Gradients of the global batch's mean loss; returns this rank's share of that mean, and seconds without data."""
     torch.manual_seed(keyed_seed(config.seed, "step", state.step, rank.rank))
     total = torch.zeros((), device=rank.device)
-    waited, last = 0.0, False
+    before, last = feed.waited, False
     while not last:
-        start = time.monotonic()
         part = next(feed)
-        waited += time.monotonic() - start
         last = part.last
-        with _communicating(network, state.model, last):
+        with communicating(network, state.model, last):
             losses = _losses(task, network, part, config, rank)
             share = losses.sum() / config.batch_size
             (share * rank.world_size).backward()  # the wrapper takes the mean over ranks: of shares, we need the sum
         total += share.detach()
-    return total, waited
+        feed.prefetch()
+    return total, feed.waited - before
 
 
 def _losses(task: Task, network: nn.Module, part: Part, config: TrainConfig, rank: Rank) -> Tensor:
-    batch = {name: tensor.to(rank.device, non_blocking=True) for name, tensor in part.batch.items()}
-    with _precision(config, rank):
-        return task.losses(network, batch, part.keys).float()
+    with autocast(config.precision, rank.device):
+        return task.losses(network, part.batch, part.keys).float()
 
 
-def _precision(config: TrainConfig, rank: Rank) -> AbstractContextManager[Any]:
-    """Parameters stay in float32; with bfloat16, what gains by it is computed in that."""
-    return torch.autocast(rank.device.type, torch.bfloat16, enabled=config.precision == "bfloat16")
-
-
-def _communicating(network: nn.Module, model: nn.Module, last: bool) -> AbstractContextManager[None]:
-    """Gradients travel between ranks once a step, with the last part of its batch."""
-    if isinstance(network, DistributedDataParallel) and not last:
-        return network.no_sync()  # type: ignore[no-any-return]
-    if hasattr(model, "set_requires_gradient_sync"):
-        model.set_requires_gradient_sync(last)  # type: ignore[operator]
-    return nullcontext()
-
-
-def _clip(model: nn.Module, most: float) -> float:
+def _clip(model: nn.Module, most: float) -> Tensor:
+    """The norm of all gradients (), which then are clipped to ``most``."""
     norm = nn.utils.clip_grad_norm_(model.parameters(), most)
-    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+    whole: Tensor = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    return whole
 
 
-def _agree(loss: Tensor, rank: Rank) -> tuple[float, bool]:
-    """The global mean loss, and whether any rank was asked to stop: ranks get signals at different times, and one that
-    stops alone leaves the others waiting."""
-    both = torch.stack([loss, torch.tensor(float(rank.stopping), device=loss.device)])
-    total, stops = rank.all_reduce(both).tolist()
-    return total, stops > 0
-
-
-def _finite(loss: float, norm: float, state: State, config: TrainConfig, rank: Rank) -> bool:
-    """Whether the step may be applied; all ranks find the same, as loss and norm are those of the whole batch."""
-    if math.isfinite(loss) and math.isfinite(norm):
-        state.skipped = 0
-        return True
-    state.skipped += 1
-    state.skipped_ever += 1
-    if state.skipped > config.max_skipped:
-        raise NotFinite(
-            f"step {state.step + 1}: loss {loss}, gradient norm {norm}, {state.skipped} steps in a row (max_skipped="
-            f"{config.max_skipped}). None of them was applied. A lower lr= or clip_norm= may help; the same command "
-            "goes on from the newest checkpoint"
-        )
-    if rank.is_main:
-        rank.log.warning("step %d is left out: loss %s, gradient norm %s", state.step + 1, loss, norm)
-    return False
+def _agree(loss: Tensor, rank: Rank, requests: StopRequests) -> tuple[Tensor, bool]:
+    """The global mean loss (), and whether any rank was asked to stop."""
+    if rank.device.type == "cuda":
+        return rank.all_reduce(loss), requests.answer()
+    both = rank.all_reduce(torch.stack([loss, torch.tensor(float(rank.stopping))]))
+    return both[0], bool(both[1] > 0)
 
 
 def _share_buffers(model: nn.Module, rank: Rank) -> None:
@@ -446,7 +496,7 @@ def _evaluate(
                     weights = torch.where(real, weights, 0.0).double()
                     total = torch.stack([(values.double() * weights).sum(), weights.sum()])
                     sums[name] = sums.get(name, torch.zeros_like(total)) + total
-            with _precision(config, rank):
+            with autocast(config.precision, rank.device):
                 pictures = {f"step_{state.step:06d}": task.pictures(state.model), "real": task.pictures(None)}
     finally:
         state.model.train()
@@ -477,8 +527,8 @@ def _measured(
     positions = np.minimum(positions, len(valid) - 1)
     keys = Keys(config.seed, -1, positions, positions, np.zeros_like(positions))
     batch = task.prepare(valid.batch(positions), keys)
-    with _precision(config, rank):
-        return task.measure(state.model, {name: t.to(rank.device) for name, t in batch.items()}, keys)
+    with autocast(config.precision, rank.device):
+        return task.measure(state.model, on_device(batch, rank.device, task.on_host), keys)
 
 
 def _reduced(sums: dict[str, Tensor], rank: Rank) -> dict[str, tuple[float, float]]:

@@ -106,7 +106,7 @@ def test_each_token_is_kept_as_often_as_any_other() -> None:
 def test_a_masked_loss_counts_the_kept_tokens_alone(data: Scenes, process: str) -> None:
     task = Diffuse(config(process=process, mask_ratio=0.5, model="nano_mixer"), data, INFO)
     batch = data.batch(np.arange(6))
-    losses = task.losses(task.model, batch, keys(0, 0, np.arange(6)))
+    losses = task.losses(task.model, task.prepare(batch, keys(0, 0, np.arange(6))), keys(0, 0, np.arange(6)))
     drawn = draw(keys(0, 0, np.arange(6)), (4, 4, 4), 0.1, task.process, tokens=4, kept=2)
     assert drawn.keep is not None
     x = task.normalisation.apply(batch["image_latents"])

@@ -199,12 +199,33 @@ def test_of_two_processes_that_train_one_run_the_slower_ends(tmp_path: Path) -> 
     assert checkpoints(tmp_path) == ["step_000005"]
 
 
-@pytest.mark.parametrize("change", [{"lr": 0.1}, {"batch_size": 4}, {"seed": 1}, {"steps": 13}])
+@pytest.mark.parametrize("change", [{"lr": 0.1}, {"batch_size": 4}, {"seed": 1}, {"steps": 11}])
 def test_other_settings_do_not_go_on_with_the_run(run: Runs, change: dict[str, Any]) -> None:
     run()()
     name, value = next(iter(change.items()))
     with pytest.raises(ConfigError, match=f"{name}={value}, but the run in .* was started with {name}="):
         run()(**change)
+
+
+def test_a_finished_run_can_be_given_more_steps(run: Runs, caplog: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    run()(schedule="constant", warmup_steps=0)
+    one = run()
+    one(schedule="constant", warmup_steps=0, steps=16)
+    assert "the run had 12 steps" in caplog.text
+    whole = run("whole")
+    whole(schedule="constant", warmup_steps=0, steps=16)
+    assert open_checkpoint(one.path).step == 16 and len(one.data.seen) == 4 * 8
+    for part in ("model", "optimizer"):
+        ours, theirs = (open_checkpoint(path).tensors[part] for path in (one.path, whole.path))
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    unfinished = run("unfinished")
+    stop_in(unfinished, 4, monkeypatch)
+    with pytest.raises(Stopped):
+        unfinished()
+    with pytest.raises(
+        ConfigError, match="steps=13, but the run in .* was started with steps=12: it is at step 4: fin"
+    ):
+        run("unfinished")(steps=13)
 
 
 def test_a_run_from_before_there_was_a_setting_goes_on(run: Runs, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -41,9 +42,19 @@ class Task(ABC):
     model: nn.Module
     """The bare network. The loop trains it, or a wrapper around it."""
 
+    on_host: ClassVar[frozenset[str]] = frozenset()
+    """What of a prepared batch stays on the CPU."""
+
     def prepare(self, batch: Batch, keys: Keys) -> Batch:
-        """What is done to a batch on the CPU, ahead of time and maybe in a worker process: augmentation."""
+        """What is done to a batch on the CPU, ahead of time and maybe in a worker process: augmentation, and everything
+        that is drawn at random."""
         return batch
+
+    def for_workers(self) -> Self:
+        """A copy that can :meth:`prepare`, without the network, which may be on a GPU: worker processes get this."""
+        twin = copy.copy(self)
+        twin.__dict__.pop("model", None)
+        return twin
 
     @abstractmethod
     def losses(self, network: nn.Module, batch: Batch, keys: Keys) -> Tensor:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -118,6 +119,7 @@ class Caption(Task):
 
     name = "caption"
     model: Captioner
+    on_host = frozenset({"all", "count", "asked", "asked_until"})
 
     def __init__(
         self,
@@ -169,8 +171,17 @@ class Caption(Task):
         longest = int((tokens != self.tokenizer.pad).sum(1).max())
         prepared = {"features": batch["features"]} if self.encoder is None else {"pixels": self._pixels(batch, keys)}
         prepared |= {"tokens": tokens[:, :longest], "start": batch["start"][rows, chosen]}
-        written = keys.step < 0 or self.critical
-        return prepared | ({"all": batch["tokens"], "count": batch["count"]} if written else {})
+        if keys.step >= 0 and not self.critical:
+            return prepared
+        known = {"all": batch["tokens"], "count": batch["count"]}  # what texts are written from and compared with
+        return prepared | known | {"asked": prepared["tokens"].clone(), "asked_until": prepared["start"].clone()}
+
+    def for_workers(self) -> Self:
+        twin = super().for_workers()
+        if twin.encoder is not None:
+            twin.encoder = copy.copy(twin.encoder)
+            twin.encoder.__dict__.pop("model", None)
+        return twin
 
     def _pixels(self, batch: Batch, keys: Keys) -> Tensor:
         """What the encoder takes; in training, of augmented pictures."""
@@ -251,12 +262,12 @@ class Caption(Task):
     def _known(self, batch: Batch) -> list[list[str]]:
         """What is right: all texts of each sample, or the answer to the question."""
         if self.prompt == "question":
-            return [[words(text)] for text in self.tokenizer.decode(batch["tokens"].tolist())]
+            return [[words(text)] for text in self.tokenizer.decode(batch["asked"].tolist())]
         each = zip(batch["all"].tolist(), batch["count"].tolist(), strict=True)
         return [[words(text) for text in self.tokenizer.decode(rows[:count])] for rows, count in each]
 
     def _prompts(self, batch: Batch) -> list[list[int]]:
-        return [row[:start] for row, start in zip(batch["tokens"].tolist(), batch["start"].tolist(), strict=True)]
+        return [row[:stop] for row, stop in zip(batch["asked"].tolist(), batch["asked_until"].tolist(), strict=True)]
 
     def _room(self, prompts: list[list[int]]) -> int:
         return self.model.config.max_length - max(map(len, prompts))
@@ -289,17 +300,20 @@ def marks_of(tokenizer: Tokenizer) -> Marks:
     return Marks(tokenizer.pad, tokenizer.end, (tokenizer.pad, tokenizer.begin, tokenizer.answer))
 
 
-def learned(config: TrainConfig, dataset: Dataset | None) -> tuple[Task, Batches, Batches | None]:
+def learned(
+    config: TrainConfig, dataset: Dataset | None, device: str | torch.device = "cpu"
+) -> tuple[Task, Batches, Batches | None]:
     """The task, what it is trained on, and what it is measured on meanwhile.
 
     Args:
         dataset: with features, or (encoder=) with pictures; None: ``config.input`` is what stage=feidegger made.
+        device: where the encoder computes.
     """
     if dataset is None:
-        return _learned_from_file(config)
+        return _learned_from_file(config, device)
     questions = config.prompt == "question"
     dataset.require_columns("key", "jpg" if config.encoder else "features", "questions" if questions else "captions")
-    encoder = vision_encoder(config.encoder, config.features) if config.encoder else None
+    encoder = vision_encoder(config.encoder, config.features, device) if config.encoder else None
     rows = RandomAccess(dataset)
     places = _split_by_file(config, dataset, rows) if config.split_file else {"train": np.arange(len(rows))}
     start = _start(config)
@@ -347,12 +361,12 @@ def _data_of(
     return CaptionDataset(rows, tokenizer, config.max_length, encoder, config.prompt == "question", *stored)
 
 
-def _learned_from_file(config: TrainConfig) -> tuple[Task, Batches, Batches | None]:
+def _learned_from_file(config: TrainConfig, device: str | torch.device) -> tuple[Task, Batches, Batches | None]:
     from pipeline.feidegger import Pictures
 
     if not config.encoder:
         raise ConfigError(f"input={config.input} holds pixels: name an encoder=")
-    encoder = vision_encoder(config.encoder, config.features)
+    encoder = vision_encoder(config.encoder, config.features, device)
     train, valid = Pictures(config.input, "train"), Pictures(config.input, "val")
     data, other = (CaptionDataset(p, train.tokenizer, train.max_length, encoder, False) for p in (train, valid))
     measured = Chosen(other, config.seed, 0, min(_MEASURED, len(other)))

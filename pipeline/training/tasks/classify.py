@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.config import ConfigError, TrainConfig
+from pipeline.models.constants import channels
 from pipeline.models.vision_mamba import VisionMamba, vision_mamba_config
 from pipeline.randomness import keyed_seed
 from pipeline.training.images import Augmentation, ImageDataset, centre, mixes
@@ -56,7 +57,7 @@ class Classify(Task):
     def losses(self, network: nn.Module, batch: Batch, keys: Keys) -> Tensor:
         """Cross entropy with smoothed labels, (b,); of mixed samples that with both labels."""
         images = normalised(batch["images"], self.mean, self.std)
-        targets = F.one_hot(batch["labels"], self.classes).float()
+        targets = (batch["labels"][:, None] == torch.arange(self.classes, device=images.device)).float()
         if "keep" in batch:
             images, targets = _mixed(images, targets, batch["keep"], batch["box"])
         logits = network(images).float()
@@ -96,8 +97,7 @@ class Classify(Task):
 
 def normalised(images: Tensor, mean: list[float], std: list[float]) -> Tensor:
     """uint8 (b, 3, h, w) → float32 of zero mean and unit deviation."""
-    shape = (1, 3, 1, 1)
-    means, deviations = (images.new_tensor(v, dtype=torch.float32).view(shape) for v in (mean, std))
+    means, deviations = (channels(tuple(values), torch.float32, images.device) for values in (mean, std))
     return (images.float() / 255 - means) / deviations
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from pipeline.config import ConfigError, TrainConfig
 from pipeline.encoders.base import autoencoder, to_pixels
 from pipeline.loading import Batches, order
+from pipeline.models.constants import channels
 from pipeline.models.dit import DiT, DiTConfig, dit_config, kept_tokens, patchify, take
 from pipeline.models.processes import Process, process_of
 from pipeline.models.sampling import sample
@@ -68,7 +69,7 @@ class Normalisation:
         return x * self.scale + self._means(x)
 
     def _means(self, like: Tensor) -> Tensor:
-        return torch.tensor(self.mean, dtype=like.dtype, device=like.device)[None, :, None, None]
+        return channels(self.mean, like.dtype, like.device)
 
 
 class Diffuse(Task):
@@ -86,7 +87,8 @@ class Diffuse(Task):
         )
         torch.manual_seed(keyed_seed(config.seed, "weights"))
         self.model = DiT(dit_config(config.model, info.image_shape, info.caption_shape))
-        self.kept = kept_tokens(self.model.config.tokens, config.mask_ratio)
+        self.tokens = self.model.config.tokens
+        self.kept = kept_tokens(self.tokens, config.mask_ratio)
         if config.start_from:
             self.normalisation = start_from(config.start_from, self.model, self.process)
         else:
@@ -94,31 +96,33 @@ class Diffuse(Task):
             self.normalisation = Normalisation.measure(latents.chunk(2, 1)[0] if info.moments else latents)
         self._shown = _first(data, config.seed, config.show) if config.show else {}
 
-    def clean(self, batch: Batch, keys: Keys) -> Tensor:
-        """Normalised latents (b, c, h, w); of stored moments a sample, which is another one at every step."""
+    def prepare(self, batch: Batch, keys: Keys) -> Batch:
+        """``x``: normalised latents (b, c, h, w); of stored moments a sample, which is another one at every step.
+        ``text``, and all that is drawn at random: ``levels``, ``noise``, ``drop``, with a mask ``keep``; see
+        :class:`Drawn`. In an evaluation levels are spread as in training, noise is fixed, and nothing is hidden;
+        ``quarter`` (b,) is that of the levels, 0 (clean) to 3."""
         latents = batch["image_latents"]
-        if self.info.moments:
-            latents = posterior_sample(latents, keys)
-        return self.normalisation.apply(latents)
-
-    def losses(self, network: nn.Module, batch: dict[str, Tensor], keys: Keys) -> Tensor:
-        """Mean squared error of the prediction, (b,), at a random level, some captions dropped, some tokens masked."""
-        x = self.clean(batch, keys)
-        model = self.model.config
-        drawn = draw(keys, tuple(x.shape[1:]), self.drop, self.process, model.tokens, self.kept).to(x.device)
-        return diffusion_losses(network, self.process, x, batch["caption_latents"], drawn, model.patch)
-
-    def measure(self, network: nn.Module, batch: Batch, keys: Keys) -> dict[str, tuple[Tensor, Tensor]]:
-        """``valid_loss`` at levels spread as in training, fixed noise, nothing masked; and ``loss_t1`` ... ``loss_t4``,
-        that of each quarter of the levels, clean to noisy."""
-        x = self.clean(batch, keys)
-        drawn = draw(keys, tuple(x.shape[1:]), 0.0, self.process)
+        x = self.normalisation.apply(posterior_sample(latents, keys) if self.info.moments else latents)
+        shape = tuple(x.shape[1:])
+        prepared = {"x": x, "text": batch["caption_latents"]}
+        if keys.step >= 0:
+            drawn = draw(keys, shape, self.drop, self.process, self.tokens, self.kept)
+            return prepared | drawn.to_dict()
+        drawn = draw(keys, shape, 0.0, self.process)
         place = torch.from_numpy((keys.slots * _GOLDEN + 0.5) % 1).clamp(_EDGE, 1 - _EDGE)
         levels = self.process.levels(torch.special.ndtri(place).float())
-        drawn = replace(drawn, levels=levels, drop=torch.zeros_like(drawn.drop)).to(x.device)
-        losses = diffusion_losses(network, self.process, x, batch["caption_latents"], drawn, self.model.config.patch)
-        quarter = (place * _QUARTERS).long().to(x.device)
-        parts = {f"loss_t{q + 1}": (losses, (quarter == q).float()) for q in range(_QUARTERS)}
+        drawn = replace(drawn, levels=levels, drop=torch.zeros_like(drawn.drop))
+        return prepared | drawn.to_dict() | {"quarter": (place * _QUARTERS).long()}
+
+    def losses(self, network: nn.Module, batch: Batch, keys: Keys) -> Tensor:
+        """Mean squared error of the prediction, (b,), at a random level, some captions dropped, some tokens masked."""
+        drawn = Drawn(batch["levels"], batch["noise"], batch["drop"], batch.get("keep"))
+        return diffusion_losses(network, self.process, batch["x"], batch["text"], drawn, self.model.config.patch)
+
+    def measure(self, network: nn.Module, batch: Batch, keys: Keys) -> dict[str, tuple[Tensor, Tensor]]:
+        """``valid_loss``, and ``loss_t1`` ... ``loss_t4``, that of each quarter of the levels, clean to noisy."""
+        losses = self.losses(network, batch, keys)
+        parts = {f"loss_t{q + 1}": (losses, (batch["quarter"] == q).float()) for q in range(_QUARTERS)}
         return {"valid_loss": (losses, torch.ones_like(losses)), **parts}
 
     def pictures(self, network: nn.Module | None) -> np.ndarray | None:
@@ -167,9 +171,10 @@ class Drawn:
     drop: Tensor
     keep: Tensor | None = None
 
-    def to(self, device: torch.device) -> Drawn:
-        keep = None if self.keep is None else self.keep.to(device)
-        return Drawn(self.levels.to(device), self.noise.to(device), self.drop.to(device), keep)
+    def to_dict(self) -> Batch:
+        """Without ``keep`` where there is no mask."""
+        values = {"levels": self.levels, "noise": self.noise, "drop": self.drop}
+        return values if self.keep is None else {**values, "keep": self.keep}
 
 
 def diffusion_losses(

@@ -1,0 +1,170 @@
+"""How a model lies on the devices of a run: precision, copies or shards, and its blocks compiled or checkpointed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from pipeline.config import ConfigError, TrainConfig
+from pipeline.distributed import Rank
+
+PRECISIONS = ("float32", "tf32", "bfloat16")
+
+
+def check_parallel(config: TrainConfig, rank: Rank) -> None:
+    """Refuse settings of this module that cannot work together.
+
+    Raises:
+        ConfigError: names them.
+    """
+    if config.parallel == "hsdp" and rank.world_size % rank.local_world_size:
+        raise ConfigError(
+            f"parallel=hsdp: {rank.world_size} ranks do not divide into nodes of {rank.local_world_size}: start as "
+            "many on each node"
+        )
+    if config.precision == "tf32" and rank.device.type != "cuda":
+        raise ConfigError("precision=tf32: needs a GPU; leave it out, or give float32")
+
+
+# ---- precision
+
+
+def precision_of(wanted: str, device: torch.device, before: str = "") -> str:
+    """A name in :data:`PRECISIONS` for ``precision=wanted``: "auto" is what the run was started with (``before``), else
+    bfloat16 on a GPU that has it, and float32 on a CPU."""
+    if wanted != "auto":
+        return wanted
+    if before:
+        return before
+    if device.type != "cuda":
+        return "float32"
+    return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "tf32"
+
+
+def set_matmul_precision(precision: str, device: torch.device) -> None:
+    """On a GPU, products of float32 numbers are taken in TF32, unless ``precision`` is float32."""
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("highest" if precision == "float32" else "high")
+
+
+def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
+    """Parameters stay in float32; with bfloat16, what gains by it is computed in that."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
+
+
+# ---- blocks
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """What a model is made of: the members of its lists called ``blocks``, also those of its parts."""
+    lists = [part for name, part in model.named_modules() if name.rpartition(".")[2] == "blocks"]
+    return [block for part in lists if isinstance(part, nn.ModuleList) for block in part]
+
+
+def checkpoint_activations(model: nn.Module) -> None:
+    """Have each block compute its activations again in the backward pass, instead of keeping them.
+
+    Raises:
+        ConfigError: the model has no blocks.
+    """
+    for block in _required(blocks_of(model), "checkpoint_activations"):
+        block.forward = _checkpointed(block.forward)
+
+
+def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def again(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+    return again
+
+
+def compile_blocks(model: nn.Module, **options: Any) -> None:
+    """Have torch.compile compile each block for itself: equal blocks share a graph, so that it takes a fraction of the
+    time of the whole model. A model without blocks is compiled as one. What wraps them, such as FSDP, stays outside.
+
+    Args:
+        options: of torch.compile.
+    """
+    blocks = blocks_of(model)
+    limit = (
+        4 * len(blocks) + 8
+    )  # of graphs for one piece of code, which all blocks share; beyond it, nothing is compiled
+    config = torch._dynamo.config
+    for name in ("recompile_limit", "accumulated_recompile_limit", "cache_size_limit"):
+        if hasattr(config, name) and getattr(config, name) < limit:
+            setattr(config, name, limit)
+    for part in blocks or [model]:
+        part.forward = torch.compile(part.forward, **options)
+
+
+def _required(blocks: list[nn.Module], name: str) -> list[nn.Module]:
+    if not blocks:
+        raise ConfigError(f"{name}=true: this model has no blocks")
+    return blocks
+
+
+# ---- ranks
+
+
+def shard(model: nn.Module, config: TrainConfig, rank: Rank, precision: str) -> None:
+    """FSDP2: parameters, gradients and optimizer state are spread over the ranks, block by block; with parallel=hsdp
+    over the ranks of a node, and copied from node to node.
+
+    On a GPU in bfloat16, parameters are gathered in that, and gradients reduced in float32. Scans keep theirs in
+    float32: rounded rates of decay are other rates.
+    """
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    mesh = _mesh(config, rank)
+    exact = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+    policy = exact
+    if precision == "bfloat16" and rank.device.type == "cuda":
+        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    options: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": config.reshard_after_forward}
+    for scan in _scans(model):
+        fully_shard(scan, mp_policy=exact, **options)
+    for block in blocks_of(model):
+        fully_shard(block, mp_policy=policy, **options)
+    fully_shard(model, mp_policy=policy, **options)
+
+
+def _scans(model: nn.Module) -> list[nn.Module]:
+    from pipeline.models.ssm import Mixer
+
+    return [part for part in model.modules() if isinstance(part, Mixer)]
+
+
+def _mesh(config: TrainConfig, rank: Rank) -> Any:
+    from torch.distributed.device_mesh import init_device_mesh
+
+    rank.process_group()
+    if config.parallel == "fsdp":
+        return init_device_mesh(rank.device.type, (rank.world_size,))
+    nodes = rank.world_size // rank.local_world_size
+    return init_device_mesh(rank.device.type, (nodes, rank.local_world_size), mesh_dim_names=("replicate", "shard"))
+
+
+def wrapped(model: nn.Module, config: TrainConfig, rank: Rank) -> nn.Module:
+    """The model in what averages gradients over the ranks, unless it is sharded."""
+    if rank.world_size == 1 or config.parallel != "ddp":
+        return model
+    rank.process_group()
+    device_ids = [rank.device] if rank.device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=device_ids, broadcast_buffers=False)
+
+
+def communicating(network: nn.Module, model: nn.Module, last: bool) -> AbstractContextManager[None]:
+    """Gradients travel between ranks once a step, with the last part of its batch."""
+    if isinstance(network, DistributedDataParallel) and not last:
+        return network.no_sync()  # type: ignore[no-any-return]
+    if hasattr(model, "set_requires_gradient_sync"):
+        model.set_requires_gradient_sync(last)  # type: ignore[operator]
+    return nullcontext()
