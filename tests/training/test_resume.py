@@ -208,6 +208,7 @@ def test_other_settings_do_not_go_on_with_the_run(run: Runs, change: dict[str, A
 
 
 def test_a_finished_run_can_be_given_more_steps(run: Runs, caplog: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    caplog.set_level("INFO", "pipeline")
     run()(schedule="constant", warmup_steps=0)
     one = run()
     one(schedule="constant", warmup_steps=0, steps=16)
