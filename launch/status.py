@@ -15,6 +15,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from pipeline.interpreter import ensure
+
+if __name__ == "__main__":
+    ensure(sys.path[0])
+
 from launch.monitor.watch import Snapshot, Watch
 from pipeline import cli
 from pipeline.config import ConfigError, StatusConfig

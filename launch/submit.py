@@ -19,6 +19,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from pipeline.interpreter import ensure
+
+if __name__ == "__main__":
+    ensure(sys.path[0])
+
 from launch import local, notify
 from launch.request import PRESETS, Launch, Request, read
 from launch.script import is_single
@@ -198,28 +203,45 @@ def size_of(job: Job) -> str:
 
 
 def main(argv: list[str]) -> int:
+    with cli.errors_as_one_line():
+        return _run(argv)
+
+
+def _run(argv: list[str]) -> int:
     if cli.wants_help(argv):
         print(cli.help_text(LaunchConfig, "python launch/submit.py stage=<stage>"))
         print(f"\nstages: {', '.join(STAGES)}; all is {','.join(ALL)}")
         print(f"presets: {', '.join(sorted(path.stem for path in PRESETS.glob('*.yaml')))}")
         print("keys of a stage: python -m pipeline.stages.<stage> --help")
         return 0
-    with cli.errors_as_one_line():
-        launch = read(argv)
-        jobs = [job for own in per_dataset(launch.settings) for job in jobs_of(launch.config, own, launch.requests)]
-        if launch.kind == "slurm":
-            from launch import slurm
-            from launch.pack import packed
+    launch = read(argv)
+    jobs = [job for own in per_dataset(launch.settings) for job in jobs_of(launch.config, own, launch.requests)]
+    if launch.kind == "slurm":
+        from launch import slurm
+        from launch.pack import packed
 
-            jobs = packed(jobs, launch.config.pack)
-            return slurm.rehearse(jobs) if launch.config.dry_run else slurm.submit(jobs)
-        if launch.config.dry_run:
-            from launch.forecast import print_for_here
+        jobs = packed(jobs, launch.config.pack)
+        return slurm.rehearse(jobs) if launch.config.dry_run else slurm.submit(jobs)
+    return rehearse(jobs) if launch.config.dry_run else run_here(jobs, launch)
 
-            print("\n".join(describe(job) for job in jobs))
-            print_for_here(jobs)
-            return 0
-        return run_here(jobs, launch)
+
+def rehearse(jobs: list[Job]) -> int:
+    """Print what would be done, and what each stage would refuse as soon as it starts; 2 if there is such a stage."""
+    from launch import precheck
+    from launch.forecast import print_for_here
+
+    refused = 0
+    coming: set[str] = set()
+    for job in jobs:
+        print(describe(job))
+        try:
+            precheck.check(job, coming)
+        except ConfigError as error:
+            refused += 1
+            print(f"    would stop: {error}")
+        coming |= {str(job.output)} if job.output else set()
+    print_for_here(jobs)
+    return 2 if refused else 0
 
 
 def run_here(jobs: list[Job], launch: Launch) -> int:

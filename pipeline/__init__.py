@@ -1,5 +1,11 @@
 """Latentmill: from raw image-text data to latents and trained models, as ranks of a batch job."""
 
+import os.path
+import sys
+
+from pipeline.interpreter import ensure
 from pipeline.startup import report_missing_modules
 
+if sys.argv[:1] == ["-m"]:  # python -m pipeline.stages.filter
+    ensure(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 report_missing_modules()

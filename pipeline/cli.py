@@ -7,8 +7,9 @@ Layers, later ones win: defaults < ``conf/dataset/<name>.yaml`` < command line. 
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,8 +18,10 @@ from pipeline.config import STAGES, ConfigError, LaunchConfig, RunConfig, public
 from pipeline.distributed.life import Life
 from pipeline.options import (
     condition_names,
+    condition_of,
     condition_text,
     default_value,
+    holds,
     list_items,
     option_text,
     shown,
@@ -333,16 +336,35 @@ def to_json(config: Any) -> dict[str, Any]:
     return {f.name: public(getattr(config, f.name)) for f in dataclasses.fields(config)}
 
 
-def help_text(cls: type, usage: str) -> str:
-    """Every key with its default and its line of help."""
+def help_text(cls: type, usage: str, hidden: Collection[str] = ()) -> str:
+    """Every key with its default and its line of help, but for those that are ``hidden``."""
     lines = [f"usage: {usage} key=value ...", "", *(cls.__doc__ or "").split("\n\n")[0].split("\n"), ""]
-    fields = dataclasses.fields(cls)
+    fields = [f for f in dataclasses.fields(cls) if f.name not in hidden]
     width = max(len(f.name) for f in fields)
     for f in fields:
         default = default_value(f)
         note = "(required)" if default is dataclasses.MISSING else f"(default: {shown(default) or NOTHING})"
         lines.append(f"  {f.name:<{width}}  {option_text(cls, f)} {note}")
     return "\n".join(lines)
+
+
+def help_for(stage: str, arguments: Sequence[str]) -> str:
+    """Help of a stage: all options, or with other arguments, such as ``task=classify``, those that have an effect.
+
+    Raises:
+        ConfigError: as :func:`load`.
+    """
+    rest = [word for word in arguments if not wants_help([word])]
+    cls = STAGES[stage]
+    usage = f"python -m pipeline.stages.{stage}"
+    if not rest:
+        return help_text(cls, usage)
+    own: Settings = dict(parse(rest))
+    config: Any = build(cls, _completed(cls, {**_from_files(stage, own)[1], **own}))
+    values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    hidden = {f.name for f in dataclasses.fields(cls) if not holds(condition_of(cls, f), values)}
+    left = f"\n\n{len(hidden)} more options have no effect with {' '.join(rest)}" if hidden else ""
+    return help_text(cls, f"{usage} {' '.join(rest)}", hidden) + left
 
 
 def wants_help(arguments: Sequence[str]) -> bool:
@@ -353,10 +375,10 @@ def config_for(stage: str, arguments: Sequence[str] | None = None) -> Any:
     """What the program of a stage starts with: its config, or help or one line of error and the end of the program."""
     without_pandas()
     arguments = sys.argv[1:] if arguments is None else arguments
-    if wants_help(arguments):
-        print(help_text(STAGES[stage], f"python -m pipeline.stages.{stage}"))
-        raise SystemExit(0)
     with errors_as_one_line():
+        if wants_help(arguments):
+            print(help_for(stage, arguments))
+            raise SystemExit(0)
         try:
             return load(stage, arguments)
         except ConfigError as error:
@@ -365,7 +387,7 @@ def config_for(stage: str, arguments: Sequence[str] | None = None) -> Any:
 
 
 class errors_as_one_line:  # noqa: N801 - used like a function
-    """Context: a :class:`ConfigError` becomes one line on stderr and exit code 2."""
+    """Context: a :class:`ConfigError` becomes one line on stderr and exit code 2; a reader that leaves is no error."""
 
     def __enter__(self) -> None:
         return None
@@ -374,3 +396,11 @@ class errors_as_one_line:  # noqa: N801 - used like a function
         if isinstance(error, ConfigError):
             print(f"error: {error}", file=sys.stderr)
             raise SystemExit(2) from None
+        try:
+            if not isinstance(error, BrokenPipeError):
+                sys.stdout.flush()
+                return
+        except BrokenPipeError:
+            pass
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # python flushes once more at its end
+        raise SystemExit(0) from None

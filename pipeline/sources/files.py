@@ -339,5 +339,6 @@ def require_space(config: Any, home: Path, expected: float) -> None:
     if config.check_space and expected > free:
         raise ConfigError(
             f"output {home}: about {expected / 1e9:,.1f} GB are to come, {free / 1e9:,.1f} GB are free: choose another "
-            "data_dir=, a subset=, or fuse=true, which stores the resized images alone (check_space=false tries anyway)"
+            "data_dir=, a subset=, or stage=filter with fuse=true, which stores the resized images alone "
+            "(check_space=false tries anyway)"
         )

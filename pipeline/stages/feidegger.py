@@ -82,8 +82,9 @@ def fetch(config: FeideggerConfig) -> Path:
     hosts = [f"allow_private_hosts={str(config.allow_private_hosts).lower()}"]
     download = ["source=url_list", lists, "caption_column=descriptions", f"output={work / 'download'}", *hosts]
     download += [f"max_failed_fraction={config.max_failed_fraction}"]
-    _stage("download", download)
-    if _retryable(work / "download"):
+    before = (work / "download/plan").is_dir() and _retryable(work / "download")
+    _stage("download", [*download, *(["retry_failed=true"] if before else [])])
+    if not before and _retryable(work / "download"):
         _stage("download", [*download, "retry_failed=true"])
     sizes = [f"min_image_size={_SMALLEST}", f"max_image_size={max(config.image_size)}"]
     workers = [f"workers={config.num_workers}"]
@@ -92,9 +93,11 @@ def fetch(config: FeideggerConfig) -> Path:
 
 
 def _retryable(place: Path) -> bool:
-    """Whether pictures failed for a passing reason."""
+    """Whether images failed for a passing reason."""
     dataset = Dataset.open(place)
     for index in range(dataset.partitions):
+        if not dataset.root.exists(dataset.path_of(index)):
+            continue
         table = SlotReader(dataset, index).ledger(["outcome", "retryable"]).to_pydict()
         if any(o == "failed" and r for o, r in zip(table["outcome"], table["retryable"], strict=True)):
             return True
@@ -104,6 +107,8 @@ def _retryable(place: Path) -> bool:
 def _stage(name: str, arguments: list[str]) -> None:
     done = subprocess.run([sys.executable, "-m", f"pipeline.stages.{name}", *arguments], check=False)
     if done.returncode:
+        again = "the same command tries failed images again; max_failed_fraction= allows more failures"
+        print(f"error: stage={name} did not finish, see above{f': {again}' * (name == 'download')}", file=sys.stderr)
         raise SystemExit(done.returncode)
 
 

@@ -97,7 +97,7 @@ def tell(places: list[Path], key: str, show: str, as_json: bool) -> int:
     """Print the way of ``key``, and draw it to the file ``show``; 1 if nobody knows the key.
 
     Raises:
-        ConfigError: the picture cannot be written.
+        ConfigError: the image cannot be written.
     """
     way = stations([Dataset.open(place) for place in places], key)
     if as_json:
@@ -114,7 +114,7 @@ def tell(places: list[Path], key: str, show: str, as_json: bool) -> int:
             picture(way).save(show)
         except (OSError, ValueError) as error:
             raise ConfigError(f"show={show}: cannot be written: {error}") from None
-        print(f"picture: {show}")
+        print(f"image: {show}")
     return 0 if way else 1
 
 
@@ -145,15 +145,33 @@ def picture(way: list[Station]) -> Image.Image:
 def _panels(station: Station) -> Iterator[tuple[str, Image.Image]]:
     from PIL import Image
 
+    stage = station.dataset.stage
     row = station.read()
     if row is None:
+        said = " ".join(filter(None, (station.row["outcome"], station.row["reason"], station.row["detail"])))
+        yield f"{stage}: no image", _placard(said if station.row["outcome"] != "kept" else "its data are not there")
         return
-    stage = station.dataset.stage
     if "jpg" in row:
-        pixels = images.decode(row["jpg"], images.probe(row["jpg"], images.Limits()))
-        yield _panel(f"{stage}: {pixels.shape[1]} x {pixels.shape[0]}", Image.fromarray(pixels))
+        try:
+            pixels = images.decode(row["jpg"], images.probe(row["jpg"], images.Limits()))
+        except images.ImageError as error:
+            yield f"{stage}: not decodable", _placard(str(error))
+        else:
+            yield _panel(f"{stage}: {pixels.shape[1]} x {pixels.shape[0]}", Image.fromarray(pixels))
     for name in sorted(name for name in row if name.startswith("latents_")):
         yield _panel(f"{name}, decoded", Image.fromarray(_decoded(station.dataset, row, name)))
+
+
+def _placard(text: str) -> Image.Image:
+    """A grey panel that says why there is no image."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    font = ImageFont.load_default(_TEXT)
+    panel = Image.new("RGB", (_PANEL, _PANEL), "#dddddd")
+    draw = ImageDraw.Draw(panel)
+    for number, line in enumerate(textwrap.wrap(text, _PANEL * 2 // _TEXT - 4)[: _PANEL // (_TEXT + 4) - 1]):
+        draw.text((8, 8 + number * (_TEXT + 4)), line, "black", font)
+    return panel
 
 
 def _panel(title: str, image: Image.Image) -> tuple[str, Image.Image]:

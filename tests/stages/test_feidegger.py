@@ -15,13 +15,18 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from sources.server import Reply, Server, body
+from sources.server import Reply, Server, body, status
 from stages.conftest import run_stage
 from torch.utils.data import DataLoader
 
 from pipeline.cli import build, load
 from pipeline.config import ConfigError, FeideggerConfig, TrainConfig
+from pipeline.distributed import Rank
 from pipeline.feidegger import FeideggerMambaDataset
+from pipeline.partitions import engine
+from pipeline.partitions.dataset import Dataset
+from pipeline.partitions.finalize import Unbalanced
+from pipeline.stages import feidegger, get_stage
 from pipeline.stages.feidegger import DATASET, check, pack
 from pipeline.training.tasks.caption import learned
 
@@ -147,6 +152,35 @@ def test_from_a_server_that_fails(filtered: Path, tmp_path: Path) -> None:
     with h5py.File(tmp_path / "out" / DATASET) as file:
         assert file["images"].shape == (11, *SIZE, 3)
         assert len(file["captions"]) == 11 * CAPTIONS
+
+
+def test_what_a_server_that_was_down_has_not_given_is_asked_for_again(
+    filtered: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture = (filtered.parent / "images/2.png").read_bytes()
+    monkeypatch.setattr(feidegger, "_stage", lambda name, given: engine.run(get_stage(name)(load(name, given), Rank())))
+    with Server() as server:
+        urls = [server.put(f"/{number}.png", status(503)) for number in range(4)]
+        rows = [{"url": url, "descriptions": [f"Kleid {url}"]} for url in urls]
+        (tmp_path / "release.json").write_text(json.dumps(rows))
+        given = config(
+            tmp_path / "out", data_path=str(tmp_path / "release.json"), allow_private_hosts=True, num_workers=0
+        )
+        with pytest.raises(Unbalanced, match="4 of 4"):
+            feidegger.fetch(given)
+        for number in range(4):
+            server.put(f"/{number}.png", picture)
+        made = Dataset.open(feidegger.fetch(given))
+    assert made.require_success()["counts"]["kept"] == 4
+
+
+def test_a_chain_that_failed_says_what_the_same_command_does(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(feidegger.sys, "executable", "false")
+    with pytest.raises(SystemExit):
+        feidegger._stage("download", [])
+    assert "the same command tries failed images again; max_failed_fraction=" in capsys.readouterr().err
 
 
 def _heals(picture: bytes) -> Reply:

@@ -1,0 +1,33 @@
+"""The Python that commands run in: that of ``make setup``, if the one that was started lacks the packages.
+
+Imported before anything else of Latentmill; it needs nothing but the standard library, of any Python 3.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+
+NEEDED = ("omegaconf", "pyarrow", "xxhash", "yaml")
+_MARK = "LATENTMILL_REEXECUTED"
+
+
+def ensure(root: str) -> None:
+    """Start the same command again with ``<root>/.venv/bin/python`` where packages are missing; else say what to do."""
+    if os.environ.get("LATENTMILL_LIFE"):
+        return  # the job script has chosen the environment, and says what it lacks
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if not missing and sys.version_info >= (3, 11):
+        return
+    python = os.path.join(root, ".venv", "bin", "python")
+    if os.path.exists(python) and not os.environ.get(_MARK):
+        sys.stdout.flush()
+        os.execve(python, [python, *getattr(sys, "orig_argv", ["", *sys.argv])[1:]], {**os.environ, _MARK: "1"})
+    why = f"it lacks {missing[0]}" if missing else "it is older than Python 3.11"
+    print(
+        f"error: {sys.executable} cannot run Latentmill: {why}; run 'make setup' in {root}, then "
+        f"'. {os.path.join(root, '.venv')}/bin/activate', and this command again",
+        file=sys.stderr,
+    )
+    raise SystemExit(2)
