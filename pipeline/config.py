@@ -1014,6 +1014,12 @@ class CaptionConfig(DeviceConfig, StageConfig):
         "bfloat16", "of the network on a GPU (CPUs use float32)", identity=True, choices=("float32", "bfloat16")
     )
     batch_size: int = option(32, "images at a time", identity=True, ge=1)
+    tokenization: str = option(
+        "words",
+        "how captions are split for their scores; words: any language; ptb: English, as published scores (needs Java)",
+        choices=("words", "ptb"),
+        when="image_path",
+    )
     column: str = option("generated", "column that the new captions go into", identity=True, when="!image_path")
     shard_bytes: int = option(
         2**26, "largest size of one data file", identity=True, ge=1, le=2**32 - 1, when="!image_path"

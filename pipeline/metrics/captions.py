@@ -1,16 +1,20 @@
 """How near captions come to those that people gave: BLEU-1 to 4, ROUGE-L, CIDEr-D.
 
 Texts are split at white space, as the reference implementation (pycocoevalcap) takes them, whose numbers these are;
-:func:`words` brings raw captions into that form, in any language. METEOR and SPICE need Java: :func:`with_java`.
+:func:`words` brings raw captions into that form, in any language, :func:`ptb_words` English ones as published scores
+have them. The latter, METEOR and SPICE need Java: :func:`with_java`.
 """
 
 from __future__ import annotations
 
 import math
 import re
+import subprocess
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+
+from pipeline.config import ConfigError
 
 _ORDERS = 4
 _TINY, _SMALL = 1e-15, 1e-9  # of the reference implementation of BLEU, where nothing is to be divided by
@@ -26,6 +30,44 @@ References = Sequence[Sequence[str]]
 def words(text: str) -> str:
     """``text`` in lower case, without punctuation, with one space between words."""
     return " ".join(_WORD.findall(text.lower()))
+
+
+_PUNCTUATION = {*"'`.?!,:;-", "''", "``", "--", "...", "-LRB-", "-RRB-", "-LCB-", "-RCB-"}
+"""Tokens that the evaluation of COCO captions (Chen et al., 2015, arXiv:1504.00325) leaves out."""
+_PTB = "edu.stanford.nlp.process.PTBTokenizer"
+
+
+def ptb_words(texts: Sequence[str]) -> list[str]:
+    """``texts`` as published scores of English captions take them: split by Stanford's tokenizer after the rules of the
+    Penn Treebank, in lower case, without punctuation, with one space between words.
+
+    Raises:
+        ConfigError: there is no Java, or no pycocoevalcap, which has the tokenizer.
+    """
+    try:
+        jar = _ptb_jar()
+    except _CannotBe as error:
+        raise ConfigError(f"tokenization=ptb: {error}") from None
+    lines = "".join(" ".join(text.split()) + "\n" for text in texts)
+    command = ["java", "-cp", str(jar), _PTB, "-preserveLines", "-lowerCase"]
+    done = subprocess.run(command, input=lines.encode(), capture_output=True, check=False)
+    found = done.stdout.decode("utf-8", "replace").split("\n")[:-1]
+    if done.returncode or len(found) != len(texts):
+        said = (done.stderr.decode("utf-8", "replace").strip() or "another number of lines").splitlines()[-1]
+        raise ConfigError(f"tokenization=ptb: the tokenizer failed ({said}): use tokenization=words")
+    return [" ".join(token for token in line.split() if token not in _PUNCTUATION) for line in found]
+
+
+def _ptb_jar() -> Path:
+    _require_java()
+    try:
+        import pycocoevalcap.tokenizer as package
+    except ModuleNotFoundError:
+        raise _CannotBe(_NO_PACKAGE) from None
+    jars = [path for place in package.__path__ for path in Path(place).glob("stanford-corenlp-*.jar")]
+    if not jars:
+        raise _CannotBe("pycocoevalcap has no tokenizer in it: install version 1.2")
+    return jars[0]
 
 
 def ngrams(text: str) -> Ngrams:
@@ -182,16 +224,24 @@ class _CannotBe(RuntimeError):
     pass
 
 
-def _scorer(name: str) -> object:
-    from importlib import import_module
+_NO_PACKAGE = "there is no pycocoevalcap (pip install -e .[captions])"
+
+
+def _require_java() -> None:
     from shutil import which
 
     if which("java") is None:
         raise _CannotBe("there is no Java (apt-get install default-jre-headless)")
+
+
+def _scorer(name: str) -> object:
+    from importlib import import_module
+
+    _require_java()
     try:
         module = import_module(f"pycocoevalcap.{name}.{name}")
     except ModuleNotFoundError:
-        raise _CannotBe("there is no pycocoevalcap (pip install -e .[captions])") from None
+        raise _CannotBe(_NO_PACKAGE) from None
     if name == "spice" and not list((Path(str(module.__file__)).parent / "lib").glob("stanford-corenlp-*-models.jar")):
         # it would fetch them now: 400 MB
         raise _CannotBe("its models are not there (python -m pycocoevalcap.spice.get_stanford_models fetches them)")

@@ -28,7 +28,7 @@ from pipeline.cli import config_for, errors_as_one_line
 from pipeline.config import CaptionConfig, ConfigError, run_folder
 from pipeline.distributed import Rank, distributed
 from pipeline.encoders.vision import VisionEncoder, vision_encoder
-from pipeline.metrics.captions import caption_scores, with_java, words
+from pipeline.metrics.captions import caption_scores, ptb_words, with_java, words
 from pipeline.models.captioner import Captioner, CaptionerConfig
 from pipeline.models.decoding import Decoding, write
 from pipeline.partitions import engine
@@ -293,7 +293,7 @@ def write_about(config: CaptionConfig, device: torch.device) -> tuple[Path, list
         if how is None:
             raise ConfigError(f"image_path={config.image_path}: no pictures")
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        scores = _scores(lines)
+        scores = _scores(lines, config.tokenization)
         about = {"checkpoint": checkpoint_of(config), "step": writer.step, "how": how, "question": config.question}
         page = Environment(loader=PackageLoader("pipeline", "templates"), autoescape=True).get_template("captions.html")
         shown = list(zip(lines, thumbnails, strict=False))
@@ -342,13 +342,17 @@ def _thumbnail(picture: np.ndarray) -> str:
     return base64.b64encode(file.getvalue()).decode()
 
 
-def _scores(lines: Sequence[dict[str, Any]]) -> dict[str, float]:
+def _scores(lines: Sequence[dict[str, Any]], tokenization: str) -> dict[str, float]:
     """Of those that have references; also the share that equals one."""
     judged = [line for line in lines if line.get("references") and "error" not in line]
     if not judged:
         return {}
-    texts = [words(line["caption"]) for line in judged]
-    references = [[words(text) for text in line["references"]] for line in judged]
+    raw = [text for line in judged for text in (line["caption"], *line["references"])]
+    split = iter(ptb_words(raw) if tokenization == "ptb" else map(words, raw))
+    texts, references = [], []
+    for line in judged:
+        texts.append(next(split))
+        references.append(list(islice(split, len(line["references"]))))
     exact = sum(text in known for text, known in zip(texts, references, strict=True)) / len(texts)
     java, skipped = with_java(texts, references)
     for name, reason in skipped.items():

@@ -9,7 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.metrics.captions import Cider, bleu_counts, bleu_of, caption_scores, rouge_l, with_java, words
+from pipeline.config import ConfigError
+from pipeline.metrics.captions import (
+    Cider,
+    bleu_counts,
+    bleu_of,
+    caption_scores,
+    ptb_words,
+    rouge_l,
+    with_java,
+    words,
+)
 
 _WORDS = ["a", "the", "red", "blue", "small", "dog", "cat", "runs", "sits", "on", "under", "near", "and", "two", "tree"]
 
@@ -92,3 +102,27 @@ def test_meteor_where_java_is() -> None:
     if not (Path(get_stanford_models.__file__).parent / "lib/stanford-corenlp-3.6.0-models.jar").is_file():
         assert skipped["spice"].startswith("its models are not there")
     assert scores["meteor"] == pytest.approx(1.0)  # nothing could be nearer
+
+
+TEXTS = [
+    "A man's dog -- it isn't small -- runs (fast), doesn't it?",
+    'Two kids, aged 3.5; the U.S. team\'s "best" player...',
+    "",
+    "a\u2028line separator and a\nnew line",
+    "Über-cool café & co.: 50% off!",
+]
+
+
+@pytest.mark.skipif(not shutil.which("java"), reason="there is no Java")
+def test_words_of_the_penn_treebank_are_those_of_pycocoevalcap() -> None:
+    tokenizer = pytest.importorskip("pycocoevalcap.tokenizer.ptbtokenizer")
+    plain = [" ".join(text.split()) for text in TEXTS]
+    theirs = tokenizer.PTBTokenizer().tokenize({n: [{"caption": text}] for n, text in enumerate(plain)})
+    assert ptb_words(TEXTS) == [theirs[n][0] for n in range(len(plain))]
+    assert ptb_words(["A man's dog isn't small."]) == ["a man 's dog is n't small"] and ptb_words([]) == []
+
+
+def test_without_java_the_treebank_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(ConfigError, match="tokenization=ptb: there is no Java"):
+        ptb_words(["a dog"])
