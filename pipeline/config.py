@@ -32,8 +32,8 @@ _KEY = re.compile(r"key", re.IGNORECASE)  # of parameters that may be a secret, 
 
 _SHAPES = "source=shapes"
 _URL_LIST = "source=url_list"
-_ARCHIVES = "source=http_archive|huggingface|webdataset|parquet"
-_FETCHED = "source=url_list|http_archive|huggingface|webdataset|parquet|torchvision"
+_ARCHIVES = "source=http_archive|huggingface|webdataset|parquet|mds|ipc"
+_FETCHED = "source=url_list|http_archive|huggingface|webdataset|parquet|mds|ipc|torchvision"
 _DIFFUSE, _CLASSIFY, _CAPTION = "task=diffuse", "task=classify", "task=caption"
 _AUGMENTED = "task=classify or task=caption and encoder"  # training decodes the images
 _SLURM = "cluster=slurm"
@@ -102,8 +102,8 @@ class SourceConfig(StageConfig):
 
     source: str = option(
         "",
-        "where samples come from: shapes, digits, image_folder, url_list, http_archive, huggingface, parquet, "
-        "webdataset, torchvision",
+        "where samples come from: shapes, digits, image_folder, url_list, http_archive, huggingface, webdataset, "
+        "parquet, ipc, mds, torchvision",
         identity=True,
     )
     partition_size: int = option(
@@ -134,10 +134,10 @@ class SourceConfig(StageConfig):
     )
     urls: tuple[str, ...] = option(
         (),
-        "http_archive, webdataset, parquet: URLs of tar, zip or parquet files, {000..199} being a range; "
+        "http_archive, webdataset, parquet, ipc, mds: URLs of such files, {000..199} being a range; "
         "url_list: URLs of lists",
         identity=True,
-        when="source=url_list|http_archive|webdataset|parquet|torchvision",
+        when="source=url_list|http_archive|webdataset|parquet|mds|ipc|torchvision",
     )
     sha256: tuple[str, ...] = option(
         (), "expected hashes, in the order of urls (empty: not known)", identity=True, when="source=http_archive"
@@ -201,7 +201,7 @@ class SourceConfig(StageConfig):
         "",
         "column with one or several captions (default: caption, text, ...)",
         identity=True,
-        when="source=url_list|http_archive|huggingface|webdataset|parquet",
+        when="source=url_list|http_archive|huggingface|webdataset|parquet|mds|ipc",
     )
     image_column: str = option(
         "",
@@ -214,7 +214,7 @@ class SourceConfig(StageConfig):
         (),
         "url_list, parquet: further columns to keep in meta; archives: fields of .json files (none: all)",
         identity=True,
-        when="source=url_list|http_archive|huggingface|webdataset|parquet",
+        when="source=url_list|http_archive|huggingface|webdataset|parquet|mds|ipc",
     )
     split_column: str = option("", "column that tells the split", identity=True, when=_URL_LIST)
     split_values: tuple[str, ...] = option(
@@ -241,7 +241,7 @@ class SourceConfig(StageConfig):
         2_000_000,
         "an archive with more members is refused",
         ge=1,
-        when="source=http_archive|huggingface|webdataset|parquet|torchvision",
+        when="source=http_archive|huggingface|webdataset|parquet|mds|ipc|torchvision",
     )
     max_member_bytes: int = option(
         2**30,

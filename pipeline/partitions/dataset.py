@@ -277,7 +277,8 @@ class Dataset:
         if not self.plans:
             raise Unfinished(
                 f"{root.path} is not a dataset directory (no plan/ in it): "
-                "stage=download makes one of images, tars of WebDataset or Parquet files"
+                f"stage=download{' source=mds' if root.exists('index.json') else ''} makes one of images, tars of "
+                "WebDataset, Parquet or Arrow files, or MDS"
             )
         self.packs = Packs(root)
         self._readers = [PartitionReader(root, plan) for plan in self.plans]

@@ -81,6 +81,8 @@ _MODULES = {
         "http_archive",
         "huggingface",
         "parquet",
+        "ipc",
+        "mds",
         "webdataset",
         "torchvision",
     )

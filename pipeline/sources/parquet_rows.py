@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import IO, Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipeline.captions import caption_columns, captions_of
 from pipeline.config import SourceConfig
@@ -24,7 +23,7 @@ _BATCH = 64  # rows with images in memory at a time
 
 
 @dataclass(frozen=True, slots=True)
-class _Roles:
+class Roles:
     """Which columns say what; the first caption column that has a text for a row counts."""
 
     image: str
@@ -46,22 +45,24 @@ def outcomes(name: str, file: IO[bytes], config: SourceConfig, columns: Schema) 
     """
     try:
         parquet = parquet_file(file)
-        roles = _roles(config, parquet.schema_arrow.names)
+        roles = roles_of(config, parquet.schema_arrow.names)
         for group in range(parquet.num_row_groups):  # all of it can be read, before any of it counts
             for _ in parquet.iter_batches(_BATCH, row_groups=[group], columns=roles.wanted):
                 pass
     except (pa.ArrowException, OSError, ValueError, KeyError) as error:
         raise SampleError("damaged_parquet", type(error).__name__, retryable=True) from None
-    return _rows(name, parquet, roles, config, columns)
+    rows = (row for batch in parquet.iter_batches(_BATCH, columns=roles.wanted) for row in batch_rows(batch))
+    return row_outcomes(name, rows, roles, config, columns)
 
 
-def _roles(config: SourceConfig, names: list[str]) -> _Roles:
+def roles_of(config: SourceConfig, names: list[str]) -> Roles:
+    """Which of the columns ``names`` say what. Raises SampleError ``no_column``."""
     for column in config.columns:
         _column(column, (), names, "columns")
     captions = [config.caption_column] if config.caption_column else caption_columns(names)
     for column in captions:
         _column(column, (), names, "caption_column")
-    return _Roles(
+    return Roles(
         _column(config.image_column, _IMAGE_COLUMNS, names, "image_column"),
         tuple(captions),
         _column("", _LABEL_COLUMNS, names, "labels") if config.labels else "",
@@ -69,22 +70,20 @@ def _roles(config: SourceConfig, names: list[str]) -> _Roles:
     )
 
 
-def _rows(
-    name: str, parquet: pq.ParquetFile, roles: _Roles, config: SourceConfig, columns: Schema
+def row_outcomes(
+    name: str, rows: Iterable[ListRow], roles: Roles, config: SourceConfig, columns: Schema
 ) -> Iterator[Outcome]:
-    number = 0
-    for batch in parquet.iter_batches(_BATCH, columns=roles.wanted):
-        for row in batch_rows(batch):
-            outcome = Outcome(make_key(f"{name}/{number:09d}"), "failed", source=name, offset=number)
-            number += 1
-            try:
-                _settle(outcome, row, roles, config, columns)
-            except (SampleError, ImageError) as error:
-                outcome.reason, outcome.detail = error.reason, error.detail
-            yield outcome
+    """What becomes of each row of the file ``name``, by the columns that ``roles`` names."""
+    for number, row in enumerate(rows):
+        outcome = Outcome(make_key(f"{name}/{number:09d}"), "failed", source=name, offset=number)
+        try:
+            _settle(outcome, row, roles, config, columns)
+        except (SampleError, ImageError) as error:
+            outcome.reason, outcome.detail = error.reason, error.detail
+        yield outcome
 
 
-def _settle(outcome: Outcome, row: ListRow, roles: _Roles, config: SourceConfig, columns: Schema) -> None:
+def _settle(outcome: Outcome, row: ListRow, roles: Roles, config: SourceConfig, columns: Schema) -> None:
     """Keep the image of a row. Raises SampleError or ImageError for what speaks against it."""
     if row.error:
         raise SampleError("bad_row", row.error)

@@ -107,6 +107,14 @@ class WebDataset(FileSource):
         return file.stop - file.start if file.etag.startswith(_INSIDE) else super().size_of(file)
 
 
+def refuse_own(path: Path) -> None:
+    """Raises ConfigError for a dataset directory: ledgers and plans lie among its samples."""
+    if (path / "plan").is_dir():
+        raise ConfigError(
+            f"input={path}: this is a dataset directory: no source reads it, it can be the input= of the other stages"
+        )
+
+
 def _name(place: str) -> str:
     return re.sub(r"[?#].*", "", place).rpartition("/")[2] if "://" in place else place.rpartition("/")[2]
 

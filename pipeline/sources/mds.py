@@ -1,0 +1,217 @@
+"""Folders that MDSWriter of mosaicml-streaming wrote (``index.json`` and shards), by anybody: samples with images."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.captions import repaired
+from pipeline.config import ConfigError
+from pipeline.partitions.plan import Input
+from pipeline.samples import Outcome, SampleError
+from pipeline.sources.lists import ListRow
+from pipeline.sources.parquet_rows import roles_of, row_outcomes
+from pipeline.sources.webdataset import WebDataset, refuse_own
+
+_INDEX = "index.json"
+_CODECS = {"zstd": "zstd", "gz": "gzip", "bz2": "bz2", "br": "brotli"}
+"""By the end of a compressed shard's name, what pyarrow calls its compression."""
+_LARGEST_INDEX = 1 << 30
+_LARGEST_SHARD = 1 << 32  # bytes; offsets in it have 32 bits
+_BLOCK = 1 << 20
+
+
+class Mds(WebDataset):
+    """Shards whose rows are samples, each shard a partition; in the order of the index.
+
+    A folder of such folders, as several writers leave it before their indexes are merged, is read as one.
+    """
+
+    suffixes = (".mds", *(f".mds.{end}" for end in _CODECS))
+
+    def _below(self, path: Path) -> list[Path]:
+        if not path.is_dir():
+            return super()._below(path)
+        refuse_own(path)
+        indexes = [path / _INDEX] if (path / _INDEX).is_file() else sorted(path.rglob(_INDEX))
+        if not indexes:
+            raise ConfigError(f"input={path}: no {_INDEX} in it or below: its writer did not come to its end")
+        return [shard for index in indexes for shard in _shards(index)]
+
+    def read(self, planned: Input, file: IO[bytes]) -> Iterator[Outcome]:
+        """Raises SampleError ``damaged_mds`` or ``no_column`` before anything is yielded."""
+        shard = Shard(_unpacked(planned.path, file, self.config.max_archive_bytes), self.config.max_members)
+        roles = roles_of(self.config, list(shard.columns))
+        rows = shard.rows(roles.wanted)
+        return row_outcomes(planned.path, rows, roles, self.config, self.annotations.columns)
+
+
+def _shards(index: Path) -> list[Path]:
+    """The files that an index names, all of which must be there.
+
+    Raises:
+        ConfigError: one is missing, or it is no index of MDS.
+    """
+    try:
+        if index.stat().st_size > _LARGEST_INDEX:
+            raise ConfigError(f"{index}: larger than {_LARGEST_INDEX >> 20} MiB")
+        shards = json.loads(index.read_bytes())["shards"]
+        names = [[part["basename"] for part in (shard["raw_data"], shard["zip_data"]) if part] for shard in shards]
+        kinds = {shard["format"] for shard in shards}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ConfigError(f"{index} is not that of MDS shards ({type(error).__name__}: {error})") from None
+    if kinds - {"mds"}:
+        raise ConfigError(f"{index}: its shards are {', '.join(sorted(map(str, kinds)))}, not mds")
+    found, missing = [], []
+    for either in names:
+        if any(not isinstance(n, str) or ".." in PurePosixPath(n).parts or n.startswith("/") for n in either):
+            raise ConfigError(f"{index} names the shard {either[0]!r}, which is not below its folder")
+        there = [index.parent / name for name in either if (index.parent / name).is_file()]
+        found += there[:1]
+        missing += [] if there else either[:1]
+    if missing:
+        raise ConfigError(f"{index}: {len(missing)} of {len(names)} shards are not there, such as {missing[0]}")
+    return found
+
+
+def _unpacked(name: str, file: IO[bytes], most: int) -> IO[bytes]:
+    """A shard as it was before it was compressed; raises SampleError if it is damaged or larger than ``most``."""
+    codec = _CODECS.get(name.rpartition(".")[2])
+    if not codec:
+        return file
+    data = io.BytesIO()
+    try:
+        with pa.CompressedInputStream(pa.PythonFile(file, mode="r"), codec) as stream:
+            while block := stream.read(_BLOCK):
+                data.write(block)
+                if data.tell() > min(most, _LARGEST_SHARD):
+                    raise SampleError("too_many_bytes", f"more than {min(most, _LARGEST_SHARD)} bytes come out of it")
+    except (pa.ArrowException, OSError) as error:
+        raise SampleError("damaged_mds", type(error).__name__, retryable=True) from None
+    return data
+
+
+class Shard:
+    """An MDS shard: the number of samples, where each begins (uint32), the columns as JSON, the samples.
+
+    A sample is the sizes (uint32) of its columns of no fixed size, then all columns one after the other.
+    See https://docs.mosaicml.com/projects/streaming/en/stable/preparing_datasets/dataset_format.html.
+
+    Raises:
+        SampleError: ``damaged_mds``.
+    """
+
+    def __init__(self, file: IO[bytes], most: int) -> None:
+        self._file = file
+        size = file.seek(0, io.SEEK_END)
+        file.seek(0)
+        try:
+            count = int(np.frombuffer(file.read(4), "<u4")[0])
+            if count > most:
+                raise ValueError(f"{count} samples")
+            self._offsets = np.frombuffer(file.read(4 * (count + 1)), "<u4").astype(np.int64)
+            head = 4 * (count + 2)
+            if len(self._offsets) != count + 1 or self._offsets[0] < head or (np.diff(self._offsets) < 0).any():
+                raise ValueError("offsets")
+            if self._offsets[-1] != size:
+                raise ValueError(f"{size} bytes in place of {self._offsets[-1]}")
+            config: Mapping[str, Any] = json.loads(file.read(int(self._offsets[0]) - head))
+            names, kinds, sizes = (config[f"column_{part}"] for part in ("names", "encodings", "sizes"))
+            self.columns: dict[str, tuple[str, int | None]] = {
+                str(name): (str(kind), None if fixed is None else int(fixed))
+                for name, kind, fixed in zip(names, kinds, sizes, strict=True)
+            }
+            if any(fixed is not None and fixed < 0 for _, fixed in self.columns.values()):
+                raise ValueError("a negative size")
+        except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
+            raise SampleError("damaged_mds", str(error)[:100], retryable=True) from None
+
+    def rows(self, wanted: list[str]) -> Iterator[ListRow]:
+        """All rows, of their columns those that are ``wanted``; one that makes no sense comes with an error."""
+        for start, stop in zip(self._offsets[:-1].tolist(), self._offsets[1:].tolist(), strict=True):
+            self._file.seek(start)
+            data = self._file.read(stop - start)
+            try:
+                values = dict(self._values(data, wanted))
+            except ValueError as error:
+                yield ListRow(error=str(error)[:200])
+            else:
+                yield ListRow(values)
+
+    def _values(self, data: bytes, wanted: list[str]) -> Iterator[tuple[str, Any]]:
+        variable = sum(fixed is None for _, fixed in self.columns.values())
+        if len(data) < 4 * variable:
+            raise ValueError("the sample ends in its head")
+        sizes = iter(np.frombuffer(data, "<u4", variable).tolist())
+        at = 4 * variable
+        for name, (kind, fixed) in self.columns.items():
+            size = next(sizes) if fixed is None else fixed
+            if at + size > len(data):
+                raise ValueError(f"column {name} reaches beyond its sample")
+            if name in wanted:
+                try:
+                    yield name, _decoded(kind, data[at : at + size])
+                except ValueError as error:
+                    raise ValueError(f"column {name}: {error}") from None
+            at += size
+
+
+def _decoded(kind: str, data: bytes) -> Any:
+    """A value of the encoding ``kind``. Raises ValueError: it is none, or of an encoding that is not read here."""
+    base = kind.partition(":")[0]
+    if base in _NUMBERS:
+        if len(data) != np.dtype(_NUMBERS[base]).itemsize:
+            raise ValueError(f"{len(data)} bytes are no {kind}")
+        return np.frombuffer(data, _NUMBERS[base])[0].item()
+    if base not in _DECODERS:
+        why = "pickled objects are not read: they can run code" if base == "pkl" else "this encoding is not read"
+        raise ValueError(f"encoding {kind}: {why}")
+    try:
+        return _DECODERS[base](data)
+    except RecursionError:
+        raise ValueError("JSON is nested too deeply") from None
+
+
+def _png(data: bytes) -> bytes:
+    """The encoding ``pil``: width, height and length of the mode's name (uint32 each), the name, the pixels."""
+    from PIL import Image
+
+    if len(data) < 12:
+        raise ValueError("no image")
+    width, height, length = np.frombuffer(data, "<u4", 3).tolist()
+    mode = data[12 : 12 + length].decode("ascii")
+    if mode not in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16", "I"):
+        raise ValueError(f"pixels of mode {mode[:20]!r} are not read")
+    file = io.BytesIO()
+    Image.frombytes(mode, (width, height), data[12 + length :]).save(file, "PNG")
+    return file.getvalue()
+
+
+_NUMBERS = {
+    "int": "<i8",
+    **{
+        f"{sign}int{bits}": f"<{letter}{bits // 8}"
+        for sign, letter in (("", "i"), ("u", "u"))
+        for bits in (8, 16, 32, 64)
+    },
+    **{f"float{bits}": f"<f{bits // 8}" for bits in (16, 32, 64)},
+}
+_DECODERS: dict[str, Callable[[bytes], Any]] = {
+    "bytes": bytes,
+    "jpeg": bytes,
+    "png": bytes,
+    "pil": _png,
+    "str": repaired,
+    "str_int": lambda data: int(data.decode()),
+    "str_float": lambda data: float(data.decode()),
+    "str_decimal": lambda data: data.decode(),
+    "json": json.loads,
+}
+
+SOURCE = Mds
