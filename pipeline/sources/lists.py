@@ -32,6 +32,7 @@ KNOWN_COLUMNS = frozenset((*URL_COLUMNS, *CAPTION_COLUMNS, *TITLE_COLUMNS, *NAME
 SUFFIXES = (".txt", ".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet")
 _LARGEST_JSON = 2 << 30
 _BATCH = 8192
+_LOOKED_AT = 20  # rows that tell how many columns there are without a heading
 
 Row = dict[str, Any]
 
@@ -162,10 +163,12 @@ class _Table(_Text):
             skip(stream, mark)
             lines = Lines(stream)
             separator = separator_of(first_lines(lines), self._usual, KNOWN_COLUMNS)
-            _, first = next(separated(lines, separator), (0, list[str]()))
-        names = [name.strip() for name in first]
+            rows = [fields for _, fields in islice(separated(lines, separator), _LOOKED_AT)]
+        names = [name.strip() for name in rows[0]] if rows else []
         if not (_is_heading(names) if self._heading is None else self._heading):
-            return [str(number) for number in range(len(names))], separator, False
+            # the least that rows have: a text with separators in it makes more of one
+            width = max(min(map(len, rows), default=0), min(len(names), 2))
+            return [str(number) for number in range(width)], separator, False
         seen: dict[str, int] = {}
         for place, name in enumerate(names):
             seen[name] = seen.get(name, 0) + 1

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from functools import cached_property
+from itertools import takewhile
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, urlsplit
 
@@ -12,7 +15,7 @@ class Mirror:
     """Finds in a folder what lies at a URL, or at a path in a repository.
 
     The file may lie below the folder under the URL's whole path (with or without the host) or any end of it, down to
-    its name alone: the longest end that is there counts.
+    its name alone: the longest end that is there counts. Else it is the one file of its name in any folder below.
 
     Raises:
         ConfigError: there is no such folder.
@@ -37,7 +40,26 @@ class Mirror:
                     return file
             except OSError:  # a name longer than a file system takes
                 continue
-        return None
+        return self._elsewhere(names) if names else None
+
+    def _elsewhere(self, names: list[str]) -> Path | None:
+        """The file of this name anywhere below the folder, if there is just one whose path has most in common."""
+
+        def common(path: str) -> int:
+            pairs = zip(reversed(path.split("/")), reversed(names), strict=False)
+            return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+        found = sorted(self._by_name.get(names[-1], ()), key=common, reverse=True)
+        if not found or (len(found) > 1 and common(found[0]) == common(found[1])):
+            return None
+        return self.root / found[0]
+
+    @cached_property
+    def _by_name(self) -> dict[str, list[str]]:
+        named: dict[str, list[str]] = defaultdict(list)
+        for path in self.paths():
+            named[path.rpartition("/")[2]].append(path)
+        return named
 
     def paths(self) -> list[str]:
         """All files below the folder, relative to it, in order; hidden ones are left out."""

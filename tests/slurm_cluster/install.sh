@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Debian's SLURM, and real captioned pictures, for the tests: installed where root and apt-get allow it.
+# Debian's SLURM, real captioned images and Fashion-MNIST, for the tests: installed where root and apt-get allow it.
 # Never fails: without them the tests that need them are skipped (with REQUIRE_SLURM=1 they fail instead).
 set -uo pipefail
 export PATH="$PATH:/usr/sbin:/sbin"
@@ -22,6 +22,7 @@ need munge munged
 need iproute2 ip
 need nftables nft
 need tuxpaint-stamps-default /usr/share/tuxpaint/stamps
+need dataset-fashion-mnist /usr/share/datasets/fashion-mnist
 
 [ "${#missing[@]}" -gt 0 ] || exit 0
 skip() { echo "not installed: ${missing[*]} ($1); tests that need them will be skipped" >&2; exit 0; }

@@ -1,0 +1,164 @@
+"""One small data set as each source finds it: the same images and captions, laid out in its own way, without a network.
+
+:data:`LAYOUTS` has a function for each: it writes ``samples`` below ``folder`` and gives the settings that lead there.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+from sources.packing import tar_of, zip_of
+
+from pipeline.config import DownloadConfig
+from pipeline.distributed import Rank
+from pipeline.partitions import engine
+from pipeline.partitions.dataset import Dataset
+from pipeline.stages.download import Download
+
+Samples = Sequence[tuple[bytes, Any]]
+"""Bytes of an image and its captions, as JSON may have them."""
+Layout = Callable[[Path, Samples], dict[str, Any]]
+
+
+@cache
+def photo(number: int, kind: str = "JPEG") -> bytes:
+    file = io.BytesIO()
+    pixels = np.random.default_rng(number).integers(0, 255, (16, 16, 3), np.uint8)
+    Image.fromarray(pixels).save(file, kind)
+    return file.getvalue()
+
+
+def write(path: Path, data: bytes | str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data if isinstance(data, bytes) else data.encode("utf-8", "surrogatepass"))
+    return path
+
+
+def rows_of(samples: Samples, name: str, caption: str = "caption") -> list[dict[str, Any]]:
+    return [{name: f"{number}.jpg", caption: said} for number, (_, said) in enumerate(samples)]
+
+
+def jsonl(rows: list[dict[str, Any]]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def captions_json(folder: Path, samples: Samples) -> dict[str, Any]:
+    for number, (data, _) in enumerate(samples):
+        write(folder / f"i/{number}.jpg", data)
+    write(folder / "i/captions.jsonl", jsonl(rows_of(samples, "file_name")))
+    return {"source": "image_folder", "input": str(folder / "i"), "copy": True}
+
+
+def texts_beside(folder: Path, samples: Samples) -> dict[str, Any]:
+    for number, (data, said) in enumerate(samples):
+        write(folder / f"i/{number}.jpg", data)
+        if said is not None:
+            write(folder / f"i/{number}.txt", said)
+    return {"source": "image_folder", "input": str(folder / "i"), "copy": True}
+
+
+def _archive(pack: Callable[[dict[str, bytes]], bytes], name: str) -> Layout:
+    def layout(folder: Path, samples: Samples) -> dict[str, Any]:
+        files: dict[str, bytes] = {}
+        for number, (data, said) in enumerate(samples):
+            files |= {f"{number}.jpg": data, f"{number}.json": json.dumps({"caption": said}).encode()}
+        write(folder / f"i/{name}", pack(files))
+        return {"source": "webdataset", "input": str(folder / "i")}
+
+    return layout
+
+
+def http_archive(folder: Path, samples: Samples) -> dict[str, Any]:
+    _archive(tar_of, "a.tar")(folder, samples)
+    return {"source": "http_archive", "urls": ("https://images.example/x/a.tar",), "mirror": str(folder / "i")}
+
+
+def huggingface(folder: Path, samples: Samples) -> dict[str, Any]:
+    _archive(tar_of, "data/a.tar")(folder, samples)
+    return {"source": "huggingface", "repo": "o/n", "files": ("data/*.tar",), "mirror": str(folder / "i")}
+
+
+def parquet(folder: Path, samples: Samples) -> dict[str, Any]:
+    table = pa.table({"image": [data for data, _ in samples], "caption": _texts([said for _, said in samples])})
+    (folder / "i").mkdir()
+    pq.write_table(table, folder / "i/0.parquet")
+    return {"source": "parquet", "input": str(folder / "i")}
+
+
+def _texts(values: list[Any]) -> pa.Array:
+    """As text, valid UTF-8 or not."""
+    if all(isinstance(value, str | None) for value in values):
+        binary = pa.array([v if v is None else v.encode("utf-8", "surrogatepass") for v in values], pa.binary())
+        return pa.StringArray.from_buffers(len(values), *binary.buffers()[1:], binary.buffers()[0])
+    return pa.array(values)
+
+
+def url_list(folder: Path, samples: Samples) -> dict[str, Any]:
+    for number, (data, _) in enumerate(samples):
+        write(folder / f"mirror/{number}.jpg", data)
+    rows = [{"url": f"https://images.example/{n}.jpg", "caption": said} for n, (_, said) in enumerate(samples)]
+    write(folder / "urls.jsonl", jsonl(rows))
+    return {"source": "url_list", "input": str(folder / "urls.jsonl"), "mirror": str(folder / "mirror")}
+
+
+def _annotated(name: str, file: str, rows: Callable[[Samples], str], **settings: Any) -> Layout:
+    def layout(folder: Path, samples: Samples) -> dict[str, Any]:
+        write(folder / "i/a.zip", zip_of({f"{number}.jpg": data for number, (data, _) in enumerate(samples)}))
+        write(folder / file, rows(samples))
+        source = {"source": "webdataset", "input": str(folder / "i"), "annotations": name}
+        return {**source, "metadata": (str(folder / file),), "listed_only": False, **settings}
+
+    return layout
+
+
+def _coco(samples: Samples) -> str:
+    images = [{"id": number, "file_name": f"{number}.jpg"} for number in range(len(samples))]
+    notes = [{"image_id": number, "caption": said} for number, (_, said) in enumerate(samples)]
+    return json.dumps({"images": images, "annotations": notes})
+
+
+def _textcaps(samples: Samples) -> str:
+    return json.dumps({"data": [{"image_id": str(n), "caption_str": said} for n, (_, said) in enumerate(samples)]})
+
+
+def _flickr30k(samples: Samples) -> str:
+    rows = [["raw", "filename", "split", "img_id"]]
+    rows += [[json.dumps([said]), f"{n}.jpg", "train", str(n)] for n, (_, said) in enumerate(samples)]
+    return "".join(",".join('"' + value.replace('"', '""') + '"' for value in row) + "\n" for row in rows)
+
+
+LAYOUTS: dict[str, Layout] = {
+    "image_folder with captions.jsonl": captions_json,
+    "image_folder with texts": texts_beside,
+    "webdataset": _archive(tar_of, "a.tar"),
+    "webdataset zip": _archive(zip_of, "a.zip"),
+    "http_archive": http_archive,
+    "huggingface": huggingface,
+    "parquet": parquet,
+    "url_list": url_list,
+    "jdb": _annotated("jdb", "m.jsonl", lambda samples: jsonl(rows_of(samples, "img_path", "prompt"))),
+    "coco": _annotated("coco", "m.json", _coco),
+    "textcaps": _annotated("textcaps", "m.json", _textcaps),
+    "flickr30k": _annotated("flickr30k", "m.csv", _flickr30k),
+}
+
+
+def download(folder: Path, settings: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """Run stage=download; what ``_SUCCESS`` says."""
+    given = {"output": str(folder / "download"), "max_failed_fraction": 1.0, "retries": 0, **settings, **more}
+    return engine.run(Download(DownloadConfig(**given), Rank()))
+
+
+def kept(folder: Path) -> list[dict[str, Any]]:
+    """The rows that came in."""
+    dataset = Dataset.open(folder / "download")
+    return [sample.read() for index in range(dataset.partitions) for sample in dataset.samples(index)]

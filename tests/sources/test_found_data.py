@@ -1,0 +1,440 @@
+"""What holds for every source, whatever the data are like: nothing vanishes, nothing is invented, changes are named."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import os
+import urllib.error
+import urllib.request
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import fake_stage
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+from sources.found import LAYOUTS, download, jsonl, kept, photo, write
+from sources.packing import tar_of, zip_of
+from sources.server import Server
+from sources.test_datasets import CASES, NAMES, OWN
+from sources.test_datasets import run as run_stage
+from stages.conftest import run_stage as run_with
+
+from pipeline.config import ConfigError
+from pipeline.partitions.dataset import Dataset
+from pipeline.partitions.finalize import Unbalanced
+from pipeline.partitions.planning import Stale
+from pipeline.sources.torch_dataset import import_dataset
+
+FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
+BY_TEXT = ("image_folder with texts",)
+"""Layouts whose captions are the text of a file."""
+
+
+# ---- nothing is invented, texts are clean
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_texts_are_repaired_where_samples_are_made(memory: Path, layout: str) -> None:
+    settings = LAYOUTS[layout](memory, [(photo(0), "cut \ud83d"), (photo(1), "whole \U0001f600")])
+    assert download(memory, settings)["counts"]["kept"] == 2
+    first, second = [row["caption"] for row in kept(memory)]
+    assert first.startswith("cut \ufffd") and second == "whole \U0001f600"
+    fake_stage.assert_sound(memory / "download")
+    for format in ("mds", "tar", "parquet", "ipc"):
+        run_with("shard", input=str(memory / "download"), output=str(memory / format), format=format)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_null_is_no_caption(memory: Path, layout: str) -> None:
+    settings = LAYOUTS[layout](memory, [(photo(0), None), (photo(1), "two")])
+    assert download(memory, settings)["counts"]["kept"] == 2
+    assert [row["captions"] for row in kept(memory)] == [[], ["two"]]
+
+
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name not in (*BY_TEXT, "parquet")])
+@pytest.mark.parametrize(
+    ("value", "expected"), [(3, []), ({"caption": "x"}, ["x"]), (float("nan"), []), (["a", None, "b"], ["a", "b"])]
+)
+def test_only_texts_are_captions(memory: Path, layout: str, value: Any, expected: list[str]) -> None:
+    download(memory, LAYOUTS[layout](memory, [(photo(0), value), (photo(1), "two")]))
+    assert [row["captions"] for row in kept(memory)] == [expected, ["two"]]
+
+
+# ---- one bad row never ends a stage
+
+
+def bad_parquet(folder: Path) -> dict[str, Any]:
+    labels = pa.array(["1", "cat", None])
+    table = pa.table({"image": [photo(0), photo(1), photo(2)], "caption": ["a", "b", "c"], "label": labels})
+    pq.write_table(table, folder / "0.parquet")
+    return {"source": "parquet", "input": str(folder / "0.parquet"), "labels": True}
+
+
+def test_labels_that_are_none_fail_their_rows(memory: Path) -> None:
+    success = download(memory, bad_parquet(memory))
+    assert success["reasons"] == {"failed:bad_label": 1, "failed:no_label": 1}
+    (row,) = [row for row in fake_stage.rows(memory / "download") if row["reason"] == "bad_label"]
+    assert row["detail"] == "'cat' is no number of a class"
+
+
+def test_labels_beside_images_of_archives_fail_their_samples(memory: Path) -> None:
+    files = {"a.jpg": photo(0), "a.cls": b"cat", "b.jpg": photo(1), "b.cls": b"3\n", "c.jpg": photo(2)}
+    write(memory / "a.tar", tar_of(files))
+    success = download(memory, {"source": "webdataset", "input": str(memory / "a.tar"), "labels": True})
+    assert success["reasons"] == {"failed:bad_label": 1, "failed:no_label": 1}
+
+
+def test_fields_that_json_cannot_hold_fail_their_rows(memory: Path) -> None:
+    struct = pa.array([{"a": b"text"}, {"a": b"\xff\xfe"}, None], pa.struct([("a", pa.binary())]))
+    at = pa.array([0, 1, 2], pa.timestamp("s"))
+    pq.write_table(pa.table({"image": [photo(n) for n in range(3)], "more": struct, "at": at}), memory / "0.parquet")
+    settings = {"source": "parquet", "input": str(memory / "0.parquet"), "columns": ("more", "at")}
+    assert download(memory, settings)["reasons"] == {"failed:bad_field": 1}
+    assert [row["meta"] for row in kept(memory)] == [
+        {"more": {"a": "text"}, "at": "1970-01-01T00:00:00"},
+        {"more": None, "at": "1970-01-01T00:00:02"},
+    ]
+
+
+def test_a_column_of_nulls_gives_way_to_one_with_texts(memory: Path) -> None:
+    nulls = pa.array([None, None], pa.string())
+    pq.write_table(
+        pa.table({"image": [photo(0), photo(1)], "captions": nulls, "caption": ["a", "b"]}), memory / "0.parquet"
+    )
+    download(memory, {"source": "parquet", "input": str(memory / "0.parquet")})
+    assert [row["caption"] for row in kept(memory)] == ["a", "b"]
+
+
+def test_rows_of_lists_that_make_no_sense_are_rows_of_the_ledger(memory: Path) -> None:
+    for number in range(3):
+        write(memory / f"m/{number}.jpg", photo(number))
+    rows = [
+        "https://h.example/0.jpg,one,1",
+        ",two,2",
+        "https://h.example/1.jpg,three, four,3",
+        "https://h.example/2.jpg",
+    ]
+    write(memory / "l.csv", "url,caption,n\n" + "\n".join(rows))
+    success = download(memory, {"source": "url_list", "input": str(memory / "l.csv"), "mirror": str(memory / "m")})
+    assert success["counts"] | {"in": 4, "kept": 2, "failed": 2} == success["counts"]
+    assert success["reasons"] == {"failed:bad_url": 1, "failed:bad_row": 1}
+
+
+@pytest.mark.parametrize("layout", ["jdb", "flickr30k"])
+def test_a_cut_line_of_annotations_is_left_out_and_counted(memory: Path, layout: str) -> None:
+    settings = LAYOUTS[layout](memory, [(photo(number), f"c{number}") for number in range(3)])
+    (path,) = map(Path, settings["metadata"])
+    lines = path.read_text().splitlines()
+    lines[-2] = lines[-2][:-9]
+    path.write_text("\n".join([lines[0], "", *lines[1:]]))
+    download(memory, settings)
+    assert [row["captions"] for row in kept(memory)] == [["c0"], [], ["c2"]]
+    assert json.loads((memory / "download/manifest.json").read_text())["metadata_left_out"] == {"bad_row": 1}
+
+
+@pytest.mark.parametrize(
+    ("layout", "text"),
+    [
+        ("coco", "[]"),
+        ("coco", '{"images": []}'),
+        ("textcaps", '{"data": 3}'),
+        ("jdb", "no\njson\n"),
+        ("flickr30k", "a,b\n1,2\n"),
+        ("coco", "[" * 100_000),
+        ("coco", "version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
+    ],
+)
+def test_a_file_of_annotations_that_is_none_is_named_before_the_work(memory: Path, layout: str, text: str) -> None:
+    settings = LAYOUTS[layout](memory, [(photo(0), "one")])
+    Path(settings["metadata"][0]).write_text(text)
+    with pytest.raises(ConfigError, match=r"metadata: .*m\.(json|jsonl|csv)"):
+        download(memory, settings)
+
+
+# ---- a failure says why itself
+
+
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name not in BY_TEXT])
+def test_a_failure_says_its_commonest_reasons_with_an_example(memory: Path, layout: str) -> None:
+    settings = LAYOUTS[layout](memory, [(photo(0), "one")])
+    settings["max_member_bytes"] = 10
+    with pytest.raises(Unbalanced, match=r"1 of 1 samples failed.*: too_many_bytes: \d+ bytes, 1 time \(as .+\)\. If"):
+        download(memory, settings, max_failed_fraction=0.5)
+
+
+def test_an_archive_that_failed_says_why(memory: Path) -> None:
+    write(memory / "i/a.tar", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    write(memory / "i/b.tar", b"")
+    with pytest.raises(Unbalanced, match=r"lfs_pointer: .*git lfs pull`, 1 time \(as a.tar\); empty: .*\(as b.tar\)"):
+        download(memory, {"source": "webdataset", "input": str(memory / "i")}, max_failed_fraction=0.5)
+
+
+# ---- changed inputs are noticed
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_whatever_was_changed_is_named(memory: Path, layout: str) -> None:
+    settings = LAYOUTS[layout](memory, [(photo(0), "one"), (photo(1), "two")])
+    before = download(memory, settings)
+    assert download(memory, settings) == before
+    for path in sorted(path for path in memory.rglob("*") if path.is_file() and "download" not in path.parts):
+        if "mirror" in path.parts:
+            continue  # images by URL are no inputs of the plan
+        old, times = path.read_bytes(), path.stat()
+        path.write_bytes(old + b"\n")
+        name = path.name if path.suffix != ".txt" else path.with_suffix(".jpg").name
+        with pytest.raises(Stale, match=rf"{name}\b.* was modified"):
+            download(memory, settings)
+        path.write_bytes(old)
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert download(memory, settings) == before
+
+
+def test_a_file_of_captions_that_was_added_or_removed_is_named(memory: Path) -> None:
+    settings = LAYOUTS["image_folder with captions.jsonl"](memory, [(photo(0), "one")])
+    download(memory, settings)
+    (memory / "i/captions.jsonl").unlink()
+    with pytest.raises(Stale, match="captions.jsonl was removed since"):
+        download(memory, settings)
+    download(memory, settings, overwrite=True)
+    write(memory / "i/captions.csv", "image,caption\n0.jpg,x\n")
+    with pytest.raises(Stale, match="captions.csv was added since"):
+        download(memory, settings)
+
+
+def test_an_older_plan_is_compared_by_what_it_names(memory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = LAYOUTS["image_folder with texts"](memory, [(photo(0), "one")])
+    download(memory, settings)
+    kept_header = dict(Dataset.open(memory / "download").header)
+    write(memory / "i/._0.jpg", photo(1))
+    older = {name: value for name, value in kept_header.items() if name not in ("watched", "left_out")}
+    older |= {"inputs_digest": "of other rules"}
+    monkeypatch.setattr(Dataset, "header", property(lambda self: older))
+    download(memory, settings)
+    write(memory / "i/0.jpg", photo(2))
+    with pytest.raises(Stale, match="0.jpg"):
+        download(memory, settings)
+
+
+# ---- nothing vanishes
+
+
+def left_out(folder: Path) -> dict[str, tuple[int, list[str]]]:
+    said = json.loads((folder / "download/manifest.json").read_text())["left_out"]
+    return {reason: (found["count"], found["examples"]) for reason, found in said.items()}
+
+
+def test_what_looks_like_data_in_a_folder_but_is_not_used_is_counted(memory: Path) -> None:
+    images = memory / "i"
+    for name in ("cat/0.jpg", "cat/._0.jpg", "dog/1.jpg", "__MACOSX/cat/0.jpg", ".ipynb_checkpoints/0.jpg"):
+        write(images / name, photo(0))
+    for name in ("Thumbs.db", "cat/2.heic", "cat/3.PSD", "cat/9.txt"):
+        write(images / name, "x")
+    (images / ".hidden").mkdir()
+    (images / "dog/round").symlink_to(images)
+    (images / "dog/nowhere").symlink_to(memory / "nothing")
+    write(images / "captions.json", json.dumps({"cat/0.jpg": "a cat", "cat/7.jpg": "gone", "8.jpg": "gone"}))
+    write(images / "captions.csv", "image,caption\n")
+    download(memory, {"source": "image_folder", "input": str(images), "copy": True})
+    assert [(row["label"], row["caption"]) for row in kept(memory)] == [(0, "a cat"), (1, "dog")]
+    assert left_out(memory) == {
+        "clutter": (4, [".hidden", ".ipynb_checkpoints", "__MACOSX"]),
+        "unread_image_format": (2, ["cat/2.heic", "cat/3.PSD"]),
+        "text_without_image": (1, ["cat/9.txt"]),
+        "link_in_a_circle": (1, ["dog/round"]),
+        "link_to_nowhere": (1, ["dog/nowhere"]),
+        "other_caption_file": (1, ["captions.csv"]),
+        "caption_row_without_image": (2, ["cat/7.jpg", "8.jpg"]),
+    }
+
+
+@pytest.mark.parametrize("pack", [tar_of, zip_of])
+def test_what_looks_like_data_in_an_archive_but_is_not_used_is_counted(memory: Path, pack: Any) -> None:
+    files = {name: photo(0) for name in ("cat/0.jpg", "cat/._0.jpg", "__MACOSX/cat/0.jpg", ".x/1.jpg")}
+    files |= {"cat/2.heic": b"x", "lost.txt": b"x", "cat/1.jpg": photo(1), "cat/1.json": b"{cut"}
+    write(memory / "a.tar", pack(files))
+    download(memory, {"source": "webdataset", "input": str(memory / "a.tar")})
+    assert [row["member"] for row in fake_stage.rows(memory / "download") if row["member"]] == [
+        "cat/0.jpg",
+        "cat/1.jpg",
+    ]
+    assert json.loads((memory / "download/manifest.json").read_text())["noted"] == {
+        "clutter": 3,
+        "unread_image_format": 1,
+        "text_without_image": 1,
+        "unreadable_json": 1,
+    }
+
+
+def test_a_linked_class_folder_counts(memory: Path) -> None:
+    write(memory / "elsewhere/1.jpg", photo(0))
+    write(memory / "i/dog/1.jpg", photo(1))
+    (memory / "i/cat").symlink_to(memory / "elsewhere")
+    download(memory, {"source": "image_folder", "input": str(memory / "i")})
+    assert [(row["label"], row["caption"]) for row in kept(memory)] == [(0, "cat"), (1, "dog")]
+
+
+def test_each_image_of_an_archive_has_the_sidecar_of_the_longest_equal_stem(memory: Path) -> None:
+    files: dict[str, bytes] = {}
+    for number in range(12):
+        files |= {f"v.{number}.jpg": photo(0), f"v.{number}.json": b"{}", f"v.{number}.txt": f"of {number}".encode()}
+    files |= {
+        "w.1.jpg": photo(1),
+        "w.2.jpg": photo(1),
+        "w.txt": b"of both",
+        "x.jpg": photo(2),
+        "x.caption.txt": b"of x",
+    }
+    write(memory / "a.tar", tar_of(files))
+    download(memory, {"source": "webdataset", "input": str(memory / "a.tar")})
+    assert [row["caption"] for row in kept(memory)] == [*(f"of {n}" for n in range(12)), "of both", "of both", "of x"]
+
+
+# ---- captions in a file of their own
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("captions.csv", "Image,Caption\n./a.jpg,one\nother/b/é.jpg,two\n", ["one", "two"]),
+        ("captions.csv", "image;caption\na.jpg;one; two\nb\\e\u0301.jpg;two\n", ["one; two", "two"]),
+        ("captions.csv", "a.jpg,one, two, three\nb/é.jpg,four\n", ["one, two, three", "four"]),
+        ("captions.CSV", "file_name,caption\nA.JPG,one\né,two\n", ["one", "two"]),
+        ("captions.tsv", 'image\tcaption\na.jpg\t"one", she said\n', ['"one", she said', ""]),
+        ("captions.json", '\ufeff{"/data/x/a.jpg": "one", "C:\\\\y\\\\b\\\\é.jpg": null}', ["one", ""]),
+        ("captions.jsonl", '{"img_path": "a.jpg", "prompt": "one"}\n', ["one", ""]),
+        ("captions.csv", f'image,caption\na.jpg,"{"x" * 200_000}"\n', ["x" * 200_000, ""]),
+    ],
+)
+def test_rows_find_their_images_however_they_name_them(memory: Path, name: str, text: str, expected: list[str]) -> None:
+    write(memory / "i/a.jpg", photo(0))
+    write(memory / "i/b/é.jpg", photo(1))
+    write(memory / f"i/{name}", text)
+    download(memory, {"source": "image_folder", "input": str(memory / "i"), "captions": name})
+    assert [row["caption"] for row in kept(memory)] == expected
+
+
+def test_a_row_about_another_image_that_is_there_is_not_borrowed(memory: Path) -> None:
+    for name in ("train/1.jpg", "valid/1.jpg"):
+        write(memory / "i" / name, photo(0))
+    write(memory / "i/captions.json", '{"train/1.jpg": "of train"}')
+    download(memory, {"source": "image_folder", "input": str(memory / "i"), "captions": "captions.json"})
+    assert [row["captions"] for row in kept(memory)] == [["of train"], []]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("image,caption\nx.jpg,one\n", r"none of its 1 rows is about an image here: line 2 names 'x.jpg', an image is"),
+        ("photo,about\na.jpg,one\n", r"line 2: a row needs a name .* but has photo, about"),
+        ("image,other\na.jpg,one\n", r"a caption .* but has image, other"),
+    ],
+)
+def test_a_file_of_captions_about_nothing_here_is_an_error(memory: Path, text: str, message: str) -> None:
+    write(memory / "i/a.jpg", photo(0))
+    write(memory / "i/captions.csv", text)
+    with pytest.raises(ConfigError, match=message):
+        download(memory, {"source": "image_folder", "input": str(memory / "i")})
+
+
+# ---- objects
+
+
+def test_images_in_memory_come_upright_and_in_colours_that_files_hold(memory: Path) -> None:
+    image = Image.fromarray(np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3))
+    turned = image.copy()
+    turned.getexif()[0x0112] = 6
+    palette = image.convert("P")
+    items = [(image.convert(mode), 0) for mode in ("CMYK", "YCbCr", "HSV", "LAB", "L", "RGBA")]
+    items += [(turned, 1), (palette, 2), (np.ones((5, 7), bool), 3), (np.zeros((4, 4, 1), np.uint8), 4)]
+    success = import_dataset(items, output=str(memory / "download"))
+    assert success["reasons"] == {}
+    rows = kept(memory)
+    assert [row["label"] for row in rows] == [0] * 6 + [1, 2, 3, 4]
+    decoded = [Image.open(io.BytesIO(row["jpg"])) for row in rows]
+    assert [im.size for im in decoded[:8]] == [(6, 4)] * 6 + [(4, 6), (6, 4)]
+    assert decoded[7].mode == "RGB" and np.asarray(decoded[8]).max() == 255
+
+
+def test_labels_may_be_left_and_items_say_what_is_wrong_with_them(memory: Path) -> None:
+    items = [(photo(0), 1), (photo(1), 2, 3), {"picture": photo(0)}, (photo(2), "a caption")]
+    import_dataset(items, output=str(memory / "download"), labels=False, max_failed_fraction=1.0)
+    failed = {row["reason"]: row["detail"] for row in fake_stage.rows(memory / "download") if row["reason"]}
+    assert failed["bad_item"].startswith("3 parts; expected (image, label or captions)")
+    assert failed["no_image"].startswith("a mapping with picture; expected image")
+    assert "label" not in kept(memory)[0]
+
+
+# ---- without a network
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in OWN])
+def test_every_published_set_takes_a_folder_in_place_of_the_network(
+    server: Server, memory: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    (memory / "given").mkdir()
+    case = CASES[name](server, memory / "given")
+    for path in [path for path in server.replies if not path.startswith("/api/")]:
+        with suppress(urllib.error.HTTPError), urllib.request.urlopen(server.url(path)) as reply:
+            write(memory / f"mirror{path}", reply.read())
+    server.replies.clear()
+    server.requests.clear()
+    monkeypatch.setenv("HF_ENDPOINT", server.url(""))
+    given = [
+        f"dataset={name}",
+        f"data_dir={memory / 'data'}",
+        "max_failed_fraction=0.9",
+        *case.arguments,
+        "check_space=false",
+    ]
+    if (memory / "mirror").is_dir():
+        given.append(f"mirror={memory / 'mirror'}")
+    success = run_stage("download", *given)
+    assert success["counts"]["kept"] == (len(case.captions) or len(case.labels))
+    reasons = {reason.replace("http_404", "not_in_mirror"): count for reason, count in case.reasons.items()}
+    assert success["reasons"] == reasons and not server.requests
+    assert run_stage("download", *given) == success
+
+
+def test_files_that_a_partial_mirror_lacks_are_counted(memory: Path) -> None:
+    write(memory / "m/1.tar", tar_of({"a.jpg": photo(0)}))
+    settings = {"source": "http_archive", "urls": ("https://h.example/x/{0..2}.tar",), "mirror": str(memory / "m")}
+    assert download(memory, settings)["counts"]["kept"] == 1
+    assert left_out(memory) == {"not_in_mirror": (2, ["0.tar", "2.tar"])}
+    with pytest.raises(ConfigError, match=r"mirror=.*: none of the 1 files is in it: 9.tar is not below"):
+        download(memory / "other", settings | {"urls": ("https://h.example/x/9.tar",)})
+
+
+def test_a_mirror_is_checked_against_the_same_hashes(memory: Path) -> None:
+    write(memory / "m/a.tar", tar_of({"a.jpg": photo(0)}))
+    settings = {"source": "http_archive", "urls": ("https://h.example/a.tar",), "mirror": str(memory / "m")}
+    assert download(memory, settings | {"sha256": ("0" * 64,)})["reasons"] == {"failed:wrong_hash": 1}
+    for name in ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"):
+        write(memory / f"f/{name}", gzip.compress(b"other"))
+    settings = {"source": "torchvision", "files": ("fashion_mnist",), "input": str(memory / "f")}
+    assert download(memory / "fashion", settings)["reasons"] == {"failed:wrong_hash": 1}
+
+
+@pytest.mark.skipif(not FASHION_MNIST.is_dir(), reason="Debian's package dataset-fashion-mnist is not installed")
+def test_the_real_fashion_mnist_comes_from_debians_package(memory: Path) -> None:
+    given = ["dataset=fashion_mnist", f"input={FASHION_MNIST}", "split=test", "fraction=0.01"]
+    success = run_stage("download", *given, f"output={memory / 'download'}")
+    assert success["counts"]["kept"] == 100 and success["reasons"] == {}
+    rows = kept(memory)
+    assert [row["label"] for row in rows[:5]] == [9, 2, 1, 1, 6] and rows[0]["caption"] == "Ankle boot"
+
+
+def test_ranges_of_archives_are_expanded_in_every_list_of_urls(memory: Path) -> None:
+    for number in range(3):
+        write(memory / f"m/{number:02d}.tar", tar_of({"a.jpg": photo(number)}))
+        write(memory / f"m/{number}.jsonl", jsonl([{"url": f"https://h.example/{number}.jpg"}]))
+        write(memory / f"m/{number}.jpg", photo(number))
+    for source, url in (("http_archive", "{00..02}.tar"), ("webdataset", "{00..02}.tar"), ("url_list", "{0..2}.jsonl")):
+        settings = {"source": source, "urls": (f"https://h.example/{url}",), "mirror": str(memory / "m")}
+        assert download(memory / source, settings)["counts"]["kept"] == 3
