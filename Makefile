@@ -15,7 +15,7 @@ unexport PYTHONDONTWRITEBYTECODE
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help setup slurm test lint format demo demo-classify demo-diffuse demo-caption bench chaos fuzz clean
+.PHONY: help setup slurm test lint format demo demo-classify demo-diffuse demo-caption bench chaos fuzz fuzz-sources clean
 
 help:
 	@echo "make demo     install, then run the whole pipeline on embedded data"
@@ -28,6 +28,7 @@ help:
 	@echo "make lint     formatting, ruff, mypy       make format   mend what can be mended"
 	@echo "make bench    measure against peers        make clean    remove what was made here"
 	@echo "make fuzz     damaged images for three minutes: nothing may crash, hang or flood; FUZZ='seconds=600 seed=2'"
+	@echo "make fuzz-sources   damaged lists, captions, annotations and archives; FUZZ_SOURCES='mutations=9000 seed=2'"
 	@echo "make chaos    break jobs on a real SLURM in 40 ways (Debian, root), compare results; CHAOS='trials=100 seed=2'"
 
 setup: $(INSTALLED)
@@ -96,8 +97,11 @@ bench: setup
 	@set -e; for script in $(filter-out benchmarks/chaos.py,$(wildcard benchmarks/[!_]*.py)); do \
 		echo "== $$script"; $(BIN)/python $$script; done
 
-fuzz: setup
+fuzz: setup fuzz-sources
 	$(BIN)/python tests/fuzz_images.py $(FUZZ)
+
+fuzz-sources: setup
+	$(BIN)/python tests/fuzz_sources.py $(FUZZ_SOURCES)
 
 chaos: setup slurm
 	$(BIN)/python benchmarks/chaos.py $(CHAOS)

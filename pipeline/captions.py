@@ -98,6 +98,13 @@ def captions_of(value: Any, depth: int = 0) -> list[str]:
     return []
 
 
+def shown_names(names: Iterable[Any]) -> str:
+    """Names of columns for a message: the first twenty, each cut to a readable length, on one line."""
+    listed = list(names)
+    short = [" ".join(clean_caption(str(name)[:60], 40).split()) or "''" for name in listed[:20]]
+    return ", ".join(short) + (f" and {len(listed) - 20} more" if len(listed) > 20 else "") if listed else "none"
+
+
 def caption_columns(names: Iterable[Any]) -> list[str]:
     """Those of `names` that hold captions, whatever their case, the best first; titles only where nothing else is."""
     lower = {name.lower(): name for name in names if isinstance(name, str)}

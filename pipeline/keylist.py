@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
+from pipeline.captions import shown_names
 from pipeline.config import ConfigError
 from pipeline.sources.lists import SUFFIXES, open_list
 from pipeline.sources.texts import Lines, list_errors, open_text, skip, suffix_of
@@ -78,7 +79,7 @@ def _listed_keys(path: Path, column: str) -> Iterator[str]:
     found = next((name for name in names if name.lower() == column.lower()), "")
     if not found:
         if len(names) != 1:
-            raise ConfigError(f"{path}: it has no column {column}, but {', '.join(names) or 'none'}")
+            raise ConfigError(f"{path}: it has no column {column}, but {shown_names(names)}")
         found = names[0]
         if suffix_of(path) in (".csv", ".tsv"):  # what looked like a heading is a key
             listed = open_list(path, heading=False)

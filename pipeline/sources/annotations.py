@@ -23,7 +23,7 @@ from typing import IO, Any
 import pyarrow as pa
 import xxhash
 
-from pipeline.captions import captions_of
+from pipeline.captions import captions_of, shown_names
 from pipeline.config import ConfigError, SourceConfig, public
 from pipeline.samples import SampleError, Schema, content_hash, plain
 from pipeline.sources.archives import members
@@ -92,7 +92,7 @@ def _diffusiondb(file: IO[bytes], config: SourceConfig, left_out: LeftOutRows) -
     parquet = parquet_file(file)
     columns = [name for name in fields if name in parquet.schema_arrow.names]
     if "image_name" not in columns:
-        raise ConfigError(f"no column image_name, but {', '.join(parquet.schema_arrow.names)}")
+        raise ConfigError(f"no column image_name, but {shown_names(parquet.schema_arrow.names)}")
     number = 0
     for batch in parquet.iter_batches(_BATCH, columns=columns):
         for listed in batch_rows(batch):
@@ -152,7 +152,7 @@ def _flickr30k(file: IO[bytes], config: SourceConfig, left_out: LeftOutRows) -> 
     rows = separated(lines, ",")
     _, names = next(rows, (0, list[str]()))
     if missing := [name for name in ("raw", "filename", "split") if name not in names]:
-        raise ConfigError(f"no column {', '.join(missing)}, but {', '.join(names)}")
+        raise ConfigError(f"no column {', '.join(missing)}, but {shown_names(names)}")
     for number, fields in rows:
         row, place = dict(zip(names, fields, strict=False)), f"line {number}"
         if len(fields) != len(names):
@@ -301,7 +301,7 @@ def _object(file: IO[bytes], config: SourceConfig, *lists: str) -> dict[str, Any
         raise ConfigError(f"expected an object with {' and '.join(lists)}, but it is a {type(document).__name__}")
     for name in lists:
         if not isinstance(document.get(name), list):
-            raise ConfigError(f"no list {name!r} in it, but {', '.join(map(str, document))}")
+            raise ConfigError(f"no list {name!r} in it, but {shown_names(document)}")
     return document
 
 

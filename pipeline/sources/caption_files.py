@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pipeline.captions import CAPTION_COLUMNS, caption_columns, captions_of, repaired
+from pipeline.captions import CAPTION_COLUMNS, caption_columns, captions_of, repaired, shown_names
 from pipeline.config import ConfigError
 from pipeline.samples import image_format
 from pipeline.sources.lists import NAME_COLUMNS, Row, open_list
@@ -79,7 +79,7 @@ class CaptionFile:
             name = _name_in(row.values)
             texts = _texts_in(row.values, name)
             if texts is None:
-                found = ", ".join(map(str, columns or row.values))
+                found = shown_names(columns or row.values)
                 said = (
                     f"{place}: a row needs a name ({', '.join(NAME_COLUMNS)}) and a caption "
                     f"({', '.join(CAPTION_COLUMNS)}), but has {found}"

@@ -23,6 +23,7 @@ from pipeline.samples import IMAGE_COLUMNS, Outcome, SampleError, Schema, make_k
 from pipeline.sources import parquet_rows
 from pipeline.sources.annotations import Annotations, archive_class, get_annotations
 from pipeline.sources.archives import reader as archive_reader
+from pipeline.sources.archives.compression import unpacked
 from pipeline.sources.base import Source
 from pipeline.sources.http import Head, Policy, fetch
 from pipeline.sources.mirror import Mirror
@@ -30,6 +31,7 @@ from pipeline.sources.partial import Partial
 from pipeline.sources.texts import is_pointer
 
 _BLOCK = 1 << 20
+_UNPACKED = 1 << 36  # bytes that a file is unpacked to, to check what it holds
 _IDLE, _DEADLINE = 60.0, 86400.0
 
 
@@ -41,6 +43,8 @@ class Place:
     path: str = ""
     sha256: str = ""
     md5: str = ""
+    unpacked_md5: str = ""
+    """Of what the file unpacks to: of one that was packed anew, as distributions do, this must be right instead."""
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
     span: tuple[int, int] | None = None
     """Where in the file ``path`` it begins, and its bytes, if it is a part of that file."""
@@ -252,11 +256,21 @@ class FileSource(Source):
                     each.update(block)
                 self.check_stop()
             for name, each in sums.items():
-                if each.hexdigest() != expected[name]:
+                if each.hexdigest() != expected[name] and not _unpacks_to(part, place.unpacked_md5):
                     raise SampleError("wrong_hash", f"{name} is {each.hexdigest()}", retryable=True)
             size = part.seek(0, io.SEEK_END)
             part.seek(0)
             yield part, size, digest.hexdigest()
+
+
+def _unpacks_to(file: IO[bytes], md5: str) -> bool:
+    """Whether this is the MD5 of what the packed ``file`` holds."""
+    found = hashlib.md5()
+    if md5:
+        stream = unpacked(file, _UNPACKED)
+        while block := stream.read(_BLOCK):
+            found.update(block)
+    return bool(md5) and found.hexdigest() == md5
 
 
 class _Part(io.RawIOBase):

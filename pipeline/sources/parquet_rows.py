@@ -9,7 +9,7 @@ from typing import IO, Any
 
 import pyarrow as pa
 
-from pipeline.captions import caption_columns, captions_of
+from pipeline.captions import caption_columns, captions_of, shown_names
 from pipeline.config import SourceConfig
 from pipeline.headers import ImageError, sniff
 from pipeline.samples import Outcome, SampleError, Schema, label_of, make_key, path_text
@@ -107,7 +107,7 @@ def _column(setting: str, usual: tuple[str, ...], names: list[str], option: str)
     lower = {name.lower(): name for name in names}
     found = setting if setting in names else "" if setting else next((lower[n] for n in usual if n in lower), "")
     if not found:
-        raise SampleError("no_column", f"{option}={setting}: it has {', '.join(names)}", retryable=True)
+        raise SampleError("no_column", f"{option}={setting}: it has {shown_names(names)}", retryable=True)
     return found
 
 

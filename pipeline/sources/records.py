@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import islice
 
-from pipeline.captions import caption_columns, captions_of
+from pipeline.captions import caption_columns, captions_of, shown_names
 from pipeline.config import ConfigError, SourceConfig
 from pipeline.samples import SampleError, plain
 from pipeline.sources.lists import URL_COLUMNS, List, ListRow, Row, first_column
@@ -51,10 +51,10 @@ def columns_of(rows: List, config: SourceConfig) -> Columns | None:
     wanted = [(name, getattr(config, name)) for name in named] + [("columns", name) for name in config.columns]
     for setting, name in wanted:
         if name and name not in names:
-            raise ConfigError(f"{setting}={name}: {place} has no such column; it has {', '.join(names)}")
+            raise ConfigError(f"{setting}={name}: {place} has no such column; it has {shown_names(names)}")
     url = config.url_column or first_column(names, URL_COLUMNS) or _with_url(first)
     if not url:
-        raise ConfigError(f"url_column: which column of {place} has the URLs? It has {', '.join(names)}")
+        raise ConfigError(f"url_column: which column of {place} has the URLs? It has {shown_names(names)}")
     captions = (config.caption_column,) if config.caption_column else tuple(caption_columns(names))
     if not captions:  # without a heading: whatever is beside the URL
         captions = tuple(name for name in names if name.isdigit() and name != url)[:1]

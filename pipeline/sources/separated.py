@@ -95,5 +95,8 @@ def _quoted(text: str, separator: str, lines: Lines) -> tuple[list[str] | None, 
 def _literal(text: str, separator: str) -> list[str]:
     """The fields of one line whose quotation marks are not those of CSV, as ``"a" b,c`` or ``a,"b``."""
     reader = csv.reader([text + "\n", "\n"], delimiter=separator)
-    fields = next(reader)
+    try:
+        fields = next(reader)
+    except csv.Error:  # a carriage return in the middle of a line
+        return text.split(separator)
     return fields if reader.line_num == 1 else text.split(separator)

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-from pipeline.captions import caption_columns, captions_of
+from pipeline.captions import caption_columns, captions_of, shown_names
 from pipeline.config import ConfigError, DownloadConfig
 from pipeline.distributed import Rank
 from pipeline.headers import ImageError, sniff
@@ -92,7 +92,7 @@ def _parts(item: Any) -> tuple[Any, Entry]:
     if isinstance(item, Mapping):
         image = next((item[name] for name in _IMAGES if item.get(name) is not None), None)
         if image is None:
-            raise SampleError("no_image", f"a mapping with {', '.join(map(str, item))}; expected {', '.join(_IMAGES)}")
+            raise SampleError("no_image", f"a mapping with {shown_names(item)}; expected {', '.join(_IMAGES)}")
         texts = (captions_of(item[name]) for name in caption_columns(item))
         label = next((item[name] for name in _LABELS if item.get(name) is not None), None)
         return image, Entry(next(filter(None, texts), []), label=label_of(label))

@@ -24,6 +24,7 @@ from pipeline.sources.base import Source
 from pipeline.sources.files import check_settings, check_space, local_input, policy, user_agent
 from pipeline.sources.http import FetchError, Head, Policy, fetch
 from pipeline.sources.http.crawler import Crawler
+from pipeline.sources.http.target import Target
 from pipeline.sources.http_archive import check_url, share
 from pipeline.sources.lists import SUFFIXES, List, Span, is_list, open_list
 from pipeline.sources.mirror import Mirror
@@ -32,6 +33,7 @@ from pipeline.sources.ranges import expand
 from pipeline.sources.records import Columns, Record, columns_of, record
 
 _LARGEST = 64 << 20  # bytes of an image
+_LONGEST_URL, _SHOWN = 4096, 200  # characters of a URL in the ledger, and of a longer one
 _IDLE, _DEADLINE = 10.0, 60.0
 _HASHES = {32: "md5", 40: "sha1", 64: "sha256"}
 
@@ -172,6 +174,7 @@ class UrlList(Source):
             key = make_key(f"{planned.path}/{number:09d}")
             if self._wanted(said) and partition.wants(key):
                 shown = str(public(repaired(said.url)))
+                shown = shown if len(shown) <= _LONGEST_URL else f"{shown[:_SHOWN]}..."
                 yield Outcome(key, "failed", source=planned.path, member=shown, offset=number), said
 
     def _results(self, jobs: list[tuple[Outcome, Record]]) -> Iterator[bytes | SampleError]:
@@ -185,8 +188,10 @@ class UrlList(Source):
 
     def _from_mirror(self, mirror: Mirror, url: str) -> bytes | SampleError:
         self.check_stop()
-        if not url:
-            return SampleError("bad_url", "it is empty")
+        try:
+            Target.parse(url)
+        except SampleError as error:
+            return error
         found = mirror.find(url)
         if found is None:
             return SampleError("not_in_mirror", "", retryable=True)

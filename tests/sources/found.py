@@ -110,6 +110,33 @@ def url_list(folder: Path, samples: Samples) -> dict[str, Any]:
     return {"source": "url_list", "input": str(folder / "urls.jsonl"), "mirror": str(folder / "mirror")}
 
 
+def captions_csv(folder: Path, samples: Samples) -> dict[str, Any]:
+    settings = captions_json(folder, samples)
+    (folder / "i/captions.jsonl").unlink()
+    rows = (f"{n}.jpg,{_quoted(t)}\n" for n, (_, t) in enumerate(samples))
+    write(folder / "i/captions.csv", "image,caption\n" + "".join(rows))
+    return settings
+
+
+def url_list_csv(folder: Path, samples: Samples) -> dict[str, Any]:
+    settings = url_list(folder, samples)
+    (folder / "urls.jsonl").unlink()
+    rows = (f"https://images.example/{n}.jpg;{_quoted(t)}\n" for n, (_, t) in enumerate(samples))
+    return {**settings, "input": str(write(folder / "urls.csv", "URL;TEXT\n" + "".join(rows)))}
+
+
+def url_list_parquet(folder: Path, samples: Samples) -> dict[str, Any]:
+    settings = url_list(folder, samples)
+    (folder / "urls.jsonl").unlink()
+    urls = [f"https://images.example/{number}.jpg" for number in range(len(samples))]
+    pq.write_table(pa.table({"url": urls, "text": _texts([said for _, said in samples])}), folder / "urls.parquet")
+    return {**settings, "input": str(folder / "urls.parquet")}
+
+
+def _quoted(text: str | None) -> str:
+    return "" if text is None else '"' + text.replace('"', '""') + '"'
+
+
 def _annotated(name: str, file: str, rows: Callable[[Samples], str], **settings: Any) -> Layout:
     def layout(folder: Path, samples: Samples) -> dict[str, Any]:
         write(folder / "i/a.zip", zip_of({f"{number}.jpg": data for number, (data, _) in enumerate(samples)}))
@@ -133,11 +160,12 @@ def _textcaps(samples: Samples) -> str:
 def _flickr30k(samples: Samples) -> str:
     rows = [["raw", "filename", "split", "img_id"]]
     rows += [[json.dumps([said]), f"{n}.jpg", "train", str(n)] for n, (_, said) in enumerate(samples)]
-    return "".join(",".join('"' + value.replace('"', '""') + '"' for value in row) + "\n" for row in rows)
+    return "".join(",".join(map(_quoted, row)) + "\n" for row in rows)
 
 
 LAYOUTS: dict[str, Layout] = {
     "image_folder with captions.jsonl": captions_json,
+    "image_folder with captions.csv": captions_csv,
     "image_folder with texts": texts_beside,
     "webdataset": _archive(tar_of, "a.tar"),
     "webdataset zip": _archive(zip_of, "a.zip"),
@@ -145,6 +173,8 @@ LAYOUTS: dict[str, Layout] = {
     "huggingface": huggingface,
     "parquet": parquet,
     "url_list": url_list,
+    "url_list csv": url_list_csv,
+    "url_list parquet": url_list_parquet,
     "jdb": _annotated("jdb", "m.jsonl", lambda samples: jsonl(rows_of(samples, "img_path", "prompt"))),
     "coco": _annotated("coco", "m.json", _coco),
     "textcaps": _annotated("textcaps", "m.json", _textcaps),
