@@ -197,7 +197,9 @@ def assert_sound(output: Path) -> dict[str, Any]:
     return success
 
 
-_EXPECTED = re.compile(r"plan(\.\d+)?|data|claims|events|packed|_SUCCESS|manifest\.(parquet|json)|index\.json")
+_EXPECTED = re.compile(
+    r"plan(\.\d+)?|data|claims|events|packed|_SUCCESS|README\.md|manifest\.(parquet|json)|index\.json"
+)
 
 
 def leftovers(output: Path) -> list[str]:
