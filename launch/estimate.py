@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from launch import pack
 from launch.script import Script
 from launch.site import Limits, Room, Site
+from pipeline.amounts import duration
 from pipeline.config import MAIN_LINE, UPSTREAMS, ConfigError
 from pipeline.storage import StorageError
 
@@ -555,47 +556,8 @@ def idle_gpus(jobs: Sequence[Job], found: Sequence[Estimate]) -> str:
     return f"in one job, {gpus} GPUs are idle while {names} run: about {hours * gpus:.1f} GPU hours{more}"
 
 
-# ---- in words
-
-
-def lines(estimate: Estimate) -> Iterator[str]:
-    """What a dry run says of a stage."""
-    yield f"{estimate.stage}: {summary(estimate)}"
-    if estimate.basis and estimate.basis != summary(estimate) and not estimate.finished:
-        yield f"    from {estimate.basis}"
-    if estimate.proposal:
-        yield "    proposed: " + " ".join(f"{name}={value}" for name, value in estimate.proposal.items())
-    for warning in estimate.warnings:
-        yield f"    ! {warning}"
-
-
-def summary(estimate: Estimate) -> str:
-    """Size, time, hours, disk, as far as they are known."""
-    work = estimate.work
-    if estimate.finished:
-        return f"finished: {work.samples:,} samples, {amount(work.bytes)} in {work.partitions:,} partitions"
-    said = [f"{work.samples:,} samples" if work.samples >= 0 else "unknown samples"]
-    if work.bytes > 0:
-        said[0] += f" ({amount(work.bytes)})"
-    if work.samples < 0 > work.partitions and estimate.hours is None:
-        return estimate.basis
-    if work.partitions >= 0:
-        said[0] += f" in {work.partitions:,} partition{'s' * (work.partitions != 1)}"
-    said.append("time unknown" if estimate.hours is None else f"about {span(estimate.hours)}")
-    for hours, name in ((estimate.cpu_hours, "CPU"), (estimate.gpu_hours, "GPU")):
-        if hours:
-            said.append(f"{hours:,.1f} {name} hours" if hours >= 0.1 else f"less than 0.1 {name} hours")
-    if estimate.output_bytes >= 0:
-        said.append(f"writes {amount(estimate.output_bytes)}")
-    if estimate.inodes >= 0:
-        said.append(f"{estimate.inodes:,} inodes")
-    return ", ".join(said)
-
-
 def span(hours: float) -> str:
     """``40 s``, ``12 min``, ``3 h 05 min``."""
-    from launch.monitor.ranks import duration
-
     return duration(max(1.0, hours * 3600))
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launch import site
-from launch.estimate import Estimate, estimates, idle_gpus, lines
+from launch.estimate import Estimate, amount, estimates, idle_gpus, span
 
 if TYPE_CHECKING:
     from launch.submit import Job
@@ -53,3 +53,40 @@ def warn(jobs: Sequence[Job]) -> None:
     for estimate in found:
         for warning in estimate.warnings:
             print(f"warning: {estimate.stage}: {warning}", file=sys.stderr, flush=True)
+
+
+# ---- in words
+
+
+def lines(estimate: Estimate) -> Iterator[str]:
+    """What a dry run says of a stage."""
+    yield f"{estimate.stage}: {summary(estimate)}"
+    if estimate.basis and estimate.basis != summary(estimate) and not estimate.finished:
+        yield f"    from {estimate.basis}"
+    if estimate.proposal:
+        yield "    proposed: " + " ".join(f"{name}={value}" for name, value in estimate.proposal.items())
+    for warning in estimate.warnings:
+        yield f"    ! {warning}"
+
+
+def summary(estimate: Estimate) -> str:
+    """Size, time, hours, disk, as far as they are known."""
+    work = estimate.work
+    if estimate.finished:
+        return f"finished: {work.samples:,} samples, {amount(work.bytes)} in {work.partitions:,} partitions"
+    said = [f"{work.samples:,} samples" if work.samples >= 0 else "unknown samples"]
+    if work.bytes > 0:
+        said[0] += f" ({amount(work.bytes)})"
+    if work.samples < 0 > work.partitions and estimate.hours is None:
+        return estimate.basis
+    if work.partitions >= 0:
+        said[0] += f" in {work.partitions:,} partition{'s' * (work.partitions != 1)}"
+    said.append("time unknown" if estimate.hours is None else f"about {span(estimate.hours)}")
+    for hours, name in ((estimate.cpu_hours, "CPU"), (estimate.gpu_hours, "GPU")):
+        if hours:
+            said.append(f"{hours:,.1f} {name} hours" if hours >= 0.1 else f"less than 0.1 {name} hours")
+    if estimate.output_bytes >= 0:
+        said.append(f"writes {amount(estimate.output_bytes)}")
+    if estimate.inodes >= 0:
+        said.append(f"{estimate.inodes:,} inodes")
+    return ", ".join(said)

@@ -133,7 +133,7 @@ def parse_partitions(text: str) -> tuple[tuple[Limits, ...], str]:
 
 def parse_associations(text: str) -> tuple[Account, ...]:
     """What ``sacctmgr --parsable2 show associations format=account,partition,maxsubmitjobs,maxwall`` says."""
-    rows = [line.split("|") for line in text.splitlines()]
+    rows = [line.split("|") for line in dict.fromkeys(text.splitlines())]
     return tuple(Account(row[0], row[1], _minutes(row[3]), _limit(row[2])) for row in rows if len(row) == 4 and row[0])
 
 

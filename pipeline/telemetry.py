@@ -23,7 +23,7 @@ from typing import Any
 from pipeline.distributed.rank import Rank
 from pipeline.distributed.signals import Stopped
 from pipeline.storage import GONE, Folder
-from pipeline.vitals import Vitals
+from pipeline.vitals import Vitals, asked
 
 BEAT = 10.0  # seconds between two signs of life
 ENDS = ("finish", "stop", "error", "hang")
@@ -65,6 +65,7 @@ class Events:
             "pid": os.getpid(),
             "beat": beat,
             **_job(),
+            **asked(rank.local_world_size),
         }
         self.beat = beat
         self.totals: Counter[str] = Counter()

@@ -42,11 +42,13 @@ class Vitals:
         self._progress = Progress(rank)
         self._since = time.monotonic()
         self._peak = 0
+        self._looks, self._use = 0, 0.0
 
     def read(self) -> dict[str, Any]:
         """``rss`` and ``peak`` memory in bytes, and ``cpu`` seconds, all with those of children (image workers, data
         loaders); bytes ``read`` and ``written``; seconds ``waited`` for others or for data; seconds that it is
-        ``still``, without progress; ``gpu`` if the rank computes on one: ``use`` (0 to 1) and ``memory`` in bytes.
+        ``still``, without progress; ``gpu`` if the rank computes on one: ``use`` (0 to 1), its ``mean`` so far and
+        ``memory`` in bytes.
         """
         now = time.monotonic()
         if self._progress.made():
@@ -65,7 +67,27 @@ class Vitals:
             "still": round(now - self._since, 1),
         }
         gpu = _gpu(self._rank)
+        if gpu:
+            self._looks, self._use = self._looks + 1, self._use + gpu["use"]
+            gpu["mean"] = round(self._use / self._looks, 3)
         return values | ({"gpu": gpu} if gpu else {})
+
+
+def asked(local_world_size: int) -> dict[str, int]:
+    """What this process was given, as its events say: ``cpus``, and of its node ``node_ranks`` and ``node_memory``."""
+    environment = os.environ
+    cpus = environment.get("SLURM_CPUS_PER_TASK", "1" if "SLURM_STEP_ID" in environment else "")
+    values = {
+        "cpus": int(cpus) if cpus.isdigit() else max(1, len(os.sched_getaffinity(0)) // local_world_size),
+        "node_ranks": local_world_size,
+    }
+    memory = environment.get("SLURM_MEM_PER_NODE", "")
+    each = environment.get("SLURM_MEM_PER_CPU", "")
+    if memory.isdigit():
+        values["node_memory"] = int(memory) << 20
+    elif each.isdigit():
+        values["node_memory"] = (int(each) << 20) * values["cpus"] * local_world_size
+    return values
 
 
 def bytes_moved() -> tuple[int, int]:

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from launch import estimate, site
-from launch.estimate import Estimate, Work, estimates, idle_gpus, lines, predicted, propose, rates
+from launch.estimate import Estimate, Work, estimates, idle_gpus, predicted, propose, rates
+from launch.forecast import lines
 from launch.pack import packed
 from launch.request import read
 from launch.site import Account, Limits, Room, Site

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+from slurm_cluster import cluster
 from slurm_cluster.cluster import Cluster
 from test_slurm_launch import ROOT, SUBMIT, await_end, field, logs_below, numbers
 
@@ -84,3 +88,32 @@ def test_a_dry_run_knows_the_limits_of_the_cluster(slurm_cluster: Cluster, tmp_p
     assert "partition=nowhere: there is none of this name; known: high, main" in said
     assert "not known in full" not in said
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def accounting_cluster(slurm_cluster: Cluster) -> Iterator[Cluster]:
+    """A cluster with a database, beside the one that other tests use."""
+    missing = [name for name in ("mariadbd", "slurmdbd") if shutil.which(name, path=cluster.SEARCH_PATH) is None]
+    if missing:
+        pytest.skip(f"no {missing[0]}: no accounting")
+    running = cluster.start("dbd")
+    try:
+        yield running
+    finally:
+        running.stop()
+
+
+def test_status_tells_what_sacct_measured(accounting_cluster: Cluster, tmp_path: Path) -> None:
+    arguments = ["stage=download", *CHAIN[1:], f"data_dir={tmp_path}", "cluster=slurm", "nodes=2", "mem=2G"]
+    (job,) = numbers(accounting_cluster.run(*SUBMIT, *arguments, "cpus_per_task=2").stdout)
+    assert await_end(accounting_cluster, job) == ["COMPLETED"], logs_below(tmp_path)
+    end = time.monotonic() + 30
+    while True:  # the database is some seconds late
+        (stage,) = json.loads(accounting_cluster.run(*STATUS, tmp_path, "json=true").stdout)["stages"]
+        if stage["efficiency"]["source"] == "sacct":
+            break
+        assert time.monotonic() < end
+        time.sleep(1)
+    found = stage["efficiency"]
+    assert found["node_memory_asked"] == 2 * 2**30 and found["cpus"] == 2
+    assert found["elapsed"] >= 1 and found["cpu_seconds"] > 0 and found["memory"] > 10**7

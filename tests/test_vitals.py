@@ -58,7 +58,10 @@ def test_a_gpu_is_told_of_once_it_is_used(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=SimpleNamespace(**calls)))
     assert "gpu" not in Vitals(rank).read()  # which one is not decided yet
     vars(rank)["device"] = SimpleNamespace(type="cuda")
-    assert Vitals(rank).read()["gpu"] == {"use": 0.87, "memory": 5 << 30}
+    vitals = Vitals(rank)
+    assert vitals.read()["gpu"] == {"use": 0.87, "memory": 5 << 30, "mean": 0.87}
+    monkeypatch.setattr(sys.modules["torch"].cuda, "utilization", lambda device: 13)
+    assert vitals.read()["gpu"] == {"use": 0.13, "memory": 5 << 30, "mean": 0.5}
 
     def refuse(device: object) -> int:
         raise RuntimeError("driver")

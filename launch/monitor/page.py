@@ -12,8 +12,9 @@ from jinja2 import Environment, PackageLoader
 from numpy.typing import NDArray
 
 from launch.monitor import table
-from launch.monitor.ranks import BAD, duration
+from launch.monitor.ranks import BAD
 from launch.monitor.watch import Snapshot, StageStatus
+from pipeline.amounts import duration
 from pipeline.storage import Folder
 from pipeline.telemetry import DONE, GPU, LOSS, MEMORY, READ, TIME, WAITED, WRITTEN, Process
 

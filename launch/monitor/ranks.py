@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from launch.monitor.queue import Queue
+from pipeline.amounts import duration
 from pipeline.telemetry import DONE, READ, WAITED, WRITTEN, Process
 
 LIVE = ("running", "waiting", "slow", "stuck")
@@ -153,15 +154,3 @@ def _state(process: Process, queue: Queue, now: float) -> tuple[str, str]:
 
 def _place(event: dict[str, object]) -> str:
     return f" at partition {event['partition']}" if event.get("partition", -1) != -1 else ""
-
-
-def duration(seconds: float) -> str:
-    """``42 s``, ``7 min``, ``3 h 05 min`` or ``2 d 03 h``."""
-    whole = int(seconds)
-    if whole < 120:
-        return f"{whole} s"
-    if whole < 7200:
-        return f"{whole // 60} min"
-    if whole < 172_800:
-        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-    return f"{whole // 86400} d {whole % 86400 // 3600:02d} h"

@@ -9,8 +9,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from launch.monitor.ranks import BAD, RankStatus, duration
+from launch.monitor.ranks import BAD, RankStatus
 from launch.monitor.watch import ACTIVE, Snapshot, StageStatus
+from pipeline.amounts import duration, size
 
 _COLOURS = {"finished": "green", "running": "cyan", "pending": "yellow", "slow": "yellow", "stuck": "yellow"}
 _REASONS = 4
@@ -79,6 +80,8 @@ def _notes(stage: StageStatus) -> Iterator[Text]:
         more = len(stage.reasons) - len(most)
         yield Text(f"{stage.name}: {said}{f', and {more} more reasons' if more else ''}")
 
+    if stage.efficiency and stage.state not in ACTIVE:
+        yield Text(f"{stage.name}: {stage.efficiency.told()}", "dim")
     for host in stage.hosts[:_HOSTS]:
         said = f"{stage.name}: {host.host}: {host.kept} of {host.asked} kept ({host.kept / max(1, host.asked):.1%})"
         yield Text(f"{said}{'; ' if host.reasons else ''}{host.reasons}", "dim")
@@ -149,13 +152,6 @@ def number(value: float) -> str:
 
 def megabytes(read: float, written: float) -> str:
     return f"{read / 1e6:.1f}/{written / 1e6:.1f}" if read or written else ""
-
-
-def size(count: int) -> str:
-    """Bytes for people: ``812 MB``, ``1.5 GB``."""
-    if not count:
-        return ""
-    return f"{count / 1e6:.0f} MB" if count < 1e9 else f"{count / 1e9:.1f} GB"
 
 
 def _table(rows: Sequence[Mapping[str, str | Text]]) -> Table:

@@ -20,11 +20,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from launch.monitor.accounting import Accounting
 from launch.monitor.joblogs import newest, only_logged
 from launch.monitor.queue import EVERY, Queue, QueuedJob
 from launch.monitor.ranks import BAD, RankStatus, statuses
 from launch.pack import comment, places
 from pipeline.config import MAIN_LINE, ConfigError
+from pipeline.efficiency import Efficiency, efficiency
 from pipeline.hosts import Hosts, HostStatus, hosts_of
 from pipeline.partitions.dataset import SUCCESS, Dataset
 from pipeline.partitions.plan import BUCKET
@@ -51,6 +53,7 @@ class StageStatus:
         eta: seconds until it is done; None if that cannot be told.
         world_size: ranks that were started.
         hosts: servers that most samples came from by URL.
+        efficiency: how well it used what it was given, so far.
     """
 
     path: str
@@ -75,6 +78,7 @@ class StageStatus:
     world_size: int = 0
     states: dict[str, int] = field(default_factory=dict)
     hosts: list[HostStatus] = field(default_factory=list)
+    efficiency: Efficiency | None = None
     problems: list[str] = field(default_factory=list)
     jobs: list[QueuedJob] = field(default_factory=list)
     ranks: list[RankStatus] = field(default_factory=list)
@@ -128,6 +132,7 @@ class Watch:
         self._past = past
         self._only = only
         self._queue = Queue(self.root)
+        self._accounting = Accounting()
         self._discovered = -math.inf
         self._known: set[str] = set()
         if not self.root.exists():
@@ -169,7 +174,23 @@ class Watch:
             self._discovered = -math.inf
         if self._only:
             stages = [s for s in stages if self._only in (s.stage, s.name, Path(s.path).name)]
-        return Snapshot(str(self.root), now, stages, self._coming(taken), self._queue.problem)
+        self._account(stages)
+        problem = self._queue.problem or self._accounting.problem
+        return Snapshot(str(self.root), now, stages, self._coming(taken), problem)
+
+    def _account(self, stages: list[StageStatus]) -> None:
+        """What SLURM's accounting adds on stages that are over; not of jobs that other stages were part of, too."""
+        jobs = {
+            path: {str(process.last["job"]) for process in work.processes if process.last.get("job")}
+            for path, work in self.works.items()
+        }
+        shared = Counter(job for of_stage in jobs.values() for job in of_stage)
+        over = [stage for stage in stages if stage.efficiency and not stage.jobs and stage.state not in ACTIVE]
+        alone = {stage.path: {job for job in jobs.get(Path(stage.path), ()) if shared[job] == 1} for stage in over}
+        self._accounting.refresh(job for of_stage in alone.values() for job in of_stage)
+        for stage in over:
+            if stage.efficiency and alone[stage.path] == jobs.get(Path(stage.path)):
+                stage.efficiency = self._accounting.refined(stage.efficiency, alone[stage.path])
 
     def _discover(self) -> None:
         for path, kind in find(self.root):
@@ -248,6 +269,7 @@ class Work(ABC):
         ranks = statuses(self.processes, queue, now)
         status = StageStatus(str(self.path), self.path.name, self._stage(), "", ranks=ranks)
         self._add_up(status)
+        status.efficiency = efficiency(self.processes)
         status.jobs = self._jobs(queue, status.stage)
         self._measure(status)
         self._judge(status)

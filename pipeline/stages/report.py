@@ -17,10 +17,12 @@ from PIL import Image
 from pipeline import images
 from pipeline.cli import config_for, errors_as_one_line
 from pipeline.config import ConfigError, ReportConfig, dataset_name
+from pipeline.efficiency import efficiency
 from pipeline.hosts import Hosts, HostStatus
 from pipeline.partitions.dataset import Dataset, SlotReader, Stored, find_datasets
 from pipeline.samples import SampleError
 from pipeline.storage import Folder
+from pipeline.telemetry import EventReader
 
 _LEDGERS = 50  # partitions whose ledgers the histograms are drawn from, evenly spread
 _HOSTS = 20  # the most that are listed
@@ -77,6 +79,7 @@ def shows_pictures(dataset: Dataset, filtered: set[Path]) -> bool:
 def describe(dataset: Dataset, samples: int, sheet: bool) -> dict[str, Any]:
     """What the page says of a dataset directory."""
     facts: dict[str, Any] = {"path": dataset.root.path, "stage": dataset.stage, "partitions": dataset.partitions}
+    facts["efficiency"] = efficiency(EventReader(dataset.root).refresh())
     success = dataset.success
     if success is None:
         committed = sum(dataset.root.exists(dataset.path_of(index)) for index in range(dataset.partitions))

@@ -100,8 +100,8 @@ class Cluster:
         (CLUSTERS / str(self.number)).unlink(missing_ok=True)
 
 
-def start() -> Cluster:
-    """Start a cluster beside any that other test runs use.
+def start(accounting: str = "none") -> Cluster:
+    """Start a cluster beside any that other test runs use; ``accounting`` is none, or dbd for one with sacct.
 
     Each has a number, of which its ports, network and names are made; the file ``<number>`` in :data:`CLUSTERS` takes
     it and says which process it belongs to, so that :func:`clean_up` can tell what a killed test run left behind.
@@ -114,7 +114,7 @@ def start() -> Cluster:
     cluster = Cluster(CLUSTERS / f"c{number}", number)
     started = subprocess.run(
         [str(HERE / "start.sh"), str(cluster.root)],
-        env=cluster.environment | {"ID": str(number), "NETNS": "1", "ACCT": "none"},
+        env=cluster.environment | {"ID": str(number), "NETNS": "1", "ACCT": accounting},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -1,0 +1,115 @@
+"""What SLURM's accounting says of jobs that ended: ``sacct``, where there is one, asked rarely."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+
+from launch.pack import mebibytes
+from pipeline.config import ConfigError
+from pipeline.efficiency import Efficiency
+
+EVERY = 60.0  # seconds between two sacct: its database has other things to do
+_SECONDS = 10.0
+_FIELDS = ("JobIDRaw", "State", "ElapsedRaw", "TotalCPU", "AllocCPUS", "ReqMem", "MaxRSS", "NNodes")
+_OPEN = ("RUNNING", "PENDING", "REQUEUED", "RESIZING", "SUSPENDED")
+
+
+@dataclass
+class JobUse:
+    """A job with all its lives. Seconds and bytes; ``memory`` is that of its largest task, ``asked`` of a node."""
+
+    over: bool = True
+    elapsed: float = 0.0
+    cpu_seconds: float = 0.0
+    cpu_seconds_given: float = 0.0
+    memory: int = 0
+    asked: int = 0
+
+
+def parse(text: str) -> dict[str, JobUse]:
+    """What ``sacct --parsable2 --duplicates`` says of jobs and their steps, by job id."""
+    found: dict[str, JobUse] = {}
+    for line in text.splitlines():
+        row = line.split("|")
+        if len(row) != len(_FIELDS):
+            continue
+        number, state, elapsed, cpu, cpus, asked, memory, nodes = row
+        job, dot, _ = number.partition(".")
+        use = found.setdefault(job, JobUse())
+        if dot:
+            use.memory = max(use.memory, int(mebibytes(memory) * 2**20))
+            continue
+        use.over = use.over and not state.startswith(_OPEN)
+        seconds = float(elapsed or 0)
+        use.elapsed += seconds
+        use.cpu_seconds += _seconds(cpu)
+        use.cpu_seconds_given += seconds * int(cpus or 0)
+        use.asked = _node_memory(asked, int(cpus or 0), int(nodes or 1)) or use.asked
+    return found
+
+
+def _seconds(text: str) -> float:
+    """``[days-][hours:]minutes:seconds[.fraction]``."""
+    days, _, clock = text.rpartition("-")
+    total = 0.0
+    for part in clock.split(":"):
+        total = total * 60 + float(part or 0)
+    return total + 86400 * int(days or 0)
+
+
+def _node_memory(text: str, cpus: int, nodes: int) -> int:
+    """ReqMem: of the job (``16G``), before SLURM 21.08 of a node (``16Gn``) or of a CPU (``2Gc``)."""
+    size = mebibytes(text.strip("?")) * 2**20
+    return int(size * {"c": cpus / max(1, nodes), "n": 1.0}.get(text[-1:], 1 / max(1, nodes)))
+
+
+@dataclass
+class Accounting:
+    """The uses of jobs that ended. Nothing is known where there is no accounting."""
+
+    uses: dict[str, JobUse] = field(default_factory=dict)
+    problem: str = ""
+    available: bool = field(default_factory=lambda: shutil.which("sacct") is not None)
+    _next: float = 0.0
+
+    def refresh(self, jobs: Iterable[str]) -> None:
+        """Ask for those of ``jobs`` that are not known yet, if it is not too early."""
+        wanted = sorted({job for job in jobs if job and not (job in self.uses and self.uses[job].over)})
+        if not self.available or not wanted or time.monotonic() < self._next:
+            return
+        from launch import slurm
+
+        self._next = time.monotonic() + EVERY
+        command = ("sacct", f"--jobs={','.join(wanted)}", "--noheader", "--parsable2", "--duplicates")
+        try:
+            with slurm.outer_job_forgotten():
+                said = slurm.ask(*command, f"--format={','.join(_FIELDS)}", seconds=_SECONDS)
+        except (ConfigError, OSError) as error:
+            self.available = not any(word in str(error) for word in ("disabled", "not enabled"))
+            self.problem = f"sacct: {error}" if self.available else ""
+            return
+        self.problem = ""
+        self.uses |= parse(said)
+
+    def refined(self, found: Efficiency, jobs: Iterable[str]) -> Efficiency:
+        """``found`` with what accounting knows of the stage's jobs, which did nothing else."""
+        uses = [self.uses[job] for job in set(jobs) if job in self.uses and self.uses[job].over]
+        given = sum(use.cpu_seconds_given for use in uses)
+        if not given:
+            return found
+        spent = max(found.cpu_seconds, sum(use.cpu_seconds for use in uses))
+        memory = max(found.memory, *(use.memory for use in uses))
+        return replace(
+            found,
+            elapsed=sum(use.elapsed for use in uses),
+            cpu_seconds=spent,
+            cpu=min(1.0, spent / given),
+            memory=memory,
+            node_memory=max(found.node_memory, memory),
+            node_memory_asked=max(found.node_memory_asked, *(use.asked for use in uses)),
+            source="sacct",
+            advice={},
+        ).advise(slurm=True)
