@@ -541,10 +541,19 @@ class FeaturesConfig(DeviceConfig, StageConfig):
         "patch", "all tokens of its last layer, or the one for the image", identity=True, choices=("patch", "pooled")
     )
     batch_size: int = option(32, "images per forward pass", identity=True, ge=1)
+    model_dtype: str = option(
+        "bfloat16",
+        "precision of the encoder on a GPU (CPUs use float32)",
+        identity=True,
+        choices=("float32", "float16", "bfloat16"),
+    )
     save_dtype: str = option("float16", "precision of what is stored", identity=True, choices=("float16", "float32"))
     shard_bytes: int = option(2**26, "largest size of one data file", identity=True, ge=1, le=2**32 - 1)
     threads: int = option(
         1, "CPU threads per rank (results depend on it in the last bit)", identity=True, ge=1, le=1024
+    )
+    workers: int = option(
+        -1, "decoding processes per rank (-1: none on a CPU, else its CPUs without one)", ge=-1, le=1024
     )
 
 
@@ -1019,6 +1028,13 @@ class CaptionConfig(DeviceConfig, StageConfig):
         "how captions are split for their scores; words: any language; ptb: English, as published scores (needs Java)",
         choices=("words", "ptb"),
         when="image_path",
+    )
+    workers: int = option(
+        -1,
+        "decoding processes per rank (-1: none on a CPU, else its CPUs without one)",
+        ge=-1,
+        le=1024,
+        when="!image_path",
     )
     column: str = option("generated", "column that the new captions go into", identity=True, when="!image_path")
     shard_bytes: int = option(

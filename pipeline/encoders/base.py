@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from pipeline.encoders.preprocessing import Picture, Preprocessing
+    from pipeline.encoders.preprocessing import Preprocessing
+    from pipeline.images import Pixels
 
 AUTOENCODERS = ("embedded", "embedded16")
 TEXT_ENCODERS = ("embedded", "openclip", "clip", "t5")
@@ -34,7 +35,8 @@ class Autoencoder(ABC):
 
     Attributes:
         scaling: what raw latents were multiplied with, so that they have about unit deviation.
-        floor: dB of PSNR that a smooth picture keeps at least on the way there and back: below, something is wrong.
+        floor: dB of PSNR that a smooth image keeps at least on the way there and back: below, something is wrong.
+        widest: channels of the largest activations, which have the image's own height and width.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Autoencoder(ABC):
     downsample: int
     scaling: float
     floor: float
+    widest: int = 3
     device: torch.device
     preprocessing: Preprocessing
 
@@ -49,8 +52,19 @@ class Autoencoder(ABC):
         """Have the network compiled, if there is one, when it is used first."""
         return
 
-    def preprocess(self, images: Sequence[Picture], resolution: int) -> Tensor:
-        """Pictures uint8 (h, w, 3) of any sizes → (b, 3, resolution, resolution) in [-1, 1], for :meth:`encode`."""
+    def latent_shape(self, resolution: int) -> tuple[int, int, int]:
+        """(channels, h, w) of the latents of a square image.
+
+        Raises:
+            ConfigError: its edge is no multiple of ``downsample``.
+        """
+        if resolution < 1 or resolution % self.downsample:
+            raise ConfigError(f"image_resolutions={resolution}: must be a multiple of {self.downsample}")
+        edge = resolution // self.downsample
+        return (self.channels, edge, edge)
+
+    def preprocess(self, images: Sequence[Pixels], resolution: int) -> Tensor:
+        """Images uint8 (h, w, 3) of any sizes → (b, 3, resolution, resolution) in [-1, 1], for :meth:`encode`."""
         return self.preprocessing(images, resolution, self.device)
 
     @abstractmethod
@@ -116,8 +130,8 @@ class ImageEncoder(ABC):
     device: torch.device
     preprocessing: Preprocessing
 
-    def preprocess(self, images: Sequence[Picture]) -> Tensor:
-        """Pictures uint8 (h, w, 3) of any sizes → (b, 3, resolution, resolution), for :meth:`encode`."""
+    def preprocess(self, images: Sequence[Pixels]) -> Tensor:
+        """Images uint8 (h, w, 3) of any sizes → (b, 3, resolution, resolution), for :meth:`encode`."""
         return self.preprocessing(images, self.resolution, self.device)
 
     @abstractmethod

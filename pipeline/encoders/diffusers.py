@@ -45,6 +45,7 @@ class DiffusersAutoencoder(Autoencoder):
         self._model = model.to(self.device, self.dtype, memory_format=layout).eval().requires_grad_(False)
         self.channels = int(config.latent_channels)
         self.downsample = downsample
+        self.widest = int((config.get("block_out_channels") or config.encoder_block_out_channels)[0])
         self.scaling = float(config.scaling_factor)
         self.shift = float(config.get("shift_factor") or 0.0)
         self.floor = _FLOORS.get(self.channels, _FLOOR) if downsample <= 8 else _FLOOR

@@ -139,14 +139,7 @@ class OpenClipImageEncoder(ImageEncoder):
         self.dtype = getattr(torch, dtype)
         self._model_name, pretrained = _split(spec)
         model = _create(f"image_encoder={self.name}", self._model_name, pretrained)
-        wants = model.visual.preprocess_cfg
-        size = wants["size"]
-        self.resolution = int(size if isinstance(size, int) else size[0])
-        if wants["resize_mode"] == "longest" or not (isinstance(size, int) or size[0] == size[1]):
-            raise ConfigError(f"image_encoder={self.name}: it does not take square pictures without borders")
-        self.preprocessing = Preprocessing(
-            tuple(wants["mean"]), tuple(wants["std"]), wants["interpolation"], wants["resize_mode"] == "squash"
-        )
+        self.preprocessing, self.resolution = preprocessing_of(model.visual, f"image_encoder={self.name}")
         self._weights = weights_digest(model.visual)
         self._model = model.visual.to(self.device, self.dtype).eval().requires_grad_(False)
         with torch.no_grad():
@@ -167,6 +160,21 @@ class OpenClipImageEncoder(ImageEncoder):
             "preprocessing": self.preprocessing.describe(),
             "weights_xxh3": self._weights,
         }
+
+
+def preprocessing_of(visual: Any, name: str) -> tuple[Preprocessing, int]:
+    """How an image tower wants its images, and their edge. ``name``: the setting and its value, for messages.
+
+    Raises:
+        ConfigError: images that are not square, or have borders.
+    """
+    wants = visual.preprocess_cfg
+    size = wants["size"]
+    if wants["resize_mode"] == "longest" or not (isinstance(size, int) or size[0] == size[1]):
+        raise ConfigError(f"{name}: it does not take square images without borders")
+    squash = wants["resize_mode"] == "squash"
+    preprocessing = Preprocessing(tuple(wants["mean"]), tuple(wants["std"]), wants["interpolation"], squash)
+    return preprocessing, int(size if isinstance(size, int) else size[0])
 
 
 def _final_norm(name: str, model: Any) -> Any:

@@ -144,9 +144,7 @@ class ClipImageEncoder(_Loaded, ImageEncoder):
             raise ConfigError(f"image_encoder=clip:{place}: cannot be loaded: {_reason(error)}") from error
         super().__init__("clip", model, place, device, dtype)
         self.width = int(model.config.projection_dim)
-        self.resolution = int(model.config.image_size)
-        mode = "bilinear" if int(steps.resample) == 2 else "bicubic"
-        self.preprocessing = Preprocessing(tuple(steps.image_mean), tuple(steps.image_std), mode)
+        self.preprocessing, self.resolution = preprocessing_of(steps, f"image_encoder=clip:{place}")
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> Tensor:
@@ -157,6 +155,35 @@ class ClipImageEncoder(_Loaded, ImageEncoder):
     def describe(self) -> dict[str, Any]:
         said = {"width": self.width, "resolution": self.resolution, "preprocessing": self.preprocessing.describe()}
         return {**self._said(), **said}
+
+
+_MODES = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box"}
+"""Pillow's numbers of interpolations."""
+_PLAIN = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+
+
+def preprocessing_of(processor: Any, name: str) -> tuple[Preprocessing, int]:
+    """What an image processor of transformers does, done by us, and the edge of its images: sizes and offsets are the
+    same. ``name``: the setting and its value, for messages.
+
+    Raises:
+        ConfigError: it does something else than to resize, to cut out the centre and to normalise.
+    """
+    given = processor.to_dict()
+    size, cut = given.get("size") or {}, given.get("crop_size") or {}
+    if given.get("do_center_crop"):
+        edge, shorter = int(cut.get("height", 0)), int(size.get("shortest_edge", 0))
+        square = edge == cut.get("width") and shorter >= edge
+    else:
+        edge, shorter = int(size.get("height", 0)), 0
+        square = edge == size.get("width")
+    mode = _MODES.get(given.get("resample", 2), "")
+    scaled = given.get("do_rescale", True) and abs(255 * given.get("rescale_factor", 1 / 255) - 1) < 1e-6
+    if not (edge and square and mode and scaled and given.get("do_resize", True)) or given.get("do_pad"):
+        kind = type(processor).__name__
+        raise ConfigError(f"{name}: its {kind} does more than resize, cut out a centred square and normalise")
+    mean, std = (tuple(given["image_mean"]), tuple(given["image_std"])) if given.get("do_normalize", True) else _PLAIN
+    return Preprocessing(mean, std, mode, not shorter, 0 if shorter == edge else shorter, floor=True), edge
 
 
 def _load_text(kind: str, place: str, model_class: Any, tokenizer_class: Any) -> tuple[Any, Any]:

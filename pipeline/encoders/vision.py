@@ -28,14 +28,20 @@ _PREPROCESSING = "preprocessing.json"
 
 
 class VisionEncoder(Protocol):
-    """Pictures to ``tokens`` features of ``width`` numbers each."""
+    """Images to ``tokens`` features of ``width`` numbers each.
+
+    Attributes:
+        resolution: edge r of the square images that the model takes, and ``preprocessing``: how they are made.
+    """
 
     name: str
     tokens: int
     width: int
+    resolution: int
+    preprocessing: Preprocessing
 
     def preprocess(self, images: Sequence[np.ndarray]) -> Tensor:
-        """Pictures uint8 (h, w, 3) of any sizes → float32 (b, 3, r, r) on the CPU, as the model takes them."""
+        """Images uint8 (h, w, 3) of any sizes → float32 (b, 3, r, r) on the CPU, as the model takes them."""
         ...
 
     def encode(self, x: Tensor) -> Tensor:
@@ -47,13 +53,16 @@ class VisionEncoder(Protocol):
         ...
 
 
-def vision_encoder(name: str, features: str = "patch", device: str | torch.device = "cpu") -> VisionEncoder:
+def vision_encoder(
+    name: str, features: str = "patch", device: str | torch.device = "cpu", dtype: str = "float32"
+) -> VisionEncoder:
     """The encoder called ``name``: ``embedded`` (patches of pixels, no download), ``vit:<repo or folder>``,
     ``clip:<repo or folder>`` (of transformers), ``openclip:<model>[:<pretrained>]``, or ``program:<file>``, any network
     that :func:`save_program` wrote.
 
     Args:
-        features: "patch", all tokens of the last layer; "pooled", the one that stands for the picture.
+        features: "patch", all tokens of the last layer; "pooled", the one that stands for the image.
+        dtype: precision of a network; features go out as float32.
 
     Raises:
         ConfigError: no such name, model or weights.
@@ -67,22 +76,23 @@ def vision_encoder(name: str, features: str = "patch", device: str | torch.devic
             "(as vit:<repo or folder>, clip:<repo or folder>, openclip:<model>[:<pretrained>], program:<file>)"
         )
     if kind == "openclip":
-        return _OpenClip(name, rest, features, device)
-    return (_Program if kind == "program" else _Transformers)(name, rest, features, device)
+        return _OpenClip(name, rest, features, device, dtype)
+    return (_Program if kind == "program" else _Transformers)(name, rest, features, device, dtype)
 
 
 class _Patches:
     """The pixels of each patch in [-1, 1], side by side; pooled: their mean."""
 
     def __init__(self, features: str) -> None:
-        self.name, self.features = "embedded", features
+        from pipeline.encoders.preprocessing import Preprocessing
+
+        self.name, self.features, self.resolution = "embedded", features, _RESOLUTION
+        self.preprocessing = Preprocessing()
         self.tokens = 1 if features == "pooled" else (_RESOLUTION // _PATCH) ** 2
         self.width = 3 * _PATCH * _PATCH
 
     def preprocess(self, images: Sequence[np.ndarray]) -> Tensor:
-        from pipeline.encoders.preprocessing import Preprocessing
-
-        return Preprocessing()(images, _RESOLUTION, "cpu")
+        return self.preprocessing(images, _RESOLUTION, "cpu")
 
     def encode(self, x: Tensor) -> Tensor:
         import torch.nn.functional as F
@@ -91,9 +101,7 @@ class _Patches:
         return patches.mean(1, keepdim=True) if self.features == "pooled" else patches
 
     def describe(self) -> dict[str, Any]:
-        from pipeline.encoders.preprocessing import Preprocessing
-
-        preprocessing = {"resolution": _RESOLUTION, "patch": _PATCH, **Preprocessing().describe()}
+        preprocessing = {"resolution": _RESOLUTION, "patch": _PATCH, **self.preprocessing.describe()}
         return {"name": self.name, "features": self.features, "preprocessing": preprocessing}
 
 
@@ -117,108 +125,105 @@ class _Network(ABC):
     model: Any
     tokens: int
     width: int
+    resolution: int
+    preprocessing: Preprocessing
 
-    def __init__(self, name: str, features: str, device: str | torch.device) -> None:
-        self.name, self.features, self.device = name, features, device
+    def __init__(self, name: str, features: str, device: str | torch.device, dtype: str) -> None:
+        import torch
+
+        self.name, self.features, self.device = name, features, torch.device(device)
+        self.dtype = getattr(torch, dtype)
 
     def _freeze(self, resolution: int) -> None:
         import torch
 
-        self.model.to(self.device).eval().requires_grad_(False)
+        self._weights = weights_digest(self.model)  # before it loses precision
+        self.model.to(self.device, self.dtype).eval().requires_grad_(False)
+        self.resolution = resolution
         _, self.tokens, self.width = self.encode(torch.zeros(1, 3, resolution, resolution)).shape
+
+    def preprocess(self, images: Sequence[np.ndarray]) -> Tensor:
+        return self.preprocessing(images, self.resolution, "cpu")
 
     @abstractmethod
     def encode(self, x: Tensor) -> Tensor:
-        """Preprocessed pictures (b, 3, h, w) → features (b, tokens, width)."""
-
-    @abstractmethod
-    def _preprocessing(self) -> Any:
-        """What the manifest says of it; JSON-able."""
+        """Preprocessed images (b, 3, h, w) → features (b, tokens, width)."""
 
     def describe(self) -> dict[str, Any]:
-        about = {"name": self.name, "features": self.features, "weights": weights_digest(self.model)}
-        return {**about, "preprocessing": self._preprocessing()}
+        about = {"name": self.name, "features": self.features, "weights": self._weights}
+        precision = {} if self.dtype.itemsize == 4 else {"dtype": str(self.dtype).removeprefix("torch.")}
+        return {
+            **about,
+            **precision,
+            "preprocessing": {"resolution": self.resolution, **self.preprocessing.describe()},
+        }
 
 
 class _Transformers(_Network):
-    """A ViT, or the picture's side of a CLIP, with the image processor that it was saved with."""
+    """A ViT, or the image's side of a CLIP, with what its image processor says of its images."""
 
-    def __init__(self, name: str, place: str, features: str, device: str | torch.device) -> None:
-        super().__init__(name, features, device)
+    def __init__(self, name: str, place: str, features: str, device: str | torch.device, dtype: str) -> None:
+        super().__init__(name, features, device, dtype)
         from transformers import AutoImageProcessor, CLIPVisionModel, ViTModel
+
+        from pipeline.encoders.transformers import preprocessing_of
 
         cls = CLIPVisionModel if name.startswith("clip:") else ViTModel
         options = {} if cls is CLIPVisionModel else {"add_pooling_layer": False}
         try:
             self.model = cls.from_pretrained(place, **options)
-            self._processor = AutoImageProcessor.from_pretrained(place, use_fast=False)
+            processor = AutoImageProcessor.from_pretrained(place, use_fast=False)
         except (OSError, ValueError) as error:
             raise ConfigError(f"encoder={name}: cannot be loaded: {str(error).splitlines()[0]}") from None
-        self._freeze(int(self.model.config.image_size))
-
-    def preprocess(self, images: Sequence[np.ndarray]) -> Tensor:
-        pixels: Tensor = self._processor(images=list(images), return_tensors="pt", input_data_format="channels_last")[
-            "pixel_values"
-        ]
-        return pixels
+        self.preprocessing, resolution = preprocessing_of(processor, f"encoder={name}")
+        self._freeze(resolution)
 
     def encode(self, x: Tensor) -> Tensor:
         import torch
 
         with torch.no_grad():
-            out = self.model(x.to(self.device))
+            out = self.model(x.to(self.device, self.dtype))
         pooled = getattr(out, "pooler_output", None)
         if self.features == "pooled":
             return (pooled if pooled is not None else out.last_hidden_state[:, 0])[:, None].float()
         states: Tensor = out.last_hidden_state.float()
         return states
 
-    def _preprocessing(self) -> Any:
-        return self._processor.to_dict()
-
 
 class _OpenClip(_Network):
-    """The picture's side of an open_clip model; patches are the states of its last layer."""
+    """The image's side of an open_clip model; patches are the states of its last layer."""
 
-    def __init__(self, name: str, place: str, features: str, device: str | torch.device) -> None:
-        super().__init__(name, features, device)
+    def __init__(self, name: str, place: str, features: str, device: str | torch.device, dtype: str) -> None:
+        super().__init__(name, features, device, dtype)
         import open_clip
+
+        from pipeline.encoders.openclip import preprocessing_of
 
         scheme = "hf-hub:" if place.startswith("hf-hub:") else ""
         model, _, pretrained = place[len(scheme) :].partition(":")
         try:
-            whole, _, self._transform = open_clip.create_model_and_transforms(
-                scheme + model, pretrained=pretrained or None, require_pretrained=True
-            )
+            whole = open_clip.create_model(scheme + model, pretrained=pretrained or None, require_pretrained=True)
         except (RuntimeError, OSError, ValueError) as error:
             raise ConfigError(f"encoder={name}: cannot be loaded: {str(error).splitlines()[0]}") from None
+        self.preprocessing, resolution = preprocessing_of(whole.visual, f"encoder={name}")
         self.model = whole.visual
         self.model.output_tokens = True
-        self._freeze(self.model.image_size[0] if isinstance(self.model.image_size, tuple) else self.model.image_size)
-
-    def preprocess(self, images: Sequence[np.ndarray]) -> Tensor:
-        import torch
-        from PIL import Image
-
-        return torch.stack([self._transform(Image.fromarray(image)) for image in images])
+        self._freeze(resolution)
 
     def encode(self, x: Tensor) -> Tensor:
         import torch
 
         with torch.no_grad():
-            pooled, tokens = self.model(x.to(self.device))
+            pooled, tokens = self.model(x.to(self.device, self.dtype))
         chosen: Tensor = pooled[:, None].float() if self.features == "pooled" else tokens.float()
         return chosen
 
-    def _preprocessing(self) -> Any:
-        return str(self._transform)
-
 
 class _Program(_Network):
-    """What :func:`save_program` wrote; pooled: the mean of the tokens."""
+    """What :func:`save_program` wrote, in the precision that it was saved in; pooled: the mean of the tokens."""
 
-    def __init__(self, name: str, place: str, features: str, device: str | torch.device) -> None:
-        super().__init__(name, features, device)
+    def __init__(self, name: str, place: str, features: str, device: str | torch.device, dtype: str) -> None:
+        super().__init__(name, features, device, "float32")
         import torch
 
         from pipeline.encoders.preprocessing import Preprocessing
@@ -232,14 +237,12 @@ class _Program(_Network):
         except (OSError, ValueError, RuntimeError) as error:
             raise ConfigError(f"encoder={name}: cannot be loaded: {str(error).splitlines()[0]}") from None
         self.model = program.module().to(device).requires_grad_(False)
-        self._resolution = int(about.pop("resolution"))
+        self._weights = weights_digest(self.model)
+        self.resolution = int(about.pop("resolution"))
         for channels in ("mean", "std"):
             about[channels] = tuple(about[channels])
-        self._prepared = Preprocessing(**about)
-        _, self.tokens, self.width = self.encode(torch.zeros(2, 3, self._resolution, self._resolution)).shape
-
-    def preprocess(self, images: Sequence[np.ndarray]) -> Tensor:
-        return self._prepared(images, self._resolution, "cpu")
+        self.preprocessing = Preprocessing(**about)
+        _, self.tokens, self.width = self.encode(torch.zeros(2, 3, self.resolution, self.resolution)).shape
 
     def encode(self, x: Tensor) -> Tensor:
         import torch
@@ -247,6 +250,3 @@ class _Program(_Network):
         with torch.no_grad():
             tokens: Tensor = self.model(x.to(self.device)).float()
         return tokens.mean(1, keepdim=True) if self.features == "pooled" else tokens
-
-    def _preprocessing(self) -> Any:
-        return {"resolution": self._resolution, **self._prepared.describe()}

@@ -1,7 +1,9 @@
-"""Batches of decoded pictures and captions → the bytes that are stored, on one device.
+"""Batches of cut images and captions → the bytes that are stored, on one device.
 
-On a GPU nothing here waits for it: pictures are copied on a stream of their own while the batch before is encoded, and
+On a GPU nothing here waits for it: images are copied on a stream of their own while the batch before is encoded, and
 results are on their way back when :meth:`Encoding.encode` returns; :meth:`Encoded.wait` is for whoever writes them.
+Batches of images have always the same shape there, whatever their number: kernels and compiled graphs are chosen by
+shape, so that a sample's bytes do not depend on how many others came with it.
 """
 
 from __future__ import annotations
@@ -21,11 +23,15 @@ from torch import Tensor
 from pipeline.config import ConfigError
 from pipeline.encoders.base import Autoencoder, ImageEncoder, TextEncoder, sampled, sent
 from pipeline.latents import text_storage
+from pipeline.latents.decoding import Layout, Noise
+from pipeline.latents.transfers import Transfers, Transit, out_of_memory
 
 _TOKENS = 16_384
 """Tokens of captions that are encoded at once."""
 _AUTO = (8, 128)
 _GAIN = 1.05
+_ELEMENTS = 2**31
+"""Kernels of 32-bit indices hold fewer elements in a tensor."""
 Result = TypeVar("Result")
 log = logging.getLogger("pipeline")
 
@@ -35,16 +41,12 @@ class Batch:
     """What is encoded at once.
 
     Attributes:
-        pictures: uint8 (h, w, 3) each; those in ``staged`` as (place, height, width).
-        staged: uint8 (n, bytes), (pinned) memory that holds pictures, to be copied as a whole.
-        noise: by resolution, float32 (b, c, h, w); nothing where latents are no samples.
-        captions: to be encoded along with the pictures; not theirs.
-        copied: called when ``staged`` may be used again.
+        slots: uint8 (n, bytes), as :attr:`Encoding.slot` says; on a GPU pinned, of the same n each time.
+        captions: to be encoded along with the images; not theirs.
+        copied: called when ``slots`` may be used again.
     """
 
-    pictures: Sequence[np.ndarray | tuple[int, int, int]]
-    staged: Tensor | None = None
-    noise: dict[int, Tensor] = field(default_factory=dict)
+    slots: Tensor
     captions: Sequence[str] = ()
     copied: Callable[[], None] = lambda: None
 
@@ -54,25 +56,20 @@ class Encoded:
     """Stored bytes on their way to the host; there after :meth:`wait`.
 
     Attributes:
-        columns: by name, uint8 (b, bytes).
-        finite: bool (b,), whether all values of the picture's columns are.
-        texts: by name, uint8 (captions, bytes), in the order of the captions.
-        texts_finite: bool (captions,).
-        seconds: that the device was busy with it (a GPU: measured by itself).
+        columns: by name, uint8 (n, bytes).
+        finite: bool (n, 2), whether all values of the image's columns are: as computed, and as stored.
+        texts: by column, uint8 (captions, bytes), in the order of the captions.
+        texts_finite: bool (captions, 2).
     """
 
     columns: dict[str, Tensor]
     finite: Tensor
     texts: dict[str, Tensor]
     texts_finite: Tensor
-    seconds: float = 0.0
-    events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
+    transit: Transit
 
     def wait(self) -> None:
-        if self.events is not None:
-            begin, end = self.events
-            end.synchronize()
-            self.seconds = begin.elapsed_time(end) / 1000
+        self.transit.wait()
 
 
 @dataclass
@@ -81,6 +78,7 @@ class Encoding:
 
     Attributes:
         texts: by column.
+        seed: of the noise that makes latents samples of their posterior; None: they are none.
         dtype: of what is stored.
         notes: counts of batches that had to be halved because the memory did not suffice.
     """
@@ -93,95 +91,88 @@ class Encoding:
     moments: bool
     storage: str
     dtype: str
+    seed: int | None = None
     notes: Counter[str] = field(default_factory=Counter)
     _most: dict[str, int] = field(default_factory=dict)
-    _copies: torch.cuda.Stream | None = None
+
+    def __post_init__(self) -> None:
+        self.transfers = Transfers(self.device)
+        self.slot = self._slot()
+        self._starts = self.slot.starts
+        if self.device.type == "cuda":
+            self._most["images"] = self.largest_batch()
+
+    def _slot(self) -> Layout:
+        """What decoding leaves in an image's slot."""
+        crops = [self.vae.preprocessing.crop(resolution) for resolution in self.resolutions]
+        if self.image_encoder is not None:
+            crops.append(self.image_encoder.preprocessing.crop(self.image_encoder.resolution))
+        if self.seed is None:
+            return Layout(tuple(crops))
+        return Layout(tuple(crops), tuple(Noise(self.seed, r, self.vae.latent_shape(r)) for r in self.resolutions))
+
+    def largest_batch(self) -> int:
+        """Images whose activations at the largest resolution have fewer than 2^31 elements."""
+        return max(1, (_ELEMENTS - 1) // (self.vae.widest * max(self.resolutions) ** 2))
 
     @torch.inference_mode()
     def encode(self, batch: Batch) -> Encoded:
-        """Raises ConfigError where not even one picture fits into the memory."""
-        begun = perf_counter()
-        events = None
-        pictures, noise = self._upload(batch)
-        if self.device.type == "cuda":
-            events = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
-            events[0].record()
+        """Raises ConfigError where not even one image fits into the memory."""
+        transfers, count = self.transfers, len(batch.slots)
+        (slots,) = transfers.upload([batch.slots], batch.copied)
+        transfers.begin()
         texts = {name: self._encode_texts(encoder, batch.captions) for name, encoder in self.texts.items()}
-        parts = self._in_parts("pictures", lambda part: self._encode_pictures(pictures, noise, part), len(pictures))
+        parts = self._in_parts("images", lambda part: self._encode_images(slots[part]), count)
         columns = {name: torch.cat([columns[name] for columns, _ in parts]) for name in parts[0][0]} if parts else {}
+        finite = torch.cat([finite for _, finite in parts]) if parts else torch.ones((0, 2), dtype=torch.bool)
+        text_flags = [finite for _, finite in texts.values()]
         encoded = Encoded(
-            {name: self._download(values) for name, values in columns.items()},
-            self._download(torch.cat([finite for _, finite in parts])) if parts else torch.ones(0, dtype=torch.bool),
-            {name: self._download(packed) for name, (packed, _) in texts.items()},
-            self._download(torch.stack([finite for _, finite in texts.values()])),
-            perf_counter() - begun,
-            events,
+            {name: transfers.download(values) for name, values in columns.items()},
+            transfers.download(finite),
+            {name: transfers.download(packed) for name, (packed, _) in texts.items()},
+            transfers.download(torch.stack(text_flags).all(0)) if text_flags else torch.ones((0, 2), dtype=torch.bool),
+            transfers.end(),
         )
-        if events is not None:
-            events[1].record()
-        else:
+        if not transfers.on_gpu:
             batch.copied()
         return encoded
 
-    # ---- to the device and back
-
-    def _upload(self, batch: Batch) -> tuple[list[Tensor], dict[int, Tensor]]:
-        """The batch's pictures and noise on the device: all pictures that are staged in one copy."""
-        if self.device.type != "cuda":
-            return [_view(picture, batch.staged) for picture in batch.pictures], batch.noise
-        if self._copies is None:
-            self._copies = torch.cuda.Stream(self.device)
-        compute = torch.cuda.current_stream(self.device)
-        with torch.cuda.stream(self._copies):
-            staged = batch.staged.to(self.device, non_blocking=True) if batch.staged is not None else None
-            pictures = [
-                _view(picture, staged) if isinstance(picture, tuple) else torch.from_numpy(picture).to(self.device)
-                for picture in batch.pictures
-            ]
-            noise = {name: values.to(self.device, non_blocking=True) for name, values in batch.noise.items()}
-            there = torch.cuda.Event()
-            there.record()
-        compute.wait_event(there)
-        for tensor in [*pictures, *noise.values()]:
-            tensor.record_stream(compute)
-        there.synchronize()  # of the copies alone; the encoders are still at the batch before
-        batch.copied()
-        return pictures, noise
-
-    def _download(self, values: Tensor) -> Tensor:
-        if values.device.type != "cuda":
-            return values
-        host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-        return host.copy_(values, non_blocking=True)
-
     # ---- encoding
 
-    def _encode_pictures(
-        self, pictures: list[Tensor], noise: dict[int, Tensor], part: slice
-    ) -> tuple[dict[str, Tensor], Tensor]:
-        """Columns, uint8 (b, bytes), and whether all in them is finite, bool (b,), of a part of the pictures."""
+    def _encode_images(self, slots: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """Columns, uint8 (n, bytes), and which images are finite, bool (n, 2), of slots, uint8 (n, bytes)."""
         values: dict[str, Tensor] = {}
-        for resolution in self.resolutions:
-            x = self.vae.preprocess(pictures[part], resolution)
+        for place, resolution in enumerate(self.resolutions):
+            x = self.vae.preprocessing.normalise(self._pixels(slots, place))
             if self.moments:
                 latents = self.vae.moments(x)
-            elif resolution in noise:
-                latents = sampled(self.vae.moments(x), noise[resolution][part])
+            elif self.seed is not None:
+                latents = sampled(self.vae.moments(x), self._noise(slots, place))
             else:
                 latents = self.vae.encode(x)
             values[f"latents_{resolution}"] = latents
         if self.image_encoder is not None:
-            values["image_embedding"] = self.image_encoder.encode(self.image_encoder.preprocess(pictures[part]))
+            pixels = self._pixels(slots, len(self.resolutions))
+            values["image_embedding"] = self.image_encoder.encode(self.image_encoder.preprocessing.normalise(pixels))
         stored = {name: tensor.to(getattr(torch, self.dtype)) for name, tensor in values.items()}
-        finite = torch.stack([torch.isfinite(tensor).flatten(1).all(1) for tensor in stored.values()]).all(0)
+        finite = torch.stack([flags(values[name], stored[name]) for name in values]).all(0)
         return {name: tensor.contiguous().flatten(1).view(torch.uint8) for name, tensor in stored.items()}, finite
 
+    def _pixels(self, slots: Tensor, place: int) -> Tensor:
+        """uint8 (n, edge, edge, 3)."""
+        crop, start = self.slot.crops[place], self._starts[place]
+        return slots[:, start : start + crop.bytes].unflatten(1, (crop.edge, crop.edge, 3))
+
+    def _noise(self, slots: Tensor, place: int) -> Tensor:
+        noise, start = self.slot.noises[place], self._starts[len(self.slot.crops) + place]
+        return slots[:, start : start + noise.bytes].view(torch.float32).unflatten(1, noise.shape)
+
     def _encode_texts(self, encoder: TextEncoder, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Packed states, uint8 (b, bytes), and whether they are finite, bool (b,): like lengths together."""
+        """Packed states, uint8 (b, bytes), and which are finite, bool (b, 2): like lengths together."""
         lengths = encoder.lengths(captions) if captions else []
         order = np.argsort(lengths, kind="stable")
         packed = torch.empty((len(captions), self._packed_bytes(encoder)), dtype=torch.uint8, device=self.device)
-        finite = torch.empty(len(captions), dtype=torch.bool, device=self.device)
+        finite = torch.empty((len(captions), 2), dtype=torch.bool, device=self.device)
         for places in _by_tokens(order, lengths):
             chosen = [captions[place] for place in places]
 
@@ -190,10 +181,7 @@ class Encoding:
                 stored = (
                     states if text_storage.kind_of(self.storage) != "dense" else states.to(getattr(torch, self.dtype))
                 )
-                return (
-                    text_storage.pack(states, self.storage, self.dtype),
-                    torch.isfinite(stored).flatten(1).all(1),
-                )
+                return text_storage.pack(states, self.storage, self.dtype), flags(states, stored)
 
             at = sent(torch.as_tensor(places), self.device)
             parts = self._in_parts("captions", encode, len(chosen))
@@ -229,15 +217,19 @@ class Encoding:
     def _attempt(self, function: Callable[[slice], Result], part: slice) -> Result | None:
         try:
             return function(part)
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
             return None
 
     def find_batch_size(self) -> int:
-        """How many pictures at once: doubled while that makes a GPU faster and fits into its memory; 32 on a CPU."""
+        """How many images at once: doubled while that makes a GPU faster and fits into its memory; 32 on a CPU."""
         if self.device.type != "cuda":
             return 32
-        size, best, speed = _AUTO[0], _AUTO[0], 0.0
-        while size <= _AUTO[1]:
+        most = min(_AUTO[1], self.largest_batch())
+        size = best = min(_AUTO[0], most)
+        speed = 0.0
+        while size <= most:
             now = self._speed(size)
             if now <= speed * _GAIN:
                 break
@@ -247,7 +239,7 @@ class Encoding:
 
     @torch.inference_mode()
     def _speed(self, size: int) -> float:
-        """Pictures per second of the autoencoder with batches of ``size``, the second time; 0 if they do not fit."""
+        """Images per second of the autoencoder with batches of ``size``, the second time; 0 if they do not fit."""
         largest = max(self.resolutions)
         seconds = math.inf
         try:
@@ -258,7 +250,9 @@ class Encoding:
                 self.vae.moments(x)
                 torch.cuda.synchronize(self.device)
                 seconds = perf_counter() - begin
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
             return 0.0
         finally:
             x = torch.empty(0)
@@ -266,12 +260,9 @@ class Encoding:
         return size / seconds
 
 
-def _view(picture: np.ndarray | tuple[int, int, int], staged: Tensor | None) -> Tensor:
-    if isinstance(picture, np.ndarray):
-        return torch.from_numpy(picture if picture.flags.writeable else picture.copy())
-    place, height, width = picture
-    assert staged is not None
-    return staged[place, : height * width * 3].view(height, width, 3)
+def flags(values: Tensor, stored: Tensor) -> Tensor:
+    """bool (b, 2): whether all of each row is finite, as computed (b, ...) and as stored."""
+    return torch.stack([torch.isfinite(tensor).flatten(1).all(1) for tensor in (values, stored)], 1)
 
 
 def _by_tokens(order: np.ndarray, lengths: Sequence[int]) -> list[list[int]]:

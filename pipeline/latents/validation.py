@@ -274,11 +274,9 @@ class Validator:
             )
 
     def _input(self, source: Row, resolution: int) -> Tensor:
-        """The source's picture as the encoder takes it, decoded as the stage does it."""
-        largest = max(int(column[len(_IMAGE) :]) for column in self.columns)
+        """The source's image as the encoder takes it, decoded as the stage does it."""
         header = images.probe(source["jpg"], images.Limits())
-        target = images.target_size(*header.upright, largest)
-        return self.vae.preprocess([images.decode(source["jpg"], header, at_least=target)], resolution)
+        return self.vae.preprocess([images.decode_fast(source["jpg"], header)], resolution)
 
     def _encoded(self, x: Tensor, noise: Tensor | None) -> Tensor:
         return sampled(self.vae.moments(x), noise)

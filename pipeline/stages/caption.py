@@ -28,15 +28,17 @@ from pipeline.cli import config_for, errors_as_one_line
 from pipeline.config import CaptionConfig, ConfigError, run_folder
 from pipeline.distributed import Rank, distributed
 from pipeline.encoders.vision import VisionEncoder, vision_encoder
+from pipeline.latents.decoding import Layout
+from pipeline.latents.stage import EncodingStage, Work
+from pipeline.latents.transfers import Transfers
 from pipeline.metrics.captions import caption_scores, ptb_words, with_java, words
 from pipeline.models.captioner import Captioner, CaptionerConfig
 from pipeline.models.decoding import Decoding, write
 from pipeline.partitions import engine
 from pipeline.partitions.dataset import Dataset, SlotReader
-from pipeline.samples import FORMATS, Row, Schema
+from pipeline.samples import FORMATS, Outcome, Schema
 from pipeline.splits import Splits
 from pipeline.stages.generate import set_precision
-from pipeline.stages.pictures import PictureStage
 from pipeline.storage import Folder
 from pipeline.tokenizer import Tokenizer
 from pipeline.training.checkpoint import open_checkpoint
@@ -72,11 +74,22 @@ class CaptionWriter:
         questions: Sequence[str] = (),
         keys: Sequence[str] | None = None,
     ) -> list[str]:
-        """A text about each picture, uint8 (h, w, 3), of any sizes; with ``questions``, the answer to that of each."""
+        """A text about each image, uint8 (h, w, 3), of any sizes; with ``questions``, the answer to that of each."""
+        return self.describe(self.encoder.preprocess(pictures), how, questions, keys)
+
+    @torch.no_grad()
+    def describe(
+        self,
+        x: torch.Tensor,
+        how: Decoding,
+        questions: Sequence[str] = (),
+        keys: Sequence[str] | None = None,
+    ) -> list[str]:
+        """The same for preprocessed images, (b, 3, r, r)."""
         device = self.model.places.device
-        prompts = self.tokenizer.prompts(list(questions) or [None] * len(pictures))
+        prompts = self.tokenizer.prompts(list(questions) or [None] * len(x))
         with autocast(self.precision, device):
-            features = self.encoder.encode(self.encoder.preprocess(pictures).to(device)).float()
+            features = self.encoder.encode(x.to(device)).float()
             texts = write(self.model, features, prompts, marks_of(self.tokenizer), how, keys)
         return self.tokenizer.decode(texts)
 
@@ -152,8 +165,9 @@ def checkpoint_of(config: CaptionConfig) -> str:
 # ---- a data set anew
 
 
-class Caption(PictureStage):
+class Caption(EncodingStage):
     name = "caption"
+    version = 2
 
     @property
     def format(self) -> str:
@@ -175,11 +189,39 @@ class Caption(PictureStage):
         by = {"encoder": self.writer.encoder.describe(), "step": self.writer.step, "column": self.config.column}
         return {**self.upstream.header["extra"], "captioner": by}
 
-    def describe_batch(self, rows: Sequence[Row], pictures: Sequence[np.ndarray]) -> list[Row]:
-        questions = [self.config.question] * len(rows) if self.config.question else []
+    @cached_property
+    def transfers(self) -> Transfers:
+        return Transfers(self.rank.device)
+
+    @property
+    def slot(self) -> Layout:
+        return Layout((self.writer.encoder.preprocessing.crop(self.writer.encoder.resolution),))
+
+    def prepare(self) -> None:
+        self.writer, self.transfers  # noqa: B018
+
+    def encode(self, work: Work, slots: torch.Tensor) -> list[str]:
+        """The texts of those images that there are."""
+        places = [place for place, job in enumerate(work.jobs) if job.good]
+        (there,) = self.transfers.upload([slots], work.copied)
+        crop, encoder = self.slot.crops[0], self.writer.encoder
+        pixels = there[:, : crop.bytes].unflatten(1, (crop.edge, crop.edge, 3))[places]
+        x = encoder.preprocessing.normalise(pixels)
+        if not self.on_gpu:
+            work.copied()
+        if not places:
+            return []
+        questions = [self.config.question] * len(places) if self.config.question else []
         how = decoding_of(self.config, self.writer, questions)
-        texts = self.writer.write(pictures, how, questions, [row["key"] for row in rows])
-        return [{**row, self.config.column: text} for row, text in zip(rows, texts, strict=True)]
+        return self.writer.describe(x, how, questions, [work.jobs[place].outcome.key for place in places])
+
+    def finish(self, work: Work, encoded: list[str]) -> Iterator[Outcome]:
+        texts = iter(encoded)
+        for job in work.jobs:
+            if job.good:
+                job.outcome.row = {**job.row, self.config.column: next(texts)}
+                job.outcome.status = "kept"
+            yield job.outcome
 
 
 # ---- some pictures

@@ -1,26 +1,45 @@
-"""stage=features: a frozen encoder's features of each picture, once, so that training never pays for them; as MDS."""
+"""stage=features: a frozen encoder's features of each image, once, so that training never pays for them; as MDS."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from pipeline.cli import config_for
 from pipeline.config import FeaturesConfig
 from pipeline.distributed import Rank, distributed
 from pipeline.encoders.vision import VisionEncoder, vision_encoder
+from pipeline.latents.decoding import Layout
+from pipeline.latents.stage import EncodingStage, Work
 from pipeline.partitions import engine
-from pipeline.samples import Row, Schema
-from pipeline.stages.pictures import PictureStage
+from pipeline.samples import Outcome, Schema
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pipeline.latents.transfers import Transfers, Transit
 
 _COPIED = ("key", "caption", "captions", "questions")
 
 
-class Features(PictureStage):
+@dataclass
+class Described:
+    """Features, uint8 (n, bytes), and which of them are finite, bool (n,): there once ``transit`` is waited for."""
+
+    features: Tensor
+    finite: Tensor
+    transit: Transit
+
+    @property
+    def seconds(self) -> float:
+        return self.transit.seconds
+
+
+class Features(EncodingStage):
     name = "features"
+    version = 2
 
     @property
     def format(self) -> str:
@@ -28,7 +47,14 @@ class Features(PictureStage):
 
     @cached_property
     def encoder(self) -> VisionEncoder:
-        return vision_encoder(self.config.encoder, self.config.features, self.rank.device)
+        dtype = self.config.model_dtype if self.on_gpu else "float32"
+        return vision_encoder(self.config.encoder, self.config.features, self.rank.device, dtype)
+
+    @cached_property
+    def transfers(self) -> Transfers:
+        from pipeline.latents.transfers import Transfers
+
+        return Transfers(self.rank.device)
 
     def schema(self) -> Schema:
         self.upstream.require_columns("key", "jpg", "captions")
@@ -39,12 +65,45 @@ class Features(PictureStage):
         shapes = {"features": [self.encoder.tokens, self.encoder.width]}
         return {"shapes": shapes, "dtype": self.config.save_dtype, "encoder": self.encoder.describe()}
 
-    def describe_batch(self, rows: Sequence[Row], pictures: Sequence[np.ndarray]) -> list[Row]:
-        features = self.encoder.encode(self.encoder.preprocess(pictures)).cpu().numpy().astype(self.config.save_dtype)
-        return [
-            {name: row[name] for name in _COPIED if name in row} | {"features": values.tobytes()}
-            for row, values in zip(rows, features, strict=True)
-        ]
+    @property
+    def slot(self) -> Layout:
+        return Layout((self.encoder.preprocessing.crop(self.encoder.resolution),))
+
+    @property
+    def reads(self) -> tuple[str, ...]:  # type: ignore[override]
+        return tuple(name for name in _COPIED if name in self.upstream.schema)
+
+    def prepare(self) -> None:
+        self.encoder, self.transfers  # noqa: B018
+
+    def encode(self, work: Work, slots: Tensor) -> Described:
+        import torch
+
+        transfers, crop = self.transfers, self.slot.crops[0]
+        with torch.inference_mode():
+            (there,) = transfers.upload([slots], work.copied)
+            transfers.begin()
+            pixels = there[:, : crop.bytes].unflatten(1, (crop.edge, crop.edge, 3))
+            values = self.encoder.encode(self.encoder.preprocessing.normalise(pixels))
+            stored = values.to(getattr(torch, self.config.save_dtype)).flatten(1)
+            features, finite = stored.contiguous().view(torch.uint8), torch.isfinite(stored).all(1)
+            described = Described(transfers.download(features), transfers.download(finite), transfers.end())
+        if not self.on_gpu:
+            work.copied()
+        return described
+
+    def finish(self, work: Work, encoded: Described) -> Iterator[Outcome]:
+        encoded.transit.wait()
+        features = encoded.features.numpy()
+        for place, (job, finite) in enumerate(zip(work.jobs, encoded.finite.tolist(), strict=False)):
+            if job.good and finite:
+                row = {name: job.row[name] for name in _COPIED if name in job.row}
+                job.outcome.row = row | {"features": features[place].tobytes()}
+                job.outcome.status = "kept"
+            elif job.good:
+                job.outcome.reason = "not_finite"
+                job.outcome.detail = "a feature is NaN or too large for how it is stored: save_dtype=float32 may help"
+            yield job.outcome
 
 
 @distributed

@@ -9,7 +9,8 @@ from PIL import Image
 
 from pipeline.config import ConfigError
 from pipeline.encoders.base import autoencoder, image_encoder, posterior_noise, text_encoder, to_pixels
-from pipeline.encoders.preprocessing import fit, resize_in_floats
+from pipeline.encoders.crop import Crop
+from pipeline.encoders.preprocessing import fit
 from pipeline.sources.shapes_scene import render, sample_scene
 
 NAMES = ("embedded", "embedded16")
@@ -97,17 +98,9 @@ def test_preprocessing_equals_torchvisions(height: int, width: int) -> None:
     torch.testing.assert_close(x, pillows, atol=2.01 / 127.5, rtol=0)
 
 
-@pytest.mark.parametrize("mode", ["bicubic", "bilinear"])
-def test_gpus_resize_as_cpus_do(mode: str) -> None:
-    noise = torch.randint(0, 256, (1, 3, 100, 70), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    in_integers = fit([noise[0].permute(1, 2, 0)], 64, "cpu", mode)[0].int()
-    in_floats = resize_in_floats(noise, (91, 64), mode)[0, :, 14:78].int()
-    assert int((in_floats - in_integers).abs().max()) <= 1
-
-
 def test_a_picture_of_the_right_size_keeps_its_pixels() -> None:
     picture = pictures(1)[0]
-    assert np.array_equal(fit([picture], 64, "cpu")[0].permute(1, 2, 0).numpy(), picture)
+    assert np.array_equal(fit([picture], Crop(64))[0].numpy(), picture)
     assert np.array_equal(to_pixels(autoencoder("embedded").preprocess([picture], 64))[0], picture)
 
 

@@ -9,8 +9,12 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import simplejpeg
+from PIL import Image
 
-from pipeline.latents.decoding import Decoders
+from pipeline import images
+from pipeline.encoders.base import posterior_noise
+from pipeline.encoders.crop import Crop
+from pipeline.latents.decoding import Decoded, Decoders, Layout, Noise, _Worker
 
 
 def jpeg(height: int, width: int, seed: int = 0) -> bytes:
@@ -18,66 +22,103 @@ def jpeg(height: int, width: int, seed: int = 0) -> bytes:
     return bytes(simplejpeg.encode_jpeg(np.ascontiguousarray(smooth.repeat(8, 0).repeat(8, 1)), 95))
 
 
+LAYOUT = Layout((Crop(64), Crop(35)), (Noise(7, 64, (4, 8, 8)),))
+
+
 @pytest.fixture
 def decoders() -> Iterator[Decoders]:
-    pool = Decoders(2, 6, 64 * 64 * 3, 64)
+    pool = Decoders(2, 40, LAYOUT)
     yield pool
     pool.close()
 
 
 def test_workers_decode_as_one_would_here(decoders: Decoders) -> None:
-    here = Decoders(0, 6, 0, 64)
-    files = [jpeg(40 + 8 * n, 48, n) for n in range(4)]
-    jobs = [decoders.submit(data, slot) for slot, data in enumerate(files)]
+    here = Decoders(0, 40, LAYOUT)
+    files = [jpeg(40 + 8 * n, 72, n) for n in range(9)]
+    jobs = [decoders.submit(data, slot, f"key{slot}") for slot, data in enumerate(files)]
     for job, data in zip(jobs, files, strict=True):
         decoders.wait(job)
-        expected = here.submit(data, 0)
-        assert job.pixels is not None and expected.pixels is not None
-        assert np.array_equal(job.pixels, expected.pixels)
-        assert (job.width, job.height, job.in_slot) == (48, expected.height, True)
+        expected = here.submit(data, job.slot, job.key)
+        assert (job.width, job.height, job.reason) == (72, expected.height, "")
+    assert np.array_equal(decoders.memory, here.memory) and here.memory[:9].any(1).all()
+    here.close()
 
 
-def test_pictures_that_are_too_large_for_a_slot_come_all_the_same(decoders: Decoders) -> None:
-    job = decoders.submit(jpeg(96, 120), 0)
+@pytest.mark.parametrize(("height", "width"), [(48, 64), (1504, 2000), (64, 2000), (2400, 48)])
+def test_an_image_of_any_size_fits_its_slot(decoders: Decoders, height: int, width: int) -> None:
+    data = jpeg(height, width)
+    job = decoders.submit(data, 3, "a")
     decoders.wait(job)
-    assert job.pixels is not None and job.pixels.shape == (96, 120, 3) and not job.in_slot
+    assert (job.width, job.height) == (width, height)
+    pixels = images.decode(data, images.probe(data))
+    first, second, third, _ = LAYOUT.starts
+    slot = decoders.memory[3]
+    for crop, start in zip(LAYOUT.crops, (first, second), strict=True):
+        cut = slot[start : start + crop.bytes].reshape(crop.edge, crop.edge, 3)
+        assert np.array_equal(cut, crop.cut(pixels))
+        assert_like_pillow(cut, pixels, crop.edge)
+    noise = posterior_noise(7, ["a"], 64, (4, 8, 8)).numpy()
+    assert np.array_equal(slot[third : third + 1024].view(np.float32).reshape(1, 4, 8, 8), noise)
 
 
-def test_a_large_jpeg_is_decoded_at_a_fraction_of_its_size(decoders: Decoders) -> None:
-    job = decoders.submit(jpeg(640, 640), 0)
-    decoders.wait(job)
-    assert job.pixels is not None and job.pixels.shape == (160, 160, 3)
-    assert (job.width, job.height) == (640, 640)
+def assert_like_pillow(cut: np.ndarray, pixels: np.ndarray, edge: int) -> None:
+    """Resize and CenterCrop, within the tolerance that is documented."""
+    height, width = pixels.shape[:2]
+    short = min(height, width)
+    across, down = (edge if side == short else int(edge * side / short) for side in (width, height))
+    rows = Image.fromarray(pixels).resize((across, height), Image.Resampling.BICUBIC)
+    whole = np.asarray(rows.resize((across, down), Image.Resampling.BICUBIC)).astype(int)
+    left, top = round((across - edge) / 2), round((down - edge) / 2)
+    assert np.abs(whole[top : top + edge, left : left + edge] - cut).max() <= 2
 
 
-def test_a_bad_picture_has_a_reason(decoders: Decoders) -> None:
+def test_a_bad_image_has_a_reason_and_leaves_zeros(decoders: Decoders) -> None:
+    decoders.memory[:] = 9
     job = decoders.submit(jpeg(64, 64)[:200], 0)
     decoders.wait(job)
-    assert job.pixels is None and job.reason == "truncated" and not job.retryable
+    assert (job.reason, job.retryable) == ("truncated", False) and not decoders.memory[0].any()
 
 
-def test_a_worker_that_dies_costs_one_picture(decoders: Decoders) -> None:
-    for worker in decoders._idle:
+def test_workers_that_died_before_cost_nothing(decoders: Decoders) -> None:
+    for worker in decoders._workers:
         os.kill(worker.process.pid, signal.SIGKILL)
         worker.process.wait()
     jobs = [decoders.submit(jpeg(64, 64, n), n) for n in range(5)]
     for job in jobs:
         decoders.wait(job)
-    assert sorted(job.reason for job in jobs) == ["", "", "", "decoder_died", "decoder_died"]
-    assert all(job.retryable for job in jobs if job.reason)
+    assert [job.reason for job in jobs] == [""] * 5
+
+
+def test_a_worker_that_dies_over_an_image_costs_that_image(decoders: Decoders, monkeypatch: pytest.MonkeyPatch) -> None:
+    send = _Worker.send
+
+    def deadly(self: _Worker, jobs: list[Decoded]) -> None:
+        fatal = any(job.key == "deadly" for job in jobs)
+        if fatal:
+            self.process.send_signal(signal.SIGSTOP)  # before it can answer
+        send(self, jobs)
+        if fatal:
+            self.process.kill()
+
+    monkeypatch.setattr(_Worker, "send", deadly)
+    jobs = [decoders.submit(jpeg(64, 64, n), n, "deadly" if n == 9 else "") for n in range(20)]
+    for job in jobs:
+        decoders.wait(job)
+    assert [(n, job.reason, job.retryable) for n, job in enumerate(jobs) if job.reason] == [(9, "decoder_died", True)]
+    assert not decoders.memory[9].any() and decoders.memory[10].any()
 
 
 def test_nothing_is_left_of_what_is_given_up(decoders: Decoders) -> None:
-    for slot in range(6):
+    for slot in range(20):
         decoders.submit(jpeg(64, 64), slot)
     decoders.drain()
     job = decoders.submit(jpeg(64, 64, 3), 0)
     decoders.wait(job)
-    assert job.pixels is not None
+    assert not job.reason
 
 
 def test_the_shared_memory_has_no_name() -> None:
     before = set(os.listdir("/dev/shm"))
-    pool = Decoders(1, 4, 1000, 64)
+    pool = Decoders(1, 4, LAYOUT)
     assert set(os.listdir("/dev/shm")) - before == set()
     pool.close()

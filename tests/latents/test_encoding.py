@@ -12,6 +12,7 @@ from transfer_double import Gpus, TransferError
 
 from pipeline.encoders.base import autoencoder, text_encoder
 from pipeline.latents.encoding import Batch, Encoding
+from pipeline.latents.transfers import Transfers
 
 
 def encoding(device: str) -> Encoding:
@@ -22,8 +23,8 @@ def encoding(device: str) -> Encoding:
 
 
 def batch() -> Batch:
-    pictures = [np.random.default_rng(n).integers(0, 256, (64, 64, 3), dtype=np.uint8) for n in range(4)]
-    return Batch(pictures, captions=["a", "b", "c"])
+    slots = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (4, 3 * 64 * 64), dtype=np.uint8))
+    return Batch(slots.pin_memory() if torch.cuda.is_available() else slots, captions=["a", "b", "c"])
 
 
 def test_results_are_there_once_they_are_waited_for(gpus: Gpus) -> None:
@@ -37,13 +38,13 @@ def test_results_are_there_once_they_are_waited_for(gpus: Gpus) -> None:
 
 def test_a_stack_of_copies_in_flight_is_found(gpus: Gpus, monkeypatch: pytest.MonkeyPatch) -> None:
     """The double would have found a fault that there was: flags stacked on the host while they were being copied."""
-    download = Encoding._download
+    download = Transfers.download
 
-    def too_early(self: Encoding, values: torch.Tensor) -> torch.Tensor:
+    def too_early(self: Transfers, values: torch.Tensor) -> torch.Tensor:
         return torch.stack([download(self, value) for value in values.unbind()])
 
-    monkeypatch.setattr(Encoding, "_download", too_early)
-    with pytest.raises(TransferError, match="pipeline/latents/encoding.py:.*still on their way"):
+    monkeypatch.setattr(Transfers, "download", too_early)
+    with pytest.raises(TransferError, match="pipeline/latents/.*still on their way"):
         encoding("cuda:0").encode(batch())
     gpus.errors.clear()
 
@@ -52,7 +53,7 @@ def test_a_stack_of_copies_in_flight_is_found(gpus: Gpus, monkeypatch: pytest.Mo
 def test_the_stage_stores_the_same_bytes(gpus: Gpus, tmp_path: Path, workers: int) -> None:
     source = {"source": "shapes", "count": 20, "image_size": 64, "holdout": False, "partition_size": 12}
     run_stage("download", **source, output=str(tmp_path / "in"))
-    settings = {"input": str(tmp_path / "in"), "image_resolutions": (64,), "batch_size": "8", "workers": workers}
+    settings = {"input": str(tmp_path / "in"), "image_resolutions": (32, 64), "batch_size": "8", "workers": workers}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: False)
         run_stage("precompute", **settings, output=str(tmp_path / "cpu"))

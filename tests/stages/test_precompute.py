@@ -23,6 +23,7 @@ from pipeline.cli import build
 from pipeline.config import ConfigError, PrecomputeConfig
 from pipeline.distributed import Rank
 from pipeline.encoders.base import autoencoder, posterior_noise
+from pipeline.encoders.crop import Crop
 from pipeline.encoders.preprocessing import fit
 from pipeline.latents import text_storage
 from pipeline.latents.encoding import Encoding
@@ -125,7 +126,7 @@ def test_values_are_those_of_direct_calls(
         assert row["caption"] == sources[key]["caption"] and row["min_side"] == sources[key]["min_side"]
         picture = images.decode(sources[key]["jpg"], images.probe(sources[key]["jpg"]))
         for resolution in (32, 64):
-            x = fit([picture], resolution, "cpu") / 127.5 - 1
+            x = fit([picture], Crop(resolution)).permute(0, 3, 1, 2) / 127.5 - 1
             posterior = direct.encode(x).latent_dist
             noise = posterior_noise(SEED, [key], resolution, (4, resolution // 2, resolution // 2))
             expected = (posterior.mean + posterior.std * noise - 0.1) * 0.5
@@ -169,13 +170,13 @@ def test_a_batch_that_does_not_fit_is_halved_and_that_is_recorded(
         assert_near(row["latents_64"], before[key]["latents_64"])
     (events,) = (dataset.root.path / "events").rglob("*.jsonl")
     commits = [event for event in map(json.loads, events.read_text().splitlines()) if event["event"] == "commit"]
-    halved = {f"pictures of {size} at once: out of memory": 1 for size in (8, 4)}
+    halved = {f"images of {size} at once: out of memory": 1 for size in (8, 4)}
     record = dataset.record(0)
     assert record and record["notes"]["noted"] == halved
     assert json.loads((dataset.root.path / "manifest.json").read_text())["noted"] == halved
     assert Counter(name for event in commits for name in event.get("noted", {})) == halved
     monkeypatch.setattr(KlAutoencoder, "moments", lambda self, x: small(self, torch.cat([x] * 4)))
-    with pytest.raises(ConfigError, match="not even one of the pictures fits into the memory of cpu"):
+    with pytest.raises(ConfigError, match="not even one of the images fits into the memory of cpu"):
         encoded("never")
 
 
@@ -281,7 +282,7 @@ def test_captions_that_are_not_near_are_forgotten() -> None:
     assert precompute._news(known, [*many, "0"]) == (many, [])
     assert precompute._news(known, ["new", "2", "0"]) == (["new"], ["1"])
     assert precompute._news(known, ["1"]) == (["1"], ["3"])
-    assert Precompute.version == 2 and text_storage.kind_of("dedup") == "dense"
+    assert Precompute.version == 3 and text_storage.kind_of("dedup") == "dense"
 
 
 def test_what_was_begun_early_counts_only_if_it_comes_next(

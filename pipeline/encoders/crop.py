@@ -1,0 +1,95 @@
+"""The square that an encoder takes of an image, cut in the process that decodes it. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+from cykooz_resizer import CropBox, FilterType, ResizeAlg, ResizeOptions, Resizer
+from PIL import Image
+
+from pipeline.images import Pixels
+
+FILTERS = {
+    "nearest": ResizeAlg.nearest(),
+    "lanczos": ResizeAlg.convolution(FilterType.lanczos3),
+    "bilinear": ResizeAlg.convolution(FilterType.bilinear),
+    "bicubic": ResizeAlg.convolution(FilterType.catmull_rom),
+    "box": ResizeAlg.convolution(FilterType.box),
+}
+"""Interpolations by name; all but nearest are antialiased."""
+_SUPPORT = 3  # pixels on each side that the widest of them looks at, times the scale
+
+
+@dataclass(frozen=True)
+class Crop:
+    """How to get from an image of any size to ``edge`` x ``edge`` pixels.
+
+    Sizes and offsets are those of torchvision's ``Resize`` and ``CenterCrop``, and values differ by 2 levels at
+    most. (Pillow 13 resizes columns first in some tall images; where pixel noise is clipped between the two, that
+    makes a difference.)
+
+    Attributes:
+        mode: one of :data:`FILTERS`.
+        squash: resize to the square whatever the shape; else the smaller edge counts and the centre is cut out.
+        shorter: what the smaller edge is brought to before; 0: ``edge``.
+        floor: round offsets down, as transformers does; else half to even, as torchvision does.
+    """
+
+    edge: int
+    mode: str = "bicubic"
+    squash: bool = False
+    shorter: int = 0
+    floor: bool = False
+
+    @property
+    def bytes(self) -> int:
+        return 3 * self.edge**2
+
+    def cut(self, pixels: Pixels) -> Pixels:
+        """uint8 (h, w, 3), or (h, w, 4) whose last byte says nothing → uint8 (edge, edge, 3)."""
+        height, width = pixels.shape[:2]
+        if self.squash:
+            same = (height, width) == (self.edge, self.edge)
+            return pixels[:, :, :3] if same else self._resized(pixels, (0, 0, width, height))
+        short, shorter = min(height, width), self.shorter or self.edge
+        across, down = (shorter if edge == short else int(shorter * edge / short) for edge in (width, height))
+        left, top = self._offset(across), self._offset(down)
+        if shorter == short:
+            return pixels[top : top + self.edge, left : left + self.edge, :3]
+        x, y = width / across, height / down
+        return self._resized(pixels, (left * x, top * y, (left + self.edge) * x, (top + self.edge) * y))
+
+    def _offset(self, size: int) -> int:
+        return (size - self.edge) // 2 if self.floor else round((size - self.edge) / 2)
+
+    def _resized(self, pixels: Pixels, box: tuple[float, float, float, float]) -> Pixels:
+        """The part within ``box`` (left, top, right, bottom) at the crop's size. Pixels around it count as well, as if
+        the whole image had been resized before it was cut; rows are resized before columns."""
+        height, width = pixels.shape[:2]
+        left, top, right, bottom = box[0], box[1], min(box[2], width), min(box[3], height)
+        margin = int(_SUPPORT * max(1.0, (bottom - top) / self.edge)) + 1
+        first, last = max(0, int(top) - margin), min(height, int(bottom) + margin)
+        image = self._pass(_image(pixels[first:last]), (self.edge, last - first), (left, 0, right - left, last - first))
+        image = self._pass(image, (self.edge, self.edge), (0, top - first, self.edge, bottom - top))
+        return np.asarray(image)[:, :, :3]
+
+    def _pass(self, image: Image.Image, size: tuple[int, int], box: tuple[float, float, float, float]) -> Image.Image:
+        if image.size == size and box == (0, 0, *size):
+            return image
+        sized = Image.new(image.mode, size)
+        _resizer().resize_pil(image, sized, ResizeOptions(FILTERS[self.mode], crop_box=CropBox(*box)))
+        return sized
+
+
+def _image(pixels: Pixels) -> Image.Image:
+    """Four bytes a pixel are what Pillow calls CMYK: it takes them as they are, without a copy."""
+    if pixels.shape[2] == 4:
+        return Image.frombuffer("CMYK", pixels.shape[1::-1], np.ascontiguousarray(pixels), "raw", "CMYK", 0, 1)
+    return Image.fromarray(np.ascontiguousarray(pixels))
+
+
+@cache
+def _resizer() -> Resizer:
+    return Resizer()
