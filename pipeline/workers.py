@@ -29,6 +29,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from pipeline.distributed.place import tasks_on_node
+
 Token = TypeVar("Token")
 Answer = bytes | bytearray
 
@@ -346,16 +348,19 @@ def _end_all(workers: list[_Worker]) -> None:
 def available_cpus(local_world_size: int = 1) -> int:
     """CPUs for each of a node's ranks, at least 1: by the affinity, the cgroup's quota, and what SLURM granted.
 
-    Never ``os.cpu_count()``, which counts the CPUs of the whole node.
+    srun binds each task to its own share; a task may be one rank, or a torchrun that starts several. Never
+    ``os.cpu_count()``, which counts the CPUs of the whole node.
     """
     cpus = len(os.sched_getaffinity(0))
     with suppress(OSError, ValueError):
         quota, period = _cgroup_file("cpu.max").read_text().split()
         cpus = min(cpus, int(quota) // int(period))
-    if "SLURM_STEP_ID" in os.environ:  # which may have bound this rank to its own share
-        per_task, on_node = (int(os.environ.get(f"SLURM_CPUS_{name}") or 0) for name in ("PER_TASK", "ON_NODE"))
-        return max(1, min(cpus, per_task or on_node // local_world_size))
-    return max(1, cpus // local_world_size)
+    if "SLURM_STEP_ID" not in os.environ:
+        return max(1, cpus // local_world_size)
+    tasks = tasks_on_node(os.environ) if os.environ.get("SLURM_STEP_TASKS_PER_NODE") else local_world_size
+    per_task, on_node = (int(os.environ.get(f"SLURM_CPUS_{name}") or 0) for name in ("PER_TASK", "ON_NODE"))
+    share = per_task or on_node // tasks
+    return max(1, min(cpus, share or cpus) // max(1, local_world_size // tasks))
 
 
 def _cgroup_file(name: str) -> Path:

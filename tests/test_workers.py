@@ -164,4 +164,9 @@ def test_auto_is_what_this_rank_may_use(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert available_cpus(2) == 4
     monkeypatch.setenv("SLURM_CPUS_PER_TASK", "3")
     assert worker_count("auto", 2) == 3
+    monkeypatch.setenv("SLURM_STEP_TASKS_PER_NODE", "8(x2)")  # srun bound each of 8 tasks to its own CPUs
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "16")
+    assert available_cpus(8) == 16
+    monkeypatch.setenv("SLURM_STEP_TASKS_PER_NODE", "1(x2)")  # one task on each node: a torchrun of 8 ranks
+    assert available_cpus(8) == 2
     assert worker_count("7") == 7

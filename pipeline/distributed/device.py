@@ -44,6 +44,21 @@ def choose_device(wanted: str, local_rank: int, node: str, environment: Mapping[
     return torch.device("cpu")
 
 
+def isolation_cost(visible: int, local_world_size: int) -> str:
+    """What it costs that each rank of a node sees one GPU only; empty if that is not so.
+
+    Args:
+        visible: GPUs that this rank sees.
+        local_world_size: ranks on this node.
+    """
+    if visible != 1 or local_world_size == 1:
+        return ""
+    return (
+        f"each of the {local_world_size} ranks of a node sees a single GPU (srun --gpus-per-task, --gpu-bind): NCCL "
+        "cannot copy over NVLink between them then; ask for GPUs by node (gpus_per_node=)"
+    )
+
+
 def gpus_given(environment: Mapping[str, str]) -> str:
     """Who gave this process GPUs, as the beginning of a sentence; empty if nobody did."""
     count = environment.get("SLURM_GPUS_ON_NODE", "")

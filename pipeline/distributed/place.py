@@ -111,7 +111,7 @@ def _from_slurm(environment: Mapping[str, str]) -> Place | None:
         rank=_number(environment, "SLURM_PROCID"),
         world_size=_number(environment, "SLURM_STEP_NUM_TASKS"),
         local_rank=_number(environment, "SLURM_LOCALID", 0),
-        local_world_size=_tasks_on_node(environment),
+        local_world_size=tasks_on_node(environment),
         node=environment.get("SLURMD_NODENAME") or _hostname(),
         launcher="slurm",
         address=environment.get("MASTER_ADDR") or _first_node(environment),
@@ -128,7 +128,7 @@ def _first_node(environment: Mapping[str, str]) -> str:
     return ""
 
 
-def _tasks_on_node(environment: Mapping[str, str]) -> int:
+def tasks_on_node(environment: Mapping[str, str]) -> int:
     """``SLURM_STEP_TASKS_PER_NODE`` is a list like ``2(x3),1``, in the order of the nodes."""
     text = environment.get("SLURM_STEP_TASKS_PER_NODE", "1")
     counts: list[int] = []

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from pipeline.config import ConfigError
 from pipeline.distributed import ending
-from pipeline.distributed.device import choose_device
+from pipeline.distributed.device import choose_device, isolation_cost
 from pipeline.distributed.life import Life
 from pipeline.distributed.peers import FINISHED, LINGER, Peers, somebody_listens
 from pipeline.distributed.place import Launcher, Place
@@ -247,6 +247,9 @@ class Rank:
             names: list[str] = [""] * self.world_size
             dist.all_gather_object(names, f"{self.node}'s GPU {torch.cuda.get_device_properties(self.device).uuid}")
             require_own_gpus(names)
+            cost = isolation_cost(torch.cuda.device_count(), self.local_world_size)
+            if cost and self.is_main:
+                self.log.warning("%s", cost)
 
     # ---- the end
 

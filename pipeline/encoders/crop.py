@@ -76,7 +76,7 @@ class Crop:
         return np.asarray(image)[:, :, :3]
 
     def _pass(self, image: Image.Image, size: tuple[int, int], box: tuple[float, float, float, float]) -> Image.Image:
-        if image.size == size and box == (0, 0, *size):
+        if [*image.size, *box] == [*size, 0, 0, *size]:
             return image
         sized = Image.new(image.mode, size)
         _resizer().resize_pil(image, sized, ResizeOptions(FILTERS[self.mode], crop_box=CropBox(*box)))

@@ -178,13 +178,13 @@ class Decoders:
             else:
                 self._bury(worker)
         for ready, _ in self._selector.select(timeout):
-            worker: _Worker = ready.data
+            busy: _Worker = ready.data
             try:
-                worker.receive()
+                busy.receive()
             except (EOFError, OSError, ValueError, TypeError):  # gone, or says what no worker of ours would
-                self._bury(worker)
+                self._bury(busy)
             else:
-                self._idle.append(worker)
+                self._idle.append(busy)
 
     def _chunk(self) -> list[Decoded]:
         """The next images for one worker: as many for each, if there are few; one that is to be alone is."""

@@ -75,7 +75,8 @@ class Validator:
         self.config = dataset.header["config"]
         self.extra = dataset.header["extra"]
         self.layout = Layout.of(self.extra)
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        gpu = torch.cuda.is_available()
+        self.device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
         self.columns = [name for name in dataset.schema if name.startswith(_IMAGE)]
         self.text_columns = [name for name in dataset.schema if name.startswith(_TEXT)]
         self._statistics: dict[int, dict[str, Statistics]] = {}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -12,6 +11,7 @@ from dataclasses import replace
 from functools import cached_property, lru_cache
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 from pipeline import images
 from pipeline.cli import config_for, errors_as_one_line
@@ -22,6 +22,7 @@ from pipeline.partitions.verify import Finding, verify, verify_partition
 from pipeline.samples import SampleError, content_hash
 from pipeline.stages import trace
 from pipeline.storage import StorageError
+from pipeline.workers import available_cpus
 
 _SPAN = 8  # partitions that a worker looks at in one go
 
@@ -59,12 +60,17 @@ def _partitions(dataset: Dataset, deep: bool, workers: int) -> Iterator[list[Fin
     """What is wrong with each partition, in order."""
     spans = [range(start, min(start + _SPAN, dataset.partitions)) for start in range(0, dataset.partitions, _SPAN)]
     path = str(dataset.root.path)
-    workers = min(workers or len(os.sched_getaffinity(0)), len(spans))
+    workers = min(workers or available_cpus(), len(spans))
+    gpus = _gpus() if deep and dataset.stage == "precompute" else 0
+    if gpus:  # each worker loads the networks: one for each GPU
+        workers = min(workers, gpus)
     if workers <= 1:
         checker = Checker(dataset, deep)
         yield from (checker.check(index) for index in range(dataset.partitions))
         return
-    with ProcessPoolExecutor(workers, mp_context=get_context("forkserver")) as pool:
+    context = get_context("forkserver")
+    numbers = context.Value("i", 0)
+    with ProcessPoolExecutor(workers, context, _take_gpu if gpus else None, (numbers,) if gpus else ()) as pool:
         waiting: deque[Future[list[list[Finding]]]] = deque()
         for span in spans:
             waiting.append(pool.submit(_check, path, deep, span))
@@ -72,6 +78,21 @@ def _partitions(dataset: Dataset, deep: bool, workers: int) -> Iterator[list[Fin
                 yield from waiting.popleft().result()
         for future in waiting:
             yield from future.result()
+
+
+def _gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def _take_gpu(numbers: Any) -> None:
+    """Of a worker process, before its first task: the next GPU is its own."""
+    import torch
+
+    with numbers.get_lock():
+        torch.cuda.set_device(numbers.value % torch.cuda.device_count())
+        numbers.value += 1
 
 
 def _check(path: str, deep: bool, span: range) -> list[list[Finding]]:
