@@ -473,9 +473,13 @@ class PrecomputeConfig(DeviceConfig, StageConfig):
     )
     text_encoder: tuple[str, ...] = option(
         ("embedded",),
-        "embedded, openclip:<model>[:<pretrained>], clip:<repo or folder>, t5:<repo or folder>[#length=256]; the first "
-        "one's states are caption_latents, of further ones caption_latents_2, ...; CLIPs take #layer=penultimate",
+        "embedded, openclip:<model>[:<pretrained>], clip:<repo or folder>, t5:<repo or folder>[#length=256,mask=true]; "
+        "the first one's states are caption_latents, of further ones caption_latents_2, ...; CLIPs take "
+        "#layer=penultimate; <pipeline>/text_encoder_2 is a pipeline's second one",
         identity=True,
+    )
+    pooled: bool = option(
+        False, "store pooled text embeddings, too, as caption_pooled, caption_pooled_2, ... (CLIPs)", identity=True
     )
     image_encoder: str = option(
         "",
@@ -502,9 +506,16 @@ class PrecomputeConfig(DeviceConfig, StageConfig):
     )
     model_dtype: str = option(
         "bfloat16",
-        "precision of the models on a GPU (CPUs use float32)",
+        "precision of the text and image encoders on a GPU (CPUs use float32)",
         identity=True,
         choices=("float32", "float16", "bfloat16"),
+    )
+    vae_dtype: str = option(
+        "float32",
+        "precision of the autoencoder on a GPU (float32: with TF32; bfloat16 is faster and costs 1 to 3 % of a latent)",
+        identity=True,
+        choices=("float32", "float16", "bfloat16"),
+        when="vae!=embedded|embedded16",
     )
     save_dtype: str = option(
         "float16", "precision of the stored latents", identity=True, choices=("float16", "float32")

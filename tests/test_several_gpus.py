@@ -133,9 +133,9 @@ def test_a_deep_check_of_latents_has_one_process_for_each_gpu(
     started: list[int] = []
 
     class Pool:
-        def __init__(self, workers: int, context: Any, begin: Any, arguments: Any) -> None:
+        def __init__(self, workers: int, context: Any, begin: Any) -> None:
             for _ in range(workers):
-                begin(*arguments)
+                begin()
                 started.append(torch.cuda.current_device())
 
         def __enter__(self) -> Pool:

@@ -98,11 +98,16 @@ def sampled(moments: Tensor, noise: Tensor | None) -> Tensor:
 
 
 class TextEncoder(ABC):
-    """Captions to a sequence of states of a fixed length."""
+    """Captions to a sequence of states of a fixed length.
+
+    Attributes:
+        pooled_width: of the one embedding that stands for a caption; 0: there is none.
+    """
 
     name: str
     length: int
     width: int
+    pooled_width: int = 0
 
     def compile(self) -> None:
         """Have the network compiled, if there is one, when it is used first."""
@@ -111,6 +116,10 @@ class TextEncoder(ABC):
     @abstractmethod
     def encode(self, captions: Sequence[str]) -> Tensor:
         """Captions → (b, length, width), float32. Longer captions are cut, shorter ones padded as the model does it."""
+
+    def encode_pooled(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Captions → their states, and what is pooled of them: float32 (b, pooled_width)."""
+        raise NotImplementedError(f"{self.name} has no pooled embeddings")
 
     def lengths(self, captions: Sequence[str]) -> list[int]:
         """How many tokens of each caption cost time; captions of like lengths are best encoded together."""
@@ -169,7 +178,7 @@ def text_encoder(name: str, device: str | torch.device = "cpu", dtype: str = "fl
     """The text encoder called ``name``.
 
     ``embedded``; ``openclip:<model>[:<pretrained>]``; ``clip:<repo or folder>`` and ``t5:<repo or folder>`` of
-    transformers. After ``#``: ``layer=penultimate``, and for T5 ``length=<tokens>``.
+    transformers. After ``#``: ``layer=penultimate``, and for T5 ``length=<tokens>`` and ``mask=false``.
 
     Raises:
         ConfigError: no such name, model, weights or dtype.
@@ -180,7 +189,7 @@ def text_encoder(name: str, device: str | torch.device = "cpu", dtype: str = "fl
         from pipeline.encoders.embedded import EmbeddedTextEncoder
 
         return EmbeddedTextEncoder(device)
-    takes = {"openclip": ("layer",), "clip": ("layer",), "t5": ("length",)}
+    takes = {"openclip": ("layer",), "clip": ("layer",), "t5": ("length", "mask")}
     if kind not in takes or not rest:
         raise ConfigError(
             f"text_encoder={name}: {nearest(kind, TEXT_ENCODERS)} "
@@ -203,7 +212,10 @@ def text_encoder(name: str, device: str | torch.device = "cpu", dtype: str = "fl
     length = options.get("length", "256")
     if not length.isdigit() or not int(length):
         raise ConfigError(f"text_encoder={name}: length={length}: expected a number of tokens")
-    return T5TextEncoder(rest, device, dtype, int(length))
+    mask = options.get("mask", "true")
+    if mask not in ("true", "false"):
+        raise ConfigError(f"text_encoder={name}: mask={mask}: expected true or false")
+    return T5TextEncoder(rest, device, dtype, int(length), mask == "true")
 
 
 def image_encoder(name: str, device: str | torch.device = "cpu", dtype: str = "float32") -> ImageEncoder:

@@ -24,6 +24,9 @@ _FLOOR = 16.0
 class DiffusersAutoencoder(Autoencoder):
     """An autoencoder with its ``scaling_factor`` and ``shift_factor`` applied: latents have about unit deviation.
 
+    One whose config has ``latents_mean`` and ``latents_std`` (Playground 2.5) gets those in place of the shift, by
+    diffusers' formula: (latent - mean) * scaling_factor / std, for each channel.
+
     Args:
         name: a repository (``owner/name[@revision]``) or a local folder; of the autoencoder itself or of a pipeline
             with ``vae/``. Weights must be safetensors.
@@ -48,7 +51,17 @@ class DiffusersAutoencoder(Autoencoder):
         self.widest = int((config.get("block_out_channels") or config.encoder_block_out_channels)[0])
         self.scaling = float(config.scaling_factor)
         self.shift = float(config.get("shift_factor") or 0.0)
+        self._mean, self._deviation = self._statistics()
         self.floor = _FLOORS.get(self.channels, _FLOOR) if downsample <= 8 else _FLOOR
+
+    def _statistics(self) -> tuple[Tensor | float, Tensor | float]:
+        """(1, c, 1, 1) each: what diffusers' pipelines take off the latents, and divide them by, before they scale."""
+        known = [self._model.config.get(f"latents_{name}") for name in ("mean", "std")]
+        self._has_statistics = None not in known
+        if not self._has_statistics:
+            return self.shift, 1.0
+        mean, deviation = (torch.tensor(values).view(1, -1, 1, 1).to(self.device) for values in known)
+        return mean, deviation
 
     def compile(self) -> None:
         self._model.encoder.compile(dynamic=False)  # a graph for each resolution
@@ -60,7 +73,7 @@ class DiffusersAutoencoder(Autoencoder):
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:
         """float (b, c, h, w) → float32 (b, 3, dh, dw), clipped to [-1, 1]."""
-        latents = z.to(self.device, torch.float32) / self.scaling + self.shift
+        latents = z.to(self.device, torch.float32) * self._deviation / self.scaling + self._mean
         decoded: Tensor = self._model.decode(latents.to(self.dtype)).sample
         return decoded.float().clamp(-1.0, 1.0)
 
@@ -73,6 +86,7 @@ class DiffusersAutoencoder(Autoencoder):
             "downsample": self.downsample,
             "scaling": self.scaling,
             "shift": self.shift,
+            **{name: self._model.config[name] for name in ("latents_mean", "latents_std") if self._has_statistics},
             "dtype": str(self.dtype).removeprefix("torch."),
             "floor": self.floor,
             "preprocessing": self.preprocessing.describe(),
@@ -90,8 +104,8 @@ class KlAutoencoder(DiffusersAutoencoder):
     def moments(self, x: Tensor) -> Tensor:
         """float (b, 3, h, w) in [-1, 1] → float32 (b, 2c, h/d, w/d): mean, and deviation, both scaled."""
         posterior = self._model.encode(self._input(x)).latent_dist
-        mean = (posterior.mean.float() - self.shift) * self.scaling
-        return torch.cat([mean, posterior.std.float() * self.scaling], 1)
+        mean = (posterior.mean.float() - self._mean) * self.scaling / self._deviation
+        return torch.cat([mean, posterior.std.float() * self.scaling / self._deviation], 1)
 
 
 class DcAutoencoder(DiffusersAutoencoder):
@@ -103,7 +117,8 @@ class DcAutoencoder(DiffusersAutoencoder):
     @torch.no_grad()
     def moments(self, x: Tensor) -> Tensor:
         """float (b, 3, h, w) in [-1, 1] → float32 (b, 2c, h/d, w/d), its second half zero."""
-        latents = (self._model.encode(self._input(x)).latent.float() - self.shift) * self.scaling
+        latents = self._model.encode(self._input(x)).latent.float()
+        latents = (latents - self._mean) * self.scaling / self._deviation
         return torch.cat([latents, torch.zeros_like(latents)], 1)
 
 

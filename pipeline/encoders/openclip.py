@@ -59,18 +59,29 @@ class OpenClipTextEncoder(TextEncoder):
             del tower.transformer.resblocks[-1]
         self._model = model.to(self.device, self.dtype).eval().requires_grad_(False)
         self._states: Tensor | None = None
+        self.pooled_width = self._pooled_width()
         norm.register_forward_hook(self._keep)
 
     def compile(self) -> None:
         getattr(self._model, "text", self._model).transformer.compile(dynamic=True)
 
-    @torch.no_grad()
     def encode(self, captions: Sequence[str]) -> Tensor:
         """Captions → float32 (b, length, width); the tokenizer cuts and pads."""
-        self._model.encode_text(sent(self._tokenize(list(captions)), self.device))
+        return self.encode_pooled(captions)[0]
+
+    @torch.no_grad()
+    def encode_pooled(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """The same, and the projected embedding of the end of each caption; of ``layer=penultimate`` from there."""
+        pooled = self._model.encode_text(sent(self._tokenize(list(captions)), self.device))
         states, self._states = self._states, None
         assert states is not None
-        return states.float()
+        return states.float(), pooled.float()
+
+    def _pooled_width(self) -> int:
+        projection = getattr(self._model, "text", self._model).text_projection
+        if projection is None:
+            return self.width
+        return int(projection.out_features if hasattr(projection, "out_features") else projection.shape[1])
 
     def _keep(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
         self._states = output

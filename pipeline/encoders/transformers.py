@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,8 +16,8 @@ from pipeline.encoders.preprocessing import Preprocessing
 if TYPE_CHECKING:
     from torch import Tensor
 
+_PART = re.compile(r"(.+)/(text_encoder(?:_\d)?)")
 _SUBFOLDERS = ("", "text_encoder")
-_TOKENIZERS = {"": "", "text_encoder": "tokenizer"}
 
 
 class _Loaded:
@@ -35,18 +37,19 @@ class _Loaded:
     def _said(self) -> dict[str, Any]:
         return {
             "name": self.name,
-            **commit_of(*repository(self._place)),
+            **commit_of(*repository(_part(self._place)[0])),
             "dtype": str(self.dtype).removeprefix("torch."),
             "weights_xxh3": self._weights,
         }
 
 
 class ClipTextEncoder(_Loaded, TextEncoder):
-    """The text tower of CLIP: the states of all tokens.
+    """The text tower of CLIP: the states of all tokens; pooled, the state of the end of the text.
 
     Args:
         place: a repository (``owner/name[@revision]``) or folder, of CLIP itself or of a pipeline with
-            ``text_encoder/`` and ``tokenizer/``.
+            ``text_encoder/`` and ``tokenizer/``; ``<pipeline>/text_encoder_2`` is its second one, with
+            ``tokenizer_2/``. One with a projection pools as Stable Diffusion XL does: projected.
         layer: ``last``, after the last layer norm (Stable Diffusion 1); ``penultimate``, what the last block takes, as
             it is (Stable Diffusion XL).
 
@@ -57,24 +60,37 @@ class ClipTextEncoder(_Loaded, TextEncoder):
     def __init__(
         self, place: str, device: str | torch.device = "cpu", dtype: str = "float32", layer: str = "last"
     ) -> None:
-        from transformers import CLIPTextModel, CLIPTokenizer
+        from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-        model, self._tokenizer = _load_text("clip", place, CLIPTextModel, CLIPTokenizer)
+        def load(name: str, **where: Any) -> Any:
+            """With its projection, if it was saved with one as a model of its own."""
+            config = CLIPTextConfig.from_pretrained(name, **_places(where))
+            projects = "CLIPTextModelWithProjection" in (config.architectures or ())
+            return (CLIPTextModelWithProjection if projects else CLIPTextModel).from_pretrained(name, **where)
+
+        model, self._tokenizer = _load_text("clip", place, load, CLIPTokenizer.from_pretrained)
         super().__init__("clip", model, place, device, dtype)
         self.layer = layer
         self.length = int(model.config.max_position_embeddings)
         self.width = int(model.config.hidden_size)
+        self._projects = hasattr(model, "text_projection")
+        self.pooled_width = int(model.config.projection_dim) if self._projects else self.width
 
-    @torch.no_grad()
     def encode(self, captions: Sequence[str]) -> Tensor:
         """Captions → float32 (b, length, width); the tokenizer cuts and pads."""
+        return self.encode_pooled(captions)[0]
+
+    @torch.no_grad()
+    def encode_pooled(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """The same, and float32 (b, pooled_width)."""
         tokens = self._tokenizer(
             list(captions), padding="max_length", max_length=self.length, truncation=True, return_tensors="pt"
         )
         penultimate = self.layer == "penultimate"
         states = self._model(sent(tokens["input_ids"], self.device), output_hidden_states=penultimate)
         chosen: Tensor = states.hidden_states[-2] if penultimate else states.last_hidden_state
-        return chosen.float()
+        pooled: Tensor = states.text_embeds if self._projects else states.pooler_output
+        return chosen.float(), pooled.float()
 
     def describe(self) -> dict[str, Any]:
         return {**self._said(), "length": self.length, "width": self.width, "layer": self.layer}
@@ -87,34 +103,47 @@ class T5TextEncoder(_Loaded, TextEncoder):
 
     Args:
         place: a repository (``owner/name[@revision]``) or folder, of T5 itself or of a pipeline with
-            ``text_encoder/`` and ``tokenizer/``.
+            ``text_encoder/`` and ``tokenizer/``; ``<pipeline>/text_encoder_3`` is its third one, with ``tokenizer_3/``.
         length: captions are cut to this many tokens.
+        mask: False: captions are padded to ``length``, padding counts as tokens and has states, as the pipelines of
+            Stable Diffusion 3 and FLUX have it.
 
     Raises:
         ConfigError: no such repository or folder, or no safetensors.
     """
 
     def __init__(
-        self, place: str, device: str | torch.device = "cpu", dtype: str = "float32", length: int = 256
+        self,
+        place: str,
+        device: str | torch.device = "cpu",
+        dtype: str = "float32",
+        length: int = 256,
+        mask: bool = True,
     ) -> None:
         from transformers import AutoTokenizer, T5EncoderModel
 
         # bfloat16 has float32's range; in float16 the feed-forward layers of T5 v1.1 overflow
-        model, self._tokenizer = _load_text("t5", place, T5EncoderModel, AutoTokenizer)
+        model, self._tokenizer = _load_text("t5", place, T5EncoderModel.from_pretrained, AutoTokenizer.from_pretrained)
         super().__init__("t5", model, place, device, "float32" if dtype == "float16" else dtype)
-        self.length = length
+        self.length, self.mask = length, mask
         self.width = int(model.config.d_model)
 
     def lengths(self, captions: Sequence[str]) -> list[int]:
+        if not self.mask:
+            return super().lengths(captions)
         ids = self._tokenizer(list(captions), max_length=self.length, truncation=True)["input_ids"]
         return [len(row) for row in ids]
 
     @torch.no_grad()
     def encode(self, captions: Sequence[str]) -> Tensor:
         """Captions → float32 (b, length, width)."""
+        padding = "longest" if self.mask else "max_length"
         tokens = self._tokenizer(
-            list(captions), padding="longest", max_length=self.length, truncation=True, return_tensors="pt"
+            list(captions), padding=padding, max_length=self.length, truncation=True, return_tensors="pt"
         )
+        if not self.mask:
+            whole: Tensor = self._model(sent(tokens["input_ids"], self.device)).last_hidden_state
+            return whole.float()
         mask = sent(tokens["attention_mask"], self.device)
         states = self._model(sent(tokens["input_ids"], self.device), attention_mask=mask).last_hidden_state.float()
         padded = states.new_zeros((len(captions), self.length, self.width))
@@ -122,7 +151,12 @@ class T5TextEncoder(_Loaded, TextEncoder):
         return padded
 
     def describe(self) -> dict[str, Any]:
-        return {**self._said(), "length": self.length, "width": self.width, "padding": "zeros"}
+        return {
+            **self._said(),
+            "length": self.length,
+            "width": self.width,
+            "padding": "zeros" if self.mask else "states",
+        }
 
 
 class ClipImageEncoder(_Loaded, ImageEncoder):
@@ -186,18 +220,31 @@ def preprocessing_of(processor: Any, name: str) -> tuple[Preprocessing, int]:
     return Preprocessing(mean, std, mode, not shorter, 0 if shorter == edge else shorter, floor=True), edge
 
 
-def _load_text(kind: str, place: str, model_class: Any, tokenizer_class: Any) -> tuple[Any, Any]:
-    """Model in float32 on the CPU, and tokenizer; of a pipeline, the first text encoder."""
-    name, revision = repository(place)
+def _part(place: str) -> tuple[str, str]:
+    """Repository or folder, and the text encoder of a pipeline that is meant: ``a/text_encoder_2`` is of ``a``."""
+    match = _PART.fullmatch(place.rstrip("/"))
+    if match is None or (Path(place) / "tokenizer_config.json").is_file():
+        return place, ""
+    return match[1], match[2]
+
+
+def _load_text(kind: str, place: str, load: Any, load_tokenizer: Any) -> tuple[Any, Any]:
+    """Model in float32 on the CPU, and tokenizer; of a pipeline, the first text encoder unless another is named."""
+    whole, part = _part(place)
+    name, revision = repository(whole)
     reason = ""
-    for subfolder in _SUBFOLDERS:
+    for subfolder in (part,) if part else _SUBFOLDERS:
         try:
-            model = model_class.from_pretrained(name, subfolder=subfolder, revision=revision, use_safetensors=True)
-            tokenizer = tokenizer_class.from_pretrained(name, subfolder=_TOKENIZERS[subfolder], revision=revision)
-            return model.float(), tokenizer
+            model = load(name, subfolder=subfolder, revision=revision, use_safetensors=True)
+            tokens = subfolder.replace("text_encoder", "tokenizer")
+            return model.float(), load_tokenizer(name, subfolder=tokens, revision=revision)
         except (OSError, ValueError, TypeError) as error:
             reason = reason or _reason(error)
     raise ConfigError(f"text_encoder={kind}:{place}: cannot be loaded: {reason}")
+
+
+def _places(where: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in where.items() if name in ("subfolder", "revision")}
 
 
 def _reason(error: Exception) -> str:

@@ -79,6 +79,7 @@ class Encoding:
     Attributes:
         texts: by column.
         seed: of the noise that makes latents samples of their posterior; None: they are none.
+        pooled: columns of pooled text embeddings, by the column of the encoder's states.
         dtype: of what is stored.
         notes: counts of batches that had to be halved because the memory did not suffice.
     """
@@ -92,6 +93,7 @@ class Encoding:
     storage: str
     dtype: str
     seed: int | None = None
+    pooled: dict[str, str] = field(default_factory=dict)
     notes: Counter[str] = field(default_factory=Counter)
     _most: dict[str, int] = field(default_factory=dict)
 
@@ -121,15 +123,15 @@ class Encoding:
         transfers, count = self.transfers, len(batch.slots)
         (slots,) = transfers.upload([batch.slots], batch.copied)
         transfers.begin()
-        texts = {name: self._encode_texts(encoder, batch.captions) for name, encoder in self.texts.items()}
+        texts: dict[str, Tensor] = {}
+        text_flags = [self._encode_texts(name, batch.captions, texts) for name in self.texts]
         parts = self._in_parts("images", lambda part: self._encode_images(slots[part]), count)
         columns = {name: torch.cat([columns[name] for columns, _ in parts]) for name in parts[0][0]} if parts else {}
         finite = torch.cat([finite for _, finite in parts]) if parts else torch.ones((0, 2), dtype=torch.bool)
-        text_flags = [finite for _, finite in texts.values()]
         encoded = Encoded(
             {name: transfers.download(values) for name, values in columns.items()},
             transfers.download(finite),
-            {name: transfers.download(packed) for name, (packed, _) in texts.items()},
+            {name: transfers.download(packed) for name, packed in texts.items()},
             transfers.download(torch.stack(text_flags).all(0)) if text_flags else torch.ones((0, 2), dtype=torch.bool),
             transfers.end(),
         )
@@ -167,30 +169,47 @@ class Encoding:
         noise, start = self.slot.noises[place], self._starts[len(self.slot.crops) + place]
         return slots[:, start : start + noise.bytes].view(torch.float32).unflatten(1, noise.shape)
 
-    def _encode_texts(self, encoder: TextEncoder, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Packed states, uint8 (b, bytes), and which are finite, bool (b, 2): like lengths together."""
+    def _encode_texts(self, name: str, captions: Sequence[str], texts: dict[str, Tensor]) -> Tensor:
+        """Put packed states (and what is pooled), uint8 (b, bytes), into ``texts``; which captions are finite, bool
+        (b, 2). Captions of like lengths are encoded together."""
+        encoder, pooled = self.texts[name], self.pooled.get(name)
         lengths = encoder.lengths(captions) if captions else []
         order = np.argsort(lengths, kind="stable")
-        packed = torch.empty((len(captions), self._packed_bytes(encoder)), dtype=torch.uint8, device=self.device)
+        texts[name] = self._bytes(len(captions), text_storage.size_of((encoder.length, encoder.width), *self._how))
+        if pooled:
+            size = encoder.pooled_width * getattr(torch, self.dtype).itemsize
+            texts[pooled] = self._bytes(len(captions), size)
         finite = torch.empty((len(captions), 2), dtype=torch.bool, device=self.device)
         for places in _by_tokens(order, lengths):
             chosen = [captions[place] for place in places]
 
-            def encode(part: slice, chosen: list[str] = chosen) -> tuple[Tensor, Tensor]:
-                states = encoder.encode(chosen[part])
-                stored = (
-                    states if text_storage.kind_of(self.storage) != "dense" else states.to(getattr(torch, self.dtype))
-                )
-                return text_storage.pack(states, self.storage, self.dtype), flags(states, stored)
+            def encode(part: slice, chosen: list[str] = chosen) -> list[Tensor]:
+                if not pooled:
+                    return self._packed(encoder.encode(chosen[part]))
+                states, embedding = encoder.encode_pooled(chosen[part])
+                packed, good = self._packed(states)
+                stored = embedding.to(getattr(torch, self.dtype))
+                return [packed, good & flags(embedding, stored), stored.contiguous().view(torch.uint8)]
 
             at = sent(torch.as_tensor(places), self.device)
             parts = self._in_parts("captions", encode, len(chosen))
-            packed[at] = torch.cat([values for values, _ in parts])
-            finite[at] = torch.cat([good for _, good in parts])
-        return packed, finite
+            targets = [texts[name], finite, *([texts[pooled]] if pooled else [])]
+            for target, values in zip(targets, zip(*parts, strict=True), strict=True):
+                target[at] = torch.cat(values)
+        return finite
 
-    def _packed_bytes(self, encoder: TextEncoder) -> int:
-        return text_storage.size_of((encoder.length, encoder.width), self.storage, self.dtype)
+    def _packed(self, states: Tensor) -> list[Tensor]:
+        """Stored bytes of states (b, l, d), uint8 (b, bytes), and which are finite, bool (b, 2)."""
+        dense = text_storage.kind_of(self.storage) == "dense"
+        stored = states.to(getattr(torch, self.dtype)) if dense else states
+        return [text_storage.pack(states, *self._how), flags(states, stored)]
+
+    @property
+    def _how(self) -> tuple[str, str]:
+        return self.storage, self.dtype
+
+    def _bytes(self, count: int, size: int) -> Tensor:
+        return torch.empty((count, size), dtype=torch.uint8, device=self.device)
 
     # ---- memory
 

@@ -58,7 +58,8 @@ class Precompute(EncodingStage):
     def schema(self) -> Schema:
         self.upstream.require_columns("key", "jpg", "caption")
         schema: Schema = {"key": "str", "caption": "str", "min_side": "int"}
-        schema |= dict.fromkeys([*self.texts, *(f"latents_{r}" for r in self.config.image_resolutions)], "bytes")
+        latents = [f"latents_{r}" for r in self.config.image_resolutions]
+        schema |= dict.fromkeys([*self.texts, *self.pooled.values(), *latents], "bytes")
         schema |= {"caption_back": "int"} if self.dedup else {}
         schema |= {"image_embedding": "bytes"} if self.config.image_encoder else {}
         return schema | ({"jpg": "jpeg"} if self.config.save_images else {})
@@ -66,6 +67,7 @@ class Precompute(EncodingStage):
     def extra(self) -> dict[str, Any]:
         """Shapes, dtype and encoders: what a reader needs to make tensors of the bytes and to decode them."""
         shapes: dict[str, list[int]] = {name: [text.length, text.width] for name, text in self.texts.items()}
+        shapes |= {pooled: [self.texts[name].pooled_width] for name, pooled in self.pooled.items()}
         for resolution in self.config.image_resolutions:
             channels, *edges = self.vae.latent_shape(resolution)
             shapes[f"latents_{resolution}"] = [channels * (2 if self.config.latent == "moments" else 1), *edges]
@@ -115,7 +117,8 @@ class Precompute(EncodingStage):
 
     @cached_property
     def vae(self) -> Autoencoder:
-        return autoencoder(self.config.vae, self.rank.device, self._dtype)
+        dtype = self.config.vae_dtype if self.on_gpu else "float32"
+        return autoencoder(self.config.vae, self.rank.device, dtype)
 
     @cached_property
     def texts(self) -> dict[str, TextEncoder]:
@@ -129,13 +132,23 @@ class Precompute(EncodingStage):
         }
 
     @cached_property
+    def pooled(self) -> dict[str, str]:
+        """Columns of pooled embeddings, by the column of the encoder's states."""
+        if not self.config.pooled:
+            return {}
+        columns = {name: name.replace("latents", "pooled") for name, text in self.texts.items() if text.pooled_width}
+        if not columns:
+            raise ConfigError("pooled=true: none of the text encoders has pooled embeddings; CLIPs have")
+        return columns
+
+    @cached_property
     def embedder(self) -> ImageEncoder | None:
         name = self.config.image_encoder
         return image_encoder(name, self.rank.device, self._dtype) if name else None
 
     @property
     def _dtype(self) -> str:
-        return "float32" if self.rank.device.type == "cpu" else str(self.config.model_dtype)
+        return str(self.config.model_dtype) if self.on_gpu else "float32"
 
     @property
     def dedup(self) -> bool:
@@ -160,6 +173,7 @@ class Precompute(EncodingStage):
             config.text_storage,
             config.save_dtype,
             config.seed if config.latent == "sample" else None,
+            self.pooled,
         )
 
     @property

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import replace
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -69,8 +69,8 @@ def _partitions(dataset: Dataset, deep: bool, workers: int) -> Iterator[list[Fin
         yield from (checker.check(index) for index in range(dataset.partitions))
         return
     context = get_context("forkserver")
-    numbers = context.Value("i", 0)
-    with ProcessPoolExecutor(workers, context, _take_gpu if gpus else None, (numbers,) if gpus else ()) as pool:
+    begin = partial(_take_gpu, context.Value("i", 0)) if gpus else None
+    with ProcessPoolExecutor(workers, context, begin) as pool:
         waiting: deque[Future[list[list[Finding]]]] = deque()
         for span in spans:
             waiting.append(pool.submit(_check, path, deep, span))

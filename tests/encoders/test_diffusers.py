@@ -172,3 +172,26 @@ def test_other_kinds_are_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"_class_name": "VQModel", "_diffusers_version": "0.30.0"}')
     with pytest.raises(ConfigError, match="it is of class VQModel; known: AutoencoderDC, AutoencoderKL"):
         autoencoder(str(tmp_path))
+
+
+@torch.no_grad()
+def test_statistics_of_latents_are_applied_as_diffusers_does_it(folder: Path, tmp_path: Path, x: torch.Tensor) -> None:
+    """As StableDiffusionXLPipeline with Playground 2.5: z * std / scaling + mean is what is decoded."""
+    from diffusers import AutoencoderKL
+
+    model = AutoencoderKL.from_pretrained(folder).eval()
+    mean, std = [0.5, -1.0, 2.0], [2.0, 3.0, 0.5]
+    model.register_to_config(latents_mean=mean, latents_std=std)
+    model.save_pretrained(tmp_path)
+    vae = autoencoder(str(tmp_path))
+    m, s = (torch.tensor(values).view(1, 3, 1, 1) for values in (mean, std))
+    posterior = model.encode(x).latent_dist
+    scaling = model.config.scaling_factor
+    expected = (posterior.mean - m) * scaling / s
+    torch.testing.assert_close(vae.encode(x), expected)
+    torch.testing.assert_close(vae.moments(x)[:, 3:], posterior.std * scaling / s)
+    decoded = model.decode(expected * s / scaling + m).sample.clamp(-1, 1)
+    torch.testing.assert_close(vae.decode(expected), decoded)
+    said = vae.describe()
+    assert said["latents_mean"] == mean and said["latents_std"] == std
+    assert "latents_mean" not in autoencoder(str(folder)).describe()

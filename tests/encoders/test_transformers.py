@@ -122,3 +122,92 @@ def test_a_missing_repository_is_one_clear_error(tmp_path: Path) -> None:
         text_encoder(f"clip:{tmp_path}")
     with pytest.raises(ConfigError, match="image_encoder=clip:.*: cannot be loaded"):
         image_encoder(f"clip:{tmp_path}")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("part", ["text_encoder", "text_encoder_2"])
+def test_any_text_encoder_of_a_pipeline_is_read_with_its_own_tokenizer(clip: Path, tmp_path: Path, part: str) -> None:
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
+
+    given = json.loads((clip / "config.json").read_text())["text_config"]
+    torch.manual_seed(1)
+    model = CLIPTextModelWithProjection(CLIPTextConfig(**{**given, "projection_dim": 6, "hidden_size": 48}))
+    for other in ("text_encoder", "text_encoder_2"):
+        model.eval().save_pretrained(tmp_path / other) if other == part else None
+    own = part.replace("text_encoder", "tokenizer")
+    CLIPTokenizer.from_pretrained(clip, pad_token="a").save_pretrained(tmp_path / own)
+    (tmp_path / "tokenizer").mkdir(exist_ok=True)
+    encoder = text_encoder(f"clip:{tmp_path}/{part}#layer=penultimate")
+    tokens = CLIPTokenizer.from_pretrained(tmp_path / own)(
+        CAPTIONS, padding="max_length", max_length=12, truncation=True, return_tensors="pt"
+    )
+    expected = model(tokens.input_ids, output_hidden_states=True)
+    states, pooled = encoder.encode_pooled(CAPTIONS)
+    torch.testing.assert_close(states, expected.hidden_states[-2])
+    torch.testing.assert_close(pooled, expected.text_embeds)
+    assert (encoder.width, encoder.pooled_width) == (48, 6)
+    assert encoder.name == f"clip:{tmp_path}/{part}"
+    with pytest.raises(ConfigError, match="text_encoder_3: cannot be loaded"):
+        text_encoder(f"clip:{tmp_path}/text_encoder_3")
+
+
+@torch.no_grad()
+def test_clip_without_a_projection_pools_the_end_of_the_text(clip: Path) -> None:
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    tokens = CLIPTokenizer.from_pretrained(clip)(
+        CAPTIONS, padding="max_length", max_length=12, truncation=True, return_tensors="pt"
+    )
+    _, pooled = text_encoder(f"clip:{clip}").encode_pooled(CAPTIONS)
+    torch.testing.assert_close(pooled, CLIPTextModel.from_pretrained(clip).eval()(tokens.input_ids).pooler_output)
+
+
+@torch.no_grad()
+def test_t5_without_a_mask_gives_padding_states_too(t5: Path) -> None:
+    from transformers import AutoTokenizer, T5EncoderModel
+
+    tokens = AutoTokenizer.from_pretrained(t5)(
+        CAPTIONS, padding="max_length", max_length=20, truncation=True, return_tensors="pt"
+    )
+    encoder = text_encoder(f"t5:{t5}#length=20,mask=false")
+    expected = T5EncoderModel.from_pretrained(t5).eval()(tokens.input_ids).last_hidden_state
+    torch.testing.assert_close(encoder.encode(CAPTIONS), expected)
+    assert encoder.lengths(CAPTIONS) == [20] * 4 and encoder.describe()["padding"] == "states"
+    assert encoder.pooled_width == 0
+    with pytest.raises(ConfigError, match="mask=no: expected true or false"):
+        text_encoder(f"t5:{t5}#mask=no")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"size": {"shortest_edge": 32}, "crop_size": 32},
+        {"size": {"shortest_edge": 40}, "crop_size": 32},
+        {"size": {"height": 32, "width": 32}, "do_center_crop": False, "resample": 2},
+        {"size": {"shortest_edge": 32}, "crop_size": 32, "resample": 1, "do_normalize": False},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("shape", [(40, 50), (67, 41), (32, 33), (101, 64), (32, 32)])
+def test_preprocessing_is_that_of_the_image_processor(settings: dict[str, object], shape: tuple[int, int]) -> None:
+    from transformers import CLIPImageProcessor
+
+    from pipeline.encoders.transformers import preprocessing_of
+
+    smooth = Image.fromarray(np.random.default_rng(0).integers(0, 256, (7, 7, 3), dtype=np.uint8))
+    image = np.asarray(smooth.resize(shape[::-1], Image.Resampling.BICUBIC))
+    processor = CLIPImageProcessor(**settings)
+    expected = processor(images=[image], return_tensors="pt", input_data_format="channels_last")["pixel_values"]
+    preprocessing, edge = preprocessing_of(processor, "encoder=x")
+    level = 1 / 255 / (min(processor.image_std) if processor.do_normalize else 1)
+    torch.testing.assert_close(preprocessing([image], edge, "cpu"), expected, atol=2.01 * level, rtol=0)
+
+
+def test_an_image_processor_that_does_more_is_refused() -> None:
+    from transformers import CLIPImageProcessor
+
+    from pipeline.encoders.transformers import preprocessing_of
+
+    for wrong in ({"size": {"shortest_edge": 20}, "crop_size": 32}, {"rescale_factor": 1 / 127.5}, {"resample": 5}):
+        with pytest.raises(ConfigError, match="encoder=x: its CLIPImageProcessor"):
+            preprocessing_of(CLIPImageProcessor(**wrong), "encoder=x")
