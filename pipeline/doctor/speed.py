@@ -50,14 +50,14 @@ def rate(do: Callable[[int], object], count: int, seconds: float) -> float:
 def decoding(resolution: int, seconds: float) -> Finding:
     """Images a second that one core decodes, resizes and crops, as a worker of precompute does."""
     from pipeline import images
+    from pipeline.encoders.crop import Crop
     from pipeline.headers import probe
 
-    files = photos()
+    files, crop = photos(), Crop(resolution)
 
     def decode(number: int) -> object:
         data = files[number % len(files)]
-        pixels = images.decode(data, probe(data), at_least=(resolution, resolution))
-        return images.resize(pixels, (resolution, resolution))
+        return crop.cut(images.decode_fast(data, probe(data)))
 
     speed = rate(decode, 1, seconds)
     text = f"one core decodes {speed:,.0f} images of {_WIDTH}x{_HEIGHT} a second"
@@ -85,7 +85,7 @@ def encoders(
             return rate(run, batch, seconds)
 
     if vae:
-        network = autoencoder(vae, device, dtype)
+        network = autoencoder(vae, device)  # float32, as precompute has it
         for resolution in resolutions:
             x = torch.rand(batch, 3, resolution, resolution, device=device) * 2 - 1
             speed = timed(lambda _, x=x: network.moments(x))  # type: ignore[misc]
