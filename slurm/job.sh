@@ -98,6 +98,7 @@ lm_noted() { cat "$lm_state/$1" 2>/dev/null || true; }
 source "$LATENTMILL_HOME/slurm/container.sh"
 
 [ "$lm_life" -gt 0 ] || rm -rf "$lm_state" 2>/dev/null || true
+if compgen -G "$lm_state/$((lm_life - 1)).*/saved" > /dev/null; then lm_note fruitless 0; fi
 lm_writable || lm_say "WARNING: $LOGS cannot be written: the work goes on, without logs of single ranks"
 
 source "$LATENTMILL_HOME/slurm/nodes.sh"
@@ -304,7 +305,7 @@ lm_ask_srun() {
 }
 
 lm_story() { # lm_story RANKS: how they ended
-  local rank words=() failed="" hung="" silent="" missing="" refused="" stopped=0 name
+  local rank words=() failed="" culprits="" hung="" silent="" missing="" refused="" stopped=0 name
   for ((rank = lm_first; rank < lm_first + $1; rank++)); do
     case ${lm_code[$rank]:-} in
       0) ;;
@@ -313,10 +314,10 @@ lm_story() { # lm_story RANKS: how they ended
       77) hung+=" $rank" ;;
       78) missing+=" $rank" ;;
       "") silent+=" $rank" ;;
-      *) failed+=" $rank(${lm_code[$rank]})" ;;
+      *) failed+=" $rank(${lm_code[$rank]})" culprits+=" $rank" ;;
     esac
   done
-  [ -z "$failed" ] || words+=("failed (with code):$failed")
+  [ -z "$failed" ] || words+=("failed (with code):$failed on$(lm_nodes_of "$culprits")")
   [ -z "$missing" ] || words+=("without their environment:$missing on$(lm_nodes_of "$missing")")
   [ -z "$refused" ] || words+=("refused by the file system:$refused on$(lm_nodes_of "$refused")")
   [ -z "$hung" ] || words+=("hung:$hung on$(lm_nodes_of "$hung")")
@@ -338,12 +339,15 @@ lm_nodes_of() { # lm_nodes_of RANKS: the nodes that they were on, a blank before
 }
 
 lm_first_error() { # ". rank 3: error: ...", of the lowest rank that gave a reason or whose log has one
-  local rank why
+  local rank why looks=5
   for rank in $(printf '%s\n' "${!lm_code[@]}" | sort -n); do
     [[ ! ${lm_code[$rank]} =~ ^(0|75|76)$ ]] || continue
     why=${lm_why[$rank]:-}
-    [ -n "$why" ] || why=$(tail -n 50 "$lm_logs-$((rank - lm_first)).log" 2>/dev/null |
-      grep -E '^[A-Za-z_.]*[Ee]rror: ' | tail -n 1)
+    if [ -z "$why" ] && [ "$looks" -gt 0 ]; then
+      looks=$((looks - 1))
+      why=$(tail -n 50 "$lm_logs-$((rank - lm_first)).log" 2>/dev/null |
+        grep -E '^[A-Za-z_.]*[Ee]rror: ' | tail -n 1 || true)
+    fi
     [ -z "$why" ] || { echo ". Rank $rank: ${why:0:400}"; return; }
   done
 }

@@ -277,6 +277,7 @@ def test_slurm_understands_every_option(slurm_cluster: Cluster, tmp_path: Path) 
     assert "#SBATCH --gpus-per-node=h100:2" in said and "--gpu-bind=closest" in said
     other = [option for option in OPTIONS if not option.startswith("gpus=")]
     assert "#SBATCH --gpus-per-node=h100:2" in slurm_cluster.run(*SUBMIT, *plan, *other, "dry_run=true").stdout
+    slurm_cluster.run("srun", "--cpu-bind=ldoms", "--mem-bind=local", "true")  # which sbatch knows nothing of
     for wrong in ("gpus_per_node=a100:1", "licenses=matlab:99", "begin=teatime2"):
         done = slurm_cluster.run(*SUBMIT, *plan, wrong, "dry_run=true", check=False)
         assert done.returncode == 1 and "refused: " in done.stdout, wrong
