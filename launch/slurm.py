@@ -106,10 +106,10 @@ def _check_first(jobs: list[Job]) -> None:
     """
     for url in {job.request.config.notify for job in jobs} - {""}:
         require_url(url)
-    coming = queued_outputs()
+    names, coming = queued()
     for job in jobs:
         waits = job.request.config.after or job.request.config.begin or "dependency" in job.request.options
-        if not waits and not find(name_of(job), patient=False):
+        if not waits and name_of(job) not in names:
             for part in job.parts or (job,):
                 try:
                     precheck.check(part, coming)
@@ -120,10 +120,11 @@ def _check_first(jobs: list[Job]) -> None:
     _check_after({job.request.config.after for job in jobs} - {""})
 
 
-def queued_outputs() -> set[str]:
-    """Places that this user's jobs in the queue work on, by their comments."""
-    said = persistently(lambda: ask("squeue", "--noheader", "--me", "--format=%k"))
-    return {place for line in said.splitlines() for place in pack.places(line.strip().partition(" ")[0])} - {""}
+def queued() -> tuple[set[str], set[str]]:
+    """Names of this user's jobs in the queue, and the places that they work on, by their comments."""
+    said = persistently(lambda: ask("squeue", "--noheader", "--me", "--format=%j %k"))
+    words = [line.split() for line in said.splitlines() if line.strip()]
+    return {word[0] for word in words}, {place for word in words for place in pack.places(" ".join(word[1:2]))} - {""}
 
 
 def _check_after(texts: set[str]) -> None:
@@ -483,16 +484,14 @@ def test_only(script: Script) -> tuple[bool, str]:
     return done.returncode == 0, _one_line(done.stderr + done.stdout)
 
 
-def find(name: str, patient: bool = True) -> tuple[str, ...]:
+def find(name: str) -> tuple[str, ...]:
     """Ids of this user's jobs of that name that wait or run. Jobs that are just ending are waited for, up to a minute:
-    they may be about to be queued again; if not ``patient``, they count."""
+    they may be about to be queued again."""
     command = ("squeue", "--noheader", "--me", f"--name={name}", "--format=%F %T")
     deadline = time.monotonic() + _ENDING
     while True:
         lines = persistently(lambda: ask(*command)).splitlines()
         states = [line.split() for line in lines if line.strip()]
-        if not patient:
-            return tuple(number for number, _ in states)
         if any(state != "COMPLETING" for _, state in states) or not states or time.monotonic() > deadline:
             return tuple(dict.fromkeys(number for number, state in states if state != "COMPLETING"))
         print(f"{name}: job {states[0][0]} is about to end: waiting for it", file=sys.stderr, flush=True)
