@@ -30,9 +30,9 @@ def _idle(slurm_cluster: Cluster) -> Iterator[None]:
 def test_jobs_are_killed_frozen_signalled_requeued_doubled_and_preempted(
     slurm_cluster: Cluster, tmp_path: Path, work: Work
 ) -> None:
-    """Six jobs at a time, each with a trouble of its own, until one that is more important wants all nodes."""
-    ways = {"kill_a_rank": "template", "tell_usr2": "template", "requeue": "array"}
-    events = [*ways, "freeze_a_rank", "submit_twice", "preempt"]
+    """Nine jobs at a time, each with a trouble of its own, until one that is more important wants all nodes."""
+    ways = {"kill_a_rank": "template", "tell_usr2": "template", "requeue": "array", "cancel_an_element": "array"}
+    events = [*ways, "freeze_a_rank", "submit_twice", "skew_clocks", "delete_logs", "preempt"]
 
     def run(event: str) -> Trial:
         return chaos.run(slurm_cluster, tmp_path / event, event, work, ways.get(event, "submit"), seed=len(event))

@@ -486,6 +486,7 @@ def open_to_others(trial: Trial) -> None:
     before = os.umask(0)
     trial.undo.append(lambda: os.umask(before))
     trial.folder.chmod(0o777)
+    trial.folder.parent.chmod(0o711)
 
 
 WRONG_CLOCK = """
