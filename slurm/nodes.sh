@@ -20,7 +20,13 @@ lm_find_bad_nodes() { # lm_find_bad_nodes alone|together RANKS: sets lm_bad
     [ -n "$node" ] || continue
     case ${lm_code[$rank]:-} in
       0 | 75 | 76) [[ $well = *" $node "* ]] || well+="$node " ;;
-      *) [[ $blamed != *" $rank "* || $bad = *" $node "* ]] || bad+="$node " ;;
+      *)
+        if [[ $blamed = *" $rank "* ]]; then
+          [[ $bad = *" $node "* ]] || bad+="$node "
+        elif [ -s "$LATENTMILL_LIFE/frozen" ] && [ -n "${lm_code[$rank]:-}" ]; then
+          well+="$node " # it only waited for those that froze
+        fi
+        ;;
     esac
   done
   if [[ $codes = *" 74 "* || $codes = *" 78 "* ]]; then
