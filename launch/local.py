@@ -219,9 +219,16 @@ class Progress:
 
     def _training(self) -> str:
         assert self._job.output is not None
-        logs = sorted((self._job.output / "logs").glob("*.jsonl"), key=lambda path: path.stat().st_mtime)
-        with suppress(OSError, ValueError, IndexError):
-            last: dict[str, Any] = json.loads(logs[-1].read_text().splitlines()[-1])
-            loss = f", loss {last['loss']:.4f}" if "loss" in last else ""
-            return f"train: step {last.get('step', '?')}/{self._job.config.steps}{loss}"
-        return ""
+        if not (last := last_logged(self._job.output)):
+            return ""
+        loss = f", loss {last['loss']:.4f}" if "loss" in last else ""
+        return f"train: step {last.get('step', '?')}/{self._job.config.steps}{loss}"
+
+
+def last_logged(run: Path) -> dict[str, Any]:
+    """The newest line of a training run's logs; empty if there is none."""
+    with suppress(OSError, ValueError, IndexError):
+        logs = sorted((run / "logs").glob("*.jsonl"), key=lambda path: path.stat().st_mtime)
+        last: dict[str, Any] = json.loads(logs[-1].read_text().splitlines()[-1])
+        return last
+    return {}

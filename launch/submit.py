@@ -10,6 +10,7 @@ qualified one (``train.batch_size=64``) for that stage alone. A stage starts whe
 from __future__ import annotations
 
 import sys
+import time
 import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
@@ -25,8 +26,10 @@ if __name__ == "__main__":
     ensure(sys.path[0])
 
 from launch import local, notify
+from launch.outcome import summary
 from launch.request import PRESETS, Launch, Request, read
 from launch.script import is_single
+from launch.submission import Submission
 from pipeline import cli
 from pipeline.config import (
     MAIN_LINE,
@@ -248,16 +251,20 @@ def run_here(jobs: list[Job], launch: Launch) -> int:
     """Run the jobs on this machine, one after the other; the first exit code that is not 0."""
     for url in {job.request.config.notify for job in jobs} - {""}:
         notify.require_url(url)
-    for number, job in enumerate(jobs, 1):
-        print(f"[{number}/{len(jobs)}] {job.stage}: {job.output or ''}", flush=True)
-        try:
-            code = inline(job) if launch.kind == "inline" else local.run(job)
-        except ConfigError as error:
-            _tell(job, 2, f"error: {error}")
-            raise
-        _tell(job, code)
-        if code:
-            return code
+    begin = time.monotonic()
+    with Submission(next((job.output for job in jobs if job.output), None), [job.stage for job in jobs]) as submission:
+        for number, job in enumerate(jobs, 1):
+            submission.at(number)
+            print(f"[{number}/{len(jobs)}] {job.stage}: {job.output or ''}", flush=True)
+            try:
+                code = inline(job) if launch.kind == "inline" else local.run(job)
+            except ConfigError as error:
+                _tell(job, 2, f"error: {error}")
+                raise
+            _tell(job, code)
+            if code:
+                return code
+    print("\n".join(summary(jobs, time.monotonic() - begin)))
     return 0
 
 

@@ -314,11 +314,13 @@ def _completed(cls: type, settings: Mapping[str, Any]) -> Settings:
 
 
 def dump(config: Any) -> str:
-    """The resolved config, one ``key=value`` a line."""
-    width = max(len(f.name) for f in dataclasses.fields(config))
-    return "\n".join(
-        f"  {f.name:<{width}} = {shown(public(getattr(config, f.name)))}" for f in dataclasses.fields(config)
-    )
+    """The settings that differ from the defaults, one ``key = value`` a line; plans and checkpoints hold all."""
+    given = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    given = {f.name: given[f.name] for f in dataclasses.fields(config) if given[f.name] != default_value(f)}
+    width = max(map(len, given), default=0)
+    lines = [f"  {name:<{width}} = {shown(public(value))}" for name, value in given.items()]
+    rest = len(dataclasses.fields(config)) - len(given)
+    return "\n".join([*lines, f"  and {rest} settings at their defaults"])
 
 
 def arguments_of(config: Any) -> list[str]:

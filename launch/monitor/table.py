@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 
-from rich.console import Group, RenderableType
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -17,6 +18,8 @@ _COLOURS = {"finished": "green", "running": "cyan", "pending": "yellow", "slow":
 _REASONS = 4
 _PROBLEMS = 12
 _HOSTS = 5
+_STAGE_COLUMNS = ("memory", "MB/s in/out", "idle", "GPU", "loss", "dropped", "samples/s", "done", "ETA", "samples")
+_RANK_COLUMNS = ("memory", "MB/s in/out", "job", "GPU", "idle", "samples/s", "at", "host", "samples", "heartbeat")
 
 
 def render(snapshot: Snapshot, rows: int) -> RenderableType:
@@ -28,6 +31,8 @@ def render(snapshot: Snapshot, rows: int) -> RenderableType:
     ]
     if snapshot.slurm:
         parts.append(Text(snapshot.slurm, "yellow"))
+    if snapshot.submission:
+        parts.append(Text(snapshot.submission, "cyan"))
     if not snapshot.stages and not snapshot.jobs:
         parts.append(Text("nothing was planned here yet, and no job for it waits"))
     if snapshot.stages:
@@ -47,7 +52,7 @@ def render(snapshot: Snapshot, rows: int) -> RenderableType:
     return Group(*parts)
 
 
-def _stages(stages: list[StageStatus]) -> Table:
+def _stages(stages: list[StageStatus]) -> FittingTable:
     rows: list[dict[str, str | Text]] = [
         {
             "stage": stage.name,
@@ -67,7 +72,7 @@ def _stages(stages: list[StageStatus]) -> Table:
         }
         for stage in stages
     ]
-    return _table(rows)
+    return FittingTable(rows, _STAGE_COLUMNS)
 
 
 def _notes(stage: StageStatus) -> Iterator[Text]:
@@ -89,8 +94,9 @@ def _notes(stage: StageStatus) -> Iterator[Text]:
         yield Text(f"{stage.name}: and {len(stage.hosts) - _HOSTS} more hosts (json=true)", "dim")
 
 
-def _ranks(stage: StageStatus, rows: int) -> Table:
-    table = _table(
+def _ranks(stage: StageStatus, rows: int) -> FittingTable:
+    shown = f": {rows} of {len(stage.ranks)} ranks; ranks=1000 shows more" if len(stage.ranks) > rows else ""
+    return FittingTable(
         [
             {
                 "rank": str(rank.rank),
@@ -109,11 +115,10 @@ def _ranks(stage: StageStatus, rows: int) -> Table:
                 "idle": f"{rank.idle:.0%}" if rank.live else "",
             }
             for rank in foremost(stage.ranks, rows)
-        ]
+        ],
+        _RANK_COLUMNS,
+        f"{stage.name}{shown}",
     )
-    shown = f": {rows} of {len(stage.ranks)} ranks; ranks=1000 shows more" if len(stage.ranks) > rows else ""
-    table.title, table.title_justify = f"{stage.name}{shown}", "left"
-    return table
 
 
 def foremost(ranks: list[RankStatus], rows: int) -> list[RankStatus]:
@@ -154,15 +159,37 @@ def megabytes(read: float, written: float) -> str:
     return f"{read / 1e6:.1f}/{written / 1e6:.1f}" if read or written else ""
 
 
-def _table(rows: Sequence[Mapping[str, str | Text]]) -> Table:
-    """A table of the columns in which anything is said."""
-    table = Table(box=None, padding=(0, 1), header_style="bold", pad_edge=False, title_style="bold")
-    names = [name for name in rows[0] if any(row[name] for row in rows)]
-    for place, name in enumerate(names):
-        table.add_column(name, justify="left" if place < 2 else "right", no_wrap=place > 0)
-    for row in rows:
-        table.add_row(*(row[name] for name in names))
-    return table
+class FittingTable:
+    """A table of the columns in which anything is said; where they do not fit, the least important ones are left out.
+
+    Args:
+        rows: Text by column.
+        least: Columns that may go, the first one first.
+    """
+
+    def __init__(self, rows: Sequence[Mapping[str, str | Text]], least: Sequence[str], title: str = "") -> None:
+        self._rows, self._least, self._title = rows, least, title
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        names = [name for name in self._rows[0] if any(row[name] for row in self._rows)]
+        widths = {name: max(len(name), *(cell_len(str(row[name])) for row in self._rows)) for name in names}
+        left_out = []
+        for name in self._least:
+            if sum(widths[n] + 2 for n in names) - 2 <= options.max_width:
+                break
+            if name in names:
+                names.remove(name)
+                left_out.append(name)
+        table = Table(box=None, padding=(0, 1), header_style="bold", pad_edge=False, title_style="bold")
+        for place, name in enumerate(names):
+            table.add_column(name, justify="left" if place < 2 else "right", no_wrap=place > 0, overflow="fold")
+        for row in self._rows:
+            table.add_row(*(row[name] for name in names))
+        if self._title:
+            yield Text(self._title, "bold")
+        yield table
+        if left_out:
+            yield Text(f"a wider terminal also shows {', '.join(reversed(left_out))}", "dim")
 
 
 def _coloured(state: str) -> Text:

@@ -25,6 +25,7 @@ from launch.monitor.joblogs import newest, only_logged
 from launch.monitor.queue import EVERY, Queue, QueuedJob
 from launch.monitor.ranks import BAD, RankStatus, statuses
 from launch.pack import comment, places
+from launch.submission import going_on
 from pipeline.config import MAIN_LINE, ConfigError
 from pipeline.efficiency import Efficiency, efficiency
 from pipeline.hosts import Hosts, HostStatus, hosts_of
@@ -32,6 +33,7 @@ from pipeline.partitions.dataset import SUCCESS, Dataset
 from pipeline.partitions.plan import BUCKET
 from pipeline.storage import GONE, Folder, StorageError
 from pipeline.telemetry import DONE, EventReader, Process
+from pipeline.training.uploads import problem as upload_problem
 
 _DEPTH = 4  # <data_dir>/<dataset>/<split>/<stage>
 _MOST_NAMES = 2000  # of a folder that holds more, the rest is not ours
@@ -98,11 +100,17 @@ class Snapshot:
     jobs: list[QueuedJob]
     slurm: str
     """What is wrong with SLURM, if anything."""
+    submission: str = ""
+    """Which stage a command is at that runs several here; looked for only when nothing else runs."""
 
     @property
     def over(self) -> bool:
         """Whether nothing runs or waits to run."""
-        return not self.jobs and not any(stage.jobs or stage.state in ACTIVE for stage in self.stages)
+        return (
+            not self.jobs
+            and not self.submission
+            and not any(stage.jobs or stage.state in ACTIVE for stage in self.stages)
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able."""
@@ -145,7 +153,11 @@ class Watch:
         """How things stand now. That all is over is only said after a fresh look at the queue and at the folders."""
         snapshot = self._look(_REDISCOVER, EVERY)
         stale = time.monotonic() - self._discovered > _FRESH
-        return self._look(_FRESH, _FRESH) if snapshot.over and stale else snapshot
+        snapshot = self._look(_FRESH, _FRESH) if snapshot.over and stale else snapshot
+        if snapshot.over:
+            folders = {folder for path in self.works for folder in (path, path.parent, path.parent.parent)}
+            snapshot.submission = going_on(sorted({folder / "logs" for folder in (self.root, *folders)}))
+        return snapshot
 
     def _look(self, folders: float, queue: float) -> Snapshot:
         """``folders``, ``queue``: how many seconds old may be what is known of them."""
@@ -469,6 +481,8 @@ class RunWork(Work):
         by_rank = {rank.rank: rank for rank in status.ranks}
         last = max((p.last for p in self.processes), key=lambda event: event.get("step", 0), default={})
         status.done, status.total, status.loss = last.get("step", 0), last.get("of", 0), last.get("loss")
+        if said := upload_problem(self.path):
+            status.problems.append(said)
         if status.ranks and all(rank.state == "finished" for rank in status.ranks):
             status.state, status.total = "finished", status.done  # it may have stopped early
             return

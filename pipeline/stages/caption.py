@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -315,25 +316,57 @@ def _fetched(url: str) -> bytes:
     return data
 
 
+def batches_about(
+    config: CaptionConfig, writer: CaptionWriter, thumbnails: list[str] | None = None
+) -> Iterator[tuple[Decoding, list[dict[str, Any]]]]:
+    """Caption what ``image_path`` names, a batch at a time: how, and a line for each image (see :func:`write_about`).
+
+    Raises:
+        ConfigError: there are no images.
+    """
+    torch.set_num_threads(config.threads)
+    found = to_write(config, writer)
+    count = 0
+    while batch := list(islice(found, config.batch_size)):
+        how = decoding_of(config, writer, [one.question for one in batch if one.question])
+        yield how, _captioned(batch, writer, how, thumbnails)
+        count += len(batch)
+    if not count:
+        raise ConfigError(f"image_path={config.image_path}: no images")
+
+
+def print_about(config: CaptionConfig, device: torch.device) -> int:
+    """Print the caption of each image that ``image_path`` names; 1 if one could not be read.
+
+    A single image's caption stands alone on its line, those of several behind the image's name and a tab.
+    """
+    single = Path(config.image_path).is_file() or "://" in config.image_path
+    failed = 0
+    for _, lines in batches_about(config, load_writer(checkpoint_of(config), device, config.precision)):
+        for line in lines:
+            if "error" in line:
+                failed += 1
+                print(f"{line['image']}: {line['error']}", file=sys.stderr)
+            else:
+                question = f"\t{line['question']}" if "question" in line and not config.question else ""
+                print(line["caption"] if single and not question else f"{line['image']}{question}\t{line['caption']}")
+    return 1 if failed else 0
+
+
 def write_about(config: CaptionConfig, device: torch.device) -> tuple[Path, list[dict[str, Any]], dict[str, float]]:
     """Caption what ``image_path`` names: where, what, and (if there are references) scores.
 
-    captions.jsonl has a line for each picture: ``image``, ``caption`` (or ``error``), ``references``; gallery.html
-    shows them. They lie in ``output=``, else in ``captions/`` of the working folder.
+    captions.jsonl in ``output=`` has a line for each image: ``image``, ``caption`` (or ``error``), ``references``;
+    gallery.html shows them.
     """
-    torch.set_num_threads(config.threads)
     writer = load_writer(checkpoint_of(config), device, config.precision)
-    place = Path(config.output or "captions")
+    place = Path(config.output)
     lines: list[dict[str, Any]] = []
     thumbnails: list[str] = []
-    found = to_write(config, writer)
     how: Decoding | None = None
     with Folder.open(place, create=True) as folder:
-        while batch := list(islice(found, config.batch_size)):
-            how = decoding_of(config, writer, [one.question for one in batch if one.question])
-            lines += _captioned(batch, writer, how, thumbnails)
-        if how is None:
-            raise ConfigError(f"image_path={config.image_path}: no pictures")
+        for decoding, batch in batches_about(config, writer, thumbnails):
+            how, lines = decoding, lines + batch
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         scores = _scores(lines, config.tokenization)
         about = {"checkpoint": checkpoint_of(config), "step": writer.step, "how": how, "question": config.question}
@@ -349,7 +382,7 @@ def write_about(config: CaptionConfig, device: torch.device) -> tuple[Path, list
 
 
 def _captioned(
-    batch: Sequence[Found], writer: CaptionWriter, how: Decoding, thumbnails: list[str]
+    batch: Sequence[Found], writer: CaptionWriter, how: Decoding, thumbnails: list[str] | None
 ) -> list[dict[str, Any]]:
     lines: list[dict[str, Any]] = []
     good: list[tuple[dict[str, Any], np.ndarray]] = []
@@ -365,7 +398,7 @@ def _captioned(
             line["error"] = str(error)
         else:
             good.append((line, picture))
-        if len(thumbnails) < _SHOWN:
+        if thumbnails is not None and len(thumbnails) < _SHOWN:
             thumbnails.append("" if "error" in line else _thumbnail(good[-1][1]))
         lines.append(line)
     if good:
@@ -403,19 +436,22 @@ def _scores(lines: Sequence[dict[str, Any]], tokenization: str) -> dict[str, flo
 
 
 @distributed
-def main(rank: Rank, config: CaptionConfig) -> None:
+def main(rank: Rank, config: CaptionConfig) -> int:
     if not config.image_path:
         engine.main(Caption, config, rank)
-        return
+        return 0
     if not rank.is_main:
-        return
+        return 0
     with errors_as_one_line():
+        if not config.output:
+            return print_about(config, rank.device)
         place, lines, scores = write_about(config, rank.device)
     for name, score in scores.items():
         print(f"{name:8} {score:.4f}")
     failed = sum("error" in line for line in lines)
-    print(f"{len(lines) - failed} captions{f', {failed} pictures could not be read' if failed else ''}: {place}")
+    print(f"{len(lines) - failed} captions{f', {failed} images could not be read' if failed else ''}: {place}")
+    return 0
 
 
 if __name__ == "__main__":
-    main(config_for("caption"))
+    sys.exit(main(config_for("caption")))

@@ -15,6 +15,7 @@ from pipeline.config import TrainConfig
 from pipeline.storage import Folder, json_bytes
 from pipeline.training.checkpoint import FOLDER as CHECKPOINTS
 from pipeline.training.checkpoint import open_checkpoint
+from pipeline.training.uploads import note
 
 FOLDER = "export"
 
@@ -85,12 +86,15 @@ class Uploads:
     """Brings folders to the Hugging Face Hub beside training, as a private repository if it is new (token: HF_TOKEN).
     That it fails is a warning, no error: a trained model must not be lost to a network.
 
+    How the last upload ended stands in ``upload.json`` of the run, for those who do not read logs.
+
     Args:
         repository: empty: nothing is uploaded.
+        run: the run's folder.
     """
 
-    def __init__(self, repository: str, log: Logger) -> None:
-        self._repository, self._log = repository, log
+    def __init__(self, repository: str, log: Logger, run: Path) -> None:
+        self._repository, self._log, self._run = repository, log, run
         self._thread: threading.Thread | None = None
 
     def start(self, folder: Path) -> None:
@@ -116,7 +120,9 @@ class Uploads:
             api.create_repo(self._repository, private=True, exist_ok=True)
             api.upload_folder(repo_id=self._repository, folder_path=folder, commit_message=folder.name)
             self._log.info("uploaded %s to %s", folder, self._repository)
+            note(self._run, self._repository, folder, "")
         except Exception as error:
+            note(self._run, self._repository, folder, _line(error))
             self._log.warning(
                 "hub_repo=%s: the upload failed (%s); %s is complete", self._repository, _line(error), folder
             )

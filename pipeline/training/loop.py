@@ -179,7 +179,7 @@ class Training:
         self.verdicts = Verdicts(rank.device, config.max_skipped, state.skipped)
         self.requests = StopRequests(rank)
         self.profiler = Profiler(run, rank, config.profile, left)
-        self.uploads = Uploads(config.hub_repo, rank.log)
+        self.uploads = Uploads(config.hub_repo, rank.log, run.path)
         self.unread: list[tuple[int, float, float]] = []
         """Step, seconds without data and learning rate of each step whose verdict was not read."""
         self.last = {"loss": math.nan, "grad_norm": math.nan, "lr": math.nan}

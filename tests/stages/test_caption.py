@@ -21,7 +21,7 @@ from pipeline.cli import build
 from pipeline.config import STAGES, CaptionConfig, ConfigError, TrainConfig
 from pipeline.distributed import Rank
 from pipeline.partitions.dataset import Dataset, RandomAccess
-from pipeline.stages.caption import load_writer, write_about
+from pipeline.stages.caption import load_writer, main, write_about
 from pipeline.storage import Folder
 from pipeline.training.checkpoint import open_checkpoint
 from pipeline.training.logs import read_log
@@ -241,6 +241,27 @@ def test_questions_of_a_data_set_are_answered(data: Path, tmp_path: Path, monkey
     picture.write_bytes(rows[0]["jpg"])
     with pytest.raises(ConfigError, match="question=: this run answers questions"):
         write_about(build(CaptionConfig, {**given, "image_path": str(picture)}), torch.device("cpu"))
+
+
+def test_without_an_output_captions_are_printed_and_nothing_is_written(
+    data: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = RandomAccess(Dataset.open(data / "shard")).rows([0, 1])
+    (tmp_path / "in").mkdir()
+    for name, row in zip("ab", rows, strict=True):
+        (tmp_path / f"in/{name}.png").write_bytes(row["jpg"])
+    monkeypatch.chdir(tmp_path)
+    given = {"checkpoint": str(run), "threads": 1}
+    assert main(build(CaptionConfig, {**given, "image_path": "in"})) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition("\t")[0] for line in lines] == ["a.png", "b.png"]
+    assert main(build(CaptionConfig, {**given, "image_path": "in/a.png"})) == 0
+    assert capsys.readouterr().out.splitlines() == [lines[0].partition("\t")[2]]
+    (tmp_path / "in/c.png").write_bytes(b"no image")
+    assert main(build(CaptionConfig, {**given, "image_path": "in"})) == 1
+    said = capsys.readouterr()
+    assert said.out.splitlines() == lines and said.err.startswith("c.png: ")
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
 def test_pictures_of_a_folder_and_those_that_are_none(data: Path, run: Path, tmp_path: Path) -> None:

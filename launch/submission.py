@@ -1,0 +1,81 @@
+"""A command that runs several stages here leaves a note for status.py, which then waits between two of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+
+_EVERY = 5.0  # seconds between two signs of life
+_STALE = 30.0
+_NAME = "submission."
+
+
+class Submission:
+    """Context: while it lasts, a file in ``logs/`` beside the first output says which stage runs, of how many.
+
+    Args:
+        first: Output of the first stage that has one; None: there is nothing to look at.
+        stages: Their names, in order.
+    """
+
+    def __init__(self, first: Path | None, stages: Iterable[str]) -> None:
+        self._stages = list(stages)
+        self._path = first.parent / "logs" / f"{_NAME}{socket.gethostname()}.{os.getpid()}.json" if first else None
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._live, daemon=True)
+
+    def __enter__(self) -> Submission:
+        if self._path and len(self._stages) > 1:
+            self._thread.start()
+        else:
+            self._path = None
+        return self
+
+    def at(self, number: int) -> None:
+        """The stage of this number, from 1, begins."""
+        if self._path is None:
+            return
+        said = {"host": socket.gethostname(), "pid": os.getpid(), "stages": self._stages, "at": number}
+        attempt = self._path.with_name(f".{self._path.name}")
+        with suppress(OSError):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            attempt.write_text(json.dumps(said))
+            os.replace(attempt, self._path)
+
+    def _live(self) -> None:
+        while not self._over.wait(_EVERY):
+            with suppress(OSError):
+                os.utime(self._path or "")
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._path is not None:
+            self._over.set()
+            self._thread.join()
+            self._path.unlink(missing_ok=True)
+
+
+def going_on(logs: Iterable[Path]) -> str:
+    """What a submission says in one of these folders, if one lives: ``stage 2 of 3, shard, of a command on here``."""
+    for folder in logs:
+        with suppress(OSError, ValueError, KeyError, IndexError, TypeError):
+            for path in folder.glob(f"{_NAME}*.json"):
+                said = json.loads(path.read_text())
+                if _lives(path, str(said["host"]), int(said["pid"])):
+                    at, stages = int(said["at"]), list(said["stages"])
+                    return f"stage {at} of {len(stages)}, {stages[at - 1]}, of a command on {said['host']}"
+    return ""
+
+
+def _lives(path: Path, host: str, process: int) -> bool:
+    if host == socket.gethostname():
+        return Path(f"/proc/{process}").exists()
+    return time.time() - path.stat().st_mtime < _STALE

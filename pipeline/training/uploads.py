@@ -1,0 +1,29 @@
+"""How the last upload of a run ended, for those who do not read its logs: submit.py and status.py."""
+
+from __future__ import annotations
+
+import json
+import os
+from contextlib import suppress
+from pathlib import Path
+
+FILE = "upload.json"
+
+
+def note(run: Path, repository: str, folder: Path, error: str) -> None:
+    """Write down that ``folder`` was uploaded, or why not. A run never fails of it."""
+    attempt = run / f".{FILE}.{os.getpid()}"
+    with suppress(OSError):
+        attempt.write_text(json.dumps({"repository": repository, "folder": str(folder), "error": error}))
+        os.replace(attempt, run / FILE)
+
+
+def problem(run: Path) -> str:
+    """What went wrong with the run's last upload, and what to do about it; empty if nothing did."""
+    try:
+        said = json.loads((run / FILE).read_text())
+        error, repository, folder = (str(said[name]) for name in ("error", "repository", "folder"))
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+    by_hand = f"huggingface-cli upload {repository} {folder}"
+    return f"upload to hub_repo={repository} failed: {error}; {folder} is complete: {by_hand}" if error else ""

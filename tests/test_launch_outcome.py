@@ -1,0 +1,139 @@
+"""What a command says at its end, what status says meanwhile, and how that fits on a terminal."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from stages.conftest import run_stage
+
+from launch import outcome, submit
+from launch.monitor.table import FittingTable
+from launch.monitor.watch import Watch
+from launch.submission import Submission, going_on
+from pipeline import cli
+from pipeline.config import FilterConfig
+from pipeline.training import uploads
+
+SHAPES = ["dataset=shapes", "source=shapes", "count=30", "image_size=64", "download.partition_size=10"]
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return tmp_path / "data"
+
+
+def submitted(*arguments: str) -> int:
+    return submit.main([*arguments, "cluster=inline"])
+
+
+def test_a_command_ends_with_what_was_made_where_and_what_is_next(
+    data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["stage=download,filter", *SHAPES, f"data_dir={data}", "min_image_size=64", "workers=0"]
+    assert submitted(*arguments) == 0
+    lines = capsys.readouterr().out.splitlines()
+    at = next(number for number, line in enumerate(lines) if line.startswith("done in "))
+    assert [line.split()[0] for line in lines[at + 1 : at + 3]] == ["download", "filter"]
+    assert f"{data}/shapes/train/filter: 30 of 30 samples kept" in lines[at + 2]
+    assert lines[-1] == f"next: python launch/submit.py stage=shard dataset=shapes data_dir={data}"
+    elsewhere = [f"input={data}/shapes/train/download", f"output={data / 'x'}", "min_image_size=65", "workers=0"]
+    assert submitted("stage=filter", *elsewhere) == 0
+    assert "0 of 30 samples kept, 30 dropped (30 too_small)" in capsys.readouterr().out
+
+
+def test_failures_are_told_with_their_reasons_and_an_example(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "images").mkdir()
+    for number in range(4):
+        (tmp_path / f"images/{number}.jpg").write_bytes(b"\xff\xd8\xffnot an image" * 9)
+    run_stage("download", source="image_folder", input=str(tmp_path / "images"), output=str(tmp_path / "download"))
+    given = [f"input={tmp_path / 'download'}", f"output={tmp_path / 'filter'}", "max_failed_fraction=1", "workers=0"]
+    assert submitted("stage=filter", *given) == 0
+    said = capsys.readouterr().out
+    assert "0 of 4 samples kept, 4 failed" in said
+    assert re.search(r"failed: .*4 times \(as .*\)", said)
+    assert said.splitlines()[-1].startswith("next: python -m pipeline.stages.shard input=")
+
+
+@pytest.mark.parametrize("stage", ["download", "filter", "shard", "precompute", "features", "train", "generate"])
+def test_the_next_command_is_one_that_can_be_given(stage: str, data: Path) -> None:
+    launch = submit.read([f"stage={stage}", "dataset=shapes", f"data_dir={data}"])
+    (job,) = submit.jobs_of(launch.config, launch.settings, launch.requests)
+    words = shlex.split(outcome.next_command(job))
+    assert words[:2] == ["python", "launch/submit.py"]
+    following = submit.read(words[2:])
+    assert submit.jobs_of(following.config, following.settings, following.requests)
+
+
+def test_an_upload_that_failed_is_told_at_the_end_and_by_status(data: Path) -> None:
+    run = data / "shapes/runs/diffuse"
+    (run / "checkpoints").mkdir(parents=True)
+    uploads.note(run, "me/model", run / "export", "")
+    assert uploads.problem(run) == ""
+    uploads.note(run, "me/model", run / "export", "HTTPError: 401")
+    said = f"upload to hub_repo=me/model failed: HTTPError: 401; {run / 'export'} is complete"
+    assert said in uploads.problem(run)
+    launch = submit.read(["stage=train", "dataset=shapes", f"data_dir={data}"])
+    assert any(said in line for line in outcome.summary(submit.jobs_of(launch.config, launch.settings), 4000.0))
+    assert any(said in problem for stage in Watch(data).look().stages for problem in stage.problems)
+
+
+def test_status_waits_between_two_stages_of_a_command(data: Path) -> None:
+    run_stage("download", source="shapes", count=5, output=str(data / "shapes/train/download"))
+    assert Watch(data).look().over
+    with Submission(data / "shapes/train/download", ["download", "filter"]) as submission:
+        submission.at(2)
+        for place in (data, data / "shapes/train", data / "shapes/train/download"):
+            snapshot = Watch(place).look()
+            assert not snapshot.over
+            assert "stage 2 of 2, filter" in snapshot.submission
+    assert Watch(data).look().over
+    assert list((data / "shapes/train/logs").iterdir()) == []
+
+
+def test_a_command_that_was_killed_is_not_waited_for(tmp_path: Path) -> None:
+    with Submission(tmp_path / "a/download", ["a", "b"]) as submission:
+        submission.at(1)
+        (path,) = (tmp_path / "a/logs").glob("submission.*")
+        said = json.loads(path.read_text())
+        assert going_on([tmp_path / "a/logs"])
+        path.write_text(json.dumps({**said, "pid": 2**22 + 1}))
+        assert going_on([tmp_path / "a/logs"]) == ""
+        path.write_text("{")
+        assert going_on([tmp_path / "a/logs"]) == ""
+
+
+@pytest.mark.parametrize("width", [200, 80, 40])
+def test_names_stay_and_less_important_columns_go_where_a_table_does_not_fit(width: int) -> None:
+    rows = [
+        {"stage": f"shapes/train/stage-{n}", "state": "running", "samples": "12345", "memory": "1.5 GB"} for n in (1, 2)
+    ]
+    console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(FittingTable([{**row, "rate": "9" * 60} for row in rows], ("rate", "memory", "samples")))
+    said = console.export_text()
+    assert "shapes/train/stage-2" in said and "running" in said
+    assert ("9" * 60 in said) == (width == 200)
+    assert ("also shows" in said) == (width < 200)
+    assert max(map(len, said.splitlines())) <= width
+
+
+def test_a_rehearsal_says_what_the_run_would_refuse(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = [*SHAPES, f"data_dir={data}"]
+    assert submitted("stage=download", *given) == 0
+    assert submitted("stage=download,filter", *given, "dry_run=true") == 0
+    assert submitted("stage=download,filter", *given[:2], "count=31", *given[3:], "dry_run=true") == 2
+    assert "would stop: " in capsys.readouterr().out
+
+
+def test_the_start_shows_what_differs_from_the_defaults() -> None:
+    text = cli.dump(cli.load("filter", ["min_image_size=8", "contact=x", "source=url_list", "fuse=true"]))
+    lines = [line.split() for line in text.splitlines()]
+    assert [line[0] for line in lines[:-1]] == ["source", "contact", "fuse", "min_image_size"]
+    assert lines[-1] == ["and", str(len(fields(FilterConfig)) - 4), "settings", "at", "their", "defaults"]
