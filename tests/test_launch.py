@@ -115,7 +115,7 @@ def test_a_failing_rank_ends_the_others_and_its_log_is_shown(tmp_path: Path) -> 
         f"captions={tmp_path / 'captions.json'}", "ranks=2",
     )  # fmt: skip
     assert done.returncode == 2
-    assert "a row needs a name" in done.stdout
+    assert "row 1: no JSON object" in done.stdout
     assert "failed with code 2; logs in" in done.stderr
 
 
