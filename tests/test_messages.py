@@ -27,8 +27,8 @@ SAID_OF_ANY_COMMAND = {"stage", "key", "help"}
 """``stage=filter`` names another command."""
 IN_VALUES = {"layer", "length"}
 """Parts of a value: ``text_encoder=clip:name#layer=penultimate``."""
-ELSEWHERE = {"journal_mode", "synchronous", "bytes", "version", "charset"}
-"""SQLite, HTTP."""
+ELSEWHERE = {"journal_mode", "synchronous", "bytes", "version", "charset", "acdirmax", "user"}
+"""SQLite, HTTP, mount options, SLURM's own commands."""
 
 
 def options_of(*configs: type) -> set[str]:
@@ -50,7 +50,7 @@ OWNERS: dict[str, tuple[type, ...]] = {
 }
 """Whose options a message may name, where only these commands say it."""
 MEANT_FOR_OTHERS: dict[str, set[str]] = {
-    "pipeline/partitions": {"keep_raw", "keep", "takedown"},  # what has removed data; the list that is read
+    "pipeline/partitions": {"keep_raw", "keep", "takedown", "source"},  # what has removed data; lists; other stages
     "pipeline/training": {"checkpoint"},  # of the stages that use a trained run
     "pipeline/stages/caption.py": {"prompt"},  # how the run was to be trained
     "pipeline/stages/generate.py": {"text_encoder"},  # how its latents were made
