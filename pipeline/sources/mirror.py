@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from functools import cached_property
 from itertools import takewhile
@@ -15,7 +16,8 @@ class Mirror:
     """Finds in a folder what lies at a URL, or at a path in a repository.
 
     The file may lie below the folder under the URL's whole path (with or without the host) or any end of it, down to
-    its name alone: the longest end that is there counts. Else it is the one file of its name in any folder below.
+    its name alone: the longest end that is there counts. Else it is the one file of its name in any folder below,
+    or what is left of a packed one when it has been unpacked.
 
     Raises:
         ConfigError: there is no such folder.
@@ -33,6 +35,12 @@ class Mirror:
             parts = urlsplit(place)
             path = f"{parts.hostname or ''}/{unquote(parts.path)}"
         names = [part for part in PurePosixPath(path).parts if part not in ("", ".", "..", "/") and "\0" not in part]
+        if not names:
+            return None
+        bare = re.sub(r"(\.tar)?\.(gz|tgz|bz2|xz)$|\.tgz$", "", names[-1])
+        return self._found(names) or (self._found([*names[:-1], bare]) if bare != names[-1] else None)
+
+    def _found(self, names: list[str]) -> Path | None:
         for first in range(len(names)):
             file = self.root.joinpath(*names[first:])
             try:
@@ -40,7 +48,7 @@ class Mirror:
                     return file
             except OSError:  # a name longer than a file system takes
                 continue
-        return self._elsewhere(names) if names else None
+        return self._elsewhere(names)
 
     def _elsewhere(self, names: list[str]) -> Path | None:
         """The file of this name anywhere below the folder, if there is just one whose path has most in common."""

@@ -438,3 +438,30 @@ def test_ranges_of_archives_are_expanded_in_every_list_of_urls(memory: Path) -> 
     for source, url in (("http_archive", "{00..02}.tar"), ("webdataset", "{00..02}.tar"), ("url_list", "{0..2}.jsonl")):
         settings = {"source": source, "urls": (f"https://h.example/{url}",), "mirror": str(memory / "m")}
         assert download(memory / source, settings)["counts"]["kept"] == 3
+
+
+@pytest.mark.parametrize("unpacked", [True, False])
+@pytest.mark.parametrize("setting", ["input", "mirror"])
+def test_journeydb_as_it_was_fetched_by_hand(memory: Path, setting: str, unpacked: bool) -> None:
+    """Archives and annotations in a folder, in whatever depth, packed or not, and not all of them."""
+    notes = [{"img_path": f"./007/{n}.jpg", "prompt": f"prompt {n}"} for n in range(3)]
+    annotations = "train_anno_realease_repath.jsonl"
+    images = {f"./007/{n}.jpg": photo(n) for n in range(3)}
+    write(memory / "raw/train/imgs/007.tgz", gzip.compress(tar_of(images)))
+    if unpacked:
+        write(memory / "raw/train" / annotations, jsonl(notes))
+    else:
+        packed = gzip.compress(tar_of({annotations: jsonl(notes).encode()}))
+        write(memory / f"raw/train/{annotations}.tgz", packed)
+    success = run_stage("download", "dataset=jdb", f"{setting}={memory / 'raw'}", f"output={memory / 'download'}")
+    assert [row["caption"] for row in kept(memory)] == ["prompt 0", "prompt 1", "prompt 2"]
+    assert left_out(memory)["not_in_mirror"][0] == 199 and success["counts"]["kept"] == 3
+
+
+def test_journeydb_unpacked_with_its_list_of_captions(memory: Path) -> None:
+    notes = [{"img_path": f"./007/{n}.jpg", "prompt": f"prompt {n}"} for n in range(3)]
+    for number in range(3):
+        write(memory / f"imgs/007/{number}.jpg", photo(number))
+    captions = write(memory / "train_anno_realease_repath.jsonl", jsonl(notes))
+    download(memory, {"source": "image_folder", "input": str(memory / "imgs"), "captions": str(captions)})
+    assert [row["caption"] for row in kept(memory)] == ["prompt 0", "prompt 1", "prompt 2"]
