@@ -355,9 +355,22 @@ class FilterConfig(SourceConfig):
     icc: str = option(
         "srgb", "convert colours by the embedded profile, or ignore it", identity=True, choices=("srgb", "ignore")
     )
+    upscale: bool = option(
+        False,
+        "enlarge smaller images to max_image_size, too (min_image_size drops them before)",
+        identity=True,
+        when="resize_mode!=no and max_image_size",
+    )
+    interpolation: str = option(
+        "bicubic",
+        "how pixels are computed when sizes change; area: means of boxes",
+        identity=True,
+        choices=("bicubic", "lanczos", "bilinear", "area"),
+        when="resize_mode!=no and max_image_size",
+    )
     resize: str = option(
         "fast",
-        "which bicubic; simd: pillow-simd, where it replaces Pillow",
+        "which implementation; simd: pillow-simd, where it replaces Pillow",
         identity=True,
         choices=("fast", "pillow", "simd"),
     )

@@ -1,11 +1,11 @@
 """Images, bytes to bytes: probe, decode, filter, resize, encode. No files, no SLURM, no torch.
 
-What becomes of the sizes is `geometry`; nothing is ever upscaled. `min_image_size`, `max_image_area` and
-`max_aspect_ratio` are checked on the original.
+What becomes of the sizes is `geometry`; nothing is upscaled unless `upscale` asks for it. `min_image_size`,
+`max_image_area` and `max_aspect_ratio` are checked on the original.
 
-The interpolation is bicubic (a = -0.5) with antialiasing, on 8-bit values as they are stored (no gamma). JPEGs are
-decoded at 1/2, 1/4 or 1/8 of their size where both edges stay at least twice the target; the rest is bicubic. An ICC
-profile is applied after resizing, EXIF's orientation as well.
+The interpolation is bicubic (a = -0.5), or another of `INTERPOLATIONS`, with antialiasing, on 8-bit values as they are
+stored (no gamma). JPEGs are decoded at 1/2, 1/4 or 1/8 of their size where both edges stay at least twice the target;
+the rest is interpolated. An ICC profile is applied after resizing, EXIF's orientation as well.
 
 What passes through untouched: an upright, single-frame JPEG, PNG or WebP of 8-bit RGB or grey without alpha, in sRGB or
 without a profile, whose size needs no change, and which decodes without a complaint. Everything else is encoded anew,
@@ -50,6 +50,7 @@ from pipeline.phash import EDGE, phash
 __all__ = [
     "ENCODE_FORMATS",
     "FORMATS",
+    "INTERPOLATIONS",
     "RESIZERS",
     "RESIZE_MODES",
     "Dropped",
@@ -78,6 +79,7 @@ Size = tuple[int, int]
 """Width and height in pixels."""
 
 RESIZE_MODES = ("keep_ratio", "keep_ratio_largest", "center_crop", "border", "no")
+INTERPOLATIONS = ("bicubic", "lanczos", "bilinear", "area")
 ENCODE_FORMATS = ("jpg", "png", "webp", "auto")
 VALIDATIONS = ("full", "header")
 ICC_MODES = ("srgb", "ignore")
@@ -129,6 +131,11 @@ class Rules:
     resize: str = "fast"
     """Which bicubic, one of `RESIZERS`: `fast` (SIMD), `pillow`, or `simd` (pillow-simd in Pillow's place)."""
 
+    interpolation: str = "bicubic"
+    """One of `INTERPOLATIONS`, all antialiased."""
+    upscale: bool = False
+    """Whether smaller images are enlarged to `max_image_size`, too."""
+
     def __post_init__(self) -> None:
         for name in ("min_image_size", "max_image_size", "max_image_area", "max_aspect_ratio"):
             if not getattr(self, name) >= 0:
@@ -141,6 +148,7 @@ class Rules:
             ("resize_mode", RESIZE_MODES),
             ("validate", VALIDATIONS),
             ("icc", ICC_MODES),
+            ("interpolation", INTERPOLATIONS),
         ):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)} is not one of {', '.join(known)}")
@@ -225,7 +233,7 @@ def _whole(data: bytes, header: Probe, size: Size, rules: Rules, limits: Limits)
     resized = size != header.upright
     pixels, scale = _decode(data, header, limits, size if rules.scaled_decode and resized else None, rules)
     if resized:
-        pixels = _resize_stored(pixels, scale, header, size, rules.resize)
+        pixels = _resize_stored(pixels, scale, header, size, rules)
     pixels = _upright(pixels, _turn(header))
     if header.icc and header.mode in _BY_PROFILE and colour.converts(header.icc, _BY_PROFILE[header.mode]):
         pixels = _converted(pixels, header.icc, _BY_PROFILE[header.mode])
@@ -283,27 +291,29 @@ def geometry(width: int, height: int, rules: Rules) -> Geometry:
     - `border`: as `keep_ratio_largest`, then centred on a square of m in the background's colour.
     - `no`: as it is.
 
-    Ratios are rounded half up, in integers, so that no platform rounds differently.
+    With `upscale` an edge below m becomes m likewise. Ratios are rounded half up, in integers, so that no platform
+    rounds differently.
     """
     most = rules.max_image_size
     if rules.resize_mode == "no" or most == 0:
         return Geometry((width, height), (width, height))
     if rules.resize_mode in ("keep_ratio", "center_crop"):
-        sized = target_size(width, height, most)
+        sized = target_size(width, height, most, upscale=rules.upscale)
         square = min(sized)
         return Geometry(sized, (square, square) if rules.resize_mode == "center_crop" else sized)
-    sized = _scaled(width, height, most, max(width, height))
+    sized = _scaled(width, height, most, max(width, height), rules.upscale)
     return Geometry(sized, (most, most) if rules.resize_mode == "border" else sized)
 
 
-def target_size(width: int, height: int, max_image_size: int) -> Size:
-    """(width, height) after resizing with `keep_ratio`: the smaller edge at most `max_image_size` (0: any)."""
-    return _scaled(width, height, max_image_size, min(width, height))
+def target_size(width: int, height: int, max_image_size: int, *, upscale: bool = False) -> Size:
+    """(width, height) after resizing with `keep_ratio`: the smaller edge at most `max_image_size` (0: any), or with
+    `upscale` just that."""
+    return _scaled(width, height, max_image_size, min(width, height), upscale)
 
 
-def _scaled(width: int, height: int, most: int, edge: int) -> Size:
-    """The size at which `edge`, one of the two, is at most `most` (0: any)."""
-    if most == 0 or edge <= most:
+def _scaled(width: int, height: int, most: int, edge: int, upscale: bool) -> Size:
+    """The size at which `edge`, one of the two, is at most `most` (0: any), or with `upscale` just that."""
+    if most == 0 or (edge <= most and not upscale):
         return width, height
     return max(1, (2 * width * most + edge) // (2 * edge)), max(1, (2 * height * most + edge) // (2 * edge))
 
@@ -539,61 +549,75 @@ def _converted(pixels: Pixels, icc: bytes, mode: str) -> Pixels:
 
 
 def resize(
-    pixels: Pixels, size: Size, backend: str = "fast", box: tuple[float, float, float, float] | None = None
+    pixels: Pixels,
+    size: Size,
+    backend: str = "fast",
+    box: tuple[float, float, float, float] | None = None,
+    interpolation: str = "bicubic",
 ) -> Pixels:
     """`pixels` (h, w, c), or the part of them within `box` (left, top, right, bottom; fractions count), at `size` in
-    antialiased bicubic interpolation, by one of `RESIZERS`."""
+    antialiased interpolation, one of `INTERPOLATIONS` by one of `RESIZERS`."""
+    backend = "pillow" if interpolation == "area" else backend  # others place the edges of boxes elsewhere
     width, height = pixels.shape[1::-1]
     # CMYK is what Pillow calls four plain bytes per pixel; it takes such an array as it is, without a copy.
     image = Image.frombuffer("CMYK", (width, height), pixels, "raw", "CMYK", 0, 1) if pixels.shape[2] == 4 else None
-    sized = RESIZERS[backend](image or Image.fromarray(pixels), size, box or (0, 0, width, height))
+    sized = RESIZERS[backend](image or Image.fromarray(pixels), size, box or (0, 0, width, height), interpolation)
     return np.asarray(sized)
 
 
-def _resize_stored(pixels: Pixels, scale: int, header: Probe, size: Size, backend: str) -> Pixels:
+def _resize_stored(pixels: Pixels, scale: int, header: Probe, size: Size, rules: Rules) -> Pixels:
     """An image as it is stored, decoded at 1/`scale` of its size, brought to `size` (upright).
 
     A fraction that does not divide the size leaves a last row and column of which only a part lies in the picture:
     taking them as whole ones would shift it by up to a pixel, which costs 6 dB. All orientations give the same pixels:
     a picture that lies on its side is resized along the other axis first.
     """
+    backend, kind = rules.resize, rules.interpolation
     width, height = header.upright if header.format == "tiff" else (header.width, header.height)
     box = (0, 0, width / scale, height / scale)
     if _turn(header) < 5:
-        return resize(pixels, size, backend, box)
+        return resize(pixels, size, backend, box, kind)
     across, down = size[::-1]
     if backend == "fast":  # columns first; Pillow: rows first
         return resize(
-            resize(pixels, (across, pixels.shape[0]), backend, (0, 0, box[2], pixels.shape[0])),
+            resize(pixels, (across, pixels.shape[0]), backend, (0, 0, box[2], pixels.shape[0]), kind),
             (across, down),
             backend,
             (0, 0, across, box[3]),
+            kind,
         )
     return resize(
-        resize(pixels, (pixels.shape[1], down), backend, (0, 0, pixels.shape[1], box[3])),
+        resize(pixels, (pixels.shape[1], down), backend, (0, 0, pixels.shape[1], box[3]), kind),
         (across, down),
         backend,
         (0, 0, box[2], down),
+        kind,
     )
 
 
 Box = tuple[float, float, float, float]
 
 
-def _resize_pillow(image: Image.Image, size: Size, box: Box) -> Image.Image:
-    return image.resize(size, Image.Resampling.BICUBIC, box)
+_FILTERS = {
+    "bicubic": (FilterType.catmull_rom, Image.Resampling.BICUBIC),
+    "lanczos": (FilterType.lanczos3, Image.Resampling.LANCZOS),
+    "bilinear": (FilterType.bilinear, Image.Resampling.BILINEAR),
+    "area": (FilterType.box, Image.Resampling.BOX),
+}
 
 
-def _resize_fast(image: Image.Image, size: Size, box: Box) -> Image.Image:
+def _resize_pillow(image: Image.Image, size: Size, box: Box, interpolation: str) -> Image.Image:
+    return image.resize(size, _FILTERS[interpolation][1], box)
+
+
+def _resize_fast(image: Image.Image, size: Size, box: Box, interpolation: str) -> Image.Image:
     """In integers: its result does not depend on the CPU's instruction set. One thread, Pillow's memory in and out."""
     left, top, right, bottom = box
     sized = Image.new(image.mode, size)
-    options = ResizeOptions(_BICUBIC, crop_box=CropBox(left, top, right - left, bottom - top))
+    algorithm = ResizeAlg.convolution(_FILTERS[interpolation][0])
+    options = ResizeOptions(algorithm, crop_box=CropBox(left, top, right - left, bottom - top))
     _resizer().resize_pil(image, sized, options)
     return sized
-
-
-_BICUBIC = ResizeAlg.convolution(FilterType.catmull_rom)
 
 
 @cache
@@ -601,7 +625,7 @@ def _resizer() -> Resizer:
     return Resizer()
 
 
-RESIZERS: dict[str, Callable[[Image.Image, Size, Box], Image.Image]] = {
+RESIZERS: dict[str, Callable[[Image.Image, Size, Box, str], Image.Image]] = {
     "fast": _resize_fast,
     "pillow": _resize_pillow,
     "simd": _resize_pillow,

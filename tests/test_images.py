@@ -119,6 +119,43 @@ def test_exif_orientation_survives_any_bytes() -> None:
     assert exif_orientation(b"") == 1
 
 
+# ---------------------------------------------------------------- other interpolations, enlarging
+
+
+@pytest.mark.parametrize(
+    ("interpolation", "pillow"),
+    [
+        ("bicubic", Image.Resampling.BICUBIC),
+        ("lanczos", Image.Resampling.LANCZOS),
+        ("bilinear", Image.Resampling.BILINEAR),
+        ("area", Image.Resampling.BOX),
+    ],
+)
+@pytest.mark.parametrize("size", [(40, 30), (90, 70)])
+def test_each_interpolation_is_pillows(interpolation: str, pillow: Image.Resampling, size: tuple[int, int]) -> None:
+    image = picture(61, 47)
+    expected = np.asarray(image.resize(size, pillow)).astype(int)
+    for backend in ("fast", "pillow"):
+        found = resize(np.asarray(image), size, backend, interpolation=interpolation)
+        assert np.abs(found - expected).max() <= 3
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    [
+        ("keep_ratio", (130, 100)),
+        ("keep_ratio_largest", (100, 77)),
+        ("center_crop", (100, 100)),
+        ("border", (100, 100)),
+    ],
+)
+def test_small_images_are_enlarged_where_that_is_asked_for(mode: str, expected: tuple[int, int]) -> None:
+    rules = Rules(min_image_size=0, max_image_size=100, resize_mode=mode, upscale=True)
+    result = process(SAMPLES["jpeg"], rules)
+    assert (result.width, result.height) == expected and (result.source_width, result.source_height) == (61, 47)
+    assert process(SAMPLES["jpeg"], replace(rules, resize_mode="no")).data == SAMPLES["jpeg"]
+
+
 # ---------------------------------------------------------------- damage that does not touch the pixels
 
 LONG = "x" * 2_000_000

@@ -91,6 +91,7 @@ def describe(dataset: Dataset, samples: int, sheet: bool) -> dict[str, Any]:
         "counts": counts,
         "megabytes": counts["bytes"] / 1e6,
         "reasons": [(*name.split(":", 1), number) for name, number in reasons],
+        "left_out": left_out(dataset),
         "digest": success["content_digest"],
         "settings": dataset.header["identity"],
     }
@@ -103,6 +104,16 @@ def describe(dataset: Dataset, samples: int, sheet: bool) -> dict[str, Any]:
     if dataset.stage == "precompute":
         facts["latents"] = list(decoded_latents(dataset, min(samples, 12)))
     return facts
+
+
+def left_out(dataset: Dataset) -> list[tuple[str, int, str]]:
+    """What looked like data but became no sample: reason, how often, examples; most of all first."""
+    planned = dataset.header.get("left_out") or {}
+    rows = [(reason, found["count"], ", ".join(found["examples"])) for reason, found in planned.items()]
+    manifest = dataset.root.read_json("manifest.json") or {}
+    for name in ("noted", "metadata_left_out"):
+        rows += [(reason, count, "") for reason, count in manifest.get(name, {}).items()]
+    return sorted(rows, key=lambda row: -row[1])
 
 
 def spread(total: int, most: int) -> list[int]:

@@ -30,6 +30,7 @@ from pipeline.partitions.dataset import Dataset
 from pipeline.partitions.finalize import Unbalanced
 from pipeline.partitions.planning import Stale
 from pipeline.sources.torch_dataset import import_dataset
+from pipeline.stages import report
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 BY_TEXT = ("image_folder with texts", "image_folder with captions.csv", "url_list csv", "url_list parquet", "parquet")
@@ -252,6 +253,8 @@ def test_what_looks_like_data_in_a_folder_but_is_not_used_is_counted(memory: Pat
         "other_caption_file": (1, ["captions.csv"]),
         "caption_row_without_image": (2, ["cat/7.jpg", "8.jpg"]),
     }
+    shown = report.page(memory, 0)
+    assert "unread_image_format" in shown and "cat/2.heic, cat/3.PSD" in shown
 
 
 @pytest.mark.parametrize("pack", [tar_of, zip_of])

@@ -93,5 +93,6 @@ def test_every_rule_is_an_option_with_the_same_default() -> None:
         ("validate", images.VALIDATIONS),
         ("icc", images.ICC_MODES),
         ("resize", tuple(images.RESIZERS)),
+        ("interpolation", images.INTERPOLATIONS),
     ):
         assert set(options[name].metadata["choices"]) == set(known)
