@@ -64,8 +64,9 @@ class FileSource(Source):
     @cached_property
     def mirror(self) -> Mirror | None:
         """The folder that stands for the network: ``mirror=``, or ``input=`` where that has no other meaning."""
-        folder = self.config.mirror or (self.config.input if self.input_is_mirror else "")
-        return Mirror(folder) if folder else None
+        if self.config.mirror:
+            return Mirror(self.config.mirror)
+        return Mirror(self.config.input, "input") if self.input_is_mirror else None
 
     @property
     def input_is_mirror(self) -> bool:
@@ -111,7 +112,7 @@ class FileSource(Source):
             return place
         found = self.mirror.find(place.url)
         if found is None:
-            raise SampleError("not_in_mirror", f"{name} is not below {self.config.mirror}", retryable=True)
+            raise SampleError("not_in_mirror", f"{name} is not below {self.mirror.root}", retryable=True)
         return replace(place, url="", path=path_text(str(found)), headers={})
 
     # ---- planning
@@ -156,8 +157,8 @@ class FileSource(Source):
             known = file.mtime_ns >= 0 or not place.path
             state = None if known else local_input(real_path(place.path), file.path)
             yield replace(file, size=state.size, mtime_ns=state.mtime_ns) if state else file
-        if missing and not count:
-            raise ConfigError(f"mirror={self.config.mirror}: none of the {missing} files is in it: {first}")
+        if missing and not count and self.mirror:
+            raise ConfigError(f"{self.mirror.said}: none of the {missing} files is in it: {first}")
 
     @cached_property
     def annotations(self) -> Annotations:

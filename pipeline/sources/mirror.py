@@ -23,10 +23,11 @@ class Mirror:
         ConfigError: there is no such folder.
     """
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str, setting: str = "mirror") -> None:
         self.root = Path(folder).absolute()
+        self.said = f"{setting}={folder}"
         if not self.root.is_dir():
-            raise ConfigError(f"mirror={folder}: no such folder")
+            raise ConfigError(f"{self.said}: no such folder")
 
     def find(self, place: str) -> Path | None:
         """The file that stands for ``place``; None if there is none."""

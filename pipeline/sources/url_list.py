@@ -127,7 +127,7 @@ class UrlList(Source):
         if self.mirror:
             found = self.mirror.find(url)
             if found is None:
-                raise ConfigError(f"mirror={self.config.mirror}: {public(url)} is not in it")
+                raise ConfigError(f"{self.mirror.said}: {public(url)} is not in it")
             return found
         name = unquote(urlsplit(url).path).rpartition("/")[2] or "list.txt"
         digest = hashlib.sha256(str(public(url)).encode()).hexdigest()[:16]

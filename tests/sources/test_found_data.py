@@ -414,6 +414,13 @@ def test_files_that_a_partial_mirror_lacks_are_counted(memory: Path) -> None:
         download(memory / "other", settings | {"urls": ("https://h.example/x/9.tar",)})
 
 
+def test_the_setting_that_names_no_folder_is_the_one_that_was_given(memory: Path) -> None:
+    settings = {"source": "torchvision", "files": ("mnist",)}
+    for setting in ("mirror", "input"):
+        with pytest.raises(ConfigError, match=rf"^{setting}=.*nowhere: no such folder"):
+            download(memory, {**settings, setting: str(memory / "nowhere")})
+
+
 def test_a_mirror_is_checked_against_the_same_hashes(memory: Path) -> None:
     write(memory / "m/a.tar", tar_of({"a.jpg": photo(0)}))
     settings = {"source": "http_archive", "urls": ("https://h.example/a.tar",), "mirror": str(memory / "m")}
@@ -468,3 +475,22 @@ def test_journeydb_unpacked_with_its_list_of_captions(memory: Path) -> None:
     captions = write(memory / "train_anno_realease_repath.jsonl", jsonl(notes))
     download(memory, {"source": "image_folder", "input": str(memory / "imgs"), "captions": str(captions)})
     assert [row["caption"] for row in kept(memory)] == ["prompt 0", "prompt 1", "prompt 2"]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "{name}\t{url}",
+        "{name} {url}",
+        "{name},{url}",
+        '"{name}","{url}"',
+        "'{name}' '{url}'",
+    ],
+)
+def test_a_list_of_archives_may_have_commas_in_its_urls(memory: Path, line: str) -> None:
+    write(memory / "m/a,b.tar", tar_of({"a.jpg": photo(0)}))
+    said = line.format(name="a.tar", url="https://h.example/a,b.tar?sig=1,2")
+    write(memory / "l.txt", f"\ufeffname\turl\n{said}\n")
+    download(memory, {"source": "http_archive", "input": str(memory / "l.txt"), "mirror": str(memory / "m")})
+    (container,) = [row for row in fake_stage.rows(memory / "download") if row["container"]]
+    assert container["source"] == "a.tar" and len(kept(memory)) == 1
