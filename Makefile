@@ -27,6 +27,7 @@ help:
 	@echo "make slurm    only install what the tests on a real SLURM need (Debian, root)"
 	@echo "make lint     formatting, ruff, mypy       make format   mend what can be mended"
 	@echo "make bench    measure against peers        make clean    remove what was made here"
+	@echo "make gpu      on a machine with GPUs: all tests that need one, and figures in gpu.md; GPU='parts=precompute'"
 	@echo "make fuzz     damaged images for three minutes: nothing may crash, hang or flood; FUZZ='seconds=600 seed=2'"
 	@echo "make fuzz-sources   damaged lists, captions, annotations and archives; FUZZ_SOURCES='mutations=9000 seed=2'"
 	@echo "make chaos    break jobs on a real SLURM in 40 ways (Debian, root), compare results; CHAOS='trials=100 seed=2'"
@@ -94,8 +95,19 @@ demo-caption-%:
 	} 2>&1 | sed -u 's/^/$*: /'
 
 bench: setup
-	@set -e; for script in $(filter-out benchmarks/chaos.py,$(wildcard benchmarks/[!_]*.py)); do \
+	@set -e; for script in $(filter-out benchmarks/chaos.py benchmarks/gpu.py,$(wildcard benchmarks/[!_]*.py)); do \
 		echo "== $$script"; $(BIN)/python $$script; done
+
+# With VENV= the packages of PYTHON itself are taken, as on a machine that has its own torch and no network:
+# make gpu PYTHON=/opt/torch/bin/python VENV=
+GPU_PYTHON = $(if $(VENV),$(BIN)/python,$(PYTHON))
+
+gpu: $(if $(VENV),setup)
+	@$(GPU_PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || \
+		{ echo "no GPU: $(GPU_PYTHON) cannot import torch, or torch sees none; launch/doctor.py says more" >&2; exit 1; }
+	@failed=0; export HF_HUB_OFFLINE=1; \
+		$(GPU_PYTHON) -m pytest -m gpu --durations=15 $(PYTEST_ARGS) || failed=1; \
+		$(GPU_PYTHON) benchmarks/gpu.py output=gpu.md $(GPU) || failed=1; exit $$failed
 
 fuzz: setup fuzz-sources
 	$(BIN)/python tests/fuzz_images.py $(FUZZ)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -147,3 +148,34 @@ def test_a_folder_that_cannot_be_bound_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a,b").mkdir()
     with pytest.raises(ConfigError, match="container=a.sif: cannot bind .*a,b': rename this folder"):
         _ = script(f"data_dir={tmp_path}/a,b", "container=a.sif").text
+
+
+# ---- recipes of images
+
+
+def recipe_files(name: str) -> set[str]:
+    """What a recipe copies from the checkout."""
+    lines = (ROOT / "slurm/container" / name).read_text().splitlines()
+    if name == "Dockerfile":
+        return {word for line in lines if line.startswith("COPY ") for word in line.split()[1:-1]}
+    begin = lines.index("%files") + 1
+    return {line.split()[0] for line in lines[begin : lines.index("", begin)]}
+
+
+def test_both_recipes_make_the_same_image() -> None:
+    docker, apptainer = ((ROOT / "slurm/container" / name).read_text() for name in ("Dockerfile", "latentmill.def"))
+    assert recipe_files("Dockerfile") == recipe_files("latentmill.def")
+    for name in recipe_files("Dockerfile"):
+        assert (ROOT / name).exists(), name
+    base = re.search(r"^FROM (\S+)$", docker, re.MULTILINE)
+    assert base is not None and f"From: {base[1]}\n" in apptainer
+    assert "slurm/container/install.sh" in docker and "slurm/container/install.sh" in apptainer
+
+
+def test_images_get_the_packages_of_make_setup() -> None:
+    install = ROOT / "slurm/container/install.sh"
+    subprocess.run(["bash", "-n", install], check=True)
+    assert os.access(install, os.X_OK)
+    version = re.search(r"^UV_VERSION \?= (\S+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert version is not None and f"UV_VERSION:={version[1]}" in install.read_text()
+    assert "-r constraints.txt" in install.read_text() and "--no-deps" in install.read_text()

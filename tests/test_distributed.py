@@ -55,6 +55,8 @@ def summary(place: Place) -> tuple[str, int, int, int, int, str]:
         ({}, ("single", 0, 1, 0, 1, "")),
         (TORCHRUN | MASTER, ("torchrun", 5, 8, 1, 4, "gpu7")),
         ({"RANK": "0", "WORLD_SIZE": "1"}, ("torchrun", 0, 1, 0, 1, "")),
+        ({"JOB_COMPLETION_INDEX": "3", "WORLD_SIZE": "9"}, ("kubernetes", 3, 9, 0, 1, "")),
+        (TORCHRUN | MASTER | {"JOB_COMPLETION_INDEX": "1"}, ("torchrun", 5, 8, 1, 4, "gpu7")),  # training on Kubernetes
         (SRUN, ("slurm", 4, 5, 1, 3, "cn007")),
         (SRUN | MASTER, ("slurm", 4, 5, 1, 3, "gpu7")),
         (SRUN | TORCHRUN | MASTER, ("torchrun", 5, 8, 1, 4, "gpu7")),  # torchrun started by srun
@@ -80,6 +82,9 @@ def test_an_element_of_an_array_is_a_part_of_all_ranks_and_has_nobody_to_talk_to
     [
         ({"RANK": "1"}, {}, "WORLD_SIZE is not"),
         ({"RANK": "x", "WORLD_SIZE": "2"}, {}, "RANK='x' in the environment is not a number"),
+        ({"JOB_COMPLETION_INDEX": "3"}, {}, "WORLD_SIZE is not set: set it to the Job's completions"),
+        ({"JOB_COMPLETION_INDEX": "3", "WORLD_SIZE": "3"}, {}, "kubernetes says that this is rank 3 of 3"),
+        ({"JOB_COMPLETION_INDEX": "0", "WORLD_SIZE": "4"}, {"expect_world_size": 8}, "set completions: 8 of the Job"),
         ({"RANK": "2", "WORLD_SIZE": "2"}, {}, "rank 2 of 2"),
         (SRUN | {"SLURM_NODEID": "7"}, {}, "lists 3 nodes"),
         ({}, {"rank_offset": 4}, "world_size=0"),

@@ -11,7 +11,7 @@ from typing import Literal
 
 from pipeline.config import ConfigError
 
-Launcher = Literal["torchrun", "slurm", "array", "single"]
+Launcher = Literal["torchrun", "slurm", "kubernetes", "array", "single"]
 
 _BATCH_STEP = ("batch", str(2**32 - 5))  # what SLURM calls the step in which a batch script itself runs
 _PORTS = range(12_000, 28_000)  # below those that Linux gives out to clients
@@ -44,7 +44,8 @@ class Place:
 def find_place(
     environment: Mapping[str, str], *, expect_world_size: int = 0, rank_offset: int = 0, world_size: int = 0
 ) -> Place:
-    """Find the place of this process: torchrun (and accelerate) first, then a SLURM step, else it is alone.
+    """Find the place of this process: torchrun (and accelerate) first, then a SLURM step, then an indexed Job of
+    Kubernetes, else it is alone.
 
     Args:
         expect_world_size: how many processes must have been started together (of an array: by one element); 0: any.
@@ -54,7 +55,7 @@ def find_place(
     Raises:
         ConfigError: the environment contradicts itself or ``expect_world_size``, or an element exceeds its array.
     """
-    place = _from_torchrun(environment) or _from_slurm(environment) or Place()
+    place = _from_torchrun(environment) or _from_slurm(environment) or _from_kubernetes(environment) or Place()
     if not 0 <= place.rank < place.world_size:
         raise ConfigError(f"{place.launcher} says that this is rank {place.rank} of {place.world_size}")
     if expect_world_size not in (0, place.world_size):
@@ -75,6 +76,8 @@ def _advice(place: Place, environment: Mapping[str, str], wanted: int) -> str:
     """The launcher's setting that says how many processes to start."""
     if place.launcher == "slurm" or (place.launcher == "single" and "SLURM_JOB_ID" in environment):
         return f"start it with srun --ntasks={wanted}"
+    if place.launcher == "kubernetes":
+        return f"set completions: {wanted} of the Job, and WORLD_SIZE to the same"
     accelerate = f"accelerate launch needs --multi_gpu (also on CPUs) --num_processes {wanted}"
     if any(name.startswith("ACCELERATE_") for name in environment):
         return accelerate  # without GPUs and this flag it starts a single process, and says nothing
@@ -118,6 +121,24 @@ def _from_slurm(environment: Mapping[str, str]) -> Place | None:
         # a requeued job meets at another port than the zombies of its earlier life, which may be on the same node
         port=_number(environment, "MASTER_PORT", _PORTS[(7 * job + 101 * step + 1009 * life) % len(_PORTS)]),
         life=f"{job}.{step}.{life}",
+    )
+
+
+def _from_kubernetes(environment: Mapping[str, str]) -> Place | None:
+    """A pod of an indexed Job (docs/kubernetes/stage.yaml). Kubernetes says which it is, but not of how many."""
+    if "JOB_COMPLETION_INDEX" not in environment:
+        return None
+    if not environment.get("WORLD_SIZE"):
+        raise ConfigError(
+            f"JOB_COMPLETION_INDEX={environment['JOB_COMPLETION_INDEX']}, but WORLD_SIZE is not set: "
+            "set it to the Job's completions"
+        )
+    return Place(
+        rank=_number(environment, "JOB_COMPLETION_INDEX"),
+        world_size=_number(environment, "WORLD_SIZE"),
+        launcher="kubernetes",
+        address=environment.get("MASTER_ADDR", ""),
+        port=_number(environment, "MASTER_PORT", 0),
     )
 
 

@@ -1,0 +1,175 @@
+"""Every stage, task, precision, parallel mode and kernel on a real GPU: ``make gpu``.
+
+``GPU_TESTS_DEVICE=cpu`` rehearses them on a CPU: what is asked of the stages is then known to be right.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline.doctor import gpus
+from pipeline.training.logs import read_log
+
+ROOT = Path(__file__).parents[1]
+DEVICE = os.environ.get("GPU_TESTS_DEVICE", "cuda")
+COUNT = torch.cuda.device_count() if DEVICE == "cuda" and torch.cuda.is_available() else 1
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(DEVICE == "cuda" and not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+TRAINED = [
+    "steps=6", "log_every=2", "checkpoint_every=3", "batch_size=8", "model=nano", "valid_fraction=0.2",
+]  # fmt: skip
+
+
+def submit(*arguments: str, ranks: int = 1) -> None:
+    """launch/submit.py as a user runs it."""
+    command = [sys.executable, str(ROOT / "launch/submit.py"), *arguments, f"ranks={ranks}"]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=540)
+    assert not ended.returncode, ended.stdout + ended.stderr
+
+
+def program(stage: str, *arguments: str) -> str:
+    command = [sys.executable, "-m", f"pipeline.stages.{stage}", *arguments]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, timeout=540)
+    assert not ended.returncode, ended.stdout + ended.stderr
+    return ended.stdout + ended.stderr
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Drawn scenes and scanned digits up to their shards, and the latents of the scenes."""
+    folder = tmp_path_factory.mktemp("gpu")
+    common = [f"data_dir={folder}"]
+    submit("stage=download,filter,shard,precompute", "dataset=shapes", "count=48", f"device={DEVICE}", *common)
+    submit("stage=download,filter,shard", "dataset=digits", *common)
+    submit("stage=features", "dataset=shapes", "encoder=embedded", f"device={DEVICE}", *common)
+    return folder
+
+
+def train(data: Path, name: str, *settings: str, ranks: int = 1) -> list[dict[str, Any]]:
+    submit("stage=train", f"data_dir={data}", f"name={name}", f"device={DEVICE}", *TRAINED, *settings, ranks=ranks)
+    dataset = next(word.partition("=")[2] for word in settings if word.startswith("dataset="))
+    return [line for line in read_log(data / dataset / "runs" / name) if "loss" in line]
+
+
+def assert_learned(lines: list[dict[str, Any]]) -> None:
+    assert lines[-1]["step"] == 6 and all(torch.isfinite(torch.tensor(line["loss"])) for line in lines)
+
+
+# ---- latents
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("latent", ["sample", "moments"])
+def test_latents_are_made_and_verified(data: Path, dtype: str, latent: str) -> None:
+    output = data / f"latents-{dtype}-{latent}"
+    shards = f"input={data}/shapes/train/shard-mds"
+    submit(
+        "stage=precompute", shards, f"output={output}", f"model_dtype={dtype}", f"latent={latent}", f"device={DEVICE}",
+        "vae=embedded", "text_encoder=embedded", "image_resolutions=[64]", "batch_size=auto",
+    )  # fmt: skip
+    record = json.loads((output / "data/000/00000/record.json").read_text())
+    assert record["counts"]["kept"] > 0 and not record["counts"].get("failed")
+    program("verify", f"input={output}", "deep=true")
+
+
+# ---- training: tasks, precisions, parallel modes
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("task", ["diffuse", "classify", "caption"])
+def test_every_task_learns_in_every_precision(data: Path, task: str, precision: str) -> None:
+    dataset = "digits" if task == "classify" else "shapes"
+    lines = train(data, f"{task}-{precision}", f"dataset={dataset}", f"task={task}", f"precision={precision}")
+    assert_learned(lines)
+
+
+@pytest.mark.parametrize("task", ["diffuse", "classify", "caption"])
+def test_a_run_that_was_stopped_goes_on(data: Path, task: str) -> None:
+    dataset = "digits" if task == "classify" else "shapes"
+    settings = [f"dataset={dataset}", f"task={task}"]
+    submit("stage=train", f"data_dir={data}", f"name=whole-{task}", f"device={DEVICE}", *TRAINED, *settings)
+    run = data / dataset / "runs" / f"whole-{task}"
+    program("verify", f"input={run}") if (run / "plan").exists() else None
+    submit("stage=train", f"data_dir={data}", f"name=whole-{task}", f"device={DEVICE}", *TRAINED, *settings)
+    assert (run / "checkpoints/step_000006").is_dir()
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+@pytest.mark.parametrize("ranks", [1, 2, 8])
+@pytest.mark.parametrize("task", ["diffuse", "classify", "caption"])
+def test_every_task_learns_on_several_gpus(data: Path, task: str, ranks: int, mode: str) -> None:
+    if ranks > COUNT:
+        pytest.skip(f"needs {ranks} GPUs")
+    dataset = "digits" if task == "classify" else "shapes"
+    name = f"{task}-{mode}-{ranks}"
+    assert_learned(train(data, name, f"dataset={dataset}", f"task={task}", f"parallel={mode}", ranks=ranks))
+
+
+@pytest.mark.parametrize("blocks", ["ssm", "attention", "hybrid"])
+def test_vision_mamba_learns_with_every_kind_of_block(data: Path, blocks: str) -> None:
+    assert_learned(train(data, f"blocks-{blocks}", "dataset=digits", "task=classify", f"blocks={blocks}"))
+
+
+def test_compiled_networks_learn(data: Path) -> None:
+    assert_learned(train(data, "compiled", "dataset=shapes", "task=diffuse", "compile=true"))
+
+
+# ---- what comes after
+
+
+def test_images_are_drawn_and_judged(data: Path) -> None:
+    train(data, "diffuse", "dataset=shapes", "task=diffuse")
+    program("generate", "dataset=shapes", f"data_dir={data}", "steps=2", f"device={DEVICE}")
+    assert list((data / "shapes/runs/diffuse/samples").rglob("*.png"))
+    program("evaluate", "dataset=shapes", f"data_dir={data}", "metric=shapes", "steps=2", f"device={DEVICE}")
+
+
+def test_images_are_classified(data: Path) -> None:
+    train(data, "classify", "dataset=digits", "task=classify")
+    program(
+        "evaluate", "dataset=digits", f"data_dir={data}", "metric=classes", f"device={DEVICE}",
+        f"input={data}/digits/train/shard-mds",
+    )  # fmt: skip
+
+
+def test_captions_are_written(data: Path) -> None:
+    train(data, "caption", "dataset=shapes", "task=caption")
+    program(
+        "caption", f"image_path={data}/shapes/train/shard-mds", f"checkpoint={data}/shapes/runs/caption",
+        f"output={data}/captions", f"device={DEVICE}", "max_length=8",
+    )  # fmt: skip
+    assert (data / "captions/captions.jsonl").stat().st_size
+
+
+# ---- kernels, and the machine as a whole
+
+
+def test_kernels_that_are_installed_work() -> None:
+    found = list(gpus.kernels(torch.device(DEVICE)))
+    assert not [finding for finding in found if finding.state == "fail"], found
+
+
+def test_the_doctor_finds_nothing_that_would_fail(tmp_path: Path) -> None:
+    arguments = [f"data_dir={tmp_path}", "vae=embedded", "text_encoder=embedded", "seconds=0.2"]
+    command = [sys.executable, str(ROOT / "launch/doctor.py"), *arguments]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=540)
+    assert not ended.returncode, ended.stdout + ended.stderr
+
+
+@pytest.mark.parametrize("ranks", [2, 8])
+def test_ranks_on_several_gpus_reduce_over_nccl(tmp_path: Path, ranks: int) -> None:
+    if ranks > COUNT:
+        pytest.skip(f"needs {ranks} GPUs")
+    command = [sys.executable, str(ROOT / "launch/doctor.py"), f"ranks={ranks}", f"gpus={ranks}", "seconds=0.1"]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=540)
+    assert not ended.returncode and f"NCCL, {ranks} ranks" in ended.stdout, ended.stdout + ended.stderr
