@@ -15,7 +15,7 @@ unexport PYTHONDONTWRITEBYTECODE
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help setup slurm test lint format demo demo-classify demo-diffuse demo-caption bench chaos fuzz fuzz-sources clean
+.PHONY: help setup slurm test lint format demo demo-classify demo-diffuse demo-caption bench gpu chaos fuzz fuzz-sources clean
 
 help:
 	@echo "make demo     install, then run the whole pipeline on embedded data"
