@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from launch import doctor
 from launch.request import read
 from launch.submit import jobs_of
 from pipeline import cli
@@ -62,6 +63,8 @@ def test_a_command_in_the_documentation_is_one_that_can_be_given(command):
             assert jobs_of(launch.config, launch.settings, launch.requests)
     elif words[:2] == ["python", "launch/status.py"]:
         cli.build(StatusConfig, {"path": "", **cli.parse([word for word in words[2:] if "=" in word])})
+    elif words[:2] == ["python", "launch/doctor.py"]:
+        doctor.read(words[2:])
     elif words[:2] == ["python", "-m"] and words[2].startswith("pipeline.stages."):
         stage = words[2].rpartition(".")[2]
         assert stage in STAGES

@@ -10,10 +10,10 @@ from docutils.statemachine import StringList
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
-from pipeline.config import STAGES, LaunchConfig, StatusConfig
+from pipeline.config import STAGES, DoctorConfig, LaunchConfig, StatusConfig
 from pipeline.options import default_value, option_text, shown
 
-PROGRAMS = {**STAGES, "submit": LaunchConfig, "status": StatusConfig}
+PROGRAMS = {**STAGES, "submit": LaunchConfig, "status": StatusConfig, "doctor": DoctorConfig}
 
 
 class Options(SphinxDirective):
