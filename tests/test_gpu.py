@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -94,14 +95,14 @@ def test_every_task_learns_in_every_precision(data: Path, task: str, precision: 
 
 
 @pytest.mark.parametrize("task", ["diffuse", "classify", "caption"])
-def test_a_run_that_was_stopped_goes_on(data: Path, task: str) -> None:
+def test_a_run_goes_on_from_a_checkpoint_of_the_gpu(data: Path, task: str) -> None:
     dataset = "digits" if task == "classify" else "shapes"
     settings = [f"dataset={dataset}", f"task={task}"]
-    submit("stage=train", f"data_dir={data}", f"name=whole-{task}", f"device={DEVICE}", *TRAINED, *settings)
-    run = data / dataset / "runs" / f"whole-{task}"
-    program("verify", f"input={run}") if (run / "plan").exists() else None
-    submit("stage=train", f"data_dir={data}", f"name=whole-{task}", f"device={DEVICE}", *TRAINED, *settings)
-    assert (run / "checkpoints/step_000006").is_dir()
+    train(data, f"resumed-{task}", *settings)
+    newest = data / dataset / "runs" / f"resumed-{task}" / "checkpoints/step_000006"
+    shutil.rmtree(newest)
+    assert_learned(train(data, f"resumed-{task}", *settings))
+    assert newest.is_dir()
 
 
 @pytest.mark.parametrize("mode", ["ddp", "fsdp"])
