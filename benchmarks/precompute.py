@@ -209,7 +209,7 @@ def main() -> None:
         )  # fmt: skip
         device = Rank().device
         dtype = "bfloat16" if device.type == "cuda" else "float32"
-        vae, text = autoencoder(vae_name, device, dtype), text_encoder(text_name, device, dtype)
+        vae, text = autoencoder(vae_name, device), text_encoder(text_name, device, dtype)
         files = sorted((root / "images").glob("*.jpg"))[: batch * 8]
         images = [np.asarray(Image.open(file)) for file in files]
         captions = [file.with_suffix(".txt").read_text() for file in files]

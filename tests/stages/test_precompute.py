@@ -206,7 +206,9 @@ def test_moments_give_the_mode_and_the_sample(encoded: Callable[..., Dataset]) -
 
 
 def test_several_text_encoders_and_an_image_encoder(encoded: Callable[..., Dataset], clip: str) -> None:
-    dataset = encoded(text_encoder=(clip, "embedded"), image_encoder=clip, save_images=True, text_storage="int8")
+    dataset = encoded(
+        text_encoder=(clip, "embedded"), image_encoder=clip, save_images=True, text_storage="int8", pooled=True
+    )
     extra = dataset.header["extra"]
     assert extra["shapes"]["caption_latents_2"] == [16, 64] and extra["shapes"]["image_embedding"] == [16]
     assert extra["text_encoders"]["caption_latents_2"]["name"] == "embedded"
@@ -216,6 +218,7 @@ def test_several_text_encoders_and_an_image_encoder(encoded: Callable[..., Datas
     for row in rows_of(dataset).values():
         assert np.linalg.norm(values(dataset, row, "image_embedding")) == pytest.approx(1, abs=1e-2)
         assert len(row["caption_latents"]) == 77 * 34 and row["jpg"]
+        assert values(dataset, row, "caption_pooled").shape == (16,) and "caption_pooled_2" not in row
 
 
 def test_a_caption_is_stored_once_where_it_stands_first(encoded: Callable[..., Dataset]) -> None:
@@ -270,6 +273,8 @@ def test_wrong_settings_are_one_clear_error(encoded: Callable[..., Dataset]) -> 
         encoded(image_resolutions=(33,))
     with pytest.raises(ConfigError, match="text_encoder=\\[\\]: name at least one"):
         encoded(text_encoder=())
+    with pytest.raises(ConfigError, match="pooled=true: none of the text encoders has pooled embeddings"):
+        encoded(text_encoder="embedded", pooled=True)
 
 
 def test_captions_that_are_not_near_are_forgotten() -> None:
@@ -336,14 +341,22 @@ def test_a_truncated_picture_is_a_row_of_the_ledger(tmp_path: Path) -> None:
 def test_compiled_networks_give_the_same(encoded: Callable[..., Dataset], monkeypatch: pytest.MonkeyPatch) -> None:
     before = rows_of(encoded("plain"))
     compiled: list[str] = []
+    graphs: Counter[str] = Counter()
 
     def compile(self: torch.nn.Module, **options: Any) -> None:
-        compiled.append(type(self).__name__)
-        self._compiled_call_impl = torch.compile(self._call_impl, backend="eager", **options)
+        name = type(self).__name__
+        compiled.append(name)
+
+        def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+            graphs[name] += 1
+            return graph
+
+        self._compiled_call_impl = torch.compile(self._call_impl, backend=backend, **options)
 
     monkeypatch.setattr(torch.nn.Module, "compile", compile)
     after = rows_of(encoded("compiled", compile=True))
     assert compiled == ["Encoder", "Transformer"]
+    assert graphs["Encoder"] == 2, "one graph for each resolution, though the last batch of a partition is smaller"
     for key, row in after.items():
         for column in ("caption_latents", "latents_64"):
             assert_near(row[column], before[key][column])

@@ -1,0 +1,117 @@
+"""What stage=precompute costs a rank's own process for each image, with encoders that cost nothing.
+
+    python benchmarks/feed.py [images=2048] [edge=256] [resolutions=256] [batch=32] [tokens=77x1024] [rounds=3]
+
+The rank reads rows, hashes them, hands images to one decoding process, makes rows of latents and text states (those of
+ViT-H-14, a different caption for each image), writes and hashes them, and commits. Its networks, the copies to and from
+a GPU and what a GPU does to the results are left out: ready bytes stand in for them. Printed is the CPU time of the
+rank's process (all of its threads; they share the interpreter's lock) for each image after the first, and how many
+images a second that allows; the decoding process is not counted.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import simplejpeg
+import torch
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from pipeline.cli import build
+from pipeline.config import STAGES
+from pipeline.distributed import Rank
+from pipeline.encoders.embedded import EmbeddedTextEncoder
+from pipeline.latents.encoding import Batch, Encoded, Encoding
+from pipeline.latents.transfers import Transit
+from pipeline.partitions import engine
+from pipeline.stages import get_stage
+
+PARTITION = 1024
+
+
+def images(folder: Path, count: int, edge: int) -> None:
+    """JPEGs of 4:3 whose smaller edge is ``edge``, about as large in bytes as photographs, and captions."""
+    random = np.random.default_rng(0)
+    folder.mkdir(parents=True)
+    for number in range(count):
+        coarse = Image.fromarray(random.integers(0, 256, (edge // 6, edge // 4, 3), dtype=np.uint8))
+        pixels = np.asarray(coarse.resize((edge * 4 // 3, edge), Image.Resampling.BICUBIC))
+        (folder / f"{number:06}.jpg").write_bytes(simplejpeg.encode_jpeg(np.ascontiguousarray(pixels), 90))
+        (folder / f"{number:06}.txt").write_text(f"caption number {number}")
+
+
+def run_stage(stage: str, **settings: Any) -> None:
+    engine.run(get_stage(stage)(build(STAGES[stage], settings), Rank()))
+
+
+class Ready:
+    """In place of :meth:`Encoding.encode`: bytes of the right shapes that lie ready; notes the first batch's time."""
+
+    def __init__(self, resolutions: list[int], batch: int, size: int) -> None:
+        self.columns = {
+            f"latents_{r}": torch.zeros((batch, 4 * (r // 8) ** 2 * 2), dtype=torch.uint8) for r in resolutions
+        }
+        self.texts = torch.zeros((max(512, batch), size), dtype=torch.uint8)
+        self.begun: tuple[float, int] | None = None
+
+    def __call__(self, batch: Batch) -> Encoded:
+        count, captions = len(batch.slots), len(batch.captions)
+        if self.begun is None:
+            self.begun = (time.process_time(), count)
+        flags = torch.ones((max(count, captions), 2), dtype=torch.bool)
+        columns = {name: values[:count] for name, values in self.columns.items()}
+        encoded = Encoded(
+            columns, flags[:count], {"caption_latents": self.texts[:captions]}, flags[:captions], Transit()
+        )
+        batch.copied()
+        return encoded
+
+
+def measured(root: Path, resolutions: list[int], batch: int, count: int) -> float:
+    """Seconds of this process for each image, from the first batch on."""
+    size = EmbeddedTextEncoder.length * EmbeddedTextEncoder.width * 2
+    ready = Ready(resolutions, batch, size)
+    original, Encoding.encode = Encoding.encode, lambda self, given: ready(given)  # type: ignore[method-assign,assignment]
+    try:
+        settings = {"image_resolutions": resolutions, "batch_size": str(batch), "workers": 1, "latent": "sample"}
+        run_stage("precompute", input=str(root / "shards"), output=str(root / "latents"), **settings)
+    finally:
+        Encoding.encode = original  # type: ignore[method-assign]
+    shutil.rmtree(root / "latents")
+    assert ready.begun is not None
+    begun, first = ready.begun
+    return (time.process_time() - begun) / (count - first)
+
+
+def main() -> None:
+    options = dict(argument.split("=", 1) for argument in sys.argv[1:])
+    count, edge = int(options.get("images", 2048)), int(options.get("edge", 256))
+    resolutions = [int(part) for part in options.get("resolutions", "256").split(",")]
+    EmbeddedTextEncoder.length, EmbeddedTextEncoder.width = map(int, options.get("tokens", "77x1024").split("x"))
+    torch.set_num_threads(1)
+    root = Path(tempfile.mkdtemp(dir=options.get("folder")))
+    try:
+        images(root / "images", count, edge)
+        source = {"source": "image_folder", "input": str(root / "images"), "partition_size": PARTITION}
+        run_stage("download", **source, output=str(root / "raw"), copy=True)
+        run_stage("shard", input=str(root / "raw"), output=str(root / "shards"), partition_size=PARTITION)
+        batch = int(options.get("batch", 32))
+        rounds = [measured(root, resolutions, batch, count) for _ in range(int(options.get("rounds", 3)))]
+    finally:
+        shutil.rmtree(root, ignore_errors=True)
+    seconds = median(rounds)
+    print(f"a rank's own process: {1e3 * seconds:.3f} ms an image, so at most {1 / seconds:,.0f} images/s", end="")
+    print(f" ({', '.join(f'{1e3 * each:.3f}' for each in rounds)}; {resolutions} px, {count} images of {edge} px)")
+
+
+if __name__ == "__main__":
+    main()
