@@ -159,6 +159,7 @@ class Precompute(EncodingStage):
         from pipeline.latents.encoding import Encoding
 
         config = self.config
+        self._ideal  # noqa: B018 - compiled networks cannot be counted
         if config.compile:
             self.vae.compile()
             for text in self.texts.values():
@@ -175,6 +176,28 @@ class Precompute(EncodingStage):
             config.seed if config.latent == "sample" else None,
             self.pooled,
         )
+
+    @cached_property
+    def _ideal(self) -> tuple[float, float]:
+        """Seconds that the device would need at its peak for an image, and for a caption; 0 where that is not known."""
+        if not self.on_gpu:
+            return 0.0, 0.0
+        import torch
+
+        from pipeline.training.logs import flop_counter, peak_flops
+
+        device = self.rank.device
+        precision = {"float32": "tf32", "float16": "bfloat16", "bfloat16": "bfloat16"}
+        peaks = [peak_flops(device, precision[dtype]) for dtype in (self.config.vae_dtype, self.config.model_dtype)]
+        if not all(peaks):
+            return 0.0, 0.0
+        with torch.inference_mode(), flop_counter() as images:
+            for resolution in self.config.image_resolutions:
+                self.vae.moments(torch.zeros((1, 3, resolution, resolution), device=device))
+        with torch.inference_mode(), flop_counter() as captions:
+            for text in self.texts.values():
+                text.encode(self._first_captions[:1])
+        return images.get_total_flops() / peaks[0], captions.get_total_flops() / peaks[1]
 
     @property
     def slot(self) -> Layout:
@@ -239,6 +262,10 @@ class Precompute(EncodingStage):
     def lap_done(self, lap: Lap, busy: float, images: int) -> None:
         super().lap_done(lap, busy, images)
         rate = images / lap.seconds
+        for_image, for_caption = self._ideal
+        if for_image:
+            ideal = images * for_image + self._memory.captions * for_caption
+            self.notes["speed"]["mfu"] = round(ideal / lap.seconds, 4)
         if self.config.gpu_hour_price and rate:
             self.notes["speed"]["cost_per_million"] = round(1e6 / rate / 3600 * self.config.gpu_hour_price, 4)
         noted, self.encoding.notes = self.encoding.notes, Counter()
@@ -262,6 +289,7 @@ class _Memory:
     """Makes rows of encoded batches: knows the states of captions that may come again, and where they were stored."""
 
     def __init__(self, stage: Precompute) -> None:
+        self.captions = 0
         self._dedup = stage.dedup
         self._copied = [name for name in ("caption", "jpg") if name in stage.schema()]
         self._states: dict[str, tuple[Row, str]] = {}
@@ -269,6 +297,7 @@ class _Memory:
         self._kept = 0
 
     def outcomes(self, work: Work, result: Encoded) -> Iterator[Outcome]:
+        self.captions += len(work.more.new)
         flags = result.texts_finite.tolist()
         texts = {name: values.numpy() for name, values in result.texts.items()}
         for number, caption in enumerate(work.more.new):
