@@ -12,7 +12,7 @@ import xxhash
 from pipeline.captions import shown_names
 from pipeline.config import ConfigError
 from pipeline.sources.lists import SUFFIXES, open_list
-from pipeline.sources.texts import Lines, list_errors, open_text, skip, suffix_of
+from pipeline.sources.texts import lines_of, list_errors, suffix_of
 
 _BLOCK = 1 << 22
 
@@ -59,17 +59,7 @@ def _keys(path: Path, column: str) -> Iterator[str]:
     suffix = suffix_of(path)
     if suffix == ".npy":
         return _array_keys(path)
-    return _listed_keys(path, column) if suffix in SUFFIXES and suffix != ".txt" else _text_keys(path)
-
-
-def _text_keys(path: Path) -> Iterator[str]:
-    with list_errors(path), path.open("rb") as file:
-        stream, mark = open_text(file)
-        skip(stream, mark)
-        lines = Lines(stream)
-        while line := lines.take():
-            if key := line.decode().strip():
-                yield key
+    return _listed_keys(path, column) if suffix in SUFFIXES and suffix != ".txt" else lines_of(path)
 
 
 def _listed_keys(path: Path, column: str) -> Iterator[str]:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import csv
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from pipeline.captions import shown_names
 from pipeline.config import ConfigError
 from pipeline.samples import make_key
+from pipeline.sources.lists import NAME_COLUMNS, open_list
 
-_NAMES = ("filename", "file_name", "image", "file")
 _MEANS = {"restval": "train", "val": "valid", "dev": "valid", "validation": "valid"}
 
 
@@ -18,7 +17,7 @@ class Splits:
     """Splits of images by file name, or by the last parts of the path, whatever folder or archive the image lies in.
 
     The file is JSON, ``{"images": [{"filename": …, "split": …}, …]}`` as Karpathy and Fei-Fei (CVPR 2015) published
-    theirs, or CSV or TSV with a column of names (filename, file_name, image or file) and a column ``split``.
+    theirs, or another list with a column of names (filename, file_name, image, …) and a column ``split``.
     ``restval`` counts as train; val, dev and validation as valid.
 
     Raises:
@@ -33,27 +32,21 @@ class Splits:
                 known = self._of.setdefault(make_key(name), split)
                 if known != split:
                     raise ConfigError(f"split_file={path}: {name} is in {known} and in {split}")
-        except OSError as error:
-            raise ConfigError(f"split_file={path}: {error.strerror}") from None
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            if isinstance(error, ConfigError):
-                raise
-            raise ConfigError(
-                f"split_file={path}: expected JSON with images, each with filename and split, or CSV or TSV with these "
-                "columns"
-            ) from None
+        except ConfigError as error:
+            raise ConfigError(f"split_file={str(error).removeprefix('split_file=')}") from None
 
     def _read(self) -> Iterator[tuple[str, str]]:
-        with self.path.open(encoding="utf-8-sig", newline="") as file:
-            if self.path.suffix.lower() == ".json":
-                rows: Sequence[dict[str, str]] = json.load(file)["images"]
-            else:
-                first = file.readline()
-                file.seek(0)
-                rows = list(csv.DictReader(file, delimiter="\t" if "\t" in first else ","))
-            column = next((name for name in _NAMES if rows and name in rows[0]), "")
-            for row in rows:
-                yield row[column], self.name(row["split"].strip())
+        for number, row in enumerate(open_list(self.path, "a file of splits").rows(), 1):
+            lower = {str(name).lower(): value for name, value in row.values.items()}
+            name = next((lower[column] for column in NAME_COLUMNS if isinstance(lower.get(column), str)), None)
+            split = lower.get("split")
+            if row.error or not name or not isinstance(split, str):
+                raise ConfigError(
+                    f"{self.path}: {f'line {row.line}' if row.line else f'row {number}'}: "
+                    f"{row.error or f'it has {shown_names(row.values)}'}: expected JSON with images, each with "
+                    "filename and split, or a list with these columns"
+                )
+            yield name, self.name(split.strip())
 
     @staticmethod
     def name(split: str) -> str:

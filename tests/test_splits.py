@@ -48,8 +48,9 @@ def test_names_with_folders_tell_files_of_one_name_apart(tmp_path: Path) -> None
     [
         ("a.json", '{"images": [{"filename": "a.jpg"}]}', "expected JSON with images"),
         ("a.json", "[1, 2]", "expected JSON with images"),
-        ("a.json", "{", "expected JSON with images"),
-        ("a.csv", "name,split\na.jpg,train\n", "expected JSON with images"),
+        ("a.json", "{", "a.json: no JSON"),
+        ("a.csv", "about,split\na.jpg,train\n", "line 2: it has about, split: expected JSON with images"),
+        ("a.csv", "name,split\na.jpg,\nb.jpg\n", "line 3: it has name: expected"),
         ("a.csv", "filename,split\na.jpg,train\na.jpg,test\n", "a.jpg is in train and in test"),
         ("", "", "No such file"),
     ],

@@ -39,8 +39,8 @@ def list_errors(path: Path | str) -> Iterator[None]:
         yield
     except SampleError as error:
         raise ConfigError(f"{path}: {error}") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not UTF-8 at byte {error.start}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: not UTF-8 text") from None
     except (OSError, pa.ArrowException) as error:
         said = getattr(error, "strerror", None) or str(error).partition("\n")[0]
         raise ConfigError(f"{path}: cannot be read: {said}") from None
@@ -152,6 +152,21 @@ class Lines:
             self._back.append(line)
             self.at -= len(line)
             self.number -= 1
+
+
+def lines_of(path: Path) -> Iterator[str]:
+    """The lines of a text file that are not blank, without blanks at their ends.
+
+    Raises:
+        ConfigError: it cannot be read, or is no UTF-8.
+    """
+    with list_errors(path), path.open("rb") as file:
+        stream, mark = open_text(file)
+        skip(stream, mark)
+        lines = Lines(stream)
+        while line := lines.take():
+            if text := line.decode().strip():
+                yield text
 
 
 def decoded(line: bytes) -> str:

@@ -32,6 +32,7 @@ from pipeline.partitions.plan import Input, Partition
 from pipeline.partitions.stage import Stage, open_input
 from pipeline.randomness import normals
 from pipeline.samples import IMAGE_COLUMNS, Outcome, Schema, caption_fields, content_hash
+from pipeline.sources.texts import lines_of
 from pipeline.storage import Folder
 from pipeline.training.checkpoint import FOLDER, RECORD, find_checkpoint, open_checkpoint, step_of
 from pipeline.training.parallel import autocast, set_matmul_precision
@@ -327,11 +328,9 @@ def prompts_of(config: GenerateConfig) -> list[str]:
 
 def _lines(path: str) -> list[str]:
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise ConfigError(f"prompts={path}: {reason}") from None
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+        lines = list(lines_of(Path(path)))
+    except ConfigError as error:
+        raise ConfigError(f"prompts={error}") from None
     if not lines:
         raise ConfigError(f"prompts={path}: the file has no lines")
     return lines

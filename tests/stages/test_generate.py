@@ -96,7 +96,7 @@ def test_wrong_settings_are_named(trained: Path, tmp_path: Path) -> None:
     for content, message in (
         (None, "No such file"),
         (b"\n \n", "the file has no lines"),
-        (b"\xff\xfe", "not UTF-8 text"),
+        (b"\xff\xff", "not UTF-8 text"),
     ):
         if content is not None:
             listing.write_bytes(content)
