@@ -94,7 +94,7 @@ def test_wrong_settings_are_named(trained: Path, tmp_path: Path) -> None:
             run_stage("generate", **settings(trained, tmp_path / "out", **more))
     listing = tmp_path / "prompts.txt"
     for content, message in (
-        (None, "No such file"),
+        (None, "cannot be read: No such file"),
         (b"\n \n", "the file has no lines"),
         (b"\xff\xff", "not UTF-8 text"),
     ):
