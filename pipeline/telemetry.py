@@ -28,6 +28,8 @@ from pipeline.vitals import Vitals, asked
 BEAT = 10.0  # seconds between two signs of life
 ENDS = ("finish", "stop", "error", "hang")
 _PER_BUCKET = 1000
+_MOST_BYTES = 1 << 20  # of an event file: then it is thinned out
+_KEPT = 200  # its newest events, which then stay
 _TAIL = 16384  # bytes at the end of a file that are read first
 _WHOLE = 65536  # files up to this size are read whole where the past is wanted, larger ones at some places
 _PLACES = 24
@@ -68,6 +70,8 @@ class Events:
             **asked(rank.local_world_size),
         }
         self.beat = beat
+        self._bytes = 0
+        self._lock = threading.Lock()
         self.totals: Counter[str] = Counter()
 
     def emit(self, event: str, **values: Any) -> None:
@@ -81,10 +85,24 @@ class Events:
             "totals": dict(self.totals),
             **values,
         }
+        data = json.dumps(line).encode() + b"\n"
         try:
-            self._root.append(self._name, json.dumps(line).encode() + b"\n")
+            with self._lock:
+                self._root.append(self._name, data)
+                self._bytes += len(data)
+                if self._bytes > _MOST_BYTES:
+                    self._thin()
         except OSError:
             self.totals["events_lost"] += 1
+
+    def _thin(self) -> None:
+        """Leave out every second of the older events, so that a run of months has no file of gigabytes."""
+        lines = self._root.read(self._name).splitlines(keepends=True)
+        kept = b"".join([*lines[:1], *lines[1:-_KEPT:2], *lines[-_KEPT:]])
+        bucket, _, name = self._name.rpartition("/")
+        with self._root.folder(bucket) as folder:
+            folder.write_atomic(name, kept)
+        self._bytes = len(kept)
 
     @contextmanager
     def around(self, **values: Any) -> Iterator[None]:
@@ -237,6 +255,9 @@ class EventReader:
     def _read(self, path: str) -> None:
         fd = self._root.open_file(path)
         try:
+            if self._offsets.get(path, 0) > os.fstat(fd).st_size:
+                self._offsets.pop(path)  # thinned out since
+                self.processes.pop(path, None)
             if path in self._offsets:
                 start = self._offsets[path]
                 text = _read_from(fd, start)

@@ -19,6 +19,7 @@ from pipeline.partitions.claims import Claims
 from pipeline.partitions.compact import compact, uncompacted
 from pipeline.partitions.dataset import Dataset
 from pipeline.partitions.finalize import Incomplete, Overtaken, Unbalanced, common_failures, finalize
+from pipeline.partitions.pace import Pace
 from pipeline.partitions.plan import BUCKET, TAKEDOWN, Partition
 from pipeline.partitions.planning import open_or_plan
 from pipeline.partitions.stage import Stage
@@ -31,6 +32,8 @@ _POLL = 0.01  # seconds between looks at what others have claimed; grows to a qu
 _LOOKUPS = 20  # times that a planned bucket may be not to be seen, before we believe that it is gone
 _HOSTS = 20  # that a rank's events tell of
 _LOOKS = 8  # buckets that an idle rank lists between two pauses, so that a thousand of them are no storm
+_WATCHED = 8  # claims in a bucket that it looks at: others look at others
+_COST = 24  # file operations after which it pauses
 
 
 def run(stage: Stage, planned: Callable[[], None] = lambda: None) -> dict[str, Any]:
@@ -104,6 +107,8 @@ class Worker:
         self._full: set[int] = set()
         self._missing: set[int] = set()
         self._lookups: Counter[int] = Counter()
+        self._cost = 0  # file operations of the present look around
+        self._watches = uuid.uuid4().int
 
     def close(self) -> None:
         try:
@@ -120,18 +125,20 @@ class Worker:
         order = list(range(-(-self.dataset.partitions // BUCKET)))
         start = random.Random(uuid.uuid4().int).randrange(len(order)) if order else 0
         order = order[start:] + order[:start]
-        pause = _POLL
+        pause, pace = _POLL, Pace()
         while True:
             self._full |= self._known_full()
             order = [bucket for bucket in order if bucket not in self._full]
             if not order:
                 return
-            look, rest = order[:_LOOKS], order[_LOOKS:]
-            progress = [self._work_on(bucket, self._span(bucket)) for bucket in look]
-            order = rest + look
-            idle = not any(progress) and not self._full.issuperset(look)
+            self._cost, looked, progress = 2, 0, False
+            while looked < min(_LOOKS, len(order)) and self._cost < _COST:
+                progress |= self._work_on(order[looked], self._span(order[looked]), helping=True)
+                looked += 1
+            idle = not progress and not self._full.issuperset(order[:looked])
+            order = order[looked:] + order[:looked]
             pause = min(pause * 1.5, max(_POLL, self.config.lease / 4)) if idle else _POLL
-            self._sleep(pause if idle else 0)
+            self._sleep(max(pause, pace.spend(self._cost)) if idle else 0)
 
     def own_range(self) -> range:
         """The contiguous partitions that are this rank's by number."""
@@ -153,8 +160,11 @@ class Worker:
         mine = f".{self.dataset.plans[-1].generation}.full"
         return {int(name[: -len(mine)]) for name in names if name.endswith(mine)}
 
-    def _work_on(self, bucket: int, span: range) -> bool:
-        """Try every open partition of ``span`` in ``bucket``; whether anything was committed by us."""
+    def _work_on(self, bucket: int, span: range, helping: bool = False) -> bool:
+        """Try every open partition of ``span`` in ``bucket``, of those that others have claimed only some when
+        ``helping``; whether anything was committed by us.
+        """
+        self._cost += 2
         present = self._committed(bucket)
         if present is None:
             return False
@@ -162,6 +172,8 @@ class Worker:
         progress = False
         mine = range(max(span.start, whole.start), min(span.stop, whole.stop))
         todo = [index for index in mine if self.dataset.slot(index) not in present and index not in self._done]
+        if helping:
+            todo = self._unclaimed_first(bucket, todo)
         for index, following in zip_longest(todo, todo[1:]):
             self.rank.check_stop()
             self.stage.following = self._to_process(following)
@@ -174,10 +186,27 @@ class Worker:
                         progress |= self._attempt(index)
                 finally:
                     self.claims.release(claim)
+            else:
+                self._cost += 2
         if all(self.dataset.slot(index) in present or index in self._done for index in whole):
             self._full.add(bucket)
             self._mark_full(bucket)
         return progress
+
+    def _unclaimed_first(self, bucket: int, todo: list[int]) -> list[int]:
+        """Partitions that nobody has claimed, then some of those that somebody has: each rank watches others."""
+        self._cost += 2
+        try:
+            with self.dataset.root.folder(f"claims/{bucket:03d}") as folder:
+                claimed = set(folder.listdir())
+        except OSError as error:
+            if error.errno not in GONE:
+                raise
+            claimed = set()
+        taken = [index for index in todo if self.dataset.slot(index) in claimed]
+        start = self._watches % max(1, len(taken))
+        free = [index for index in todo if self.dataset.slot(index) not in claimed]
+        return free + (taken[start:] + taken[:start])[:_WATCHED]
 
     def _committed(self, bucket: int) -> set[str] | None:
         """Names of the slots in ``bucket``, whose records the engine believes; None if it is not to be seen just now.

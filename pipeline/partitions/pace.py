@@ -1,0 +1,28 @@
+"""How often an idle rank may look at the file system."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+
+class Pace:
+    """Allows ``burst`` operations at once, and ``rate`` a second in the long run.
+
+    Args:
+        clock: seconds that grow.
+    """
+
+    def __init__(self, rate: float = 1.5, burst: int = 500, clock: Callable[[], float] | None = None) -> None:
+        self._rate = rate
+        self._burst = burst
+        self._clock = clock or time.monotonic
+        self._left = float(burst)
+        self._at = self._clock()
+
+    def spend(self, operations: int) -> float:
+        """Note so many operations; the seconds to wait before the next ones."""
+        now = self._clock()
+        self._left = min(self._burst, self._left + (now - self._at) * self._rate) - operations
+        self._at = now
+        return max(0.0, -self._left / self._rate)
