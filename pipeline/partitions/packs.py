@@ -12,7 +12,6 @@ import re
 import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
 
 from pipeline.storage import GONE, Folder, HashedFile, StorageError
 
@@ -98,13 +97,16 @@ class Packs:
     def __init__(self, root: Folder) -> None:
         self._root = root
         self._opened: dict[PackName, Pack | StorageError] = {}
+        self._names: dict[int, list[PackName]] | None = None
 
-    @cached_property
-    def _names(self) -> dict[int, list[PackName]]:
-        names: dict[int, list[PackName]] = {}
-        for name in list_packs(self._root):
-            names.setdefault(name.bucket, []).append(name)
-        return names
+    def _of(self, bucket: int, again: bool = False) -> list[PackName]:
+        """Packs of a bucket, the newest first; they are listed once, or ``again``."""
+        if self._names is None or again:
+            names: dict[int, list[PackName]] = {}
+            for name in list_packs(self._root):
+                names.setdefault(name.bucket, []).append(name)
+            self._names = names
+        return self._names.get(bucket, [])
 
     def read(self, bucket: int, slot: str, file: str) -> bytes | None:
         """What a slot held in the file of this name: from its folder, or from a pack; None if neither has it.
@@ -113,14 +115,14 @@ class Packs:
             StorageError: it may have been in a pack that is damaged.
         """
         member, path = f"{slot}/{file}", f"data/{bucket:03d}/{slot}/{file}"
-        if bucket in self._names and (data := self._in_packs(bucket, member)) is not None:
+        if (data := self._in_packs(self._of(bucket), member)) is not None:
             return data
         if (data := self._in_folder(path)) is not None:
             return data
-        self.__dict__.pop("_names", None)  # it may have been packed since we looked
-        if (data := self._in_packs(bucket, member)) is not None:
+        names = self._of(bucket, again=True)  # it may have been packed since we looked
+        if (data := self._in_packs(names, member)) is not None:
             return data
-        for name in self._names.get(bucket, ()):
+        for name in names:
             if isinstance(damage := self._opened.get(name), StorageError):
                 raise damage
         return None
@@ -133,8 +135,8 @@ class Packs:
                 return None
             raise
 
-    def _in_packs(self, bucket: int, member: str) -> bytes | None:
-        for name in self._names.get(bucket, ()):
+    def _in_packs(self, names: Iterable[PackName], member: str) -> bytes | None:
+        for name in names:
             pack = self._open(name)
             if pack is not None and (data := pack.read(member)) is not None:
                 return data
