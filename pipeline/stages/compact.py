@@ -5,6 +5,7 @@ Everything goes on with packed outputs as before: readers, later stages, reruns,
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from pipeline.cli import config_for
@@ -13,34 +14,39 @@ from pipeline.distributed import Rank, distributed
 from pipeline.partitions import engine
 from pipeline.partitions.attempt import unless_removed
 from pipeline.partitions.compact import buckets_of, compact
-from pipeline.partitions.dataset import Dataset, Unfinished, find_datasets
+from pipeline.partitions.dataset import Unfinished, find_datasets
+from pipeline.storage import StorageError
 
 
-def found(folder: Path) -> list[Dataset]:
-    """The dataset directories at and below ``folder``.
+def compact_below(folder: Path, rank: Rank) -> Iterator[tuple[Path, int | None]]:
+    """Pack this rank's share of all dataset directories at and below ``folder``.
+
+    Yields:
+        Each with the number of files that are there no more; None if it is not finished, and left as it is.
 
     Raises:
-        Unfinished: there is none.
+        Unfinished: there is no dataset directory.
+        StorageError: something is damaged, or the disk refuses something.
     """
-    datasets = find_datasets(folder)
-    if not datasets:
-        raise Unfinished(f"{folder}: no dataset directory is there or below it: input= names one, or a folder above")
-    return datasets
+    try:
+        datasets = find_datasets(folder)
+        if not datasets:
+            raise Unfinished(f"input={folder}: no dataset directory is there or below it")
+        for dataset in datasets:
+            with unless_removed(dataset.root):
+                mine = buckets_of(dataset)[rank.rank :: rank.world_size]
+                removed = compact(dataset, mine, rank.check_stop) if dataset.success is not None else None
+            yield dataset.root.path, removed
+    except OSError as error:
+        raise StorageError(f"{folder} cannot be packed: {error}; nothing is lost, run it again") from error
 
 
 @distributed
 def main(rank: Rank, config: CompactConfig) -> None:
-    datasets = found(Path(config.input).absolute())
     with engine.expected_errors(rank):
-        for dataset in datasets:
-            place = dataset.root.path
-            if dataset.success is None:
-                print(f"{place}: not finished, left as it is", flush=True)
-                continue
-            with unless_removed(dataset.root):
-                mine = buckets_of(dataset)[rank.rank :: rank.world_size]
-                removed = compact(dataset, mine, rank.check_stop)
-            print(f"{place}: {removed} files fewer, in {len(mine)} packs", flush=True)
+        for place, removed in compact_below(Path(config.input).absolute(), rank):
+            said = "not finished, left as it is" if removed is None else f"{removed} files fewer"
+            print(f"{place}: {said}", flush=True)
 
 
 if __name__ == "__main__":

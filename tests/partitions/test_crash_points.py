@@ -22,8 +22,8 @@ from fake_stage import FakeFilter, assert_sound, committed, leftovers, run
 from pipeline import storage
 from pipeline.distributed import Rank
 from pipeline.partitions.attempt import Superseded
-from pipeline.partitions.compact import compact
 from pipeline.partitions.dataset import Dataset
+from pipeline.stages.compact import compact_below
 from pipeline.stages.release import release
 from pipeline.stages.repair import repair
 from pipeline.stages.takedown import takedown
@@ -66,18 +66,13 @@ def unwanted(folder: Path) -> None:
     (folder / "wanted.txt").write_text("sample00001\nsample00003\n")
 
 
-def packed(folder: Path) -> None:
-    run(folder / "output", **{**SMALL, "count": 7}, compact=True)
-
-
 def compact_all(folder: Path) -> None:
-    compact(Dataset.open(folder / "output"), [0])
+    list(compact_below(folder / "output", Rank()))
 
 
 def packed_and_unwanted(folder: Path) -> None:
-    unwanted(folder)
-    for name in ("upstream", "output"):
-        compact(Dataset.open(folder / name), [0])
+    run(folder / "output", **{**SMALL, "count": 5}, compact=True)
+    (folder / "wanted.txt").write_text("sample00001\nsample00003\n")
 
 
 def small(folder: Path) -> None:
@@ -90,13 +85,7 @@ SCENARIOS = {
     "a repair": Scenario(damaged, lambda folder: repair(folder / "output", Rank())),
     "an append": Scenario(gained, lambda f: run(f / "output", FakeFilter, input=str(f / "upstream"), lease=0.2)),
     "a takedown": Scenario(unwanted, lambda folder: takedown(folder, folder / "wanted.txt", Rank())),
-    "a compaction": Scenario(small, lambda folder: compact_all(folder), 30),
-    "a compaction at the end": Scenario(
-        lambda folder: None, lambda f: run(f / "output", **{**SMALL, "count": 7}, compact=True)
-    ),
-    "a retry of packed partitions": Scenario(
-        packed, lambda f: run(f / "output", **{**SMALL, "count": 7}, retry_failed=True, run_id="one", compact=True)
-    ),
+    "a compaction": Scenario(small, lambda folder: compact_all(folder), 20),
     "a takedown of packed samples": Scenario(
         packed_and_unwanted, lambda folder: takedown(folder, folder / "wanted.txt", Rank())
     ),

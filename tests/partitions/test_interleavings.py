@@ -33,7 +33,8 @@ from interleaving import Actor, World
 from pipeline import storage
 from pipeline.distributed import Rank
 from pipeline.partitions import claims, dataset, engine, finalize, plan, planning
-from pipeline.partitions.compact import compact
+from pipeline.partitions import compact as compaction
+from pipeline.partitions.compact import buckets_of, compact
 from pipeline.partitions.dataset import Dataset
 from pipeline.partitions.gc import collect
 from pipeline.stages.repair import repair
@@ -86,6 +87,11 @@ def reference(colour: str, retries: int) -> tuple[str, dict[int, dict[str, bytes
             success = run(output, **SMALL, colour=colour, retry_failed=number > 0)
         slots = {int(path.name): files_in(path) for path in output.glob("data/*/0*")}
     return success["content_digest"], slots
+
+
+def compact_all(output: Path) -> None:
+    found = Dataset.open(output)
+    compact(found, buckets_of(found))
 
 
 def files_in(slot: Path) -> dict[str, bytes]:
@@ -147,7 +153,7 @@ class Interleavings(RuleBasedStateMachine):
         if blind:
             self.world._patch.setattr(claims.Claims, "take", lambda claims, name: True)
         if there == "packed":
-            compact(Dataset.open(self.output), [0])
+            compact_all(self.output)
         if there in ("damaged", "packed"):
             self.success_is_true_and_stays()
             self.what_is_committed_stays_and_is_right()
@@ -200,7 +206,7 @@ class Interleavings(RuleBasedStateMachine):
         elif kind == "repair" and (self.output / "plan").exists():
             self.spawn(kind, lambda: repair(self.output, Rank()))
         elif kind == "compact" and (self.output / "plan").exists():
-            self.spawn(kind, lambda: compact(Dataset.open(self.output), [0]))
+            self.spawn(kind, lambda: compact_all(self.output))
 
     @precondition(lambda self: self.successful is not None and len(self.damaged) < 3)
     @rule(which=st.integers(0, 9), name=st.sampled_from(["ledger.parquet", "record.json", "shard.00000.mds"]))
@@ -469,7 +475,7 @@ def explore(machine: type[RuleBasedStateMachine], examples: int, *, derandomize:
 
 @pytest.fixture(autouse=True)
 def _small_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (plan, dataset, engine, finalize):
+    for module in (plan, dataset, engine, finalize, compaction):
         monkeypatch.setattr(module, "BUCKET", 2)
 
 
