@@ -96,7 +96,7 @@ def test_latents_by_the_script_under_accelerate_go_on_after_a_signal(
     environment |= {"VAE": "embedded16", "TEXT_ENCODER": "embedded", "RESOLUTIONS": "[256]", "BATCH_SIZE": "1"}
     environment |= {"LAUNCHER": "accelerate"}
     size = ["--nodes=2", "--cpus-per-task=2", "--gpus-per-node=1", "--mem=1G", f"--chdir={tmp_path}"]
-    command = ["sbatch", "--parsable", *size, ROOT / "slurm/precompute.sbatch"]
+    command = ["sbatch", "--parsable", *size, ROOT / "slurm/precompute.sbatch", "device=cpu"]
     job = slurm_cluster.run(*command, environment=environment).stdout.strip()
     await_that(lambda: any(tmp_path.glob("out/data/*/*/record.json")), tmp_path)
     slurm_cluster.run("scancel", "--signal=USR2", job)
@@ -116,7 +116,7 @@ def test_training_by_the_script_goes_on_after_a_signal(
     environment |= {"NPROC_PER_NODE": "1"}
     size = ["--nodes=2", "--cpus-per-task=2", "--gpus-per-node=1", "--mem=1G", f"--chdir={tmp_path}"]
     settings = [setting for setting in TRAINING if not setting.startswith("batch_size")]
-    command = ["sbatch", "--parsable", *size, ROOT / "slurm/train.sbatch", *settings, "dataset=shapes"]
+    command = ["sbatch", "--parsable", *size, ROOT / "slurm/train.sbatch", *settings, "dataset=shapes", "device=cpu"]
     job = slurm_cluster.run(*command, environment=environment).stdout.strip()
     await_steps(tmp_path / "run", 10)
     slurm_cluster.run("scancel", "--signal=USR2", job)

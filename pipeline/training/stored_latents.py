@@ -48,10 +48,14 @@ class StoredLatents:
                 )
             folder = LatentFolder(place, expected)
             return cls(folder, config.vae, config.text_encoder, digest((place / "index.json").read_bytes()))
-        for name in _OF_OTHERS:
-            if getattr(config, name):
-                raise ConfigError(f"{name}= is for latents without a manifest, but {place} has one: leave it out")
         dataset = Dataset.open(place)
+        made_with = {
+            **dataset.header["config"],
+            "text_encoder": [*dataset.header["config"].get("text_encoder", ()), ""][0],
+        }
+        for name in _OF_OTHERS:  # one command for both stages gives them to both
+            if getattr(config, name) and getattr(config, name) != made_with.get(name):
+                raise ConfigError(f"{name}= is for latents without a manifest, but {place} has one: leave it out")
         content = dataset.require_success()["content_digest"]
         if not any(name.startswith(IMAGE) for name in dataset.schema):
             raise ConfigError(f"{place} holds no latents: run stage=precompute first")

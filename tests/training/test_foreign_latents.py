@@ -91,7 +91,8 @@ def test_what_a_manifest_says_is_not_said_again(tmp_path: Path) -> None:
     raw, latents = tmp_path / "raw", tmp_path / "latents"
     run_stage("download", source="shapes", count=4, image_size=32, output=str(raw))
     run_stage("precompute", input=str(raw), output=str(latents), image_resolutions=(32,))
-    for given in ({"vae": "embedded"}, {"caption_shape": [16, 64]}, {"latent_dtype": "float16"}):
+    assert StoredLatents.opened(latents, settings(latents, vae="embedded")).vae == "embedded"  # one command for both
+    for given in ({"vae": "embedded16"}, {"caption_shape": [16, 64]}, {"latent_dtype": "float16"}):
         with pytest.raises(ConfigError, match=f"{next(iter(given))}= is for latents without a manifest"):
             train.main(settings(latents, **given))
     with pytest.raises(ConfigError, match="holds no latents: run stage=precompute first"):
