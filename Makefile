@@ -15,7 +15,7 @@ unexport PYTHONDONTWRITEBYTECODE
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help setup slurm test lint format demo demo-classify demo-diffuse demo-caption bench gpu chaos fuzz fuzz-sources clean
+.PHONY: help setup slurm test lint format demo demo-classify demo-diffuse demo-caption bench bench-fashion gpu chaos fuzz fuzz-sources clean
 
 help:
 	@echo "make demo     install, then run the whole pipeline on embedded data"
@@ -28,6 +28,7 @@ help:
 	@echo "make lint     formatting, ruff, mypy       make format   mend what can be mended"
 	@echo "make bench    measure against peers        make clean    remove what was made here"
 	@echo "make gpu      on a machine with GPUs: all tests that need one, and figures in gpu.md; GPU='parts=precompute'"
+	@echo "make bench-fashion  Fashion-MNIST (Debian: dataset-fashion-mnist) from files to accuracy; FASHION='seeds=1 epochs=1'"
 	@echo "make fuzz     damaged images for three minutes: nothing may crash, hang or flood; FUZZ='seconds=600 seed=2'"
 	@echo "make fuzz-sources   damaged lists, captions, annotations and archives; FUZZ_SOURCES='mutations=9000 seed=2'"
 	@echo "make chaos    break jobs on a real SLURM in 40 ways (Debian, root), compare results; CHAOS='trials=100 seed=2'"
@@ -95,7 +96,7 @@ demo-caption-%:
 	} 2>&1 | sed -u 's/^/$*: /'
 
 bench: setup
-	@set -e; for script in $(filter-out benchmarks/chaos.py benchmarks/gpu.py,$(wildcard benchmarks/[!_]*.py)); do \
+	@set -e; for script in $(filter-out benchmarks/chaos.py benchmarks/fashion.py benchmarks/gpu.py,$(wildcard benchmarks/[!_]*.py)); do \
 		echo "== $$script"; $(BIN)/python $$script; done
 
 # With VENV= the packages of PYTHON itself are taken, as on a machine that has its own torch and no network:
@@ -108,6 +109,9 @@ gpu: $(if $(VENV),setup)
 	@failed=0; export HF_HUB_OFFLINE=1; \
 		$(GPU_PYTHON) -m pytest -m gpu --durations=15 $(PYTEST_ARGS) || failed=1; \
 		$(GPU_PYTHON) benchmarks/gpu.py output=gpu.md $(GPU) || failed=1; exit $$failed
+
+bench-fashion: setup
+	$(BIN)/python benchmarks/fashion.py $(FASHION)
 
 fuzz: setup fuzz-sources
 	$(BIN)/python tests/fuzz_images.py $(FUZZ)
