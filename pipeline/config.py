@@ -996,6 +996,7 @@ class EvaluateConfig(DeviceConfig, RunConfig):
         "classes: of task=classify",
         choices=("", "shapes", "fidelity", "classes"),
     )
+    split: str = option("test", "part of the data set that metric=classes judges on")
     generated: str = option(
         "", "dataset directory with the images to judge (stage=generate output=...)", when="metric=fidelity"
     )

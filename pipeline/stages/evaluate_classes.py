@@ -14,6 +14,7 @@ from jinja2 import Environment, PackageLoader
 from pipeline.config import ConfigError, EvaluateConfig, StageConfig, dataset_name, stage_folder
 from pipeline.distributed import Rank
 from pipeline.metrics.classes import scores
+from pipeline.metrics.confusion import confused_pairs, confusion_svg
 from pipeline.models.vision_mamba import VisionMamba, VisionMambaConfig
 from pipeline.partitions.dataset import Dataset, RandomAccess
 from pipeline.partitions.stage import open_input
@@ -114,7 +115,7 @@ def test_set(config: EvaluateConfig) -> Dataset:
         return open_input(config, "precompute")
     if not config.data_dir or not config.dataset:
         raise ConfigError("input=...: the dataset directory to judge the model on")
-    split = config.split if config.split != "train" else "test"
+    split = config.split
     place = StageConfig(dataset=dataset_name(config.dataset), data_dir=config.data_dir, split=split)
     if not stage_folder(place, "shard").parent.is_dir():
         raise ConfigError(f"split={split}: {stage_folder(place, 'shard').parent} is not there; input= names a test set")
@@ -156,15 +157,22 @@ def _write(
                 "image": embed(picture.transpose(1, 2, 0)),
                 "label": names[labels[i]],
                 "predicted": names[predicted[i]],
+                "right": bool(labels[i] == predicted[i]),
                 "confidence": float(probabilities[i, predicted[i]]),
             }
             for i, picture in zip(positions, pictures, strict=True)
         ]
 
     environment = Environment(loader=PackageLoader("pipeline", "templates"), autoescape=True)
+    classes = list(zip(names, result["classes"], strict=True))
+    matrix, left_out = confusion_svg(confusion, names)
     page = environment.get_template("evaluation.html").render(
         result=result,
-        classes=list(zip(names, result["classes"], strict=True)),
+        weak=sorted((c for c in classes if c[1]["support"] and c[1]["recall"] < 1), key=lambda c: c[1]["recall"])[:8],
+        pairs=confused_pairs(confusion, names),
+        confusion=matrix,
+        confusion_left_out=left_out,
+        classes=classes,
         plots=list(plots),
         mistakes=shown(mistakes),
         samples=shown(spread),

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,9 @@ _LEDGERS = 50  # partitions whose ledgers the histograms are drawn from, evenly 
 _HOSTS = 20  # the most that are listed
 _THUMBNAIL = 160  # pixels
 _STRIPS = 10  # evaluations whose pictures are shown
+_EXAMPLES = 3  # samples that are named for each reason
 _LEVELS = ("loss_t1", "loss_t2", "loss_t3", "loss_t4")
+_MEASURED = ("valid_loss", "valid_accuracy", "cider", "bleu_4", "rouge_l", "exact")
 _INK = "#3b6ea5"
 
 
@@ -42,19 +46,38 @@ def main(config: ReportConfig) -> None:
                 f"data_dir={config.data_dir}: no such folder" + (f" as {folder}" if config.dataset else "")
             )
         output = Path(config.output) if config.output else folder / "report.html"
-        output.write_text(page(folder, config.samples, config.gpu_hour_price), encoding="utf-8")
+        links = dict(pages_below(folder, output))
+        output.write_text(page(folder, config.samples, config.gpu_hour_price, links), encoding="utf-8")
     print(f"report: {output}")
 
 
-def page(folder: Path, samples: int, price: float = 0.0) -> str:
+def pages_below(folder: Path, output: Path) -> Iterator[tuple[str, str]]:
+    """Other pages about what is in ``folder``: what they are, and where they lie as seen from ``output``."""
+    patterns = {
+        "evaluation": "runs/*/evaluation/evaluation.html",
+        "captions": "*/gallery.html",
+        "status": "status.html",
+    }
+    for what, pattern in patterns.items():
+        for path in sorted({*folder.glob(pattern), *folder.glob(f"*/{pattern}")}):
+            about = "" if what == "status" else f" of {path.parents[what == 'evaluation'].name}"
+            yield f"{what}{about}", os.path.relpath(path, output.absolute().parent)
+
+
+def page(folder: Path, samples: int, price: float = 0.0, links: Mapping[str, str] | None = None) -> str:
     """The HTML text about all dataset directories and training runs below ``folder``; ``price`` of a GPU hour."""
     environment = Environment(loader=PackageLoader("pipeline", "templates"), autoescape=True)
     found = find_datasets(folder)
     filtered = {dataset.root.path.parent for dataset in found if dataset.stage == "filter"}
     datasets = [describe(d, samples, sheet=shows_pictures(d, filtered)) for d in found]
-    runs = [describe_run(run, price) for run in find_runs(folder)]
+    widest = {d["path"].parent: 0 for d in datasets}
+    for facts in datasets:
+        widest[facts["path"].parent] = max(widest[facts["path"].parent], facts.get("counts", {}).get("in", 0))
+    for facts in datasets:
+        facts |= {"name": os.path.relpath(facts["path"], folder.parent), "widest": widest[facts["path"].parent]}
+    runs = [{**describe_run(run, price), "name": os.path.relpath(run, folder.parent)} for run in find_runs(folder)]
     return environment.get_template("report.html").render(
-        folder=folder, datasets=datasets, runs=runs, made=time.strftime("%Y-%m-%d %H:%M")
+        folder=folder, datasets=datasets, runs=runs, links=(links or {}).items(), made=time.strftime("%Y-%m-%d %H:%M")
     )
 
 
@@ -95,6 +118,8 @@ def describe(dataset: Dataset, samples: int, sheet: bool) -> dict[str, Any]:
         "digest": success["content_digest"],
         "settings": dataset.header["identity"],
     }
+    if counts["dropped"] or counts["failed"]:
+        facts["examples"] = list(not_kept(dataset))
     if dataset.header["upstream"] is None:
         facts["hosts"] = hosts(dataset)
     if dataset.stage == "filter":
@@ -139,6 +164,22 @@ def hosts(dataset: Dataset) -> list[HostStatus]:
         for outcome, reason, member in zip(table["outcome"], table["reason"], table["member"], strict=True):
             found.add(member or "", outcome, reason)
     return found.statuses(_HOSTS)
+
+
+def not_kept(dataset: Dataset) -> Iterator[dict[str, str]]:
+    """A few samples for each reason for which some were dropped or failed, with their names."""
+    told: Counter[tuple[str, str]] = Counter()
+    top = dataset.header["upstream"] is None
+    for index in spread(dataset.partitions, _LEDGERS):
+        columns = ["key", "container", "outcome", "reason", "detail", "source", "member"]
+        for row in SlotReader(dataset, index).ledger(columns).to_pylist():
+            reason = row["outcome"], row["reason"]
+            if row["outcome"] == "kept" or told[reason] == _EXAMPLES:
+                continue
+            told[reason] += 1
+            name = "/".join(filter(None, (row["source"], row["member"]))) if top else row["key"]
+            why = ": ".join(filter(None, (row["reason"], row["detail"])))
+            yield {"name": name or row["key"], "outcome": row["outcome"], "why": why}
 
 
 def size_histograms(dataset: Dataset) -> list[str]:
@@ -222,6 +263,7 @@ def describe_run(run: Path, price: float = 0.0) -> dict[str, Any]:
         facts["cost"] = cost(run, lines, price)
         facts["last"] = lines[-1]
         facts["curve"] = _curve(lines)
+    facts["measured"] = [plot for name in _MEASURED if (plot := _measure(list(training_log(run, name)), name))]
     facts["levels"] = _levels(list(training_log(run, _LEVELS[0])))
     listing = run / "samples" / "samples.json"
     if listing.is_file():
@@ -230,12 +272,22 @@ def describe_run(run: Path, price: float = 0.0) -> dict[str, Any]:
                 "caption": sample["prompt"],
                 "image": embed(np.asarray(Image.open(listing.parent / sample["file"]).convert("RGB"))),
             }
-            for sample in json.loads(listing.read_text())["samples"][:48]
+            for sample in _varied(json.loads(listing.read_text())["samples"])[:48]
         ]
     for name in ("evaluation", "fidelity"):
         if (run / f"{name}.json").is_file():
             facts[name] = json.loads((run / f"{name}.json").read_text())
     return facts
+
+
+def _varied(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The samples in rounds: one of each prompt, then another of each."""
+    seen: Counter[str] = Counter()
+    rounds = []
+    for number, sample in enumerate(samples):
+        rounds.append((seen[sample["prompt"]], number))
+        seen[sample["prompt"]] += 1
+    return [samples[number] for _, number in sorted(rounds)]
 
 
 def cost(run: Path, lines: list[dict[str, Any]], price: float) -> dict[str, Any] | None:
@@ -328,6 +380,17 @@ def _curve(lines: list[dict[str, Any]]) -> str:
         axes.plot(steps[width - 1 :], smooth, color=_INK, linewidth=1.8)
     axes.set_xlabel("step")
     axes.set_ylabel("loss")
+    return _svg(figure)
+
+
+def _measure(lines: list[dict[str, Any]], name: str) -> str:
+    """How something that is measured on the validation set went, if it was."""
+    if not lines:
+        return ""
+    figure, axes = _figure()
+    axes.plot([line["step"] for line in lines], [line[name] for line in lines], color=_INK, marker=".")
+    axes.set_xlabel("step")
+    axes.set_ylabel(name)
     return _svg(figure)
 
 
