@@ -443,7 +443,7 @@ def test_what_does_not_fit_is_not_begun(
 ) -> None:
     url = server.put("/a.tar", tar_of(WHOLE))
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=5000))
-    with pytest.raises(ConfigError, match="data_dir=, a subset=, or fuse=true.*check_space=false"):
+    with pytest.raises(ConfigError, match="data_dir=, a subset=, or stage=filter with fuse=true.*check_space=false"):
         run(url, expected_gb=0.00001)
     assert server.requests == []  # the data set's own word
     with pytest.raises(ConfigError, match="are free"):
