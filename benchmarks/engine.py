@@ -16,6 +16,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import threading
@@ -34,20 +35,22 @@ import pyarrow.parquet as pq
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from launch.monitor.queue import EVERY
 from launch.monitor.watch import Watch
-from pipeline import storage
+from pipeline import storage, telemetry
 from pipeline.config import DownloadConfig
 from pipeline.distributed import Place, Rank
 from pipeline.partitions.attempt import Attempt
+from pipeline.partitions.compact import buckets_of, compact
 from pipeline.partitions.dataset import RECORD, Dataset
-from pipeline.partitions.engine import Worker
+from pipeline.partitions.engine import _WATCHED, Worker
 from pipeline.partitions.finalize import finalize
 from pipeline.partitions.ledger import FILE as LEDGER
 from pipeline.partitions.plan import BUCKET, PARTITIONS, Input, Partition
 from pipeline.partitions.planning import open_or_plan
 from pipeline.partitions.stage import Stage
 from pipeline.samples import Outcome, Schema
-from pipeline.telemetry import Events
+from pipeline.telemetry import BEAT, Events
 
 FULL = 1_000_000  # partitions that everything is extrapolated to
 LOOKS = 25  # of an idle rank
@@ -317,6 +320,65 @@ def status(output: str, world: int, looks: int) -> Cost:
     return meter.cost
 
 
+def footprint(output: str, count: int) -> Cost:
+    """One rank does `count` partitions, each with an empty tar; then they are packed. What lies there, for each."""
+    stage = make(output, count)
+    dataset = open_or_plan(stage)
+    events = Events(dataset.root, stage.rank)
+    worker = Worker(stage, dataset, events)
+    try:
+        with Meter() as meter, events.around():
+            worker.work()
+            worker.finish()
+    finally:
+        worker.close()
+    place = Path(output)
+    meter.cost.note = {
+        "inodes": sum(1 for _ in place.glob("data/*/**/*")) / count,
+        "event bytes": sum(path.stat().st_size for path in place.glob("events/*/*")) / count,
+    }
+    finished = Dataset.open(output)
+    compact(finished, buckets_of(finished))
+    meter.cost.note["packed inodes"] = sum(1 for _ in place.glob("data/*/**/*")) / count
+    before = sum(path.stat().st_size for path in place.glob("events/*/*"))
+    events.emit("beat")
+    meter.cost.note["beat bytes"] = sum(path.stat().st_size for path in place.glob("events/*/*")) - before
+    return meter.cost
+
+
+def requests_of_a_chain(folder: Path) -> Counter[str]:
+    """Commands of SLURM that submitting three stages runs, each a request to its controller; stand-ins count them."""
+    programs = folder / "bin"
+    programs.mkdir()
+    answers = {"sbatch": "Submitted batch job 7", "scontrol": "MaxArraySize = 1001"}
+    answers |= dict.fromkeys(("squeue", "srun", "sacctmgr"), "")
+    for name, answer in answers.items():
+        (programs / name).write_text(f'#!/bin/sh\necho "{name}" >> {folder}/asked\necho "{answer}"\n')
+        (programs / name).chmod(0o755)
+    command = [sys.executable, str(Path(__file__).parents[1] / "launch/submit.py"), "stage=download,filter,shard"]
+    arguments = ["dataset=shapes", f"data_dir={folder}/chain", "cluster=slurm"]
+    environment = {**os.environ, "PATH": f"{programs}:{os.environ['PATH']}"}
+    subprocess.run([*command, *arguments], env=environment, check=True, capture_output=True)
+    return Counter((folder / "asked").read_text().split())
+
+
+def load_table(cost: Cost, idle: Cost, asked: Counter[str]) -> None:
+    """What a run asks of the file system and of SLURM's controller."""
+    note = cost.note
+    print("\nOn the file system, per 1,000 partitions of one data file each:")
+    print(f"  inodes {1000 * note['inodes']:,.0f}, packed {1000 * note['packed inodes']:,.0f}; "
+          f"file operations {(cost.own + cost.helping).total():,}; events {note['event bytes']:,.0f} kB")  # fmt: skip
+    hour, look = 3600.0, sum(idle.helping.values()) / LOOKS
+    beats = hour / BEAT
+    print("per rank and hour:")
+    print(f"  signs of life {2 * beats:,.0f} operations, {beats * note['beat bytes'] / 1e3:,.0f} kB, no event file "
+          f"above {telemetry._MOST_BYTES / 2**20:.0f} MiB")  # fmt: skip
+    print(f"  idle: {look:.3g} operations a look, then paused to 1.5 a second: at most {1.5 * hour:,.0f}")
+    print("requests to SLURM's controller:")
+    said = ", ".join(f"{name} {count}" for name, count in sorted(asked.items()))
+    print(f"  a chain of three stages: {said}; launch/status.py: {hour / EVERY:.0f} an hour")
+
+
 def finishing(output: str) -> Cost:
     """One rank reads all records and finishes the dataset."""
     with Meter() as meter:
@@ -353,8 +415,9 @@ def claims_table(costs: dict[int, Cost], idle: Cost, count: int, world: int) -> 
         print(f"  rank {rank} lists buckets: {listed} (of {-(-count // BUCKET)}); looks: {cost.helping['list claims']}")
     ranks = min(world, count) / -(-count // BUCKET)
     print(f"  idle rank, per look (pauses grow to {idle.note['pause']:.3g} s): {kinds(idle.helping, LOOKS)}")
-    print(f"    of it, 2 for each claimed partition of {ranks:.3g} others in each bucket; "
-          f"with {FULL:,} partitions {min(world, FULL) / (FULL / BUCKET):.3g}")  # fmt: skip
+    print(
+        f"    in each bucket {ranks:.3g} partitions are claimed by others; it looks at no more than {_WATCHED} of them"
+    )
 
 
 def measure(folder: Path, plan: int, count: int, world: int) -> None:
@@ -379,6 +442,7 @@ def measure(folder: Path, plan: int, count: int, world: int) -> None:
     done = apart(finishing, output)
     row(f"finalize {count:,}", done, more)
     claims_table(costs, idle, count, world)
+    load_table(apart(footprint, str(folder / "footprint"), 1000), idle, requests_of_a_chain(folder))
     print(f"\nstatus: {kinds(seen[0].own, world)} per rank at the first look, then {kinds(seen[1].own, world)}")
     print(f"finalize: {kinds(done.own, count)} per partition")
 
