@@ -178,6 +178,7 @@ class EncodingStage(Stage):
             import torch
 
             torch.cuda.set_device(self.rank.device)
+            torch.set_float32_matmul_precision("high")  # TF32, as convolutions have it anyway
         self.prepare()
         self.decoders.drain()
         return _Line(self)

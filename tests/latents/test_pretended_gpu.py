@@ -31,11 +31,14 @@ def vae(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_latents_are_made_without_waiting_and_pass_the_deep_check(
     vae: str, gpus: Gpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    precisions: list[str] = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", precisions.append)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA H100 80GB HBM3")
     source = {"source": "shapes", "count": 20, "image_size": 64, "holdout": False, "partition_size": 12}
     run_stage("download", **source, output=str(tmp_path / "in"))
     settings: dict[str, Any] = {"image_resolutions": (32, 64), "batch_size": "8", "vae": vae}
     run_stage("precompute", **settings, input=str(tmp_path / "in"), output=str(tmp_path / "out"))
+    assert set(precisions) == {"high"}, "float32 is TF32 on a GPU"
     assert [line for line in gpus.blocking if any(place in line for place in HOT)] == []
     found = [finding.what for finding in verify.findings_of(tmp_path / "out", deep=True)[1]]
     assert len(found) == 1 and "brings back a smooth" in found[0], "random weights, and nothing else to find"
