@@ -528,6 +528,7 @@ class pretended:  # noqa: N801 - used like a function
             ),
         }.items():
             patch.setattr(cuda, name, value)
+        patch.setattr(torch, "set_float32_matmul_precision", lambda precision: None)  # would outlast the test
         patch.setattr(Tensor, "pin_memory", lambda self, device=None: gpus.pin(self.clone()))
         patch.setattr(Tensor, "is_pinned", lambda self, device=None: gpus.is_pinned(self))
         run = threading.Thread.run

@@ -97,6 +97,13 @@ class EncodingStage(Stage):
         """Load the models: libraries cannot do that in several threads at once."""
         return
 
+    def allow_tf32(self) -> None:
+        """Matrix products of float32 networks on a GPU are as precise as their convolutions."""
+        if self.on_gpu:
+            import torch
+
+            torch.set_float32_matmul_precision("high")
+
     def batches(self, rows: Iterator[Job], size: int) -> Iterator[tuple[list[Job], Any]]:
         """A partition's samples in batches of up to ``size``, each with what :attr:`Work.more` is to be."""
         while batch := list(islice(rows, size)):
@@ -178,7 +185,6 @@ class EncodingStage(Stage):
             import torch
 
             torch.cuda.set_device(self.rank.device)
-            torch.set_float32_matmul_precision("high")  # TF32, as convolutions have it anyway
         self.prepare()
         self.decoders.drain()
         return _Line(self)

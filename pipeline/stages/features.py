@@ -74,6 +74,7 @@ class Features(EncodingStage):
         return tuple(name for name in _COPIED if name in self.upstream.schema)
 
     def prepare(self) -> None:
+        self.allow_tf32()
         self.encoder, self.transfers  # noqa: B018
 
     def encode(self, work: Work, slots: Tensor) -> Described:

@@ -228,6 +228,7 @@ class Precompute(EncodingStage):
         return tuple(name for name in ("caption", "min_side") if name in self.upstream.schema)
 
     def prepare(self) -> None:
+        self.allow_tf32()
         self.encoding  # noqa: B018
         self.depth  # noqa: B018
 
