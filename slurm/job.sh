@@ -193,8 +193,8 @@ lm_run() { # lm_run alone|together RANKS [SRUN-OPTION...] COMMAND...
   export LM_STAGGER=${STAGGER:-$((LM_WORLD >= 6000 ? 60 : LM_WORLD / 50))}
   [[ -z $LM_PYTHON && $LM_STAGGER = 0 ]] || task=(bash -c "$lm_task" task)
   [[ " $* " != *" -m "* ]] || { lm_module=${*#* -m }; lm_module=${lm_module%% *}; }
-  lm_srun=$(mktemp "${TMPDIR:-/tmp}/latentmill-srun.XXXXXX" 2>/dev/null) || lm_srun=/dev/null
-  exec 9> >(exec tee -a "$lm_srun" >&2)
+  lm_srun=$(mktemp "${TMPDIR:-/tmp}/latentmill-srun.XXXXXX" 2>/dev/null) || lm_srun=""
+  exec 9> >(exec tee ${lm_srun:+-a "$lm_srun"} >&2)
   tee=$!
   # In the background, because bash acts on a signal only when what it waits for has ended.
   # shellcheck disable=SC2086 # SRUN_ARGS and CONTAINER are several words each
@@ -293,6 +293,7 @@ lm_place() { # lm_place RANKS: on which node each rank was, as SLURM distributes
 lm_ask_srun() {
   local line tasks span task
   [ "$LM_EACH" = 1 ] || return 0 # one agent for several ranks
+  [ -n "$lm_srun" ] || return 0 # its messages could not be kept
   while read -r line; do
     [[ $line =~ ^srun:\ error:\ .*:\ tasks?\ ([0-9,-]+):\ Exited\ with\ exit\ code\ ([0-9]+)$ ]] || continue
     tasks=${BASH_REMATCH[1]}
@@ -422,7 +423,8 @@ lm_notify() { # lm_notify finished|failed|cancelled WHY
 trap lm_exited EXIT
 lm_exited() {
   local rc=$?
-  rm -f "${lm_srun:-}" 2>/dev/null || true
+  [ "$BASHPID" = "$$" ] || return 0 # a child that a signal met before it had dropped our traps
+  [ -z "${lm_srun:-}" ] || rm -f "$lm_srun" 2>/dev/null || true
   [ -z "$lm_last" ] || return 0
   if [ "$rc" = 0 ]; then
     lm_notify finished "done in $(lm_duration), life $lm_life"
@@ -439,6 +441,7 @@ lm_duration() { printf '%d:%02d:%02d' "$((SECONDS / 3600))" "$((SECONDS / 60 % 6
 trap lm_terminated TERM
 lm_terminated() {
   local state
+  [ "$BASHPID" = "$$" ] || exit 143
   trap '' TERM
   lm_ending=1
   state=$(lm_ask || true)

@@ -39,7 +39,7 @@ def blamed(folder: Path, codes: dict[int, str], before: str = "", nodes: int = 3
         set -euo pipefail
         source {ROOT}/slurm/job.sh > /dev/null
         export LATENTMILL_LIFE={life} LM_EACH=1
-        lm_srun=/dev/null lm_module=pipeline
+        lm_srun="" lm_module=pipeline
         {before}
         lm_read {2 * nodes}
         lm_find_bad_nodes alone {2 * nodes}
