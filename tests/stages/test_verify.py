@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from stages.conftest import Run
+from stages.conftest import Run, run_stage
 
 from pipeline.cli import build
 from pipeline.config import ConfigError, VerifyConfig
@@ -137,7 +137,7 @@ def tell(line: Path, key: str, **more: str) -> subprocess.CompletedProcess[str]:
 def test_the_way_of_a_sample_leads_from_its_file_to_its_latents(line: Path, tmp_path: Path) -> None:
     done = tell(line, "11-png", json="true", show=str(tmp_path / "11.png"))
     assert done.returncode == 0, done.stderr
-    text, _, told = done.stdout.rpartition("picture: ")
+    text, _, told = done.stdout.rpartition("image: ")
     assert told.strip() == str(tmp_path / "11.png")
     way = json.loads(text)
     assert [stop["stage"] for stop in way] == ["download", "filter", "shard", "precompute"]
@@ -166,3 +166,35 @@ def test_what_is_asked_for_must_be_clear(tmp_path: Path) -> None:
         verify.places_of(build(VerifyConfig, {"input": "a", "show": "x.png"}))
     with pytest.raises(ConfigError, match="no dataset directory below"):
         verify.places_of(build(VerifyConfig, {"data_dir": str(tmp_path)}))
+
+
+def broken(tmp_path: Path) -> Path:
+    """A download of a good image and of one that no decoder takes, and its filter."""
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (40, 40)).save(tmp_path / "images/good.png")
+    (tmp_path / "images/bad.jpg").write_bytes(b"\xff\xd8\xff" + b"no image" * 9)
+    data = tmp_path / "data/mine/train"
+    run_stage("download", source="image_folder", input=str(tmp_path / "images"), output=str(data / "download"))
+    places = {"input": str(data / "download"), "output": str(data / "filter")}
+    run_stage("filter", **places, min_image_size=8, max_failed_fraction=1.0, workers="0")
+    return tmp_path / "data"
+
+
+def test_a_broken_image_that_came_so_is_no_finding(tmp_path: Path) -> None:
+    """The ledger of stage=filter counts it as failed: nothing could ever mend it."""
+    data = broken(tmp_path)
+    assert verify.main(VerifyConfig(data_dir=str(data), deep=True, workers=1)) == 0
+    (tmp_path / "images/bad.jpg").write_bytes(b"\xff\xd8\xff" + b"another!" * 9)  # what has changed since is one
+    assert verify.main(VerifyConfig(data_dir=str(data), deep=True, workers=1)) == 1
+
+
+def test_the_trace_of_an_image_that_cannot_be_decoded_shows_why(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = broken(tmp_path)
+    drawn = tmp_path / "bad.png"
+    assert verify.main(VerifyConfig(data_dir=str(data), trace="bad-jpg", show=str(drawn))) == 0
+    said = capsys.readouterr().out
+    assert "filter: failed" in said and f"image: {drawn}" in said
+    with Image.open(drawn) as image:
+        assert image.width > 2 * 256  # a panel for each of the two stages
