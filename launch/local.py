@@ -222,7 +222,8 @@ class Progress:
         if not (last := last_logged(self._job.output)):
             return ""
         loss = f", loss {last['loss']:.4f}" if "loss" in last else ""
-        return f"train: step {last.get('step', '?')}/{self._job.config.steps}{loss}"
+        of = max((event.get("of", 0) for event in last_events(self._job.output)), default=0)  # of epochs=, too
+        return f"train: step {last.get('step', '?')}/{of or self._job.config.steps}{loss}"
 
 
 def last_logged(run: Path) -> dict[str, Any]:

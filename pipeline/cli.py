@@ -261,7 +261,22 @@ def _from_files(stage: str, own: Settings) -> tuple[Settings, Settings]:
         settings = select(values, stage, where)
     if stage == "train" and own.get("recipe"):
         settings |= recipe_settings(own["recipe"], own.get("phase", ""))
+    if stage == "train":
+        _one_length(own, settings)
     return values, settings
+
+
+def _one_length(own: Settings, settings: Settings) -> None:
+    """How long to train is said by ``steps`` or by ``epochs``: what a command says takes the place of a file's.
+
+    Raises:
+        ConfigError: a command says both.
+    """
+    given = [name for name in ("steps", "epochs") if str(own.get(name, "0")) not in ("0", "0.0")]
+    if len(given) == 2:
+        raise ConfigError(f"steps={own['steps']}, epochs={own['epochs']}: give one of them")
+    for name in given:
+        settings.pop("steps" if name == "epochs" else "epochs", None)
 
 
 def build_given(cls: type[Config], settings: Mapping[str, Any], given: Mapping[str, Any]) -> Config:

@@ -164,3 +164,27 @@ def test_numbers_out_of_range_are_refused_by_name(value, message):
         cli.build(Numbers, {"share": value})
     assert cli.build(Numbers, {"share": "0"}).share == 0.0
     assert "[at least 0, less than 1]" in cli.help_text(Numbers, "x")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "steps", "epochs"),
+    [
+        (["dataset=digits"], 1000, 40),
+        (["dataset=digits", "steps=20"], 20, 0),
+        (["dataset=digits", "train.steps=20"], 20, 0),
+        (["dataset=shapes"], 2400, 0),
+        (["dataset=shapes", "epochs=3"], 1000, 3),
+    ],
+)
+def test_what_a_command_says_of_the_length_takes_the_place_of_a_files(
+    arguments: list[str], steps: int, epochs: float
+) -> None:
+    config = cli.load("train", ["data_dir=/data", *arguments])
+    assert (config.steps, config.epochs) == (steps, epochs)
+    again = cli.load("train", cli.arguments_of(config))  # as ranks get it
+    assert (again.steps, again.epochs) == (steps, epochs)
+
+
+def test_steps_and_epochs_together_are_refused() -> None:
+    with pytest.raises(ConfigError, match="steps=5, epochs=2: give one of them"):
+        cli.load("train", ["steps=5", "epochs=2"])

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipeline import cli
 from pipeline.cli import config_for
-from pipeline.config import TrainConfig, run_folder
+from pipeline.config import ConfigError, TrainConfig, run_folder
 from pipeline.distributed import Rank, distributed
 from pipeline.loading import Batches
 from pipeline.partitions.dataset import Dataset, RandomAccess
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     import torch
 
     from pipeline.training.tasks.base import Task
+
+_MANY_TOKENS = 1024
 
 
 @distributed
@@ -45,7 +48,10 @@ def main(rank: Rank, config: TrainConfig) -> None:
         run = Folder.open(place, create=True)
     except OSError as error:
         raise StorageError(f"output {place} cannot be made: {error.strerror}") from error
-    training = Training(task, data, config, rank, run, valid)  # what refuses the command leaves the run as it is
+    if rank.is_main:
+        _warn_of_cost(task, config, rank)
+    about = _about(config, dataset)
+    training = Training(task, data, config, rank, run, valid, about)  # what refuses the command leaves the run as it is
     rank.now = {"of": config.steps}
     try:
         with Events(run, rank).around():
@@ -54,6 +60,37 @@ def main(rank: Rank, config: TrainConfig) -> None:
         raise SystemExit(f"error: {error}") from None
     if rank.is_main:
         rank.log.info("%s: finished after %d steps", place, state.step)
+
+
+def _warn_of_cost(task: Task, config: TrainConfig, rank: Rank) -> None:
+    """Models of small images on large ones have very many tokens: seldom what was meant."""
+    if config.task != "classify" or config.patch:
+        return
+    from pipeline.training.logs import forward_flops
+
+    shape = task.model.config
+    tokens = (shape.height // shape.patch) * (shape.width // shape.patch)  # type: ignore[union-attr, operator]
+    if tokens > _MANY_TOKENS:
+        rank.log.warning(
+            "model=%s cuts images of %d px into patches of %s px: %d tokens, %.1f GFLOP for each image and step. "
+            "patch=16 has %d tokens; resolution= takes smaller images",
+            config.model,
+            shape.width,  # type: ignore[union-attr]
+            shape.patch,  # type: ignore[union-attr]
+            tokens,
+            3 * forward_flops(task.model, task.example()) / 1e9,
+            (shape.height // 16) * (shape.width // 16),  # type: ignore[union-attr, operator]
+        )
+
+
+def _about(config: TrainConfig, dataset: Dataset | None) -> dict[str, Any]:
+    """What the model card says of the data."""
+    published: dict[str, Any] = {}
+    with suppress(ConfigError):  # a data set that is only a name
+        published = cli.dataset_settings(config.dataset).get("about") or {}
+    about: dict[str, Any] = {name: str(published[name]) for name in ("title", "home", "terms") if name in published}
+    digest = {"digest": dataset.require_success()["content_digest"]} if dataset else {}
+    return {**about, "dataset": config.dataset, "split": config.split, **digest}
 
 
 def _input(config: TrainConfig) -> Dataset | None:

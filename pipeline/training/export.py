@@ -13,6 +13,7 @@ import safetensors.torch
 
 from pipeline.config import TrainConfig
 from pipeline.storage import Folder, json_bytes
+from pipeline.training.card import model_card
 from pipeline.training.checkpoint import FOLDER as CHECKPOINTS
 from pipeline.training.checkpoint import open_checkpoint
 from pipeline.training.uploads import note
@@ -21,14 +22,27 @@ FOLDER = "export"
 
 
 EPOCHS = "exports"
+_OF_TRAINING = {
+    "config",
+    "world_size",
+    "sampler",
+    "ema_updates",
+    "skipped",
+    "skipped_ever",
+    "progress",
+    "best_step",
+    "meter",
+    "preprocessing",
+}
+"""Facts of a checkpoint that say nothing of how to use its weights."""
 _EPOCH = re.compile(r"epoch_(\d+)(-valid_loss_.*)?")
 
 
 def export(run: Folder, best_step: int) -> Path:
     """Put the averaged weights of the checkpoint of ``best_step`` (if there is none, of the last) into ``export/``.
 
-    model.safetensors, config.json (task, model, step), preprocessing.json. They replace an earlier export as one
-    folder.
+    model.safetensors, config.json (task, step, and what the task says of its use), preprocessing.json, and a model card
+    as README.md. They replace an earlier export as one folder.
     """
     best = run.path / CHECKPOINTS / f"step_{best_step:06d}"
     return _write(run, FOLDER, best if best.is_dir() else run.path)
@@ -64,10 +78,11 @@ def _epoch_of(name: str) -> int:
 def _write(parent: Folder, name: str, checkpoint: Path) -> Path:
     found = open_checkpoint(checkpoint, parts=("ema",))
     preprocessing = found.facts.get("preprocessing", {})
-    known = ("task", "model", "classes", "normalisation", "latents")
-    about = {"step": found.step, **{name: found.facts[name] for name in known if name in found.facts}}
+    about = {"step": found.step, **{name: value for name, value in found.facts.items() if name not in _OF_TRAINING}}
+    weights = found.tensors["ema"]
     files = {
-        "model.safetensors": safetensors.torch.save(found.tensors["ema"]),
+        "README.md": model_card(found.facts, found.step, sum(t.numel() for t in weights.values())).encode(),
+        "model.safetensors": safetensors.torch.save(weights),
         "config.json": json_bytes(about),
         "preprocessing.json": json_bytes(preprocessing),
     }

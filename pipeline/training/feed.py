@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from pipeline.config import TrainConfig
+from pipeline.config import ConfigError, TrainConfig
 from pipeline.distributed import Rank, ignore_signals
 from pipeline.loading import Batches, Sampler, order
 from pipeline.randomness import keyed_seed
@@ -215,7 +215,14 @@ class Picked:
 
 
 def split(data: Batches, fraction: float, seed: int) -> tuple[Chosen, Chosen]:
-    """(training, validation): ``fraction`` of the samples, chosen by the seed alone, are kept out of training."""
+    """(training, validation): ``fraction`` of the samples, chosen by the seed alone, are kept out of training.
+
+    Raises:
+        ConfigError: one of them would be empty.
+    """
     valid = round(len(data) * fraction)
+    if valid == len(data) or (fraction and not valid):
+        left = "trained on" if valid else "kept for validation"
+        raise ConfigError(f"valid_fraction={fraction}: of {len(data)} samples, none would be {left}")
     key = keyed_seed(seed, "validation")
     return Chosen(data, key, valid, len(data)), Chosen(data, key, 0, valid)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import uuid
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pipeline.config import ConfigError, TrainConfig, default_of, identity
+from pipeline.config import ConfigError, TrainConfig, identity
 from pipeline.distributed import Rank
 from pipeline.distributed.signals import Stopped
 from pipeline.drawing import grid, png
@@ -27,12 +27,12 @@ from pipeline.randomness import keyed_seed
 from pipeline.storage import Folder
 from pipeline.training.checkpoint import (
     Checkpoints,
-    checked_record,
     empty_optimizer_tensors,
     load_into,
     load_optimizer,
     optimizer_tensors,
 )
+from pipeline.training.compile_cache import load_compiled, save_compiled
 from pipeline.training.ema import Ema, buffers_of
 from pipeline.training.export import Uploads, export, export_epoch
 from pipeline.training.feed import Feed, Part, on_device, part_size
@@ -43,12 +43,11 @@ from pipeline.training.parallel import (
     checkpoint_activations,
     communicating,
     compile_blocks,
-    precision_of,
-    set_matmul_precision,
     shard,
     wrapped,
 )
 from pipeline.training.profiling import Profiler
+from pipeline.training.resuming import newest_record, require_same_data, settled
 from pipeline.training.schedule import learning_rate
 from pipeline.training.tasks.base import Keys, Task
 from pipeline.training.verdicts import StopRequests, Verdicts
@@ -75,6 +74,8 @@ class Progress:
     """How often schedule=plateau lowered the learning rate."""
     valid_loss: float | None = None
     """Of the last evaluation."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Likewise."""
 
     def see(self, step: int, value: float, higher_is_better: bool, patience: int) -> None:
         """An evaluation gave ``value``; ``patience``: evaluations without gain before the rate is lowered."""
@@ -137,33 +138,50 @@ class State:
 
 
 def train(
-    task: Task, data: Batches, config: TrainConfig, rank: Rank, run: Folder, valid: Batches | None = None
+    task: Task,
+    data: Batches,
+    config: TrainConfig,
+    rank: Rank,
+    run: Folder,
+    valid: Batches | None = None,
+    about: dict[str, Any] | None = None,
 ) -> State:
     """Train ``task`` until ``config.steps``, from the newest checkpoint in the folder ``run`` on, if there is one.
 
     Args:
         valid: what metrics are measured on, decide which checkpoint is best, and when to stop early.
+        about: what there is to say of the data, for the model card; JSON-able.
 
     Raises:
-        ConfigError: the run in this folder was started with other settings.
+        ConfigError: the run in this folder was started with other settings, or on other data.
         NotFinite: see there; the newest checkpoint is from before.
         Stopped: a signal came to any rank; the state was saved.
     """
-    return Training(task, data, config, rank, run, valid).run()
+    return Training(task, data, config, rank, run, valid, about).run()
 
 
 class Training:
     """One life of a run; see :func:`train`."""
 
     def __init__(
-        self, task: Task, data: Batches, config: TrainConfig, rank: Rank, run: Folder, valid: Batches | None
+        self,
+        task: Task,
+        data: Batches,
+        config: TrainConfig,
+        rank: Rank,
+        run: Folder,
+        valid: Batches | None,
+        about: dict[str, Any] | None = None,
     ) -> None:
         check(config, rank)
+        self.about = {**(about or {}), "samples": len(data), "validation_samples": len(valid) if valid else 0}
         self.task, self.rank, self.folder, self.valid = task, rank, run, valid
         life = str(rank.broadcast(uuid.uuid4().hex))
         self.checkpoints = Checkpoints(run, life, config.keep_checkpoints, rank)
         found = newest_record(self.checkpoints, rank)
-        self.config = config = _settled(config, found, self.checkpoints.folder, rank)
+        if found:
+            require_same_data(found[1]["facts"], len(data), self.checkpoints.folder)
+        self.config = config = settled(config, found, self.checkpoints.folder, rank)
         flops = forward_flops(task.model, task.example())
         self.state = state = _start(task, data, config, rank)
         state.meter = Meter(flops, peak_flops(rank.device, config.precision) * rank.world_size)
@@ -173,6 +191,8 @@ class Training:
             state.load(self.checkpoints.folder.path / name, record["facts"], record["step"])
             self.saved = state.step
         self.network = wrapped(state.model, config, rank)
+        if config.compile:
+            load_compiled(run, rank)
         self.loggers = open_loggers(run, config, life, state.step) if rank.is_main else []
         left = max(0, config.steps - state.step)
         self.feed = Feed(task, data, state.sampler, state.step, left, config, rank) if left else None
@@ -226,7 +246,9 @@ class Training:
         if state.step != self.saved and due:  # in the background, unless the process is about to end
             self.read()
             background = not (finished or stopping)
-            self.saved = _save(state, self.task, self.checkpoints, config, self.rank, background=background)
+            if config.compile and self.rank.is_main:
+                save_compiled(self.folder, self.rank)
+            self.saved = _save(state, self.task, self.checkpoints, config, self.rank, self.about, background=background)
         if epoch and self.rank.is_main and not stopping:
             self.checkpoints.wait()
             progress = state.progress
@@ -304,32 +326,6 @@ def check(config: TrainConfig, rank: Rank) -> None:
         raise ConfigError(f"{name} needs a validation set: valid_fraction=0.1, for example")
 
 
-def _settled(config: TrainConfig, found: tuple[str, dict[str, Any]] | None, folder: Folder, rank: Rank) -> TrainConfig:
-    """``config`` with what depends on the device, and on the run that it goes on with.
-
-    Raises:
-        ConfigError: that run was started with other settings.
-    """
-    before = found[1]["facts"]["config"] if found else {}
-    precision = precision_of(config.precision, rank.device, before.get("precision", ""))
-    config = replace(config, precision=precision)
-    if found:
-        _require_same(before, identity(config), folder, found[1]["step"])
-        if rank.is_main:
-            rank.log.info("resuming after step %d of %d", found[1]["step"], config.steps)
-            if config.steps != before["steps"]:
-                rank.log.info(
-                    "the run had %d steps: the learning rate goes on as if it had had %d from the start: %.3g",
-                    before["steps"],
-                    config.steps,
-                    learning_rate(config, found[1]["step"], found[1]["facts"]["progress"]["reductions"]),
-                )
-    set_matmul_precision(precision, rank.device)
-    if rank.is_main:
-        rank.log.info("precision=%s on %s", precision, rank.device.type)
-    return config
-
-
 def _start(task: Task, data: Batches, config: TrainConfig, rank: Rank) -> State:
     model = task.model.to(rank.device)
     if config.checkpoint_activations:
@@ -348,33 +344,6 @@ def _start(task: Task, data: Batches, config: TrainConfig, rank: Rank) -> State:
     )
     sampler = Sampler(len(data), config.batch_size, config.seed, rank.rank, rank.world_size)
     return State(model, optimizer, Ema(model, config.ema_decay), sampler, Meter())
-
-
-def newest_record(checkpoints: Checkpoints, rank: Rank) -> tuple[str, dict[str, Any]] | None:
-    """Name and record of the newest checkpoint, the same on all ranks; None if there is none."""
-    newest = checkpoints.newest(rank.log) if rank.is_main else None
-    name = str(rank.broadcast(newest.name if newest else ""))
-    if not name:
-        return None
-    with checkpoints.folder.folder(name) as folder:
-        record = folder.read_sealed("checkpoint.json") if not rank.is_main else checked_record(folder)
-    assert record is not None
-    return name, record
-
-
-def _require_same(theirs: dict[str, Any], ours: dict[str, Any], folder: Folder, step: int) -> None:
-    """Raises ConfigError if a run goes on with other settings; one that is finished may get more steps."""
-    longer = ours["steps"] > theirs["steps"] <= step
-    for name, value in ours.items():
-        was = theirs.get(name, default_of(TrainConfig, name))  # a setting that there was not yet
-        if was == value or (longer and name in ("steps", "epochs")):
-            continue
-        hint = "use that, or another name="
-        if name in ("steps", "epochs"):
-            hint = f"it is at step {step}: finish it first, then it can be extended; or use another name="
-            if ours["epochs"] == theirs["epochs"] and ours["epochs"]:
-                hint = "the number of samples has changed; give steps= in place of epochs=, or another name="
-        raise ConfigError(f"{name}={value}, but the run in {folder.path} was started with {name}={was}: {hint}")
 
 
 # ---- a step
@@ -501,7 +470,7 @@ def _evaluate(
     finally:
         state.model.train()
     means = task.summary({name: total / weight for name, (total, weight) in _reduced(sums, rank).items() if weight})
-    state.progress.valid_loss = means.get("valid_loss")
+    state.progress.valid_loss, state.progress.metrics = means.get("valid_loss"), dict(means)
     state.progress.see(state.step, means[task.metric], task.higher_is_better, config.lr_patience)
     for logger in loggers:
         logger.write(state.step, means)
@@ -539,11 +508,18 @@ def _reduced(sums: dict[str, Tensor], rank: Rank) -> dict[str, tuple[float, floa
 
 
 def _save(
-    state: State, task: Task, checkpoints: Checkpoints, config: TrainConfig, rank: Rank, *, background: bool
+    state: State,
+    task: Task,
+    checkpoints: Checkpoints,
+    config: TrainConfig,
+    rank: Rank,
+    about: dict[str, Any],
+    *,
+    background: bool,
 ) -> int:
     """Every rank writes its share; returns the step."""
     facts = {"config": identity(config), "task": task.name, "world_size": rank.world_size, **state.facts()}
-    facts |= {**task.facts(), "preprocessing": task.preprocessing()}
+    facts |= {**task.facts(), "preprocessing": task.preprocessing(), "data": about}
     step = state.step
 
     def done() -> None:

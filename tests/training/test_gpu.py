@@ -22,8 +22,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.config import TrainConfig
 from pipeline.distributed import Rank, Stopped
+from pipeline.distributed.place import Place
 from pipeline.encoders.vision import vision_encoder
 from pipeline.loading import Sampler
+from pipeline.models.dit import SIZES
 from pipeline.storage import Folder
 from pipeline.tokenizer import train_bpe
 from pipeline.training import loop
@@ -32,6 +34,7 @@ from pipeline.training.feed import Chosen, Feed, worker_count
 from pipeline.training.images import ImageDataset
 from pipeline.training.logs import read_log
 from pipeline.training.loop import NotFinite, Training
+from pipeline.training.staging import Stage, share_of
 from pipeline.training.tasks.base import Task
 from pipeline.training.tasks.caption import Caption, CaptionDataset
 from pipeline.training.tasks.classify import Classify
@@ -111,12 +114,14 @@ def caption(**settings: Any) -> tuple[Task, Any, TrainConfig]:
     return Caption(config, data, encoder.describe(), [["a red thing"]], [["a red thing"]]), data, config
 
 
+EXPERTS: dict[str, Any] = {"dim": 32, "depth": 3, "heads": 2, "mixer_dim": 32, "mixer_depth": 1, "experts": 2}
+EXPERTS |= {"text": "attention", "local": False, "qk_norm": True, "gated": True, "bias": False}
 COMMON: dict[str, Any] = {"steps": 5, "batch_size": 4, "warmup_steps": 2, "log_every": 100, "workers": 0}
 COMMON |= {"checkpoint_every": 3, "evaluate_every": 4, "micro_batch": 2}
 TASKS: dict[str, Callable[..., tuple[Task, Any, TrainConfig]]] = {
     "diffuse": diffuse,
     "diffuse masked, of moments": lambda **s: diffuse(True, mask_ratio=0.5, process="edm", **s),
-    "diffuse with experts": lambda **s: diffuse(model="MicroDiT_Tiny_2", steps=3, **s),
+    "diffuse with experts": lambda **s: diffuse(model="small_experts", **s),
     "diffuse with scans": lambda **s: diffuse(model="nano_ssm", **s),
     "classify": lambda **s: classify(mixup=0.8, cutmix=1.0, drop_path=0.1, dropout=0.1, **s),
     "classify, hybrid of mamba1": lambda **s: classify(blocks="hybrid", mixer="mamba1", pool="token", **s),
@@ -162,6 +167,7 @@ def test_no_step_waits_for_the_device(
     task: str, parallel: str, cuda: FakeCuda, rank: Rank, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = watched(monkeypatch, cuda)
+    monkeypatch.setitem(SIZES, "small_experts", EXPERTS)
     monkeypatch.setattr(loop, "wrapped", data_parallel)
     state = fit(TASKS[task](parallel=parallel), rank, tmp_path / "run")
     assert state.step == len(seen) and state.skipped_ever == 0
@@ -352,8 +358,6 @@ def test_workers_are_started_for_a_gpu_alone_unless_asked_for(cuda: FakeCuda, mo
 
 
 def test_a_checkpoint_is_staged_in_pinned_memory_without_waiting(cuda: FakeCuda, tmp_path: Path) -> None:
-    from pipeline.training.staging import Stage
-
     tensors = {"a": torch.arange(3.0, device=GPU), "b": torch.ones(2, 2, device=GPU)}
     stage = Stage()
     with cuda.no_waits():
@@ -365,6 +369,16 @@ def test_a_checkpoint_is_staged_in_pinned_memory_without_waiting(cuda: FakeCuda,
     assert copies["a"].tolist() == [0, 1, 2]
     with cuda.no_waits():
         assert stage.copy(tensors)["a"] is copies["a"]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
+def test_each_tensor_is_staged_by_one_rank_and_ranks_have_about_as_much(ranks: int) -> None:
+    model = nn.Sequential(*(nn.Linear(8 * n, 16) for n in range(1, 9)))
+    tensors = {f"{part}/{name}": tensor for part in ("model", "ema") for name, tensor in model.state_dict().items()}
+    shares = [share_of(tensors, Rank(Place(rank, ranks, rank, ranks))) for rank in range(ranks)]
+    assert sorted(name for share in shares for name in share) == sorted(tensors)
+    sizes = [sum(tensor.nbytes for tensor in share.values()) for share in shares]
+    assert max(sizes) - min(sizes) <= max(tensor.nbytes for tensor in tensors.values())
 
 
 def test_a_profile_is_written_by_rank_0(tmp_path: Path) -> None:

@@ -49,6 +49,37 @@ def test_in_bfloat16_the_weights_stay_exact(run: Runs) -> None:
     assert losses != [line["loss"] for line in read_log(exact.path) if "loss" in line]
 
 
+def test_activations_that_are_computed_again_change_nothing(run: Runs) -> None:
+    class Blocks(Regression):
+        def __init__(self) -> None:
+            super().__init__(plain=True)
+            torch.manual_seed(0)
+            self.model = _Stack(  # type: ignore[assignment]
+                [torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Dropout(0.3)) for _ in range(3)]
+            )
+
+    kept, again = run("kept"), run("again")
+    kept(task=Blocks())
+    again(task=Blocks(), checkpoint_activations=True)
+    ours, theirs = (open_checkpoint(one.path).tensors for one in (kept, again))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    with pytest.raises(ConfigError, match="checkpoint_activations=true: this model has no blocks"):
+        run("without")(checkpoint_activations=True)
+
+
+class _Stack(torch.nn.Module):
+    def __init__(self, parts: list[torch.nn.Module]) -> None:
+        super().__init__()
+        self.blocks = torch.nn.ModuleList(parts)
+        self.out = torch.nn.Linear(4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = x + block(x)
+        out: torch.Tensor = self.out(x)
+        return out
+
+
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs g++")
 def test_a_compiled_run_learns_the_same_and_its_checkpoint_does_not_tell(run: Runs) -> None:
     plain, compiled = run("plain"), run("compiled")
@@ -137,10 +168,21 @@ def test_exports_are_uploaded_by_rank_0(run: Runs, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(Uploads, "start", lambda self, folder: (begin(self, folder), self.wait()))
     one = run()
     one(hub_repo="somebody/model", export_every=1)
-    files = {"model.safetensors", "config.json", "preprocessing.json"}
+    files = {"model.safetensors", "config.json", "preprocessing.json", "README.md"}
     names = [*_exports(one), "export"]
     assert len(names) == 3
     assert Api.uploads == [("somebody/model", name, files) for name in names]
+
+
+def test_a_model_card_says_what_the_weights_are(run: Runs) -> None:
+    one = run()
+    one()
+    card = (one.path / "export/README.md").read_text()
+    assert card.startswith("---\nlibrary_name: pytorch\n") and "Averaged weights after 12 optimizer steps" in card
+    assert "| Samples trained on | 50 |" in card and "| Samples kept for validation | 20 |" in card
+    loss = open_checkpoint(one.path).facts["progress"]["metrics"]["valid_loss"]
+    assert f"| valid_loss | {loss:.6g} |" in card and "| batch_size | `8` |" in card
+    assert "| Terms of the data | not known" in card and "load_file(" in card
 
 
 def _exports(one: Run) -> list[str]:

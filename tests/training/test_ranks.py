@@ -66,11 +66,24 @@ SETTINGS = {"steps": 9, "checkpoint_every": 4, "log_every": 2, "evaluate_every":
 NEVER = -5
 
 
-def life(path: Path, ranks: int, kill: int = NEVER, number: int = 0, before: str = "", **settings: Any) -> list[int]:
+FAKE_GPUS = """
+import torch.distributed
+from fake_cuda import fake_cuda
+
+torch.distributed.is_nccl_available = lambda: False
+pretended = fake_cuda(2)
+pretended.__enter__()
+"""
+
+
+def life(
+    path: Path, ranks: int, kill: int = NEVER, number: int = 0, before: str = "", on_node: int = 0, **settings: Any
+) -> list[int]:
     """Exit codes of one life of the run; the signal ``number`` comes to rank 0 in step ``kill``.
 
     Args:
         before: code that each rank runs first.
+        on_node: ranks of each node, if they are several nodes.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -78,6 +91,7 @@ def life(path: Path, ranks: int, kill: int = NEVER, number: int = 0, before: str
     processes = []
     for rank in range(ranks):
         place = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        place |= {"LOCAL_RANK": rank % on_node, "LOCAL_WORLD_SIZE": on_node} if on_node else {}
         environment = {**os.environ, **{name: str(value) for name, value in place.items()}}
         environment["PYTHONPATH"] = f"{REPOSITORY}{os.pathsep}{REPOSITORY / 'tests'}"
         arguments = [str(path), json.dumps({**SETTINGS, **settings}), str(kill if rank == 0 else NEVER), str(number)]
@@ -125,3 +139,24 @@ def test_fsdp_learns_what_one_rank_learns_and_its_checkpoint_loads_on_one(tmp_pa
         torch.testing.assert_close(ours[part], theirs[part], atol=1e-5, rtol=1e-4)
     losses = [[line["loss"] for line in read_log(tmp_path / name) if "loss" in line] for name in ("run", "one")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("before", "settings"),
+    [
+        ("", {"parallel": "hsdp", "on_node": 1, "reshard_after_forward": False}),  # two nodes with a rank each
+        (FAKE_GPUS, {"parallel": "ddp"}),
+    ],
+)
+def test_other_kinds_of_ranks_learn_what_one_rank_learns(before: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    """And none of them writes what another one writes."""
+    exact = {"plain": True, "precision": "float32", "workers": 0}
+    assert life(tmp_path / "one", 1, **exact) == [0]
+    assert life(tmp_path / "run", 2, before=before, **exact, **settings) == [0, 0]
+    ours, theirs = (open_checkpoint(tmp_path / name) for name in ("run", "one"))
+    for part in ("model", "ema"):
+        torch.testing.assert_close(ours.tensors[part], theirs.tensors[part], atol=1e-5, rtol=1e-4)
+    place = tmp_path / "run/checkpoints/step_000009"
+    sizes = [(place / f"__{rank}_0.distcp").stat().st_size for rank in range(2)]
+    alone = (tmp_path / "one/checkpoints/step_000009/__0_0.distcp").stat().st_size
+    assert max(sizes) < 0.8 * alone and sum(sizes) < 1.2 * alone

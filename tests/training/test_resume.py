@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_training import Regression, Run
+from tiny_training import Points, Regression, Run
 from torch import nn
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
@@ -21,6 +21,7 @@ from pipeline.distributed import Stopped
 from pipeline.storage import Folder, StorageError
 from pipeline.training import loop
 from pipeline.training.checkpoint import Checkpoints, Superseded, open_checkpoint, stored_tensors
+from pipeline.training.feed import split
 from pipeline.training.loop import NotFinite, State
 
 Runs = Callable[..., Run]
@@ -227,6 +228,20 @@ def test_a_finished_run_can_be_given_more_steps(run: Runs, caplog: Any, monkeypa
         ConfigError, match="steps=13, but the run in .* was started with steps=12: it is at step 4: fin"
     ):
         run("unfinished")(steps=13)
+
+
+def test_a_run_whose_samples_were_removed_says_what_can_be_done(run: Runs) -> None:
+    run()()
+    again = run()
+    again.data.x, again.data.y = again.data.x[:-1], again.data.y[:-1]
+    with pytest.raises(ConfigError, match="trained on 50 samples, but now there are 49: .*takedown.*name=other.*start"):
+        again(steps=20)
+
+
+@pytest.mark.parametrize(("fraction", "message"), [(0.99, "trained on"), (0.1, "kept for validation")])
+def test_a_validation_set_that_leaves_nothing_is_refused(fraction: float, message: str) -> None:
+    with pytest.raises(ConfigError, match=f"valid_fraction={fraction}: of 3 samples, none would be {message}"):
+        split(Points(3), fraction, 0)
 
 
 def test_a_run_from_before_there_was_a_setting_goes_on(run: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
