@@ -129,7 +129,7 @@ def test_stripes_are_told_apart_and_the_best_checkpoint_exported(data: ImageData
     assert found.facts["classes"] == ["upright", "level"]
     assert open_checkpoint(tmp_path / "run").step < 60  # stopped early
     files = {path.name for path in (tmp_path / "run/export").iterdir()}
-    assert files == {"model.safetensors", "config.json", "preprocessing.json"}
+    assert files == {"model.safetensors", "config.json", "preprocessing.json", "README.md"}
 
 
 def test_training_with_every_augmentation_and_workers_goes_on_to_the_bit(data: ImageDataset, tmp_path: Path) -> None:
