@@ -222,8 +222,9 @@ class Progress:
         if not (last := last_logged(self._job.output)):
             return ""
         loss = f", loss {last['loss']:.4f}" if "loss" in last else ""
-        of = max((event.get("of", 0) for event in last_events(self._job.output)), default=0)  # of epochs=, too
-        return f"train: step {last.get('step', '?')}/{of or self._job.config.steps}{loss}"
+        newest = max(last_events(self._job.output), key=lambda event: event["time"], default={})
+        of = newest.get("of") or self._job.config.steps  # with epochs= only the ranks know
+        return f"train: step {last.get('step', '?')}/{of}{loss}"
 
 
 def last_logged(run: Path) -> dict[str, Any]:

@@ -18,9 +18,12 @@ import numpy as np
 import pytest
 from recorded import SAMPLES, commit, event, plan, record, write_events
 
+from launch.local import Progress
 from launch.monitor import logs, metrics, page, table, watch
 from launch.monitor.queue import Queue
 from launch.monitor.watch import StageStatus, Watch, ranges
+from launch.request import read
+from launch.submit import jobs_of
 from pipeline import storage, telemetry
 from pipeline.config import ConfigError
 
@@ -260,6 +263,22 @@ def test_a_training_run_counts_steps(tmp_path: Path) -> None:
     stage = look(tmp_path)
     assert (stage.name, stage.state, stage.done, stage.total) == ("runs/diffuse", "running", 250, 1000)
     assert (stage.loss, stage.rate, stage.eta) == (0.25, 80.0, 300.0)
+
+
+def test_the_line_of_a_local_training_counts_to_what_epochs_come_to(tmp_path: Path) -> None:
+    (job,) = jobs_of(*_request(tmp_path, "stage=train", "dataset=digits", "epochs=4"))
+    assert job.output is not None
+    (job.output / "logs").mkdir(parents=True)
+    (job.output / "logs/life.jsonl").write_text(json.dumps({"time": NOW, "step": 1080, "loss": 0.5}) + "\n")
+    assert Progress(job).line() == "train: step 1080/1000, loss 0.5000"  # as long as no rank has said more
+    for of, at in ((900, NOW - 50), (1440, NOW)):  # an earlier life had less to do
+        write_events(job.output, [event("beat", of, 1, NOW - 100, at, 0, step=1080, of=of)])
+    assert Progress(job).line() == "train: step 1080/1440, loss 0.5000"
+
+
+def _request(tmp_path: Path, *arguments: str) -> tuple[Any, ...]:
+    launch = read([f"data_dir={tmp_path}", *arguments])
+    return launch.config, launch.settings, launch.requests
 
 
 # ---- reading events
