@@ -215,7 +215,7 @@ def training(size: Size, device: torch.device, folder: Path) -> Rows:
     images = bench.ImageDataset(bench.Digits(), config.resolution)
     task = bench.Classify(config, images)
     line = run(task, images, config, folder / "classify")
-    backend = backend_of("auto", device)
+    backend = backend_of("auto", device, config.mixer or "mamba2")
     rows.append(training_row(f"Vision Mamba {size.mamba}, {size.mamba_edge} px, scans by {backend}", config, line))
     return rows
 
@@ -252,9 +252,9 @@ def training_row(name: str, config: TrainConfig, line: dict[str, Any]) -> dict[s
 
 def scans(size: Size, device: torch.device, folder: Path) -> Rows:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    backends = ["torch"] + ["mamba_ssm"] * (backend_of("auto", device) == "mamba_ssm")
     rows = []
     for kind in (Mamba1, Mamba2):
+        backends = ["torch"] + ["mamba_ssm"] * (backend_of("auto", device, kind.__name__.lower()) == "mamba_ssm")
         for length in size.lengths:
             torch.manual_seed(0)
             mixer: Any = kind(size.width, d_state=16 if kind is Mamba1 else 64).to(device)

@@ -481,7 +481,7 @@ def opened(data: bytes, format: str, limits: Limits) -> Iterator[Image.Image]:
     Image.MAX_IMAGE_PIXELS, AvifImagePlugin.DEFAULT_MAX_THREADS = limits.max_pixels, 1
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error")
+            warnings.filterwarnings("error", module=r"PIL(\.|$)")  # no other thread's: filters are the process's
             for harmless in _HARMLESS:
                 warnings.filterwarnings("ignore", harmless)
             data = without_lost_fields(data) if format == "tiff" else data

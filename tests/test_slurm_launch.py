@@ -132,7 +132,7 @@ def test_a_chain_runs_in_order_and_is_not_submitted_twice(slurm_cluster: Cluster
 
 def test_the_chain_by_scripts_alone(slurm_cluster: Cluster, tmp_path: Path) -> None:
     environment = {**TEMPLATE, "DATASET": "shapes", "DATA_DIR": str(tmp_path), "LOGS": str(tmp_path / "logs")}
-    environment |= {"SBATCH_MEM_PER_NODE": "1G", "DOWNLOAD_OPTIONS": "--ntasks-per-node=2 --mem=1G"}
+    environment |= {"SBATCH_MEM_PER_NODE": "1G", "DOWNLOAD_OPTIONS": "--ntasks-per-node=2 --mem=1G --hold"}
     environment |= {
         "FILTER_OPTIONS": "--ntasks-per-node=2 --nodes=2 --mem=1G",
         "SHARD_OPTIONS": "--mem=1G --ntasks-per-node=1",
@@ -147,6 +147,7 @@ def test_the_chain_by_scripts_alone(slurm_cluster: Cluster, tmp_path: Path) -> N
     second = slurm_cluster.run(*command, environment=environment).stdout
     jobs = re.findall(r"job (\d+)", first)
     assert re.findall(r"job (\d+), submitted before", second) == jobs
+    slurm_cluster.run("scontrol", "release", jobs[0])
     assert await_end(slurm_cluster, *jobs) == ["COMPLETED"] * 3, logs_below(tmp_path)
     assert Dataset.open(tmp_path / "tiny/train/shard-tar").require_success()["counts"]["kept"] == 60
     third = slurm_cluster.run(*command[:1], "filter", "shard", environment=environment).stdout
