@@ -210,7 +210,8 @@ lm_run() { # lm_run alone|together RANKS [SRUN-OPTION...] COMMAND...
   lm_keep_folders
   { : > "$LATENTMILL_LIFE/ended"; } 2>/dev/null || true # and so NFS looks at the folder anew
   lm_judge "$how" "$rc" "$ranks"
-  { : > "$done"; } 2>/dev/null || true # without it, another life starts the step again, which finds that all is done
+  # Without the mark another life starts the step again, which finds that all is done.
+  [[ " ${lm_code[*]} " != *" 0 "* ]] && ! lm_is_ours "$(lm_ask)" || { : > "$done"; } 2>/dev/null || true
 }
 
 lm_forget_old_lives() { # what the lives before the last one left behind has been judged
@@ -227,7 +228,7 @@ lm_judge() { # lm_judge alone|together RC RANKS: return if the work is done, els
   local how=$1 rc=$2 story codes
   lm_read "$3"
   codes=" ${lm_code[*]} "
-  [[ $rc != 0 || $codes = *\ [1-9]* ]] || return 0
+  [[ $rc != 0 || $codes = *\ [1-9]* ]] || lm_unheard "$how" "$codes" || return 0
   story="srun ended with code $rc; $(lm_story "$3")"
   [ "$rc" != 0 ] || rc=1
   for code in $codes; do # srun's is the highest of all, which is rarely that of the rank that failed
@@ -247,6 +248,11 @@ lm_judge() { # lm_judge alone|together RC RANKS: return if the work is done, els
     lm_give_up "$rc" "$story. Not started again: other nodes would do no better. Mend it, and the same command goes on"
   fi
   lm_again "$rc" "$story"
+}
+
+# srun ends with 0 where SLURM has given up the node of this script: its ranks may go on, and have not finished.
+lm_unheard() { # lm_unheard alone|together CODES: ranks have begun that never said how they ended
+  compgen -G "$LATENTMILL_LIFE/*.alive" > /dev/null && [[ $1 = together || $2 != *" 0 "* ]]
 }
 
 declare -A lm_code=() lm_node=() lm_pace=() lm_why=() # of each rank of this life
