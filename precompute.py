@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from pipeline.cli import config_for
+from pipeline.config.cli import config_for
 from pipeline.stages.precompute import main
 
 _ALIASES = {"--datadir": "--input", "--savedir": "--output"}

@@ -31,8 +31,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from _photos import originals
 
-from pipeline.duplicates import ROW, Rows, decide, forest, links, members, rows, units
-from pipeline.images import Rules, process
+from pipeline.curation.duplicates import ROW, Rows, decide, forest, links, members, rows, units
+from pipeline.imaging.transform import Rules, process
 from pipeline.samples import content_hash
 
 PLANTED = 1500

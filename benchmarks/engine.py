@@ -37,8 +37,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from launch.monitor.queue import EVERY
 from launch.monitor.watch import Watch
-from pipeline import storage, telemetry
-from pipeline.config import DownloadConfig
+from pipeline import storage
+from pipeline.config.schema import DownloadConfig
 from pipeline.distributed import Place, Rank
 from pipeline.partitions.attempt import Attempt
 from pipeline.partitions.compact import buckets_of, compact
@@ -50,7 +50,8 @@ from pipeline.partitions.plan import BUCKET, PARTITIONS, Input, Partition
 from pipeline.partitions.planning import open_or_plan
 from pipeline.partitions.stage import Stage
 from pipeline.samples import Outcome, Schema
-from pipeline.telemetry import BEAT, Events
+from pipeline.telemetry import events as telemetry
+from pipeline.telemetry.events import BEAT, Events
 
 FULL = 1_000_000  # partitions that everything is extrapolated to
 LOOKS = 25  # of an idle rank

@@ -29,8 +29,8 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pipeline.cli import load
-from pipeline.config import TrainConfig
+from pipeline.config.cli import load
+from pipeline.config.schema import TrainConfig
 from pipeline.distributed import Rank
 from pipeline.partitions.dataset import Dataset, RandomAccess
 from pipeline.storage import Folder

@@ -26,8 +26,8 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from pipeline.cli import build
-from pipeline.config import STAGES
+from pipeline.config.cli import build
+from pipeline.config.schema import STAGES
 from pipeline.distributed import Rank
 from pipeline.encoders.embedded import EmbeddedTextEncoder
 from pipeline.latents.encoding import Batch, Encoded, Encoding

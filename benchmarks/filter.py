@@ -2,7 +2,7 @@
 
     python benchmarks/filter.py [photos=<folder>] [count=1500] [processes=1,2] [rounds=3]
 
-Bare: so many processes call `pipeline.images.judge` on photos of 1 MP in memory, and drop the result. Stage: the same
+Bare: so many processes call `pipeline.imaging.transform.judge` on photos of 1 MP in memory, and drop the result. Stage: the same
 photos as files in a folder, through one rank with so many workers: reading, hashing, ledger, tar, fsync and commit; its
 rate is the difference between `count` and a sixth of it, without its start. Rounds alternate; ratios are medians.
 `by CPU time` compares seconds of CPU per image, of rank and workers together, both with so many processes at once (two
@@ -26,9 +26,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from _photos import SIZES, photos
 
-from pipeline.config import DownloadConfig, FilterConfig
+from pipeline.config.schema import DownloadConfig, FilterConfig
 from pipeline.distributed import Rank
-from pipeline.images import DEFAULT_LIMITS, Rules, judge
+from pipeline.imaging.transform import DEFAULT_LIMITS, Rules, judge
 from pipeline.partitions import engine
 from pipeline.stages.download import Download
 from pipeline.stages.filter import Filter

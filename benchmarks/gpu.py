@@ -35,11 +35,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from pipeline.config import TrainConfig
+from pipeline.config.schema import TrainConfig
 from pipeline.distributed import Rank
 from pipeline.encoders.base import autoencoder, text_encoder
+from pipeline.models.diffusion_process import Flow
 from pipeline.models.dit import DiT, dit_config
-from pipeline.models.processes import Flow
 from pipeline.models.ssm import Mamba1, Mamba2, backend_of
 from pipeline.stages.generate import Manner, Painter, sample_images
 from pipeline.storage import Folder

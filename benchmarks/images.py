@@ -1,4 +1,4 @@
-"""Images per second on one core: `pipeline.images.process` against what others do, at four sizes; and its fidelity.
+"""Images per second on one core: `pipeline.imaging.transform.process` against what others do, at four sizes; and its fidelity.
 
     python benchmarks/images.py photos=<folder> [rounds=9] [core=0] [photo_count=6] [sizes=1,4,12] [stage=true]
 
@@ -37,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from _photos import EDGE, SIZES, photos
 
-from pipeline.images import Rules, decode, geometry, probe, process, render, target_size
+from pipeline.imaging.transform import Rules, decode, geometry, probe, process, render, target_size
 
 Job = Callable[[bytes], bytes]
 

@@ -38,8 +38,8 @@ from torchvision import transforms
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from pipeline.cli import build
-from pipeline.config import STAGES
+from pipeline.config.cli import build
+from pipeline.config.schema import STAGES
 from pipeline.distributed import Rank
 from pipeline.encoders.base import autoencoder, text_encoder
 from pipeline.latents.encoding import Batch, Encoded, Encoding

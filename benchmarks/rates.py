@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from _photos import SIZES, photos
 
 from pipeline.partitions.dataset import Dataset
-from pipeline.telemetry import last_events
+from pipeline.telemetry.events import last_events
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("download", "filter", "dedup", "shard", "precompute")

@@ -26,19 +26,19 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from pipeline import images
-from pipeline.cli import build
-from pipeline.config import STAGES, TrainConfig
+from pipeline.config.cli import build
+from pipeline.config.schema import STAGES, TrainConfig
+from pipeline.curation.splits import Splits
 from pipeline.distributed import Rank
 from pipeline.encoders.preprocessing import Preprocessing
 from pipeline.encoders.vision import save_program
+from pipeline.imaging import transform
 from pipeline.metrics.captions import caption_scores, words
 from pipeline.models.decoding import Decoding
 from pipeline.partitions import engine
 from pipeline.partitions.dataset import Dataset, RandomAccess
 from pipeline.randomness import uniforms
 from pipeline.samples import Row
-from pipeline.splits import Splits
 from pipeline.stages import get_stage
 from pipeline.stages.caption import load_writer
 from pipeline.storage import Folder
@@ -181,7 +181,7 @@ def rows_of(shards: Path) -> list[Row]:
 
 
 def pixels(row: Row) -> np.ndarray:
-    return images.decode(row["jpg"], images.probe(row["jpg"], images.Limits()))
+    return transform.decode(row["jpg"], transform.probe(row["jpg"], transform.Limits()))
 
 
 if __name__ == "__main__":

@@ -24,8 +24,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from timm.models.vision_transformer import VisionTransformer
 
-from pipeline.cli import build
-from pipeline.config import TrainConfig
+from pipeline.config.cli import build
+from pipeline.config.schema import TrainConfig
 from pipeline.distributed import Rank
 from pipeline.storage import Folder
 from pipeline.training.images import ImageDataset

@@ -30,8 +30,8 @@ def _say_missing(error: ModuleNotFoundError) -> None:
 try:
     from launch import request
     from launch.checkup import judge, start, table
-    from pipeline import cli
-    from pipeline.config import STAGES, ConfigError, DoctorConfig, LaunchConfig
+    from pipeline.config import cli
+    from pipeline.config.schema import STAGES, ConfigError, DoctorConfig, LaunchConfig
     from pipeline.doctor.finding import Finding
 except ModuleNotFoundError as missing:  # a doctor must be able to tell even this
     _say_missing(missing)

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 from launch import pack
 from launch.script import Script
 from launch.site import Limits, Room, Site
-from pipeline.amounts import duration
-from pipeline.config import MAIN_LINE, UPSTREAMS, ConfigError
+from pipeline.config.schema import MAIN_LINE, UPSTREAMS, ConfigError
 from pipeline.storage import StorageError
+from pipeline.telemetry.units import duration
 
 if TYPE_CHECKING:
     from launch.submit import Job
@@ -160,7 +160,7 @@ def _runs(data_dir: Path, stage: str) -> Iterator[_Run]:
 
 def _dataset_run(path: Path, stage: str) -> _Run | None:
     from pipeline.partitions.dataset import Dataset
-    from pipeline.telemetry import last_events
+    from pipeline.telemetry.events import last_events
 
     dataset = Dataset.open(path)
     if dataset.stage != stage:
@@ -179,7 +179,7 @@ def _dataset_run(path: Path, stage: str) -> _Run | None:
 
 
 def _train_run(path: Path) -> _Run | None:
-    from pipeline.telemetry import last_events
+    from pipeline.telemetry.events import last_events
 
     events = [event for event in last_events(path) if event.get("done")]
     done = sum(event["done"] for event in events)

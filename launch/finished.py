@@ -10,8 +10,8 @@ import sys
 from launch.request import Request
 from launch.slurm import already_done
 from launch.submit import Job, output_of
-from pipeline import cli
-from pipeline.config import ConfigError, LaunchConfig
+from pipeline.config import cli
+from pipeline.config.schema import ConfigError, LaunchConfig
 
 
 def main(argv: list[str]) -> int:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from launch.monitor.flight import FLIGHT
 from launch.script import is_single
 from pipeline.distributed import EXIT_STOPPED, Rank
-from pipeline.telemetry import last_events
+from pipeline.telemetry.events import last_events
 
 if TYPE_CHECKING:
     from launch.submit import Job

@@ -17,7 +17,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 
-from pipeline.config import ConfigError
+from pipeline.config.schema import ConfigError
 
 _TRIES = 3
 _SECONDS = 10.0

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.local import last_logged
-from pipeline.amounts import duration
-from pipeline.config import public_text
+from pipeline.config.schema import public_text
 from pipeline.partitions.dataset import Dataset, Unfinished
 from pipeline.partitions.finalize import common_failures
 from pipeline.storage import StorageError
+from pipeline.telemetry.units import duration
 from pipeline.training.uploads import problem
 
 if TYPE_CHECKING:

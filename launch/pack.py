@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from launch.request import Request
 from launch.script import LOCKSTEP, Script
-from pipeline.config import ConfigError, LaunchConfig
+from pipeline.config.schema import ConfigError, LaunchConfig
 
 if TYPE_CHECKING:
     from launch.submit import Job

@@ -11,8 +11,8 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline import cli
-from pipeline.config import MAIN_LINE, UPSTREAMS, ConfigError, identity, public_text
+from pipeline.config import cli
+from pipeline.config.schema import MAIN_LINE, UPSTREAMS, ConfigError, identity, public_text
 from pipeline.partitions.dataset import Dataset, Unfinished
 from pipeline.partitions.planning import Stale, require_same
 from pipeline.partitions.stage import input_folder

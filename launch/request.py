@@ -11,10 +11,10 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline import cli
-from pipeline.config import STAGES, ConfigError, LaunchConfig
-from pipeline.options import condition_text, without_effect
-from pipeline.yaml_files import read_settings
+from pipeline.config import cli
+from pipeline.config.options import condition_text, without_effect
+from pipeline.config.schema import STAGES, ConfigError, LaunchConfig
+from pipeline.config.yaml_files import read_settings
 
 KINDS = ("local", "inline", "slurm")
 PRESETS = cli.CONF / "cluster"

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from launch.request import Request
-from pipeline.config import ConfigError
+from pipeline.config.schema import ConfigError
 
 HOME = Path(__file__).resolve().parent.parent
 """The checkout."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from launch.pack import mebibytes, minutes
-from pipeline.config import ConfigError
+from pipeline.config.schema import ConfigError
 
 SECONDS = 10.0  # that a command may take to answer
 

@@ -27,7 +27,7 @@ from submitit.core.utils import FailedJobError
 from launch import forecast, pack, precheck
 from launch.notify import host_of, require_url
 from launch.script import LOCKSTEP, Array, Script
-from pipeline.config import MAIN_LINE, UPSTREAMS, ConfigError, dataset_name, identity, public_text
+from pipeline.config.schema import MAIN_LINE, UPSTREAMS, ConfigError, dataset_name, identity, public_text
 from pipeline.distributed.output import forgive
 
 if TYPE_CHECKING:

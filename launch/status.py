@@ -15,14 +15,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from pipeline.interpreter import ensure
+from pipeline.config.interpreter import ensure
 
 if __name__ == "__main__":
     ensure(sys.path[0])
 
 from launch.monitor.watch import Snapshot, Watch
-from pipeline import cli
-from pipeline.config import ConfigError, StatusConfig
+from pipeline.config import cli
+from pipeline.config.schema import ConfigError, StatusConfig
 
 
 def main(argv: list[str]) -> int:

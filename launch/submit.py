@@ -20,7 +20,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from pipeline.interpreter import ensure
+from pipeline.config.interpreter import ensure
 
 if __name__ == "__main__":
     ensure(sys.path[0])
@@ -30,8 +30,8 @@ from launch.outcome import summary
 from launch.request import PRESETS, Launch, Request, read
 from launch.script import is_single
 from launch.submission import Submission
-from pipeline import cli
-from pipeline.config import (
+from pipeline.config import cli
+from pipeline.config.schema import (
     MAIN_LINE,
     STAGES,
     UPSTREAMS,

@@ -3,8 +3,8 @@
 import os.path
 import sys
 
-from pipeline.interpreter import ensure
-from pipeline.startup import report_missing_modules
+from pipeline.config.interpreter import ensure
+from pipeline.config.startup import report_missing_modules
 
 if sys.argv[:1] == ["-m"]:  # python -m pipeline.stages.filter
     ensure(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))

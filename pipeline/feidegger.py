@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from pipeline.config import ConfigError
+from pipeline.config.schema import ConfigError
+from pipeline.encoders.tokenizer import Tokenizer
 from pipeline.samples import Row
-from pipeline.tokenizer import Tokenizer
 
 
 class FeideggerMambaDataset(Dataset[dict[str, Tensor]]):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import StageConfig, option
+from pipeline.config.schema import StageConfig, option
 from pipeline.distributed import Place, Rank
 from pipeline.partitions import engine
 from pipeline.partitions.compact import stale_packs
@@ -131,7 +131,7 @@ def run(output: Path, stage: type[Stage] = Fake, rank: Rank | None = None, **set
 
 
 def make(output: Path, stage: type[Stage] = Fake, rank: Rank | None = None, **settings: Any) -> Stage:
-    from pipeline.config import STAGES as CONFIGS
+    from pipeline.config.schema import STAGES as CONFIGS
 
     return stage(CONFIGS[stage.name](output=str(output), **settings), rank or rank_of())
 

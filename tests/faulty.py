@@ -8,7 +8,7 @@ import signal
 import time
 from typing import Any
 
-from pipeline import answers, images
+from pipeline.imaging import transform, worker_protocol
 
 
 def obey(data: bytes, *arguments: Any) -> bytes:
@@ -42,10 +42,10 @@ def obey(data: bytes, *arguments: Any) -> bytes:
 _kept: list[bytes] = []
 
 
-def judge(data: bytes, rules: images.Rules, limits: images.Limits) -> bytes:
+def judge(data: bytes, rules: transform.Rules, limits: transform.Limits) -> bytes:
     """The image path with two holes: images whose first pixel's red is 1 crash it, 2 hang it."""
     if data.startswith(b"\x89PNG"):
-        red = int(images.decode(data, images.probe(data))[0, 0, 0])
+        red = int(transform.decode(data, transform.probe(data))[0, 0, 0])
         if red in (1, 2):
             obey(b"segfault" if red == 1 else b"hang")
-    return answers.answer(data, rules, limits)
+    return worker_protocol.answer(data, rules, limits)

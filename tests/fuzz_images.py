@@ -20,10 +20,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 import psutil
 from image_files import SAMPLES, hostile
 
-from pipeline.answers import understood
-from pipeline.images import Limits, Result, Rules
+from pipeline.imaging.transform import Limits, Result, Rules
+from pipeline.imaging.worker_pool import Lost, Pool
+from pipeline.imaging.worker_protocol import understood
 from pipeline.samples import content_hash
-from pipeline.workers import Lost, Pool
 
 MEMORY = 2**29
 
@@ -69,7 +69,7 @@ def main() -> None:
 
     arguments = (Rules(min_image_size=8, max_image_size=32), Limits(max_pixels=4_000_000))
     workers = int(options.get("workers", 2))
-    pool = Pool("pipeline.answers:answer", arguments, workers=workers, timeout=20, memory=MEMORY)
+    pool = Pool("pipeline.imaging.worker_protocol:answer", arguments, workers=workers, timeout=20, memory=MEMORY)
     outcomes: Counter[str] = Counter()
     most = 0
     for number, (data, said) in enumerate(pool.map(files())):

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from sources.found import LAYOUTS, photo
 
-from pipeline.config import ConfigError, DownloadConfig
+from pipeline.config.schema import ConfigError, DownloadConfig
 from pipeline.samples import Outcome
 from pipeline.sources.base import get_source
 

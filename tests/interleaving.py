@@ -25,13 +25,14 @@ from typing import Any
 
 import pytest
 
-from pipeline import storage, telemetry
-from pipeline.config import ConfigError
+from pipeline import storage
+from pipeline.config.schema import ConfigError
 from pipeline.partitions import claims, engine, finalize, planning
 from pipeline.partitions.attempt import Superseded
 from pipeline.partitions.dataset import Dataset, SlotReader
 from pipeline.partitions.stage import Stage
 from pipeline.storage import Folder, StorageError
+from pipeline.telemetry import events as telemetry
 
 _PATIENCE = 60.0  # real seconds for one operation, before we call it a deadlock
 _CREATING = ("mkdir", "rename", "create", "write_small")

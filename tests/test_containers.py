@@ -12,7 +12,7 @@ import pytest
 
 from launch.request import read
 from launch.script import Script
-from pipeline.config import ConfigError
+from pipeline.config.schema import ConfigError
 
 ROOT = Path(__file__).parents[1]
 # as srun does: its own options first, then the command; %x and %j of --output are not expanded

@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline import cli
-from pipeline.config import STAGES, ConfigError, RunConfig, identity
+from pipeline.config import cli
+from pipeline.config.schema import STAGES, ConfigError, RunConfig, identity
 from pipeline.distributed import EXIT_PEER, EXIT_STOPPED, Place, Rank, Stopped, distributed, expand_nodes, find_place
 from pipeline.distributed.device import choose_device, why_no_gpu
 from pipeline.distributed.rank import require_own_gpus
@@ -170,7 +170,7 @@ def test_a_request_to_stop_is_acted_on_at_a_safe_boundary_only() -> None:
 
 PROLOGUE = """
 import json, os, signal, sys, threading, time
-from pipeline.config import ConfigError
+from pipeline.config.schema import ConfigError
 from pipeline.distributed import *
 
 def forever(*_):

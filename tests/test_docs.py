@@ -14,8 +14,8 @@ import pytest
 from launch import doctor
 from launch.request import read
 from launch.submit import jobs_of
-from pipeline import cli
-from pipeline.config import STAGES, StatusConfig
+from pipeline.config import cli
+from pipeline.config.schema import STAGES, StatusConfig
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]

@@ -23,7 +23,7 @@ from launch.checkup import table
 from launch.checkup.judge import judge
 from launch.checkup.start import Heard
 from pipeline import storage
-from pipeline.config import ConfigError
+from pipeline.config.schema import ConfigError
 from pipeline.doctor import filesystem, gpus, hub, machine, network, speed
 from pipeline.doctor.finding import Finding, Report, read
 

@@ -25,7 +25,7 @@ from sources.test_foreign import picture
 from stages.conftest import run_stage
 
 from pipeline.encoders.base import autoencoder, text_encoder
-from pipeline.latents.loading import build_streaming_latents_dataloader
+from pipeline.loading.latents import build_streaming_latents_dataloader
 from pipeline.partitions.dataset import Dataset, RandomAccess
 
 COUNT = 20

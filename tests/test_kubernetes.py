@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from launch.script import LOCKSTEP
-from pipeline.config import MAIN_LINE
+from pipeline.config.schema import MAIN_LINE
 from pipeline.distributed import find_place
 from pipeline.distributed.signals import EXIT_STOPPED
 from pipeline.partitions.dataset import Dataset

@@ -12,7 +12,7 @@ import pytest
 
 from launch import local
 from launch.submit import jobs_of
-from pipeline.config import ConfigError, LaunchConfig
+from pipeline.config.schema import ConfigError, LaunchConfig
 from pipeline.partitions.dataset import Dataset
 from pipeline.partitions.verify import verify
 

@@ -18,7 +18,7 @@ from launch.pack import packed
 from launch.request import read
 from launch.site import Account, Limits, Room, Site
 from launch.submit import Job, jobs_of
-from pipeline.config import ConfigError
+from pipeline.config.schema import ConfigError
 from pipeline.partitions.dataset import Dataset
 
 NODE = Limits("main", True, 4, 4, 240.0, 60.0, 16, 8, 64_000.0)

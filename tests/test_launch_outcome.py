@@ -16,8 +16,8 @@ from launch import outcome, submit
 from launch.monitor.table import FittingTable
 from launch.monitor.watch import Watch
 from launch.submission import Submission, going_on
-from pipeline import cli
-from pipeline.config import FilterConfig
+from pipeline.config import cli
+from pipeline.config.schema import FilterConfig
 from pipeline.training import uploads
 
 SHAPES = ["dataset=shapes", "source=shapes", "count=30", "image_size=64", "download.partition_size=10"]

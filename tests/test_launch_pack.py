@@ -11,7 +11,7 @@ from launch import slurm
 from launch.pack import clock, comment, gpu_count, mebibytes, minutes, packed, places
 from launch.request import read
 from launch.submit import Job, jobs_of, per_dataset
-from pipeline.config import ConfigError
+from pipeline.config.schema import ConfigError
 
 GPUS = ("precompute.gpus_per_node=8", "train.gpus_per_node=4", "generate.gpus_per_node=1")
 

@@ -15,7 +15,7 @@ from launch import precheck, slurm
 from launch.request import PRESETS, Request, read
 from launch.script import Array, Script
 from launch.submit import Job, jobs_of
-from pipeline.config import MAIN_LINE, STAGES, ConfigError, LaunchConfig
+from pipeline.config.schema import MAIN_LINE, STAGES, ConfigError, LaunchConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).parent / "data"

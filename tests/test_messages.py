@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import (
+from pipeline.config.schema import (
     STAGES,
     DeviceConfig,
     LaunchConfig,

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from launch import notify, submit
-from pipeline.config import ConfigError
+from pipeline.config.schema import ConfigError
 
 
 @pytest.fixture

@@ -15,14 +15,14 @@ import torch
 from stages.conftest import run_stage
 from transfer_double import pretended
 
-from pipeline import workers
-from pipeline.cli import build
-from pipeline.config import PrecomputeConfig
+from pipeline.config.cli import build
+from pipeline.config.schema import PrecomputeConfig
 from pipeline.distributed import Rank, find_place
 from pipeline.distributed.device import isolation_cost
 from pipeline.encoders.crop import Crop
-from pipeline.latents.ahead import Ahead
+from pipeline.imaging import worker_pool as workers
 from pipeline.latents.decoding import Decoders, Layout
+from pipeline.latents.prefetch import Ahead
 from pipeline.stages import verify
 from pipeline.stages.precompute import Precompute
 

@@ -35,7 +35,7 @@ run python program.py "${{ELEMENT[@]}}"
 """
 PROGRAM = """
 import os, signal, sys, time
-from pipeline.config import ConfigError, FilterConfig
+from pipeline.config.schema import ConfigError, FilterConfig
 from pipeline.distributed import distributed
 
 life = int(os.environ.get("SLURM_RESTART_COUNT", "0"))

@@ -18,7 +18,7 @@ from slurm_cluster.cluster import Cluster
 
 from pipeline.partitions.dataset import Dataset
 from pipeline.partitions.verify import verify
-from pipeline.telemetry import last_events
+from pipeline.telemetry.events import last_events
 
 ROOT = Path(__file__).resolve().parents[1]
 SUBMIT = [sys.executable, ROOT / "launch/submit.py"]

@@ -59,7 +59,7 @@ def test_a_packed_chain_that_is_preempted_goes_on_at_the_right_stage(slurm_clust
 
 
 def events(output: Path) -> list[dict[str, int]]:
-    from pipeline.telemetry import last_events
+    from pipeline.telemetry.events import last_events
 
     return list(last_events(output))
 

@@ -24,8 +24,9 @@ from launch.monitor.queue import Queue
 from launch.monitor.watch import StageStatus, Watch, ranges
 from launch.request import read
 from launch.submit import jobs_of
-from pipeline import storage, telemetry
-from pipeline.config import ConfigError
+from pipeline import storage
+from pipeline.config.schema import ConfigError
+from pipeline.telemetry import events as telemetry
 
 ROOT = Path(__file__).resolve().parent.parent
 STATUS = [sys.executable, str(ROOT / "launch/status.py")]
@@ -128,7 +129,7 @@ def test_a_thousand_ranks_and_a_hundred_thousand_partitions_take_few_operations(
 def test_finished_stages_are_not_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import fake_stage
 
-    from pipeline.config import STAGES
+    from pipeline.config.schema import STAGES
 
     monkeypatch.setitem(STAGES, "fake", fake_stage.FakeConfig)
     fake_stage.run(tmp_path / "filter")

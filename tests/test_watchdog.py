@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 
 from pipeline.distributed import EXIT_ENVIRONMENT, EXIT_HUNG, EXIT_STOPPED, EXIT_STORAGE
-from pipeline.telemetry import last_events
+from pipeline.telemetry.events import last_events
 
 ROOT = Path(__file__).resolve().parent.parent
 HEAD = """
 import os, sys, time
-from pipeline.config import ConfigError, FilterConfig
+from pipeline.config.schema import ConfigError, FilterConfig
 from pipeline.distributed import distributed
 
 @distributed
@@ -212,7 +212,7 @@ def test_a_life_whose_folder_is_gone_does_not_matter(tmp_path: Path) -> None:
 def test_a_stage_that_hangs_says_so_in_its_events(tmp_path: Path) -> None:
     body = f"""
         import fake_stage
-        from pipeline.config import STAGES
+        from pipeline.config.schema import STAGES
         from pipeline.partitions import engine
         STAGES["fake"] = fake_stage.FakeConfig
         class Stuck(fake_stage.Fake):

@@ -10,8 +10,8 @@ from docutils.statemachine import StringList
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
-from pipeline.config import STAGES, DoctorConfig, LaunchConfig, StatusConfig
-from pipeline.options import default_value, option_text, shown
+from pipeline.config.options import default_value, option_text, shown
+from pipeline.config.schema import STAGES, DoctorConfig, LaunchConfig, StatusConfig
 
 PROGRAMS = {**STAGES, "submit": LaunchConfig, "status": StatusConfig, "doctor": DoctorConfig}
 

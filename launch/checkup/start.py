@@ -18,8 +18,8 @@ from typing import IO
 
 from launch.request import Launch, Request
 from launch.script import HOME, Script
-from pipeline import cli
-from pipeline.config import ConfigError, DoctorConfig
+from pipeline.config import cli
+from pipeline.config.schema import ConfigError, DoctorConfig
 from pipeline.doctor.finding import MARK, Finding, read
 
 _LIMIT = 900  # seconds that a check may take, once it runs

@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from launch.pack import mebibytes
-from pipeline.config import ConfigError
-from pipeline.efficiency import Efficiency
+from pipeline.config.schema import ConfigError
+from pipeline.telemetry.efficiency import Efficiency
 
 EVERY = 60.0  # seconds between two sacct: its database has other things to do
 _SECONDS = 10.0

@@ -11,8 +11,8 @@ from pathlib import Path
 from launch.monitor.flight import explain
 from launch.monitor.joblogs import newest
 from launch.monitor.watch import ACTIVE, Snapshot, StageStatus
-from pipeline.cli import nearest
-from pipeline.config import ConfigError
+from pipeline.config.cli import nearest
+from pipeline.config.schema import ConfigError
 
 _MOST = 5  # logs shown at a time
 _ROUND = 0.5

@@ -9,7 +9,7 @@ from typing import Any
 
 from launch.monitor.ranks import RankStatus
 from launch.monitor.watch import Snapshot, StageStatus
-from pipeline.config import ConfigError
+from pipeline.config.schema import ConfigError
 
 Sample = tuple[dict[str, str], float]
 

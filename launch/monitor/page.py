@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from launch.monitor import table
 from launch.monitor.ranks import BAD
 from launch.monitor.watch import Snapshot, StageStatus
-from pipeline.amounts import duration
 from pipeline.storage import Folder
-from pipeline.telemetry import DONE, GPU, LOSS, MEMORY, READ, TIME, WAITED, WRITTEN, Process
+from pipeline.telemetry.events import DONE, GPU, LOSS, MEMORY, READ, TIME, WAITED, WRITTEN, Process
+from pipeline.telemetry.units import duration
 
 _TIMES = 120
 _STEADY = 5  # points at the end of a live process that its present speed is the mean of

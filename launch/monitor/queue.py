@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.pack import places
-from pipeline.config import ConfigError
+from pipeline.config.schema import ConfigError
 
 EVERY = 10.0  # seconds between two squeue: a controller has other things to do
 _FIELDS = ("%A", "%F", "%i", "%j", "%T", "%S", "%M", "%l", "%D", "%N", "%r", "%x", "%k")

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from launch.monitor.queue import Queue
-from pipeline.amounts import duration
-from pipeline.telemetry import DONE, READ, WAITED, WRITTEN, Process
+from pipeline.telemetry.events import DONE, READ, WAITED, WRITTEN, Process
+from pipeline.telemetry.units import duration
 
 LIVE = ("running", "waiting", "slow", "stuck")
 BAD = ("failed", "hung", "lost", "silent", "stuck", "slow")

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from launch.monitor.ranks import BAD, RankStatus
 from launch.monitor.watch import ACTIVE, Snapshot, StageStatus
-from pipeline.amounts import duration, size
+from pipeline.telemetry.units import duration, size
 
 _COLOURS = {"finished": "green", "running": "cyan", "pending": "yellow", "slow": "yellow", "stuck": "yellow"}
 _REASONS = 4

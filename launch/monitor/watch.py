@@ -26,13 +26,13 @@ from launch.monitor.queue import EVERY, Queue, QueuedJob
 from launch.monitor.ranks import BAD, RankStatus, statuses
 from launch.pack import comment, places
 from launch.submission import going_on
-from pipeline.config import MAIN_LINE, ConfigError
-from pipeline.efficiency import Efficiency, efficiency
-from pipeline.hosts import Hosts, HostStatus, hosts_of
+from pipeline.config.schema import MAIN_LINE, ConfigError
 from pipeline.partitions.dataset import SUCCESS, Dataset
 from pipeline.partitions.plan import BUCKET
 from pipeline.storage import GONE, Folder, StorageError
-from pipeline.telemetry import DONE, EventReader, Process
+from pipeline.telemetry.efficiency import Efficiency, efficiency
+from pipeline.telemetry.events import DONE, EventReader, Process
+from pipeline.telemetry.host_stats import Hosts, HostStatus, hosts_of
 from pipeline.training.uploads import problem as upload_problem
 
 _DEPTH = 4  # <data_dir>/<dataset>/<split>/<stage>

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.config import ConfigError
+from pipeline.config.schema import ConfigError
 
 if TYPE_CHECKING:
     import torch

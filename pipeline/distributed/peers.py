@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from pipeline.distributed.place import Place
+from pipeline.distributed.environment import Place
 from pipeline.distributed.signals import Stopped
 
 if TYPE_CHECKING:

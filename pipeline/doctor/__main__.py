@@ -5,12 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 
-from pipeline import cli
-from pipeline.config import DoctorConfig
+from pipeline.config import cli
+from pipeline.config.schema import DoctorConfig
 from pipeline.distributed import Rank, distributed
 from pipeline.doctor import filesystem, gpus, hub, machine, network, speed
 from pipeline.doctor.finding import Finding, Report
-from pipeline.workers import available_cpus
+from pipeline.imaging.worker_pool import available_cpus
 
 _SHORT, _LONG = 60.0, 300.0  # seconds; importing torch on a cold file system takes minutes
 

@@ -16,7 +16,7 @@ import psutil
 import xxhash
 
 from pipeline.doctor.finding import Finding
-from pipeline.workers import available_cpus
+from pipeline.imaging.worker_pool import available_cpus
 
 ROOT = Path(__file__).parents[2]
 _FILES = 4096  # open files that a rank with many workers and connections may need

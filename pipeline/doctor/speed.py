@@ -49,15 +49,15 @@ def rate(do: Callable[[int], object], count: int, seconds: float) -> float:
 
 def decoding(resolution: int, seconds: float) -> Finding:
     """Images a second that one core decodes, resizes and crops, as a worker of precompute does."""
-    from pipeline import images
     from pipeline.encoders.crop import Crop
-    from pipeline.headers import probe
+    from pipeline.imaging import transform
+    from pipeline.imaging.headers import probe
 
     files, crop = photos(), Crop(resolution)
 
     def decode(number: int) -> object:
         data = files[number % len(files)]
-        return crop.cut(images.decode_fast(data, probe(data)))
+        return crop.cut(transform.decode_fast(data, probe(data)))
 
     speed = rate(decode, 1, seconds)
     text = f"one core decodes {speed:,.0f} images of {_WIDTH}x{_HEIGHT} a second"

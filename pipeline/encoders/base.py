@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.cli import nearest
-from pipeline.config import ConfigError
+from pipeline.config.cli import nearest
+from pipeline.config.schema import ConfigError
 from pipeline.randomness import normals
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from pipeline.encoders.preprocessing import Preprocessing
-    from pipeline.images import Pixels
+    from pipeline.imaging.transform import Pixels
 
 AUTOENCODERS = ("embedded", "embedded16")
 TEXT_ENCODERS = ("embedded", "openclip", "clip", "t5")

@@ -9,7 +9,7 @@ import numpy as np
 from cykooz_resizer import CropBox, FilterType, ResizeAlg, ResizeOptions, Resizer
 from PIL import Image
 
-from pipeline.images import Pixels
+from pipeline.imaging.transform import Pixels
 
 FILTERS = {
     "nearest": ResizeAlg.nearest(),

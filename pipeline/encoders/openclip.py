@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pipeline.cli import nearest
-from pipeline.config import ConfigError
+from pipeline.config.cli import nearest
+from pipeline.config.schema import ConfigError
 from pipeline.encoders.base import ImageEncoder, TextEncoder, commit_of, sent, weights_digest
 from pipeline.encoders.preprocessing import Preprocessing
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pipeline.encoders.crop import Crop
-from pipeline.images import Pixels
+from pipeline.imaging.transform import Pixels
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pipeline.config import ConfigError
+from pipeline.config.schema import ConfigError
 from pipeline.encoders.base import ImageEncoder, TextEncoder, commit_of, repository, sent, weights_digest
 from pipeline.encoders.preprocessing import Preprocessing
 

@@ -6,8 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pipeline.formats.base import Format, register_format
-    from pipeline.formats.converter import (
+    from pipeline.convert.converter import (
         Converter,
         ConverterFixedSize,
         ConverterFlexibleSize,
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
         ResizeAndConvert,
         TarConverter,
     )
+    from pipeline.formats.base import Format, register_format
     from pipeline.formats.extension import FixedFiles, FlexibleFiles
     from pipeline.formats.reader import (
         DenseIpcReader,

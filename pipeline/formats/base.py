@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.config import ConfigError
+from pipeline.config.schema import ConfigError
 from pipeline.formats.blocks import BlockFile
 from pipeline.samples import Row, Schema
 from pipeline.storage import Folder, HashedFile
@@ -157,7 +157,7 @@ def get_format(name: str) -> Format:
     Raises:
         ConfigError: there is none.
     """
-    from pipeline.cli import nearest
+    from pipeline.config.cli import nearest
 
     if name in _MODULES:
         return import_module(f"pipeline.formats.{_MODULES[name]}").FORMAT  # type: ignore[no-any-return]

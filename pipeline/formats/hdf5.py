@@ -11,7 +11,7 @@ import h5py
 import numpy as np
 import pyarrow as pa
 
-from pipeline.config import ConfigError
+from pipeline.config.schema import ConfigError
 from pipeline.formats.base import IMAGE, MASK, Create, FileReader, Format, Location, Open, Writer
 from pipeline.formats.blocks import BlockFile
 from pipeline.formats.columns import Columns, arrow_schema, arrow_table

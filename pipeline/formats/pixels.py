@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from pipeline import images
+from pipeline.imaging import transform
 from pipeline.samples import SampleError
 
 MODES = ("L", "LA", "RGB", "RGBA", "I;16")
@@ -16,7 +16,7 @@ MODES = ("L", "LA", "RGB", "RGBA", "I;16")
 _NEAREST = {"1": "L", "P": "RGB", "PA": "RGBA", "CMYK": "RGB", "YCbCr": "RGB", "LAB": "RGB", "HSV": "RGB", "I": "I;16"}
 _BY_CHANNELS = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 _NPY = b"\x93NUMPY"
-_LIMITS = images.Limits()
+_LIMITS = transform.Limits()
 
 
 def natural_mode(data: bytes) -> str:
@@ -34,7 +34,7 @@ def to_array(data: bytes, mode: str = "RGB", size: tuple[int, int] | None = None
     """Pixels of an image file, upright: uint8 (h, w, 3) of RGB, (h, w) of L; uint16 (h, w) of I;16; or a ``.npy``.
 
     Args:
-        mode: of ``MODES``; RGB is what :func:`pipeline.images.decode` gives, alpha over white.
+        mode: of ``MODES``; RGB is what :func:`pipeline.imaging.transform.decode` gives, alpha over white.
         size: (height, width) to bring it to, in antialiased bicubic interpolation.
 
     Raises:
@@ -44,10 +44,10 @@ def to_array(data: bytes, mode: str = "RGB", size: tuple[int, int] | None = None
         return from_npy(data)
     try:
         if mode == "RGB":
-            pixels = images.decode(data, images.probe(data, _LIMITS), _LIMITS)
-            return pixels if size is None or pixels.shape[:2] == size else images.resize(pixels, (size[1], size[0]))
-        images.probe(data, _LIMITS)
-    except images.ImageError as error:
+            pixels = transform.decode(data, transform.probe(data, _LIMITS), _LIMITS)
+            return pixels if size is None or pixels.shape[:2] == size else transform.resize(pixels, (size[1], size[0]))
+        transform.probe(data, _LIMITS)
+    except transform.ImageError as error:
         raise SampleError(error.reason, error.detail) from None
     with _opened(data) as image:
         upright = ImageOps.exif_transpose(image)

@@ -10,12 +10,12 @@ from typing import Any, ClassVar
 import numpy as np
 from PIL import Image, ImageOps
 
-from pipeline import images
-from pipeline.config import ConfigError
+from pipeline.config.schema import ConfigError
 from pipeline.distributed import ignore_signals
 from pipeline.formats.base import IMAGE, MASK, get_format
 from pipeline.formats.blocks import VERIFY, Verify
 from pipeline.formats.pixels import MODES, from_npy, mask_array, to_array, to_image
+from pipeline.imaging import transform as images
 from pipeline.partitions.dataset import Dataset, RandomAccess
 from pipeline.samples import Row, Schema
 from pipeline.storage import StorageError

@@ -29,8 +29,8 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import images
 from pipeline.encoders.crop import Crop
+from pipeline.imaging import transform
 from pipeline.randomness import normals
 
 _ROOT = str(Path(__file__).resolve().parents[2])
@@ -74,12 +74,12 @@ class Layout:
         width = height = 0
         starts = self.starts
         try:
-            header = images.probe(data, images.Limits())
+            header = transform.probe(data, transform.Limits())
             width, height = header.upright
-            pixels = images.decode_fast(data, header)
+            pixels = transform.decode_fast(data, header)
             for crop, start in zip(self.crops, starts, strict=False):
                 slot[start : start + crop.bytes].reshape(crop.edge, crop.edge, 3)[:] = crop.cut(pixels)
-        except images.ImageError as error:
+        except transform.ImageError as error:
             slot[:] = 0
             return width, height, error.reason, error.detail
         for noise, start in zip(self.noises, starts[len(self.crops) :], strict=False):

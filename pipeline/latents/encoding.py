@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.config import ConfigError
+from pipeline.config.schema import ConfigError
 from pipeline.encoders.base import Autoencoder, ImageEncoder, TextEncoder, sampled, sent
 from pipeline.latents import text_storage
 from pipeline.latents.decoding import Layout, Noise

@@ -19,13 +19,13 @@ from queue import SimpleQueue
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from pipeline.latents.ahead import Ahead
+from pipeline.imaging.worker_pool import available_cpus
 from pipeline.latents.decoding import Decoded, Decoders, Layout
+from pipeline.latents.prefetch import Ahead
 from pipeline.partitions.dataset import Stored
 from pipeline.partitions.plan import Partition
 from pipeline.partitions.stage import Stage, follow_upstream
 from pipeline.samples import Outcome, Row, SampleError, content_hash
-from pipeline.workers import available_cpus
 
 if TYPE_CHECKING:
     from torch import Tensor

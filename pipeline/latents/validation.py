@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from pipeline import images
 from pipeline.encoders.base import Autoencoder, TextEncoder, autoencoder, posterior_noise, sampled, text_encoder
-from pipeline.latents.folder import BACK as _BACK
-from pipeline.latents.folder import IMAGE as _IMAGE
-from pipeline.latents.folder import TEXT as _TEXT
-from pipeline.latents.folder import Layout
+from pipeline.imaging import transform
 from pipeline.loading import Permutation
+from pipeline.loading.latent_folder import BACK as _BACK
+from pipeline.loading.latent_folder import IMAGE as _IMAGE
+from pipeline.loading.latent_folder import TEXT as _TEXT
+from pipeline.loading.latent_folder import Layout
 from pipeline.partitions.dataset import Dataset, Stored
 from pipeline.partitions.verify import Finding
 from pipeline.randomness import keyed_seed
@@ -276,8 +276,8 @@ class Validator:
 
     def _input(self, source: Row, resolution: int) -> Tensor:
         """The source's image as the encoder takes it, decoded as the stage does it."""
-        header = images.probe(source["jpg"], images.Limits())
-        return self.vae.preprocess([images.decode_fast(source["jpg"], header)], resolution)
+        header = transform.probe(source["jpg"], transform.Limits())
+        return self.vae.preprocess([transform.decode_fast(source["jpg"], header)], resolution)
 
     def _encoded(self, x: Tensor, noise: Tensor | None) -> Tensor:
         return sampled(self.vae.moments(x), noise)

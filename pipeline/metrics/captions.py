@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from pipeline.config import ConfigError
+from pipeline.config.schema import ConfigError
 
 _ORDERS = 4
 _TINY, _SMALL = 1e-15, 1e-9  # of the reference implementation of BLEU, where nothing is to be divided by

@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline import images
-from pipeline.cli import nearest
-from pipeline.config import ConfigError
+from pipeline.config.cli import nearest
+from pipeline.config.schema import ConfigError
+from pipeline.imaging import transform
 
 _BATCH = 32
 _SUBSET = 1000  # pictures in each of KID's subsets, as in its paper
@@ -151,7 +151,7 @@ def batches(pictures: Pictures, preprocess: Any = None) -> Iterator[tuple[Any, l
 
     for start in range(0, len(pictures), _BATCH):
         rows = pictures.rows(range(start, min(start + _BATCH, len(pictures))))
-        arrays = [images.decode(row["jpg"], images.probe(row["jpg"], images.Limits())) for row in rows]
+        arrays = [transform.decode(row["jpg"], transform.probe(row["jpg"], transform.Limits())) for row in rows]
         captions = [row["caption"] for row in rows]
         if preprocess is not None:
             yield torch.stack([preprocess(Image.fromarray(array)) for array in arrays]), captions

@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.cli import nearest
-from pipeline.config import ConfigError
-from pipeline.models.packed import Packed, packed
+from pipeline.config.cli import nearest
+from pipeline.config.schema import ConfigError
+from pipeline.models.packed_linear import Packed, packed
 
 DECODERS = ("transformer", "mamba")
 POSITIONS = ("learned", "rotary")

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.config import ConfigError
+from pipeline.config.schema import ConfigError
 from pipeline.models.captioner import Captioner
 from pipeline.randomness import uniforms
 

@@ -23,8 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.cli import nearest
-from pipeline.config import ConfigError
+from pipeline.config.cli import nearest
+from pipeline.config.schema import ConfigError
 from pipeline.models.ssm import Bidirectional
 
 
@@ -131,7 +131,7 @@ def dit_config(size: str, image_shape: tuple[int, int, int], caption_shape: tupl
 
 
 class DiT(nn.Module):
-    """Predicts what a process of :mod:`pipeline.models.processes` asks for."""
+    """Predicts what a process of :mod:`pipeline.models.diffusion_process` asks for."""
 
     config: DiTConfig
 

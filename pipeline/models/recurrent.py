@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.models.captioner import Cache, Captioner, CaptionerConfig
-from pipeline.models.packed import Packed, packed
+from pipeline.models.packed_linear import Packed, packed
 from pipeline.models.ssm import Mamba2
 
 

@@ -1,4 +1,4 @@
-"""From noise to latents: solvers of the probability flow, for either process of :mod:`pipeline.models.processes`."""
+"""Solvers of the probability flow, from noise to latents, for each of :mod:`pipeline.models.diffusion_process`."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from pipeline.cli import nearest
-from pipeline.config import ConfigError
+from pipeline.config.cli import nearest
+from pipeline.config.schema import ConfigError
 from pipeline.models.constants import number
-from pipeline.models.processes import Flow, Process
+from pipeline.models.diffusion_process import Flow, Process
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
 """(noisy (b, c, h, w), level () on the CPU) → clean (b, c, h, w)."""

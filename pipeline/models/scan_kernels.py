@@ -17,7 +17,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from pipeline.config import ConfigError
+from pipeline.config.schema import ConfigError
 
 BACKENDS = ("auto", "torch", "mamba_ssm")
 CHUNK = 64

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.config import ConfigError
+from pipeline.config.schema import ConfigError
 from pipeline.models.scan_kernels import CHUNK, backend_of, scan
 
 _KEEP_EVERY = 8

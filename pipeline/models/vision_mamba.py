@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.cli import nearest
-from pipeline.config import ConfigError
+from pipeline.config.cli import nearest
+from pipeline.config.schema import ConfigError
 from pipeline.models.ssm import MIXERS, Bidirectional
 
 BLOCKS = ("ssm", "attention", "hybrid")

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import ConfigError
+from pipeline.config.schema import ConfigError
 from pipeline.formats.base import Writer
 from pipeline.partitions.dataset import RECORD, Dataset, SlotReader, before_redone
 from pipeline.partitions.ledger import FILE as LEDGER

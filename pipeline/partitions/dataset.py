@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.config import STAGES, ConfigError
+from pipeline.config.schema import STAGES, ConfigError
 from pipeline.formats.base import FileReader, Format, get_format
 from pipeline.formats.blocks import BlockFile, Verify, blocks_of
 from pipeline.partitions.ledger import FILE as LEDGER

@@ -11,9 +11,8 @@ from contextlib import closing, contextmanager
 from itertools import zip_longest
 from typing import Any
 
-from pipeline import cli
+from pipeline.config import cli
 from pipeline.distributed import Rank
-from pipeline.hosts import Hosts
 from pipeline.partitions.attempt import Attempt, AttemptRemoved, Superseded, require_output, unless_removed
 from pipeline.partitions.claims import Claims
 from pipeline.partitions.compact import compact, uncompacted
@@ -26,7 +25,8 @@ from pipeline.partitions.stage import Stage
 from pipeline.partitions.takedown import released_ledger, rewritten, without_taken
 from pipeline.samples import Outcome
 from pipeline.storage import GONE, StorageError
-from pipeline.telemetry import BEAT, Events
+from pipeline.telemetry.events import BEAT, Events
+from pipeline.telemetry.host_stats import Hosts
 
 _POLL = 0.01  # seconds between looks at what others have claimed; grows to a quarter of the lease
 _LOOKUPS = 20  # times that a planned bucket may be not to be seen, before we believe that it is gone

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import ConfigError, public
+from pipeline.config.schema import ConfigError, public
 from pipeline.partitions.dataset import Dataset, SlotReader
 from pipeline.samples import content_hash, make_key
 

@@ -10,8 +10,8 @@ from itertools import chain, islice, zip_longest
 from pathlib import Path
 from typing import Any
 
-from pipeline import cli
-from pipeline.config import STAGES, ConfigError, default_of
+from pipeline.config import cli
+from pipeline.config.schema import STAGES, ConfigError, default_of
 from pipeline.partitions.attempt import unless_removed
 from pipeline.partitions.claims import Claims
 from pipeline.partitions.dataset import Dataset, SlotReader

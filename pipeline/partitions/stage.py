@@ -12,7 +12,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
-from pipeline.config import MAIN_LINE, UPSTREAMS, ConfigError, StageConfig, default_variant, identity, stage_folder
+from pipeline.config.schema import (
+    MAIN_LINE,
+    UPSTREAMS,
+    ConfigError,
+    StageConfig,
+    default_variant,
+    identity,
+    stage_folder,
+)
 from pipeline.distributed import Rank
 from pipeline.formats.base import Writer
 from pipeline.partitions.dataset import Dataset

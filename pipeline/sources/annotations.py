@@ -23,9 +23,9 @@ from typing import IO, Any
 import pyarrow as pa
 import xxhash
 
-from pipeline.captions import captions_of, shown_names
-from pipeline.config import ConfigError, SourceConfig, public
+from pipeline.config.schema import ConfigError, SourceConfig, public
 from pipeline.samples import SampleError, Schema, content_hash, plain
+from pipeline.samples.captions import captions_of, shown_names
 from pipeline.sources.archives import members
 from pipeline.sources.archives.compression import unpacked
 from pipeline.sources.clutter import in_clutter
@@ -512,7 +512,7 @@ def get_annotations(config: SourceConfig) -> Annotations:
     Raises:
         ConfigError: there is nothing of that name, or it has nothing to read.
     """
-    from pipeline.cli import nearest
+    from pipeline.config.cli import nearest
 
     name = config.annotations
     if name and name not in READERS and name not in LAYOUTS:

@@ -9,7 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import ConfigError, SourceConfig
+from pipeline.config.schema import ConfigError, SourceConfig
 from pipeline.partitions.plan import Input, LeftOut, Partition
 from pipeline.samples import IMAGE_COLUMNS, Outcome, Schema
 
@@ -95,7 +95,7 @@ def get_source(config: SourceConfig, home: Path, check_stop: Callable[[], None])
     Raises:
         ConfigError: there is none of that name.
     """
-    from pipeline.cli import nearest
+    from pipeline.config.cli import nearest
 
     if config.source not in _MODULES:
         what = (

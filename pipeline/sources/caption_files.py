@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pipeline.captions import CAPTION_COLUMNS, caption_columns, captions_of, repaired, shown_names
-from pipeline.config import ConfigError
+from pipeline.config.schema import ConfigError
 from pipeline.samples import image_format
+from pipeline.samples.captions import CAPTION_COLUMNS, caption_columns, captions_of, repaired, shown_names
 from pipeline.sources.lists import NAME_COLUMNS, Row, open_list
 
 

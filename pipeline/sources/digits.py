@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pipeline.config import ConfigError
+from pipeline.config.schema import ConfigError
 from pipeline.loading import Permutation
 from pipeline.partitions.plan import Input, Partition
 from pipeline.samples import IMAGE_COLUMNS, Outcome, Schema, caption_fields, content_hash

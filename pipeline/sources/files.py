@@ -17,7 +17,7 @@ from typing import IO, Any
 
 import xxhash
 
-from pipeline.config import ConfigError, public
+from pipeline.config.schema import ConfigError, public
 from pipeline.partitions.plan import Input, Partition, file_state
 from pipeline.samples import IMAGE_COLUMNS, Outcome, SampleError, Schema, make_key, path_text, real_path
 from pipeline.sources import parquet_rows

@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from pipeline.config import ConfigError, public
+from pipeline.config.schema import ConfigError, public
 from pipeline.partitions.plan import Input
 from pipeline.samples import SampleError
 from pipeline.sources.files import FileSource, Place

@@ -14,7 +14,7 @@ from functools import cached_property
 from itertools import islice
 from typing import Any
 
-from pipeline.config import ConfigError
+from pipeline.config.schema import ConfigError
 from pipeline.partitions.plan import Input
 from pipeline.sources.files import FileSource, Place
 from pipeline.sources.http_archive import share

@@ -22,7 +22,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import ConfigError
+from pipeline.config.schema import ConfigError
 from pipeline.partitions.plan import Input, LeftOut, Partition, file_state, stamp
 from pipeline.samples import (
     IMAGE_COLUMNS,

@@ -9,7 +9,7 @@ from typing import IO, Any
 
 import pyarrow as pa
 
-from pipeline.config import ConfigError
+from pipeline.config.schema import ConfigError
 from pipeline.partitions.plan import Input
 from pipeline.samples import Outcome, SampleError
 from pipeline.sources.lists import batch_rows

@@ -19,9 +19,9 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.captions import CAPTION_COLUMNS, TITLE_COLUMNS, caption_columns, repaired
-from pipeline.config import ConfigError
+from pipeline.config.schema import ConfigError
 from pipeline.samples import SampleError, image_format
+from pipeline.samples.captions import CAPTION_COLUMNS, TITLE_COLUMNS, caption_columns, repaired
 from pipeline.sources.separated import first_lines, separated, separator_of
 from pipeline.sources.texts import Lines, decoded, list_errors, open_text, skip, suffix_of
 

@@ -11,10 +11,10 @@ from typing import IO, Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.captions import repaired
-from pipeline.config import ConfigError
+from pipeline.config.schema import ConfigError
 from pipeline.partitions.plan import Input
 from pipeline.samples import Outcome, SampleError
+from pipeline.samples.captions import repaired
 from pipeline.sources.lists import ListRow
 from pipeline.sources.parquet_rows import roles_of, row_outcomes
 from pipeline.sources.webdataset import WebDataset, refuse_own

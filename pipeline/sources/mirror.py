@@ -9,7 +9,7 @@ from itertools import takewhile
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, urlsplit
 
-from pipeline.config import ConfigError
+from pipeline.config.schema import ConfigError
 
 
 class Mirror:

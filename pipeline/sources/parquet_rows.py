@@ -9,10 +9,10 @@ from typing import IO, Any
 
 import pyarrow as pa
 
-from pipeline.captions import caption_columns, captions_of, shown_names
-from pipeline.config import SourceConfig
-from pipeline.headers import ImageError, sniff
+from pipeline.config.schema import SourceConfig
+from pipeline.imaging.headers import ImageError, sniff
 from pipeline.samples import Outcome, SampleError, Schema, label_of, make_key, path_text
+from pipeline.samples.captions import caption_columns, captions_of, shown_names
 from pipeline.sources.annotations import Entry
 from pipeline.sources.archives.reader import settle
 from pipeline.sources.lists import ListRow, batch_rows, parquet_file

@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import islice
 
-from pipeline.captions import caption_columns, captions_of, shown_names
-from pipeline.config import ConfigError, SourceConfig
+from pipeline.config.schema import ConfigError, SourceConfig
 from pipeline.samples import SampleError, plain
+from pipeline.samples.captions import caption_columns, captions_of, shown_names
 from pipeline.sources.lists import URL_COLUMNS, List, ListRow, Row, first_column
 
 _LOOKED_AT = 1_000  # rows that tell which column has the URLs

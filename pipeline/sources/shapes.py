@@ -7,7 +7,7 @@ from io import BytesIO
 
 from PIL import Image
 
-from pipeline.config import ConfigError
+from pipeline.config.schema import ConfigError
 from pipeline.partitions.plan import Input, Partition
 from pipeline.samples import Outcome, Schema, caption_fields, content_hash
 from pipeline.sources.base import Source

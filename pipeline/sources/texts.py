@@ -11,9 +11,9 @@ from typing import IO
 
 import pyarrow as pa
 
-from pipeline.captions import repaired
-from pipeline.config import ConfigError
+from pipeline.config.schema import ConfigError
 from pipeline.samples import SampleError
+from pipeline.samples.captions import repaired
 from pipeline.sources.archives.compression import unpacked
 
 MOST = 1 << 40

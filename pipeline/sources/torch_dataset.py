@@ -14,13 +14,13 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-from pipeline.captions import caption_columns, captions_of, shown_names
-from pipeline.config import ConfigError, DownloadConfig
+from pipeline.config.schema import ConfigError, DownloadConfig
 from pipeline.distributed import Rank
-from pipeline.headers import ImageError, sniff
+from pipeline.imaging.headers import ImageError, sniff
 from pipeline.partitions import engine
 from pipeline.partitions.plan import Input, Partition
 from pipeline.samples import IMAGE_COLUMNS, Outcome, SampleError, Schema, label_of, make_key
+from pipeline.samples.captions import caption_columns, captions_of, shown_names
 from pipeline.sources.annotations import Entry
 from pipeline.sources.archives.reader import settle
 from pipeline.sources.base import Source

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from pipeline.config import ConfigError
+from pipeline.config.schema import ConfigError
 from pipeline.partitions.plan import Input
 from pipeline.samples import Outcome, SampleError, Schema, make_key
 from pipeline.sources.annotations import Entry
@@ -144,7 +144,7 @@ class Torchvision(FileSource):
         Raises:
             ConfigError: there is none of that name.
         """
-        from pipeline.cli import nearest
+        from pipeline.config.cli import nearest
 
         name = self.config.files[0] if len(self.config.files) == 1 else ""
         if name not in SETS:

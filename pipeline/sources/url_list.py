@@ -12,11 +12,11 @@ from urllib.parse import unquote, urlsplit
 
 from multidict import MultiMapping
 
-from pipeline.captions import repaired
-from pipeline.config import ConfigError, public
-from pipeline.headers import ImageError, sniff
+from pipeline.config.schema import ConfigError, public
+from pipeline.imaging.headers import ImageError, sniff
 from pipeline.partitions.plan import Input, Partition, file_state
 from pipeline.samples import IMAGE_COLUMNS, Outcome, SampleError, Schema, make_key
+from pipeline.samples.captions import repaired
 from pipeline.sources.annotations import Entry
 from pipeline.sources.archives.compression import unpacked
 from pipeline.sources.archives.reader import settle

@@ -9,7 +9,7 @@ from functools import cached_property
 from itertools import islice
 from pathlib import Path
 
-from pipeline.config import ConfigError
+from pipeline.config.schema import ConfigError
 from pipeline.partitions.plan import Input
 from pipeline.samples import SampleError, path_text
 from pipeline.sources.archives.member import Wants

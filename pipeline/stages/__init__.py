@@ -21,8 +21,8 @@ def stage_that_made(dataset: Dataset, rank: Rank, *, lenient: bool) -> Stage:
     from dataclasses import replace
     from typing import Any
 
-    from pipeline import cli
-    from pipeline.config import STAGES
+    from pipeline.config import cli
+    from pipeline.config.schema import STAGES
 
     config: Any = cli.build(STAGES[dataset.stage], dataset.header["config"])
     again = replace(config, output=str(dataset.root.path), overwrite=False, retry_failed=False, run_id="")

@@ -24,11 +24,13 @@ from jinja2 import Environment, PackageLoader
 from PIL import Image
 from safetensors.torch import load_file
 
-from pipeline import images
-from pipeline.cli import config_for, errors_as_one_line
-from pipeline.config import CaptionConfig, ConfigError, run_folder
+from pipeline.config.cli import config_for, errors_as_one_line
+from pipeline.config.schema import CaptionConfig, ConfigError, run_folder
+from pipeline.curation.splits import Splits
 from pipeline.distributed import Rank, distributed
+from pipeline.encoders.tokenizer import Tokenizer
 from pipeline.encoders.vision import VisionEncoder, vision_encoder
+from pipeline.imaging import transform
 from pipeline.latents.decoding import Layout
 from pipeline.latents.stage import EncodingStage, Work
 from pipeline.latents.transfers import Transfers
@@ -38,10 +40,8 @@ from pipeline.models.decoding import Decoding, write
 from pipeline.partitions import engine
 from pipeline.partitions.dataset import Dataset, SlotReader
 from pipeline.samples import FORMATS, Outcome, Schema
-from pipeline.splits import Splits
 from pipeline.stages.generate import set_precision
 from pipeline.storage import Folder
-from pipeline.tokenizer import Tokenizer
 from pipeline.training.checkpoint import open_checkpoint
 from pipeline.training.parallel import autocast
 from pipeline.training.tasks.caption import marks_of
@@ -370,9 +370,9 @@ def write_about(config: CaptionConfig, device: torch.device) -> tuple[Path, list
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         scores = _scores(lines, config.tokenization)
         about = {"checkpoint": checkpoint_of(config), "step": writer.step, "how": how, "question": config.question}
-        page = Environment(loader=PackageLoader("pipeline", "templates"), autoescape=True).get_template("captions.html")
+        pages = Environment(loader=PackageLoader("pipeline.stages", "templates"), autoescape=True)
         shown = list(zip(lines, thumbnails, strict=False))
-        html = page.render(samples=shown, count=len(lines), scores=scores, **about)
+        html = pages.get_template("captions.html").render(samples=shown, count=len(lines), scores=scores, **about)
         for name, content in (("captions.jsonl", text), ("gallery.html", html)):
             attempt = f".{name}.{os.getpid()}"
             with folder.create(attempt) as file:
@@ -393,8 +393,8 @@ def _captioned(
         if one.references:
             line["references"] = list(one.references)
         try:
-            picture = images.decode(one.data, images.probe(one.data, images.Limits()))
-        except images.ImageError as error:
+            picture = transform.decode(one.data, transform.probe(one.data, transform.Limits()))
+        except transform.ImageError as error:
             line["error"] = str(error)
         else:
             good.append((line, picture))

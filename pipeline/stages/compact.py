@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipeline.cli import config_for
-from pipeline.config import CompactConfig
+from pipeline.config.cli import config_for
+from pipeline.config.schema import CompactConfig
 from pipeline.distributed import Rank, distributed
 from pipeline.partitions import engine
 from pipeline.partitions.attempt import unless_removed

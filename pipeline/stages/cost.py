@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from math import ceil
 from typing import TYPE_CHECKING, Any
 
-from pipeline import cli
-from pipeline.cli import config_for, errors_as_one_line
-from pipeline.config import ConfigError, CostConfig, TrainConfig
+from pipeline.config import cli
+from pipeline.config.cli import config_for, errors_as_one_line
+from pipeline.config.schema import ConfigError, CostConfig, TrainConfig
 
 if TYPE_CHECKING:
     from pipeline.models.dit import DiT

@@ -1,7 +1,7 @@
 """stage=dedup: of images that are the same, or nearly so, one stays. Optional, between filter and shard.
 
 It reads the ledgers of ``filter`` and writes ledgers and pointers: the images stay where they are. The ranks share the
-search (:mod:`pipeline.duplicates`): each piece of it is a file below ``partial/``, made by whoever comes first.
+search (:mod:`pipeline.curation.duplicates`): each piece of it is a file below ``partial/``, made by the first to come.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.cli import config_for
-from pipeline.config import ConfigError, DedupConfig
+from pipeline.config.cli import config_for
+from pipeline.config.schema import ConfigError, DedupConfig
+from pipeline.curation.duplicates import ROW, Links, Rows, Unit, batches, decide, forest, links, members, rows, units
 from pipeline.distributed import Rank, distributed
-from pipeline.duplicates import ROW, Links, Rows, Unit, batches, decide, forest, links, members, rows, units
 from pipeline.partitions import engine
 from pipeline.partitions.claims import Claims
 from pipeline.partitions.dataset import Dataset, SlotReader

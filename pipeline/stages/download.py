@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
 
-from pipeline.cli import config_for
-from pipeline.config import DownloadConfig
+from pipeline.config.cli import config_for
+from pipeline.config.schema import DownloadConfig
 from pipeline.distributed import Rank, distributed
 from pipeline.partitions import engine
 from pipeline.partitions.plan import Input, LeftOut, Partition

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.cli import config_for, errors_as_one_line
-from pipeline.config import ConfigError, EvaluateConfig
+from pipeline.config.cli import config_for, errors_as_one_line
+from pipeline.config.schema import ConfigError, EvaluateConfig
 from pipeline.distributed import Rank
 from pipeline.loading import Permutation
 from pipeline.metrics.shapes import judge, matches

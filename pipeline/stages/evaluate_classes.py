@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from jinja2 import Environment, PackageLoader
 
-from pipeline.config import ConfigError, EvaluateConfig, StageConfig, dataset_name, stage_folder
+from pipeline.config.schema import ConfigError, EvaluateConfig, StageConfig, dataset_name, stage_folder
 from pipeline.distributed import Rank
 from pipeline.metrics.classes import scores
 from pipeline.metrics.confusion import confused_pairs, confusion_svg
@@ -163,7 +163,7 @@ def _write(
             for i, picture in zip(positions, pictures, strict=True)
         ]
 
-    environment = Environment(loader=PackageLoader("pipeline", "templates"), autoescape=True)
+    environment = Environment(loader=PackageLoader("pipeline.stages", "templates"), autoescape=True)
     classes = list(zip(names, result["classes"], strict=True))
     matrix, left_out = confusion_svg(confusion, names)
     page = environment.get_template("evaluation.html").render(

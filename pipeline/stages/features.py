@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from pipeline.cli import config_for
-from pipeline.config import FeaturesConfig
+from pipeline.config.cli import config_for
+from pipeline.config.schema import FeaturesConfig
 from pipeline.distributed import Rank, distributed
 from pipeline.encoders.vision import VisionEncoder, vision_encoder
 from pipeline.latents.decoding import Layout

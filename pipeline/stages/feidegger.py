@@ -27,14 +27,14 @@ import h5py
 import numpy as np
 from PIL import Image
 
-from pipeline import images
-from pipeline.cli import config_for, errors_as_one_line
-from pipeline.config import ConfigError, FeideggerConfig
+from pipeline.config.cli import config_for, errors_as_one_line
+from pipeline.config.schema import ConfigError, FeideggerConfig
+from pipeline.imaging import transform
 from pipeline.partitions.dataset import Dataset, SlotReader, Stored, Unfinished
 from pipeline.randomness import digest
 
 if TYPE_CHECKING:
-    from pipeline.tokenizer import Tokenizer
+    from pipeline.encoders.tokenizer import Tokenizer
 
 DATASET = "feidegger_mamba_dataset.h5"
 METADATA = "feidegger_mamba_metadata.csv"
@@ -169,7 +169,7 @@ def divide(pictures: list[Picture], config: FeideggerConfig) -> None:
 
 def tokenizer_of(pictures: list[Picture], config: FeideggerConfig) -> Tokenizer:
     """As named, or learned from the captions of the training set alone."""
-    from pipeline.tokenizer import pretrained, train_bpe
+    from pipeline.encoders.tokenizer import pretrained, train_bpe
 
     if config.language_model != "bpe":
         return pretrained(config.language_model)
@@ -215,8 +215,8 @@ def _write_pixels(file: h5py.File, pictures: list[Picture], output: Path, config
 
 def _resized(picture: Picture, size: tuple[int, int]) -> np.ndarray:
     data = picture.stored.read()["jpg"]
-    pixels = images.decode(data, images.probe(data, images.Limits()))
-    return np.asarray(images.resize(pixels, size))
+    pixels = transform.decode(data, transform.probe(data, transform.Limits()))
+    return np.asarray(transform.resize(pixels, size))
 
 
 def _file_of(picture: Picture) -> str:

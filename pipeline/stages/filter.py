@@ -8,20 +8,21 @@ from dataclasses import fields, replace
 from functools import cached_property
 from typing import Any
 
-from pipeline import filters, images
-from pipeline.answers import understood
-from pipeline.captions import clean_caption
-from pipeline.cli import config_for
-from pipeline.config import ConfigError, FilterConfig
+from pipeline.config.cli import config_for
+from pipeline.config.schema import ConfigError, FilterConfig
+from pipeline.curation import rules
+from pipeline.curation.keylist import KeyList, key_digest
 from pipeline.distributed import Rank, distributed
-from pipeline.keylist import KeyList, key_digest
+from pipeline.imaging import transform
+from pipeline.imaging.worker_pool import Answer, Lost, Pool, worker_count
+from pipeline.imaging.worker_protocol import understood
 from pipeline.partitions.dataset import RandomAccess, Stored
 from pipeline.partitions.plan import Input, LeftOut, Partition
 from pipeline.partitions.stage import Stage, follow_upstream
 from pipeline.samples import Outcome, Row, SampleError, Schema, caption_fields, content_hash
+from pipeline.samples.captions import clean_caption
 from pipeline.sources.base import Source, get_source
 from pipeline.stages import release
-from pipeline.workers import Answer, Lost, Pool, worker_count
 
 _KEY_LISTS = ("keep_keys", "deny_keys")
 _LOOKED_AT, _SPREAD = 500, 200
@@ -33,7 +34,7 @@ _NOT_TAKEN = ("svg",)
 class Filter(Stage):
     name = "filter"
     version = 2
-    function = "pipeline.answers:answer"
+    function = "pipeline.imaging.worker_protocol:answer"
 
     @property
     def reads_upstream(self) -> bool:  # type: ignore[override]
@@ -67,52 +68,52 @@ class Filter(Stage):
         return self.source.extra() if self.config.fuse else dict(self.upstream.header["extra"])
 
     @cached_property
-    def rules(self) -> images.Rules:
+    def image_rules(self) -> transform.Rules:
         config = self.config
         try:
-            return images.Rules(
-                **{f.name: getattr(config, f.name) for f in fields(images.Rules) if hasattr(config, f.name)}
+            return transform.Rules(
+                **{f.name: getattr(config, f.name) for f in fields(transform.Rules) if hasattr(config, f.name)}
             )
         except ValueError as error:
             raise ConfigError(str(error)) from None
 
     @cached_property
-    def limits(self) -> images.Limits:
-        return images.Limits(max_pixels=self.config.max_pixels, max_frames=self.config.max_frames)
+    def limits(self) -> transform.Limits:
+        return transform.Limits(max_pixels=self.config.max_pixels, max_frames=self.config.max_frames)
 
     @cached_property
     def pool(self) -> Pool:
         config = self.config
         return Pool(
             self.function,
-            (self.rules, self.limits),
+            (self.image_rules, self.limits),
             workers=worker_count(config.workers, self.rank.local_world_size),
             timeout=config.decode_timeout,
             memory=config.worker_memory * 2**20,
         )
 
     @cached_property
-    def caption_checks(self) -> list[filters.CaptionCheck]:
+    def caption_checks(self) -> list[rules.CaptionCheck]:
         config = self.config
-        checks = [filters.CAPTION_CHECKS[name] for name in config.caption_checks]
-        return checks + ([filters.at_least(config.min_caption_length)] if config.min_caption_length else [])
+        checks = [rules.CAPTION_CHECKS[name] for name in config.caption_checks]
+        return checks + ([rules.at_least(config.min_caption_length)] if config.min_caption_length else [])
 
     @cached_property
-    def row_checks(self) -> list[filters.RowCheck]:
-        return [filters.score(text) for text in self.config.scores]
+    def row_checks(self) -> list[rules.RowCheck]:
+        return [rules.score(text) for text in self.config.scores]
 
     def identity(self) -> dict[str, Any]:
         """Of lists of keys, what is in them counts, not where they lie."""
         return super().identity() | {name: key_digest(getattr(self.config, name)) for name in _KEY_LISTS}
 
     @cached_property
-    def key_checks(self) -> list[filters.KeyCheck]:
+    def key_checks(self) -> list[rules.KeyCheck]:
         """Raises ConfigError if a list cannot be read, or is not the one that was planned with."""
         planned = self.planned.get("identity", {})
         for name in _KEY_LISTS:
             if planned.get(name, "") != (found := key_digest(getattr(self.config, name))) and planned:
                 raise ConfigError(f"{name}={getattr(self.config, name)}: changed while we ran: now {found}")
-        checks = {"keep_keys": filters.kept_by, "deny_keys": filters.denied_by}
+        checks = {"keep_keys": rules.kept_by, "deny_keys": rules.denied_by}
         return [checks[name](keys) for name, keys in self.key_lists.items()]
 
     @cached_property
@@ -121,20 +122,20 @@ class Filter(Stage):
         return {name: KeyList(path, column) for name in _KEY_LISTS if (path := getattr(self.config, name))}
 
     def plan(self, since: int = 0) -> Iterator[Partition]:
-        self.rules, self.caption_checks, self.row_checks, self.key_checks  # noqa: B018 - wrong settings are found now
+        self.image_rules, self.caption_checks, self.row_checks, self.key_checks  # noqa: B018 - wrong settings are found now
         self._check_columns()
         return self.source.plan() if self.config.fuse else follow_upstream(self.upstream, since)
 
     def _check_columns(self) -> None:
         """Raises ConfigError if a setting names a column that is nowhere among the first samples."""
         config = self.config
-        wanted = [(f"scores={text}", filters.score_column(text)) for text in config.scores]
+        wanted = [(f"scores={text}", rules.score_column(text)) for text in config.scores]
         wanted += [(f"key_column={config.key_column}", config.key_column)] if config.key_column else []
         if not wanted:
             return
         known = list(self.schema())
         if not config.fuse:
-            known = [*known, *filters.columns_in(self._first_rows())]
+            known = [*known, *rules.columns_in(self._first_rows())]
         elif config.columns or "meta" not in known:
             known += config.columns
         else:
@@ -217,7 +218,7 @@ class Filter(Stage):
         column = self.config.key_column
         if column and row is None:
             return True  # to be asked again when its columns are known
-        value = filters.column_value(row, column) if column and row else outcome.key
+        value = rules.column_value(row, column) if column and row else outcome.key
         key = "" if value is None else str(value)
         reason = next(filter(None, (check(key) for check in self.key_checks)), "")
         if reason:
@@ -227,7 +228,7 @@ class Filter(Stage):
     def _described(self, outcome: Outcome, row: Row) -> bool:
         """Clean the captions; whether they, and the score columns, are such that the image is worth looking at."""
         captions = [clean_caption(caption, self.config.max_caption_length) for caption in row["captions"]]
-        good, reason = filters.good_captions(captions, self.caption_checks)
+        good, reason = rules.good_captions(captions, self.caption_checks)
         row |= caption_fields([caption for caption in good if caption])
         reason = next(filter(None, (check(row) for check in self.row_checks)), reason)
         if reason:
@@ -238,20 +239,20 @@ class Filter(Stage):
         if said is None:
             return outcome  # decided before it was looked at
         match _understood(said, row):
-            case images.Result() as result:
+            case transform.Result() as result:
                 outcome.status, outcome.width, outcome.height = "kept", result.width, result.height
                 outcome.source_pixels, outcome.phash = result.source_width * result.source_height, result.phash
                 outcome.row = self._row(row, result)
-            case images.Dropped() as refusal:
+            case transform.Dropped() as refusal:
                 outcome.status, outcome.reason, outcome.detail = "dropped", refusal.reason, refusal.detail
-            case images.ImageError() as error:
+            case transform.ImageError() as error:
                 outcome.status = "dropped" if error.reason in _NOT_TAKEN else "failed"
                 outcome.reason, outcome.detail = error.reason, error.detail
             case Lost() as lost:
                 outcome.reason, outcome.detail, outcome.retryable = f"decoder_{lost.reason}", lost.detail, True
         return outcome
 
-    def _row(self, row: Row, result: images.Result) -> Row:
+    def _row(self, row: Row, result: transform.Result) -> Row:
         return {
             **row,
             "jpg": result.data,
@@ -262,7 +263,7 @@ class Filter(Stage):
         }
 
 
-def _understood(said: Answer | Lost, row: Row) -> images.Result | images.ImageError | images.Dropped | Lost:
+def _understood(said: Answer | Lost, row: Row) -> transform.Result | transform.ImageError | transform.Dropped | Lost:
     if isinstance(said, Lost):
         return said
     try:

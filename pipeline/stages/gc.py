@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 
-from pipeline.cli import config_for, errors_as_one_line
-from pipeline.config import GcConfig
+from pipeline.config.cli import config_for, errors_as_one_line
+from pipeline.config.schema import GcConfig
 from pipeline.partitions.dataset import Dataset
 from pipeline.partitions.gc import collect
 from pipeline.storage import StorageError

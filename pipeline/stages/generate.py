@@ -18,13 +18,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.cli import config_for
-from pipeline.config import ConfigError, EvaluateConfig, GenerateConfig, run_folder
+from pipeline.config.cli import config_for
+from pipeline.config.schema import ConfigError, EvaluateConfig, GenerateConfig, run_folder
 from pipeline.distributed import Rank, distributed
-from pipeline.drawing import grid, png
 from pipeline.encoders.base import Autoencoder, TextEncoder, autoencoder, text_encoder, to_pixels
+from pipeline.imaging.contact_sheet import grid, png
+from pipeline.models.diffusion_process import Process, process_of
 from pipeline.models.dit import DiT, DiTConfig
-from pipeline.models.processes import Process, process_of
 from pipeline.models.sampling import sample
 from pipeline.partitions import engine
 from pipeline.partitions.dataset import RandomAccess

@@ -10,8 +10,8 @@ from functools import cached_property
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from pipeline.cli import config_for
-from pipeline.config import ConfigError, PrecomputeConfig
+from pipeline.config.cli import config_for
+from pipeline.config.schema import ConfigError, PrecomputeConfig
 from pipeline.distributed import Rank, distributed
 from pipeline.encoders.base import (
     Autoencoder,

@@ -6,15 +6,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pipeline.cli import config_for
-from pipeline.config import ConfigError, RepairConfig
+from pipeline.config.cli import config_for
+from pipeline.config.schema import ConfigError, RepairConfig
 from pipeline.distributed import Rank, distributed
 from pipeline.partitions import engine
 from pipeline.partitions.attempt import unless_removed
 from pipeline.partitions.dataset import Dataset, open_root
-from pipeline.partitions.mend import mend_headers, mend_partitions
 from pipeline.partitions.plan import PARTITIONS
 from pipeline.partitions.planning import commit_repair
+from pipeline.partitions.repair import mend_headers, mend_partitions
 from pipeline.partitions.stage import Stage
 from pipeline.partitions.verify import Finding
 from pipeline.stages import stage_that_made

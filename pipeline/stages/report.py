@@ -16,15 +16,15 @@ import numpy as np
 from jinja2 import Environment, PackageLoader
 from PIL import Image
 
-from pipeline import images
-from pipeline.cli import config_for, errors_as_one_line
-from pipeline.config import ConfigError, ReportConfig, dataset_name
-from pipeline.efficiency import efficiency
-from pipeline.hosts import Hosts, HostStatus
+from pipeline.config.cli import config_for, errors_as_one_line
+from pipeline.config.schema import ConfigError, ReportConfig, dataset_name
+from pipeline.imaging import transform
 from pipeline.partitions.dataset import Dataset, SlotReader, Stored, find_datasets
 from pipeline.samples import SampleError
 from pipeline.storage import Folder
-from pipeline.telemetry import EventReader
+from pipeline.telemetry.efficiency import efficiency
+from pipeline.telemetry.events import EventReader
+from pipeline.telemetry.host_stats import Hosts, HostStatus
 
 _LEDGERS = 50  # partitions whose ledgers the histograms are drawn from, evenly spread
 _HOSTS = 20  # the most that are listed
@@ -66,7 +66,7 @@ def pages_below(folder: Path, output: Path) -> Iterator[tuple[str, str]]:
 
 def page(folder: Path, samples: int, price: float = 0.0, links: Mapping[str, str] | None = None) -> str:
     """The HTML text about all dataset directories and training runs below ``folder``; ``price`` of a GPU hour."""
-    environment = Environment(loader=PackageLoader("pipeline", "templates"), autoescape=True)
+    environment = Environment(loader=PackageLoader("pipeline.stages", "templates"), autoescape=True)
     found = find_datasets(folder)
     filtered = {dataset.root.path.parent for dataset in found if dataset.stage == "filter"}
     datasets = [describe(d, samples, sheet=shows_pictures(d, filtered)) for d in found]
@@ -205,8 +205,8 @@ def contact_sheet(dataset: Dataset, most: int) -> Iterator[dict[str, str]]:
     for _, stored in spread_samples(dataset, most):
         try:
             row = stored.read()
-            picture = images.decode(row["jpg"], images.probe(row["jpg"], images.Limits()))
-        except (SampleError, images.ImageError, ValueError) as error:
+            picture = transform.decode(row["jpg"], transform.probe(row["jpg"], transform.Limits()))
+        except (SampleError, transform.ImageError, ValueError) as error:
             yield {"key": stored.key, "caption": f"cannot be shown: {error}", "image": ""}
             continue
         yield {"key": stored.key, "caption": row["caption"], "image": embed(picture)}
@@ -231,7 +231,7 @@ def decoded_latents(dataset: Dataset, most: int) -> Iterator[dict[str, Any]]:
             sources = {index: {s.key: s for s in upstream.samples(dataset.partition(index).inputs[0].start)}}
         row = stored.read()
         source = sources[index][stored.key].read()["jpg"]
-        picture = images.decode(source, images.probe(source, images.Limits()))
+        picture = transform.decode(source, transform.probe(source, transform.Limits()))
         latent = np.frombuffer(row[name], extra["dtype"]).reshape(extra["shapes"][name]).astype(np.float32)
         with torch.inference_mode():
             original = to_pixels(vae.preprocess([picture], resolution))[0]

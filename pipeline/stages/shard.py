@@ -12,19 +12,19 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import images
-from pipeline.cli import config_for
-from pipeline.config import ConfigError, ShardConfig
+from pipeline.config.cli import config_for
+from pipeline.config.schema import ConfigError, ShardConfig
+from pipeline.convert.inputs import Folder, Items, Upstream, is_image_folder
 from pipeline.distributed import Rank, distributed
 from pipeline.formats.base import IMAGE, MASK, get_format
 from pipeline.formats.columns import WIDE
 from pipeline.formats.pixels import mask_array, natural_mode, to_array, to_bytes
-from pipeline.memory import keep_freed_memory
+from pipeline.imaging import transform
+from pipeline.imaging.memory import keep_freed_memory
 from pipeline.partitions import engine
 from pipeline.partitions.plan import Input, LeftOut, Partition
 from pipeline.partitions.stage import Stage
 from pipeline.samples import Outcome, Row, SampleError, Schema
-from pipeline.stages.items import Folder, Items, Upstream, is_image_folder
 
 _CURE = "give shape=[height,width] to resize them, or choose a flexible format (ipc, parquet, tar, mds)"
 
@@ -160,7 +160,7 @@ class Shard(Stage):
             row[IMAGE], kind = to_bytes(array)
         else:
             pixels = array if array.ndim == 3 and array.shape[2] == 3 else to_array(row[IMAGE], "RGB", self.size)
-            row[IMAGE] = images.encode(pixels, kind, self.config.quality)
+            row[IMAGE] = transform.encode(pixels, kind, self.config.quality)
         if MASK in row and self.size:
             row[MASK] = to_bytes(mask_array(row[MASK], self.size))[0]
         self._describe(row, array, kind)

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.cli import config_for
-from pipeline.config import ConfigError, TakedownConfig, dataset_name
+from pipeline.config.cli import config_for
+from pipeline.config.schema import ConfigError, TakedownConfig, dataset_name
 from pipeline.distributed import Rank, distributed
 from pipeline.partitions import engine
 from pipeline.partitions.dataset import Dataset, SlotReader, find_datasets

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline import images
-from pipeline.config import ConfigError
+from pipeline.config.schema import ConfigError
+from pipeline.imaging import transform
 from pipeline.partitions.dataset import Dataset, Released, SlotReader
 from pipeline.samples import Row, SampleError
 
@@ -153,8 +153,8 @@ def _panels(station: Station) -> Iterator[tuple[str, Image.Image]]:
         return
     if "jpg" in row:
         try:
-            pixels = images.decode(row["jpg"], images.probe(row["jpg"], images.Limits()))
-        except images.ImageError as error:
+            pixels = transform.decode(row["jpg"], transform.probe(row["jpg"], transform.Limits()))
+        except transform.ImageError as error:
             yield f"{stage}: not decodable", _placard(str(error))
         else:
             yield _panel(f"{stage}: {pixels.shape[1]} x {pixels.shape[0]}", Image.fromarray(pixels))

@@ -8,16 +8,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline import cli
-from pipeline.cli import config_for
-from pipeline.config import ConfigError, TrainConfig, run_folder
+from pipeline.config import cli
+from pipeline.config.cli import config_for
+from pipeline.config.schema import ConfigError, TrainConfig, run_folder
 from pipeline.distributed import Rank, distributed
+from pipeline.imaging.worker_pool import available_cpus
 from pipeline.loading import Batches
 from pipeline.partitions.dataset import Dataset, RandomAccess
 from pipeline.partitions.stage import input_folder, open_input, place_of
 from pipeline.storage import Folder, StorageError
-from pipeline.telemetry import Events
-from pipeline.workers import available_cpus
+from pipeline.telemetry.events import Events
 
 if TYPE_CHECKING:
     import torch

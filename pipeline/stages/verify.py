@@ -13,16 +13,16 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from pipeline import images
-from pipeline.cli import config_for, errors_as_one_line
-from pipeline.config import ConfigError, VerifyConfig, dataset_name
+from pipeline.config.cli import config_for, errors_as_one_line
+from pipeline.config.schema import ConfigError, VerifyConfig, dataset_name
+from pipeline.imaging import transform
+from pipeline.imaging.worker_pool import available_cpus
 from pipeline.partitions.dataset import Dataset, Released, SlotReader, Stored, find_datasets
 from pipeline.partitions.ledger import FILE as LEDGER
 from pipeline.partitions.verify import Finding, verify, verify_partition
 from pipeline.samples import SampleError, content_hash
 from pipeline.stages import trace
 from pipeline.storage import StorageError
-from pipeline.workers import available_cpus
 
 _SPAN = 8  # partitions that a worker looks at in one go
 
@@ -172,10 +172,10 @@ def fault_of(sample: Stored) -> str:
             return f"holds {row['key']}"
         if "jpg" not in row:
             return ""
-        height, width = images.decode(row["jpg"], images.probe(row["jpg"], images.Limits())).shape[:2]
+        height, width = transform.decode(row["jpg"], transform.probe(row["jpg"], transform.Limits())).shape[:2]
     except Released:
         return ""  # of a dataset that the sample refers to
-    except (SampleError, images.ImageError) as error:
+    except (SampleError, transform.ImageError) as error:
         return f"does not decode: {error}"
     said = (row.get("width", width), row.get("height", height))
     return "" if said == (width, height) else f"has {width}x{height} pixels, its row says {said[0]}x{said[1]}"

@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Tenso
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 
-from pipeline.config import ConfigError
+from pipeline.config.schema import ConfigError
 from pipeline.distributed import Rank
 from pipeline.storage import Folder, StorageError, commit, seal
 from pipeline.training.staging import Stage, share_of

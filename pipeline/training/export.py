@@ -11,7 +11,7 @@ from pathlib import Path
 
 import safetensors.torch
 
-from pipeline.config import TrainConfig
+from pipeline.config.schema import TrainConfig
 from pipeline.storage import Folder, json_bytes
 from pipeline.training.card import model_card
 from pipeline.training.checkpoint import FOLDER as CHECKPOINTS

@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from pipeline.config import ConfigError, TrainConfig
+from pipeline.config.schema import ConfigError, TrainConfig
 from pipeline.distributed import Rank, ignore_signals
+from pipeline.imaging.worker_pool import available_cpus
 from pipeline.loading import Batches, Sampler, order
 from pipeline.randomness import keyed_seed
 from pipeline.training.tasks.base import Batch, Keys, Task
-from pipeline.workers import available_cpus
 
 _AHEAD = 2  # batches that each worker prepares beforehand
 _MOST_WORKERS = 8  # that are started unasked

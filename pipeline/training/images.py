@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
 
-from pipeline import images
-from pipeline.config import ConfigError, TrainConfig
+from pipeline.config.schema import ConfigError, TrainConfig
+from pipeline.imaging import transform
 from pipeline.loading import Rows
 from pipeline.randomness import uniforms
 from pipeline.training.tasks.base import Batch, Keys
@@ -96,14 +96,14 @@ class ImageDataset:
 
     def _pixels(self, row: dict[str, Any]) -> np.ndarray:
         try:
-            pixels = images.decode(row["jpg"], images.probe(row["jpg"], images.Limits()))
-        except images.ImageError as error:
+            pixels = transform.decode(row["jpg"], transform.probe(row["jpg"], transform.Limits()))
+        except transform.ImageError as error:
             raise ValueError(f"sample {row.get('key')!r}: {error}") from error
         edge = max(self.size, round(self.size * self._margin))
         height, width = pixels.shape[:2]
         if min(height, width) != edge:
             scale = edge / min(height, width)
-            pixels = images.resize(pixels, (max(edge, round(width * scale)), max(edge, round(height * scale))))
+            pixels = transform.resize(pixels, (max(edge, round(width * scale)), max(edge, round(height * scale))))
         top, left = (pixels.shape[0] - self.size) // 2, (pixels.shape[1] - self.size) // 2
         return np.ascontiguousarray(pixels[top : top + self.size, left : left + self.size].transpose(2, 0, 1))
 

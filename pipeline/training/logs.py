@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from pipeline.config import ConfigError, TrainConfig, identity
+from pipeline.config.schema import ConfigError, TrainConfig, identity
 from pipeline.storage import Folder
 
 LOGS = "logs"

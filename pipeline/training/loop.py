@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pipeline.config import ConfigError, TrainConfig, identity
+from pipeline.config.schema import ConfigError, TrainConfig, identity
 from pipeline.distributed import Rank
 from pipeline.distributed.signals import Stopped
-from pipeline.drawing import grid, png
+from pipeline.imaging.contact_sheet import grid, png
 from pipeline.loading import Batches, Sampler
 from pipeline.randomness import keyed_seed
 from pipeline.storage import Folder

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pipeline.config import ConfigError
+from pipeline.config.schema import ConfigError
 from pipeline.loading import Batches, Weighted
 from pipeline.training.tasks.base import Batch
 
@@ -32,7 +32,7 @@ def parse_mix(entries: Sequence[str]) -> list[tuple[Path, float]]:
 
 
 class Mixed:
-    """Several data sets as one, each seen as often as its weight says, see :class:`pipeline.loading.Weighted`.
+    """Several data sets as one, each seen as often as its weight says, see :class:`pipeline.loading.loader.Weighted`.
 
     Args:
         parts: data sets with their weights, all above 0.

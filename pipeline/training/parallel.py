@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from pipeline.config import ConfigError, TrainConfig
+from pipeline.config.schema import ConfigError, TrainConfig
 from pipeline.distributed import Rank
 
 PRECISIONS = ("float32", "tf32", "bfloat16")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from pipeline.config import ConfigError, TrainConfig, default_of, identity
+from pipeline.config.schema import ConfigError, TrainConfig, default_of, identity
 from pipeline.distributed import Rank
 from pipeline.storage import Folder
 from pipeline.training.checkpoint import Checkpoints, checked_record

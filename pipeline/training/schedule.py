@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from pipeline.config import TrainConfig
+from pipeline.config.schema import TrainConfig
 
 SCHEDULES = ("cosine", "constant", "step", "plateau", "wsd")
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pipeline.config import ConfigError, TrainConfig
-from pipeline.latents.folder import IMAGE, Expected, LatentFolder
-from pipeline.latents.loading import TrainingLatents
+from pipeline.config.options import nearest
+from pipeline.config.schema import ConfigError, TrainConfig
 from pipeline.loading import Batches
-from pipeline.options import nearest
+from pipeline.loading.latent_folder import IMAGE, Expected, LatentFolder
+from pipeline.loading.latents import TrainingLatents
 from pipeline.partitions.dataset import Dataset
 from pipeline.storage import digest
 from pipeline.training.mixture import Mixed, parse_mix

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.config import ConfigError
+from pipeline.config.schema import ConfigError
 from pipeline.encoders.base import autoencoder
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.config import ConfigError
+from pipeline.config.schema import ConfigError
 from pipeline.encoders.base import autoencoder, image_encoder, posterior_noise, text_encoder, to_pixels
 from pipeline.encoders.crop import Crop
 from pipeline.encoders.preprocessing import fit

@@ -10,7 +10,7 @@ import open_clip
 import pytest
 import torch
 
-from pipeline.config import ConfigError
+from pipeline.config.schema import ConfigError
 from pipeline.encoders.base import image_encoder, text_encoder
 
 CAPTIONS = ["a small red circle", "", "word " * 100]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.config import ConfigError
+from pipeline.config.schema import ConfigError
 from pipeline.encoders.base import image_encoder, text_encoder
 
 pytestmark = pytest.mark.filterwarnings("ignore")

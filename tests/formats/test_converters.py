@@ -18,7 +18,7 @@ from stages.conftest import digests
 
 import pipeline.formats as formats
 from pipeline import storage
-from pipeline.config import ConfigError
+from pipeline.config.schema import ConfigError
 from pipeline.distributed import Place, Rank
 from pipeline.formats import Reader, ResizeAndConvert
 from pipeline.partitions.dataset import Dataset

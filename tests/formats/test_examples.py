@@ -14,7 +14,7 @@ from formats.conftest import CLASSES, convert, image_file, photo
 from PIL import Image
 from stages.conftest import run_stage
 
-from pipeline.config import ConfigError
+from pipeline.config.schema import ConfigError
 from pipeline.formats import Reader
 from pipeline.partitions.dataset import Dataset
 

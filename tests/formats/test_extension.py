@@ -15,7 +15,7 @@ from stages.conftest import digests
 from torch.utils.data import DataLoader
 
 import pipeline.formats
-from pipeline.config import ConfigError
+from pipeline.config.schema import ConfigError
 from pipeline.formats import (
     ConverterFixedSize,
     ConverterFlexibleSize,

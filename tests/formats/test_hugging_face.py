@@ -12,8 +12,8 @@ from formats.conftest import CLASSES, convert
 from PIL import Image
 from stages.conftest import digests
 
-from pipeline.cli import build
-from pipeline.config import TakedownConfig
+from pipeline.config.cli import build
+from pipeline.config.schema import TakedownConfig
 from pipeline.formats import IpcConverter, Reader, TarConverter
 from pipeline.partitions.dataset import Dataset
 from pipeline.partitions.finalize import finalize

@@ -18,7 +18,7 @@ from formats.conftest import CLASSES, FIXED, FORMATS, SIZE, convert, write_folde
 from PIL import Image
 
 import pipeline.formats as formats
-from pipeline.config import ConfigError
+from pipeline.config.schema import ConfigError
 from pipeline.formats import Reader, blocks
 from pipeline.partitions.dataset import Dataset
 from pipeline.partitions.verify import verify

@@ -12,8 +12,8 @@ import pytest
 from fake_stage import committed, rank_of, rows
 from latents.conftest import COUNT, Make
 
-from pipeline.cli import build
-from pipeline.config import PrecomputeConfig
+from pipeline.config.cli import build
+from pipeline.config.schema import PrecomputeConfig
 from pipeline.partitions import engine
 from pipeline.partitions.dataset import Dataset
 from pipeline.stages.precompute import Precompute
@@ -21,7 +21,7 @@ from pipeline.stages.precompute import Precompute
 SETTINGS = {"image_resolutions": (32, 64), "vae": "embedded16", "batch_size": "5"}
 _KILLED = """
 import os, signal, sys
-from pipeline.cli import config_for
+from pipeline.config.cli import config_for
 from pipeline.stages.precompute import Precompute, main
 process, left = Precompute.process, [int(sys.argv.pop(1))]
 def killing(self, partition):

@@ -11,9 +11,9 @@ import pytest
 import simplejpeg
 from PIL import Image
 
-from pipeline import images
 from pipeline.encoders.base import posterior_noise
 from pipeline.encoders.crop import Crop
+from pipeline.imaging import transform
 from pipeline.latents.decoding import Decoded, Decoders, Layout, Noise, _Worker
 
 
@@ -50,7 +50,7 @@ def test_an_image_of_any_size_fits_its_slot(decoders: Decoders, height: int, wid
     job = decoders.submit(data, 3, "a")
     decoders.wait(job)
     assert (job.width, job.height) == (width, height)
-    pixels = images.decode(data, images.probe(data))
+    pixels = transform.decode(data, transform.probe(data))
     first, second, third, _ = LAYOUT.starts
     slot = decoders.memory[3]
     for crop, start in zip(LAYOUT.crops, (first, second), strict=True):

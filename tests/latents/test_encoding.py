@@ -13,8 +13,8 @@ from PIL import Image
 from stages.conftest import digests, run_stage
 from transfer_double import Gpus, TransferError
 
-from pipeline.cli import build
-from pipeline.config import PrecomputeConfig
+from pipeline.config.cli import build
+from pipeline.config.schema import PrecomputeConfig
 from pipeline.distributed import Rank
 from pipeline.encoders.base import autoencoder, text_encoder
 from pipeline.encoders.embedded import EmbeddedAutoencoder

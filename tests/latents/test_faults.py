@@ -11,8 +11,8 @@ import pytest
 from latents.conftest import Make
 from stages.conftest import run_stage
 
-from pipeline import images
 from pipeline.distributed import Rank
+from pipeline.imaging import transform
 from pipeline.partitions.dataset import Dataset
 from pipeline.partitions.plan import Partition
 from pipeline.samples import Outcome, Row
@@ -33,7 +33,7 @@ def wrong_range(stage: Precompute, rows: list[Row]) -> None:
     sources = {stored.key: stored.read() for stored in stage.upstream.samples(BAD)}
     for row in rows:
         data = sources[row["key"]]["jpg"]
-        x = stage.vae.preprocess([images.decode(data, images.probe(data))], 64)
+        x = stage.vae.preprocess([transform.decode(data, transform.probe(data))], 64)
         row["latents_64"] = stage.vae.encode((x + 1) / 2).half().numpy().tobytes()
 
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 from latents.conftest import COUNT
 
-from pipeline.config import ConfigError
-from pipeline.latents.loading import build_streaming_latents_dataloader
-from pipeline.latents.streaming import RemoteFolder
+from pipeline.config.schema import ConfigError
+from pipeline.loading.latents import build_streaming_latents_dataloader
+from pipeline.loading.streaming import RemoteFolder
 from pipeline.storage import StorageError
 
 CAPTION = (4, 8)
@@ -202,7 +202,7 @@ def test_a_place_that_cannot_be_reached_says_why(tmp_path: Path, monkeypatch: py
     def unreachable(remote: str, path: Path) -> None:
         raise RuntimeError("the network is down\nand more")
 
-    monkeypatch.setattr("pipeline.latents.streaming._bring", unreachable)
+    monkeypatch.setattr("pipeline.loading.streaming._bring", unreachable)
     with pytest.raises(StorageError, match=r"manifest.json cannot be downloaded \(RuntimeError: the network is down\)"):
         build(tmp_path, near=False)
 

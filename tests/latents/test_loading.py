@@ -18,8 +18,8 @@ import torch
 from latents.conftest import COUNT, Make
 from stages.conftest import run_stage
 
-from pipeline.config import ConfigError
-from pipeline.latents.loading import (
+from pipeline.config.schema import ConfigError
+from pipeline.loading.latents import (
     LatentFolder,
     LatentLoader,
     Layout,
@@ -27,7 +27,7 @@ from pipeline.latents.loading import (
     TrainingLatents,
     build_streaming_latents_dataloader,
 )
-from pipeline.latents.stale import remove_stale
+from pipeline.loading.shm_cleanup import remove_stale
 from pipeline.partitions.dataset import RandomAccess
 
 TEXT = {"cap_seq_size": 16, "cap_emb_dim": 64}
@@ -200,7 +200,7 @@ def test_folders_of_other_writers_can_be_read(tmp_path: Path) -> None:
 
 _CRASH = """
 import os, signal, sys
-from pipeline.latents.loading import build_streaming_latents_dataloader
+from pipeline.loading.latents import build_streaming_latents_dataloader
 loader = build_streaming_latents_dataloader(sys.argv[1], 4, 64, 16, 64, cache=sys.argv[2])
 next(iter(loader))
 os.kill(os.getpid(), signal.SIGKILL)
@@ -232,7 +232,7 @@ def test_streaming_from_elsewhere_gives_the_same_and_survives_a_crash(make: Make
 
 _ALIVE = """
 import sys
-from pipeline.latents.loading import build_streaming_latents_dataloader
+from pipeline.loading.latents import build_streaming_latents_dataloader
 loader = build_streaming_latents_dataloader(sys.argv[1], 4, 64, 16, 64, cache=sys.argv[2], drop_last=False)
 batches = iter(loader)
 count = len(next(batches)["image_latents"])

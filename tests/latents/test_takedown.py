@@ -7,7 +7,7 @@ from pathlib import Path
 from stages.conftest import run_stage
 
 from pipeline.distributed import Rank
-from pipeline.latents.loading import LatentFolder
+from pipeline.loading.latents import LatentFolder
 from pipeline.partitions.dataset import Dataset, RandomAccess
 from pipeline.stages.takedown import takedown
 

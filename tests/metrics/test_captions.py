@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import ConfigError
+from pipeline.config.schema import ConfigError
 from pipeline.metrics.captions import (
     Cider,
     bleu_counts,

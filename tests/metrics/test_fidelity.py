@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from pipeline.config import ConfigError
+from pipeline.config.schema import ConfigError
 from pipeline.metrics.fidelity import clip_score, distances, feature_extractor
 from pipeline.randomness import generator
 

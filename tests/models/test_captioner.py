@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.config import ConfigError
+from pipeline.config.schema import ConfigError
 from pipeline.models.captioner import SIZES, Cache, Captioner, CaptionerConfig, captioner_config
 from pipeline.models.decoding import Decoding, Marks, write
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipeline.config import ConfigError
+from pipeline.config.schema import ConfigError
 from pipeline.models.dit import (
     SIZES,
     DiT,

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipeline.config import ConfigError
-from pipeline.models.processes import Edm, Flow, Process, process_of, wide
+from pipeline.config.schema import ConfigError
+from pipeline.models.diffusion_process import Edm, Flow, Process, process_of, wide
 from pipeline.models.sampling import SAMPLERS, sample
 from pipeline.training.tasks.diffuse import Drawn, diffusion_losses
 

@@ -21,7 +21,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.config import ConfigError
+from pipeline.config.schema import ConfigError
 from pipeline.models import scan_kernels
 from pipeline.models.scan_kernels import backend_of, kernel
 from pipeline.models.ssm import MIXERS, Bidirectional, Mamba1, Mamba2, Mixer, selective_scan, ssd

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pipeline.config import ConfigError
+from pipeline.config.schema import ConfigError
 from pipeline.models.vision_mamba import SIZES, Hybrid, VisionMamba, VisionMambaConfig, vision_mamba_config
 
 MILLIONS = {"nano": 0.5, "tiny": 6.4, "small": 23.4, "base": 89.5, "large": 312.5}

@@ -11,7 +11,7 @@ from pathlib import Path
 import fake_stage
 import pytest
 
-from pipeline.config import STAGES
+from pipeline.config.schema import STAGES
 
 _MEMORY = Path("/dev/shm")
 

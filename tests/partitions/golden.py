@@ -13,7 +13,7 @@ from typing import Any
 from fake_stage import Fake, FakeConfig, run
 
 from pipeline import storage
-from pipeline.config import STAGES
+from pipeline.config.schema import STAGES
 from pipeline.distributed import Rank
 from pipeline.partitions import engine
 from pipeline.partitions.dataset import Dataset

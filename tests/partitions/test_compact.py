@@ -14,7 +14,7 @@ import pytest
 from fake_stage import FakeFilter, assert_sound, committed, kept_keys, leftovers, outcomes, rank_of, run
 
 from pipeline import storage
-from pipeline.config import ConfigError
+from pipeline.config.schema import ConfigError
 from pipeline.distributed import Rank
 from pipeline.partitions import compact as module
 from pipeline.partitions.compact import compact, uncompacted
@@ -293,7 +293,7 @@ def test_a_pack_survives_a_fork_and_threads(output: Path) -> None:
 
 
 def test_the_program_packs_everything_below_a_folder(memory: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from pipeline.config import CompactConfig
+    from pipeline.config.schema import CompactConfig
     from pipeline.stages.compact import main
 
     run(memory / "d/one")

@@ -19,7 +19,7 @@ from pipeline.partitions.engine import Worker
 from pipeline.partitions.finalize import Incomplete, Overtaken, Tally, Unbalanced, check_balance, finalize, records
 from pipeline.partitions.planning import open_or_plan
 from pipeline.storage import StorageError
-from pipeline.telemetry import Events
+from pipeline.telemetry.events import Events
 
 ROOT_FILES = ("manifest.parquet", "index.json", "manifest.json", "_SUCCESS")
 

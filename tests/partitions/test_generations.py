@@ -25,7 +25,7 @@ from fake_stage import (
 )
 
 from pipeline import storage
-from pipeline.config import ShardConfig
+from pipeline.config.schema import ShardConfig
 from pipeline.distributed import Rank
 from pipeline.partitions import engine
 from pipeline.partitions.dataset import Dataset

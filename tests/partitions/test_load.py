@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from fake_stage import Fake, make, run
 
-from pipeline import storage, telemetry
+from pipeline import storage
 from pipeline.distributed import Rank
 from pipeline.partitions import engine, pace
 from pipeline.partitions.dataset import Dataset
@@ -22,7 +22,8 @@ from pipeline.partitions.engine import Worker
 from pipeline.partitions.pace import Pace
 from pipeline.partitions.planning import open_or_plan
 from pipeline.storage import Folder
-from pipeline.telemetry import EventReader, Events
+from pipeline.telemetry import events as telemetry
+from pipeline.telemetry.events import EventReader, Events
 
 HOUR = 3600.0
 

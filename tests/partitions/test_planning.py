@@ -12,7 +12,7 @@ import pytest
 from fake_stage import Fake, FakeFilter, assert_sound, committed, leftovers, make, outcomes, rank_of, run
 
 from pipeline import storage
-from pipeline.config import ConfigError
+from pipeline.config.schema import ConfigError
 from pipeline.partitions import engine, planning
 from pipeline.partitions.attempt import Superseded
 from pipeline.partitions.dataset import Dataset, Unfinished

@@ -10,7 +10,7 @@ import pytest
 from fake_stage import Fake, run
 
 from pipeline import storage
-from pipeline.config import VerifyConfig
+from pipeline.config.schema import VerifyConfig
 from pipeline.partitions.dataset import Dataset
 from pipeline.partitions.verify import Finding, verify
 from pipeline.stages import verify as program

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 from sources.packing import tar_of, zip_of
 
-from pipeline.config import DownloadConfig
+from pipeline.config.schema import DownloadConfig
 from pipeline.distributed import Rank
 from pipeline.partitions import engine
 from pipeline.partitions.dataset import Dataset

@@ -25,8 +25,8 @@ from sources.hub import put_repo
 from sources.packing import PACKED, tar_of, zip_of
 from sources.server import Server, body
 
-from pipeline import cli
-from pipeline.config import ConfigError
+from pipeline.config import cli
+from pipeline.config.schema import ConfigError
 from pipeline.distributed import Rank
 from pipeline.partitions import engine
 from pipeline.partitions.dataset import Dataset

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from pipeline.config import ConfigError, DownloadConfig
+from pipeline.config.schema import ConfigError, DownloadConfig
 from pipeline.sources.base import Source, get_source
 
 

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 from stages.conftest import run_stage
 
-from pipeline.config import ConfigError
+from pipeline.config.schema import ConfigError
 from pipeline.partitions.dataset import Dataset, RandomAccess
 
 COUNT = 12

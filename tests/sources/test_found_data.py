@@ -25,7 +25,7 @@ from sources.test_datasets import CASES, NAMES, OWN
 from sources.test_datasets import run as run_stage
 from stages.conftest import run_stage as run_with
 
-from pipeline.config import ConfigError
+from pipeline.config.schema import ConfigError
 from pipeline.partitions.dataset import Dataset
 from pipeline.partitions.finalize import Unbalanced
 from pipeline.partitions.planning import Stale

@@ -12,7 +12,7 @@ from sources.server import Server, body, in_turn, status
 from sources.test_datasets import photo, rows_of, run
 
 from launch import request, submit
-from pipeline import cli
+from pipeline.config import cli
 
 KIND = {"width", "height", "min_side", "jpg", "format", "captions", "key"}
 
@@ -84,7 +84,7 @@ def test_the_launcher_leaves_the_download_out(memory: Path) -> None:
 
 
 def test_sources_do_not_count_for_a_filter_that_reads_a_download() -> None:
-    from pipeline.config import identity
+    from pipeline.config.schema import identity
 
     shared = ["dataset=cc12m", "data_dir=x"]
     assert "repo" not in identity(cli.load("filter", shared))

@@ -22,8 +22,8 @@ from PIL import Image
 from sources.packing import END, PACKED, entry, header, padded, tar_of, tar_of_entries, zip_of
 from sources.server import Server, body, drip, endless, in_turn, ranged, redirect, reset, status
 
-from pipeline import cli
-from pipeline.config import ConfigError, DownloadConfig, FilterConfig
+from pipeline.config import cli
+from pipeline.config.schema import ConfigError, DownloadConfig, FilterConfig
 from pipeline.distributed import Rank
 from pipeline.partitions import engine
 from pipeline.partitions.dataset import Dataset

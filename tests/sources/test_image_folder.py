@@ -13,7 +13,7 @@ from fake_stage import assert_sound, outcomes, rows
 from PIL import Image
 from stages.conftest import run_stage
 
-from pipeline.config import ConfigError, DownloadConfig
+from pipeline.config.schema import ConfigError, DownloadConfig
 from pipeline.distributed import Rank
 from pipeline.partitions.dataset import Dataset
 from pipeline.partitions.planning import Stale, open_or_plan

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.config import ConfigError
+from pipeline.config.schema import ConfigError
 from pipeline.sources import texts
 from pipeline.sources.lists import open_list
 

@@ -20,15 +20,15 @@ from PIL import Image
 from sources.server import Server, announced, body, drip, endless, in_turn, redirect, reset, status
 
 from launch.monitor.watch import Watch
-from pipeline.config import ConfigError, DownloadConfig, FilterConfig
+from pipeline.config.schema import ConfigError, DownloadConfig, FilterConfig
 from pipeline.distributed import Rank
-from pipeline.hosts import HostStatus
 from pipeline.partitions import engine
 from pipeline.partitions.dataset import Dataset
 from pipeline.sources.http.names import Names
 from pipeline.sources.lists import open_list
 from pipeline.stages.download import Download
 from pipeline.stages.filter import Filter
+from pipeline.telemetry.host_stats import HostStatus
 
 
 def picture(seed: int, size: int = 24) -> bytes:

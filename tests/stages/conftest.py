@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.cli import build
-from pipeline.config import STAGES
+from pipeline.config.cli import build
+from pipeline.config.schema import STAGES
 from pipeline.distributed import Rank
 from pipeline.partitions import engine
 from pipeline.stages import get_stage

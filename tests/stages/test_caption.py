@@ -17,8 +17,8 @@ import torch
 from PIL import Image
 from stages.conftest import digests, run_stage
 
-from pipeline.cli import build
-from pipeline.config import STAGES, CaptionConfig, ConfigError, TrainConfig
+from pipeline.config.cli import build
+from pipeline.config.schema import STAGES, CaptionConfig, ConfigError, TrainConfig
 from pipeline.distributed import Rank
 from pipeline.partitions.dataset import Dataset, RandomAccess
 from pipeline.stages.caption import load_writer, main, write_about

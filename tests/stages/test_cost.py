@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import cli
-from pipeline.cli import build
-from pipeline.config import ConfigError, CostConfig
+from pipeline.config import cli
+from pipeline.config.cli import build
+from pipeline.config.schema import ConfigError, CostConfig
 from pipeline.stages.cost import costs, table
 
 TINY = """

@@ -13,9 +13,9 @@ from fake_stage import assert_sound, kept_keys, make, outcomes, rank_of
 from PIL import Image
 from stages.conftest import digests, run_stage
 
-from pipeline import duplicates
-from pipeline.config import ConfigError
-from pipeline.duplicates import Links, Rows, Unit
+from pipeline.config.schema import ConfigError
+from pipeline.curation import duplicates
+from pipeline.curation.duplicates import Links, Rows, Unit
 from pipeline.partitions import engine
 from pipeline.stages import dedup
 from pipeline.stages.dedup import Dedup

@@ -19,8 +19,8 @@ from sources.server import Reply, Server, body, status
 from stages.conftest import run_stage
 from torch.utils.data import DataLoader
 
-from pipeline.cli import build, load
-from pipeline.config import ConfigError, FeideggerConfig, TrainConfig
+from pipeline.config.cli import build, load
+from pipeline.config.schema import ConfigError, FeideggerConfig, TrainConfig
 from pipeline.distributed import Rank
 from pipeline.feidegger import FeideggerMambaDataset
 from pipeline.partitions import engine

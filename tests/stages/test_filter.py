@@ -11,8 +11,8 @@ from fake_stage import assert_sound, outcomes
 from PIL import Image
 from stages.conftest import digests, run_stage
 
-from pipeline import images
-from pipeline.config import ConfigError, FilterConfig
+from pipeline.config.schema import ConfigError, FilterConfig
+from pipeline.imaging import transform
 from pipeline.stages.filter import Filter
 
 
@@ -83,16 +83,16 @@ def test_lists_of_keys_keep_and_deny_and_are_part_of_the_identity(tmp_path: Path
 
 def test_every_rule_is_an_option_with_the_same_default() -> None:
     options = {field.name: field for field in fields(FilterConfig)}
-    for rule in fields(images.Rules):
+    for rule in fields(transform.Rules):
         if rule.name != "scaled_decode":
             assert options[rule.name].default == rule.default, rule.name
             assert options[rule.name].metadata["identity"]
     for name, known in (
-        ("resize_mode", images.RESIZE_MODES),
-        ("encode_format", images.ENCODE_FORMATS),
-        ("validate", images.VALIDATIONS),
-        ("icc", images.ICC_MODES),
-        ("resize", tuple(images.RESIZERS)),
-        ("interpolation", images.INTERPOLATIONS),
+        ("resize_mode", transform.RESIZE_MODES),
+        ("encode_format", transform.ENCODE_FORMATS),
+        ("validate", transform.VALIDATIONS),
+        ("icc", transform.ICC_MODES),
+        ("resize", tuple(transform.RESIZERS)),
+        ("interpolation", transform.INTERPOLATIONS),
     ):
         assert set(options[name].metadata["choices"]) == set(known)

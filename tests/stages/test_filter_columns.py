@@ -15,7 +15,7 @@ from sources.found import download, jsonl, kept, photo, write
 from sources.packing import tar_of
 from stages.conftest import run_stage
 
-from pipeline.config import ConfigError, FilterConfig
+from pipeline.config.schema import ConfigError, FilterConfig
 from pipeline.distributed import Rank
 from pipeline.partitions import engine
 from pipeline.stages.filter import Filter

@@ -20,8 +20,8 @@ from sources.hub import put_repo
 from sources.packing import zip_of
 from sources.server import Server
 
-from pipeline import cli
-from pipeline.config import ConfigError, TrainConfig
+from pipeline.config import cli
+from pipeline.config.schema import ConfigError, TrainConfig
 from pipeline.distributed import Rank, Stopped
 from pipeline.partitions import engine
 from pipeline.partitions.dataset import Dataset, RandomAccess

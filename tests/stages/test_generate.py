@@ -12,9 +12,9 @@ from PIL import Image
 from stages.conftest import digests, run_stage
 from training.test_diffuse import Scenes, config, train_task
 
-from pipeline.config import ConfigError, GenerateConfig
+from pipeline.config.schema import ConfigError, GenerateConfig
 from pipeline.distributed import Rank
-from pipeline.distributed.place import Place
+from pipeline.distributed.environment import Place
 from pipeline.partitions.dataset import Dataset
 from pipeline.partitions.planning import Stale
 from pipeline.partitions.verify import verify

@@ -13,8 +13,9 @@ import torch
 from fake_cuda import FakeCuda, fake_cuda
 from image_files import picture, saved
 
-from pipeline.config import EvaluateConfig, TrainConfig
+from pipeline.config.schema import EvaluateConfig, TrainConfig
 from pipeline.distributed import Rank
+from pipeline.encoders.tokenizer import train_bpe
 from pipeline.encoders.vision import vision_encoder
 from pipeline.models.decoding import Decoding, write
 from pipeline.stages import evaluate, evaluate_classes, generate
@@ -22,7 +23,6 @@ from pipeline.stages.caption import load_writer
 from pipeline.stages.evaluate_classes import load_classifier
 from pipeline.stages.generate import Manner, load_painter, sample_images
 from pipeline.storage import Folder
-from pipeline.tokenizer import train_bpe
 from pipeline.training.images import ImageDataset
 from pipeline.training.loop import train
 from pipeline.training.tasks.caption import Caption, CaptionDataset, marks_of

@@ -18,13 +18,13 @@ from fake_stage import rank_of
 from PIL import Image
 from stages.conftest import digests, run_stage
 
-from pipeline import images
-from pipeline.cli import build
-from pipeline.config import ConfigError, PrecomputeConfig
+from pipeline.config.cli import build
+from pipeline.config.schema import ConfigError, PrecomputeConfig
 from pipeline.distributed import Rank
 from pipeline.encoders.base import autoencoder, posterior_noise
 from pipeline.encoders.crop import Crop
 from pipeline.encoders.preprocessing import fit
+from pipeline.imaging import transform
 from pipeline.latents import text_storage
 from pipeline.latents.encoding import Encoding
 from pipeline.partitions import engine
@@ -124,7 +124,7 @@ def test_values_are_those_of_direct_calls(
     for key, row in list(stored.items())[::5]:
         assert set(row) == {"key", "caption", "caption_latents", "latents_32", "latents_64", "min_side"}
         assert row["caption"] == sources[key]["caption"] and row["min_side"] == sources[key]["min_side"]
-        picture = images.decode(sources[key]["jpg"], images.probe(sources[key]["jpg"]))
+        picture = transform.decode(sources[key]["jpg"], transform.probe(sources[key]["jpg"]))
         for resolution in (32, 64):
             x = fit([picture], Crop(resolution)).permute(0, 3, 1, 2) / 127.5 - 1
             posterior = direct.encode(x).latent_dist

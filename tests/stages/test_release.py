@@ -12,8 +12,8 @@ from fake_stage import assert_sound, rows
 from PIL import Image
 from stages.conftest import Run
 
-from pipeline import cli
-from pipeline.config import ConfigError
+from pipeline.config import cli
+from pipeline.config.schema import ConfigError
 from pipeline.distributed import Rank
 from pipeline.partitions.dataset import Dataset, Released
 from pipeline.partitions.verify import verify

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from pipeline.cli import build
-from pipeline.config import STAGES, ReportConfig
+from pipeline.config.cli import build
+from pipeline.config.schema import STAGES, ReportConfig
 from pipeline.distributed import Rank
 from pipeline.partitions import engine
 from pipeline.stages import get_stage, report

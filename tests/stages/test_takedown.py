@@ -14,7 +14,7 @@ from PIL import Image
 from sources.server import Server
 from stages.conftest import Run
 
-from pipeline.config import ConfigError, TakedownConfig
+from pipeline.config.schema import ConfigError, TakedownConfig
 from pipeline.distributed import Rank
 from pipeline.partitions.dataset import Dataset
 from pipeline.partitions.verify import verify

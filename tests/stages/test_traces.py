@@ -50,7 +50,7 @@ def test_from_a_latent_back_to_the_file_that_it_was_made_of(tmp_path: Path) -> N
 def test_a_stop_loses_nothing_and_another_number_of_ranks_goes_on(tmp_path: Path) -> None:
     from fake_stage import committed, rank_of
 
-    from pipeline.config import STAGES
+    from pipeline.config.schema import STAGES
     from pipeline.partitions import engine
     from pipeline.stages import get_stage
 

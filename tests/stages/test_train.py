@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from stages.conftest import run_stage
 
-from pipeline.cli import build
-from pipeline.config import ConfigError, TrainConfig
+from pipeline.config.cli import build
+from pipeline.config.schema import ConfigError, TrainConfig
 from pipeline.stages.train import main
-from pipeline.telemetry import last_events
+from pipeline.telemetry.events import last_events
 
 ROOT = Path(__file__).parents[2]
 

@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 from stages.conftest import Run, run_stage
 
-from pipeline.cli import build
-from pipeline.config import ConfigError, VerifyConfig
+from pipeline.config.cli import build
+from pipeline.config.schema import ConfigError, VerifyConfig
 from pipeline.distributed import Rank
 from pipeline.partitions.dataset import Dataset
 from pipeline.partitions.plan import Partition

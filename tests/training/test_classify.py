@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.config import ConfigError, EvaluateConfig, TrainConfig
+from pipeline.config.schema import ConfigError, EvaluateConfig, TrainConfig
 from pipeline.distributed import Rank, Stopped
 from pipeline.metrics.classes import scores
 from pipeline.storage import Folder

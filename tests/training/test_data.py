@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 from stages.conftest import run_stage
 
-from pipeline.cli import build
-from pipeline.config import ConfigError, EvaluateConfig, TrainConfig
+from pipeline.config.cli import build
+from pipeline.config.schema import ConfigError, EvaluateConfig, TrainConfig
 from pipeline.partitions.dataset import Dataset, RandomAccess
 from pipeline.stages import evaluate, train
 from pipeline.training.images import ImageDataset

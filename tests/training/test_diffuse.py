@@ -11,12 +11,12 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.config import ConfigError, TrainConfig
+from pipeline.config.schema import ConfigError, TrainConfig
 from pipeline.distributed import Rank
-from pipeline.distributed.place import Place
+from pipeline.distributed.environment import Place
 from pipeline.encoders.base import autoencoder, text_encoder
+from pipeline.models.diffusion_process import Flow
 from pipeline.models.dit import patchify
-from pipeline.models.processes import Flow
 from pipeline.sources.shapes_scene import caption, render, sample_scene
 from pipeline.stages.generate import Manner, load_painter, sample_images
 from pipeline.stages.report import describe_run

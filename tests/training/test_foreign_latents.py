@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.cli import build
-from pipeline.config import ConfigError, TrainConfig
+from pipeline.config.cli import build
+from pipeline.config.schema import ConfigError, TrainConfig
 from pipeline.stages import train
 from pipeline.stages.generate import load_painter
 from pipeline.training.checkpoint import finished_run

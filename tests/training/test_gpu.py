@@ -20,14 +20,14 @@ from tiny_training import Points, Regression
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pipeline.config import TrainConfig
+from pipeline.config.schema import TrainConfig
 from pipeline.distributed import Rank, Stopped
-from pipeline.distributed.place import Place
+from pipeline.distributed.environment import Place
+from pipeline.encoders.tokenizer import train_bpe
 from pipeline.encoders.vision import vision_encoder
 from pipeline.loading import Sampler
 from pipeline.models.dit import SIZES
 from pipeline.storage import Folder
-from pipeline.tokenizer import train_bpe
 from pipeline.training import loop
 from pipeline.training.checkpoint import open_checkpoint
 from pipeline.training.feed import Chosen, Feed, worker_count

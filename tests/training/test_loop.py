@@ -16,7 +16,7 @@ import pytest
 import torch
 from tiny_training import Regression, Run
 
-from pipeline.config import TrainConfig
+from pipeline.config.schema import TrainConfig
 from pipeline.training.checkpoint import open_checkpoint
 from pipeline.training.ema import Ema
 from pipeline.training.logs import read_log

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.config import ConfigError
+from pipeline.config.schema import ConfigError
 from pipeline.training.mixture import Mixed, parse_mix
 
 

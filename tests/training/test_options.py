@@ -17,7 +17,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_training import Regression, Run
 
-from pipeline.config import ConfigError
+from pipeline.config.schema import ConfigError
 from pipeline.distributed import Stopped
 from pipeline.training.checkpoint import open_checkpoint
 from pipeline.training.export import Uploads, epoch_name

@@ -16,7 +16,7 @@ from torch import nn
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from pipeline import storage
-from pipeline.config import ConfigError, identity
+from pipeline.config.schema import ConfigError, identity
 from pipeline.distributed import Stopped
 from pipeline.storage import Folder, StorageError
 from pipeline.training import loop

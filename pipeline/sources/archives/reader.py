@@ -10,8 +10,7 @@ from typing import IO, Any
 
 import xxhash
 
-from pipeline.captions import caption_columns, captions_of
-from pipeline.config import SourceConfig
+from pipeline.config.schema import SourceConfig
 from pipeline.samples import (
     Outcome,
     SampleError,
@@ -23,6 +22,7 @@ from pipeline.samples import (
     path_text,
     plain,
 )
+from pipeline.samples.captions import caption_columns, captions_of
 from pipeline.sources.annotations import Annotations, Entry
 from pipeline.sources.archives import check, members
 from pipeline.sources.archives.member import Member

@@ -14,9 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from pipeline import images
-from pipeline.config import ConfigError, TrainConfig
+from pipeline.config.schema import ConfigError, TrainConfig
+from pipeline.curation.splits import Splits
+from pipeline.encoders.tokenizer import Tokenizer, pretrained, train_bpe
 from pipeline.encoders.vision import VisionEncoder, vision_encoder
+from pipeline.imaging import transform
 from pipeline.loading import Batches, Rows
 from pipeline.metrics.captions import Cider, bleu_counts, bleu_of, rouge_l, words
 from pipeline.models.captioner import Captioner, CaptionerConfig, captioner_config
@@ -24,8 +26,6 @@ from pipeline.models.decoding import Decoding, Marks, write
 from pipeline.partitions.dataset import Dataset, RandomAccess
 from pipeline.randomness import keyed_seed
 from pipeline.samples import Row
-from pipeline.splits import Splits
-from pipeline.tokenizer import Tokenizer, pretrained, train_bpe
 from pipeline.training.checkpoint import Checkpoint, finished_run, require_same_network
 from pipeline.training.feed import Chosen, Picked, split
 from pipeline.training.images import Augmentation
@@ -98,7 +98,7 @@ class CaptionDataset:
 def _pixels(row: Row) -> np.ndarray:
     if "picture" in row:
         return np.asarray(row["picture"])
-    return images.decode(row["jpg"], images.probe(row["jpg"], images.Limits()))
+    return transform.decode(row["jpg"], transform.probe(row["jpg"], transform.Limits()))
 
 
 def texts_of(row: Row, questions: bool) -> list[tuple[str, str]]:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.config import ConfigError, TrainConfig
+from pipeline.config.schema import ConfigError, TrainConfig
 from pipeline.models.constants import channels
 from pipeline.models.vision_mamba import VisionMamba, vision_mamba_config
 from pipeline.randomness import keyed_seed

@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pipeline.config import ConfigError, TrainConfig
+from pipeline.config.schema import ConfigError, TrainConfig
 from pipeline.encoders.base import autoencoder, to_pixels
 from pipeline.loading import Batches, order
 from pipeline.models.constants import channels
+from pipeline.models.diffusion_process import Process, process_of
 from pipeline.models.dit import DiT, DiTConfig, dit_config, kept_tokens, patchify, take
-from pipeline.models.processes import Process, process_of
 from pipeline.models.sampling import sample
 from pipeline.randomness import generator, keyed_seed, normals
 from pipeline.training.tasks.base import Batch, Keys, Task

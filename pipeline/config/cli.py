@@ -1,0 +1,423 @@
+"""From the command line to a config: ``key=value``, ``--key value``, ``--key=value`` → a frozen dataclass.
+
+Layers, later ones win: defaults < ``conf/dataset/<name>.yaml`` < command line. A key may be qualified by a stage
+(``train.batch_size=64``), in a YAML file by a section of that name; it then counts for that stage alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pipeline.config.arrow import without_pandas
+from pipeline.config.options import (
+    condition_names,
+    condition_of,
+    condition_text,
+    default_value,
+    holds,
+    list_items,
+    option_text,
+    shown,
+    without_effect,
+)
+from pipeline.config.options import nearest as nearest
+from pipeline.config.schema import STAGES, ConfigError, LaunchConfig, RunConfig, public
+from pipeline.config.yaml_files import read_settings
+from pipeline.distributed.life import Life
+
+Config = TypeVar("Config")
+Settings = dict[str, Any]
+CONF = Path(__file__).parent / "conf"
+NOTHING = '""'
+
+
+def parse(arguments: Sequence[str]) -> dict[str, str]:
+    """Split arguments into settings, still as text: ``--key a b`` is ``[a,b]``, ``--flag`` alone is ``true``.
+
+    Raises:
+        ConfigError: an argument that is neither ``key=value`` nor ``--key``, or a key given twice.
+    """
+    settings: dict[str, str] = {}
+    rest = list(arguments)
+    while rest:
+        word = rest.pop(0)
+        if word.startswith("--"):
+            key, equals, value = word[2:].partition("=")
+            if not equals:
+                values = []
+                while rest and not rest[0].startswith("--") and not _is_setting(rest[0]):
+                    values.append(rest.pop(0))
+                value = values[0] if len(values) == 1 else _joined(values) if values else "true"
+        else:
+            key, equals, value = word.partition("=")
+            if not equals or not key:
+                raise ConfigError(f"{word!r} is no setting: write key=value or --key value")
+        key = key.replace("-", "_")
+        if key in settings:
+            raise ConfigError(f"{key} is given twice")
+        settings[key] = value
+    return settings
+
+
+def _joined(values: Sequence[str]) -> str:
+    """Several words as one list; what is quoted already stays as it is."""
+    return "[" + ",".join(v if v[:1] in "\"'" and v[-1:] == v[:1] else shown([v])[1:-1] for v in values) + "]"
+
+
+def _is_setting(word: str) -> bool:
+    key, equals, _ = word.partition("=")
+    return bool(equals) and key.replace(".", "").replace("-", "").replace("_", "").isalnum() and not key[0].isdigit()
+
+
+def known_keys() -> set[str]:
+    """Every key of every stage."""
+    return {f.name for cls in (*STAGES.values(), LaunchConfig) for f in dataclasses.fields(cls)}
+
+
+def dataset_settings(name: str) -> Settings:
+    """Settings of ``conf/dataset/<name>.yaml`` or of the YAML file ``name``.
+
+    Raises:
+        ConfigError: there is no such data set, or the file is not a mapping.
+    """
+    return _settings_of("dataset", name)
+
+
+def _settings_of(kind: str, name: str) -> Settings:
+    path = Path(name) if name.endswith((".yaml", ".yml")) else CONF / kind / f"{name}.yaml"
+    if not path.is_file():
+        known = (p.stem for p in (CONF / kind).glob("*.yaml"))
+        what = "data set" if kind == "dataset" else kind
+        raise ConfigError(f"{kind}={name}: no such {what}; {nearest(name, known)} (or give a path to a .yaml file)")
+    return read_settings(path)
+
+
+def yaml_name(name: str) -> str:
+    """The name of the file that ``dataset=<name>`` or ``recipe=<name>`` means, for messages."""
+    return name if name.endswith((".yaml", ".yml")) else f"{name}.yaml"
+
+
+def chosen(settings: Settings, split: str, subset: str, where: str) -> Settings:
+    """``settings`` with those of its sections ``splits`` and ``subsets`` (a split's too) for ``split``, ``subset``.
+
+    Raises:
+        ConfigError: the sections have none of that name.
+    """
+    plain = {name: value for name, value in settings.items() if name not in ("about", "splits", "subsets")}
+    splits = settings.get("splits") or {}
+    if splits and split not in splits:
+        raise ConfigError(f"{where}split={split}: there is none; {nearest(split, splits)}")
+    plain |= splits.get(split) or {}
+    subsets = {**(settings.get("subsets") or {}), **(plain.pop("subsets", None) or {})}
+    if subset and subset not in subsets:
+        raise ConfigError(
+            f"{where}subset={subset}: there is none; {nearest(subset, subsets) if subsets else 'take all'}"
+        )
+    return plain | (subsets.get(subset) or {})
+
+
+def phases_of(recipe: str) -> list[str]:
+    """Names of a recipe's phases, in order; empty if it has none."""
+    return [str(name) for name in _settings_of("recipe", recipe).get("phases") or {}]
+
+
+def published_of(recipe: str) -> str:
+    """What a recipe's authors say that it took, to compare with; empty if the recipe does not tell."""
+    return str(_settings_of("recipe", recipe).get("published") or "")
+
+
+def recipe_settings(recipe: str, phase: str) -> Settings:
+    """Settings of one phase of a recipe: those of all phases, then its own. It starts from the phase before it.
+
+    Raises:
+        ConfigError: no such recipe, phase or key.
+    """
+    settings = _settings_of("recipe", recipe)
+    settings.pop("published", None)
+    phases = {str(key): value for key, value in (settings.pop("phases", None) or {}).items()}
+    if phase not in phases and (phases or phase):
+        raise ConfigError(f"recipe={recipe}, phase={phase}: {nearest(phase, phases)}")
+    name = Path(recipe).stem
+    if phase:
+        names = list(phases)
+        before = names[: names.index(phase)]
+        settings |= phases[phase] or {}
+        settings |= {"name": f"{name}-{phase}"} | ({"start_from": f"{name}-{before[-1]}"} if before else {})
+    return select(settings, "train", f"{yaml_name(recipe)}: ")
+
+
+def select(settings: Mapping[str, Any], stage: str, where: str) -> Settings:
+    """Of ``settings`` for any stage, what ``stage`` takes; qualified keys win over plain ones.
+
+    Raises:
+        ConfigError: a key that no stage knows, or a qualified key that its stage does not know.
+    """
+    fields = {f.name for f in dataclasses.fields(STAGES[stage])}
+    plain: Settings = {}
+    own: Settings = {}
+    for key, value in settings.items():
+        section, dot, name = key.partition(".")
+        if not dot and key in STAGES and isinstance(value, dict):
+            qualified = {f"{key}.{inner}": setting for inner, setting in value.items()}
+            own |= select(qualified, stage, where)
+        elif dot:
+            if section not in STAGES:
+                raise ConfigError(f"{where}{key}: no stage {section!r}; {nearest(section, STAGES)}")
+            names = {f.name for f in dataclasses.fields(STAGES[section])}
+            if name not in names:
+                raise ConfigError(f"{where}{key}: stage {section} has no key {name!r}; {nearest(name, names)}")
+            if section == stage:
+                own[name] = value
+        elif key in fields:
+            plain[key] = value
+        elif key not in known_keys():
+            raise ConfigError(f"{where}unknown key {key!r}; {nearest(key, known_keys())}")
+    return plain | own
+
+
+def build(cls: type[Config], settings: Mapping[str, Any]) -> Config:
+    """Check and convert ``settings`` and make the config of them.
+
+    Raises:
+        ConfigError: unknown key, missing value, wrong type, value that is not among the choices or out of range.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for key, value in settings.items():
+        if key not in fields:
+            raise ConfigError(f"unknown key {key!r}; {nearest(key, fields)}")
+        if "${" in str(value):
+            raise ConfigError(f"{key}={value}: '${{' is not supported in values")
+    merged = OmegaConf.structured(cls)
+    OmegaConf.set_readonly(merged, False)
+    for key, value in settings.items():
+        try:
+            OmegaConf.update(merged, key, _typed(fields[key], value))
+        except OmegaConfBaseException:
+            raise ConfigError(f"{key}={value}: expected {_type_name(fields[key])}") from None
+    missing = sorted(str(key) for key in OmegaConf.missing_keys(merged))
+    if missing:
+        raise ConfigError("missing: " + ", ".join(f"{key}=... ({fields[key].metadata.get('help')})" for key in missing))
+    values = {key: tuple(v) if isinstance(v, list) else v for key, v in OmegaConf.to_container(merged).items()}  # type: ignore[union-attr]
+    return cls(**{str(key): value for key, value in values.items()})
+
+
+def _typed(field: dataclasses.Field[Any], value: Any) -> Any:
+    """Text as the field's type wants it; OmegaConf does the conversion and the refusal."""
+    kind = str(field.type)
+    if kind.startswith("tuple"):
+        if isinstance(value, str):
+            try:
+                value = list_items(value)
+            except ConfigError as error:
+                raise ConfigError(f"{field.name}={value}: {error}") from None
+        return list(value) if isinstance(value, (list, tuple)) else [value]
+    return value if value is not None else ""
+
+
+def _type_name(field: dataclasses.Field[Any]) -> str:
+    names = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
+    kind = str(field.type)
+    return names.get(kind, f"a list of {'whole numbers' if 'int' in kind else 'texts'}, as [a,b]")
+
+
+def load(stage: str, arguments: Sequence[str]) -> Any:
+    """The config of ``stage`` from command-line ``arguments``, the recipe's YAML and the data set's."""
+    own: Settings = {}
+    for key, value in parse(arguments).items():
+        section, dot, name = key.partition(".")
+        own[name if dot and section == stage else key] = value
+    values, settings = _from_files(stage, own)
+    config: Any = build_given(STAGES[stage], settings, own)
+    _require_effect_of_file(stage, values, settings, config, f"{yaml_name(own.get('dataset', ''))}: ")
+    return config
+
+
+def ineffective(stage: str, own: Settings) -> dict[str, str]:
+    """Of the settings ``own`` of a stage, those that cannot have an effect in it, each with what is wrong.
+
+    Raises:
+        ConfigError: as :func:`build`.
+    """
+    config: Any = build(STAGES[stage], {**_from_files(stage, own)[1], **own})
+    found = without_effect(config, own)
+    return {key: _without_effect(key, own[key], condition, config) for key, condition in found.items()}
+
+
+def _from_files(stage: str, own: Settings) -> tuple[Settings, Settings]:
+    """All that the data set's YAML says for this split and subset; of that and the recipe's YAML, this stage's part."""
+    values: Settings = {}
+    settings: Settings = {}
+    if own.get("dataset") and issubclass(STAGES[stage], RunConfig):
+        where = f"{yaml_name(own['dataset'])}: "
+        values = chosen(dataset_settings(own["dataset"]), own.get("split", "train"), own.get("subset", ""), where)
+        settings = select(values, stage, where)
+    if stage == "train" and own.get("recipe"):
+        settings |= recipe_settings(own["recipe"], own.get("phase", ""))
+    if stage == "train":
+        _one_length(own, settings)
+    return values, settings
+
+
+def _one_length(own: Settings, settings: Settings) -> None:
+    """How long to train is said by ``steps`` or by ``epochs``: what a command says takes the place of a file's.
+
+    Raises:
+        ConfigError: a command says both.
+    """
+    given = [name for name in ("steps", "epochs") if str(own.get(name, "0")) not in ("0", "0.0")]
+    if len(given) == 2:
+        raise ConfigError(f"steps={own['steps']}, epochs={own['epochs']}: give one of them")
+    for name in given:
+        settings.pop("steps" if name == "epochs" else "epochs", None)
+
+
+def build_given(cls: type[Config], settings: Mapping[str, Any], given: Mapping[str, Any]) -> Config:
+    """The config of ``settings``, from files, and of what was ``given`` in a command, which wins.
+
+    Raises:
+        ConfigError: as :func:`build`; or what was given cannot have an effect.
+    """
+    config = build(cls, {**settings, **given})
+    for key, condition in without_effect(config, given).items():
+        raise ConfigError(_without_effect(key, given[key], condition, config))
+    return config
+
+
+def _without_effect(key: str, value: Any, condition: str, config: Any) -> str:
+    names = [name for name in sorted(condition_names(condition)) if getattr(config, name) not in ("", 0, ())]
+    now = ", ".join(f"{name}={shown(getattr(config, name))}" for name in names)
+    shown_value = value if isinstance(value, str) else shown(value)
+    return f"{key}={shown_value} has no effect{f' with {now}' if now else ''}: it is for {condition_text(condition)}"
+
+
+def _require_effect_of_file(stage: str, values: Settings, settings: Settings, config: Any, where: str) -> None:
+    """Refuse settings of a YAML file that cannot have an effect, neither by that file alone nor in this run.
+
+    What stands there for all stages may be meant for another one, and for a choice that a command makes.
+    """
+    cls = STAGES[stage]
+    if not (inert := without_effect(config, settings)):
+        return
+    alone: Any = build(cls, _completed(cls, settings))
+    for key, condition in without_effect(alone, inert).items():
+        own = key in (values.get(stage) or {}) or f"{stage}.{key}" in values or key not in values
+        if own or not any(_may_have_effect(other, key, values) for other in STAGES):
+            raise ConfigError(where + _without_effect(key, settings[key], condition, alone))
+
+
+def _may_have_effect(stage: str, key: str, values: Settings) -> bool:
+    cls = STAGES[stage]
+    if key not in {f.name for f in dataclasses.fields(cls)}:
+        return False
+    settings = select(values, stage, "")
+    condition = without_effect(build(cls, _completed(cls, settings)), [key]).get(key, "")
+    return not condition or not condition_names(condition) & set(settings)
+
+
+def _completed(cls: type, settings: Mapping[str, Any]) -> Settings:
+    """``settings`` with something in place of what is required."""
+    missing = [f.name for f in dataclasses.fields(cls) if default_value(f) is dataclasses.MISSING]
+    return {**dict.fromkeys(missing, "..."), **settings}
+
+
+def dump(config: Any) -> str:
+    """The settings that differ from the defaults, one ``key = value`` a line; plans and checkpoints hold all."""
+    given = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    given = {f.name: given[f.name] for f in dataclasses.fields(config) if given[f.name] != default_value(f)}
+    width = max(map(len, given), default=0)
+    lines = [f"  {name:<{width}} = {shown(public(value))}" for name, value in given.items()]
+    rest = len(dataclasses.fields(config)) - len(given)
+    return "\n".join([*lines, f"  and {rest} settings at their defaults"])
+
+
+def arguments_of(config: Any) -> list[str]:
+    """``key=value`` arguments that :func:`load` turns into ``config`` again, without those at their default."""
+    arguments = []
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if value != default_value(f):
+            arguments.append(f"{f.name}={shown(value)}")
+    return arguments
+
+
+def to_json(config: Any) -> dict[str, Any]:
+    """The resolved config as JSON-able values, without secrets."""
+    return {f.name: public(getattr(config, f.name)) for f in dataclasses.fields(config)}
+
+
+def help_text(cls: type, usage: str, hidden: Collection[str] = ()) -> str:
+    """Every key with its default and its line of help, but for those that are ``hidden``."""
+    lines = [f"usage: {usage} key=value ...", "", *(cls.__doc__ or "").split("\n\n")[0].split("\n"), ""]
+    fields = [f for f in dataclasses.fields(cls) if f.name not in hidden]
+    width = max(len(f.name) for f in fields)
+    for f in fields:
+        default = default_value(f)
+        note = "(required)" if default is dataclasses.MISSING else f"(default: {shown(default) or NOTHING})"
+        lines.append(f"  {f.name:<{width}}  {option_text(cls, f)} {note}")
+    return "\n".join(lines)
+
+
+def help_for(stage: str, arguments: Sequence[str]) -> str:
+    """Help of a stage: all options, or with other arguments, such as ``task=classify``, those that have an effect.
+
+    Raises:
+        ConfigError: as :func:`load`.
+    """
+    rest = [word for word in arguments if not wants_help([word])]
+    cls = STAGES[stage]
+    usage = f"python -m pipeline.stages.{stage}"
+    if not rest:
+        return help_text(cls, usage)
+    own: Settings = dict(parse(rest))
+    config: Any = build(cls, _completed(cls, {**_from_files(stage, own)[1], **own}))
+    values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    hidden = {f.name for f in dataclasses.fields(cls) if not holds(condition_of(cls, f), values)}
+    left = f"\n\n{len(hidden)} more options have no effect with {' '.join(rest)}" if hidden else ""
+    return help_text(cls, f"{usage} {' '.join(rest)}", hidden) + left
+
+
+def wants_help(arguments: Sequence[str]) -> bool:
+    return any(word in ("-h", "--help", "help=true") for word in arguments)
+
+
+def config_for(stage: str, arguments: Sequence[str] | None = None) -> Any:
+    """What the program of a stage starts with: its config, or help or one line of error and the end of the program."""
+    without_pandas()
+    arguments = sys.argv[1:] if arguments is None else arguments
+    with errors_as_one_line():
+        if wants_help(arguments):
+            print(help_for(stage, arguments))
+            raise SystemExit(0)
+        try:
+            return load(stage, arguments)
+        except ConfigError as error:
+            Life().ended(2, f"error: {error}")  # the job script shall know that another try is in vain
+            raise
+
+
+class errors_as_one_line:  # noqa: N801 - used like a function
+    """Context: a :class:`ConfigError` becomes one line on stderr and exit code 2; a reader that leaves is no error."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, ConfigError):
+            print(f"error: {error}", file=sys.stderr)
+            raise SystemExit(2) from None
+        try:
+            if not isinstance(error, BrokenPipeError):
+                sys.stdout.flush()
+                return
+        except BrokenPipeError:
+            pass
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # python flushes once more at its end
+        raise SystemExit(0) from None

@@ -1,0 +1,476 @@
+"""Converters for people who work in Python: stage=shard, called as an object."""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import os
+import pickle
+import uuid
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from functools import cached_property
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from pipeline.config import cli
+from pipeline.config.arrow import without_pandas
+from pipeline.config.schema import FORMATS, ConfigError, ShardConfig
+from pipeline.convert.inputs import Items, Objects
+from pipeline.distributed import Place, Rank, find_place
+from pipeline.formats.base import Format, Location, Writer, get_format, register_format
+from pipeline.formats.fixed import FixedWriter
+from pipeline.formats.pixels import mask_array, nearest, to_array, to_image
+from pipeline.imaging.memory import keep_freed_memory
+from pipeline.partitions import engine
+from pipeline.samples import Row
+from pipeline.stages.shard import Shard
+from pipeline.storage import StorageError
+
+if TYPE_CHECKING:
+    from pipeline.partitions.dataset import Dataset
+
+_GIB = 1 << 30
+_FINE = b""  # what a process says when all is well; else the error, pickled
+
+
+class Converter:
+    """Converts a folder of images, a dataset directory or a map-style Dataset; ``convert()`` does it.
+
+    The result has the same bytes as ``python -m pipeline.stages.shard`` with the same settings writes, whatever
+    the number of processes; the same call goes on where an earlier one was stopped or killed.
+
+    Args:
+        input_data: a folder (class folders give integer labels), a dataset directory, or a Dataset whose items are
+            ``(image, label)``, ``(image, mask)``, an image, or a mapping with ``image`` and any other columns. Images
+            are PIL images, arrays (h, w[, c]), tensors (c, h, w), or the bytes or path of a file, which is kept.
+        output_path: folder to write, empty or made by an earlier call.
+        images_per_file: samples per file (0: as many as fit 64 MiB).
+        batch_size: items of a Dataset that ``_custom_collate_fn`` gets at once.
+        num_workers: processes that convert.
+        shape: (height, width) to bring images to; masks by their nearest pixel.
+        im_mode: mode to bring images to: RGB, L, RGBA, LA, I;16.
+        dist: this process is one of several that torchrun or srun started: they share the work.
+        settings: any other of ``python -m pipeline.stages.shard --help``.
+    """
+
+    format: ClassVar[str | Format] = ""
+    """Storage format: the name of a known one, or one of your own, see :mod:`pipeline.formats.extension`."""
+    _family: ClassVar[str] = ""
+    """The known format whose settings one's own takes: any of the same kind."""
+
+    def __init__(
+        self,
+        input_data: Any,
+        output_path: str | Path,
+        images_per_file: int = 0,
+        batch_size: int = 32,
+        num_workers: int = 0,
+        shape: tuple[int, int] | None = None,
+        im_mode: str = "",
+        dist: bool = False,
+        **settings: Any,
+    ) -> None:
+        for name, value, least in (
+            ("images_per_file", images_per_file, 0),
+            ("batch_size", batch_size, 1),
+            ("num_workers", num_workers, 0),
+        ):
+            if value < least:
+                raise ConfigError(f"{name}={value}: must be at least {least}")
+        self.input_data = input_data
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.dist = dist
+        given: dict[str, Any] = {"format": self._known_format(), "output": str(output_path), **settings}
+        given |= {"shape": list(shape or ()), "im_mode": im_mode}
+        if images_per_file:
+            given = {"partition_size": images_per_file, "shard_bytes": _GIB, **given}
+        if isinstance(input_data, (str, Path)):
+            if not Path(input_data).is_dir():
+                raise ConfigError(f"input_data={input_data}: no such folder")
+            given["input"] = str(input_data)
+        self.config: ShardConfig = cli.build(ShardConfig, given)
+
+    def _known_format(self) -> str:
+        """Find out ``format_name``; what the config is to say, which knows only our own formats.
+
+        Raises:
+            ConfigError: there is no such format, or it is of the other kind.
+        """
+        if not self._family:
+            raise ConfigError(f"{type(self).__name__}: derive it from ConverterFixedSize or ConverterFlexibleSize")
+        if isinstance(self.format, str):
+            self.format_name = self.format or self._family
+        else:
+            register_format(self.format)
+            self.format_name = self.format.name
+        if get_format(self.format_name).fixed != get_format(self._family).fixed:
+            base = "ConverterFixedSize" if get_format(self.format_name).fixed else "ConverterFlexibleSize"
+            raise ConfigError(f"{type(self).__name__}.format={self.format_name}: derive the class from {base}")
+        return self.format_name if self.format_name in FORMATS else self._family
+
+    def convert(self) -> Path:
+        """Convert all, or what an earlier call has left; the folder that holds the result.
+
+        Raises:
+            ConfigError: a setting, the input or the output does not fit; the message names it.
+            StorageError: the output cannot be written, or too many samples failed. What was committed stays.
+            Stopped: a signal asked to stop.
+        """
+        place = find_place(os.environ) if self.dist else Place()
+        if self.num_workers > 1:
+            self._convert_in_processes(place)
+        else:
+            self._run(place)
+        self._check_readable()
+        return Path(self.config.output)
+
+    def _check_readable(self) -> None:
+        """Raises ConfigError if what one's own writing has written cannot be read."""
+        known = (ConverterFixedSize, ConverterFlexibleSize)
+        if any(type(self)._write_data_to_disk is cls._write_data_to_disk for cls in known):  # type: ignore[attr-defined]
+            return
+        from pipeline.partitions.dataset import Dataset, RandomAccess
+
+        dataset = Dataset.open(self.config.output)
+        if dataset.success is None or not len(dataset):
+            return
+        access = RandomAccess(dataset)
+        try:
+            for position in (0, len(access) - 1):
+                access.row(position)
+        except StorageError as error:
+            raise ConfigError(
+                f"{type(self).__name__}._write_data_to_disk has written what format={self.format_name} cannot read "
+                f"({error.__cause__}): give the class a format= of its own, see FixedFiles and FlexibleFiles"
+            ) from error
+
+    def repair(self) -> bool:
+        """Check every byte of the finished result, and do again what is damaged; whether anything was.
+
+        A result of a folder or dataset directory is also repaired by stage=repair; of a Dataset, only so.
+
+        Raises:
+            ConfigError: there is no result, or the input is not what it was.
+            StorageError: the content came out different from before.
+        """
+        from pipeline.stages.repair import repair
+
+        def make(dataset: Dataset, rank: Rank, lenient: bool) -> Shard:
+            again = replace(self.config, overwrite=False, run_id="")
+            return _stage_of(self, replace(again, max_failed_fraction=1.0) if lenient else again, rank)
+
+        rank = Rank(Place())
+        with rank.signals:
+            return repair(self.config.output, rank, workers=max(1, self.num_workers), make=make) is not None
+
+    def _run(self, place: Place, run_id: str = "", planned: Callable[[], None] = lambda: None) -> None:
+        rank = Rank(place)
+        config = replace(self.config, run_id=run_id) if run_id and not self.config.run_id else self.config
+        with rank.signals:
+            engine.run(_stage_of(self, config, rank), planned)
+
+    def _convert_in_processes(self, place: Place) -> None:
+        """Each process is a rank of its own; they are forked, so that any Dataset will do. The first of them plans."""
+        run_id = uuid.uuid4().hex if not self.dist else ""
+        count = self.num_workers
+        processes: list[_Process] = []
+        try:
+            for worker in range(count):
+                rank = Place(place.rank * count + worker, place.world_size * count, worker, count)
+                processes.append(_Process(self._child, rank, run_id))
+                if worker == 0:
+                    processes[0].heard()
+            _await_all(processes)
+        finally:
+            for process in processes:
+                process.stop()
+            for process in processes:
+                process.join()
+
+    def _child(self, say: Callable[[bytes], None], place: Place, run_id: str) -> None:
+        """The life of a process: it says when there is a plan, if it is the first, and how it ends."""
+        keep_freed_memory()
+        gc.freeze()  # what was there before the fork is not looked through for garbage
+        if self.config.input:  # else the Dataset may need pandas
+            without_pandas()
+        try:
+            self._run(place, run_id, lambda: say(_FINE) if not place.local_rank else None)
+            say(_FINE)
+        except BaseException as error:
+            say(_portable(error))
+
+    # ---- hooks
+
+    def _custom_collate_fn(self, batch: list[Any]) -> list[Row]:
+        """Turn items of the Dataset into rows, one for each: mappings with ``image`` and any other columns."""
+        from pipeline.convert.inputs import rows_of
+
+        return rows_of(batch)
+
+    def _adapted(self, writer: Writer) -> Writer:
+        return writer
+
+
+class ConverterFlexibleSize(Converter):
+    """Formats that keep each image as the file it came as; without a ``format``, Arrow IPC."""
+
+    _family = "ipc"
+
+    def _write_data_to_disk(self, writer: Writer, row: Row) -> None:
+        """Write one sample."""
+        writer.write(row)
+
+    def _adapted(self, writer: Writer) -> Writer:
+        return _Hooked(self, writer)
+
+
+class _Hooked(Writer):
+    def __init__(self, converter: ConverterFlexibleSize, writer: Writer) -> None:
+        self._converter = converter
+        self._writer = writer
+
+    def write(self, row: Row) -> None:
+        self._converter._write_data_to_disk(self._writer, row)
+
+    def close(self) -> list[Location]:
+        return self._writer.close()
+
+
+class ConverterFixedSize(Converter):
+    """Formats that hold pixels, all of one size and mode: give ``shape`` and ``im_mode`` where images differ; without
+    a ``format``, ``.npy`` files."""
+
+    _family = "memmap"
+
+    def _init_arrays(self, writer: FixedWriter, count: int, first: Row) -> dict[str, np.ndarray]:
+        """The arrays (count, h, w[, c]) that one file's samples are put in; ``first`` is the first of them."""
+        return writer.init_arrays(count, first)
+
+    def _write_data_to_disk(
+        self, writer: FixedWriter, number: int, arrays: Mapping[str, np.ndarray], rows: list[Row]
+    ) -> list[Location]:
+        """Write data file ``number``; where the image of each row lies in it."""
+        return writer.write_file(number, dict(arrays), rows)
+
+    def _adapted(self, writer: Writer) -> Writer:
+        assert isinstance(writer, FixedWriter)
+        writer.allocate = lambda count, first: self._init_arrays(writer, count, first)
+        writer.store = lambda number, arrays, rows: self._stored(writer, number, arrays, rows)
+        return writer
+
+    def _stored(
+        self, writer: FixedWriter, number: int, arrays: Mapping[str, np.ndarray], rows: list[Row]
+    ) -> list[Location]:
+        places = self._write_data_to_disk(writer, number, arrays, rows)
+        if not isinstance(places, list) or len(places) != len(rows):
+            raise ConfigError(
+                f"{type(self).__name__}._write_data_to_disk must return a list of (file, offset, length), one for "
+                f"each of the {len(rows)} rows, as writer.write_file does"
+            )
+        return places
+
+
+def _stage_of(converter: Converter, config: ShardConfig, rank: Rank) -> Shard:
+    class Conversion(Shard):
+        @property
+        def reads_upstream(self) -> bool:  # type: ignore[override]
+            return super().reads_upstream if config.input else False
+
+        @cached_property
+        def items(self) -> Items:
+            if config.input:
+                return super().items
+            return Objects(config, converter.input_data, converter._custom_collate_fn, converter.batch_size)
+
+        @property
+        def format(self) -> str:
+            return converter.format_name
+
+        def identity(self) -> dict[str, Any]:
+            return super().identity() | {"format": converter.format_name}
+
+        def adapted(self, writer: Writer) -> Writer:
+            return converter._adapted(writer)
+
+    return Conversion(config, rank)
+
+
+class _Process:
+    """A process that converts, and what it says."""
+
+    def __init__(self, life: Callable[..., None], *args: Any) -> None:
+        context = multiprocessing.get_context("fork")
+        self.receiver, sender = context.Pipe(duplex=False)
+        self._process = context.Process(target=life, args=(sender.send, *args), daemon=True)
+        self._process.start()
+        sender.close()
+
+    def heard(self) -> None:
+        """Wait for what it says next; raises what went wrong."""
+        try:
+            said = self.receiver.recv()
+        except EOFError:
+            self._process.join()
+            raise RuntimeError(
+                f"a process that converts was killed (exit code {self._process.exitcode}): the same call goes on"
+            ) from None
+        if said != _FINE:
+            raise pickle.loads(said)
+
+    def stop(self) -> None:
+        self._process.terminate()
+
+    def join(self) -> None:
+        self._process.join()
+
+
+def _await_all(processes: Iterable[_Process]) -> None:
+    """Wait until all processes are done; raises what the first that failed has said."""
+    pending: dict[Any, _Process] = {process.receiver: process for process in processes}
+    while pending:
+        for ready in wait(list(pending)):
+            pending.pop(ready).heard()
+
+
+def _portable(error: BaseException) -> bytes:
+    try:
+        data = pickle.dumps(error)
+        pickle.loads(data)
+        return data
+    except Exception:  # whatever a user's exception does when it is copied
+        return pickle.dumps(RuntimeError(f"{type(error).__name__}: {error}"))
+
+
+class ResizeAndConvert:
+    """Brings an image (PIL, array or bytes of a file) to a size and mode, as a transform of a Dataset.
+
+    Args:
+        size: (height, width), in this order.
+        mode: Pillow's name of the mode.
+        keep_ratio: cut the middle of the right aspect ratio out first, in place of distorting the image.
+        mask: take the nearest pixel and leave all values as they are.
+    """
+
+    def __init__(
+        self, size: tuple[int, int], mode: str = "RGB", *, keep_ratio: bool = False, mask: bool = False
+    ) -> None:
+        if len(size) != 2 or min(size) < 1:
+            raise ConfigError(f"size={size}: expected (height, width)")
+        self.size = (int(size[0]), int(size[1]))
+        self.mode = mode
+        self.keep_ratio = keep_ratio
+        self.mask = mask
+
+    def __call__(self, image: Any) -> Any:
+        from PIL import Image
+
+        if isinstance(image, (bytes, bytearray)):
+            image = to_image(mask_array(bytes(image)) if self.mask else to_array(bytes(image), self.mode))
+        if self.mask:
+            return nearest(self._cut(np.asarray(image)), self.size)
+        picture = image if isinstance(image, Image.Image) else to_image(np.asarray(image))
+        if picture.mode != self.mode:
+            picture = picture.convert(self.mode)
+        height, width = self.size
+        box = self._box(picture.width, picture.height) if self.keep_ratio else None
+        return picture.resize((width, height), Image.Resampling.BICUBIC, box=box)
+
+    def _box(self, width: int, height: int) -> tuple[float, float, float, float]:
+        """The middle of an image that has our aspect ratio: left, upper, right, lower."""
+        scale = min(width / self.size[1], height / self.size[0])
+        w, h = min(self.size[1] * scale, width), min(self.size[0] * scale, height)  # not above by a rounding error
+        return ((width - w) / 2, (height - h) / 2, (width + w) / 2, (height + h) / 2)
+
+    def _cut(self, values: np.ndarray) -> np.ndarray:
+        if not self.keep_ratio:
+            return values
+        left, upper, right, lower = (round(edge) for edge in self._box(values.shape[1], values.shape[0]))
+        return values[upper:lower, left:right]
+
+    def __repr__(self) -> str:
+        return f"ResizeAndConvert(size={self.size}, mode={self.mode!r})"
+
+
+class PairedFolders:
+    """Images and masks with the same file names in two folders, as a Dataset of ``{"image", "mask", "key"}``."""
+
+    def __init__(self, image_folder: str | Path, mask_folder: str | Path) -> None:
+        from pipeline.sources.image_folder import walk
+
+        self._roots = Path(image_folder), Path(mask_folder)
+        for root in self._roots:
+            if not root.is_dir():
+                raise ConfigError(f"input_data={root}: no such folder")
+        masks = {found.path.rpartition(".")[0]: found.path for found in walk(self._roots[1])}
+        self._pairs = [(found.path, masks.get(found.path.rpartition(".")[0])) for found in walk(self._roots[0])]
+        if not self._pairs:
+            raise ConfigError(f"input_data={image_folder}: no image below this folder")
+
+    def __len__(self) -> int:
+        return len(self._pairs)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        from pipeline.samples import make_key
+
+        image, mask = self._pairs[index]
+        if mask is None:
+            raise FileNotFoundError(f"{image} has no mask")
+        return {"key": make_key(image), "image": self._roots[0] / image, "mask": self._roots[1] / mask}
+
+
+class _Dense(Converter):
+    """Dense labels: ``input_data`` may also be a pair of folders, of images and of masks with the same names."""
+
+    def __init__(self, input_data: Any, *args: Any, **kwargs: Any) -> None:
+        if isinstance(input_data, (tuple, list)) and len(input_data) == 2 and isinstance(input_data[0], (str, Path)):
+            input_data = PairedFolders(*input_data)
+        super().__init__(input_data, *args, **kwargs)
+
+
+class MemmapConverter(ConverterFixedSize):
+    """To ``.npy`` files of pixels."""
+
+    format = "memmap"
+
+
+class HDF5Converter(ConverterFixedSize):
+    """To HDF5 files of pixels; ``compression="gzip"`` makes them smaller."""
+
+    format = "hdf5"
+
+
+class ParquetConverter(ConverterFlexibleSize):
+    """To Parquet."""
+
+    format = "parquet"
+
+
+class TarConverter(ConverterFlexibleSize):
+    """To tar files as WebDataset has them."""
+
+    format = "tar"
+
+
+class IpcConverter(ConverterFlexibleSize):
+    """To Arrow IPC files."""
+
+    format = "ipc"
+
+
+class MDSConverter(ConverterFlexibleSize):
+    """To MDS, which StreamingDataset reads."""
+
+    format = "mds"
+
+
+class DenseMemmapConverter(_Dense, MemmapConverter):
+    """Images and masks of fixed size."""
+
+
+class DenseIpcConverter(_Dense, IpcConverter):
+    """Images and masks of flexible size."""

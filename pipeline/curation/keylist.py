@@ -1,0 +1,115 @@
+"""Lists of keys in files, to keep or to deny samples by: of 100 million keys, 1.6 GB in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from pipeline.config.schema import ConfigError
+from pipeline.samples.captions import shown_names
+from pipeline.sources.lists import SUFFIXES, open_list
+from pipeline.sources.texts import lines_of, list_errors, suffix_of
+
+_BLOCK = 1 << 22
+
+
+class KeyList:
+    """The keys in a file: text with one on each line, a table or parquet file with a column of them (or its only one),
+    or ``.npy`` as DataComp's subsets are, pairs of uint64 for uids of 32 hexadecimal digits.
+
+    Of each its XXH3-128 is held, 16 bytes: two keys of one hash are not to be expected before 2^64 of them.
+
+    Args:
+        path: the file.
+        column: the column of keys in a file that has several.
+
+    Raises:
+        ConfigError: the file cannot be read, or there is no key in it.
+    """
+
+    def __init__(self, path: str, column: str = "key") -> None:
+        digests = bytearray()
+        for key in _keys(Path(path), column):
+            digests += xxhash.xxh3_128_digest(key)
+        hashes = np.frombuffer(digests, ">u8").reshape(-1, 2).astype(np.uint64)
+        order = np.lexsort((hashes[:, 1], hashes[:, 0]))
+        self._high, self._low = hashes[order, 0], hashes[order, 1]
+        if not len(order):
+            raise ConfigError(f"{path}: there is no key in it")
+
+    def __len__(self) -> int:
+        return len(self._high)
+
+    def __contains__(self, key: object) -> bool:
+        digest = xxhash.xxh3_128_digest(str(key))
+        high, low = (np.uint64(int.from_bytes(half, "big")) for half in (digest[:8], digest[8:]))
+        first = int(np.searchsorted(self._high, high))
+        while first < len(self._high) and self._high[first] == high:
+            if self._low[first] == low:
+                return True
+            first += 1
+        return False
+
+
+def _keys(path: Path, column: str) -> Iterator[str]:
+    suffix = suffix_of(path)
+    if suffix == ".npy":
+        return _array_keys(path)
+    return _listed_keys(path, column) if suffix in SUFFIXES and suffix != ".txt" else lines_of(path)
+
+
+def _listed_keys(path: Path, column: str) -> Iterator[str]:
+    """The keys in a column of a list; numbers count as they are written."""
+    listed = open_list(path, "a list of keys")
+    names = listed.columns or list(dict.fromkeys(name for row in islice(listed.rows(), 100) for name in row.values))
+    found = next((name for name in names if name.lower() == column.lower()), "")
+    if not found:
+        if len(names) != 1:
+            raise ConfigError(f"{path}: it has no column {column}, but {shown_names(names)}")
+        found = names[0]
+        if suffix_of(path) in (".csv", ".tsv"):  # what looked like a heading is a key
+            listed = open_list(path, heading=False)
+            found = "0"
+    for number, row in enumerate(listed.rows(), 1):
+        key = row.values.get(found)
+        if row.error or isinstance(key, float | list | dict):
+            raise ConfigError(f"{path}: row {number}: {row.error or f'{key!r} is no key'}")
+        if key is not None and (text := str(key).strip()):
+            yield text
+
+
+def _array_keys(path: Path) -> Iterator[str]:
+    """Keys of an array: texts, whole numbers, or pairs of uint64 that are a uid's upper and lower half."""
+    with list_errors(path):
+        try:
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (ValueError, EOFError) as error:
+            raise ConfigError(f"{path}: no array of keys: {error}") from None
+    if array.dtype.names and len(array.dtype.names) == 2:
+        high, low = (array[name] for name in array.dtype.names)
+    elif array.ndim == 2 and array.shape[1] == 2 and array.dtype == np.uint64:
+        high, low = array[:, 0], array[:, 1]
+    elif array.ndim == 1 and array.dtype.kind in "iuUS":
+        yield from (key.decode() if isinstance(key, bytes) else str(key) for key in array)
+        return
+    else:
+        raise ConfigError(f"{path}: an array {array.shape} of {array.dtype} is no list of keys")
+    for upper, lower in zip(high, low, strict=True):
+        yield f"{int(upper):016x}{int(lower):016x}"
+
+
+def key_digest(path: str) -> str:
+    """XXH3-128 of the file; empty for no path. Raises ConfigError if it cannot be read."""
+    whole = xxhash.xxh3_128()
+    try:
+        if path:
+            with Path(path).open("rb") as file:
+                while block := file.read(_BLOCK):
+                    whole.update(block)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    return f"xxh3:{whole.hexdigest()}" if path else ""

@@ -1,0 +1,592 @@
+"""Images, bytes to bytes: probe, decode, filter, resize, encode. No files, no SLURM, no torch.
+
+What becomes of the sizes is `geometry`; nothing is upscaled unless `upscale` asks for it. `min_image_size`,
+`max_image_area` and `max_aspect_ratio` are checked on the original.
+
+The interpolation is bicubic (a = -0.5), or another of `INTERPOLATIONS`, with antialiasing, on 8-bit values as they are
+stored (no gamma). JPEGs are decoded at 1/2, 1/4 or 1/8 of their size where both edges stay at least twice the target;
+the rest is interpolated. An ICC profile is applied after resizing, EXIF's orientation as well.
+
+What passes through untouched: an upright, single-frame JPEG, PNG or WebP of 8-bit RGB or grey without alpha, in sRGB or
+without a profile, whose size needs no change, and which decodes without a complaint. Everything else is encoded anew,
+without metadata: alpha (over `background`), palettes, CMYK, 16-bit, BMP, TIFF, GIF, AVIF, rotated files, animated ones
+(their first frame), and JPEGs with arithmetic coding or odd subsampling, which training decoders may refuse.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from io import BytesIO
+from typing import Any
+from zlib import crc32, decompressobj
+
+import numpy as np
+import numpy.typing as npt
+import PIL
+import simplejpeg
+from PIL import Image, ImageColor, TiffImagePlugin
+
+from pipeline.imaging import color
+from pipeline.imaging.headers import (
+    DEFAULT_LIMITS,
+    FORMATS,
+    LOSSLESS_FORMATS,
+    ImageError,
+    Limits,
+    Probe,
+    explain,
+    is_turbo_jpeg,
+    opened,
+    png_chunks,
+    png_pixels,
+    probe,
+)
+from pipeline.imaging.phash import EDGE, phash
+from pipeline.imaging.resize import INTERPOLATIONS, RESIZERS, Pixels, Size, resize
+
+__all__ = [
+    "ENCODE_FORMATS",
+    "FORMATS",
+    "INTERPOLATIONS",
+    "RESIZERS",
+    "RESIZE_MODES",
+    "Dropped",
+    "Geometry",
+    "ImageError",
+    "Limits",
+    "Pixels",
+    "Probe",
+    "Result",
+    "Rules",
+    "decode",
+    "decode_fast",
+    "encode",
+    "geometry",
+    "judge",
+    "probe",
+    "process",
+    "render",
+    "resize",
+    "target_size",
+]
+
+RESIZE_MODES = ("keep_ratio", "keep_ratio_largest", "center_crop", "border", "no")
+ENCODE_FORMATS = ("jpg", "png", "webp", "auto")
+VALIDATIONS = ("full", "header")
+ICC_MODES = ("srgb", "ignore")
+_MAX_EDGE = {"jpeg": 65_500, "webp": 16_383}
+"""Pixels per edge that a format can hold."""
+_DCT_MARGIN = 2
+"""A scaled decode leaves at least this many times the target's edge. Measured by `benchmarks/images.py` against a full
+decode with bicubic in floats; at 1.5 it would be 4 dB less, and at 1 below 40 dB where detail is finer than the target.
+"""
+
+
+class Dropped(Exception):
+    """A good image that the rules leave out. `reason` is short snake_case: `too_small`."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason = reason
+        self.detail = detail
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What becomes of an image. All of it is part of the output's identity."""
+
+    min_image_size: int = 256
+    """Smaller edge of the upright original in pixels, below which an image is dropped as `too_small`."""
+    max_image_size: int = 512
+    """What `resize_mode` brings larger images to, in pixels; 0 = no limit."""
+    resize_mode: str = "keep_ratio"
+    """One of `RESIZE_MODES`; see `geometry`."""
+    max_image_area: int = 0
+    """Pixels of the original, above which an image is dropped as `too_large`; 0 = no limit."""
+    max_aspect_ratio: float = 0.0
+    """Larger edge over smaller edge of the original, above which an image is dropped as `too_elongated`; 0 = any."""
+    encode_format: str = "jpg"
+    """Of images that change: `jpg` (4:2:0), `png`, `webp`, or `auto` (PNG if the source is lossless, else JPEG)."""
+    encode_quality: int = 95
+    """1 to 100, for JPEG and WebP."""
+    skip_reencode: bool = True
+    """Images that need no change keep their bytes; False: all are written anew."""
+    validate: str = "full"
+    """Images that keep their bytes are decoded to see that they are good (`full`), or trusted (`header`)."""
+    background: str = "white"
+    """Colour under transparent pixels, and of the border: a CSS name or `#rrggbb`."""
+    icc: str = "srgb"
+    """Colours of images with another profile are converted to `srgb`, or the profile is dropped (`ignore`)."""
+    scaled_decode: bool = True
+    """Decode large JPEGs at a fraction of their size where that changes little; False: always in full."""
+    resize: str = "fast"
+    """Which bicubic, one of `RESIZERS`: `fast` (SIMD), `pillow`, or `simd` (pillow-simd in Pillow's place)."""
+
+    interpolation: str = "bicubic"
+    """One of `INTERPOLATIONS`, all antialiased."""
+    upscale: bool = False
+    """Whether smaller images are enlarged to `max_image_size`, too."""
+
+    def __post_init__(self) -> None:
+        for name in ("min_image_size", "max_image_size", "max_image_area", "max_aspect_ratio"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+        if not 1 <= self.encode_quality <= 100:
+            raise ValueError(f"encode_quality={self.encode_quality} is not in 1..100")
+        for name, known in (
+            ("encode_format", ENCODE_FORMATS),
+            ("resize", RESIZERS),
+            ("resize_mode", RESIZE_MODES),
+            ("validate", VALIDATIONS),
+            ("icc", ICC_MODES),
+            ("interpolation", INTERPOLATIONS),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}={getattr(self, name)} is not one of {', '.join(known)}")
+        if self.resize_mode in ("border", "center_crop") and self.max_image_size == 0:
+            raise ValueError(f"resize_mode={self.resize_mode} needs a max_image_size")
+        if self.resize == "simd" and ".post" not in PIL.__version__:
+            raise ValueError("resize=simd needs pillow-simd in place of Pillow; resize=fast is as fast without it")
+        try:
+            self.background_rgb  # noqa: B018
+        except ValueError:
+            raise ValueError(f"background={self.background} is no colour: give a name or #rrggbb") from None
+
+    @property
+    def background_rgb(self) -> tuple[int, int, int]:
+        red, green, blue = ImageColor.getrgb(self.background)[:3]
+        return red, green, blue
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """An image to keep."""
+
+    data: bytes
+    format: str
+    """One of `FORMATS`."""
+    width: int
+    height: int
+    source_width: int
+    """Of the original, upright; the smaller of the two is a sample's `min_side`."""
+    source_height: int
+    changed: bool
+    """False: `data` is the original, bit for bit."""
+    phash: str = ""
+    """The perceptual hash of the whole upright picture; empty where there is none, or nothing was decoded."""
+
+
+def process(data: bytes, rules: Rules, limits: Limits = DEFAULT_LIMITS) -> Result:
+    """One image file brought to the rules: a function of its arguments alone. Whatever is kept has been decoded once
+    and found good (unless `validate="header"`). Raises `ImageError` for a bad file, `Dropped` for a good one that the
+    rules leave out."""
+    header = probe(data, limits)
+    source = header.upright
+    _check_source(source, rules)
+    shape = geometry(*source, rules)
+    if rules.icc == "ignore" and header.icc:
+        header = replace(header, icc=b"")
+    if shape.unchanged(source) and rules.skip_reencode and _passes_through(header):
+        look = ""
+        if rules.validate == "full":  # reads all, but need not compute all pixels
+            look = _phash(_decode(data, header, limits, at_least=(EDGE, EDGE))[0])
+        return Result(data, header.format, *source, *source, changed=False, phash=look)
+    format = _encode_format(header, rules)
+    if max(shape.canvas) > _MAX_EDGE.get(format, max(shape.canvas)):
+        width, height = shape.canvas
+        raise ImageError("edge_too_long", f"{width}x{height}, {format} holds {_MAX_EDGE[format]} pixels per edge")
+    pixels = _whole(data, header, shape.sized, rules, limits)
+    data = encode(_placed(pixels, shape, rules.background_rgb), format, rules.encode_quality)
+    return Result(data, format, *shape.canvas, *source, changed=True, phash=_phash(pixels))
+
+
+def _phash(pixels: Pixels) -> str:
+    return phash(resize(pixels, (EDGE, EDGE)))
+
+
+def judge(data: bytes, rules: Rules, limits: Limits = DEFAULT_LIMITS) -> Result | ImageError | Dropped:
+    """`process` for a worker: what it raises is returned."""
+    try:
+        return process(data, rules, limits)
+    except (ImageError, Dropped) as error:
+        return error.with_traceback(None)
+    except MemoryError:
+        return ImageError("out_of_memory")
+
+
+def render(data: bytes, header: Probe, shape: Geometry, rules: Rules, limits: Limits = DEFAULT_LIMITS) -> Pixels:
+    """The pixels (h, w, c) that an image is to be encoded from: resized, upright, in sRGB, on its canvas."""
+    return _placed(_whole(data, header, shape.sized, rules, limits), shape, rules.background_rgb)
+
+
+def _whole(data: bytes, header: Probe, size: Size, rules: Rules, limits: Limits) -> Pixels:
+    """All of the picture at `size`, upright, in sRGB."""
+    resized = size != header.upright
+    pixels, scale = _decode(data, header, limits, size if rules.scaled_decode and resized else None, rules)
+    if resized:
+        pixels = _resize_stored(pixels, scale, header, size, rules)
+    pixels = _upright(pixels, _turn(header))
+    if header.icc and header.mode in _BY_PROFILE and color.converts(header.icc, _BY_PROFILE[header.mode]):
+        pixels = _converted(pixels, header.icc, _BY_PROFILE[header.mode])
+    return pixels
+
+
+def _check_source(size: Size, rules: Rules) -> None:
+    width, height = size
+    small, large = sorted(size)
+    if small < rules.min_image_size:
+        raise Dropped("too_small", f"{width}x{height}, min_image_size is {rules.min_image_size}")
+    if rules.max_image_area and width * height > rules.max_image_area:
+        raise Dropped("too_large", f"{width}x{height}, max_image_area is {rules.max_image_area}")
+    if rules.max_aspect_ratio and large > rules.max_aspect_ratio * small:
+        raise Dropped("too_elongated", f"{width}x{height}, max_aspect_ratio is {rules.max_aspect_ratio:g}")
+
+
+def _passes_through(header: Probe) -> bool:
+    if not header.plain or header.orientation != 1:
+        return False
+    return not (header.icc and color.converts(header.icc, _BY_PROFILE.get(header.mode, "RGB")))
+
+
+# ---------------------------------------------------------------- sizes
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """How an upright image of some size is resized, and placed on a canvas that it fills, exceeds or leaves free."""
+
+    sized: Size
+    canvas: Size
+
+    @property
+    def offset(self) -> tuple[int, int]:
+        """Of the resized image's corner on the canvas, (x, y): half of what is free, or minus half of what is cut off,
+        both rounded towards 0."""
+        (width, height), (across, down) = self.sized, self.canvas
+        return _half(across - width), _half(down - height)
+
+    def unchanged(self, source: Size) -> bool:
+        return self.sized == self.canvas == source
+
+
+def _half(free: int) -> int:
+    return free // 2 if free >= 0 else -(-free // 2)
+
+
+def geometry(width: int, height: int, rules: Rules) -> Geometry:
+    """What `rules` make of an upright image's size. With m = `max_image_size`:
+
+    - `keep_ratio`: a smaller edge above m becomes m, the larger one the exact ratio.
+    - `keep_ratio_largest`: a larger edge above m becomes m, the smaller one the exact ratio, at least 1.
+    - `center_crop`: as `keep_ratio`, then the central square of min(m, smaller edge).
+    - `border`: as `keep_ratio_largest`, then centred on a square of m in the background's colour.
+    - `no`: as it is.
+
+    With `upscale` an edge below m becomes m likewise. Ratios are rounded half up, in integers, so that no platform
+    rounds differently.
+    """
+    most = rules.max_image_size
+    if rules.resize_mode == "no" or most == 0:
+        return Geometry((width, height), (width, height))
+    if rules.resize_mode in ("keep_ratio", "center_crop"):
+        sized = target_size(width, height, most, upscale=rules.upscale)
+        square = min(sized)
+        return Geometry(sized, (square, square) if rules.resize_mode == "center_crop" else sized)
+    sized = _scaled(width, height, most, max(width, height), rules.upscale)
+    return Geometry(sized, (most, most) if rules.resize_mode == "border" else sized)
+
+
+def target_size(width: int, height: int, max_image_size: int, *, upscale: bool = False) -> Size:
+    """(width, height) after resizing with `keep_ratio`: the smaller edge at most `max_image_size` (0: any), or with
+    `upscale` just that."""
+    return _scaled(width, height, max_image_size, min(width, height), upscale)
+
+
+def _scaled(width: int, height: int, most: int, edge: int, upscale: bool) -> Size:
+    """The size at which `edge`, one of the two, is at most `most` (0: any), or with `upscale` just that."""
+    if most == 0 or (edge <= most and not upscale):
+        return width, height
+    return max(1, (2 * width * most + edge) // (2 * edge)), max(1, (2 * height * most + edge) // (2 * edge))
+
+
+def _placed(pixels: Pixels, shape: Geometry, background: tuple[int, int, int]) -> Pixels:
+    """The upright resized image (h, w, c) on its canvas."""
+    if shape.canvas == shape.sized:
+        return pixels
+    (x, y), (across, down), (width, height) = shape.offset, shape.canvas, shape.sized
+    cut = pixels[max(0, -y) : max(0, -y) + down, max(0, -x) : max(0, -x) + across, :3]
+    canvas = np.empty((down, across, 3), np.uint8)
+    canvas[:] = background
+    canvas[max(0, y) : max(0, y) + height, max(0, x) : max(0, x) + width] = cut
+    return canvas
+
+
+# ---------------------------------------------------------------- decoding
+
+
+def decode(data: bytes, header: Probe, limits: Limits = DEFAULT_LIMITS, at_least: Size | None = None) -> Pixels:
+    """`data` as upright RGB, shape (h, w, 3); the first frame, alpha over white, colours as they are stored. Raises
+    `ImageError` for whatever is wrong with it, also where a decoder would only warn (a cut JPEG filled with grey) or
+    not look (a PNG's checksums). With `at_least` (a target, upright) it may come smaller, see `_decode`."""
+    return np.ascontiguousarray(_upright(_decode(data, header, limits, at_least)[0], _turn(header))[:, :, :3])
+
+
+def decode_fast(data: bytes, header: Probe, limits: Limits = DEFAULT_LIMITS) -> Pixels:
+    """As :func:`decode`, of full size, but (h, w, 4) with a byte that says nothing where the decoder gives that: to
+    drop it takes as long as decoding a JPEG."""
+    return _upright(_decode(data, header, limits)[0], _turn(header))
+
+
+def _decode(
+    data: bytes, header: Probe, limits: Limits, at_least: Size | None = None, rules: Rules | None = None
+) -> tuple[Pixels, int]:
+    """The image (h, w, c) as it is stored, before it is turned upright, and the denominator of its scale.
+
+    With `at_least` (the target, upright) a JPEG may come smaller: at 1/2, 1/4 or 1/8, rounded up, both edges still
+    `_DCT_MARGIN` times the target. Its data is read and checked to the end all the same: what can be wrong shows while
+    the coefficients are read, before any pixel is computed."""
+    if header.format == "jpeg" and is_turbo_jpeg(data) and not _is_managed_cmyk(header):
+        return _decode_jpeg(data, header, at_least)
+    if header.format == "png":
+        _check_png_sums(data)
+    return _decode_pillow(data, header, limits, rules), 1
+
+
+def _is_managed_cmyk(header: Probe) -> bool:
+    return header.mode == "CMYK" and color.converts(header.icc, "CMYK")
+
+
+def _decode_jpeg(data: bytes, header: Probe, at_least: Size | None) -> tuple[Pixels, int]:
+    """CMYK is taken as inverted: so Adobe writes it, and so browsers and Pillow read it, Adobe's marker or not."""
+    scale = 1
+    if at_least is not None:
+        target = at_least[::-1] if header.orientation >= 5 else at_least
+        # Powers of two only: the other scales have no fast IDCT and take longer than a full decode.
+        scale = next((s for s in (8, 4, 2) if _scaled_enough(header, s, target)), 1)
+    width, height = -(-header.width // scale), -(-header.height // scale)
+    try:
+        pixels = _decoded_jpeg(data, width, height)
+    except MemoryError:
+        raise ImageError("out_of_memory") from None
+    except ValueError as error:
+        raise ImageError(*explain(error)) from error
+    return _of_size(pixels, width, height), scale
+
+
+_EXTRANEOUS = re.compile(r"(\d+) extraneous bytes before marker 0xd9")
+"""What libjpeg says when something lies between the last of the pixels and the end marker: cameras pad files so."""
+
+
+def _decoded_jpeg(data: bytes, width: int, height: int) -> Pixels:
+    """RGBX pixels. Raises ValueError for whatever the decoder only warns about, but for bytes before the end marker:
+    the file without them must decode without a warning."""
+    try:
+        return simplejpeg.decode_jpeg(data, "RGBX", min_width=width, min_height=height, strict=True)
+    except ValueError as error:
+        found = _EXTRANEOUS.search(str(error))
+        end = data.rfind(b"\xff\xd9")
+        if not found or end < int(found[1]):
+            raise
+        data = data[: end - int(found[1])] + b"\xff\xd9"
+        return simplejpeg.decode_jpeg(data, "RGBX", min_width=width, min_height=height, strict=True)
+
+
+def _scaled_enough(header: Probe, scale: int, target: Size) -> bool:
+    return header.width >= _DCT_MARGIN * scale * target[0] and header.height >= _DCT_MARGIN * scale * target[1]
+
+
+def _decode_pillow(data: bytes, header: Probe, limits: Limits, rules: Rules | None) -> Pixels:
+    background = rules.background_rgb if rules else (255, 255, 255)
+    with opened(png_pixels(data) if header.format == "png" else data, header.format, limits) as image:
+        image.load()
+        if header.format == "png":
+            _check_png_rows(data, header, image)
+        pixels = np.array(_to_rgb(image, header, background))  # inside: conversions of damaged palettes raise as well
+    return _of_size(pixels, *(header.upright if header.format == "tiff" else (header.width, header.height)))
+
+
+def _of_size(pixels: Pixels, width: int, height: int) -> Pixels:
+    if pixels.shape[:2] != (height, width):
+        raise ImageError("size_mismatch", f"{pixels.shape[1]}x{pixels.shape[0]}, its header says {width}x{height}")
+    return pixels
+
+
+def _check_png_sums(data: bytes) -> None:
+    """Checksums of all chunks: Pillow skips those of the pixels, and zlib's own only if the data is read to its end."""
+    view = memoryview(data)
+    for kind, start, end in png_chunks(data):
+        if crc32(view[start - 4 : end]) != int.from_bytes(view[end : end + 4], "big"):
+            raise ImageError("decode_error", f"wrong checksum of PNG chunk {kind!r}")
+
+
+def _check_png_rows(data: bytes, header: Probe, image: Image.Image) -> None:
+    """Whether a PNG's data holds all of its rows: Pillow leaves missing ones zero and says nothing. Inflating the data
+    again costs half of a decode, so it is done only where the last row is zero, or rows are stored in several passes.
+    """
+    interlaced = data[28] == 1
+    last_row = image.crop((0, header.height - 1, header.width, header.height))
+    if not interlaced and np.asarray(last_row).any():
+        return
+    bits = data[24] * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[data[25]]
+    missing = 0
+    for x, y, dx, dy in _ADAM7 if interlaced else ((0, 0, 1, 1),):
+        columns, rows = -(-max(0, header.width - x) // dx), -(-max(0, header.height - y) // dy)
+        missing += (1 + (columns * bits + 7) // 8) * rows if columns else 0
+    inflate = decompressobj()
+    for kind, start, end in png_chunks(data):
+        piece = data[start:end] if kind == b"IDAT" else b""
+        while piece and missing > 0:
+            missing -= len(inflate.decompress(piece, 2**20))
+            piece = inflate.unconsumed_tail
+    if missing > 0:
+        raise ImageError("truncated", "PNG with fewer rows than its header says")
+
+
+_ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
+"""Passes of an interlaced PNG: first column, first row, columns and rows between."""
+
+
+def _to_rgb(image: Image.Image, header: Probe, background: tuple[int, int, int]) -> Image.Image:
+    """Any of Pillow's modes as RGB: alpha over the background, more than 8 bits scaled down, CMYK by its profile."""
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        image = _narrowed(image)
+    elif "transparency" in image.info and header.format == "png":
+        image.info["transparency"] = _transparent_level(image.info["transparency"], header.mode)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        under = Image.new("RGB", image.size, background)
+        under.paste(image, mask=image.getchannel("A"))
+        return under
+    if image.mode == "CMYK":
+        return color.to_srgb(image, header.icc)
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _transparent_level(level: Any, mode: str) -> Any:
+    """The transparent colour of a PNG in the 8-bit values that Pillow made of its pixels; Pillow leaves it unscaled."""
+    bits = int(mode.partition(";")[2] or 8)
+    if mode.startswith("RGB;"):
+        return tuple(value >> 8 for value in level)
+    return level * 255 // (2**bits - 1) if mode.startswith("L;") or mode == "1" else level
+
+
+def _narrowed(image: Image.Image) -> Image.Image:
+    """16-bit, 32-bit and float grey as `L`, or as `LA` where one level is transparent.
+
+    16-bit: the high byte, as Pillow does for 16-bit RGB. Fewer bits in a TIFF are shifted likewise. 32-bit integers and
+    floats have no white level: the smallest of 1 (floats only), 255, 65535 and 2^32 - 1 that holds all values is taken.
+    """
+    values = np.asarray(image)
+    level = image.info.get("transparency")
+    if image.mode.startswith("I;16"):
+        tags = image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
+        grey = (values >> (tags.get(258, (16,))[0] - 8)).astype(np.uint8)
+        if tags.get(262) == 0:  # WhiteIsZero, which Pillow minds for 8 bits only
+            grey = 255 - grey
+    else:
+        if not (np.isfinite(values).all() and values.min() >= 0):
+            raise ImageError("unsupported_mode", f"mode {image.mode} with negative or infinite values")
+        levels = ([1.0] if image.mode == "F" else []) + [255.0, 65535.0, 2.0**32 - 1]
+        white = next((white for white in levels if values.max() <= white), None)
+        if white is None:
+            raise ImageError("unsupported_mode", "floats above 32 bits")
+        grey = (values * (255.0 / white) + 0.5).astype(np.uint8)
+    if not isinstance(level, int):
+        return Image.fromarray(grey)
+    alpha = np.where(values == level, 0, 255).astype(np.uint8)
+    return Image.merge("LA", (Image.fromarray(grey), Image.fromarray(alpha)))
+
+
+_TURNS: dict[int, Callable[[npt.NDArray[np.void]], npt.NDArray[np.void]]] = {
+    2: lambda image: image[:, ::-1],
+    3: lambda image: image[::-1, ::-1],
+    4: lambda image: image[::-1],
+    5: lambda image: image.T,
+    6: lambda image: image.T[:, ::-1],
+    7: lambda image: image[::-1, ::-1].T,
+    8: lambda image: image.T[::-1],
+}
+"""EXIF orientation → the upright view of a stored image (h, w)."""
+
+
+def _turn(header: Probe) -> int:
+    """The orientation that is left to apply to decoded pixels: Pillow turns TIFF images itself."""
+    return 1 if header.format == "tiff" else header.orientation
+
+
+def _upright(pixels: Pixels, orientation: int) -> Pixels:
+    if orientation == 1:
+        return pixels
+    # One item per pixel: numpy copies that twice as fast as an axis of 3.
+    channels = pixels.shape[2]
+    items = np.ascontiguousarray(pixels).view(f"V{channels}")[:, :, 0]
+    turned = np.ascontiguousarray(_TURNS[orientation](items))
+    return turned.view(np.uint8).reshape(*turned.shape, channels)
+
+
+_BY_PROFILE = {"L": "L", "I;16": "L", "L;2": "L", "L;4": "L", "1": "L", "LA": "L", "LA;16": "L"} | dict.fromkeys(
+    ("RGB", "RGBA", "RGB;16", "RGBA;16", "P", "P;1", "P;2", "P;4"), "RGB"
+)
+"""Mode of a file → the mode of Pillow that its profile speaks of. (CMYK is converted while it is decoded.)"""
+
+
+def _converted(pixels: Pixels, icc: bytes, mode: str) -> Pixels:
+    """RGB pixels (h, w, c), made of what `mode` says, in sRGB: (h, w, 3)."""
+    image = Image.fromarray(np.ascontiguousarray(pixels[:, :, 0] if mode == "L" else pixels[:, :, :3]))
+    return np.asarray(color.to_srgb(image, icc))
+
+
+# ---------------------------------------------------------------- resizing
+
+
+def _resize_stored(pixels: Pixels, scale: int, header: Probe, size: Size, rules: Rules) -> Pixels:
+    """An image as it is stored, decoded at 1/`scale` of its size, brought to `size` (upright).
+
+    A fraction that does not divide the size leaves a last row and column of which only a part lies in the picture:
+    taking them as whole ones would shift it by up to a pixel, which costs 6 dB. All orientations give the same pixels:
+    a picture that lies on its side is resized along the other axis first.
+    """
+    backend, kind = rules.resize, rules.interpolation
+    width, height = header.upright if header.format == "tiff" else (header.width, header.height)
+    box = (0, 0, width / scale, height / scale)
+    if _turn(header) < 5:
+        return resize(pixels, size, backend, box, kind)
+    across, down = size[::-1]
+    if backend == "fast":  # columns first; Pillow: rows first
+        return resize(
+            resize(pixels, (across, pixels.shape[0]), backend, (0, 0, box[2], pixels.shape[0]), kind),
+            (across, down),
+            backend,
+            (0, 0, across, box[3]),
+            kind,
+        )
+    return resize(
+        resize(pixels, (pixels.shape[1], down), backend, (0, 0, pixels.shape[1], box[3]), kind),
+        (across, down),
+        backend,
+        (0, 0, box[2], down),
+        kind,
+    )
+
+
+# ---------------------------------------------------------------- encoding
+
+
+def encode(pixels: Pixels, format: str, quality: int = 95) -> bytes:
+    """`pixels` (h, w, c) as `jpeg` (4:2:0: set here because libraries' defaults differ), `png` or `webp`."""
+    pixels = np.ascontiguousarray(pixels)
+    if format == "jpeg":
+        return bytes(simplejpeg.encode_jpeg(pixels, quality, "RGBX" if pixels.shape[2] == 4 else "RGB", "420"))
+    file = BytesIO()
+    options = {"quality": quality} if format == "webp" else {}
+    Image.fromarray(np.ascontiguousarray(pixels[:, :, :3])).save(file, format.upper(), **options)
+    return file.getvalue()
+
+
+def _encode_format(header: Probe, rules: Rules) -> str:
+    """What an image that changes is written as: one of `FORMATS`."""
+    if rules.encode_format == "auto":
+        return "png" if header.format in LOSSLESS_FORMATS else "jpeg"
+    return "jpeg" if rules.encode_format == "jpg" else rules.encode_format

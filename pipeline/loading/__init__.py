@@ -1,0 +1,35 @@
+"""Samplers and loaders for training that resumes anywhere, on any number of ranks and workers."""
+
+from pipeline.loading.loader import Batches, Concatenated, Loader, RemoteMds, Rows
+from pipeline.loading.sampler import (
+    Epochs,
+    Mixture,
+    Order,
+    Parts,
+    Permutation,
+    Sampler,
+    ShardLocal,
+    Stream,
+    Weighted,
+    order,
+    sequential,
+)
+
+__all__ = [
+    "Batches",
+    "Concatenated",
+    "Epochs",
+    "Loader",
+    "Mixture",
+    "Order",
+    "Parts",
+    "Permutation",
+    "RemoteMds",
+    "Rows",
+    "Sampler",
+    "ShardLocal",
+    "Stream",
+    "Weighted",
+    "order",
+    "sequential",
+]

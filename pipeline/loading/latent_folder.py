@@ -1,0 +1,331 @@
+"""A folder of stored latents: what lies in it, and how its bytes become tensors."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.config.cli import nearest
+from pipeline.config.schema import ConfigError
+from pipeline.encoders.base import sampled
+from pipeline.latents import text_storage
+from pipeline.partitions.dataset import Dataset
+from pipeline.storage import StorageError
+
+_OPEN_FILES = 4096
+_DTYPES = ("float16", "float32")
+_DOWNSAMPLE = 8  # of Stable Diffusion's autoencoders, whose latents are the ones that come without a manifest
+_LEAST_CHANNELS = 4  # of these; fewer mean that the autoencoder is of another kind
+IMAGE, TEXT, BACK = "latents_", "caption_latents", "caption_back"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the latents of a folder are stored.
+
+    Attributes:
+        shapes: by column.
+        dtype: of latents, and of text states that are not packed.
+        latent: sample, mode or moments.
+        storage: of text states, see :mod:`pipeline.latents.text_storage`.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+    dtype: str = "float16"
+    latent: str = "sample"
+    storage: str = "dense"
+
+    @classmethod
+    def of(cls, manifest: Mapping[str, Any]) -> Layout:
+        shapes = {name: tuple(shape) for name, shape in manifest["shapes"].items()}
+        storage = manifest.get("text_storage", {}).get("kind", "dense")
+        return cls(shapes, manifest["dtype"], manifest.get("latent", "sample"), storage)
+
+    def bytes_of(self, column: str) -> int:
+        shape = self.shapes[column]
+        if column.startswith(TEXT):
+            return text_storage.size_of(shape, self.storage, self.dtype)
+        return int(np.prod(shape)) * np.dtype(self.dtype).itemsize
+
+    def image_shape(self, column: str) -> tuple[int, int, int]:
+        """(c, h, w) of the latents that training sees."""
+        channels, height, width = self.shapes[column]
+        return (channels // 2 if self.latent == "moments" else channels, height, width)
+
+    def image(self, raw: Tensor, column: str, noise: Tensor | None) -> Tensor:
+        """uint8 (b, bytes) → (b, c, h, w)."""
+        values = raw.view(getattr(torch, self.dtype)).reshape(-1, *self.shapes[column])
+        return sampled(values.float(), noise).to(values.dtype) if self.latent == "moments" else values
+
+    def text(self, raw: Tensor, column: str = TEXT) -> Tensor:
+        """uint8 (b, bytes) → (b, l, d)."""
+        return text_storage.unpack(raw, self.shapes[column], self.storage, self.dtype)
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a caller says about stored latents. Of a folder with a manifest this is checked; without one it is needed,
+    as bytes alone do not tell a shape.
+
+    Attributes:
+        caption_shape: length and width of the text states; empty: as the manifest says.
+        latent_shape: (c, h, w) of the image latents; empty: as the manifest says, else any number of channels from 4 on
+            at an eighth of the resolution, as many as the bytes hold.
+        dtype: of what is stored; empty: as the manifest says, else float16.
+    """
+
+    caption_shape: tuple[int, ...] = ()
+    latent_shape: tuple[int, ...] = ()
+    dtype: str = ""
+
+    def __post_init__(self) -> None:
+        for name, shape, sizes in (("caption_shape", self.caption_shape, 2), ("latent_shape", self.latent_shape, 3)):
+            if shape and (len(shape) != sizes or min(shape) < 1):
+                raise ConfigError(f"{name}={list(shape)}: expected {sizes} numbers of at least 1")
+        if self.dtype and self.dtype not in _DTYPES:
+            raise ConfigError(f"dtype={self.dtype}: expected one of {', '.join(_DTYPES)}")
+
+    def check(self, place: object, layout: Layout, column: str) -> None:
+        """Raises ConfigError unless a manifest's layout is what was expected."""
+        length, width = layout.shapes[TEXT]
+        if self.caption_shape and self.caption_shape != (length, width):
+            raise ConfigError(
+                f"{place}: text states are {length} x {width}: give cap_seq_size={length} and cap_emb_dim={width}"
+            )
+        if self.latent_shape and self.latent_shape != layout.image_shape(column):
+            raise ConfigError(f"{place}: {column} has the shape {layout.image_shape(column)}: leave latent_shape= out")
+        if self.dtype and self.dtype != layout.dtype:
+            raise ConfigError(f"{place}: latents are stored as {layout.dtype}: leave dtype= out")
+
+    def layout(self, place: object, sizes: Mapping[str, int]) -> Layout:
+        """The layout of a folder without a manifest, from the bytes per sample of its columns.
+
+        Raises:
+            ConfigError: they do not fit what is expected; the message says what they would fit.
+        """
+        dtype = self.dtype or "float16"
+        item = np.dtype(dtype).itemsize
+        if TEXT not in sizes:
+            raise ConfigError(f"{place} has no column {TEXT}, but {', '.join(sizes)}: it holds no latents")
+        length, width = self.caption_shape or self._usual_caption(place, sizes[TEXT], item)
+        if sizes[TEXT] != length * width * item:
+            raise ConfigError(
+                f"{place}: text states have {sizes[TEXT]} bytes per sample, but {length} x {width} of {dtype} take "
+                f"{length * width * item}: give their shape and dtype as they were stored"
+            )
+        shapes: dict[str, tuple[int, ...]] = {TEXT: (length, width)}
+        for name, size in sizes.items():
+            if name.startswith(IMAGE) and name[len(IMAGE) :].isdigit():
+                shapes[name] = self._image_shape(place, name, size, dtype)
+        return Layout(shapes, dtype)
+
+    def _usual_caption(self, place: object, size: int, item: int) -> tuple[int, int]:
+        """The text states' shape where nobody says it: CLIP's 77 tokens, if that comes out even."""
+        length = 77
+        if size % (length * item):
+            raise ConfigError(
+                f"{place}: text states have {size} bytes per sample, which is no multiple of 77 tokens: say what their "
+                "shape is with caption_shape=[length,width]"
+            )
+        return length, size // (length * item)
+
+    def _image_shape(self, place: object, column: str, size: int, dtype: str) -> tuple[int, ...]:
+        item = np.dtype(dtype).itemsize
+        edge = int(column[len(IMAGE) :]) // _DOWNSAMPLE
+        channels, rest = divmod(size, max(1, edge * edge * item))
+        shape = self.latent_shape or (channels, edge, edge)
+        if int(np.prod(shape)) * item != size or (not self.latent_shape and (rest or channels < _LEAST_CHANNELS)):
+            raise ConfigError(
+                f"{place}: {column} has {size} bytes per sample, which is not {_shape(shape)} of {dtype}: say what was "
+                "stored with latent_shape=(channels, height, width) and dtype="
+            )
+        return shape
+
+
+def _shape(shape: Sequence[int]) -> str:
+    return " x ".join(map(str, shape))
+
+
+def _check_inside(place: str, name: str) -> None:
+    """Raises ConfigError for the name of a shard that would lead out of its folder."""
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or not path.name:
+        raise ConfigError(f"{place}: index.json names the shard {name!r}, which is not below the folder")
+
+
+class LatentFolder:
+    """Stored latents in a local folder, by position; a column's bytes go from the page cache to the batch in one copy.
+
+    Args:
+        path: a dataset directory made by stage=precompute, or any folder of MDS shards with an ``index.json``.
+        expected: what is known of it; needed where there is no manifest.
+
+    Raises:
+        ConfigError: there is no such folder, it is not finished, holds no latents or others than expected.
+    """
+
+    def __init__(self, path: str | Path, expected: Expected | None = None) -> None:
+        self.path = Path(path)
+        self._open: OrderedDict[int, np.ndarray] = OrderedDict()
+        manifest = self._manifest()
+        self._read_index(self._index())
+        expected = expected or Expected()
+        if manifest is None:
+            sizes = {name: stop - start for name, (start, stop) in self._spans(0)[1].items()} if len(self) else {}
+            self.layout = expected.layout(self.name, sizes)
+        else:
+            self.layout = Layout.of(manifest)
+        self.expected = expected
+        self.has_manifest = manifest is not None
+
+    @property
+    def name(self) -> str:
+        """Where it is, for messages."""
+        return str(self.path)
+
+    def _manifest(self) -> Mapping[str, Any] | None:
+        """What a dataset directory says of its latents; None for a folder that is none."""
+        if not (self.path / "plan").is_dir():
+            return None
+        dataset = Dataset.open(self.path)
+        dataset.require_success()
+        if "shapes" not in dataset.header["extra"]:
+            raise ConfigError(f"{self.path} holds no latents: it is made by stage={dataset.stage}")
+        extra: Mapping[str, Any] = dataset.header["extra"]
+        return extra
+
+    def _index(self) -> dict[str, Any]:
+        try:
+            index: dict[str, Any] = json.loads((self.path / "index.json").read_text())
+        except (OSError, ValueError) as error:
+            said = error.strerror if isinstance(error, OSError) else "not JSON"
+            raise ConfigError(f"{self.path}: no MDS folder: index.json: {said}") from None
+        return index
+
+    def _read_index(self, index: Mapping[str, Any]) -> None:
+        try:
+            self._shards: list[dict[str, Any]] = list(index["shards"])
+            if any(shard.get("format", "mds") != "mds" for shard in self._shards):
+                raise ConfigError(f"{self.name}: its shards are {self._shards[0]['format']}, not mds")
+            self._starts = np.cumsum([0, *(shard["samples"] for shard in self._shards)])
+            first = self._shards[0] if self._shards else {"column_sizes": [], "column_names": []}
+            self.columns: list[str] = list(first["column_names"])
+            self._sizes: list[tuple[str, int | None]] = list(zip(self.columns, first["column_sizes"], strict=True))
+            if any(shard["column_names"] != self.columns for shard in self._shards):
+                raise ConfigError(f"{self.name}: its shards have different columns")
+            for shard in self._shards:
+                _check_inside(self.name, str(shard["raw_data"]["basename"]))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(f"{self.name}: index.json is not that of MDS shards ({error!r})") from None
+        if not len(self):
+            raise ConfigError(f"{self.name} holds no samples")
+        self._head = struct.Struct(f"<{sum(size is None for _, size in self._sizes)}I")
+
+    @property
+    def starts(self) -> np.ndarray:
+        """First sample of each shard, and the number of all at the end: int64 (shards + 1,)."""
+        return self._starts
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For worker processes, which open the files themselves."""
+        return {**self.__dict__, "_open": OrderedDict(), "_head": self._head.format}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _head=struct.Struct(state["_head"]))
+
+    def require(self, positions: np.ndarray) -> None:
+        """Say that these samples are read soon; where they are far away, they are brought here meanwhile."""
+
+    def read(self, positions: Sequence[int], columns: Sequence[str]) -> dict[str, Tensor]:
+        """The bytes of ``columns`` at ``positions``: uint8 (b, bytes) each.
+
+        Raises:
+            ValueError: a sample's bytes are not of the size that the layout says; names its key.
+        """
+        wanted = {column: self.layout.bytes_of(column) for column in columns}
+        batch = {column: np.empty((len(positions), size), np.uint8) for column, size in wanted.items()}
+        for place, position in enumerate(positions):
+            data, spans = self._spans(int(position))
+            for column, size in wanted.items():
+                start, stop = spans[column]
+                source = data
+                if start == stop and column.startswith(TEXT) and BACK in spans:
+                    back = int(data[slice(*spans[BACK])].view(np.int64)[0])
+                    source, home = self._spans(int(position) - back)
+                    start, stop = home[column]
+                if stop - start != size:
+                    raise ValueError(
+                        f"{self.name}: sample {self.key(int(position))!r}: {column} has {stop - start} bytes, "
+                        f"expected {size} for {self.layout.shapes[column]} of {self.layout.dtype}"
+                    )
+                batch[column][place] = source[start:stop]
+        return {
+            column: torch.from_numpy(values) if len(positions) else torch.empty(values.shape, dtype=torch.uint8)
+            for column, values in batch.items()  # an empty array gives strides that no view can be made of
+        }
+
+    def key(self, position: int) -> str:
+        data, spans = self._spans(position)
+        return bytes(data[slice(*spans["key"])]).decode(errors="replace") if "key" in spans else str(position)
+
+    def _spans(self, position: int) -> tuple[np.ndarray, dict[str, tuple[int, int]]]:
+        """The file that holds the sample, and where its columns lie in it."""
+        number = int(np.searchsorted(self._starts, position, "right")) - 1
+        data = self._file(number)
+        at = int(data[4 + 4 * (position - int(self._starts[number])) :][:4].view(np.uint32)[0])
+        sizes = iter(self._head.unpack_from(data.data, at))
+        at += self._head.size
+        spans = {}
+        for name, fixed in self._sizes:
+            size = next(sizes) if fixed is None else fixed
+            spans[name] = (at, at + size)
+            at += size
+        return data, spans
+
+    def _file(self, number: int) -> np.ndarray:
+        if number not in self._open:
+            path = self._path_of(number)
+            try:
+                data = np.memmap(path, np.uint8, "r").view(np.ndarray)
+            except (OSError, ValueError) as error:  # ValueError: it is empty
+                raise StorageError(f"{path} cannot be read: {error}") from None
+            expected = self._shards[number]["raw_data"].get("bytes", len(data))
+            if len(data) != expected:
+                raise StorageError(f"{path} has {len(data)} bytes, but index.json says {expected}: copy it again")
+            self._open[number] = data
+            if len(self._open) > _OPEN_FILES:
+                self._open.popitem(last=False)
+        return self._open[number]
+
+    def _path_of(self, number: int) -> Path:
+        """The local file of shard ``number``, not compressed."""
+        shard = self._shards[number]
+        if shard.get("zip_data"):
+            raise ConfigError(f"{self.path}: its shards are compressed: read it as file://{self.path.absolute()}")
+        return self.path / str(shard["raw_data"]["basename"])
+
+    def column_of(self, image_size: int) -> str:
+        """The column of latents of images of this edge.
+
+        Raises:
+            ConfigError: there are none, or none as expected.
+        """
+        column = f"{IMAGE}{image_size}"
+        if column not in self.layout.shapes or column not in self.columns:
+            sizes = [name[len(IMAGE) :] for name in self.columns if name.startswith(IMAGE)]
+            raise ConfigError(f"image_size={image_size}: {self.name} has {nearest(str(image_size), sizes)}")
+        if self.has_manifest:
+            self.expected.check(self.name, self.layout, column)
+        return column

@@ -1,0 +1,233 @@
+"""Batches in a sampler's order: the loader, and datasets that it reads from."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from pipeline.loading.sampler import Sampler
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Loader:
+    """Batches of a map-style dataset in a sampler's order, read by worker processes; goes on exactly where it stopped.
+
+    It is used as torch's DataLoader is: each ``iter()`` gives the sampler's ``epochs``, the first one those from 0 on,
+    the next those that follow; with ``epochs=0`` it never ends, and goes on where the last ``iter()`` was left. Else
+    what was left early is not gone on with; only :meth:`load_state_dict` makes the next ``iter()`` go on where a state
+    was taken. (Behind the last sample nothing is left: that ``iter()`` is empty, so that a finished run stays finished;
+    :meth:`set_epoch` begins the next epoch there.) The state counts the batches that were handed out, not those that
+    workers have read ahead. It can be loaded into a loader of any number of ranks and workers and any batch size: no
+    sample is missed or comes twice.
+
+    Every rank gets the same number of batches. Where fewer samples than ranks are left at the end, the last batch of
+    some ranks has none: it is like any other of the same ``collate_fn``, with tensors, arrays and lists of length 0.
+
+    Args:
+        dataset: has ``__getitem__`` or, for a batch at once, ``__getitems__``; a reader of :mod:`pipeline.formats`.
+        sampler: which samples are this rank's; its position is that of the batches handed out.
+        options: of torch's DataLoader: ``num_workers``, ``collate_fn``, ``pin_memory``, ``multiprocessing_context``, …
+
+    Raises:
+        ValueError: an option that the sampler stands for, or a dataset with another number of samples.
+    """
+
+    def __init__(self, dataset: Any, sampler: Sampler, **options: Any) -> None:
+        for name in ("batch_size", "shuffle", "sampler", "batch_sampler", "drop_last"):
+            if name in options:
+                raise ValueError(f"{name} is the sampler's affair")
+        if hasattr(dataset, "__len__") and len(dataset) != sampler.n:
+            raise ValueError(f"the dataset has {len(dataset)} samples, but the sampler has n={sampler.n}")
+        self.dataset = dataset
+        self.sampler = sampler
+        self.options = options
+        self._going_on = False
+        self._newest = 0
+
+    @property
+    def _round(self) -> int:
+        """Samples that one ``iter()`` gives; 0: it never ends."""
+        return self.sampler.n * self.sampler.epochs
+
+    def __len__(self) -> int:
+        """Batches of one ``iter()`` from its beginning, on every rank.
+
+        Raises:
+            TypeError: it never ends.
+        """
+        if not self._round:
+            raise TypeError("a loader whose sampler has epochs=0 never ends: it has no length")
+        return -(-self._round // self.sampler.batch_size)
+
+    def __iter__(self) -> Iterator[Any]:
+        """Batches of the next epochs; of a loaded state, the rest of its own."""
+        from torch.utils.data import DataLoader
+        from torch.utils.data import default_collate as usual
+
+        self._newest += 1
+        mine = self._newest
+        ahead = self._next_round()
+        options = {**self.options, "collate_fn": _Collate(self.dataset, self.options.get("collate_fn") or usual)}
+        loader = DataLoader(self.dataset, batch_sampler=_Ahead(ahead), **options)  # type: ignore[arg-type]
+        for batch in loader:
+            ahead.advance()
+            if mine == self._newest:  # the state is that of the iterator that was made last
+                self.sampler.position, self._going_on = ahead.position, False
+            yield batch
+        if mine == self._newest:
+            self._going_on = False  # also where nothing was left
+
+    def _next_round(self) -> Sampler:
+        """The sampler of one ``iter()``: from where it begins to where it ends."""
+        position, each = self.sampler.position, self._round
+        if not each:
+            return replace(self.sampler)
+        number = position // each
+        if self._going_on:
+            number = max(0, position - 1) // each
+        elif position % each:
+            number, position = number + 1, (number + 1) * each
+        return replace(self.sampler, position=position, epochs=(number + 1) * self.sampler.epochs)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Let the next ``iter()`` begin with this epoch, unless a state of just this epoch was loaded.
+
+        Raises:
+            ValueError: one ``iter()`` gives several epochs, and this is not the first of them.
+        """
+        if epoch < 0 or (self.sampler.epochs and epoch % self.sampler.epochs):
+            raise ValueError(f"epoch={epoch}: must be a multiple of {self.sampler.epochs or 1}, at least 0")
+        inside = epoch * self.sampler.n < self.sampler.position < (epoch + 1) * self.sampler.n
+        if not (self._going_on and inside):
+            self.sampler.position, self._going_on = int(epoch) * self.sampler.n, False
+            self._newest += 1
+
+    def state_dict(self) -> dict[str, int]:
+        return self.sampler.state()
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Raises ValueError if the state is of other data, another seed or another order."""
+        self.sampler.load(state)
+        self._going_on = True
+        self._newest += 1
+
+
+class _Ahead:
+    """This rank's samples, batch by batch, from the sampler's position on."""
+
+    def __init__(self, sampler: Sampler) -> None:
+        self._start = replace(sampler)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        sampler = replace(self._start)
+        while not sampler.finished:
+            yield sampler.positions().tolist()
+            sampler.advance()
+
+
+class _Collate:
+    """Makes batches, also of no samples: like that of the first sample, with nothing in it."""
+
+    def __init__(self, dataset: Any, collate: Callable[[list[Any]], Any]) -> None:
+        self._dataset = dataset
+        self._collate = collate
+
+    def __call__(self, samples: list[Any]) -> Any:
+        return self._collate(samples) if samples else _emptied(self._collate([self._dataset[0]]))
+
+
+def _emptied(batch: Any) -> Any:
+    """A batch of one sample, without it: mappings, and tuples or lists of tensors, keep their form; what is in them
+    has length 0.
+
+    Raises:
+        TypeError: it holds something that cannot be empty.
+    """
+    if isinstance(batch, Mapping):
+        return {name: _emptied(value) for name, value in batch.items()}
+    if isinstance(batch, tuple | list) and any(
+        isinstance(v, Mapping | tuple | list) or hasattr(v, "shape") for v in batch
+    ):
+        values = [_emptied(value) for value in batch]
+        return type(batch)(*values) if hasattr(batch, "_fields") else type(batch)(values)
+    try:
+        return batch[:0]
+    except (TypeError, IndexError, KeyError):
+        raise TypeError(
+            f"the last batch has no samples for this rank, and {type(batch).__name__} cannot be empty: choose a "
+            "batch_size that leaves some for every rank"
+        ) from None
+
+
+class Concatenated:
+    """Several map-style datasets one after the other, as :class:`Parts` numbers their samples."""
+
+    def __init__(self, datasets: Sequence[Any]) -> None:
+        self.datasets = list(datasets)
+        self._ends = Parts([len(dataset) for dataset in datasets]).starts[1:].tolist()
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, index: int) -> Any:
+        number = bisect_right(self._ends, index)
+        return self.datasets[number][index - (self._ends[number - 1] if number else 0)]
+
+
+class RemoteMds:
+    """Remote MDS by mosaicml's StreamingDataset, for our samplers: it fetches and caches shards, we say which samples.
+
+    Args:
+        remote: URL of a finished dataset directory of format mds (``s3://…``); empty: ``local`` alone.
+        local: folder for what was fetched.
+        options: of StreamingDataset.
+    """
+
+    def __init__(self, remote: str, local: str, **options: Any) -> None:
+        self._arguments = {"remote": remote or None, "local": local, "shuffle": False, "batch_size": 1, **options}
+        self._dataset: Any = None
+
+    @property
+    def dataset(self) -> Any:
+        if self._dataset is None:
+            from streaming import StreamingDataset
+            from streaming.base.constant import SHM_TO_CLEAN
+
+            from pipeline.loading.shm_cleanup import remove_stale
+
+            remove_stale(SHM_TO_CLEAN)  # what crashed runs have left would be in the way
+            self._dataset = StreamingDataset(**self._arguments)
+        return self._dataset
+
+    def __len__(self) -> int:
+        return int(self.dataset.num_samples)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return dict(self.dataset[index])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_dataset": None}
+
+
+class Rows(Protocol):
+    """Random access to stored samples; the readers in :mod:`pipeline.formats` have it."""
+
+    def __len__(self) -> int: ...
+
+    def rows(self, positions: Sequence[int]) -> list[dict[str, Any]]:
+        """Samples with ``key``, ``caption``, ``caption_latents`` and ``latents_<resolution>`` (bytes)."""
+        ...
+
+
+class Batches(Protocol):
+    """What the training loop reads from."""
+
+    def __len__(self) -> int: ...
+
+    def batch(self, positions: np.ndarray) -> dict[str, torch.Tensor]: ...

@@ -1,0 +1,412 @@
+"""Which samples a training step sees: keyed shuffle in O(1) memory, streams of samples, and the sampler.
+
+The order depends on (seed, epoch, number of samples) alone. The samples of all epochs form one endless stream; step
+after step takes the next ``batch_size`` of it, and each rank its slice of that. So the state of the sampler is one
+number, and a run may go on under another number of ranks (or with another batch size) without missing or repeating
+a sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from math import floor
+from typing import TYPE_CHECKING, Protocol, overload
+
+import numpy as np
+
+from pipeline.randomness import digest, keyed_seed
+
+if TYPE_CHECKING:
+    pass
+
+_ROUNDS = 6
+_MIN_BITS = 6
+_MIX = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))  # splitmix64, Steele et al., OOPSLA 2014
+
+
+class Permutation:
+    """A pseudo-random permutation of ``range(n)`` that is computed, not stored.
+
+    An alternating Feistel network permutes the next power of two; results outside of ``range(n)`` are sent through
+    again until they fall inside ("cycle walking", Black and Rogaway, CT-RSA 2002). That is at most a few times,
+    because n is more than half of the power of two (tiny n aside, where all is quick).
+
+    Args:
+        n: number of elements, at most 2^62.
+        seed: any integer; equal seeds give equal permutations on every platform.
+    """
+
+    def __init__(self, n: int, seed: int) -> None:
+        if not 0 <= n <= 2**62:
+            raise ValueError(f"a permutation of {n} elements: expected 0 to 2^62")
+        bits = max(_MIN_BITS, (n - 1).bit_length() if n else 0)
+        self._n = n
+        self._left = np.uint64(bits // 2)
+        self._right = np.uint64(bits - bits // 2)
+        keys = digest(seed, "permutation", n, size=8 * _ROUNDS)
+        self._keys = np.frombuffer(keys, dtype="<u8").astype(np.uint64)
+
+    def __len__(self) -> int:
+        return self._n
+
+    @overload
+    def __getitem__(self, index: int) -> int: ...
+    @overload
+    def __getitem__(self, index: np.ndarray) -> np.ndarray: ...
+
+    def __getitem__(self, index: int | np.ndarray) -> int | np.ndarray:
+        """Where ``index`` goes: an int for an int, int64 of the same shape for an integer array.
+
+        Raises:
+            IndexError: an index outside of [0, n).
+        """
+        given = np.asarray(index)
+        if given.size and (given.min() < 0 or given.max() >= self._n):
+            raise IndexError(f"index outside of a permutation of {self._n} elements")
+        values = self._network(np.atleast_1d(given).astype(np.uint64))
+        outside = np.flatnonzero(values >= self._n)
+        while outside.size:
+            values.flat[outside] = self._network(values.flat[outside])
+            outside = outside[values.flat[outside] >= self._n]
+        if isinstance(index, np.ndarray):
+            return values.astype(np.int64).reshape(given.shape)
+        return int(values[0])
+
+    def __iter__(self) -> Iterator[int]:
+        block = 1 << 16
+        for start in range(0, self._n, block):
+            yield from self[np.arange(start, min(start + block, self._n))].tolist()
+
+    def _network(self, values: np.ndarray) -> np.ndarray:
+        """One pass of the Feistel network over uint64 ``values``; a bijection of [0, 2^(left + right))."""
+        left_mask, right_mask = ((np.uint64(1) << width) - np.uint64(1) for width in (self._left, self._right))
+        left, right = values >> self._right, values & right_mask
+        for number, key in enumerate(self._keys):
+            if number % 2:
+                right = right ^ (_mix(left ^ key) & right_mask)
+            else:
+                left = left ^ (_mix(right ^ key) & left_mask)
+        return (left << self._right) | right
+
+
+def _mix(values: np.ndarray) -> np.ndarray:
+    """Spread every bit of uint64 ``values`` over all bits (the finaliser of splitmix64)."""
+    values = (values ^ (values >> np.uint64(30))) * _MIX[0]
+    values = (values ^ (values >> np.uint64(27))) * _MIX[1]
+    return values ^ (values >> np.uint64(31))
+
+
+def order(seed: int, epoch: int, n: int) -> Permutation:
+    """The order of the ``n`` samples in ``epoch``."""
+    return Permutation(n, keyed_seed(seed, "epoch", epoch))
+
+
+class Indexed(Protocol):
+    """The order of one epoch: place (int64 array) → sample (int64 array)."""
+
+    def __getitem__(self, index: np.ndarray, /) -> np.ndarray: ...
+
+
+Order = Callable[[int, int, int], Indexed]
+"""(seed, epoch, number of samples) → the order of that epoch."""
+
+
+def sequential(seed: int, epoch: int, n: int) -> Indexed:
+    """Samples as they lie."""
+    return _Identity()
+
+
+class _Identity:
+    def __getitem__(self, index: np.ndarray) -> np.ndarray:
+        return np.asarray(index, np.int64)
+
+
+class ShardLocal:
+    """An order for slow disks: blocks (partitions, or shards) come in a shuffled order, ``window`` of them at a time,
+    and their samples are shuffled among these. Memory grows with the number of blocks alone.
+
+    Args:
+        starts: first sample of each block, and the number of samples at the end; of a dataset, ``dataset.starts``.
+        window: blocks that are mixed.
+    """
+
+    def __init__(self, starts: Sequence[int] | np.ndarray, window: int = 8) -> None:
+        self.starts = np.asarray(starts, np.int64)
+        if len(self.starts) < 2 or self.starts[0] != 0 or (np.diff(self.starts) < 0).any():
+            raise ValueError("starts must rise from 0 to the number of samples")
+        if window < 1:
+            raise ValueError(f"window={window}: must be at least 1")
+        self.window = window
+
+    def __call__(self, seed: int, epoch: int, n: int) -> Indexed:
+        if n != self.starts[-1]:
+            raise ValueError(f"the blocks hold {self.starts[-1]} samples, but there are {n}")
+        return _Blocks(self.starts, self.window, keyed_seed(seed, "blocks", epoch))
+
+    def __repr__(self) -> str:
+        return f"ShardLocal({digest(0, str(self.starts.tolist())).hex()}, {self.window})"
+
+
+class _Blocks:
+    def __init__(self, starts: np.ndarray, window: int, seed: int) -> None:
+        count = len(starts) - 1
+        order = Permutation(count, seed)[np.arange(count)]
+        self._firsts = starts[order]  # of the blocks in their shuffled order
+        self._ends = np.cumsum(np.diff(starts)[order])
+        self._window = window
+        self._seed = seed
+
+    def __getitem__(self, index: np.ndarray) -> np.ndarray:
+        index = np.asarray(index, np.int64)
+        result = np.empty_like(index)
+        windows = np.searchsorted(self._ends, index, "right") // self._window
+        for window in np.unique(windows):
+            first = int(window) * self._window
+            last = min(first + self._window, len(self._ends)) - 1
+            start = int(self._ends[first - 1]) if first else 0
+            chosen = windows == window
+            permutation = Permutation(int(self._ends[last]) - start, keyed_seed(self._seed, "window", int(window)))
+            places = start + permutation[index[chosen] - start]
+            blocks = np.searchsorted(self._ends, places, "right")
+            before = np.where(blocks > 0, self._ends[blocks - 1], 0)
+            result[chosen] = self._firsts[blocks] + places - before
+        return result
+
+
+class Stream(Protocol):
+    """An endless sequence of samples, any place of which can be computed."""
+
+    n: int
+    """Samples in an epoch."""
+
+    def samples(self, places: np.ndarray) -> np.ndarray:
+        """The samples (int64) at these places of the stream."""
+        ...
+
+
+class Epochs:
+    """Epoch after epoch of ``n`` samples, each in an order of its own.
+
+    Args:
+        order: how the order of an epoch comes about; a full shuffle by default.
+    """
+
+    def __init__(self, n: int, seed: int, order: Order = order) -> None:
+        if n < 1:
+            raise ValueError("there are no samples to train on")
+        self.n = n
+        self.seed = seed
+        self.order = order
+        self._known: dict[int, Indexed] = {}
+
+    def _order_of(self, epoch: int) -> Indexed:
+        if epoch not in self._known:
+            self._known = {known: found for known, found in self._known.items() if known == epoch - 1}
+            self._known[epoch] = self.order(self.seed, epoch, self.n)
+        return self._known[epoch]
+
+    def samples(self, places: np.ndarray) -> np.ndarray:
+        epochs, within = places // self.n, places % self.n
+        samples = np.empty_like(places)
+        for epoch in np.unique(epochs):
+            chosen = epochs == epoch
+            samples[chosen] = self._order_of(int(epoch))[within[chosen]]
+        return samples
+
+    def __repr__(self) -> str:
+        name = getattr(self.order, "__name__", repr(self.order))
+        return f"Epochs({self.n}, {self.seed}, {name})"
+
+
+class Parts:
+    """Several datasets one after the other: a sample's number is its place in their concatenation.
+
+    Args:
+        sizes: samples of each.
+    """
+
+    def __init__(self, sizes: Sequence[int]) -> None:
+        self.starts = np.cumsum([0, *sizes])
+        """First sample of each, and the number of all at the end: int64 (parts + 1,)."""
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def locate(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Which part each of ``samples`` is in, and its position there: int64 both."""
+        owners = np.searchsorted(self.starts, samples, side="right") - 1
+        return owners, samples - self.starts[owners]
+
+
+class Weighted:
+    """Samples of several datasets, numbered by :class:`Parts`, in epochs in which those of weight 2 come twice as often
+    as those of weight 1.
+
+    In an epoch, each sample of the dataset with the least weight comes once. Where a weight is no multiple of that one,
+    a keyed choice of a dataset's samples comes once more than the others.
+
+    Args:
+        sizes: samples of each dataset.
+        weights: above 0.
+    """
+
+    def __init__(self, sizes: Sequence[int], weights: Sequence[float], seed: int) -> None:
+        least = min(weights)
+        self.parts = Parts(sizes)
+        self._turns = Parts([max(1, round(n * weight / least)) for n, weight in zip(sizes, weights, strict=True)])
+        self._orders = [Permutation(n, keyed_seed(seed, "mix", number)) for number, n in enumerate(sizes)]
+
+    def __len__(self) -> int:
+        """Samples in an epoch, those that come again counted again."""
+        return len(self._turns)
+
+    def samples(self, places: np.ndarray) -> np.ndarray:
+        """The samples (int64) at these places of an epoch."""
+        owners, turns = self._turns.locate(places)
+        found = np.empty_like(turns)
+        for number in np.unique(owners):
+            mine = owners == number
+            order = self._orders[number]
+            found[mine] = self.parts.starts[number] + order[turns[mine] % len(order)]
+        return found
+
+
+class Mixture:
+    """Several datasets, mixed by weight; a sample's number is that of :class:`Parts`.
+
+    Of each ``block`` places, every dataset has its share to within one sample, and the shares add up exactly in the
+    long run; where in the block they lie is shuffled. Each dataset goes through its own epochs, every sample once in
+    each. An epoch of the mixture is as many samples as all datasets have together.
+
+    Args:
+        streams: one for each dataset.
+        weights: positive; they need not sum to 1.
+    """
+
+    def __init__(self, streams: Sequence[Stream], weights: Sequence[float], seed: int, block: int = 1024) -> None:
+        if len(streams) != len(weights) or not streams:
+            raise ValueError(f"{len(streams)} datasets and {len(weights)} weights: give one weight for each dataset")
+        if not all(0 < weight < float("inf") for weight in weights):
+            raise ValueError(f"weights={list(weights)}: must be positive")
+        self.streams = list(streams)
+        self.n = sum(stream.n for stream in streams)
+        self.seed = seed
+        self._block = block
+        self._weights = [Fraction(weight) for weight in weights]
+        total = sum(self._weights)
+        self._shares = [sum(self._weights[: i + 1], Fraction(0)) / total for i in range(len(streams))]  # cumulative
+        self._firsts = Parts([stream.n for stream in streams]).starts
+
+    def _given(self, block: int) -> np.ndarray:
+        """How many places each dataset has before ``block``: int64 (datasets,)."""
+        bounds = [floor(share * block * self._block + Fraction(1, 2)) for share in self._shares]
+        return np.diff([0, *bounds])
+
+    def samples(self, places: np.ndarray) -> np.ndarray:
+        places = np.asarray(places, np.int64)
+        result = np.empty_like(places)
+        blocks = places // self._block
+        for block in np.unique(blocks):
+            chosen = blocks == block
+            before, after = self._given(int(block)), self._given(int(block) + 1)
+            owners = np.repeat(np.arange(len(self.streams)), after - before)
+            shuffled = Permutation(self._block, keyed_seed(self.seed, "mixture", int(block)))
+            owners = owners[shuffled[np.arange(self._block)]]
+            wanted = places[chosen] - int(block) * self._block
+            found = np.empty(len(wanted), np.int64)
+            for number, stream in enumerate(self.streams):
+                mine = owners == number
+                rank = np.cumsum(mine) - 1  # how many of this dataset came before in the block
+                here = mine[wanted]
+                found[here] = self._firsts[number] + stream.samples(before[number] + rank[wanted[here]])
+            result[chosen] = found
+        return result
+
+    def __repr__(self) -> str:
+        return f"Mixture({self.streams}, {[str(w) for w in self._weights]}, {self.seed}, {self._block})"
+
+
+@dataclass
+class Sampler:
+    """Deals a stream of samples out in global batches, and these to ranks.
+
+    Args:
+        n: number of samples.
+        batch_size: samples per step over all ranks.
+        position: samples that earlier steps took, over all ranks and epochs: all the state there is.
+        stream: the samples in their order; by default epoch after epoch, each shuffled by the seed.
+        epochs: stop after so many; the last batches may then be smaller, and empty for some ranks where there are fewer
+            samples left than ranks. 0: never.
+    """
+
+    n: int
+    batch_size: int
+    seed: int
+    rank: int = 0
+    world_size: int = 1
+    position: int = 0
+    stream: Stream | None = None
+    epochs: int = 0
+
+    def __post_init__(self) -> None:
+        if self.n < 1:
+            raise ValueError("there are no samples to train on")
+        if self.batch_size < self.world_size:
+            raise ValueError(
+                f"batch_size={self.batch_size} is less than one sample for each of {self.world_size} ranks"
+            )
+        if self.stream is not None and self.stream.n != self.n:
+            raise ValueError(f"the stream is of {self.stream.n} samples, not of {self.n}")
+        self._stream = self.stream or Epochs(self.n, self.seed)
+
+    @property
+    def epoch(self) -> int:
+        return self.position // self.n
+
+    @property
+    def finished(self) -> bool:
+        """Whether all epochs that were asked for are done."""
+        return self.epochs > 0 and self.position >= self.n * self.epochs
+
+    def _size(self) -> int:
+        """Samples in the next global batch: those after it are none, or enough for all ranks if that can be."""
+        if not self.epochs:
+            return self.batch_size
+        left = self.n * self.epochs - self.position
+        size = min(self.batch_size, left)
+        missing = self.world_size - (left - size)
+        return size - missing if 0 < missing < self.world_size <= size - missing else size
+
+    def slots(self) -> np.ndarray:
+        """This rank's places (int64, contiguous) in the next global batch; ranks' sizes differ by one at most."""
+        size = self._size()
+        first, last = (size * r // self.world_size for r in (self.rank, self.rank + 1))
+        return np.arange(first, last)
+
+    def positions(self) -> np.ndarray:
+        """The samples (int64) that this rank takes in the next step; a batch may reach into the next epoch."""
+        return self._stream.samples(self.position + self.slots())
+
+    def advance(self) -> None:
+        """The step is done: the next batch follows."""
+        self.position += self._size()
+
+    def state(self) -> dict[str, int]:
+        state = {"seed": self.seed, "n": self.n, "epoch": self.epoch, "position": self.position}
+        return state | ({"stream": keyed_seed(0, repr(self.stream))} if self.stream is not None else {})
+
+    def load(self, state: Mapping[str, int]) -> None:
+        """Go on where ``state`` was taken.
+
+        Raises:
+            ValueError: the state belongs to other data, another seed or another order: its position means nothing here.
+        """
+        mine = self.state()
+        for name in ("seed", "n", "stream"):
+            if state.get(name) != mine.get(name):
+                raise ValueError(
+                    f"cannot go on: the checkpoint has {name}={state.get(name)}, this run has {name}={mine.get(name)}"
+                )
+        self.position = state["position"]

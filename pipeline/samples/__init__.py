@@ -1,0 +1,231 @@
+"""What flows through a stage: rows of samples, and the outcome that each input comes to."""
+
+from __future__ import annotations
+
+import datetime
+import decimal
+import math
+import os
+import re
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+from urllib.parse import quote_from_bytes, unquote_to_bytes
+
+import xxhash
+
+from pipeline.samples.captions import captions_of, repaired
+
+Row = dict[str, Any]
+"""One sample as a storage format holds it: column name → value."""
+
+Schema = dict[str, str]
+"""Column name → type: str, int, bytes, json, or jpeg (image bytes of any format, as MDS calls it)."""
+
+Status = Literal["kept", "dropped", "failed"]
+
+IMAGE_COLUMNS: Schema = {"key": "str", "jpg": "jpeg", "format": "str", "caption": "str", "captions": "json"}
+"""Columns of every sample that has an image; filter adds ``width``, ``height`` and ``min_side``."""
+
+EXTENSIONS = {
+    "jpeg": "jpg",
+    "png": "png",
+    "webp": "webp",
+    "gif": "gif",
+    "bmp": "bmp",
+    "tiff": "tif",
+    "avif": "avif",
+    "jpeg2000": "jp2",
+}
+"""File extension of each image format that we take."""
+
+FORMATS = {extension: name for name, extension in EXTENSIONS.items()} | {
+    "jpeg": "jpeg",
+    "jpe": "jpeg",
+    "jfif": "jpeg",
+    "pjpeg": "jpeg",
+    "pjp": "jpeg",
+    "apng": "png",
+    "dib": "bmp",
+    "tiff": "tiff",
+    "j2k": "jpeg2000",
+    "j2c": "jpeg2000",
+    "jpc": "jpeg2000",
+    "jpf": "jpeg2000",
+    "jpx": "jpeg2000",
+    "svg": "svg",
+}
+"""Image format that a file extension promises."""
+
+_SAFE = re.compile(r"[^A-Za-z0-9_,@+/-]")
+_MAX_KEY = 200
+_QUOTED = "%:"
+_DEEPEST = 32
+
+
+TAKEN = "takedown"
+"""Reason of samples that were kept and then removed for good (stage=takedown). Each still has its place among those
+that were kept, so that positions in plans go on meaning the same samples."""
+
+TAKEN_UNKEPT = "takedown_unkept"
+"""Reason of samples removed for good that had not been kept anyway."""
+
+
+class SampleError(Exception):
+    """One sample cannot be used; it becomes a ledger row and nothing else suffers.
+
+    Args:
+        reason: one snake_case word that rows are counted by.
+        detail: what exactly, the same in every run (no address, time or absolute path).
+        retryable: trying again later may help.
+    """
+
+    def __init__(self, reason: str, detail: str = "", *, retryable: bool = False) -> None:
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason = reason
+        self.detail = detail
+        self.retryable = retryable
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What became of one input sample, or (``container``) of one archive that holds samples.
+
+    ``source``, ``member`` and ``offset`` say where the input lay, relative to the stage's input; ``source_hash`` is
+    the XXH3-128 of its bytes, ``source_pixels`` how many pixels it had, ``phash`` how it looks. ``count`` and
+    ``complete`` are a container's: samples found in it, end marker seen.
+    """
+
+    key: str
+    status: Status
+    reason: str = ""
+    detail: str = ""
+    retryable: bool = False
+    source: str = ""
+    member: str = ""
+    offset: int = -1
+    source_bytes: int = 0
+    source_hash: str = ""
+    width: int = 0
+    height: int = 0
+    row: Row | None = field(default=None, repr=False)
+    container: bool = False
+    count: int = 0
+    complete: bool = True
+    source_pixels: int = 0
+    phash: str = ""
+
+
+def image_format(name: str) -> str:
+    """The image format that a file's extension promises; empty if none."""
+    return FORMATS.get(name.rpartition(".")[2].lower(), "") if "." in name else ""
+
+
+def content_hash(data: bytes) -> str:
+    """XXH3-128 of ``data``, as 32 hexadecimal digits."""
+    return xxhash.xxh3_128_hexdigest(data)
+
+
+def path_text(path: str) -> str:
+    """A path as text that every file format can hold; one that is not UTF-8 is percent-quoted after ``%:``."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return _QUOTED + quote_from_bytes(os.fsencode(path))
+    return _QUOTED + quote_from_bytes(path.encode()) if path.startswith(_QUOTED) else path
+
+
+def real_path(text: str) -> str:
+    """The path that :func:`path_text` was given."""
+    return os.fsdecode(unquote_to_bytes(text[len(_QUOTED) :])) if text.startswith(_QUOTED) else text
+
+
+def make_key(path: str) -> str:
+    """The key of the sample at ``path`` (``<archive>/<member>`` or a relative file path): stable, unique and safe.
+
+    ``a dir/b.c.jpg`` → ``a=20dir/b=2Ec-jpg``: characters outside ``[A-Za-z0-9_,@+/-]`` become ``=`` and two hexadecimal
+    digits per UTF-8 byte, the last dot a ``-``. Different paths have different keys, and no key has a dot, as
+    WebDataset's naming asks. Very long ones end in a hash.
+    """
+    stem, dot, extension = path.rpartition(".")
+    if not dot or "/" in extension or not extension.isalnum() or not extension.isascii():
+        stem, extension = path, ""
+    key = _escape(stem) + "-" + extension
+    if len(key) > _MAX_KEY:
+        key = f"{key[: _MAX_KEY - 33]}={content_hash(path.encode('utf-8', 'surrogateescape'))}"
+    return key
+
+
+def _escape(text: str) -> str:
+    return _SAFE.sub(lambda m: "".join(f"={b:02X}" for b in m[0].encode("utf-8", "surrogateescape")), text)
+
+
+def caption_fields(captions: Any) -> Row:
+    """The caption columns ``caption`` (the first) and ``captions`` (all), as valid UTF-8.
+
+    Samples of every source get their captions here, from whatever
+    :func:`~pipeline.samples.captions.captions_of` understands.
+    """
+    texts = captions_of(captions)
+    return {"caption": texts[0] if texts else "", "captions": texts}
+
+
+def plain(value: Any, depth: int = 0) -> Any:
+    """``value`` as JSON in UTF-8 can hold it. NaN becomes null, times become ISO 8601, decimals and infinities text.
+
+    Raises:
+        SampleError: ``bad_field`` for what has no such form, as bytes that are no text.
+    """
+    if isinstance(value, str):
+        return repaired(value)
+    if value is None or isinstance(value, bool | int):
+        return value
+    if isinstance(value, float):
+        return None if math.isnan(value) else float(value) if math.isfinite(value) else str(value)
+    if depth > _DEEPEST:
+        raise SampleError("bad_field", f"nested more than {_DEEPEST} levels deep")
+    if isinstance(value, Mapping):
+        return {repaired(str(name)): plain(item, depth + 1) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item, depth + 1) for item in value]
+    if isinstance(value, datetime.datetime | datetime.date | datetime.time):
+        return value.isoformat()
+    if isinstance(value, datetime.timedelta):
+        return value.total_seconds()
+    if isinstance(value, decimal.Decimal | uuid.UUID):
+        return str(value)
+    if isinstance(value, bytes | bytearray):
+        try:
+            return bytes(value).decode()
+        except UnicodeDecodeError:
+            raise SampleError("bad_field", "bytes that are no UTF-8 text") from None
+    if hasattr(value, "tolist"):  # an array, a tensor, or one of their scalars
+        return plain(value.tolist(), depth + 1)
+    raise SampleError("bad_field", f"a value of type {type(value).__name__}")
+
+
+def label_of(value: Any) -> int | None:
+    """The number of a class; None where there is no label: null, NaN, an empty text.
+
+    Raises:
+        SampleError: ``bad_label`` for what is no whole number from 0 on.
+    """
+    if hasattr(value, "item") and not isinstance(value, str):
+        try:
+            value = value.item()
+        except (ValueError, RuntimeError):  # an array of several
+            raise SampleError("bad_label", f"{type(value).__name__} of several values") from None
+    if isinstance(value, str | bytes):
+        text = repaired(value).strip()
+        if not text:
+            return None
+        if not re.fullmatch(r"[0-9]{1,18}", text):
+            raise SampleError("bad_label", f"{text[:80]!r} is no number of a class")
+        return int(text)
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return None
+    if not isinstance(value, int | float) or not 0 <= value < 2**63 or value != int(value):
+        shown = str(value)[:80] if isinstance(value, int | float) else type(value).__name__
+        raise SampleError("bad_label", f"{shown} is no number of a class")
+    return int(value)

@@ -1,0 +1,306 @@
+"""Progress events: append-only JSON lines, one file per process, below ``events/`` of what the process works on.
+
+Every event carries the process's totals so far, so that a reader needs only the last line of each file.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import socket
+import threading
+import time
+import uuid
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipeline.distributed.rank import Rank
+from pipeline.distributed.signals import Stopped
+from pipeline.storage import GONE, Folder
+from pipeline.telemetry.process_stats import Vitals, asked
+
+BEAT = 10.0  # seconds between two signs of life
+ENDS = ("finish", "stop", "error", "hang")
+_PER_BUCKET = 1000
+_MOST_BYTES = 1 << 20  # of an event file: then it is thinned out
+_KEPT = 200  # its newest events, which then stay
+_TAIL = 16384  # bytes at the end of a file that are read first
+_WHOLE = 65536  # files up to this size are read whole where the past is wanted, larger ones at some places
+_PLACES = 24
+_RECENT = 300.0  # seconds that the speed of a process is the mean of
+_MOST_POINTS = 128
+_APART = 4.0  # seconds between points
+_DEAD = 600.0  # seconds of silence after which a file is looked at once a minute
+
+
+# ---- telling
+
+
+class Events:
+    """The event file of one process.
+
+    Args:
+        root: the folder that it works on.
+        beat: seconds between two signs of life, for readers to know when silence means something.
+    """
+
+    def __init__(self, root: Folder, rank: Rank, beat: float = BEAT) -> None:
+        self._root = root
+        rank.life.work = str(root.path)
+        bucket = f"events/{rank.rank // _PER_BUCKET:03d}"
+        root.mkdir("events", exist_ok=True)
+        root.mkdir(bucket, exist_ok=True)
+        self._name = f"{bucket}/{rank.rank:05d}.{uuid.uuid4().hex}.jsonl"
+        self._rank = rank
+        self._vitals = Vitals(rank)
+        self._fixed = {
+            "begin": time.time(),
+            "rank": rank.rank,
+            "world_size": rank.world_size,
+            "host": rank.node or socket.gethostname(),
+            "pid": os.getpid(),
+            "beat": beat,
+            **_job(),
+            **asked(rank.local_world_size),
+        }
+        self.beat = beat
+        self._bytes = 0
+        self._lock = threading.Lock()
+        self.totals: Counter[str] = Counter()
+
+    def emit(self, event: str, **values: Any) -> None:
+        """Append one event; values must be JSON-able. A disk that refuses it does not stop the work."""
+        line = {
+            "event": event,
+            "time": time.time(),
+            **self._fixed,
+            **self._vitals.read(),
+            **self._rank.now,
+            "totals": dict(self.totals),
+            **values,
+        }
+        data = json.dumps(line).encode() + b"\n"
+        try:
+            with self._lock:
+                self._root.append(self._name, data)
+                self._bytes += len(data)
+                if self._bytes > _MOST_BYTES:
+                    self._thin()
+        except OSError:
+            self.totals["events_lost"] += 1
+
+    def _thin(self) -> None:
+        """Leave out every second of the older events, so that a run of months has no file of gigabytes."""
+        lines = self._root.read(self._name).splitlines(keepends=True)
+        kept = b"".join([*lines[:1], *lines[1:-_KEPT:2], *lines[-_KEPT:]])
+        bucket, _, name = self._name.rpartition("/")
+        with self._root.folder(bucket) as folder:
+            folder.write_atomic(name, kept)
+        self._bytes = len(kept)
+
+    @contextmanager
+    def around(self, **values: Any) -> Iterator[None]:
+        """Context: tells of the begin (with ``values``), of life every ``beat`` seconds, and of the end."""
+        ended = threading.Event()
+        thread = threading.Thread(target=self._beats, args=(ended,), name="latentmill-events", daemon=True)
+        self.emit("start", **values)
+        thread.start()
+        last: dict[str, Any] = {"event": "finish"}
+        try:
+            yield
+        except BaseException as error:
+            name = "stop" if isinstance(error, Stopped) else "error"
+            last = {"event": name, "error": f"{type(error).__name__}: {error}"}
+            raise
+        finally:
+            ended.set()
+            thread.join()
+            self.emit(**last)
+
+    def _beats(self, ended: threading.Event) -> None:
+        while not ended.wait(self.beat):
+            self.emit("beat")
+
+
+def _job() -> dict[str, str]:
+    """The SLURM job of this process and where its output goes, as far as the environment (slurm/job.sh) tells."""
+    told = {
+        "job": os.environ.get("SLURM_JOB_ID", ""),
+        "life": os.environ.get("SLURM_RESTART_COUNT", ""),
+        "job_log": os.environ.get("LATENTMILL_JOB_OUTPUT", ""),
+    }
+    if prefix := os.environ.get("LATENTMILL_TASK_OUTPUT"):
+        told["log"] = f"{prefix}-{os.environ.get('SLURM_PROCID', '0')}.log"
+    else:
+        with suppress(OSError):
+            path = os.readlink("/proc/self/fd/2")
+            told["log"] = path if os.path.isfile(path) else ""
+    return {name: value for name, value in told.items() if value}
+
+
+# ---- reading
+
+Point = tuple[float, ...]
+"""Time; samples done, bytes read, bytes written, seconds waited since the process began; memory in bytes, use of the
+GPU (0 to 1), loss: these two may be NaN."""
+TIME, DONE, READ, WRITTEN, WAITED, MEMORY, GPU, LOSS = range(8)
+
+
+@dataclass
+class Process:
+    """What one process said of itself.
+
+    Attributes:
+        last: its newest event.
+        ended: the event that was its last word (finish, stop, error, hang); empty if there is none.
+        points: how it went, oldest first.
+        written: when that event was written, by the file server's clock; 0 if that is not known.
+    """
+
+    last: dict[str, Any] = field(default_factory=dict)
+    ended: dict[str, Any] = field(default_factory=dict)
+    points: list[Point] = field(default_factory=list)
+    written: float = 0.0
+
+    @property
+    def skew(self) -> float:
+        """By how many seconds the clock of the process's node is ahead of the file server's."""
+        return float(self.last["time"]) - self.written if self.written else 0.0
+
+    def add(self, event: dict[str, Any]) -> None:
+        """Take in an event that is newer than all others."""
+        self.last = event
+        if event["event"] in ENDS and not self.ended:
+            self.ended = event
+        point = _point(event)
+        if len(self.points) > 1 and point[0] - self.points[-2][0] < _APART:
+            self.points.pop()
+        self.points.append(point)
+        if len(self.points) > _MOST_POINTS:
+            recent = next(i for i, old in enumerate(self.points) if old[0] >= point[0] - _RECENT)
+            self.points = [*self.points[:recent:2], *self.points[recent:]]
+
+    def rate(self, column: int, now: float) -> float:
+        """How fast a column of ``points`` grows, per second, over the last minutes of the process (or its life)."""
+        end = self.ended.get("time") or max(now, self.last["time"])
+        first: Point = (self.last["begin"], 0.0, 0.0, 0.0, 0.0)  # of a column that grows
+        if end - first[0] > _RECENT and len(self.points) > 1:
+            first = next((point for point in reversed(self.points) if point[0] <= end - _RECENT), self.points[0])
+        return max(0.0, self.points[-1][column] - first[column]) / max(1.0, end - first[0])
+
+
+def _point(event: dict[str, Any]) -> Point:
+    done = float(event.get("done", event["totals"].get("in", 0)))
+    return (
+        float(event["time"]),
+        done,
+        float(event.get("read", 0)),
+        float(event.get("written", 0)),
+        float(event.get("waited", 0)),
+        float(event.get("rss", 0)),
+        float((event.get("gpu") or {}).get("use", math.nan)),
+        math.nan if event.get("loss") is None else float(event["loss"]),
+    )
+
+
+class EventReader:
+    """Reads the event files below ``root``, each time only what was added since: one listing, and for each process that
+    may still run, one look at its file.
+
+    Args:
+        past: also read how things went before, for plots; else only the end of each file.
+    """
+
+    def __init__(self, root: Folder, past: bool = False) -> None:
+        self.processes: dict[str, Process] = {}
+        self._root = root
+        self._past = past
+        self._offsets: dict[str, int] = {}
+        self._looked: dict[str, float] = {}
+
+    def refresh(self) -> list[Process]:
+        """All processes that ever worked on ``root``; unreadable lines are skipped."""
+        now = time.time()
+        for bucket in self._list("events"):
+            for name in self._list(f"events/{bucket}"):
+                path = f"events/{bucket}/{name}"
+                if re.fullmatch(r"\d+\.\w+\.jsonl", name) and self._due(path, now):
+                    with suppress(OSError):
+                        self._read(path)
+                        self._looked[path] = now
+        return list(self.processes.values())
+
+    def _list(self, name: str) -> list[str]:
+        try:
+            with self._root.folder(name) as folder:
+                return folder.listdir()
+        except OSError as error:
+            if error.errno in (*GONE, 20):
+                return []
+            raise
+
+    def _due(self, path: str, now: float) -> bool:
+        process = self.processes.get(path)
+        if process is None:
+            return True
+        dead = now - process.last["time"] > _DEAD
+        return not process.ended and (not dead or now - self._looked[path] >= 60)
+
+    def _read(self, path: str) -> None:
+        fd = self._root.open_file(path)
+        try:
+            if self._offsets.get(path, 0) > os.fstat(fd).st_size:
+                self._offsets.pop(path)  # thinned out since
+                self.processes.pop(path, None)
+            if path in self._offsets:
+                start = self._offsets[path]
+                text = _read_from(fd, start)
+            else:
+                size = os.fstat(fd).st_size
+                start = max(0, size - _TAIL) if size > (_WHOLE if self._past else _TAIL) else 0
+                if start and self._past:
+                    for place in range(0, start, max(2048, start // _PLACES)):
+                        self._add(path, os.pread(fd, 4096, place).split(b"\n")[1:-1][:1])
+                text = _read_from(fd, start)
+            written = os.fstat(fd).st_mtime
+        finally:
+            os.close(fd)
+        complete = text.rfind(b"\n") + 1
+        lines = text[:complete].split(b"\n")
+        self._add(path, lines[1 if start and path not in self._offsets else 0 : -1])
+        self._offsets[path] = start + complete
+        if complete and path in self.processes:
+            self.processes[path].written = written
+
+    def _add(self, path: str, lines: list[bytes]) -> None:
+        for line in lines:
+            try:
+                event = json.loads(line)
+                _point(event), event["begin"], event["event"]
+            except (ValueError, KeyError, TypeError, AttributeError):
+                continue
+            self.processes.setdefault(path, Process()).add(event)
+
+
+def _read_from(fd: int, start: int) -> bytes:
+    parts = []
+    while part := os.pread(fd, 1 << 20, start):
+        parts.append(part)
+        start += len(part)
+    return b"".join(parts)
+
+
+def last_events(root: Path) -> Iterator[dict[str, Any]]:
+    """The newest event of every process that worked on ``root``."""
+    try:
+        folder = Folder.open(root)
+    except OSError:
+        return
+    with folder:
+        yield from (process.last for process in EventReader(folder).refresh())
