@@ -1,4 +1,4 @@
-"""Images per second on one core: `pipeline.imaging.transform.process` against what others do, at four sizes; and its fidelity.
+"""Images per second on one core: `pipeline.imaging.transform.process` against others, at four sizes; and its fidelity.
 
     python benchmarks/images.py photos=<folder> [rounds=9] [core=0] [photo_count=6] [sizes=1,4,12] [stage=true]
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from pipeline.loading.sampler import Sampler
+from pipeline.loading.sampler import Parts, Sampler
 
 if TYPE_CHECKING:
     import torch
