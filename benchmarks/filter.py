@@ -3,8 +3,8 @@
     python benchmarks/filter.py [photos=<folder>] [count=1500] [processes=1,2] [rounds=3]
 
 Bare: that many processes call `pipeline.imaging.transform.judge` on photos of 1 MP in memory, and drop the result.
-Stage: the same photos as files in a folder, through one rank with so many workers: reading, hashing, ledger, tar, fsync and commit; its
-rate is the difference between `count` and a sixth of it, without its start. Rounds alternate; ratios are medians.
+Stage: the same photos as files in a folder, through one rank with that many workers: reading, hashing, ledger, tar,
+fsync and commit; its rate is the difference between `count` and a sixth of it, without its start. Rounds alternate; ratios are medians.
 `by CPU time` compares seconds of CPU per image, of rank and workers together, both with so many processes at once (two
 on one core share its caches): where all cores are busy, that is what counts, and other programs disturb it less.
 """

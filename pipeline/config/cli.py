@@ -32,7 +32,7 @@ from pipeline.distributed.life import Life
 
 Config = TypeVar("Config")
 Settings = dict[str, Any]
-CONF = Path(__file__).parent / "conf"
+CONF = Path(__file__).parents[1] / "conf"
 NOTHING = '""'
 
 

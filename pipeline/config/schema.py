@@ -1,8 +1,8 @@
 """Every option of every stage, in one place: one frozen dataclass per stage.
 
 A field is declared with :func:`pipeline.config.options.option`: its default, one line of help, its range, when it has
-an effect, and whether it is part of the *identity* of the result. Two runs whose identity fields agree (and whose inputs
-and stage versions agree) write the same bytes; ranks, workers, time-outs and paths never belong to it. How
+an effect, and whether it is part of the *identity* of the result. Two runs whose identity fields, inputs and stage
+versions agree write the same bytes; ranks, workers, time-outs and paths never belong to it. How
 ``key=value`` becomes one of these is in :mod:`pipeline.config.cli`.
 """
 

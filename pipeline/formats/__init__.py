@@ -63,15 +63,20 @@ __all__ = [
     "TarReader",
     "register_format",
 ]
-_MODULES = {"Format": "base", "register_format": "base", "FixedFiles": "extension", "FlexibleFiles": "extension"}
+_OWNERS = {
+    "Format": "pipeline.formats.base",
+    "register_format": "pipeline.formats.base",
+    "FixedFiles": "pipeline.formats.extension",
+    "FlexibleFiles": "pipeline.formats.extension",
+}
 
 
 def __getattr__(name: str) -> Any:
-    """The classes are loaded when they are asked for: the engine, which they use, uses this package's modules."""
+    """Classes are imported when they are asked for: converters need the engine, which needs this package."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = _MODULES.get(name) or ("reader" if name.endswith("Reader") else "converter")
-    return getattr(import_module(f"{__name__}.{module}"), name)
+    usual = "pipeline.formats.reader" if name.endswith("Reader") else "pipeline.convert.converter"
+    return getattr(import_module(_OWNERS.get(name, usual)), name)
 
 
 def __dir__() -> list[str]:
