@@ -15,7 +15,7 @@ unexport PYTHONDONTWRITEBYTECODE
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help setup slurm test lint format demo demo-classify demo-diffuse demo-caption bench bench-fashion gpu chaos fuzz fuzz-sources clean
+.PHONY: help setup slurm test lint docs format demo demo-classify demo-diffuse demo-caption bench bench-fashion gpu chaos fuzz fuzz-sources clean
 
 help:
 	@echo "make demo     install, then run the whole pipeline on embedded data"
@@ -26,6 +26,7 @@ help:
 	@echo "make setup    only install, into $(VENV)"
 	@echo "make slurm    only install what the tests on a real SLURM need (Debian, root)"
 	@echo "make lint     formatting, ruff, mypy       make format   mend what can be mended"
+	@echo "make docs     build the documentation into docs/_build/html"
 	@echo "make bench    measure against peers        make clean    remove what was made here"
 	@echo "make gpu      on a machine with GPUs: all tests that need one, and figures in gpu.md; GPU='parts=precompute'"
 	@echo "make bench-fashion  Fashion-MNIST (Debian: dataset-fashion-mnist) from files to accuracy; FASHION='seeds=1 epochs=1'"
@@ -61,6 +62,10 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy pipeline launch
+	$(BIN)/lint-imports
+
+docs: setup
+	$(BIN)/sphinx-build -q -W --keep-going -b html docs docs/_build/html
 
 format: setup
 	$(BIN)/ruff format .

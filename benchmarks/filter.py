@@ -4,7 +4,8 @@
 
 Bare: that many processes call `pipeline.imaging.transform.judge` on photos of 1 MP in memory, and drop the result.
 Stage: the same photos as files in a folder, through one rank with that many workers: reading, hashing, ledger, tar,
-fsync and commit; its rate is the difference between `count` and a sixth of it, without its start. Rounds alternate; ratios are medians.
+fsync and commit; its rate is the difference between `count` and a sixth of it, without its start. Rounds alternate;
+ratios are medians.
 `by CPU time` compares seconds of CPU per image, of rank and workers together, both with so many processes at once (two
 on one core share its caches): where all cores are busy, that is what counts, and other programs disturb it less.
 """

@@ -25,8 +25,8 @@ from streaming.base.util import clean_stale_shared_memory
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from pipeline.latents.text_storage import cosine_error, size_of
 from pipeline.loading.latents import build_streaming_latents_dataloader
+from pipeline.loading.text_storage import cosine_error, size_of
 
 TEXT, IMAGE = (77, 1024), (4, 32, 32)
 

@@ -8,10 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from typing import overload
 
 import numpy as np
 
 Part = int | str
+_ROUNDS = 6
+_MIN_BITS = 6
+_MIX = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))  # splitmix64, Steele et al., OOPSLA 2014
 
 
 def digest(seed: int, *parts: Part, size: int = 16) -> bytes:
@@ -43,3 +48,75 @@ def uniforms(count: int, seed: int, *parts: Part) -> np.ndarray:
 def normals(shape: tuple[int, ...], seed: int, *parts: Part) -> np.ndarray:
     """Standard normal float32 of ``shape``."""
     return generator(seed, *parts).standard_normal(shape, dtype=np.float32)
+
+
+class Permutation:
+    """A pseudo-random permutation of ``range(n)`` that is computed, not stored.
+
+    An alternating Feistel network permutes the next power of two; results outside of ``range(n)`` are sent through
+    again until they fall inside ("cycle walking", Black and Rogaway, CT-RSA 2002). That is at most a few times,
+    because n is more than half of the power of two (tiny n aside, where all is quick).
+
+    Args:
+        n: number of elements, at most 2^62.
+        seed: any integer; equal seeds give equal permutations on every platform.
+    """
+
+    def __init__(self, n: int, seed: int) -> None:
+        if not 0 <= n <= 2**62:
+            raise ValueError(f"a permutation of {n} elements: expected 0 to 2^62")
+        bits = max(_MIN_BITS, (n - 1).bit_length() if n else 0)
+        self._n = n
+        self._left = np.uint64(bits // 2)
+        self._right = np.uint64(bits - bits // 2)
+        keys = digest(seed, "permutation", n, size=8 * _ROUNDS)
+        self._keys = np.frombuffer(keys, dtype="<u8").astype(np.uint64)
+
+    def __len__(self) -> int:
+        return self._n
+
+    @overload
+    def __getitem__(self, index: int) -> int: ...
+    @overload
+    def __getitem__(self, index: np.ndarray) -> np.ndarray: ...
+
+    def __getitem__(self, index: int | np.ndarray) -> int | np.ndarray:
+        """Where ``index`` goes: an int for an int, int64 of the same shape for an integer array.
+
+        Raises:
+            IndexError: an index outside of [0, n).
+        """
+        given = np.asarray(index)
+        if given.size and (given.min() < 0 or given.max() >= self._n):
+            raise IndexError(f"index outside of a permutation of {self._n} elements")
+        values = self._network(np.atleast_1d(given).astype(np.uint64))
+        outside = np.flatnonzero(values >= self._n)
+        while outside.size:
+            values.flat[outside] = self._network(values.flat[outside])
+            outside = outside[values.flat[outside] >= self._n]
+        if isinstance(index, np.ndarray):
+            return values.astype(np.int64).reshape(given.shape)
+        return int(values[0])
+
+    def __iter__(self) -> Iterator[int]:
+        block = 1 << 16
+        for start in range(0, self._n, block):
+            yield from self[np.arange(start, min(start + block, self._n))].tolist()
+
+    def _network(self, values: np.ndarray) -> np.ndarray:
+        """One pass of the Feistel network over uint64 ``values``; a bijection of [0, 2^(left + right))."""
+        left_mask, right_mask = ((np.uint64(1) << width) - np.uint64(1) for width in (self._left, self._right))
+        left, right = values >> self._right, values & right_mask
+        for number, key in enumerate(self._keys):
+            if number % 2:
+                right = right ^ (_mix(left ^ key) & right_mask)
+            else:
+                left = left ^ (_mix(right ^ key) & left_mask)
+        return (left << self._right) | right
+
+
+def _mix(values: np.ndarray) -> np.ndarray:
+    """Spread every bit of uint64 ``values`` over all bits (the finaliser of splitmix64)."""
+    values = (values ^ (values >> np.uint64(30))) * _MIX[0]
+    values = (values ^ (values >> np.uint64(27))) * _MIX[1]
+    return values ^ (values >> np.uint64(31))

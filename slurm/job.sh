@@ -84,7 +84,7 @@ lm_say() { printf '%s job %s, life %s: %s\n' "$(date '+%F %T')" "$lm_id" "$lm_li
 
 # ---- folders: the work decides how a job ends, not its logs
 
-# What the ranks have to say (pipeline/distributed/life.py) goes into a folder for each life and step. A first life
+# What the ranks have to say (pipeline/config/life.py) goes into a folder for each life and step. A first life
 # begins anew: SLURM gives job ids out again when its controller has lost its memory.
 lm_logs=$LOGS/$SLURM_JOB_NAME-$SLURM_JOB_ID
 export LATENTMILL_TASK_OUTPUT=$lm_logs # for launch/status.py: where a rank's log is, and the job's

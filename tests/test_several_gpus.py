@@ -22,7 +22,7 @@ from pipeline.distributed.device import isolation_cost
 from pipeline.encoders.crop import Crop
 from pipeline.imaging import worker_pool as workers
 from pipeline.latents.decoding import Decoders, Layout
-from pipeline.latents.prefetch import Ahead
+from pipeline.loading.prefetch import Ahead
 from pipeline.stages import verify
 from pipeline.stages.precompute import Precompute
 

@@ -458,7 +458,7 @@ def test_logs_that_cannot_be_written_do_not_decide_how_a_job_ends(slurm_cluster:
 def test_clocks_of_nodes_may_differ(slurm_cluster: Cluster, tmp_path: Path) -> None:
     """A rank whose clock is an hour behind is not taken for frozen."""
     body = """
-        import pipeline.distributed.life, time as clock
+        import pipeline.config.life, time as clock
         real = clock.time
         clock.time = lambda: real() - 3600
         end = clock.monotonic() + 6

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pipeline.config.arrow import without_pandas
+from pipeline.config.life import Life
 from pipeline.config.options import (
     condition_names,
     condition_of,
@@ -28,7 +29,6 @@ from pipeline.config.options import (
 from pipeline.config.options import nearest as nearest
 from pipeline.config.schema import STAGES, ConfigError, LaunchConfig, RunConfig, public
 from pipeline.config.yaml_files import read_settings
-from pipeline.distributed.life import Life
 
 Config = TypeVar("Config")
 Settings = dict[str, Any]

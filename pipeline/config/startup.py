@@ -24,7 +24,7 @@ def report_missing_modules() -> None:
     def end(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         previous(kind, error, trace)
         if isinstance(error, ImportError):
-            from pipeline.distributed.life import Life
+            from pipeline.config.life import Life
 
             Life().ended(_EXIT_ENVIRONMENT, missing(error))
             sys.stdout.flush()

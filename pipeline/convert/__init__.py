@@ -1,0 +1,1 @@
+"""From a folder or a Dataset in Python into a storage format."""

@@ -19,7 +19,6 @@ import numpy as np
 from pipeline.config import cli
 from pipeline.config.arrow import without_pandas
 from pipeline.config.schema import FORMATS, ConfigError, ShardConfig
-from pipeline.convert.inputs import Items, Objects
 from pipeline.distributed import Place, Rank, find_place
 from pipeline.formats.base import Format, Location, Writer, get_format, register_format
 from pipeline.formats.fixed import FixedWriter
@@ -27,6 +26,7 @@ from pipeline.formats.pixels import mask_array, nearest, to_array, to_image
 from pipeline.imaging.memory import keep_freed_memory
 from pipeline.partitions import engine
 from pipeline.samples import Row
+from pipeline.stages.inputs import Items, Objects
 from pipeline.stages.shard import Shard
 from pipeline.storage import StorageError
 
@@ -208,7 +208,7 @@ class Converter:
 
     def _custom_collate_fn(self, batch: list[Any]) -> list[Row]:
         """Turn items of the Dataset into rows, one for each: mappings with ``image`` and any other columns."""
-        from pipeline.convert.inputs import rows_of
+        from pipeline.stages.inputs import rows_of
 
         return rows_of(batch)
 

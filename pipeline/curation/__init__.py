@@ -1,0 +1,1 @@
+"""Which samples stay: rules, lists of keys, duplicates, splits."""

@@ -11,11 +11,11 @@ from datetime import timedelta
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from pipeline.config.life import Life
 from pipeline.config.schema import ConfigError
 from pipeline.distributed import ending
 from pipeline.distributed.device import choose_device, isolation_cost
 from pipeline.distributed.environment import Launcher, Place
-from pipeline.distributed.life import Life
 from pipeline.distributed.peers import FINISHED, LINGER, Peers, somebody_listens
 from pipeline.distributed.signals import EXIT_PEER, Stopped, StopSignals
 

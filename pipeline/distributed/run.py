@@ -13,17 +13,17 @@ from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any, Concatenate, ParamSpec, TypeVar, overload
 
+from pipeline.config.life import Life
 from pipeline.config.schema import ConfigError
 from pipeline.config.startup import missing
 from pipeline.distributed.ending import hard_exit
 from pipeline.distributed.environment import find_place
-from pipeline.distributed.life import Life
 from pipeline.distributed.output import forgive
 from pipeline.distributed.peers import FINISHED, STOPPED, PeerFailed, quiet_torch
+from pipeline.distributed.progress import Progress
 from pipeline.distributed.rank import TIMEOUT, Rank
 from pipeline.distributed.signals import EXIT_ENVIRONMENT, EXIT_PEER, EXIT_STOPPED, EXIT_STORAGE, Stopped
 from pipeline.distributed.watchdog import Watchdog, show_stacks_on_request
-from pipeline.telemetry.process_stats import Progress
 
 P = ParamSpec("P")
 Result = TypeVar("Result")

@@ -9,8 +9,8 @@ import threading
 from collections.abc import Callable
 from types import TracebackType
 
+from pipeline.config.life import Life
 from pipeline.distributed.ending import hard_exit
-from pipeline.distributed.life import Life
 from pipeline.distributed.signals import EXIT_HUNG
 
 _FAREWELL = 10.0  # seconds to tell others, on a disk that may be what hangs
@@ -20,7 +20,7 @@ class Watchdog:
     """Context: ends this process when nothing happens for ``timeout`` seconds; 0: never.
 
     Time during which the whole process was stopped (a suspended job, Ctrl-Z) does not count, and neither can it be
-    noticed from within: for that, the job script looks at ``<rank>.alive`` (see :mod:`pipeline.distributed.life`).
+    noticed from within: for that, the job script looks at ``<rank>.alive`` (see :mod:`pipeline.config.life`).
 
     Args:
         moved: whether there was progress since it was last asked.

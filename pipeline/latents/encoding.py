@@ -22,9 +22,9 @@ from torch import Tensor
 
 from pipeline.config.schema import ConfigError
 from pipeline.encoders.base import Autoencoder, ImageEncoder, TextEncoder, sampled, sent
-from pipeline.latents import text_storage
 from pipeline.latents.decoding import Layout, Noise
 from pipeline.latents.transfers import Transfers, Transit, out_of_memory
+from pipeline.loading import text_storage
 
 _TOKENS = 16_384
 """Tokens of captions that are encoded at once."""

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.imaging.worker_pool import available_cpus
 from pipeline.latents.decoding import Decoded, Decoders, Layout
-from pipeline.latents.prefetch import Ahead
+from pipeline.loading.prefetch import Ahead
 from pipeline.partitions.dataset import Stored
 from pipeline.partitions.plan import Partition
 from pipeline.partitions.stage import Stage, follow_upstream

@@ -20,14 +20,13 @@ from torch.nn.functional import cosine_similarity
 
 from pipeline.encoders.base import Autoencoder, TextEncoder, autoencoder, posterior_noise, sampled, text_encoder
 from pipeline.imaging import transform
-from pipeline.loading import Permutation
 from pipeline.loading.latent_folder import BACK as _BACK
 from pipeline.loading.latent_folder import IMAGE as _IMAGE
 from pipeline.loading.latent_folder import TEXT as _TEXT
 from pipeline.loading.latent_folder import Layout
 from pipeline.partitions.dataset import Dataset, Stored
 from pipeline.partitions.verify import Finding
-from pipeline.randomness import keyed_seed
+from pipeline.randomness import Permutation, keyed_seed
 from pipeline.samples import Row, SampleError
 
 _COMPARED = 4  # samples of a partition

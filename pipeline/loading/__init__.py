@@ -6,7 +6,6 @@ from pipeline.loading.sampler import (
     Mixture,
     Order,
     Parts,
-    Permutation,
     Sampler,
     ShardLocal,
     Stream,
@@ -14,6 +13,7 @@ from pipeline.loading.sampler import (
     order,
     sequential,
 )
+from pipeline.randomness import Permutation
 
 __all__ = [
     "Batches",

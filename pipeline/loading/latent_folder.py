@@ -17,7 +17,7 @@ from torch import Tensor
 from pipeline.config.cli import nearest
 from pipeline.config.schema import ConfigError
 from pipeline.encoders.base import sampled
-from pipeline.latents import text_storage
+from pipeline.loading import text_storage
 from pipeline.partitions.dataset import Dataset
 from pipeline.storage import StorageError
 
@@ -36,7 +36,7 @@ class Layout:
         shapes: by column.
         dtype: of latents, and of text states that are not packed.
         latent: sample, mode or moments.
-        storage: of text states, see :mod:`pipeline.latents.text_storage`.
+        storage: of text states, see :mod:`pipeline.loading.text_storage`.
     """
 
     shapes: Mapping[str, tuple[int, ...]]

@@ -21,10 +21,10 @@ from torch import Tensor
 from pipeline.config.cli import nearest
 from pipeline.config.schema import ConfigError
 from pipeline.distributed import find_place
-from pipeline.latents.prefetch import Ahead
 from pipeline.loading import Epochs, Mixture, Parts, ShardLocal, Stream, order, sequential
 from pipeline.loading.latent_folder import TEXT as _TEXT
 from pipeline.loading.latent_folder import Expected, LatentFolder, Layout
+from pipeline.loading.prefetch import Ahead
 from pipeline.randomness import keyed_seed, normals, uniforms
 
 __all__ = [

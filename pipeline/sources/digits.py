@@ -11,8 +11,8 @@ import numpy as np
 from PIL import Image
 
 from pipeline.config.schema import ConfigError
-from pipeline.loading import Permutation
 from pipeline.partitions.plan import Input, Partition
+from pipeline.randomness import Permutation
 from pipeline.samples import IMAGE_COLUMNS, Outcome, Schema, caption_fields, content_hash
 from pipeline.sources.base import Source
 

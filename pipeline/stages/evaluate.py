@@ -11,9 +11,9 @@ import numpy as np
 from pipeline.config.cli import config_for, errors_as_one_line
 from pipeline.config.schema import ConfigError, EvaluateConfig
 from pipeline.distributed import Rank
-from pipeline.loading import Permutation
 from pipeline.metrics.shapes import judge, matches
 from pipeline.partitions.dataset import Dataset, RandomAccess
+from pipeline.randomness import Permutation
 from pipeline.sources.shapes_scene import caption, fixed_prompts, render, sample_scene, unseen_prompts
 from pipeline.stages.generate import run_of, set_threads
 from pipeline.storage import Folder

@@ -89,7 +89,7 @@ class Precompute(EncodingStage):
 
     def _describe_storage(self) -> dict[str, Any]:
         """How text states are stored, and what that costs: measured on the first captions."""
-        from pipeline.latents import text_storage
+        from pipeline.loading import text_storage
 
         storage, dtype = self.config.text_storage, self.config.save_dtype
         said: dict[str, Any] = {"kind": storage}

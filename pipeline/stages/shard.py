@@ -14,7 +14,6 @@ import numpy as np
 
 from pipeline.config.cli import config_for
 from pipeline.config.schema import ConfigError, ShardConfig
-from pipeline.convert.inputs import Folder, Items, Upstream, is_image_folder
 from pipeline.distributed import Rank, distributed
 from pipeline.formats.base import IMAGE, MASK, get_format
 from pipeline.formats.columns import WIDE
@@ -25,6 +24,7 @@ from pipeline.partitions import engine
 from pipeline.partitions.plan import Input, LeftOut, Partition
 from pipeline.partitions.stage import Stage
 from pipeline.samples import Outcome, Row, SampleError, Schema
+from pipeline.stages.inputs import Folder, Items, Upstream, is_image_folder
 
 _CURE = "give shape=[height,width] to resize them, or choose a flexible format (ipc, parquet, tar, mds)"
 

@@ -1,0 +1,1 @@
+"""What runs report: events, and what processes and hosts use."""

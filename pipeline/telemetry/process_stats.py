@@ -10,28 +10,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.distributed.progress import Progress, bytes_moved
+
 if TYPE_CHECKING:
     from pipeline.distributed import Rank
 
-_MOVED = 1 << 20  # bytes read or written that count as progress: heartbeats write less, a long download more
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 _TICKS = os.sysconf("SC_CLK_TCK")
-
-
-class Progress:
-    """Whether a rank gets on: it does a step of its work, or reads or writes a mebibyte."""
-
-    def __init__(self, rank: Rank) -> None:
-        self._rank = rank
-        self._steps = rank.steps
-        self._moved = sum(bytes_moved())
-
-    def made(self) -> bool:
-        """Whether there was any since this was last so."""
-        if self._rank.steps == self._steps and sum(bytes_moved()) - self._moved < _MOVED:
-            return False
-        self._steps, self._moved = self._rank.steps, sum(bytes_moved())
-        return True
 
 
 class Vitals:
@@ -88,14 +73,6 @@ def asked(local_world_size: int) -> dict[str, int]:
     elif each.isdigit():
         values["node_memory"] = (int(each) << 20) * values["cpus"] * local_world_size
     return values
-
-
-def bytes_moved() -> tuple[int, int]:
-    """Bytes that this process has read and written, as far as the system tells."""
-    with suppress(OSError, ValueError), open("/proc/self/io") as file:
-        said = dict(line.split(":") for line in file)
-        return int(said.get("rchar", 0)), int(said.get("wchar", 0))
-    return 0, 0
 
 
 def _children() -> list[str]:

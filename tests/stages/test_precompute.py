@@ -25,8 +25,8 @@ from pipeline.encoders.base import autoencoder, posterior_noise
 from pipeline.encoders.crop import Crop
 from pipeline.encoders.preprocessing import fit
 from pipeline.imaging import transform
-from pipeline.latents import text_storage
 from pipeline.latents.encoding import Encoding
+from pipeline.loading import text_storage
 from pipeline.partitions import engine
 from pipeline.partitions.dataset import Dataset
 from pipeline.stages.precompute import Precompute

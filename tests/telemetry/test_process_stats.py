@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from pipeline.distributed import Rank
+from pipeline.distributed import Rank, progress
+from pipeline.distributed.progress import Progress
 from pipeline.telemetry import process_stats as vitals
-from pipeline.telemetry.process_stats import Progress, Vitals
+from pipeline.telemetry.process_stats import Vitals
 
 
 def test_a_process_tells_what_it_uses() -> None:
@@ -39,7 +40,8 @@ def test_the_memory_of_workers_counts() -> None:
 def test_stillness_ends_with_a_step_or_a_mebibyte(monkeypatch: pytest.MonkeyPatch) -> None:
     now, moved = [100.0], [0]
     monkeypatch.setattr(vitals, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    monkeypatch.setattr(vitals, "bytes_moved", lambda: (moved[0], 0))
+    for module in (progress, vitals):
+        monkeypatch.setattr(module, "bytes_moved", lambda: (moved[0], 0))
     rank = Rank()
     one, still = Vitals(rank), []
     for change in ("", "step", "", "beat", "megabyte", ""):

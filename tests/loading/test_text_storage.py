@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pipeline.latents.text_storage import cosine_error, is_dedup, kind_of, pack, size_of, unpack
+from pipeline.loading.text_storage import cosine_error, is_dedup, kind_of, pack, size_of, unpack
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from pipeline.latents.prefetch import Ahead
+from pipeline.loading.prefetch import Ahead
 
 
 def test_items_come_in_order() -> None:

@@ -17,10 +17,9 @@ from pipeline.config.schema import ConfigError, DownloadConfig, ShardConfig
 from pipeline.formats.base import IMAGE, MASK
 from pipeline.formats.pixels import to_bytes
 from pipeline.imaging import transform
-from pipeline.loading import Permutation
 from pipeline.partitions.dataset import Dataset, RandomAccess
 from pipeline.partitions.plan import Input, LeftOut, Partition, file_state
-from pipeline.randomness import keyed_seed
+from pipeline.randomness import Permutation, keyed_seed
 from pipeline.samples import (
     IMAGE_COLUMNS,
     Outcome,
