@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     )
     from pipeline.formats.base import Format, register_format
     from pipeline.formats.extension import FixedFiles, FlexibleFiles
-    from pipeline.formats.reader import (
+    from pipeline.loading.reader import (
         DenseIpcReader,
         DenseMemmapReader,
         HDF5Reader,
@@ -75,7 +75,7 @@ def __getattr__(name: str) -> Any:
     """Classes are imported when they are asked for: converters need the engine, which needs this package."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    usual = "pipeline.formats.reader" if name.endswith("Reader") else "pipeline.convert.converter"
+    usual = "pipeline.loading.reader" if name.endswith("Reader") else "pipeline.convert.converter"
     return getattr(import_module(_OWNERS.get(name, usual)), name)
 
 
