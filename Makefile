@@ -8,6 +8,7 @@ JOBS ?= 2
 PYTEST_ARGS ?=
 CAPTIONS ?= demo_data/captions
 UV_VERSION ?= 0.13.8
+AZURITE_VERSION ?= 3.37.0
 
 # where this is set, each of the many processes would compile all that it imports
 unexport PYTHONDONTWRITEBYTECODE
@@ -15,24 +16,27 @@ unexport PYTHONDONTWRITEBYTECODE
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help setup slurm test lint docs format demo demo-classify demo-diffuse demo-caption bench bench-fashion gpu chaos fuzz fuzz-sources clean
+.PHONY: help setup slurm test lint docs wheel format stores demo demo-classify demo-diffuse demo-caption bench bench-fashion gpu chaos chaos-stores fuzz fuzz-sources clean
 
 help:
 	@echo "make demo     install, then run the whole pipeline on embedded data"
 	@echo "make demo-classify  the same, training a Vision Mamba on scanned digits; TRAIN='seed=1 name=other'"
 	@echo "make demo-diffuse   the same with scenes of two objects, which takes longer"
-	@echo "make demo-caption   learn to describe pictures, and show what was learned"
+	@echo "make demo-caption   learn to describe images, and show what was learned"
 	@echo "make test     install (where root and apt allow it, SLURM too), then run all tests"
 	@echo "make setup    only install, into $(VENV)"
 	@echo "make slurm    only install what the tests on a real SLURM need (Debian, root)"
 	@echo "make lint     formatting, ruff, mypy       make format   mend what can be mended"
+	@echo "make stores   start an S3 server on loopback to try things with, and install Azurite (npm) for the tests"
 	@echo "make docs     build the documentation into docs/_build/html"
+	@echo "make wheel    build the wheel, install it elsewhere and run the first stages from there"
 	@echo "make bench    measure against peers        make clean    remove what was made here"
-	@echo "make gpu      on a machine with GPUs: all tests that need one, and figures in gpu.md; GPU='parts=precompute'"
+	@echo "make gpu      all tests that need a GPU, and figures in gpu.md; without a GPU a rehearsal; GPU='parts=precompute'"
 	@echo "make bench-fashion  Fashion-MNIST (Debian: dataset-fashion-mnist) from files to accuracy; FASHION='seeds=1 epochs=1'"
 	@echo "make fuzz     damaged images for three minutes: nothing may crash, hang or flood; FUZZ='seconds=600 seed=2'"
 	@echo "make fuzz-sources   damaged lists, captions, annotations and archives; FUZZ_SOURCES='mutations=9000 seed=2'"
-	@echo "make chaos    break jobs on a real SLURM in 40 ways (Debian, root), compare results; CHAOS='trials=100 seed=2'"
+	@echo "make chaos-stores   200 kills, with faults of the store, while datasets are published and written there; KILLS='PUBLISH_SEEDS=99'"
+	@echo "make chaos    break jobs on a real SLURM in 25 ways, 40 times (Debian, root), compare results; CHAOS='trials=100 seed=2'"
 
 setup: $(INSTALLED)
 	@:
@@ -64,8 +68,17 @@ lint: setup
 	$(BIN)/mypy pipeline launch
 	$(BIN)/lint-imports
 
+stores: setup
+	@if command -v npm > /dev/null; then test -d .stores/node_modules/azurite || \
+		npm install --silent --prefix .stores azurite@$(AZURITE_VERSION); \
+	else echo "npm is not there: tests with Azurite will be skipped"; fi
+	PYTHONPATH=tests $(BIN)/python -m object_stores
+
 docs: setup
 	$(BIN)/sphinx-build -q -W --keep-going -b html docs docs/_build/html
+
+wheel: setup
+	VENV=$(abspath $(VENV)) .ci/wheel
 
 format: setup
 	$(BIN)/ruff format .
@@ -109,11 +122,13 @@ bench: setup
 GPU_PYTHON = $(if $(VENV),$(BIN)/python,$(PYTHON))
 
 gpu: $(if $(VENV),setup)
-	@$(GPU_PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || \
-		{ echo "no GPU: $(GPU_PYTHON) cannot import torch, or torch sees none; launch/doctor.py says more" >&2; exit 1; }
-	@failed=0; export HF_HUB_OFFLINE=1; \
-		$(GPU_PYTHON) -m pytest -m gpu --durations=15 $(PYTEST_ARGS) || failed=1; \
-		$(GPU_PYTHON) benchmarks/gpu.py output=gpu.md $(GPU) || failed=1; exit $$failed
+	@$(GPU_PYTHON) -c 'import torch' || { echo "$(GPU_PYTHON) cannot import torch" >&2; exit 1; }
+	@failed=0; device=; figures=output=gpu.md; export HF_HUB_OFFLINE=1; \
+		$(GPU_PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { \
+			echo "no GPU: this is a rehearsal on the CPU, which measures nothing; launch/doctor.py says why torch sees none"; \
+			device=cpu figures="output=gpu-rehearsal.md size=tiny device=cpu"; }; \
+		GPU_TESTS_DEVICE=$$device $(GPU_PYTHON) -m pytest -m gpu -rs --durations=15 $(PYTEST_ARGS) || failed=1; \
+		$(GPU_PYTHON) benchmarks/gpu.py $$figures $(GPU) || failed=1; exit $$failed
 
 bench-fashion: setup
 	$(BIN)/python benchmarks/fashion.py $(FASHION)
@@ -123,6 +138,11 @@ fuzz: setup fuzz-sources
 
 fuzz-sources: setup
 	$(BIN)/python tests/fuzz_sources.py $(FUZZ_SOURCES)
+
+# eight kills for each seed of publishing, six for each of writing
+chaos-stores: setup
+	PUBLISH_SEEDS=13 DIRECT_SEEDS=17 $(KILLS) $(BIN)/python -m pytest -n $(JOBS) -k kills_and_faults \
+		tests/partitions/test_publish.py tests/partitions/test_direct_output.py
 
 chaos: setup slurm
 	$(BIN)/python benchmarks/chaos.py $(CHAOS)

@@ -22,7 +22,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from pipeline.models.captioner import Captioner, captioner_config
-from pipeline.models.decoding import Decoding, Marks, write
+from pipeline.models.text_generation import Decoding, Marks, write
 
 VOCAB, WIDTH, PATCHES = 8000, 768, 197
 
@@ -34,7 +34,7 @@ def main() -> None:
     if threads := int(given.get("threads", 0)):
         torch.set_num_threads(threads)
     torch.manual_seed(0)
-    print(f"{torch.get_num_threads()} threads, {batch} pictures of {PATCHES} features, {tokens} tokens")
+    print(f"{torch.get_num_threads()} threads, {batch} images of {PATCHES} features, {tokens} tokens")
     if part in ("all", "generate"):
         for beams in map(int, given.get("beams", "1,4").split(",")):
             generation(batch, tokens, rounds, beams)
@@ -43,9 +43,9 @@ def main() -> None:
 
 
 def generation(batch: int, tokens: int, rounds: int, beams: int) -> None:
-    pictures = torch.randn(batch, PATCHES, WIDTH)
+    images = torch.randn(batch, PATCHES, WIDTH)
     marks = Marks(0, 2, (0, 1))
-    contestants = {"transformers": _transformers(pictures, tokens, beams)}
+    contestants = {"transformers": _transformers(images, tokens, beams)}
     for decoder in ("transformer", "mamba"):
         sizes = {"image_tokens": PATCHES, "image_width": WIDTH, "vocab": VOCAB, "max_length": tokens + 1}
         model = Captioner(captioner_config("small", decoder=decoder, **sizes)).eval()
@@ -53,7 +53,7 @@ def generation(batch: int, tokens: int, rounds: int, beams: int) -> None:
             if not cached and (beams > 1 or decoder == "mamba"):
                 continue
             how = Decoding(beams=beams, min_length=tokens, max_length=tokens, cached=cached)
-            contestants[decoder + ("" if cached else ", no cache")] = _writing(model, pictures, marks, how)
+            contestants[decoder + ("" if cached else ", no cache")] = _writing(model, images, marks, how)
     times = _turns(contestants, rounds)
     for name, seconds in times.items():
         speed = batch * tokens / median(seconds)
@@ -61,11 +61,11 @@ def generation(batch: int, tokens: int, rounds: int, beams: int) -> None:
         print(f"beams={beams}  {name:22} {speed:8.0f} tokens/s   {ratio:5.2f} x transformers", flush=True)
 
 
-def _writing(model: Captioner, pictures: torch.Tensor, marks: Marks, how: Decoding) -> Callable[[], object]:
-    return lambda: write(model, pictures, [[1]] * len(pictures), marks, how)
+def _writing(model: Captioner, images: torch.Tensor, marks: Marks, how: Decoding) -> Callable[[], object]:
+    return lambda: write(model, images, [[1]] * len(images), marks, how)
 
 
-def _transformers(pictures: torch.Tensor, tokens: int, beams: int) -> Callable[[], object]:
+def _transformers(images: torch.Tensor, tokens: int, beams: int) -> Callable[[], object]:
     """GPT-2 with cross-attention, in a VisionEncoderDecoder; the encoder's output is given, so it is not timed."""
     from transformers import GPT2Config, GPT2LMHeadModel, VisionEncoderDecoderModel, ViTConfig, ViTModel
     from transformers.modeling_outputs import BaseModelOutput
@@ -77,7 +77,7 @@ def _transformers(pictures: torch.Tensor, tokens: int, beams: int) -> Callable[[
     ids = {"decoder_start_token_id": 1, "pad_token_id": 0, "eos_token_id": 2}
 
     def generate() -> object:
-        states = BaseModelOutput(last_hidden_state=pictures)  # generate() changes it: with beams it grows each time
+        states = BaseModelOutput(last_hidden_state=images)  # generate() changes it: with beams it grows each time
         return model.generate(encoder_outputs=states, use_cache=True, **settings, **ids)
 
     return generate
@@ -104,7 +104,7 @@ def features(batch: int, rounds: int) -> None:
 
     times = _turns({"online": online, "stored": lambda: step(stored)}, rounds)
     ratio = median(a / b for a, b in zip(times["online"], times["stored"], strict=True))
-    print(f"training step: {batch / median(times['stored']):.0f} pictures/s from features, {ratio:.1f} x online")
+    print(f"training step: {batch / median(times['stored']):.0f} images/s from features, {ratio:.1f} x online")
 
 
 def _turns(contestants: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:

@@ -126,7 +126,7 @@ def quality(folder: str, count: int, contrast: float, hamming: int, seed: int) -
 def speed(count: int, memory: int, seconds: float) -> None:
 
     def pieces() -> Iterator[Rows]:
-        """Made anew each time, as they would be read from a file each time."""
+        """Made again each time, as they would be read from a file each time."""
         rng = np.random.default_rng(0)
         for start in range(0, count, 1 << 20):
             table = np.zeros(min(1 << 20, count - start), ROW)

@@ -34,7 +34,7 @@ from pipeline.config.schema import TrainConfig
 from pipeline.distributed import Rank
 from pipeline.encoders.base import autoencoder, text_encoder
 from pipeline.loading import Sampler
-from pipeline.metrics.shapes import matches
+from pipeline.metrics.scene_accuracy import matches
 from pipeline.models.dit import SIZES, DiT
 from pipeline.sources.shapes_scene import caption, fixed_prompts, render, sample_scene
 from pipeline.stages.generate import load_painter, sample_images
@@ -42,7 +42,7 @@ from pipeline.storage import Folder
 from pipeline.training.checkpoint import open_checkpoint
 from pipeline.training.ema import Ema
 from pipeline.training.feed import Feed, part_size
-from pipeline.training.logs import flop_counter, forward_flops
+from pipeline.training.loggers import flop_counter, forward_flops
 from pipeline.training.loop import train
 from pipeline.training.tasks.diffuse import Diffuse, LatentInfo
 
@@ -66,7 +66,7 @@ class Scenes:
     def __len__(self) -> int:
         return len(self._image)
 
-    def batch(self, positions: np.ndarray) -> dict[str, torch.Tensor]:
+    def batch(self, positions: np.ndarray, epochs: np.ndarray | None = None) -> dict[str, torch.Tensor]:
         return {"image_latents": self._image[positions], "caption_latents": self._text[positions]}
 
 
@@ -103,7 +103,7 @@ class Noise:
     def __len__(self) -> int:
         return len(self._image)
 
-    def batch(self, positions: np.ndarray) -> dict[str, torch.Tensor]:
+    def batch(self, positions: np.ndarray, epochs: np.ndarray | None = None) -> dict[str, torch.Tensor]:
         return {"image_latents": self._image[positions], "caption_latents": self._text[positions]}
 
 

@@ -41,7 +41,7 @@ from _photos import EDGE, SIZES, photos
 KINDS = 200
 
 
-def picture(seed: int) -> bytes:
+def image(seed: int) -> bytes:
     """Soft colours with some grain, as photos have; about 60 kB."""
     rng = np.random.default_rng(seed)
     large = Image.fromarray(rng.integers(0, 255, (12, 16, 3), np.uint8)).resize((640, 480), Image.Resampling.BICUBIC)
@@ -152,7 +152,7 @@ def main() -> None:
     settings = dict(argument.split("=", 1) for argument in sys.argv[1:])
     images, processes = int(settings.get("images", 20_000)), int(settings.get("processes", 2))
     here, there = socket.socketpair()
-    edge, kinds = 256, [picture(seed) for seed in range(KINDS)]
+    edge, kinds = 256, [image(seed) for seed in range(KINDS)]
     if "photos" in settings:
         edge = EDGE
         kinds = list(photos(settings["photos"], SIZES[f"{settings.get('megapixels', '4')} MP"], 12))
@@ -165,7 +165,7 @@ def main() -> None:
         with listed.open("w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(["url", "caption"])
-            writer.writerows([f"http://127.0.0.1:{port}/{n}.jpg", f"picture {n}"] for n in range(images))
+            writer.writerows([f"http://127.0.0.1:{port}/{n}.jpg", f"image {n}"] for n in range(images))
         for _ in range(int(settings.get("rounds", 1))):
             rates = {}
             for name in ("latentmill", "img2dataset"):

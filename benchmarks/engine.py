@@ -48,7 +48,7 @@ from pipeline.partitions.finalize import finalize
 from pipeline.partitions.ledger import FILE as LEDGER
 from pipeline.partitions.plan import BUCKET, PARTITIONS, Input, Partition
 from pipeline.partitions.planning import open_or_plan
-from pipeline.partitions.stage import Stage
+from pipeline.partitions.stage import Context, Stage
 from pipeline.samples import Outcome, Schema
 from pipeline.telemetry import events as telemetry
 from pipeline.telemetry.events import BEAT, Events
@@ -75,7 +75,7 @@ class Empty(Stage):
             path = f"photos/{number // 1000:04d}/{number:09d}.jpg"
             yield Partition((Input(path, size=100_000 + number, mtime_ns=1_700_000_000_000_000_000 + number),), 0)
 
-    def process(self, partition: Partition) -> Iterator[Outcome]:
+    def process(self, partition: Partition, context: Context) -> Iterator[Outcome]:
         return iter(())
 
 
@@ -363,9 +363,34 @@ def requests_of_a_chain(folder: Path) -> Counter[str]:
     return Counter((folder / "asked").read_text().split())
 
 
-def load_table(cost: Cost, idle: Cost, asked: Counter[str]) -> None:
+def starting(folder: Path) -> Counter[str]:
+    """System calls by which stage=download starts and looks at its finished output; none without strace."""
+    command = [
+        sys.executable,
+        "-m",
+        "pipeline.stages.download",
+        "dataset=shapes",
+        "count=1",
+        f"data_dir={folder}/start",
+    ]
+    root = Path(__file__).parents[1]
+    subprocess.run(command, cwd=root, check=True, capture_output=True)
+    if shutil.which("strace") is None:
+        return Counter()
+    calls = "open,openat,stat,lstat,newfstatat,statx,getdents64,readlink"
+    traced = ["strace", "--follow-forks", "--summary-only", f"--trace={calls}", *command]
+    said = subprocess.run(traced, cwd=root, check=True, capture_output=True, text=True).stderr
+    rows = [line.split() for line in said.splitlines()]
+    return Counter(
+        {row[-1]: int(row[3]) for row in rows if len(row) >= 5 and row[3].isdigit() and row[-1] in calls.split(",")}
+    )
+
+
+def load_table(cost: Cost, idle: Cost, asked: Counter[str], start: Counter[str]) -> None:
     """What a run asks of the file system and of SLURM's controller."""
     note = cost.note
+    said = ", ".join(f"{name} {count:,}" for name, count in start.most_common()) or "not counted: no strace here"
+    print(f"\nOn the file system, when a rank starts: {said}")
     print("\nOn the file system, per 1,000 partitions of one data file each:")
     print(f"  inodes {1000 * note['inodes']:,.0f}, packed {1000 * note['packed inodes']:,.0f}; "
           f"file operations {(cost.own + cost.helping).total():,}; events {note['event bytes']:,.0f} kB")  # fmt: skip
@@ -443,7 +468,8 @@ def measure(folder: Path, plan: int, count: int, world: int) -> None:
     done = apart(finishing, output)
     row(f"finalize {count:,}", done, more)
     claims_table(costs, idle, count, world)
-    load_table(apart(footprint, str(folder / "footprint"), 1000), idle, requests_of_a_chain(folder))
+    requests = requests_of_a_chain(folder)
+    load_table(apart(footprint, str(folder / "footprint"), 1000), idle, requests, starting(folder))
     print(f"\nstatus: {kinds(seen[0].own, world)} per rank at the first look, then {kinds(seen[1].own, world)}")
     print(f"finalize: {kinds(done.own, count)} per partition")
 

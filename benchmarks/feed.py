@@ -54,7 +54,7 @@ def run_stage(stage: str, **settings: Any) -> None:
 
 
 class Ready:
-    """In place of :meth:`Encoding.encode`: bytes of the right shapes that lie ready; notes the first batch's time."""
+    """Instead of :meth:`Encoding.encode`: bytes of the right shapes that lie ready; notes the first batch's time."""
 
     def __init__(self, resolutions: list[int], batch: int, size: int) -> None:
         self.columns = {

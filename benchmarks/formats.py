@@ -4,7 +4,7 @@
                                  [kilobytes=133] [rounds=5] [folder=<where to work; stays>] [workers=0,2]
                                  [plot=formats.png]
 
-With ``folder=``, parts can be run one by one, and again for more rounds, until ``prepare`` begins anew; ``report``
+With ``folder=``, parts can be run one by one, and again for more rounds, until ``prepare`` begins again; ``report``
 prints all and draws the plot. Rivals that are not installed are left out: pip install litdata datasets. All get the
 same JPEG files. Contestants take turns, and a ratio is the median of the ratios of single rounds, so that a change of
 the machine's speed hits both sides.

@@ -1,7 +1,7 @@
 """All figures of a GPU machine in one Markdown file; no network, no downloads: weights are random.
 
     python benchmarks/gpu.py [output=gpu.md] [parts=precompute,cpus,training,scans,generate] [size=full] [device=cuda]
-    python benchmarks/gpu.py size=tiny device=cpu       # a rehearsal of the script itself: the figures mean nothing
+    python benchmarks/gpu.py size=tiny device=cpu       # a rehearsal of the script itself, which shows no figures
 
 - precompute: the stage against the networks' own forward pass, at 256 and at 256 and 512 pixels, with SDXL's
   autoencoder and ViT-H-14's text tower; idle share of the GPU
@@ -43,7 +43,7 @@ from pipeline.models.dit import DiT, dit_config
 from pipeline.models.ssm import Mamba1, Mamba2, backend_of
 from pipeline.stages.generate import Manner, Painter, sample_images
 from pipeline.storage import Folder
-from pipeline.training.logs import read_log
+from pipeline.training.loggers import read_log
 from pipeline.training.loop import train
 from pipeline.training.tasks.diffuse import Diffuse, LatentInfo, Normalisation
 
@@ -113,7 +113,7 @@ class Photos:
 
     def __init__(self, size: Size, folder: Path) -> None:
         self.bench = sibling("precompute")
-        self.bench.pictures(folder / "images", size.photos)
+        self.bench.write_images(folder / "images", size.photos)
         for number in range(size.photos, size.images):
             for ending in ("jpg", "txt"):
                 source = folder / "images" / f"{number % size.photos:06}.{ending}"
@@ -198,7 +198,7 @@ class Noise:
     def __len__(self) -> int:
         return len(self._image)
 
-    def batch(self, positions: Any) -> dict[str, torch.Tensor]:
+    def batch(self, positions: Any, epochs: Any = None) -> dict[str, torch.Tensor]:
         return {"image_latents": self._image[positions], "caption_latents": self._text[positions]}
 
 
@@ -295,7 +295,7 @@ def generate(size: Size, device: torch.device, folder: Path) -> Rows:
     shape = (vae.channels, size.latents[1], size.latents[2])
     model = DiT(dit_config(size.diffusion, shape, (text.length, text.width))).to(device).eval().requires_grad_(False)
     painter = Painter(model, Flow(), Normalisation((0.0,) * vae.channels, 1.0), vae, text, 0)
-    prompts = [f"a photograph of {number} red houses beside a lake" for number in range(size.prompts)]
+    prompts = [f"a photograph of {number} red houses next to a lake" for number in range(size.prompts)]
     manner = Manner(steps=20 if size.rounds > 1 else 2, guidance=4.0, sampler="dpm++")
     speeds = []
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
@@ -374,17 +374,20 @@ def main() -> int:
         print(f"parts={','.join(wrong)}: known: {', '.join(PARTS)}", file=sys.stderr)
         return 2
     text, failed = [f"# Latentmill on a GPU\n\n{machine(device)}\n"], 0
-    if size != "full":
-        text.append(f"**size={size}: a rehearsal of the script; these figures mean nothing.**\n")
+    rehearsal = size != "full" or device.type != "cuda"
+    if rehearsal:
+        text.append("**A rehearsal of the script: it shows what would be measured, and no figures.**\n")
     for name in chosen:
         rows, error = run_part(name, size, device_name)
         failed += bool(error)
+        if rehearsal:
+            rows = [dict.fromkeys(row, "") for row in rows[:1]]
         text.append(
             f"## {name}\n\n{table(rows) if rows else f'failed:{chr(10)}{chr(10)}```{chr(10)}{error}{chr(10)}```'}\n"
         )
     output = Path(options.get("output", "gpu.md"))
     output.write_text("\n".join(text))
-    print(f"figures: {output.absolute()}")
+    print(f"{'a rehearsal, without figures' if rehearsal else 'figures'}: {output.absolute()}")
     return 1 if failed else 0
 
 

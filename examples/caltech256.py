@@ -46,4 +46,4 @@ def main(source: str, output: str, format: str = "ipc", processes: str = "2") ->
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(*sys.argv[1:]) if len(sys.argv) > 2 else sys.exit(__doc__)

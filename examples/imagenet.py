@@ -3,7 +3,7 @@
     python examples/imagenet.py /data/ILSVRC/Data/CLS-LOC /data/imagenet ipc [labels of val]
 
 `train` has class folders, `val` class folders or, with a file of labels (LOC_val_solution.csv, or
-ILSVRC2012_validation_ground_truth.txt with meta.mat beside it), all images in one. Run it as it is, or under torchrun
+ILSVRC2012_validation_ground_truth.txt with meta.mat next to it), all images in one. Run it as it is, or under torchrun
 or srun: ranks share the work. On a cluster: slurm/convert_imagenet.sbatch does the same.
 """
 
@@ -43,4 +43,4 @@ def main(source: str, output: str, format: str = "ipc", labels: str = "") -> Non
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(*sys.argv[1:]) if len(sys.argv) > 2 else sys.exit(__doc__)

@@ -1,4 +1,5 @@
-"""Is this machine, or this cluster, fit for a job? ``python launch/doctor.py [data_dir=/data] key=value ...``.
+"""Check whether this machine or a cluster is ready for a job: ``python launch/doctor.py [data_dir=/data] key=value
+...``.
 
     python launch/doctor.py data_dir=/data                       # this machine
     python launch/doctor.py data_dir=/data ranks=8 gpus=8        # as eight ranks of it, one for each GPU
@@ -29,7 +30,7 @@ def _say_missing(error: ModuleNotFoundError) -> None:
 
 try:
     from launch import request
-    from launch.checkup import judge, start, table
+    from launch.checkup import findings_table, judge, start
     from pipeline.config import cli
     from pipeline.config.schema import STAGES, ConfigError, DoctorConfig, LaunchConfig
     from pipeline.doctor.finding import Finding
@@ -38,14 +39,14 @@ except ModuleNotFoundError as missing:  # a doctor must be able to tell even thi
 
 
 def main(argv: list[str]) -> int:
-    if cli.wants_help(argv):
-        print(cli.help_text(DoctorConfig, "python launch/doctor.py"))
-        print("\nand the keys of launch/submit.py that say what a job asks for: cluster, nodes, gpus_per_node, …")
-        return 0
     with cli.errors_as_one_line():
+        if cli.wants_help(argv):
+            print(cli.help_text(DoctorConfig, cli.program("doctor")))
+            print("\nand the options of launch/submit.py that describe a job: cluster, nodes, gpus_per_node, …")
+            return 0
         config, launch = read(argv)
         findings = check(config, launch)
-    show(config, findings)
+        show(config, findings)
     return 1 if any(finding.state == "fail" for finding in findings) else 0
 
 
@@ -72,15 +73,15 @@ def check(config: DoctorConfig, launch: request.Launch) -> list[Finding]:
     """All that can be found out; in the order in which it was."""
     if launch.kind != "slurm":
         return judge.judge(start.here(config, launch))
-    from launch import slurm
+    from launch import slurm, slurm_commands
 
     try:
-        slurm.require_slurm()
+        slurm_commands.require_slurm()
         good, said = slurm.test_only(start.script_of(config, launch))
-    except slurm.SlurmError as error:
+    except slurm_commands.SlurmError as error:
         return [Finding("SLURM", "fail", str(error), "run this on a login node of the cluster")]
     if not good:
-        return [Finding("SLURM", "fail", f"refuses such a job: {said}", "correct what it names, or ask the site")]
+        return [Finding("SLURM", "fail", f"refuses such a job: {said}", "fix what it names, or ask your administrator")]
     findings = [Finding("SLURM", "ok", said)]
     heard = start.on_slurm(config, launch, lambda line: print(line, file=sys.stderr, flush=True))
     if not heard.findings:
@@ -98,8 +99,8 @@ def show(config: DoctorConfig, findings: list[Finding]) -> None:
     from rich.console import Console
 
     console = Console() if sys.stdout.isatty() else Console(width=160)
-    console.print(table.render(findings))
-    print(f"\n{table.verdict(findings)}")
+    console.print(findings_table.render(findings))
+    print(f"\n{findings_table.verdict(findings)}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""What stages will take, before anything runs: time, CPU and GPU hours, disk and inodes; and what to ask SLURM for.
+"""Estimates of the time, CPU and GPU hours, disk space and inodes of stages, and of the resources to request from
+SLURM.
 
 The amount of work is that of the plan where there is one, else of the input or of the stage before. What a sample costs
 is in ``rates.yaml``, corrected by what earlier runs below ``data_dir`` took.
@@ -15,14 +16,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch import pack
+from launch.quantities import clock, mebibytes, minutes
 from launch.script import Script
 from launch.site import Limits, Room, Site
-from pipeline.config.schema import MAIN_LINE, UPSTREAMS, ConfigError
+from pipeline.config.schema import ConfigError, traits_of
 from pipeline.storage import StorageError
 from pipeline.telemetry.units import duration
 
 if TYPE_CHECKING:
-    from launch.submit import Job
+    from launch.job import Job
     from pipeline.partitions.dataset import Dataset
 
 RATES = Path(__file__).parent / "rates.yaml"
@@ -31,14 +33,16 @@ INODES = 4
 WITHIN = 4.0  # hours that a proposal aims at
 _FULL = 0.85  # of the time that CPUs are busy where a stage runs on several ranks
 _MOST_RUNS = 20  # earlier runs that are looked at
+_REFERRING = ("dedup", "score", "select", "recaption")
+"""Stages whose rows point to samples of their upstream, which later stages read."""
 _NETWORK = ("http_archive", "url_list", "huggingface", "torchvision")
 """Sources that bring samples over a network: how fast is not for CPUs to say, nor how many before it is planned."""
-_WITH_PARTITIONS = (*MAIN_LINE[:-1], *UPSTREAMS)
 
 
 @dataclass(frozen=True)
 class Work:
-    """How much a stage has to do; -1 where that is not known yet. ``bytes``: of its input."""
+    """How much a stage has to do; -1 where that is not known yet. ``bytes``: of its samples, wherever they lie: of rows
+    that point to samples elsewhere, those of what they point to."""
 
     samples: int = -1
     bytes: float = -1.0
@@ -54,7 +58,7 @@ class Estimate:
     """What a stage will take, at the size that is asked for.
 
     Attributes:
-        hours: from its start to its end; None if that cannot be told.
+        hours: from its start to its end; None if that is not known.
         output_bytes, inodes: of what it writes.
         basis: where the numbers come from, or why there are none.
         finished: there is nothing left to do.
@@ -88,11 +92,12 @@ def rates() -> dict[str, Any]:
 def predicted(stage: str, settings: Mapping[str, Any], sample_bytes: float, gpus: bool) -> float | None:
     """Seconds of a CPU, or of a GPU, for one sample by the table; None if it has no such entry."""
     table = rates()
-    if stage == "precompute" and not str(settings.get("vae", "")).startswith("embedded"):
-        operations = sum(
-            table["models"]["vae_tflop_256"] * (edge / 256) ** 2 for edge in settings.get("image_resolutions", ())
-        )
-        operations += table["models"]["text_tflop"] * len(settings.get("text_encoder", ()))
+    texts = settings.get("text_encoder", ())
+    networks = {"precompute": [str(settings.get("vae", ""))], "texts": texts}.get(stage, [])
+    if any(not name.startswith("embedded") for name in networks):
+        edges = settings.get("image_resolutions", ()) if stage == "precompute" else ()
+        operations = sum(table["models"]["vae_tflop_256"] * (edge / 256) ** 2 for edge in edges)
+        operations += table["models"]["text_tflop"] * len(texts)
         return float(operations / table["models"]["tflops_of_a_gpu" if gpus else "tflops_of_a_cpu"])
     entry = table["stages"].get(stage)
     if entry is None or gpus:
@@ -198,28 +203,42 @@ def input_of(dataset: Dataset) -> Work:
     upstream = (plan.get("upstream") or {}).get("path")
     size = -1.0
     if upstream:
-        size = _stored_bytes(Path(upstream))
+        size = _sample_bytes(_opened(upstream))
     if size < 0:
-        sizes = [i.size for index in range(min(dataset.partitions, 50)) for i in dataset.partition(index).inputs]
-        if sizes and min(sizes) >= 0:
-            size = sum(sizes) * dataset.partitions / min(dataset.partitions, 50)
+        size = _input_bytes(dataset)
     return Work(samples, size, dataset.partitions)
 
 
-def _stored_bytes(path: Path) -> float:
-    from pipeline.partitions.dataset import Dataset
+def _input_bytes(dataset: Dataset) -> float:
+    """Bytes of the inputs in its plan; -1 if the plan does not say them."""
+    looked_at = min(dataset.partitions, 50)
+    sizes = [i.size for index in range(looked_at) for i in dataset.partition(index).inputs]
+    return sum(sizes) * dataset.partitions / looked_at if sizes and min(sizes) >= 0 else -1.0
 
-    try:
-        success = Dataset.open(path).success
-    except (ConfigError, StorageError, OSError):
+
+def _sample_bytes(dataset: Dataset | None) -> float:
+    """Bytes of the samples of a finished dataset; -1 if that is not known.
+
+    Where it holds rows that point to its upstream, those of its share of the upstream's samples.
+    """
+    if dataset is None or dataset.success is None:
         return -1.0
-    return float(success["counts"]["bytes"]) if success else -1.0
+    counts = dataset.success["counts"]
+    if dataset.stage in _REFERRING:
+        upstream = _opened((dataset.plans[0].header["upstream"] or {}).get("path"))
+        size = _sample_bytes(upstream)
+        if upstream is None or upstream.success is None or size < 0:
+            return -1.0
+        return float(size * counts["kept"] / max(1, upstream.success["counts"]["kept"]))
+    if dataset.header["format"] == "reference":
+        size = _input_bytes(dataset)
+        return size * counts["kept"] / max(1, counts["in"]) if size >= 0 else -1.0
+    return float(counts["bytes"])
 
 
 def _result_of(dataset: Dataset) -> Work:
     assert dataset.success is not None
-    counts = dataset.success["counts"]
-    return Work(counts["kept"], counts["bytes"], dataset.partitions)
+    return Work(dataset.success["counts"]["kept"], _sample_bytes(dataset), dataset.partitions)
 
 
 def _opened(path: str | Path | None) -> Dataset | None:
@@ -242,8 +261,8 @@ def work_of(job: Job, before: Work | None, walk: bool) -> tuple[Work, str]:
         work = _result_of(upstream)
         return replace(work, partitions=_partitions(job, work)), "its input"
     if before is not None and before.samples >= 0:
-        return replace(before, partitions=_partitions(job, before)), "the stage before, if that keeps all"
-    return Work(), "known when the stage before is planned"
+        return replace(before, partitions=_partitions(job, before)), "the previous stage, if it keeps all samples"
+    return Work(), "known when the previous stage is planned"
 
 
 def _source(job: Job) -> tuple[Work, str]:
@@ -256,7 +275,7 @@ def _source(job: Job) -> tuple[Work, str]:
         return Work(bytes=gigabytes * 1e9 if gigabytes else -1.0), "known when it is planned"
     samples = partitions = 0
     size, known = 0.0, True
-    for partition in get_stage(job.stage)(job.config, local.planner()).plan():
+    for partition in get_stage(job.stage)(job.config, local.planner()).partitions():
         partitions += 1
         samples += max(0, partition.count)
         sizes = [one.size for one in partition.inputs]
@@ -270,29 +289,39 @@ def _partitions(job: Job, work: Work) -> int:
     if job.stage != "shard":
         return work.partitions
     if job.config.partition_size:
-        return ceil(work.samples / job.config.partition_size)
+        found: int = ceil(work.samples / job.config.partition_size)
+        return found
     each = min(max(work.bytes / 32, 32 * 2**20), 256 * 2**20)
     return max(1, ceil(work.bytes / each)) if work.bytes > 0 else -1
 
 
 def output_bytes(job: Job, work: Work) -> float:
-    """Bytes that the stage will write; -1 if that cannot be told."""
+    """Bytes that the stage will write; -1 if that is not known."""
     config, each = job.config, work.sample_bytes
     if work.samples < 0:
         return work.bytes if job.stage == "download" else -1.0
     table = rates()["bytes"]
-    if job.stage == "precompute":
-        latents = sum(_latent_bytes(config, edge) for edge in config.image_resolutions)
+    if job.stage in ("precompute", "texts"):
+        latents = sum(_latent_bytes(config, edge) for edge in getattr(config, "image_resolutions", ()))
         text = table["text_states"] if any(name != "embedded" for name in config.text_encoder) else table["embedded"]
         return work.samples * float(latents + text * len(config.text_encoder))
+    if refers(job):
+        return work.samples * float(table["reference"])
     if work.bytes < 0:
         return -1.0
     if job.stage == "download":
-        refers = config.source == "image_folder" and not config.copy
-        return work.samples * float(table["reference"]) if refers else work.bytes
+        return work.bytes
     if job.stage == "filter" and config.max_image_size:
-        return work.samples * min(each, table["jpeg_per_pixel"] * 1.5 * config.max_image_size**2)
-    return work.samples * float(table["reference"]) if job.stage in ("dedup", "features") else work.bytes
+        found: float = work.samples * min(each, table["jpeg_per_pixel"] * 1.5 * config.max_image_size**2)
+        return found
+    return work.samples * float(table["reference"]) if job.stage == "features" else work.bytes
+
+
+def refers(job: Job) -> bool:
+    """Whether what the stage writes points to samples that lie elsewhere."""
+    if job.stage == "download":
+        return bool(job.config.source == "image_folder" and not job.config.copy)
+    return job.stage in _REFERRING
 
 
 def _latent_bytes(config: Any, edge: int) -> float:
@@ -319,8 +348,9 @@ def estimates(
         for stage in job.parts or (job,):
             dataset = pack.dataset_of(stage)
             estimate = _estimate(stage, made.get(dataset), walk)
-            if stage.stage in _WITH_PARTITIONS:
-                made[dataset] = Work(estimate.work.samples, estimate.output_bytes, estimate.work.partitions)
+            if traits_of(stage.stage).partitioned:
+                size = estimate.work.bytes if estimate.finished or refers(stage) else estimate.output_bytes
+                made[dataset] = Work(estimate.work.samples, size, estimate.work.partitions)
             own.append(estimate if estimate.finished else replace(estimate, **_advice(stage, estimate, site)))
         own[-1].warnings.extend(_check_time(job, own, site))
         found += own
@@ -328,13 +358,14 @@ def estimates(
 
 
 def _estimate(job: Job, before: Work | None, walk: bool) -> Estimate:
-    dataset = _opened(job.output) if job.stage in _WITH_PARTITIONS else None
+    dataset = _opened(job.output) if traits_of(job.stage).partitioned else None
     if dataset is not None and dataset.success is not None:
         done = _result_of(dataset)
-        return Estimate(job.stage, done, 0.0, 0.0, 0.0, done.bytes, 0, "finished", finished=True)
+        stored = float(dataset.success["counts"]["bytes"])
+        return Estimate(job.stage, done, 0.0, 0.0, 0.0, stored, 0, "finished", finished=True)
     if job.stage == "train":
         return _training(job)
-    if job.stage not in _WITH_PARTITIONS:
+    if not traits_of(job.stage).partitioned:
         return Estimate(job.stage, Work(), basis="not estimated")
     work, known = work_of(job, before, walk)
     size = output_bytes(job, work)
@@ -375,13 +406,13 @@ def _training(job: Job) -> Estimate:
     past = history(_place(job), "train")
     config = job.config
     if not past.rank_seconds:
-        return Estimate(job.stage, Work(), basis="no earlier run here to tell; stage=cost says what a recipe takes")
+        return Estimate(job.stage, Work(), basis="no earlier run to estimate from; stage=cost estimates a recipe")
     if config.epochs:
-        return Estimate(job.stage, Work(), basis="epochs= of latents that are not there yet")
+        return Estimate(job.stage, Work(), basis="epochs= over latents that do not exist yet")
     samples = config.steps * config.batch_size
     ranks = _ranks(job, Work())
     total = samples * past.rank_seconds / 3600
-    basis = f"{past.runs} earlier run{'s' * (past.runs > 1)} here, of whatever model"
+    basis = f"{past.runs} earlier run{'s' * (past.runs > 1)} here, of any model"
     return Estimate(
         job.stage, Work(samples), gpu_hours=total if pack.uses_gpus(job) else None, hours=total / ranks, basis=basis
     )
@@ -429,7 +460,7 @@ def _advice(job: Job, estimate: Estimate, site: Site | None) -> dict[str, Any]:
     advice: dict[str, Any] = {"proposal": propose(job, estimate, limits[0] if limits else None)}
     warnings = _check(job, limits, site) if site else []
     asked, parts = _script(job).ranks, estimate.work.partitions
-    if job.stage in _WITH_PARTITIONS and 0 < parts < asked and config.cluster not in ("local", "inline"):
+    if traits_of(job.stage).partitioned and 0 < parts < asked and config.cluster not in ("local", "inline"):
         warnings.append(f"{asked} ranks for {parts} partitions: {asked - parts} of them will have nothing to do")
     return {**advice, "warnings": warnings}
 
@@ -460,24 +491,24 @@ def propose(job: Job, estimate: Estimate, limits: Limits | None) -> dict[str, st
     else:
         return {}
     time = 10 * ceil((hours * 60 * 1.5 + 10) / 10)
-    return proposal | {"time": pack.clock(min(time, limits.most_minutes if limits else time))}
+    return proposal | {"time": clock(min(time, limits.most_minutes if limits else time))}
 
 
 def _check(job: Job, limits: list[Limits], site: Site) -> list[str]:
-    """Where the limits of partition and account will not do for what is asked."""
+    """Where the limits of the partition or the account are too low for the request."""
     config, script = job.request.config, _script(job)
     warnings = []
     known = {limit.partition for limit in site.partitions}
     for name in filter(None, (name.strip() for name in config.partition.split(","))):
         if site.partitions and name not in known:
-            warnings.append(f"partition={name}: there is none of this name; known: {', '.join(sorted(known))}")
-    asked = pack.minutes(config.time)
+            warnings.append(f"partition={name}: no such partition; known: {', '.join(sorted(known))}")
+    asked = minutes(config.time)
     for limit in limits:
         where = f"partition {limit.partition}"
         if not limit.up:
             warnings.append(f"{where} is not up: the job would wait")
         if asked > limit.most_minutes:
-            warnings.append(f"time={config.time}: {where} allows {pack.clock(limit.most_minutes)}")
+            warnings.append(f"time={config.time}: {where} allows {clock(limit.most_minutes)}")
         if script.nodes > min(limit.most_nodes, limit.nodes):
             warnings.append(f"nodes={script.nodes}: {where} allows {min(limit.most_nodes, limit.nodes):g}")
         each = script.tasks_per_node * config.cpus_per_task
@@ -486,11 +517,11 @@ def _check(job: Job, limits: list[Limits], site: Site) -> list[str]:
             warnings.append(f"{said}: nodes of {where} have {limit.cpus} CPUs")
         if pack.gpu_count(script.gpus) > limit.gpus:
             warnings.append(f"gpus_per_node={script.gpus}: nodes of {where} have {limit.gpus} GPUs")
-        if limit.memory and pack.mebibytes(config.mem) > limit.memory:
+        if limit.memory and mebibytes(config.mem) > limit.memory:
             warnings.append(f"mem={config.mem}: nodes of {where} have {limit.memory / 1024:.0f}G")
     for account in site.accounts:
         if config.account in ("", account.name) and asked > account.most_minutes:
-            warnings.append(f"time={config.time}: account {account.name} allows {pack.clock(account.most_minutes)}")
+            warnings.append(f"time={config.time}: account {account.name} allows {clock(account.most_minutes)}")
         if config.account in ("", account.name) and config.array > account.most_submitted:
             warnings.append(f"array={config.array}: account {account.name} allows {account.most_submitted:g} jobs")
     if config.account and site.accounts and config.account not in {account.name for account in site.accounts}:
@@ -504,14 +535,14 @@ def _check_time(job: Job, found: list[Estimate], site: Site | None) -> list[str]
     config = job.request.config
     hours = sum(estimate.hours or 0.0 for estimate in found)
     limits = site.limits(config.partition) if site else []
-    asked = pack.minutes(config.time)
+    asked = minutes(config.time)
     limit = max(asked, 1.0) if asked else min((limit.default_minutes for limit in limits), default=float("inf"))
     if config.cluster in ("local", "inline") or hours * 60 <= limit:
         return []
     times = ceil(hours * 60 / limit) - 1
     what = f"time={config.time}" if asked else "the partition's default time"
     return [
-        f"about {span(hours)} of work, but {what} is {pack.clock(limit)}: the job will be requeued about {times} "
+        f"about {span(hours)} of work, but {what} is {clock(limit)}: the job will be requeued about {times} "
         f"time{'s' * (times > 1)}; more ranks or a longer time= avoid that"
     ]
 

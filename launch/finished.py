@@ -1,4 +1,4 @@
-"""Whether a stage has nothing left to do: ``python -m launch.finished pipeline.stages.<stage> key=value ...``.
+"""Whether a stage is already finished: ``python -m launch.finished pipeline.stages.<stage> key=value ...``.
 
 Exit code 0 if so, else 1. For slurm/pipeline.sh, which then asks for no nodes for it.
 """
@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import sys
 
+from launch.job import Job
 from launch.request import Request
 from launch.slurm import already_done
-from launch.submit import Job, output_of
+from launch.submit import output_of
 from pipeline.config import cli
 from pipeline.config.schema import ConfigError, LaunchConfig
 

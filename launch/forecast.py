@@ -1,4 +1,4 @@
-"""What submit.py says of the jobs to come: estimates and proposals in a dry run, warnings before a submission."""
+"""Output of submit.py about future jobs: estimates and suggestions in a dry run, warnings before a submission."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from launch import site
 from launch.estimate import Estimate, amount, estimates, idle_gpus, span
 
 if TYPE_CHECKING:
-    from launch.submit import Job
+    from launch.job import Job
 
 
 def _place(jobs: Sequence[Job]) -> Path:
@@ -37,7 +37,7 @@ def print_for_slurm(jobs: Sequence[Job], available: bool) -> None:
     if idle := idle_gpus(_stages(jobs), found):
         print(f"pack=all: {idle}")
     for problem in known.problems:
-        print(f"! limits of this site are not known in full: {problem}")
+        print(f"! the limits of this site are not completely known: {problem}")
 
 
 def print_for_here(jobs: Sequence[Job]) -> None:
@@ -73,7 +73,7 @@ def summary(estimate: Estimate) -> str:
     """Size, time, hours, disk, as far as they are known."""
     work = estimate.work
     if estimate.finished:
-        return f"finished: {work.samples:,} samples, {amount(work.bytes)} in {work.partitions:,} partitions"
+        return f"finished: {work.samples:,} samples, {amount(estimate.output_bytes)} in {work.partitions:,} partitions"
     said = [f"{work.samples:,} samples" if work.samples >= 0 else "unknown samples"]
     if work.bytes > 0:
         said[0] += f" ({amount(work.bytes)})"

@@ -6,21 +6,24 @@ import ctypes
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launch.monitor.flight import FLIGHT
+from launch.monitor.flight_report import FLIGHT
 from launch.script import is_single
 from pipeline.distributed import EXIT_STOPPED, Rank
+from pipeline.distributed.environment import free_port
 from pipeline.telemetry.events import last_events
+from pipeline.telemetry.log_rotation import LIMIT
+from pipeline.telemetry.units import duration
 
 if TYPE_CHECKING:
-    from launch.submit import Job
+    from launch.job import Job
 
 _GRACE = 30.0  # seconds that ranks have to stop at a safe boundary before they are killed
 _TICK = 0.2
@@ -62,7 +65,7 @@ def run(job: Job) -> int:
 
 
 def _log_folder(job: Job) -> Path | None:
-    """Where the ranks' output goes, beside the stage's own output; None: to this terminal."""
+    """Where the ranks' output goes, next to the stage's own output; None: to this terminal."""
     if job.output is None:
         return None
     logs = job.output.parent / "logs" / f"{job.output.name}.{time.strftime('%Y%m%d-%H%M%S')}.{os.getpid()}"
@@ -74,9 +77,7 @@ def _log_folder(job: Job) -> Path | None:
 
 
 def _start(job: Job, logs: Path | None) -> list[subprocess.Popen[bytes]]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     cores = len(os.sched_getaffinity(0))
     root = Path(__file__).resolve().parent.parent
     ranks = []
@@ -89,7 +90,7 @@ def _start(job: Job, logs: Path | None) -> list[subprocess.Popen[bytes]]:
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": port,
         }
-        env = {"OMP_NUM_THREADS": str(max(1, cores // job.ranks)), **os.environ}
+        env = {"OMP_NUM_THREADS": str(max(1, cores // job.ranks)), LIMIT: "64", **os.environ}
         env |= {key: str(value) for key, value in world.items()}
         env |= {"TORCH_FR_DUMP_TEMP_FILE": str(logs / FLIGHT), "TORCH_NCCL_DUMP_ON_TIMEOUT": "1"} if logs else {}
         env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
@@ -164,8 +165,22 @@ class _Interrupt:
             signal.signal(number, handler)
 
 
+@dataclass(frozen=True)
+class State:
+    """How far a running job is."""
+
+    done: int
+    total: int
+    """0 if unknown."""
+    unit: str
+    text: str
+    """What else there is to say."""
+    before: int = 0
+    """How many of those done were done by earlier runs."""
+
+
 class Progress:
-    """One line about a running job: rewritten on a terminal, now and then elsewhere."""
+    """Progress of a running job on stderr: a bar on a terminal, a plain line every ten seconds elsewhere."""
 
     def __init__(self, job: Job) -> None:
         self._job = job
@@ -173,43 +188,77 @@ class Progress:
         self._live = sys.stderr.isatty()
         self._next = time.monotonic() + (0.5 if self._live else _PLAIN_EVERY)
         self._shown = ""
+        self._display: Any = None
 
     def show(self) -> None:
         if time.monotonic() < self._next:
             return
         self._next = time.monotonic() + (0.5 if self._live else _PLAIN_EVERY)
-        line = self.line()
-        if line and line != self._shown:
+        if self._live:
+            self._draw()
+        elif (line := self.line()) and line != self._shown:
             self._shown = line
-            print(
-                f"\r\033[K{line}" if self._live else line, end="" if self._live else "\n", file=sys.stderr, flush=True
-            )
+            print(line, file=sys.stderr, flush=True)
+
+    def _draw(self) -> None:
+        state = self.state()
+        if state is None:
+            return
+        if self._display is None:
+            self._display = _bar()
+            self._display.start()
+            self._task = self._display.add_task(self._job.stage, total=None, text="")
+        elapsed = time.time() - self._begin
+        remaining = (state.total - state.done) * elapsed
+        left = f", {duration(remaining / (state.done - state.before))} left" if _can_tell(state) else ""
+        self._display.update(
+            self._task, completed=state.done, total=state.total or None, text=f"{state.text}{left}", refresh=True
+        )
 
     def end(self) -> None:
-        if self._live and self._shown:
-            print("\r\033[K", end="", file=sys.stderr, flush=True)
+        if self._display is not None:
+            self._display.stop()
+            self._display = None
 
     def line(self) -> str:
-        """The state of the job from its events, or of a training run from its log; empty if there is none yet."""
-        if self._job.output is None:
+        """The state of the job in one line; empty if there is none yet."""
+        state = self.state()
+        if state is None:
             return ""
+        count = (
+            f"{state.unit} {state.done}/{state.total or '?'}"
+            if state.unit == "step"
+            else (f"{state.done}/{state.total or '?'} {state.unit}")
+        )
+        return f"{self._job.stage}: {count}{state.text and ', '}{state.text}"
+
+    def state(self) -> State | None:
+        """The state of the job from its events, or of a training run from its log; None if there is none yet."""
+        if self._job.output is None:
+            return None
         if self._job.stage == "train":
             return self._training()
-        events = [event for event in last_events(self._job.output) if event["begin"] >= self._begin - 1]
+        every = list(last_events(self._job.output))
+        events = [event for event in every if event["begin"] >= self._begin]
         if not events:
-            return ""
+            return None
         totals: dict[str, int] = {}
         for event in events:
             for name, value in event["totals"].items():
                 totals[name] = totals.get(name, 0) + value
         total = max((event.get("partitions", 0) for event in events), default=0) or self._partitions()
-        samples = totals.get("in", 0)
-        rate = samples / max(time.time() - min(event["begin"] for event in events), 0.1)
-        bad = f", {totals['failed']} failed" if totals.get("failed") else ""
-        return (
-            f"{self._job.stage}: {totals.get('partitions', 0)}/{total or '?'} partitions, "
-            f"{samples} samples{bad}, {rate:.0f}/s, {totals.get('bytes', 0) / 1e6:.1f} MB"
+        generation = max(event.get("generation", 0) for event in events)
+        before = sum(
+            event["totals"].get("partitions", 0)
+            for event in every
+            if event["begin"] < self._begin and event.get("generation", 0) == generation
         )
+        samples = sum(event.get("done", event["totals"].get("in", 0)) for event in events)
+        rate = samples / max(time.time() - min(event["begin"] for event in events), 0.1)
+        bad = "".join(f", {totals[name]} {name}" for name in ("dropped", "failed") if totals.get(name))
+        resumed = f"{before} of them before, " if before else ""
+        text = f"{resumed}{samples} samples{bad}, {rate:.0f}/s, {totals.get('bytes', 0) / 1e6:.1f} MB"
+        return State(before + totals.get("partitions", 0), total, "partitions", text, before)
 
     def _partitions(self) -> int:
         assert self._job.output is not None
@@ -217,14 +266,37 @@ class Progress:
             return int(json.loads((self._job.output / "plan/plan.json").read_text())["partitions"])
         return 0
 
-    def _training(self) -> str:
+    def _training(self) -> State | None:
         assert self._job.output is not None
         if not (last := last_logged(self._job.output)):
-            return ""
-        loss = f", loss {last['loss']:.4f}" if "loss" in last else ""
+            return None
         newest = max(last_events(self._job.output), key=lambda event: event["time"], default={})
         of = newest.get("of") or self._job.config.steps  # with epochs= only the ranks know
-        return f"train: step {last.get('step', '?')}/{of}{loss}"
+        text = f"loss {last['loss']:.4f}" if "loss" in last else ""
+        return State(int(last.get("step", 0)), int(of or 0), "step", text)
+
+
+def _can_tell(state: State) -> bool:
+    """Whether the time left is known from what was done: a training run may have resumed at any step."""
+    return state.unit != "step" and state.before < state.done < state.total
+
+
+def _bar() -> Any:
+    """A bar of one line that disappears at its end."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.table import Column
+
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=None, table_column=Column(ratio=1, min_width=6)),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[text]}", table_column=Column(no_wrap=True)),
+        console=Console(stderr=True),
+        transient=True,
+        expand=True,
+        auto_refresh=False,
+    )
 
 
 def last_logged(run: Path) -> dict[str, Any]:

@@ -1,28 +1,39 @@
-"""What a command says when it ends: what was made, where, what became of the samples, and what to do next."""
+"""The summary at the end of a command: outputs, counts of samples, reasons of failures, and the next command."""
 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.local import last_logged
+from pipeline.config import cli
 from pipeline.config.schema import public_text
 from pipeline.partitions.dataset import Dataset, Unfinished
 from pipeline.partitions.finalize import common_failures
 from pipeline.storage import StorageError
+from pipeline.telemetry.events import last_events
 from pipeline.telemetry.units import duration
 from pipeline.training.uploads import problem
 
 if TYPE_CHECKING:
-    from launch.submit import Job
+    from rich.console import RenderableType
+    from rich.text import Text
+
+    from launch.job import Job
 
 _NEXT = {
     "download": "filter",
     "filter": "shard",
     "dedup": "shard",
+    "score": "select",
+    "select": "shard",
+    "recaption": "shard",
     "shard": "precompute",
+    "texts": "precompute",
     "precompute": "train",
     "features": "train",
     "generate": "report",
@@ -31,49 +42,141 @@ _NEXT = {
 }
 _AFTER_TRAINING = {"diffuse": "generate", "classify": "evaluate", "caption": "caption"}
 _REASONS = 3
+_LEAST = ("rate", "dropped", "time")
+"""Columns that may be left out where a terminal is too narrow."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """What one stage has made."""
+
+    stage: str
+    output: Path | None = None
+    text: str = ""
+    """What there is to say about a result that is not counted in samples."""
+    counts: Mapping[str, int] = field(default_factory=dict)
+    """Samples: ``in``, ``kept``, ``dropped`` and ``failed``."""
+    dropped: str = ""
+    """The most common reasons for which samples were dropped."""
+    notes: tuple[str, ...] = ()
+
+
+def show(jobs: Sequence[Job], spans: Sequence[tuple[float, float]]) -> None:
+    """Print what was made: a table on a terminal, plain lines elsewhere.
+
+    Args:
+        spans: When each job began and ended, in seconds since the epoch.
+    """
+    if sys.stdout.isatty():
+        from rich.console import Console
+
+        Console(highlight=False).print(table(jobs, spans))
+        for line in _next_line(jobs):
+            print(line)  # not wrapped: it is there to be copied
+    else:
+        print("\n".join(summary(jobs, spans[-1][1] - spans[0][0])))
 
 
 def summary(jobs: Sequence[Job], seconds: float) -> list[str]:
-    """Lines about all that was made, and the command that is mostly next."""
+    """Lines about all that was made, and the command that usually comes next."""
     lines = [f"done in {duration(seconds)}:"]
-    for job in jobs:
-        lines += [f"  {job.stage:<11} {said}" for said in _made(job)]
-    if following := next_command(jobs[-1]):
-        lines.append(f"next: {following}")
-    return lines
+    for made in map(_made, jobs):
+        lines += [f"  {made.stage:<11} {said}" for said in filter(None, [_line(made), *made.notes])]
+    return [*lines, *_next_line(jobs)]
 
 
-def _made(job: Job) -> list[str]:
+def table(jobs: Sequence[Job], spans: Sequence[tuple[float, float]]) -> RenderableType:
+    """The same for a terminal, with the time and the rate of each stage."""
+    from rich.console import Group
+    from rich.text import Text
+
+    from launch.monitor.status_table import FittingTable, number
+
+    rows: list[dict[str, str | Text]] = []
+    notes = []
+    for job, (began, ended) in zip(jobs, spans, strict=True):
+        made = _made(job)
+        failed = made.counts.get("failed", 0)
+        processed = _processed(job.output, began) if made.counts and job.output else 0
+        rows.append(
+            {
+                "stage": made.stage,
+                "kept": str(made.counts.get("kept", "")),
+                "dropped": str(made.counts.get("dropped", "")),
+                "failed": Text(str(failed), "red") if failed else str(made.counts.get("failed", "")),
+                "time": duration(ended - began),
+                "rate": f"{number(processed / max(ended - began, 0.1))}/s" if processed else "",
+                "output": _short(made.output),
+            }
+        )
+        said = [made.text, f"dropped: {made.dropped}" if made.dropped else "", *(note.strip() for note in made.notes)]
+        notes += [f"{made.stage}: {text}" for text in said if text]
+    done = f"done in {duration(spans[-1][1] - spans[0][0])}"
+    return Group(done, FittingTable(rows, _LEAST, folded="output"), *map(Text, notes))
+
+
+def _line(made: Made) -> str:
+    if not made.counts:
+        return ": ".join(filter(None, [str(made.output or ""), made.text]))
+    said = f"{made.output}: {made.counts['kept']} of {made.counts['in']} samples kept"
+    if made.counts["dropped"]:
+        said += f", {made.counts['dropped']} dropped ({made.dropped})"
+    return said + (f", {made.counts['failed']} failed" if made.counts["failed"] else "")
+
+
+def _next_line(jobs: Sequence[Job]) -> list[str]:
+    following = next_command(jobs[-1])
+    return [f"next: {following}"] if following else []
+
+
+def _short(path: Path | None) -> str:
+    """A path as it is reached from here, where it lies below the current folder."""
+    return str(path.relative_to(Path.cwd()) if path and path.is_relative_to(Path.cwd()) else path or "")
+
+
+def _processed(output: Path, began: float) -> int:
+    """Samples that this run went through; what an earlier one had finished is not among them."""
+    return sum(event["totals"].get("in", 0) for event in last_events(output) if event["begin"] >= began)
+
+
+def _made(job: Job) -> Made:
     place = job.output
     if job.stage == "report":
         folder = Path(job.config.data_dir, job.config.dataset)
-        return [f"{Path(job.config.output or folder / 'report.html').absolute()}"]
+        return Made(job.stage, Path(job.config.output or folder / "report.html").absolute())
     if place is None:
-        return []
+        return Made(job.stage)
     if job.stage == "train":
         last = last_logged(place)
         loss = f", loss {last['loss']:.4g}" if isinstance(last.get("loss"), float) else ""
         export = f"; model in {place / 'export'}" if (place / "export").is_dir() else ""
-        return [f"{place}: step {last.get('step', '?')}{loss}{export}", *filter(None, [problem(place)])]
+        text = f"step {last.get('step', '?')}{loss}{export}"
+        return Made(job.stage, place, text, notes=tuple(filter(None, [problem(place)])))
     try:
         dataset = Dataset.open(place)
-        return _of_dataset(dataset, dataset.require_success())
+        made = _of_dataset(job.stage, dataset, dataset.require_success())
+        return replace(made, notes=(*made.notes, *_small_encoders(job)))
     except (Unfinished, StorageError, OSError):
-        return [f"{place}"]
+        return Made(job.stage, place)
 
 
-def _of_dataset(dataset: Dataset, success: dict[str, Any]) -> list[str]:
+def _small_encoders(job: Job) -> Iterator[str]:
+    """A remark where latents come from the encoders that need no download."""
+    names = ("vae", "text_encoder") if job.stage == "precompute" else ()
+    small = [f"{name}={value}" for name in names if str(value := getattr(job.config, name)).startswith("embedded")]
+    if small:
+        yield f"  {' '.join(small)}: small encoders for trying things out; name published ones to train models for use"
+
+
+def _of_dataset(stage: str, dataset: Dataset, success: dict[str, Any]) -> Made:
     counts = success["counts"]
-    said = f"{dataset.root.path}: {counts['kept']} of {counts['in']} samples kept"
-    reasons = success.get("reasons") or {}
-    if counts["dropped"]:
-        said += f", {counts['dropped']} dropped ({_commonest(reasons, 'dropped')})"
-    lines = [said + (f", {counts['failed']} failed" if counts["failed"] else "")]
+    notes = []
     if counts["failed"]:
-        lines.append(f"  failed: {common_failures(dataset)}")
+        notes.append(f"  failed: {common_failures(dataset)}")
         if counts.get("retryable"):
-            lines.append(f"  retry_failed=true tries {counts['retryable']} of them again")
-    return lines
+            notes.append(f"  retry_failed=true tries {counts['retryable']} of them again")
+    dropped = _commonest(success.get("reasons") or {}, "dropped") if counts["dropped"] else ""
+    return Made(stage, Path(dataset.root.path), counts=counts, dropped=dropped, notes=tuple(notes))
 
 
 def _commonest(reasons: dict[str, int], outcome: str) -> str:
@@ -84,9 +187,9 @@ def _commonest(reasons: dict[str, int], outcome: str) -> str:
 
 
 def next_command(job: Job) -> str:
-    """The command that mostly follows; empty if none does, or it cannot be told."""
+    """The command that usually follows; empty if there is none, or if it depends on more than this job."""
     task = getattr(job.config, "task", "diffuse")
-    stage = _AFTER_TRAINING[task] if job.stage == "train" else _NEXT.get(job.stage, "")
+    stage = _AFTER_TRAINING.get(task, "") if job.stage == "train" else _NEXT.get(job.stage, "")
     if not stage:
         return ""
     config = job.config
@@ -95,7 +198,7 @@ def next_command(job: Job) -> str:
             return ""
         place = job.output.parent / stage
         more = ["task=caption"] if job.stage == "features" else []
-        return shlex.join(["python", "-m", f"pipeline.stages.{stage}", f"input={job.output}", f"output={place}", *more])
+        return shlex.join([*cli.program(stage).split(), f"input={job.output}", f"output={place}", *more])
     words = [f"stage={stage}", f"dataset={config.dataset}", f"data_dir={config.data_dir}"]
     if stage != "report":
         words += [
@@ -105,4 +208,4 @@ def next_command(job: Job) -> str:
         words.append(f"name={config.name}")
     if job.stage == "features":
         words.append("task=caption")
-    return public_text(shlex.join(["python", "launch/submit.py", *words]))
+    return public_text(shlex.join([*cli.program("submit").split(), *words]))

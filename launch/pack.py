@@ -1,4 +1,4 @@
-"""pack=true: several stages, or the stages of several data sets, as the steps of one job.
+"""pack=true: several stages, or the stages of several datasets, as the steps of one job.
 
 Each step uses as much of the job as its stage asks for. What the steps share (partition, account, environment, …) must
 be the same for all of them; stages that differ in it go into jobs of their own.
@@ -14,15 +14,15 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launch.quantities import clock, mebibytes, minutes
 from launch.request import Request
-from launch.script import LOCKSTEP, Script
-from pipeline.config.schema import ConfigError, LaunchConfig
+from launch.script import Script
+from pipeline.config.schema import ConfigError, LaunchConfig, traits_of
+from pipeline.registry import stages
 
 if TYPE_CHECKING:
-    from launch.submit import Job
+    from launch.job import Job
 
-GPU_STAGES = ("precompute", "features", "caption", "train", "generate", "evaluate")
-"""Stages that compute on a GPU where there is one."""
 _SIZES = ("nodes", "tasks_per_node", "cpus_per_task", "gpus_per_node", "gpu_type", "gpu_bind", "mem", "time")
 """Keys that may differ between the steps of a job."""
 _NOT_SHARED = ("stage", "cluster", "ranks", "dry_run", "pack", "array", "array_parallelism", *_SIZES)
@@ -44,7 +44,7 @@ def packed(jobs: list[Job], mode: str) -> list[Job]:
     for job in jobs:
         if job.request.config.array:
             raise ConfigError(
-                f"pack={mode}: array={job.request.config.array} cuts stage {job.stage} into independent jobs: "
+                f"pack={mode}: array={job.request.config.array} splits stage {job.stage} into independent jobs: "
                 "choose one of the two"
             )
     if mode == "all":
@@ -54,7 +54,7 @@ def packed(jobs: list[Job], mode: str) -> list[Job]:
 
 
 def _groups(jobs: Iterable[Job]) -> list[list[Job]]:
-    """Neighbours that may share a job; of several data sets, the first of each go together, then the second …"""
+    """Neighbours that may share a job; of several datasets, the first of each go together, then the second …"""
     groups: list[tuple[_Key, list[Job]]] = []
     place, dataset = 0, ""
     for job in jobs:
@@ -70,18 +70,18 @@ def _groups(jobs: Iterable[Job]) -> list[list[Job]]:
 
 
 def dataset_of(job: Job) -> str:
-    """The data set that a job works on; empty where the stage has no such setting."""
+    """The dataset that a job works on; empty where the stage has no such setting."""
     return str(getattr(job.config, "dataset", ""))
 
 
 def share_data(one: Job, two: Job) -> bool:
-    """Whether two stages may work on the same data set."""
+    """Whether two stages may work on the same dataset."""
     return dataset_of(one) == dataset_of(two) or "" in (dataset_of(one), dataset_of(two))
 
 
 def uses_gpus(job: Job) -> bool:
     """Whether the stage asks for GPUs and computes on them."""
-    return job.stage in GPU_STAGES and bool(_script(job).gpus)
+    return traits_of(job.stage).gpus and bool(_script(job).gpus)
 
 
 def _key(job: Job) -> _Key:
@@ -161,48 +161,6 @@ def gpu_count(gpus: Any) -> int:
     return int(number) if number.isdigit() else 1
 
 
-def mebibytes(text: str) -> float:
-    """Memory as SLURM writes it, ``64G`` or ``900`` (MiB); 0 if nothing is said."""
-    units = {"K": 1 / 1024, "M": 1.0, "G": 1024.0, "T": 1024.0**2}
-    number = text.rstrip("BbiKkMmGgTtnc")
-    unit = text[len(number) :][:1].upper()
-    try:
-        return float(number or 0) * units.get(unit, 1.0)
-    except ValueError:
-        return 0.0
-
-
-def minutes(text: str) -> float:
-    """A time limit as SLURM writes it (``90``, ``1:30:00``, ``2-12``, ``UNLIMITED``), in minutes; 0 if empty.
-
-    Raises:
-        ConfigError: it is none.
-    """
-    if not text:
-        return 0.0
-    if text.upper() in ("UNLIMITED", "INFINITE", "-1"):
-        return float("inf")
-    days, dash, clock = text.rpartition("-")
-    try:
-        parts = [int(part) for part in clock.split(":")]
-        whole = int(days) * 1440 if dash else 0
-        if dash or len(parts) == 3:  # hours[:minutes[:seconds]]
-            parts = [*parts, 0, 0][:3]
-            return whole + parts[0] * 60 + parts[1] + parts[2] / 60
-        return float(parts[0] + (parts[1] / 60 if len(parts) > 1 else 0))
-    except ValueError:
-        raise ConfigError(
-            f"time={text}: expected minutes, hours:minutes:seconds or days-hours:minutes:seconds"
-        ) from None
-
-
-def clock(minutes: float) -> str:
-    """Minutes as a time limit of SLURM, rounded up."""
-    whole = max(1, -int(-minutes // 1))
-    days, rest = divmod(whole, 1440)
-    return f"{f'{days}-' if days else ''}{rest // 60:02d}:{rest % 60:02d}:00"
-
-
 def _sum(times: list[str]) -> str:
     """Steps with time limits of their own: the job has as long as all of them; the partition's, if one has none."""
     return clock(sum(map(minutes, times))) if all(times) else ""
@@ -221,8 +179,8 @@ class PackedScript(Script):
         lines: list[str] = []
         for number, step in enumerate(self.steps, 1):
             config = step.request.config
-            command = [f"python -m pipeline.stages.{step.stage}", *map(shlex.quote, step.arguments)]
-            lockstep = step.stage in LOCKSTEP
+            command = [f"python -m {stages.module(step.stage)}", *map(shlex.quote, step.arguments)]
+            lockstep = traits_of(step.stage).lockstep
             lines += [
                 f"# step {number}: {step.stage}",
                 f"step_size {step.nodes} {step.tasks_per_node} {config.cpus_per_task}",

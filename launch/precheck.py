@@ -1,4 +1,4 @@
-"""What is clear on the login node, before a job waits for hours to say it: missing inputs, outputs of other settings.
+"""Checks on the login node before a job is submitted: missing inputs, and outputs made with other settings.
 
 Also what SLURM holds already for the same output, and how that differs from what is asked for now.
 """
@@ -12,16 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config import cli
-from pipeline.config.schema import MAIN_LINE, UPSTREAMS, ConfigError, identity, public_text
+from pipeline.config.schema import ConfigError, identity, public_text, traits_of
 from pipeline.partitions.dataset import Dataset, Unfinished
 from pipeline.partitions.planning import Stale, require_same
 from pipeline.partitions.stage import input_folder
 from pipeline.storage import StorageError
 
 if TYPE_CHECKING:
-    from launch.submit import Job
+    from launch.job import Job
 
-_OF_DATASETS = (*MAIN_LINE[1:-1], *UPSTREAMS)
 _LAUNCH_ONLY = ("run_id", "output", "input", "data_dir")
 
 
@@ -35,17 +34,19 @@ def check(job: Job, coming: Collection[str]) -> None:
         ConfigError: the input is not there or not finished; the output was made with other settings.
     """
     _check_input(job, coming)
-    if job.stage in (*MAIN_LINE[:-1], *UPSTREAMS) and job.output is not None and not job.config.overwrite:
+    if traits_of(job.stage).partitioned and job.output is not None and not job.config.overwrite:
         _check_output(job)
 
 
 def _check_input(job: Job, coming: Collection[str]) -> None:
     source = str(getattr(job.config, "input", "") or "")
-    if not source and job.stage in _OF_DATASETS:
+    traits = traits_of(job.stage)
+    reads_dataset = traits.partitioned and bool(traits.upstream)
+    if not source and reads_dataset:
         try:
             source = str(input_folder(job.config, job.stage))
         except ConfigError:
-            return  # not told apart yet: the stage before may still be waiting
+            return  # not distinguished yet: the stage before may still be waiting
     if not source or "://" in source or any(letter in source for letter in "*?[,"):
         return
     path = Path(source).absolute()
@@ -53,7 +54,7 @@ def _check_input(job: Job, coming: Collection[str]) -> None:
         return
     if not path.exists():
         raise ConfigError(f"input={source}: there is no such file or folder")
-    if job.stage in _OF_DATASETS and (path / "plan").is_dir():
+    if reads_dataset and (path / "plan").is_dir():
         try:
             Dataset.open(path).require_success()
         except Unfinished as error:

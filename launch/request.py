@@ -1,4 +1,4 @@
-"""What a command asks of the place where it runs: keys of LaunchConfig, sbatch's own options, and a site's preset.
+"""The resources that a command requests: options of LaunchConfig, options of sbatch, and a site's preset.
 
 Layers, later ones win: defaults < preset < the preset's section for a stage < command line < ``<stage>.<key>`` there.
 """
@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from launch.quantities import minutes
 from pipeline.config import cli
 from pipeline.config.options import condition_text, without_effect
 from pipeline.config.schema import STAGES, ConfigError, LaunchConfig
@@ -96,7 +97,7 @@ def _require_effect(given: Mapping[str, Any], kind: str, requests: Mapping[str, 
             chosen = [configs[section]] if section else configs.values()
             found = min((without_effect(config, [name]) for config in chosen), key=len)
         for condition in found.values():
-            raise ConfigError(f"{key}={value} has no effect with cluster={kind}: it is for {condition_text(condition)}")
+            raise ConfigError(f"{key}={value} has no effect with cluster={kind}: it needs {condition_text(condition)}")
 
 
 def _is_ours(key: str) -> bool:
@@ -179,7 +180,7 @@ def _with_gpus(layer: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str,
     ways = [name for name in ("gpus_per_node", "gpus") if layer.get(name) not in (None, "", 0, "0")]
     ways += ["gres=gpu"] if gpu else []
     if len(ways) > 1 or len(gpu) > 1:
-        raise ConfigError(f"{' and '.join(ways)} ask for GPUs twice: use gpus_per_node= alone")
+        raise ConfigError(f"{' and '.join(ways)} request GPUs twice: use only gpus_per_node=")
     if not ways:
         return layer
     if gpu:
@@ -201,8 +202,6 @@ def _with_gpus(layer: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str,
 
 def _check(config: LaunchConfig) -> None:
     """Raises ConfigError for what SLURM would refuse late, or could not do at all."""
-    from launch.pack import minutes
-
     for name in ("gpu_type", "gpu_bind"):
         if getattr(config, name) and not config.gpus_per_node:
             raise ConfigError(f"{name}={getattr(config, name)}: there are no GPUs; set gpus_per_node=")

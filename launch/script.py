@@ -1,4 +1,5 @@
-"""The text of a job script: the same shape as those in slurm/, which a person may submit without this launcher."""
+"""The text of a job script. It has the same form as the scripts in slurm/, and can be submitted without this
+launcher."""
 
 from __future__ import annotations
 
@@ -9,21 +10,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from launch.request import Request
-from pipeline.config.schema import ConfigError
+from pipeline.config.schema import ConfigError, traits_of
+from pipeline.registry import stages
 
 HOME = Path(__file__).resolve().parent.parent
 """The checkout."""
-LOCKSTEP = ("train",)
-"""Stages whose ranks wait for each other."""
-_SINGLE = ("generate", "evaluate", "report", "verify", "repair", "gc", "takedown")
-_GPU_SINGLE = ("generate", "evaluate")
 _PLACES = ("data_dir", "input", "output", "checkpoint", "reference", "generated", "valid_input")
 """Settings that name files or folders a container must see."""
 
 
 def is_single(stage: str, arguments: Sequence[str]) -> bool:
-    """Whether a stage is one process whatever is asked for; generate is so unless it has an output of its own."""
-    return stage in _SINGLE and not (stage == "generate" and any(a.startswith("output=") for a in arguments))
+    """Whether a stage is one process whatever number of ranks is asked for."""
+    traits = traits_of(stage)
+    shared = traits.partitioned_with and any(a.startswith(f"{traits.partitioned_with}=") for a in arguments)
+    return traits.single and not shared
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class Script:
         """GPUs of each node, as sbatch takes them; empty if there are none."""
         gpus = self.request.config.gpus_per_node
         if self.single:
-            gpus = min(gpus, 1) if self.stage in _GPU_SINGLE else 0
+            gpus = min(gpus, 1) if traits_of(self.stage).gpus else 0
         return ":".join(filter(None, [self.request.config.gpu_type, str(gpus)])) if gpus else ""
 
     def _array(self) -> str:
@@ -150,7 +150,8 @@ class Script:
         settings |= {"LATENTMILL_VENV": sys.prefix} if _in_venv() else {}
         settings |= {"LOGS": str(self.logs), "LIVES": str(config.lives), "BAD_NODES": str(config.bad_nodes)}
         settings |= {"STAGGER": str(config.stagger)} if config.stagger >= 0 else {}
-        settings |= {"WAIT": "1800"} if self.stage in LOCKSTEP else {}  # one rank may have more to do at the end
+        if traits_of(self.stage).lockstep:
+            settings |= {"WAIT": "1800"}  # one rank may have more to do at the end
         arguments, srun = config.container_args, config.srun_args
         if config.container and config.container_runtime == "pyxis":
             srun = f"--container-image={config.container} {arguments} {srun}".strip()
@@ -179,9 +180,9 @@ class Script:
         return tuple(kept)
 
     def _run(self) -> list[str]:
-        start = "run_together" if self.stage in LOCKSTEP else "run"
+        start = "run_together" if traits_of(self.stage).lockstep else "run"
         words = [shlex.quote(argument) for argument in self.arguments] + (['"${ELEMENT[@]}"'] if self.array else [])
-        return [" \\\n  ".join([f"{start} python -m pipeline.stages.{self.stage}", *words])]
+        return [" \\\n  ".join([f"{start} python -m {stages.module(self.stage)}", *words])]
 
 
 def _in_venv() -> bool:
@@ -189,7 +190,7 @@ def _in_venv() -> bool:
 
 
 def _this_python() -> list[str]:
-    """Lines that make ``python`` the one that runs this; a node without it is told from the others."""
+    """Lines that make ``python`` the interpreter that runs this; a node without it reports that."""
     folder = shlex.quote(str(Path(sys.executable).parent))
     return [
         f"PATH={folder}:$PATH",

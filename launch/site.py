@@ -1,4 +1,4 @@
-"""What a site allows: limits of SLURM's partitions and accounts, room on disk, quotas. Asked for with a time-out."""
+"""Limits of a site: SLURM's partitions and accounts, disk space and quotas. Queries have time-outs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from launch.pack import mebibytes, minutes
+from launch import slurm_commands as slurm
+from launch.quantities import mebibytes, minutes
 from pipeline.config.schema import ConfigError
 
 SECONDS = 10.0  # that a command may take to answer
@@ -75,7 +76,6 @@ class Site:
 
 def look() -> Site:
     """Ask SLURM's controller, and its database if there is one."""
-    from launch import slurm
 
     problems: list[str] = []
 
@@ -156,7 +156,7 @@ def _minutes(text: str) -> float:
 
 
 def room(place: Path) -> list[Room]:
-    """What may be stored below ``place``: by its file system, and by quotas that ``lfs`` or ``quota`` tell of."""
+    """What may be stored below ``place``: by its file system, and by quotas that ``lfs`` or ``quota`` report."""
     there = next((path for path in (place, *place.parents) if path.exists()), Path("/"))
     rooms = []
     try:

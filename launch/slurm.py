@@ -13,45 +13,37 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import submitit
-import xxhash
 from submitit.core.utils import FailedJobError
 
 from launch import forecast, pack, precheck
 from launch.notify import host_of, require_url
-from launch.script import LOCKSTEP, Array, Script
-from pipeline.config.schema import MAIN_LINE, UPSTREAMS, ConfigError, dataset_name, identity, public_text
-from pipeline.distributed.output import forgive
+from launch.script import Array, Script
+from launch.slurm_commands import (
+    SlurmError,
+    ask,
+    comment_for,
+    find,
+    max_array_size,
+    name_for,
+    one_line,
+    outer_job_forgotten,
+    persistently,
+    require_slurm,
+)
+from pipeline.config import cli
+from pipeline.config.schema import ConfigError, dataset_name, identity, public_text, traits_of
+from pipeline.distributed.standard_output import forgive
 
 if TYPE_CHECKING:
-    from launch.submit import Job
+    from launch.job import Job
 
-T = TypeVar("T")
-_PAUSES = (2, 4, 8, 15, 30, 30, 60, 60, 60)  # seconds between tries while the controller does not answer
 _SOON = 60.0  # seconds: a job that could start within them finds room now
-_ENDING = 60.0  # seconds to wait for jobs of the same work that are about to end
-_AWAY = re.compile(
-    "unable to contact slurm controller|socket timed out|connection refused|communication connection failure|"
-    "zero bytes were transmitted|temporarily unable|resource temporarily unavailable|transport endpoint|"
-    "unable to establish control|unexpected message|backup controller",
-    re.IGNORECASE,
-)
-_KEPT = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_JWT")
-
-
-class SlurmError(ConfigError):
-    """SLURM refused, or cannot be reached; the message is its own, on one line."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message)
-        self.passing = bool(_AWAY.search(message))
 
 
 @dataclass
@@ -199,7 +191,7 @@ def _script_text(path: str) -> str:
 
 def only_looks(job: Job) -> bool:
     """Whether the job has nothing to do but to see that its source is as it was."""
-    return job.stage == MAIN_LINE[0] and finished_as_asked(job)
+    return _makes_data(job.stage) and not traits_of(job.stage).upstream and finished_as_asked(job)
 
 
 def _small(script: Script) -> Script:
@@ -225,7 +217,7 @@ def preferred(script: Script) -> tuple[Script, tuple[str, ...]]:
         accepted.append(name)
         start = re.search(r"to start at (\S+)", said)
         if start and time.mktime(time.strptime(start[1], "%Y-%m-%dT%H:%M:%S")) < time.time() + _SOON:
-            return _on(script, name), (*notes, f"partition {name}: the first with room now")
+            return _on(script, name), (*notes, f"partition {name}: the first that can start it now")
     return _on(script, ",".join(accepted or names)), tuple(notes)
 
 
@@ -241,7 +233,7 @@ def rehearse(jobs: list[Job]) -> int:
     for job in jobs:
         for script in scripts_of(job, max_array_size() if available and job.request.config.array else 0):
             print(f"# ==== {job.stage}: {job.output or ''}\n{_public(script)}")
-            good, said = test_only(script) if available else (True, "no SLURM on this machine that could be asked")
+            good, said = test_only(script) if available else (True, "no SLURM on this machine to check this with")
             accepted &= good
             print(f"# ==== {job.stage}: {'' if good else 'refused: '}{said}\n")
     forecast.print_for_slurm(jobs, available)
@@ -262,7 +254,7 @@ def _advise(done: list[Submitted]) -> None:
     if ids:
         logs = sorted({str(script.logs) for entry in done if entry.ids for script in entry.scripts})
         outputs = [str(entry.job.output) for entry in done if entry.ids and entry.job.output]
-        watch = f"python launch/status.py {shlex.quote(os.path.commonpath(outputs))}" if outputs else "squeue --me"
+        watch = f"{cli.program('status')} {shlex.quote(os.path.commonpath(outputs))}" if outputs else "squeue --me"
         print(f"watch: {watch}\nstop:  scancel {' '.join(ids)}\nlogs:  {' '.join(logs)}")
 
 
@@ -278,7 +270,7 @@ def scripts_of(job: Job, max_array: int = 0) -> tuple[Script, ...]:
     single = Script(job.stage, name_of(job), comment_of(job), job.arguments, logs_of(job), job.request)
     if not config.array or single.single:
         return (single,)
-    if job.stage in LOCKSTEP:
+    if traits_of(job.stage).lockstep:
         raise ConfigError(f"array={config.array}: the ranks of stage {job.stage} wait for each other: use nodes=")
     size = min(config.array, max_array or config.array)
     starts = range(0, config.array, size)
@@ -295,11 +287,6 @@ def name_of(job: Job) -> str:
     return name_for(job.stage, str(job.output) if job.output else " ".join(sorted(job.arguments)))
 
 
-def name_for(stage: str, work: str) -> str:
-    """The name of the job that does ``stage`` in the folder ``work``."""
-    return f"{stage}-{xxhash.xxh3_64_hexdigest(f'{stage} {work}')[:10]}"
-
-
 def comment_of(job: Job) -> str:
     """For people who look at squeue, and for launch/status.py: where the job works."""
     if job.parts:
@@ -314,12 +301,8 @@ def place_of(job: Job) -> Path:
     return job.output or root / dataset_name(getattr(config, "dataset", "")) / job.stage
 
 
-def comment_for(output: str | Path) -> str:
-    return str(output).translate({ord(c): "_" for c in "'\"\\ "})
-
-
 def logs_of(job: Job) -> Path:
-    """The folder of the job's scripts and logs, beside its output."""
+    """The folder of the job's scripts and logs, next to its output."""
     if job.parts:
         return (job.output or Path.cwd()) / "logs" / "pack.slurm"
     place = place_of(job)
@@ -343,7 +326,7 @@ def dependency_of(job: Job, before: list[Submitted]) -> dict[str, str]:
 
 
 def _needs(job: Job, other: Job) -> bool:
-    """Whether a job needs what another makes, of the same data set."""
+    """Whether a job needs what another makes, of the same dataset."""
     return any(
         pack.share_data(one, two) and _stage_needs(one.stage, two.stage)
         for one in job.parts or (job,)
@@ -353,9 +336,11 @@ def _needs(job: Job, other: Job) -> bool:
 
 def _stage_needs(stage: str, other: str) -> bool:
     """Drawing and judging need what the main line made; any other stage needs all that come before it."""
-    if stage in ("generate", "evaluate"):
-        return other in (*MAIN_LINE, *UPSTREAMS)
-    return True
+    return not traits_of(stage).reads_run or _makes_data(other) or traits_of(other).lockstep
+
+
+def _makes_data(stage: str) -> bool:
+    return traits_of(stage).partitioned
 
 
 def already_done(job: Job) -> bool:
@@ -369,7 +354,7 @@ def already_done(job: Job) -> bool:
 
     if job.parts:
         return all(map(already_done, job.parts))
-    if job.stage not in (*MAIN_LINE[1:-1], *UPSTREAMS) or not finished_as_asked(job):
+    if not (_makes_data(job.stage) and traits_of(job.stage).upstream) or not finished_as_asked(job):
         return False  # the first stage looks at its source again
     try:
         dataset, upstream = Dataset.open(job.output or ""), Dataset.open(input_folder(job.config, job.stage))
@@ -401,33 +386,6 @@ def finished_as_asked(job: Job) -> bool:
 
 
 # ---- talking to SLURM
-
-
-def require_slurm() -> None:
-    """Raises SlurmError where there is no SLURM."""
-    missing = [name for name in ("sbatch", "squeue", "srun") if shutil.which(name) is None]
-    if missing:
-        raise SlurmError(
-            f"cluster=slurm: no {missing[0]} on this machine: submit from a login node of the cluster, or cluster=local"
-        )
-
-
-@contextlib.contextmanager
-def outer_job_forgotten() -> Iterator[None]:
-    """Context without what a job around this program has set: sbatch and srun would take it for options.
-
-    Outside of a job these variables are the user's own (SBATCH_ACCOUNT, SQUEUE_FORMAT) and stay.
-    """
-    before = dict(os.environ)
-    if "SLURM_JOB_ID" in os.environ:
-        for name in before:
-            if name.startswith(("SLURM_", "SLURMD_", "SBATCH_", "SRUN_", "SALLOC_")) and name not in _KEPT:
-                del os.environ[name]
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
 
 
 class _Executor(submitit.SlurmExecutor):
@@ -470,7 +428,7 @@ def _sbatch(script: Script) -> str:
         with contextlib.redirect_stderr(said):
             return _Executor(script).submit_script()
     except FailedJobError as error:
-        raise SlurmError(_one_line(str(error) or said.getvalue())) from None
+        raise SlurmError(one_line(str(error) or said.getvalue())) from None
     except OSError as error:
         raise ConfigError(f"{script.logs} cannot be written: {error.strerror}") from None
 
@@ -481,56 +439,7 @@ def test_only(script: Script) -> tuple[bool, str]:
         done = subprocess.run(
             ["sbatch", "--test-only"], input=script.text, capture_output=True, text=True, check=False, timeout=120
         )
-    return done.returncode == 0, _one_line(done.stderr + done.stdout)
-
-
-def find(name: str) -> tuple[str, ...]:
-    """Ids of this user's jobs of that name that wait or run. Jobs that are just ending are waited for, up to a minute:
-    they may be about to be queued again."""
-    command = ("squeue", "--noheader", "--me", f"--name={name}", "--format=%F %T")
-    deadline = time.monotonic() + _ENDING
-    while True:
-        lines = persistently(lambda: ask(*command)).splitlines()
-        states = [line.split() for line in lines if line.strip()]
-        if any(state != "COMPLETING" for _, state in states) or not states or time.monotonic() > deadline:
-            return tuple(dict.fromkeys(number for number, state in states if state != "COMPLETING"))
-        print(f"{name}: job {states[0][0]} is about to end: waiting for it", file=sys.stderr, flush=True)
-        time.sleep(2)
-
-
-def max_array_size() -> int:
-    """How many elements SLURM allows in an array."""
-    config = persistently(lambda: ask("scontrol", "show", "config"))
-    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", config, re.MULTILINE)
-    return max(1, int(found[1])) if found else 1000
-
-
-def ask(*command: str, seconds: float = 120) -> str:
-    """What a command of SLURM prints.
-
-    Raises:
-        SlurmError: it failed, or did not answer in time.
-    """
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=seconds)
-    except subprocess.TimeoutExpired:
-        raise SlurmError(f"{command[0]}: socket timed out") from None
-    if done.returncode:
-        raise SlurmError(_one_line(done.stderr or done.stdout) or f"{command[0]} failed with code {done.returncode}")
-    return done.stdout
-
-
-def persistently(do: Callable[[], T]) -> T:
-    """``do()``, again and again for some minutes while SLURM's controller is away."""
-    for pause in _PAUSES:
-        try:
-            return do()
-        except SlurmError as error:
-            if not error.passing:
-                raise
-            print(f"SLURM does not answer ({error}): trying again in {pause} s", file=sys.stderr, flush=True)
-            time.sleep(pause)
-    return do()
+    return done.returncode == 0, one_line(done.stderr + done.stdout)
 
 
 def _public(script: Script) -> str:
@@ -538,10 +447,3 @@ def _public(script: Script) -> str:
     notify = script.request.config.notify
     text = script.text.replace(shlex.quote(notify), f"<a URL at {host_of(notify)}>") if notify else script.text
     return public_text(text)
-
-
-def _one_line(text: str) -> str:
-    """What SLURM said, without the prefixes of its lines and without repetitions."""
-    lines = (re.sub(r"^(sbatch|squeue|scontrol)(: error)?: ", "", line.strip()) for line in text.splitlines())
-    words = "; ".join(dict.fromkeys(line for line in lines if line))
-    return words[:600]

@@ -1,4 +1,4 @@
-"""What is going on: ``python launch/status.py <data_dir | output | run> key=value ...``.
+"""Show progress and problems: ``python launch/status.py <data_dir | output | run> key=value ...``.
 
 python launch/status.py /data                       # a table of all stages and ranks, live on a terminal
 python launch/status.py /data/mine logs=failed      # the end of the logs of the ranks that failed
@@ -26,10 +26,10 @@ from pipeline.config.schema import ConfigError, StatusConfig
 
 
 def main(argv: list[str]) -> int:
-    if cli.wants_help(argv):
-        print(cli.help_text(StatusConfig, "python launch/status.py <folder>"))
-        return 0
     with cli.errors_as_one_line():
+        if cli.wants_help(argv):
+            print(cli.help_text(StatusConfig, f"{cli.program('status')} <folder>"))
+            return 0
         config = read(argv)
         watch = Watch(config.path, past=bool(config.html), only=config.stage)
         show = _logs if config.logs else _json if config.json else _publish if config.html or config.port else _table
@@ -50,7 +50,7 @@ def read(argv: list[str]) -> StatusConfig:
     settings: dict[str, str] = cli.parse(argv[len(bare) :])
     if bare:
         if "path" in settings:
-            raise ConfigError("path is given twice")
+            raise ConfigError("path is given more than once")
         settings["path"] = bare[0]
     return cli.build_given(StatusConfig, {}, settings)
 
@@ -72,7 +72,7 @@ def _table(config: StatusConfig, watch: Watch) -> None:
     from rich.console import Console
     from rich.live import Live
 
-    from launch.monitor.table import render
+    from launch.monitor.status_table import render
 
     console = Console() if sys.stdout.isatty() else Console(width=180)
     if not _follows(config, console.is_terminal):
@@ -126,7 +126,7 @@ def _write_page(config: StatusConfig, watch: Watch, snapshot: Snapshot, every: f
 
 
 def _logs(config: StatusConfig, watch: Watch) -> None:
-    from launch.monitor.logs import choose, collectives, show
+    from launch.monitor.rank_logs import choose, collectives, show
 
     snapshot = watch.look()
     if config.logs in ("failed", "job") and (lines := collectives(snapshot)):

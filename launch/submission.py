@@ -1,4 +1,4 @@
-"""A command that runs several stages here leaves a note for status.py, which then waits between two of them."""
+"""A note for status.py about a command that runs several stages, so that it keeps watching between two of them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _NAME = "submission."
 
 
 class Submission:
-    """Context: while it lasts, a file in ``logs/`` beside the first output says which stage runs, of how many.
+    """Context: while it lasts, a file in ``logs/`` next to the first output says which stage runs, of how many.
 
     Args:
         first: Output of the first stage that has one; None: there is nothing to look at.

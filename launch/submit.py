@@ -1,4 +1,4 @@
-"""From one command to running ranks: ``python launch/submit.py stage=<stage[,stage...]|all> key=value ...``.
+"""Run stages or submit them to SLURM: ``python launch/submit.py stage=<stage[,stage...]|all> key=value ...``.
 
 Keys of the stages are given as in ``python -m pipeline.stages.<stage>``; a key counts for every stage that has it, a
 qualified one (``train.batch_size=64``) for that stage alone. A stage starts when the one before has finished.
@@ -13,7 +13,7 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -26,15 +26,16 @@ if __name__ == "__main__":
     ensure(sys.path[0])
 
 from launch import local, notify
-from launch.outcome import summary
+from launch.job import Job as Job
+from launch.outcome import show
 from launch.request import PRESETS, Launch, Request, read
 from launch.script import is_single
 from launch.submission import Submission
 from pipeline.config import cli
 from pipeline.config.schema import (
+    CURATION,
     MAIN_LINE,
     STAGES,
-    UPSTREAMS,
     ConfigError,
     LaunchConfig,
     RunConfig,
@@ -42,29 +43,13 @@ from pipeline.config.schema import (
     public_text,
     run_folder,
     stage_folder,
+    traits_of,
 )
 from pipeline.distributed import EXIT_STOPPED
+from pipeline.registry import stages
+from pipeline.stores import is_url
 
 ALL = (*MAIN_LINE, "generate", "evaluate", "report")
-
-
-@dataclass(frozen=True)
-class Job:
-    """One stage, ready to start: its config and the arguments that give it."""
-
-    stage: str
-    config: Any
-    arguments: tuple[str, ...]
-    ranks: int
-    output: Path | None
-    request: Request
-    """What it asks of SLURM."""
-    parts: tuple[Job, ...] = ()
-    """The stages of a packed job (pack=true), in order; see launch/pack.py."""
-
-    @property
-    def command(self) -> list[str]:
-        return [sys.executable, "-m", f"pipeline.stages.{self.stage}", *self.arguments]
 
 
 def jobs_of(launch: LaunchConfig, settings: dict[str, str], requests: Mapping[str, Request] | None = None) -> list[Job]:
@@ -73,10 +58,14 @@ def jobs_of(launch: LaunchConfig, settings: dict[str, str], requests: Mapping[st
     Raises:
         ConfigError: an unknown stage or key, a missing or wrong value.
     """
-    names = list(ALL) if launch.stage == "all" else launch.stage.split(",")
+    names = whole_line(settings) if launch.stage == "all" else launch.stage.split(",")
     for name in names:
         if name not in STAGES:
             raise ConfigError(f"stage={launch.stage}: no stage {name!r}; {cli.nearest(name, [*STAGES, 'all'])}")
+    for key, value in settings.items():
+        stage = key.rpartition(".")[0]
+        if stage in STAGES and stage not in names:
+            raise ConfigError(f"{key}={value} has no effect: stage {stage} is not run (stage={launch.stage})")
     if len(names) > 1 and settings.get("output"):
         raise ConfigError("output= is for a single stage; give data_dir= for several")
     if {"download", "filter"} <= set(names) and _own(settings, "filter", names).get("fuse") == "true":
@@ -85,14 +74,14 @@ def jobs_of(launch: LaunchConfig, settings: dict[str, str], requests: Mapping[st
     jobs: list[Job] = []
     unused = _Unused(settings)
     for number, (name, own) in enumerate(_steps(names, settings)):
-        keys = {f.name for f in fields(STAGES[name])}
+        keys = {f.name for f in fields(cli.options_of(name, own))}
         runs = [job for job in jobs if job.stage == "train"]
         before = [job for job in jobs if job.stage != "train"]  # all phases of a recipe learn from the same latents
         if "input" in keys and number and (before or name != "train"):
             own.pop("input", None)
-            if name in (*MAIN_LINE, *UPSTREAMS) and before and before[-1].output:
-                own["input"] = str(before[-1].output)
-        if name in ("generate", "evaluate") and runs and runs[-1].config.name and not own.get("checkpoint"):
+            if (source := _source(name, before)) is not None:
+                own["input"] = str(source)
+        if traits_of(name).reads_run and runs and runs[-1].config.name and not own.get("checkpoint"):
             own.setdefault("name", runs[-1].config.name)
         unused.drop_from(own, name)
         if "run_id" in keys:
@@ -100,7 +89,7 @@ def jobs_of(launch: LaunchConfig, settings: dict[str, str], requests: Mapping[st
         arguments = tuple(f"{key}={value}" for key, value in own.items())
         config = cli.load(name, arguments)
         if launch.stage == "all" and name == "evaluate" and not config.metric:
-            continue  # nothing that this data set could be judged by
+            continue  # nothing that this dataset could be judged by
         ranks = 1 if is_single(name, arguments) else launch.ranks
         request = (requests or {}).get(name, Request(launch))
         jobs.append(Job(name, config, arguments, ranks, output_of(name, config), request))
@@ -108,15 +97,31 @@ def jobs_of(launch: LaunchConfig, settings: dict[str, str], requests: Mapping[st
     return jobs
 
 
+def whole_line(settings: Mapping[str, str]) -> list[str]:
+    """The stages of ``stage=all``: those of curation are among them where something asks for them."""
+    curation = [stage for stage in CURATION if cli.asked_for(stage, dict(settings), ALL)]
+    after = ALL.index("filter") + 1
+    return [*ALL[:after], *curation, *ALL[after:]]
+
+
+def _source(stage: str, before: list[Job]) -> Path | None:
+    """What ``stage`` reads of what the stages ``before`` it write: the newest that it reads by default, else the newest
+    that holds images; None if it reads no other stage's output."""
+    upstream = traits_of(stage).upstream
+    usual = [job for job in before if job.stage in upstream]
+    others = [job for job in before if job.stage != "score"]
+    return (usual or others)[-1].output if upstream and (usual or others) else None
+
+
 def per_dataset(settings: dict[str, str]) -> list[dict[str, str]]:
-    """The settings of each data set of ``dataset=a,b``."""
+    """The settings of each dataset of ``dataset=a,b``."""
     names = [name.strip() for name in settings.get("dataset", "").strip("[]").split(",") if name.strip()]
     if len(names) < 2:
         return [settings]
     if settings.get("input") or settings.get("output"):
-        raise ConfigError("input= and output= are for one data set; give data_dir= for several")
+        raise ConfigError("input= and output= are for one dataset; give data_dir= for several")
     if len(set(names)) < len(names):
-        raise ConfigError(f"dataset={settings['dataset']}: a data set is named twice")
+        raise ConfigError(f"dataset={settings['dataset']}: a dataset is named twice")
     return [{**settings, "dataset": name} for name in names]
 
 
@@ -157,20 +162,32 @@ def _steps(names: list[str], settings: dict[str, str]) -> Iterator[tuple[str, di
             yield name, own
 
 
-def _own(settings: dict[str, str], stage: str, stages: list[str]) -> dict[str, str]:
-    """Of all settings those that ``stage`` takes; a key that none of ``stages`` takes is an error."""
-    known = {f.name for name in stages for f in fields(STAGES[name])}
+def _own(settings: dict[str, str], stage: str, chosen: list[str]) -> dict[str, str]:
+    """Of all settings those that ``stage`` takes; a key that none of ``chosen`` takes is an error."""
+    known = {f.name for name in chosen for f in fields(cli.options_of(name, settings))}
     for key in settings:
         if "." not in key and key not in known:
+            others = [name for name in STAGES if key in {f.name for f in fields(cli.options_of(name, settings))}]
+            if others:
+                raise ConfigError(f"{key!r} is a setting of {', '.join(others)}, not of {', '.join(chosen)}")
             hint = cli.nearest(key, known | {f.name for f in fields(LaunchConfig)})
-            raise ConfigError(f"unknown key {key!r} for stage {', '.join(stages)}; {hint}")
+            raise ConfigError(f"unknown key {key!r} for stage {', '.join(chosen)}; {hint}")
     return {key: str(value) for key, value in cli.select(settings, stage, "").items()}
 
 
 def output_of(stage: str, config: Any) -> Path | None:
-    """Where the stage writes; None if it is a tool that has no place of its own."""
+    """Where the stage writes; None if it is a tool that has no place of its own.
+
+    Raises:
+        ConfigError: in an object store, next to which there is no place for logs.
+    """
     if not isinstance(config, RunConfig):
         return None
+    if is_url(config.output):
+        raise ConfigError(
+            f"output={config.output}: jobs keep their logs next to their output: run {cli.program(stage)} "
+            "under srun or torchrun to write to an object store, or choose a local output= and stage=publish"
+        )
     if config.output:
         return Path(config.output).absolute()
     if stage in ("train", "generate", "evaluate"):
@@ -179,17 +196,17 @@ def output_of(stage: str, config: Any) -> Path | None:
 
 
 def describe(job: Job) -> str:
-    """What a dry run says of a job: its size, as far as it can be told now, and its command."""
+    """What a dry run says of a job: its size, as far as it is known now, and its command."""
     ranks = f"{job.ranks} rank{'s' * (job.ranks > 1)}"
     return f"{job.stage}: {size_of(job)}; {ranks}; {job.output or ''}\n    {public_text(' '.join(job.command))}"
 
 
 def size_of(job: Job) -> str:
-    """How much there is to do, as far as it can be told now."""
+    """How much there is to do, as far as it is known now."""
     from pipeline.partitions.dataset import Dataset, Unfinished
     from pipeline.stages import get_stage
 
-    if job.stage not in (*MAIN_LINE[:-1], *UPSTREAMS):
+    if not traits_of(job.stage).partitioned:
         return "one process" if is_single(job.stage, job.arguments) else "one run"
     try:
         dataset = Dataset.open(job.output or "")
@@ -198,11 +215,11 @@ def size_of(job: Job) -> str:
         pass
     try:
         partitions = samples = 0
-        for partition in get_stage(job.stage)(job.config, local.planner()).plan():
+        for partition in get_stage(job.stage)(job.config, local.planner()).partitions():
             partitions, samples = partitions + 1, samples + max(partition.count, 0)
         return f"{partitions} partitions, {samples or 'unknown'} samples"
     except Unfinished:
-        return "size known when the stage before has finished"
+        return "size known when the previous stage has finished"
 
 
 def main(argv: list[str]) -> int:
@@ -212,10 +229,13 @@ def main(argv: list[str]) -> int:
 
 def _run(argv: list[str]) -> int:
     if cli.wants_help(argv):
-        print(cli.help_text(LaunchConfig, "python launch/submit.py stage=<stage>"))
-        print(f"\nstages: {', '.join(STAGES)}; all is {','.join(ALL)}")
+        print(cli.help_text(LaunchConfig, f"{cli.program('submit')} stage=<stage>"))
+        print(
+            f"\nstages: {', '.join(STAGES)}; all means {','.join(ALL)}, and, if there is a "
+            f"setting for them, {', '.join(CURATION)} after filter"
+        )
         print(f"presets: {', '.join(sorted(path.stem for path in PRESETS.glob('*.yaml')))}")
-        print("keys of a stage: python -m pipeline.stages.<stage> --help")
+        print(f"keys of a stage, such as filter: {cli.program('filter')} --help")
         return 0
     launch = read(argv)
     jobs = [job for own in per_dataset(launch.settings) for job in jobs_of(launch.config, own, launch.requests)]
@@ -251,11 +271,12 @@ def run_here(jobs: list[Job], launch: Launch) -> int:
     """Run the jobs on this machine, one after the other; the first exit code that is not 0."""
     for url in {job.request.config.notify for job in jobs} - {""}:
         notify.require_url(url)
-    begin = time.monotonic()
+    spans = []
     with Submission(next((job.output for job in jobs if job.output), None), [job.stage for job in jobs]) as submission:
         for number, job in enumerate(jobs, 1):
             submission.at(number)
-            print(f"[{number}/{len(jobs)}] {job.stage}: {job.output or ''}", flush=True)
+            begin = time.time()
+            print(f"[{number}/{len(jobs)}] {': '.join(filter(None, (job.stage, str(job.output or ''))))}", flush=True)
             try:
                 code = inline(job) if launch.kind == "inline" else local.run(job)
             except ConfigError as error:
@@ -264,7 +285,8 @@ def run_here(jobs: list[Job], launch: Launch) -> int:
             _tell(job, code)
             if code:
                 return code
-    print("\n".join(summary(jobs, time.monotonic() - begin)))
+            spans.append((begin, time.time()))
+    show(jobs, spans)
     return 0
 
 
@@ -283,7 +305,7 @@ def _tell(job: Job, code: int, why: str = "") -> None:
 def inline(job: Job) -> int:
     """Run the job in this process, as one rank."""
     try:
-        code = import_module(f"pipeline.stages.{job.stage}").main(job.config)
+        code = import_module(stages.module(job.stage)).main(job.config)
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 1
     return int(code or 0)

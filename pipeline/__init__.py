@@ -6,6 +6,8 @@ import sys
 from pipeline.config.interpreter import ensure
 from pipeline.config.startup import report_missing_modules
 
+__version__ = "0.1.0"
+
 if sys.argv[:1] == ["-m"]:  # python -m pipeline.stages.filter
     ensure(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 report_missing_modules()

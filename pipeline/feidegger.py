@@ -1,4 +1,4 @@
-"""FEIDEGGER as ``python -m pipeline.stages.feidegger`` leaves it, for training."""
+"""The FEIDEGGER dataset, as written by ``python -m pipeline.stages.feidegger``, for training."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import h5py
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -19,16 +20,16 @@ from pipeline.samples import Row
 
 
 class FeideggerMambaDataset(Dataset[dict[str, Tensor]]):
-    """Captions of a split, each with its picture.
+    """The captions of a split, each with its image.
 
-    The file is opened anew in each worker process of a DataLoader.
+    The file is opened again in each worker process of a DataLoader.
 
     Args:
-        path: feidegger_mamba_dataset.h5, or the folder it lies in.
+        path: feidegger_mamba_dataset.h5, or its folder.
         split: train, val or test.
 
     Raises:
-        ConfigError: no such file or split.
+        ConfigError: There is no such file or split.
     """
 
     def __init__(self, path: str | Path, split: str) -> None:
@@ -41,8 +42,8 @@ class FeideggerMambaDataset(Dataset[dict[str, Tensor]]):
         with h5py.File(self.path, "r") as file:
             if split not in file["splits"]:
                 raise ConfigError(f"split={split}: {self.path} has {', '.join(file['splits'])}")
-            self.captions: np.ndarray = file["splits"][split][:]
-            self.image_index: np.ndarray = file["image_index"][:]
+            self.captions: npt.NDArray[Any] = file["splits"][split][:]
+            self.image_index: npt.NDArray[Any] = file["image_index"][:]
             self.tokenizer = Tokenizer.from_json(json.loads(file.attrs["tokenizer"]))
             self.max_length = int(file.attrs["max_length"])
 
@@ -61,16 +62,16 @@ class FeideggerMambaDataset(Dataset[dict[str, Tensor]]):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         """``image`` float32 (3, h, w) in [0, 1], ``input_ids`` and ``attention_mask`` int64 (max_length,)."""
         caption = int(self.captions[index])
-        picture = torch.from_numpy(self.file["images"][int(self.image_index[caption])])
+        image = torch.from_numpy(self.file["images"][int(self.image_index[caption])])
         return {
-            "image": picture.permute(2, 0, 1).float() / 255,
+            "image": image.permute(2, 0, 1).float() / 255,
             "input_ids": torch.from_numpy(self.file["input_ids"][caption].astype(np.int64)),
             "attention_mask": torch.from_numpy(self.file["attention_mask"][caption].astype(np.int64)),
         }
 
 
 class Pictures:
-    """The same split by picture, each with all of its captions, as rows for task=caption."""
+    """The images of a split, each with all of its captions, as rows for task=caption."""
 
     def __init__(self, path: str | Path, split: str) -> None:
         self.data = FeideggerMambaDataset(path, split)

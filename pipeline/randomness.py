@@ -9,9 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
+import numpy.typing as npt
 
 Part = int | str
 _ROUNDS = 6
@@ -39,13 +40,13 @@ def generator(seed: int, *parts: Part) -> np.random.Generator:
     return np.random.Generator(_philox(seed, parts))
 
 
-def uniforms(count: int, seed: int, *parts: Part) -> np.ndarray:
+def uniforms(count: int, seed: int, *parts: Part) -> npt.NDArray[Any]:
     """``count`` float64 in [0, 1) from the raw bits, so that no change of numpy's distributions can change them."""
     raw = np.asarray(_philox(seed, parts).random_raw(count), dtype=np.uint64)
     return (raw >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-def normals(shape: tuple[int, ...], seed: int, *parts: Part) -> np.ndarray:
+def normals(shape: tuple[int, ...], seed: int, *parts: Part) -> npt.NDArray[Any]:
     """Standard normal float32 of ``shape``."""
     return generator(seed, *parts).standard_normal(shape, dtype=np.float32)
 
@@ -78,9 +79,9 @@ class Permutation:
     @overload
     def __getitem__(self, index: int) -> int: ...
     @overload
-    def __getitem__(self, index: np.ndarray) -> np.ndarray: ...
+    def __getitem__(self, index: npt.NDArray[Any]) -> npt.NDArray[Any]: ...
 
-    def __getitem__(self, index: int | np.ndarray) -> int | np.ndarray:
+    def __getitem__(self, index: int | npt.NDArray[Any]) -> int | npt.NDArray[Any]:
         """Where ``index`` goes: an int for an int, int64 of the same shape for an integer array.
 
         Raises:
@@ -103,20 +104,21 @@ class Permutation:
         for start in range(0, self._n, block):
             yield from self[np.arange(start, min(start + block, self._n))].tolist()
 
-    def _network(self, values: np.ndarray) -> np.ndarray:
+    def _network(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """One pass of the Feistel network over uint64 ``values``; a bijection of [0, 2^(left + right))."""
         left_mask, right_mask = ((np.uint64(1) << width) - np.uint64(1) for width in (self._left, self._right))
         left, right = values >> self._right, values & right_mask
         for number, key in enumerate(self._keys):
             if number % 2:
-                right = right ^ (_mix(left ^ key) & right_mask)
+                right = right ^ (mix(left ^ key) & right_mask)
             else:
-                left = left ^ (_mix(right ^ key) & left_mask)
+                left = left ^ (mix(right ^ key) & left_mask)
         return (left << self._right) | right
 
 
-def _mix(values: np.ndarray) -> np.ndarray:
+def mix(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Spread every bit of uint64 ``values`` over all bits (the finaliser of splitmix64)."""
     values = (values ^ (values >> np.uint64(30))) * _MIX[0]
     values = (values ^ (values >> np.uint64(27))) * _MIX[1]
-    return values ^ (values >> np.uint64(31))
+    found: npt.NDArray[Any] = values ^ (values >> np.uint64(31))
+    return found

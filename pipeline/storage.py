@@ -3,7 +3,7 @@
 Everything goes through a :class:`Folder`, an *open* directory. A process that was left behind (its output was moved
 aside while it slept) still holds the old directory and writes there: it cannot reach what has taken its place.
 
-Every operation passes :func:`_do`, where tests interpose: they kill, pause, or answer as a stale or full disk would.
+Every operation passes :func:`interposed`, where tests kill, pause, or answer as a stale or full disk would.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ T = TypeVar("T")
 BLOCK = 4 << 20  # bytes per block hash
 _BUFFER = 1 << 20
 _PIECES = 512  # that one call writes; systems take 1,024
-_AHEAD = 4 << 20  # bytes after which the system is told to bring them to the disk
+_AHEAD = 4 << 20  # bytes after which writing back to the disk is started
 _DIGEST = re.compile(rb'\n "digest": "[0-9a-f]{32}"(,?)')  # of the outermost object: inner ones are indented further
 GONE = (errno.ENOENT, errno.ESTALE)
 TAKEN = (errno.ENOTEMPTY, errno.EEXIST)
 TRASH = ".trash."
 
-# Called as interpose(operation, path, do) in place of do(); set by tests alone.
+# Called as interpose(operation, path, do) instead of do(); set by tests alone.
 interpose: Callable[[str, str, Callable[[], Any]], Any] | None = None
 
 
@@ -41,12 +41,15 @@ class StorageError(RuntimeError):
     """The file system cannot hold what we promise, or holds something that we did not put there."""
 
 
-def _do(operation: str, path: str, do: Callable[[], T]) -> T:
+def interposed(operation: str, path: str, do: Callable[[], T]) -> T:
     return do() if interpose is None else interpose(operation, path, do)
 
 
 class Folder:
     """An open directory; names are relative to it. ``path`` is where it was when opened, for messages."""
+
+    links = False
+    """Whether what was committed names the attempt whose folder holds it, instead of a rename."""
 
     def __init__(self, fd: int, path: Path) -> None:
         self.fd = fd
@@ -61,7 +64,7 @@ class Folder:
         """
         path = Path(path).absolute()
         if create:
-            _do("makedirs", str(path), lambda: os.makedirs(path, exist_ok=True))
+            interposed("makedirs", str(path), lambda: os.makedirs(path, exist_ok=True))
         return cls(os.open(path, os.O_RDONLY | os.O_DIRECTORY), path)
 
     def close(self, _close: Callable[[int], None] = os.close) -> None:  # the module may be gone before its last object
@@ -89,7 +92,7 @@ class Folder:
         """Whether ``path`` still leads here: nobody has moved or removed this folder."""
         here = os.fstat(self.fd)
         try:
-            there = _do("stat", str(self.path), lambda: os.stat(self.path))
+            there = interposed("stat", str(self.path), lambda: os.stat(self.path))
         except OSError as error:
             if error.errno in (*GONE, errno.ENOTDIR):
                 return False
@@ -100,11 +103,11 @@ class Folder:
         """Open the folder ``name`` in this one."""
         path = self.path / name
         flags = os.O_RDONLY | os.O_DIRECTORY
-        return Folder(_do("open", str(path), lambda: os.open(name, flags, dir_fd=self.fd)), path)
+        return Folder(interposed("open", str(path), lambda: os.open(name, flags, dir_fd=self.fd)), path)
 
     def listdir(self) -> list[str]:
         """Names in this folder, sorted."""
-        return sorted(_do("listdir", str(self.path), lambda: os.listdir(self.fd)))
+        return sorted(interposed("listdir", str(self.path), lambda: os.listdir(self.fd)))
 
     def exists(self, name: str) -> bool:
         try:
@@ -116,11 +119,13 @@ class Folder:
         return True
 
     def stat(self, name: str) -> os.stat_result:
-        return _do("stat", str(self.path / name), lambda: os.stat(name, dir_fd=self.fd))
+        return interposed("stat", str(self.path / name), lambda: os.stat(name, dir_fd=self.fd))
 
     def open_file(self, name: str) -> int:
         """A descriptor of the file ``name``, for reading; the caller closes it."""
-        return _do("read", str(self.path / name), lambda: os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=self.fd))
+        return interposed(
+            "read", str(self.path / name), lambda: os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=self.fd)
+        )
 
     def read(self, name: str) -> bytes:
         with os.fdopen(self.open_file(name), "rb") as file:
@@ -167,7 +172,7 @@ class Folder:
 
     def mkdir(self, name: str, *, exist_ok: bool = False) -> None:
         try:
-            _do("mkdir", str(self.path / name), lambda: os.mkdir(name, dir_fd=self.fd))
+            interposed("mkdir", str(self.path / name), lambda: os.mkdir(name, dir_fd=self.fd))
         except FileExistsError:
             if not exist_ok:
                 raise
@@ -176,7 +181,7 @@ class Folder:
         """A new file, written once from start to end; hashed while it is written, on disk when closed."""
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         path = str(self.path / name)
-        return HashedFile(_do("create", path, lambda: os.open(name, flags, 0o666, dir_fd=self.fd)), name, path)
+        return HashedFile(interposed("create", path, lambda: os.open(name, flags, 0o666, dir_fd=self.fd)), name, path)
 
     def write_new(self, name: str, data: bytes) -> None:
         """A new small file that need not survive a power cut; FileExistsError if the name is taken."""
@@ -198,7 +203,7 @@ class Folder:
             finally:
                 os.close(fd)
 
-        _do("write_small", str(self.path / name), do)
+        interposed("write_small", str(self.path / name), do)
 
     def write_atomic(self, name: str, data: bytes) -> None:
         """Replace the file ``name`` by ``data``: readers see the old or the new bytes, nothing between."""
@@ -231,14 +236,14 @@ class Folder:
         self.write_atomic(name, json_bytes(value))
 
     def rename(self, name: str, new_name: str) -> None:
-        _do(
+        interposed(
             "rename",
             str(self.path / new_name),
             lambda: os.rename(name, new_name, src_dir_fd=self.fd, dst_dir_fd=self.fd),
         )
 
     def replace(self, name: str, new_name: str, expected: str) -> None:
-        """Let the file ``name``, with the digest ``expected``, be ``new_name``, in place of what had that name.
+        """Let the file ``name``, with the digest ``expected``, be ``new_name``, instead of what had that name.
 
         A rename that succeeded can still report ENOENT after an NFS retransmission: then the content tells.
         """
@@ -250,14 +255,50 @@ class Folder:
 
     def unlink(self, name: str, *, missing_ok: bool = False) -> None:
         try:
-            _do("unlink", str(self.path / name), lambda: os.unlink(name, dir_fd=self.fd))
+            interposed("unlink", str(self.path / name), lambda: os.unlink(name, dir_fd=self.fd))
         except OSError as error:
             if not (missing_ok and error.errno in GONE):
                 raise
 
     def sync(self) -> None:
         """Bring the names in this folder to the disk."""
-        _do("fsync", str(self.path), lambda: os.fsync(self.fd))
+        interposed("fsync", str(self.path), lambda: os.fsync(self.fd))
+
+    def commit(self, attempt: str, final: str, proof: str) -> bool:
+        """See :func:`commit`: here, one rename. One that succeeded can still report ENOENT after an NFS retransmission,
+        and then the proof tells."""
+        try:
+            with self.folder(attempt) as folder:
+                mine = folder.read(proof)
+                folder.sync()
+        except OSError as error:
+            if error.errno not in GONE:
+                raise
+            return False
+        try:
+            self.rename(attempt, final)
+        except OSError as error:
+            if error.errno not in (*TAKEN, *GONE):
+                raise
+            try:
+                with self.folder(final) as winner:
+                    won = winner.read(proof) == mine
+            except OSError as look:
+                if look.errno not in GONE:
+                    raise
+                won = False
+            if not won:
+                return False
+        self.sync()
+        return True
+
+    def place(self, name: str) -> str:
+        """Where the files of the folder ``name`` lie, as a path below this one."""
+        return name
+
+    def probe(self) -> None:
+        """See :func:`probe`."""
+        _probe(self)
 
     def trash(self, name: str) -> bool:
         """Move ``name`` aside under a name that counts for nothing, then delete it. False: it was gone already."""
@@ -281,7 +322,7 @@ class Folder:
                 os.unlink(name, dir_fd=self.fd)
 
         try:
-            _do("delete", str(self.path / name), do)
+            interposed("delete", str(self.path / name), do)
         except OSError as error:
             if error.errno not in GONE:
                 raise
@@ -332,7 +373,7 @@ class HashedFile:
 
     def flush(self) -> None:
         if self._pieces:
-            _do("write", self.path, self._write)
+            interposed("write", self.path, self._write)
             self._pieces, self._waiting = [], 0
             if self.bytes - self._started >= _AHEAD:
                 whole = self.bytes - self.bytes % _AHEAD
@@ -373,7 +414,7 @@ class HashedFile:
             return
         try:
             self.flush()
-            _do("fsync", self.path, lambda: os.fsync(self._fd))
+            interposed("fsync", self.path, lambda: os.fsync(self._fd))
         finally:
             os.close(self._fd)
             self._fd = -1
@@ -422,38 +463,15 @@ def _start_writing(fd: int, start: int, length: int) -> None:
 
 
 def commit(parent: Folder, attempt: str, final: str, proof: str) -> bool:
-    """Let the folder ``attempt`` be ``final``, in the same parent: one rename, which exactly one attempt wins.
+    """Let the folder ``attempt`` be ``final``, in the same parent, which exactly one attempt wins.
 
-    ``proof`` is a file in the attempt whose content no other attempt has (it holds the attempt's id): a rename that
-    succeeded can still report ENOENT after an NFS retransmission, and then the proof tells.
+    Args:
+        proof: a file in the attempt whose content no other attempt has: it holds the attempt's id.
 
     Returns:
         True if this attempt is the one that counts; False if another was first or this one was removed.
     """
-    try:
-        with parent.folder(attempt) as folder:
-            mine = folder.read(proof)
-            folder.sync()
-    except OSError as error:
-        if error.errno not in GONE:
-            raise
-        return False
-    try:
-        parent.rename(attempt, final)
-    except OSError as error:
-        if error.errno not in (*TAKEN, *GONE):
-            raise
-        try:
-            with parent.folder(final) as winner:
-                won = winner.read(proof) == mine
-        except OSError as look:
-            if look.errno not in GONE:
-                raise
-            won = False
-        if not won:
-            return False
-    parent.sync()
-    return True
+    return parent.commit(attempt, final, proof)
 
 
 def json_bytes(value: Any) -> bytes:
@@ -474,7 +492,7 @@ def unsealed(text: bytes, path: Path) -> dict[str, Any]:
     """
     value = _parsed(text, path)
     if value.pop("digest", None) != _digest_sealed(text):
-        raise StorageError(f"{path} is damaged: its content does not fit its digest")
+        raise StorageError(f"{path} is damaged: its content does not match its digest")
     return value
 
 
@@ -511,6 +529,10 @@ def probe(folder: Folder) -> None:
         StorageError: a folder can be renamed onto a full one, a rename is not seen, or folders cannot be synced
             (flat object stores mounted as a file system).
     """
+    folder.probe()
+
+
+def _probe(folder: Folder) -> None:
     name = f".probe.{uuid.uuid4().hex}"
     folder.mkdir(name)
     try:

@@ -19,14 +19,19 @@ if [ -z "${LATENTMILL_VENV:-}" ]; then
   latentmill_default=1
 fi
 LATENTMILL_BROKEN="" # what is wrong here: job.sh then tries another node, if there is one
+latentmill_contained="" # whether a container brings its own Python
+[[ -z ${CONTAINER:-} && ${SRUN_ARGS:-} != *--container-image* ]] || latentmill_contained=1
 if [ -f "$LATENTMILL_VENV/bin/activate" ]; then
   case $- in *u*) latentmill_u=-u ;; *) latentmill_u=+u ;; esac
   set +u # activate reads variables that need not be set
   source "$LATENTMILL_VENV/bin/activate"
   set "$latentmill_u"
   unset latentmill_u
-elif [ -n "${CONTAINER:-}" ] || [[ ${SRUN_ARGS:-} = *--container-image* ]]; then
-  : # the container has its own
+  if [[ -z $latentmill_contained && -L $LATENTMILL_VENV/bin/python && ! -x $LATENTMILL_VENV/bin/python ]]; then
+    LATENTMILL_BROKEN="the Python of $LATENTMILL_VENV cannot be run by user $(id -un) on $(hostname)"
+  fi
+elif [ -n "$latentmill_contained" ]; then
+  :
 elif [ -z "${latentmill_default:-}" ]; then
   LATENTMILL_BROKEN="no Python environment at LATENTMILL_VENV=$LATENTMILL_VENV on $(hostname)"
 elif ! command -v python > /dev/null; then
@@ -34,6 +39,7 @@ elif ! command -v python > /dev/null; then
 else
   echo "there is no $LATENTMILL_VENV (make setup): using $(command -v python)" >&2
 fi
+unset latentmill_contained
 if [ -n "$LATENTMILL_BROKEN" ] && [ -z "${SLURM_JOB_ID:-}" ]; then
   echo "$LATENTMILL_BROKEN" >&2
   return 1
@@ -48,6 +54,9 @@ export MKL_NUM_THREADS=${MKL_NUM_THREADS:-$OMP_NUM_THREADS} OPENBLAS_NUM_THREADS
 export PYTHONUNBUFFERED=1 # a log shows what happened up to the moment that a node died
 # Since SLURM 22.05 srun no longer takes the batch job's --cpus-per-task over by itself.
 [ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
+
+# A log of a rank that reaches this size in MB is renamed to <log>.1, replacing an earlier one, and a new one begins.
+export LATENTMILL_LOG_MEGABYTES=${LATENTMILL_LOG_MEGABYTES:-64} # 0: no limit
 
 # ---- 4. caches of downloaded models, on a shared file system. Compute nodes often have no way out: fill it beforehand.
 # export HF_HOME=/path/on/a/shared/filesystem

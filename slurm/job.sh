@@ -16,7 +16,7 @@
 #
 # Settings, from the environment:
 #   LOGS=$PWD/logs    one log per task, <job name>-<job id>-<task>.log; the lives of a job follow each other in it
-#   LIVES=5           give up when so many lives in a row got nothing done: no partition committed, no checkpoint saved
+#   LIVES=5           give up after this many lives in a row without progress: no partition committed, no checkpoint
 #   BAD_NODES=2       how many nodes may be left out for doing badly, in all lives together (0: none)
 #   WAIT=60           seconds that other tasks have when the first one has finished, before they are killed (0: any)
 #   LOOK=30           seconds between two looks for ranks that show no life
@@ -46,7 +46,7 @@ settings() { # settings KEY=VALUE... -- ARGUMENT...: SETTINGS are those whose ke
   done
 }
 
-if [ -n "${LATENTMILL_CHECK:-}" ]; then # on a login node: only tell whether the work is done (slurm/pipeline.sh)
+if [ -n "${LATENTMILL_CHECK:-}" ]; then # on a login node: only say whether the work is done (slurm/pipeline.sh)
   ELEMENT=()
   run() { shift 2; exec python -m launch.finished "$@"; }
   run_together() { run "$@"; }
@@ -85,7 +85,7 @@ lm_say() { printf '%s job %s, life %s: %s\n' "$(date '+%F %T')" "$lm_id" "$lm_li
 # ---- folders: the work decides how a job ends, not its logs
 
 # What the ranks have to say (pipeline/config/life.py) goes into a folder for each life and step. A first life
-# begins anew: SLURM gives job ids out again when its controller has lost its memory.
+# begins again: SLURM gives job ids out again when its controller has lost its memory.
 lm_logs=$LOGS/$SLURM_JOB_NAME-$SLURM_JOB_ID
 export LATENTMILL_TASK_OUTPUT=$lm_logs # for launch/status.py: where a rank's log is, and the job's
 LATENTMILL_JOB_OUTPUT=$(readlink /proc/$$/fd/1) && export LATENTMILL_JOB_OUTPUT || true
@@ -99,7 +99,7 @@ source "$LATENTMILL_HOME/slurm/container.sh"
 
 [ "$lm_life" -gt 0 ] || rm -rf "$lm_state" 2>/dev/null || true
 if compgen -G "$lm_state/$((lm_life - 1)).*/saved" > /dev/null; then lm_note fruitless 0; fi
-lm_writable || lm_say "WARNING: $LOGS cannot be written: the work goes on, without logs of single ranks"
+lm_writable || lm_say "WARNING: $LOGS cannot be written: the work continues, without logs of single ranks"
 
 source "$LATENTMILL_HOME/slurm/nodes.sh"
 
@@ -113,7 +113,7 @@ lm_keep_folders() {
     { : >> "$LATENTMILL_JOB_OUTPUT"; } 2>/dev/null && exec >> "$LATENTMILL_JOB_OUTPUT" 2>&1
   fi
   [ -z "$deleted" ] ||
-    lm_say "WARNING: the folder of the logs was deleted while the job runs: what it held is lost, the work goes on"
+    lm_say "WARNING: the folder of the logs was deleted while the job runs: what it held is lost, the work continues"
 }
 
 # ---- starting ranks
@@ -190,9 +190,10 @@ lm_run() { # lm_run alone|together RANKS [SRUN-OPTION...] COMMAND...
   export LM_FIRST=$lm_first LM_WORLD=${lm_world:-$ranks} LM_EACH=$lm_each LM_PYTHON=""
   [[ -n $CONTAINER || $SRUN_ARGS = *--container* ]] || LM_PYTHON=$(command -v python || true)
   [[ $LM_PYTHON = /* ]] || LM_PYTHON="" # a shell function of the site
+  [ -z "$LM_PYTHON" ] || lm_note python "$LM_PYTHON"
   export LM_STAGGER=${STAGGER:-$((LM_WORLD >= 6000 ? 60 : LM_WORLD / 50))}
   [[ -z $LM_PYTHON && $LM_STAGGER = 0 ]] || task=(bash -c "$lm_task" task)
-  [[ " $* " != *" -m "* ]] || { lm_module=${*#* -m }; lm_module=${lm_module%% *}; }
+  lm_module=$(lm_module_of "$@")
   lm_srun=$(mktemp "${TMPDIR:-/tmp}/latentmill-srun.XXXXXX" 2>/dev/null) || lm_srun=""
   exec 9> >(exec tee ${lm_srun:+-a "$lm_srun"} >&2)
   tee=$!
@@ -208,10 +209,17 @@ lm_run() { # lm_run alone|together RANKS [SRUN-OPTION...] COMMAND...
   kill "$watcher" 2>/dev/null || true
   wait "$tee" || true
   lm_keep_folders
-  { : > "$LATENTMILL_LIFE/ended"; } 2>/dev/null || true # and so NFS looks at the folder anew
+  { : > "$LATENTMILL_LIFE/ended"; } 2>/dev/null || true # and so NFS looks at the folder again
   lm_judge "$how" "$rc" "$ranks"
   # Without the mark another life starts the step again, which finds that all is done.
   [[ " ${lm_code[*]} " != *" 0 "* ]] && ! lm_is_ours "$(lm_ask)" || { : > "$done"; } 2>/dev/null || true
+}
+
+lm_module_of() { # lm_module_of COMMAND...: what `python -m` runs; empty if it is a script
+  while [ $# -gt 1 ]; do
+    [ "$1" != -m ] || { echo "$2"; return; }
+    shift
+  done
 }
 
 lm_forget_old_lives() { # what the lives before the last one left behind has been judged
@@ -245,7 +253,7 @@ lm_judge() { # lm_judge alone|together RC RANKS: return if the work is done, els
   fi
   lm_find_bad_nodes "$how" "$3"
   if [ "${#lm_bad[@]}" = 0 ] && [[ -n $lm_sick || ( $codes = *" 74 "* && $(lm_fruitless) != 0 ) ]]; then
-    lm_give_up "$rc" "$story. Not started again: other nodes would do no better. Mend it, and the same command goes on"
+    lm_give_up "$rc" "$story. Not started again: other nodes would do no better. Fix it; the same command resumes"
   fi
   lm_again "$rc" "$story"
 }
@@ -381,7 +389,7 @@ lm_again() { # lm_again RC WHY: another life for this job, unless it gets nowher
     fi
     [ "$try" = 30 ] || sleep 10
   done
-  lm_give_up "$rc" "$why. It could not be requeued: the same command, or sbatch, goes on where it stopped"
+  lm_give_up "$rc" "$why. It could not be requeued: the same command, or sbatch, resumes where it stopped"
 }
 
 lm_ask() { scontrol show job --oneliner "$lm_id" 2>/dev/null; }
@@ -442,6 +450,11 @@ lm_exited() {
 }
 lm_duration() { printf '%d:%02d:%02d' "$((SECONDS / 3600))" "$((SECONDS / 60 % 60))" "$((SECONDS % 60))"; }
 
+# While a job ends, its state is COMPLETING. SLURM's line in the output says who ended it, unless that was scancel.
+lm_cancelled() {
+  [ -f "/proc/$$/fd/2" ] && tail -n 10 "/proc/$$/fd/2" | grep -q '\*\*\* JOB .* CANCELLED AT [^ ]* \*\*\*'
+}
+
 # Whoever ends this job (scancel, a preemption, a failed node, somebody's requeue) has decided what becomes of it: to
 # requeue it now would undo a scancel. Only a job at its time limit whose ranks did not stop in time would be forgotten.
 trap lm_terminated TERM
@@ -455,12 +468,12 @@ lm_terminated() {
     { : > "$LATENTMILL_LIFE/ended"; } 2>/dev/null || true
     lm_again 143 "the time limit came before the ranks had stopped"
   fi
-  if [[ $state = *" JobState=CANCELLED"* ]]; then
+  if [[ $state = *" JobState=CANCELLED"* ]] || lm_cancelled; then
     lm_notify cancelled "cancelled (scancel)"
-    lm_end 143 "cancelled: it does not begin again by itself. The same command goes on where it stopped"
+    lm_end 143 "cancelled: it does not begin again by itself. The same command resumes where it stopped"
   fi
   state=${state#* JobState=}
-  lm_end 143 "SLURM ends this life of the job (${state%% *}): if it is in the queue again, it goes on where it stopped"
+  lm_end 143 "SLURM ends this life of the job (${state%% *}): if it is in the queue again, it resumes where it stopped"
 }
 
 # A rank whose process is frozen (stopped, or stuck in C or the kernel) cannot say so: its file <rank>.alive grows old,
@@ -501,6 +514,9 @@ lm_watch() { # lm_watch PID-OF-SRUN
 }
 
 lm_say "$SLURM_NTASKS tasks on $SLURM_JOB_NODELIST; their logs: $lm_logs-<task>.log"
+lm_python=$(lm_noted python) # of earlier lives: another one on this node may lack what they had
+[[ -z $lm_python || -x $lm_python ]] ||
+  LATENTMILL_BROKEN="there is no $lm_python, which earlier lives used, on $(hostname)"
 if [ -n "${LATENTMILL_BROKEN:-}" ]; then # says slurm/env.sh of this node
   lm_code=([$lm_first]=78) lm_node=([$lm_first]=${SLURMD_NODENAME:-$(hostname)})
   lm_bad=("${lm_node[$lm_first]}")

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Submit the stages of a data set as a chain of jobs, each of which starts when the one before has succeeded.
+# Submit the stages of a dataset as a chain of jobs, each of which starts when the one before has succeeded.
 # It needs no more than sbatch; run it on a login node, from the checkout:
 #
 #   DATASET=shapes DATA_DIR=/data slurm/pipeline.sh                     # download filter shard precompute train
@@ -11,7 +11,7 @@
 # it: SBATCH_ACCOUNT=... SBATCH_PARTITION=... slurm/pipeline.sh
 set -euo pipefail
 
-# ---- settings, beside those of the scripts (slurm/<stage>.sbatch), which are passed on
+# ---- settings, next to those of the scripts (slurm/<stage>.sbatch), which are passed on
 export DATASET=${DATASET:?a name in pipeline/conf/dataset, or your own YAML}
 export DATA_DIR=${DATA_DIR:?root of everything}
 if [ -n "${BATCH_SIZE:-}" ]; then

@@ -23,11 +23,8 @@ Nothing here talks to a driver, so that it does not matter whether there is one.
 from __future__ import annotations
 
 import threading
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -39,45 +36,20 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
+from waits import Waits, checked, place, reads_values
 
 NAME = "NVIDIA H100 80GB HBM3"
 _POISON = 0xA5
-_PACKAGES = ("/pipeline/", "/launch/")
-_WAITS = {
-    "_local_scalar_dense",
-    "nonzero",
-    "masked_select",
-    "unique_dim",
-    "unique_consecutive",
-    "_unique",
-    "_unique2",
-    "equal",
-    "bincount",
-    "is_nonzero",
-}
 _DEVICE_INDEPENDENT = {"record_stream", "set_", "resize_", "is_pinned", "_pin_memory", "pin_memory"}
 _LIKE = ("new_empty", "new_zeros", "new_ones", "new_full", "new_empty_strided")
 
 
-@dataclass(frozen=True)
-class Wait:
-    """Something that made the host wait for the device; ``where``: innermost line of the pipeline, ``path:line``."""
-
-    what: str
-    shape: tuple[int, ...]
-    where: str
-    thread: int
-
-    def __str__(self) -> str:
-        return f"{self.where}: {self.what} of {self.shape}"
-
-
-class FakeCuda:
+class FakeCuda(Waits):
     """What is known of the devices that :func:`fake_cuda` pretends."""
 
     def __init__(self, devices: int) -> None:
+        super().__init__()
         self.devices = devices
-        self.waits: list[Wait] = []
         self.copies = 0
         """Asynchronous copies to the host so far."""
         self.communicated: WeakValueDictionary[int, CudaTensor] = WeakValueDictionary()
@@ -104,10 +76,6 @@ class FakeCuda:
         self.note(what, shape)
         self.arrive()
 
-    def note(self, what: str, shape: tuple[int, ...] = ()) -> None:
-        """The host waits here for something."""
-        self.waits.append(Wait(what, shape, _where(), threading.get_ident()))
-
     def later(self, deliver: Callable[[], None]) -> None:
         """A copy to the host was started."""
         with self._lock:
@@ -126,19 +94,6 @@ class FakeCuda:
         for deliver in some:
             deliver()
 
-    @contextmanager
-    def no_waits(self) -> Iterator[None]:
-        """Context in which this thread must not wait for the device.
-
-        Raises:
-            AssertionError: it did; names the lines.
-        """
-        before = len(self.waits)
-        yield
-        ours = (wait for wait in self.waits[before:] if wait.thread == threading.get_ident())
-        found = list(dict.fromkeys(map(str, ours)))
-        assert not found, "the host waits for the device:\n  " + "\n  ".join(found)
-
 
 _ACTIVE: list[FakeCuda] = []
 
@@ -147,15 +102,6 @@ def _cuda() -> FakeCuda:
     if not _ACTIVE:
         raise RuntimeError("a tensor of fake_cuda() outlived it")
     return _ACTIVE[-1]
-
-
-def _where() -> str:
-    """``path:line`` of the innermost frame in the pipeline, else in the caller."""
-    frames = [frame for frame in traceback.extract_stack() if frame.filename != __file__]
-    ours = [frame for frame in frames if any(package in frame.filename for package in _PACKAGES)]
-    ours = ours or [frame for frame in frames if "/torch/" not in frame.filename]
-    frame = ours[-1]
-    return f"{'/'.join(Path(frame.filename).parts[-3:])}:{frame.lineno}"
 
 
 # ---- tensors
@@ -300,7 +246,7 @@ def _moved(x: torch.Tensor, index: int | None, non_blocking: bool) -> torch.Tens
         cuda.waited("copy to the host", shape)
         return x.inner.clone()
     out = torch.empty_like(x.inner)
-    _mark_pinned(out)
+    cuda.pin(out)
     _deliver_later(cuda, out, x.inner)
     return out
 
@@ -358,22 +304,10 @@ def _index(device: Any) -> int:
 
 
 _plain_to = torch.Tensor.to
-_plain_is_pinned = torch.Tensor.is_pinned
-_pinned: dict[int, torch.Tensor] = {}
-"""By address, kept alive so that no other tensor gets it."""
-
-
-def _mark_pinned(tensor: torch.Tensor) -> torch.Tensor:
-    _pinned[tensor.untyped_storage().data_ptr()] = tensor.detach()
-    return tensor
-
-
-def _is_pinned(tensor: torch.Tensor, *_: Any) -> bool:
-    return tensor.untyped_storage().data_ptr() in _pinned
 
 
 def _pin_memory(tensor: torch.Tensor, *_: Any) -> torch.Tensor:
-    return tensor if _is_pinned(tensor) else _mark_pinned(tensor.clone())
+    return tensor if tensor.is_pinned() else _cuda().pin(tensor.clone())
 
 
 # ---- operations
@@ -480,24 +414,16 @@ def _check(name: str, args: Any, found: dict[int, CudaTensor], others: list[torc
     """Refuse tensors of several devices, and note what waits."""
     indices = {tensor.index for tensor in found.values()}
     shape = tuple(next(iter(found.values())).shape)
-    indexing = name in ("index", "index_put", "index_put_", "_index_put_impl_")
-    if name in _WAITS or (name == "repeat_interleave" and len(args) < 2):
-        _cuda().waited(f"{name}()", shape)
-    if indexing:
-        chosen = [x for x in args[1] if isinstance(x, torch.Tensor)]
-        if any(x.dtype in (torch.bool, torch.uint8) for x in chosen):
-            fills = name != "index" and args[2].numel() == 1  # becomes a masked_fill
-            if not fills:
-                _cuda().waited(f"{name} with a mask", shape)
-        if any(not isinstance(x, CudaTensor) for x in chosen):
-            _cuda().waited(f"{name} with places on the host", shape)
-        others = [x for x in others if all(x is not one for one in chosen)]
+    if why := reads_values(name, args, CudaTensor):
+        _cuda().waited(why, shape)
+    if name in ("index", "index_put", "index_put_", "_index_put_impl_"):
+        others = [x for x in others if all(x is not one for one in args[1])]
     strangers = [x for x in others if x.dim() > 0] if name not in _DEVICE_INDEPENDENT else []
     if strangers or len(indices) > 1:
         devices = [f"cuda:{index}" for index in sorted(indices)] + (["cpu"] if strangers else [])
         raise RuntimeError(
             f"Expected all tensors to be on the same device, but found at least two devices, {devices[0]} and "
-            f"{devices[1]}! ({name}, {_where()})"
+            f"{devices[1]}! ({name}, {place()})"
         )
 
 
@@ -645,8 +571,9 @@ def _replacements(cuda: FakeCuda) -> list[tuple[Any, str, Any]]:
     return [
         (torch.Tensor, "to", lambda x, *a, **k: _to(x, *a, **k)),
         (torch.Tensor, "cuda", lambda x, device=None, non_blocking=False: _moved_to(x, device, non_blocking)),
+        (threading.Thread, "run", _in_mode),
         (torch.Tensor, "pin_memory", _pin_memory),
-        (torch.Tensor, "is_pinned", _is_pinned),
+        (torch.Tensor, "is_pinned", lambda x, device=None: cuda.is_pinned(x)),
         (torch, "tensor", _from_data(torch.tensor)),
         (torch, "as_tensor", _from_data(torch.as_tensor)),
         (DTensor, "device", property(lambda x: x._local_tensor.device)),
@@ -669,6 +596,8 @@ def _replacements(cuda: FakeCuda) -> list[tuple[Any, str, Any]]:
         (torch.distributed, "Reducer", _there(torch.distributed.Reducer)),
         (DistributedDataParallel, "_pre_forward", _there(DistributedDataParallel._pre_forward)),
         (module, "_lazy_init", lambda: None),
+        (module, "cudart", lambda: cuda.cudart(lambda: cuda.current)),
+        (module, "check_error", checked),
         (module, "is_initialized", lambda: True),
         (module, "is_available", lambda: True),
         (module, "device_count", lambda: cuda.devices),
@@ -700,6 +629,14 @@ def _replacements(cuda: FakeCuda) -> list[tuple[Any, str, Any]]:
         (module, "is_current_stream_capturing", lambda: False),
         (torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
     ]
+
+
+_plain_run = threading.Thread.run
+
+
+def _in_mode(thread: threading.Thread) -> None:
+    with _Factories():
+        _plain_run(thread)
 
 
 def _from_data(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -754,4 +691,3 @@ def fake_cuda(devices: int = 1) -> Iterator[FakeCuda]:
         torch.__future__.set_overwrite_module_params_on_conversion(overwrites)
         cuda.arrive()
         _ACTIVE.pop()
-        _pinned.clear()

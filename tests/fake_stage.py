@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from pipeline.partitions.gc import collect
 from pipeline.partitions.ledger import FILE as LEDGER
 from pipeline.partitions.packs import Packs
 from pipeline.partitions.plan import Input, Partition
-from pipeline.partitions.stage import Stage, follow_upstream
+from pipeline.partitions.stage import Context, Stage, follow_upstream
 from pipeline.partitions.verify import verify
 from pipeline.samples import Outcome, Schema, content_hash
 from pipeline.storage import Folder
@@ -42,6 +43,7 @@ class Fake(Stage):
 
     name = "fake"
     reads_upstream = False
+    writes_to_stores = True
 
     @property
     def format(self) -> str:
@@ -56,7 +58,7 @@ class Fake(Stage):
             stop = min(start + config.partition_size, config.count)
             yield Partition((Input("fake", start, stop),), -1 if config.archives else stop - start)
 
-    def process(self, partition: Partition) -> Iterator[Outcome]:
+    def process(self, partition: Partition, context: Context) -> Iterator[Outcome]:
         (span,) = partition.inputs
         config = self.config
         again = partition.index >= -(-config.count // config.partition_size)
@@ -93,6 +95,7 @@ class FakeFilter(Stage):
     """Reads a dataset directory, partition by partition; keys that end in 3 fail once, those in 5 are dropped."""
 
     name = "fakefilter"
+    writes_to_stores = True
 
     @property
     def format(self) -> str:
@@ -104,7 +107,7 @@ class FakeFilter(Stage):
     def plan(self, since: int = 0) -> Iterator[Partition]:
         return follow_upstream(self.upstream, since)
 
-    def process(self, partition: Partition) -> Iterator[Outcome]:
+    def process(self, partition: Partition, context: Context) -> Iterator[Outcome]:
         for stored in self.upstream.samples(partition.inputs[0].start):
             if not partition.wants(stored.key):
                 continue
@@ -128,6 +131,13 @@ def rank_of(number: int = 0, world_size: int = 1) -> Rank:
 def run(output: Path, stage: type[Stage] = Fake, rank: Rank | None = None, **settings: Any) -> dict[str, Any]:
     """Run a stage to its end on one rank; what ``_SUCCESS`` says."""
     return engine.run(make(output, stage, rank, **settings))
+
+
+def run_ranks(output: Path, stage: type[Stage], world_size: int, **settings: Any) -> None:
+    """Run a stage to its end on ranks that work at the same time."""
+    made = [make(output, stage, rank_of(number, world_size), **settings) for number in range(world_size)]
+    with ThreadPoolExecutor(world_size) as ranks:
+        list(ranks.map(engine.run, made))
 
 
 def make(output: Path, stage: type[Stage] = Fake, rank: Rank | None = None, **settings: Any) -> Stage:

@@ -26,7 +26,7 @@ ODD_JPEG = base64.b64decode(
     "ASIAAhIBAyEB/8QAFQABAQAAAAAAAAAAAAAAAAAAAAf/xAAUEAEAAAAAAAAAAAAAAAAAAAAA/8QAFgEBAQEAAAAAAAAAAAAAAAAABwAJ/8QAGBEA"
     "AgMAAAAAAAAAAAAAAAAAABdko+L/2gAMAwEAAhEDEQA/AIoJeDc0dFlqQrME1IVmD//Z"
 )
-"""The same picture from `cjpeg -sample 2x2,1x2,2x1`, which TurboJPEG does not know."""
+"""The same image from `cjpeg -sample 2x2,1x2,2x1`, which TurboJPEG does not know."""
 
 
 def saved(image: Image.Image, format: str, **options: Any) -> bytes:

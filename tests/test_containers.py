@@ -179,3 +179,12 @@ def test_images_get_the_packages_of_make_setup() -> None:
     version = re.search(r"^UV_VERSION \?= (\S+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert version is not None and f"UV_VERSION:={version[1]}" in install.read_text()
     assert "-r constraints.txt" in install.read_text() and "--no-deps" in install.read_text()
+
+
+def test_a_node_without_the_python_of_earlier_lives_does_not_take_another_one(tmp_path: Path) -> None:
+    state = tmp_path / "logs/.filter-7"
+    state.mkdir(parents=True)
+    (state / "python").write_text("/shared/latentmill/.venv/bin/python\n")
+    ended, seen = run_job(tmp_path, "", SLURM_RESTART_COUNT="1")
+    assert (ended.returncode, seen) == (78, [])
+    assert "there is no /shared/latentmill/.venv/bin/python, which earlier lives used, on " in ended.stdout

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import textwrap
@@ -21,6 +20,7 @@ from pipeline.config import cli
 from pipeline.config.schema import STAGES, ConfigError, RunConfig, identity
 from pipeline.distributed import EXIT_PEER, EXIT_STOPPED, Place, Rank, Stopped, distributed, expand_nodes, find_place
 from pipeline.distributed.device import choose_device, why_no_gpu
+from pipeline.distributed.environment import free_port
 from pipeline.distributed.rank import require_own_gpus
 
 LIMIT = 90  # seconds; what ends only by a time-out of its own would need far more
@@ -217,12 +217,6 @@ class Program:
                 rank.kill()
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def test_torch_is_not_imported_before_it_is_needed(tmp_path: Path) -> None:
     body = """
         rank.barrier()
@@ -250,7 +244,7 @@ def test_a_rank_that_was_given_gpus_does_not_compute_on_the_cpu(
     assert choose_device("cpu", 0, "a", given).type == "cpu"
     if not said:
         assert choose_device("auto", 0, "a", given).type == "cpu"
-        given, said = {}, "device=cuda asks for a GPU"
+        given, said = {}, "device=cuda needs a GPU"
     wanted = "auto" if given else "cuda"
     with pytest.raises(ConfigError, match=f"{said}, but torch sees none on a: .*device=cpu computes on the CPU"):
         choose_device(wanted, 0, "a", given)

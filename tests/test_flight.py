@@ -12,7 +12,7 @@ import recorded
 from test_distributed import Program
 
 from launch import status
-from launch.monitor.flight import Unreadable, explain, read
+from launch.monitor.flight_report import Unreadable, explain, read
 
 GROUPS = {"0": {"name": "0", "desc": "default_pg", "ranks": "[0, 1, 2, 3]"}}
 
@@ -44,9 +44,9 @@ def test_the_rank_that_is_missing_is_named(tmp_path: Path) -> None:
     assert explain(files) == [
         "collective 8 of group default (ranks 0-3):",
         "  ranks 0-1 waited in all_reduce of [1024, 64] BFloat16 at /home/me/pipeline/training/loop.py:128 (step)",
-        "  rank 3 never came: its last was 7, all_gather of [1024, 64] BFloat16 at "
+        "  rank 3 never entered it: its last collective was 7, all_gather of [1024, 64] BFloat16 at "
         "/home/me/pipeline/training/loop.py:127 (step)",
-        "  rank 2 left no recording: killed, or stuck elsewhere (its log and its node may say)",
+        "  rank 2 left no recording: killed, or stuck elsewhere (see its log and its node)",
     ]
 
 
@@ -69,7 +69,7 @@ def test_what_ended_well_is_not_told(tmp_path: Path) -> None:
 def test_a_rank_that_is_ahead_is_not_blamed(tmp_path: Path) -> None:
     files = [write(tmp_path, 0, entry(7, "broadcast"), entry(8, "send")), *()]
     files += [write(tmp_path, rank, entry(7, "broadcast", "started")) for rank in (1, 2, 3)]
-    assert explain(files)[-1].startswith("  rank 0 was through with it: its last was 8, send")
+    assert explain(files)[-1].startswith("  rank 0 had completed it: its last collective was 8, send")
 
 
 class Evil:
@@ -109,7 +109,7 @@ def test_status_shows_it_before_the_logs(tmp_path: Path, capsys: pytest.CaptureF
     write(life, 1, entry(7, "all_gather"))
     assert status.main([str(output), "logs=failed"]) == 0
     shown = capsys.readouterr().out
-    assert shown.index("==> collectives <==") < shown.index("rank 1 never came") < shown.index("a time-out")
+    assert shown.index("==> collectives <==") < shown.index("rank 1 never entered it") < shown.index("a time-out")
 
 
 def test_real_ranks_tell_who_did_not_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,5 +131,5 @@ def test_real_ranks_tell_who_did_not_come(tmp_path: Path, monkeypatch: pytest.Mo
     assert explain(tmp_path.glob("flight-*")) == [
         "collective 2 of group default (ranks 0-1):",
         "  rank 0 waited in all_reduce of [8, 3] Float",
-        "  rank 1 never came: its last was 1, all_reduce of [4] Float",
+        "  rank 1 never entered it: its last collective was 1, all_reduce of [4] Float",
     ]

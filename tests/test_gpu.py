@@ -1,6 +1,7 @@
 """Every stage, task, precision, parallel mode and kernel on a real GPU: ``make gpu``.
 
-``GPU_TESTS_DEVICE=cpu`` rehearses them on a CPU: what is asked of the stages is then known to be right.
+``GPU_TESTS_DEVICE=cpu`` rehearses them on a CPU, as ``make gpu`` does where there is no GPU: what is asked of the
+stages is then known to be right.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_networks import save_autoencoder, save_clip
 
 from pipeline.doctor import gpus
-from pipeline.training.logs import read_log
+from pipeline.training.loggers import read_log
 
 ROOT = Path(__file__).parents[1]
-DEVICE = os.environ.get("GPU_TESTS_DEVICE", "cuda")
-COUNT = torch.cuda.device_count() if DEVICE == "cuda" and torch.cuda.is_available() else 1
+DEVICE = os.environ.get("GPU_TESTS_DEVICE") or "cuda"
+COUNT = torch.cuda.device_count() if DEVICE == "cuda" else 2  # ranks of a rehearsal share the CPU
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(DEVICE == "cuda" and not torch.cuda.is_available(), reason="needs a CUDA device"),
@@ -38,10 +40,10 @@ def submit(*arguments: str, ranks: int = 1) -> None:
     assert not ended.returncode, ended.stdout + ended.stderr
 
 
-def program(stage: str, *arguments: str) -> str:
+def program(stage: str, *arguments: str, status: int = 0) -> str:
     command = [sys.executable, "-m", f"pipeline.stages.{stage}", *arguments]
     ended = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, timeout=540)
-    assert not ended.returncode, ended.stdout + ended.stderr
+    assert ended.returncode == status, ended.stdout + ended.stderr
     return ended.stdout + ended.stderr
 
 
@@ -54,6 +56,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     submit("stage=download,filter,shard", "dataset=digits", *common)
     submit("stage=features", "dataset=shapes", "encoder=embedded", f"device={DEVICE}", *common)
     return folder
+
+
+@pytest.fixture(scope="module")
+def networks(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Settings that name small networks of diffusers and transformers, which run in the precision that is asked for."""
+    autoencoder = save_autoencoder(tmp_path_factory.mktemp("vae"), (8, 8, 8, 16), latent_channels=4)
+    clip = save_clip(tmp_path_factory.mktemp("clip"))
+    return [f"vae={autoencoder}", f"text_encoder=clip:{clip}", f"image_encoder=clip:{clip}"]
 
 
 def train(data: Path, name: str, *settings: str, ranks: int = 1) -> list[dict[str, Any]]:
@@ -76,18 +86,23 @@ def assert_learned(lines: list[dict[str, Any]]) -> None:
 # ---- latents
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("dtype", "saved"),
+    [("float32", "float16"), ("float16", "float16"), ("bfloat16", "float16"), ("bfloat16", "float32")],
+)
 @pytest.mark.parametrize("latent", ["sample", "moments"])
-def test_latents_are_made_and_verified(data: Path, dtype: str, latent: str) -> None:
-    output = data / f"latents-{dtype}-{latent}"
-    shards = f"input={data}/shapes/train/shard-mds"
+def test_latents_are_made_and_verified(data: Path, networks: list[str], dtype: str, saved: str, latent: str) -> None:
+    output = data / f"latents-{dtype}-{saved}-{latent}"
     submit(
-        "stage=precompute", shards, f"output={output}", f"model_dtype={dtype}", f"latent={latent}", f"device={DEVICE}",
-        "vae=embedded", "text_encoder=embedded", "image_resolutions=[64]", "batch_size=auto",
+        "stage=precompute", f"input={data}/shapes/train/shard-mds", f"output={output}", f"device={DEVICE}",
+        f"model_dtype={dtype}", f"vae_dtype={dtype}", f"save_dtype={saved}", f"latent={latent}",
+        "image_resolutions=[64]", "batch_size=auto", *networks,
     )  # fmt: skip
     record = json.loads((output / "data/000/00000/record.json").read_text())
     assert record["counts"]["kept"] > 0 and not record["counts"].get("failed")
-    program("verify", f"input={output}", "deep=true")
+    assert json.loads((output / "manifest.json").read_text())["dtype"] == saved
+    found = program("verify", f"input={output}", "deep=true", status=1)
+    assert "1 findings" in found and "brings back a smooth image with" in found, found  # not with random weights
 
 
 # ---- training: tasks, precisions, parallel modes
@@ -112,12 +127,13 @@ def test_a_run_goes_on_from_a_checkpoint_of_the_gpu(data: Path, task: str) -> No
     assert newest.is_dir()
 
 
-@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+@pytest.mark.parametrize("mode", ["ddp", "fsdp", "hsdp"])
 @pytest.mark.parametrize("ranks", [1, 2, 8])
 @pytest.mark.parametrize("task", ["diffuse", "classify", "caption"])
 def test_every_task_learns_on_several_gpus(data: Path, task: str, ranks: int, mode: str) -> None:
-    if ranks > COUNT:
-        pytest.skip(f"needs {ranks} GPUs")
+    needed = max(ranks, 2 if mode == "hsdp" else 1)
+    if needed > COUNT:
+        pytest.skip(f"needs {needed} GPUs")
     dataset = "digits" if task == "classify" else "shapes"
     name = f"{task}-{mode}-{ranks}"
     assert_learned(train(data, name, f"dataset={dataset}", f"task={task}", f"parallel={mode}", ranks=ranks))
@@ -140,6 +156,13 @@ def test_images_are_drawn_and_judged(data: Path) -> None:
     program("generate", "dataset=shapes", f"data_dir={data}", "steps=2", f"device={DEVICE}")
     assert list((data / "shapes/runs/diffuse/samples").rglob("*.png"))
     program("evaluate", "dataset=shapes", f"data_dir={data}", "metric=shapes", "steps=2", f"device={DEVICE}")
+    program(
+        "generate", "dataset=shapes", f"data_dir={data}", "steps=2", f"device={DEVICE}", f"output={data}/drawn",
+    )  # fmt: skip
+    program(
+        "evaluate", "dataset=shapes", f"data_dir={data}", "metric=fidelity", f"generated={data}/drawn",
+        f"reference={data}/shapes/train/shard-mds", "features=pixels", f"device={DEVICE}",
+    )  # fmt: skip
 
 
 def test_images_are_classified(data: Path) -> None:
@@ -176,7 +199,7 @@ def test_the_doctor_finds_nothing_that_would_fail(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("ranks", [2, 8])
 def test_ranks_on_several_gpus_reduce_over_nccl(tmp_path: Path, ranks: int) -> None:
-    if ranks > COUNT:
+    if DEVICE != "cuda" or ranks > COUNT:
         pytest.skip(f"needs {ranks} GPUs")
     command = [sys.executable, str(ROOT / "launch/doctor.py"), f"ranks={ranks}", f"gpus={ranks}", "seconds=0.1"]
     ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=540)

@@ -56,7 +56,8 @@ def test_one_part_that_fails_is_told_and_does_not_keep_the_others(
     monkeypatch.setattr(sys, "argv", arguments)
     assert bench.main() == 1
     text = output.read_text()
-    assert "RuntimeError: no memory" in text and "| 8 | 1.00 |" in text and "these figures mean nothing" in text
+    assert "RuntimeError: no memory" in text and "| length | torch, ms |" in text
+    assert "A rehearsal" in text and "1.00" not in text, "figures that were measured on no GPU"
     assert "generate: failed" in capsys.readouterr().out
 
 
@@ -76,3 +77,26 @@ def test_without_a_gpu_and_with_wrong_words_it_says_so(
     monkeypatch.setattr(sys, "argv", ["gpu.py", *arguments])
     assert bench.main() == code
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_make_gpu_rehearses_where_there_is_none(gpu: bool, tmp_path: Path) -> None:
+    """A stand-in for Python says whether there is a GPU, and writes down what it is asked to run."""
+    python = tmp_path / "python"
+    python.write_text(
+        "#!/bin/sh\n"
+        f'case "$2" in *is_available*) exit {0 if gpu else 1};; "import torch") exit 0;; esac\n'
+        f'echo "GPU_TESTS_DEVICE=$GPU_TESTS_DEVICE $*" >> {tmp_path}/asked\n'
+    )
+    python.chmod(0o755)
+    command = ["make", "gpu", f"PYTHON={python}", "VENV=", "GPU=parts=scans"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    asked = (tmp_path / "asked").read_text()
+    if gpu:
+        assert (
+            asked.endswith("benchmarks/gpu.py output=gpu.md parts=scans\n") and "GPU_TESTS_DEVICE= -m pytest" in asked
+        )
+    else:
+        assert "no GPU: this is a rehearsal" in done.stdout
+        assert "GPU_TESTS_DEVICE=cpu -m pytest -m gpu -rs" in asked
+        assert asked.endswith("benchmarks/gpu.py output=gpu-rehearsal.md size=tiny device=cpu parts=scans\n")

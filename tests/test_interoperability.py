@@ -106,7 +106,7 @@ def test_open_clip_trains_on_our_tars(stages: Path, monkeypatch: pytest.MonkeyPa
 
 
 def outputs_of_img2dataset(root: Path) -> Path:
-    """Its three output formats, and the table of all rows, also of those that failed, beside each shard."""
+    """Its three output formats, and the table of all rows, also of those that failed, next to each shard."""
     samples = [(f"00000{n:04d}", picture(n), None if n == 3 else f"caption {n}") for n in range(6)]
     meta = [
         {"key": key, "url": f"https://a.example/{n}.jpg", "caption": text, "status": "success", "error_message": None}
@@ -171,3 +171,13 @@ def test_a_subset_of_datacomp_keeps_its_samples(tmp_path: Path) -> None:
     assert (counts["kept"], counts["dropped"]) == (2, 4)
     assert [row["meta"]["uid"] for row in rows(tmp_path / "out")] == [uids[1], uids[4]]
     assert Image.open(io.BytesIO(rows(tmp_path / "out")[0]["jpg"])).size == (49, 48)
+
+
+def test_an_index_that_is_merged_already_survives_merge_index(stages: Path) -> None:
+    """MDSWriter's ``merge_index`` takes every ``.json`` file below for an index; ours is there already, and stays."""
+    util = pytest.importorskip("streaming.base.util")
+    before = (stages / "mds/index.json").read_bytes()
+    with pytest.raises(KeyError, match="shards"):
+        util.merge_index(str(stages / "mds"))
+    assert (stages / "mds/index.json").read_bytes() == before
+    assert [sample["key"] for sample in streamed(stages / "mds")] == [row["key"] for row in rows(stages / "mds")]

@@ -14,8 +14,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from launch.script import LOCKSTEP
-from pipeline.config.schema import MAIN_LINE
+from pipeline.config.schema import MAIN_LINE, traits_of
 from pipeline.distributed import find_place
 from pipeline.distributed.signals import EXIT_STOPPED
 from pipeline.partitions.dataset import Dataset
@@ -50,7 +49,7 @@ def test_manifests_are_what_kubernetes_takes(name: str, values: dict[str, str], 
         kubernetes_validate.validate(document, version, strict=True)
 
 
-@pytest.mark.parametrize("stage", [stage for stage in MAIN_LINE if stage not in LOCKSTEP])
+@pytest.mark.parametrize("stage", [stage for stage in MAIN_LINE if not traits_of(stage).lockstep])
 def test_each_stage_makes_a_job_of_its_own_name(stage: str) -> None:
     (job,) = rendered("stage.yaml", STAGE | {"STAGE": stage})
     assert job["metadata"]["name"] == f"latentmill-{stage}"

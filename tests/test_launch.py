@@ -32,7 +32,7 @@ def test_each_stage_reads_what_the_one_before_writes() -> None:
     assert line["shard"].config.input == str(line["filter"].output) == "/d/shapes/train/filter"
     assert line["train"].config.input == str(line["precompute"].output) == "/d/shapes/train/precompute-embedded16"
     assert line["train"].config.batch_size == 7
-    assert line["precompute"].config.batch_size == "100"  # of the data set's YAML
+    assert line["precompute"].config.batch_size == "100"  # of the dataset's YAML
     assert line["report"].ranks == 1
     assert len({job.config.run_id for job in jobs if hasattr(job.config, "run_id")}) == 1
 
@@ -53,7 +53,10 @@ def test_phases_of_a_recipe_are_trained_one_after_another_on_the_same_latents(tm
     ("stage", "settings", "message"),
     [
         ("filtr", {}, "no stage 'filtr'; did you mean filter"),
-        ("filter", {"steps": "3"}, "unknown key 'steps' for stage filter"),
+        ("filter", {"warmup_steps": "3"}, "'warmup_steps' is a setting of train, not of filter"),
+        ("filter", {"stpes": "3"}, "unknown key 'stpes' for stage filter"),
+        ("download,filter", {"train.lr": "0.1"}, "train.lr=0.1 has no effect: stage train is not run"),
+        ("download", {"dataset": "mine.yaml", "data_dir": "/d"}, "dataset=mine.yaml: no such file"),
         ("download,filter", {"output": "/x"}, "output= is for a single stage"),
         ("all", {"dataset": "shapes", "data_dir": "/d", "lr": "fast"}, "lr=fast: expected a number"),
         ("download", {"dataset": "shapes"}, "give data_dir="),
@@ -69,7 +72,7 @@ def test_a_dry_run_tells_sizes_and_commands_and_writes_nothing(tmp_path: Path) -
     done = submit("stage=download,filter", "dataset=shapes", f"data_dir={tmp_path}", "count=1100", "dry_run=true")
     assert done.returncode == 0
     assert "download: 3 partitions, 1100 samples; 1 rank" in done.stdout
-    assert "filter: size known when the stage before has finished" in done.stdout
+    assert "filter: size known when the previous stage has finished" in done.stdout
     assert "-m pipeline.stages.filter" in done.stdout
     assert list(tmp_path.iterdir()) == []
 
@@ -129,3 +132,69 @@ def test_what_a_stage_of_one_process_says_is_shown_whole(
     rank.wait()
     assert local._report(job, [rank], tmp_path) == 0
     assert capsys.readouterr().out == shown
+
+
+CURATED = {"dataset": "shapes", "data_dir": "/d"}
+
+
+def line_of(settings: dict[str, str], stage: str = "all") -> dict[str, str]:
+    """The stages that a command runs, with what each reads."""
+    jobs = jobs_of(LaunchConfig(stage=stage), settings)
+    return {job.stage: Path(getattr(job.config, "input", "") or "").name for job in jobs}
+
+
+@pytest.mark.parametrize(
+    ("settings", "stages"),
+    [
+        ({}, []),
+        ({"select.where": "width > 9"}, ["select"]),
+        ({"where": "width > 9"}, ["select"]),
+        ({"scorers": "[sharpness]"}, ["score"]),
+        ({"where": "sharpness > 9", "scorers": "[sharpness]"}, ["score", "select"]),
+        ({"hamming": "10"}, ["dedup"]),
+        ({"captioner": "openai:http://host/v1", "served_model": "m"}, ["recaption"]),
+        ({"curation": "curate"}, ["dedup", "score", "select"]),
+        ({"curation": "curate", "captioner": "transformers:a/b"}, ["dedup", "score", "select", "recaption"]),
+    ],
+)
+def test_the_whole_line_takes_the_stages_of_curation_that_are_asked_for(
+    settings: dict[str, str], stages: list[str]
+) -> None:
+    line = line_of(CURATED | settings)
+    assert list(line)[:2] == ["download", "filter"]
+    assert list(line)[2 : 2 + len(stages) + 1] == [*stages, "shard"]
+
+
+def test_a_data_set_s_yaml_asks_for_stages_of_curation(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        "source: shapes\nscore:\n  scorers: [sharpness]\nselect:\n  where: sharpness > 9\n"
+        "recaption:\n  captioner: transformers:a/b\n"
+    )
+    line = line_of({"dataset": str(path), "data_dir": "/d"})
+    assert line["score"] == "filter" and line["select"] == "score"
+    assert line["recaption"] == "select" and line["shard"] == "recaption"
+
+
+def test_stages_read_the_newest_images_not_the_scores() -> None:
+    assert line_of(CURATED | {"scorers": "[sharpness]"})["shard"] == "filter"
+    assert line_of(CURATED | {"captioner": "transformers:a/b", "scorers": "[sharpness]"})["recaption"] == "filter"
+    dedup = line_of(CURATED, "filter,dedup,score,select,shard")
+    assert dedup == {"filter": "", "dedup": "filter", "score": "dedup", "select": "score", "shard": "select"}
+
+
+def test_a_data_set_s_own_settings_win_over_a_recipe_of_curation(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("source: shapes\ncuration: curate\nselect:\n  where: width > 3\n")
+    line = {
+        job.stage: job.config for job in jobs_of(LaunchConfig(stage="all"), {"dataset": str(path), "data_dir": "/d"})
+    }
+    assert line["select"].where == "width > 3" and line["dedup"].hamming == 14
+
+
+def test_a_recipe_of_curation_is_overridden_by_the_command() -> None:
+    jobs = jobs_of(LaunchConfig(stage="all"), CURATED | {"curation": "curate", "select.where": "width > 5"})
+    line = {job.stage: job.config for job in jobs}
+    assert line["select"].where == "width > 5" and "seam" in line["score"].scorers
+    with pytest.raises(ConfigError, match="recipe=cure.*curate"):
+        jobs_of(LaunchConfig(stage="all"), CURATED | {"curation": "cure"})

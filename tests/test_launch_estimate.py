@@ -69,13 +69,38 @@ def test_what_is_finished_takes_nothing_and_tells_the_next_stage_its_size(tmp_pa
     assert "60 samples" in next(lines(download))
 
 
+def test_later_stages_are_told_the_size_of_what_pointers_lead_to(tmp_path: Path) -> None:
+    from pipeline.partitions import engine
+    from pipeline.stages import get_stage
+
+    line = "stage=download,filter,dedup,score,select,shard"
+    asked = ("dataset=shapes", "count=20", "select.where=width > 0")
+    train = tmp_path / "shapes/train"
+
+    def run(stage: str) -> dict[str, int]:
+        (job,) = (job for job in jobs(tmp_path, line, *asked) if job.stage == stage)
+        engine.run(get_stage(stage)(job.config, __import__("launch.local").local.planner()))
+        return Dataset.open(train / stage).require_success()["counts"]
+
+    run("download")
+    images = run("filter")
+    found = {one.stage: one for one in estimates(jobs(tmp_path, line, *asked))}
+    for stage in ("dedup", "score", "select"):
+        assert found[stage].output_bytes == images["kept"] * rates()["bytes"]["reference"]
+    assert found["shard"].work.bytes == found["shard"].output_bytes == images["bytes"]
+    pointers = run("dedup")
+    found = {one.stage: one for one in estimates(jobs(tmp_path, line, *asked))}
+    assert found["dedup"].output_bytes == pointers["bytes"]
+    assert found["shard"].work.bytes == images["bytes"] * pointers["kept"] / images["kept"]
+
+
 def test_sources_on_a_network_are_not_asked(tmp_path: Path) -> None:
     (tmp_path / "web.yaml").write_text("source: http_archive\nurls: ['https://example.invalid/a.tar']\n")
     arguments = [f"dataset={tmp_path}/web.yaml", "expected_gb=5"]
     download, filter_ = estimates(jobs(tmp_path, "stage=download,filter", *arguments))
     assert (download.work.samples, download.output_bytes, download.hours) == (-1, 5e9, None)
     assert "known when it is planned" in download.basis
-    assert "known when the stage before is planned" in filter_.basis
+    assert "known when the previous stage is planned" in filter_.basis
 
 
 def test_a_submission_does_not_walk_through_its_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,7 +232,7 @@ def test_a_proposal_is_a_command_that_the_launcher_takes(tmp_path: Path) -> None
         (["tasks_per_node=4", "cpus_per_task=8"], "nodes of partition main have 16 CPUs"),
         (["gpus_per_node=9"], "gpus_per_node=9: nodes of partition main have 8 GPUs"),
         (["mem=100G"], "mem=100G: nodes of partition main have 62G"),
-        (["partition=mian"], "partition=mian: there is none of this name; known: down, main"),
+        (["partition=mian"], "partition=mian: no such partition; known: down, main"),
         (["partition=down"], "partition down is not up"),
         (["account=yours"], "account=yours: not one of yours (mine)"),
         (["array=60", "account=mine"], "array=60: account mine allows 50 jobs"),

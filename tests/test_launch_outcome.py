@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -13,7 +16,7 @@ from rich.console import Console
 from stages.conftest import run_stage
 
 from launch import outcome, submit
-from launch.monitor.table import FittingTable
+from launch.monitor.status_table import FittingTable
 from launch.monitor.watch import Watch
 from launch.submission import Submission, going_on
 from pipeline.config import cli
@@ -58,8 +61,47 @@ def test_failures_are_told_with_their_reasons_and_an_example(
     assert submitted("stage=filter", *given) == 0
     said = capsys.readouterr().out
     assert "0 of 4 samples kept, 4 failed" in said
-    assert re.search(r"failed: .*4 times \(as .*\)", said)
+    assert re.search(r"failed: .*4 times \(for example 0-jpg\)", said)
     assert said.splitlines()[-1].startswith("next: python -m pipeline.stages.shard input=")
+
+
+@pytest.mark.parametrize("width", [120, 80, 40])
+def test_a_terminal_gets_a_table_with_times_and_rates(data: Path, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(submit, "show", lambda jobs, spans: shown.append((jobs, spans)))
+    shown: list[tuple[list[submit.Job], list[tuple[float, float]]]] = []
+    given = ["stage=download,filter", *SHAPES, f"data_dir={data}", "min_image_size=65", "workers=0"]
+    assert submitted(*given) == 0
+    assert submitted(*given) == 0
+    texts = []
+    for jobs, spans in shown:
+        console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+        console.print(outcome.table(jobs, spans))
+        texts.append(console.export_text())
+        assert max(map(len, texts[-1].splitlines())) <= width
+    row = next(line.split() for line in texts[0].splitlines() if line.startswith("download"))
+    assert row[1] == "30"
+    assert "30 too_small" in " ".join(texts[0].split())
+    assert (" rate " in texts[0].splitlines()[1]) == (width > 40)
+    assert " rate " not in texts[1].splitlines()[1]  # both were finished already
+
+
+def test_a_table_is_for_terminals(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["stage=download", *SHAPES, f"data_dir={data}"]
+    command = [sys.executable, "launch/submit.py", *given, "cluster=inline"]
+    with_terminal = subprocess.run(
+        ["script", "-qec", shlex.join(command), "/dev/null"],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).parents[1],
+        stdin=subprocess.DEVNULL,
+        env={**os.environ, "TERM": "dumb", "COLUMNS": "80"},
+    )
+    following = f"next: python launch/submit.py stage=filter dataset=shapes data_dir={data}"
+    assert following in with_terminal.stdout.splitlines(), "it can be copied"
+    assert re.search(r"stage +kept +dropped +failed +time", with_terminal.stdout)
+    without = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
+    assert "30 of 30 samples kept" in without.stdout and "stage " not in without.stdout.split("done in")[1]
 
 
 @pytest.mark.parametrize("stage", ["download", "filter", "shard", "precompute", "features", "train", "generate"])

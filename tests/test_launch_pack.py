@@ -8,7 +8,8 @@ import pytest
 from test_launch_request import ROOT, golden
 
 from launch import slurm
-from launch.pack import clock, comment, gpu_count, mebibytes, minutes, packed, places
+from launch.pack import comment, gpu_count, packed, places
+from launch.quantities import clock, mebibytes, minutes
 from launch.request import read
 from launch.submit import Job, jobs_of, per_dataset
 from pipeline.config.schema import ConfigError
@@ -107,7 +108,7 @@ def test_stages_that_compute_on_no_gpu_get_none(capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize(
     ("arguments", "mode", "message"),
     [
-        (("filter.array=3",), "true", "array=3 cuts stage filter into independent jobs"),
+        (("filter.array=3",), "true", "array=3 splits stage filter into independent jobs"),
         (("filter.partition=big",), "all", "stage download has partition=, stage filter partition=big"),
         (("filter.slurm_exclusive=true",), "all", "stage filter exclusive=true"),
         (
@@ -130,7 +131,7 @@ def test_what_cannot_share_a_job_is_refused(arguments: tuple[str, ...], mode: st
         (("cluster=local", "pack=true"), "pack=true has no effect with cluster=local"),
         (("cluster=slurm", "pack=some"), "pack=some"),
         (("cluster=slurm", "filter.pack=true"), "filter.pack"),
-        (("cluster=slurm", "dataset=a,b", "output=/x"), "output= are for one data set"),
+        (("cluster=slurm", "dataset=a,b", "output=/x"), "output= are for one dataset"),
         (("cluster=slurm", "dataset=a,a"), "named twice"),
     ],
 )

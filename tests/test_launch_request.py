@@ -86,7 +86,7 @@ def test_every_preset_that_we_ship_is_valid(name: str) -> None:
         (["cluster=slurm", "container_runtime=docker"], "container_runtime=docker: "),
         (["cluster=slurm", "gpus_per_node=h100:many"], "gpus_per_node=h100:many: expected a number, or a type and a"),
         (["cluster=slurm", "gpus=9", "nodes=2"], "gpus=9: not the same number on each of nodes=2: use gpus_per_node="),
-        (["cluster=slurm", "gpus=8", "gres=gpu:8"], "gpus and gres=gpu ask for GPUs twice: use gpus_per_node= alone"),
+        (["cluster=slurm", "gpus=8", "gres=gpu:8"], "gpus and gres=gpu request GPUs twice: use only gpus_per_node="),
         (["cluster=slurm", "gpu_type=h100"], "gpu_type=h100: there are no GPUs; set gpus_per_node="),
         (["cluster=slurm", "gpu_bind=closest"], "gpu_bind=closest: there are no GPUs; set gpus_per_node="),
         (["cluster=slurm", "time=1:30", "signal_seconds=90"], "signal_seconds=90: ranks would be told to stop as soon"),
@@ -109,7 +109,7 @@ def test_what_is_wrong_is_said_in_one_line(arguments: list[str], message: str) -
         ("partition: cpu", "expected a mapping with kind: local, inline, slurm"),
         ("kind: slurm\npartitoin: cpu", "unknown key 'partitoin'; did you mean partition"),
         ("kind: slurm\nfilter: {nods: 2}", "unknown key 'filter.nods'; did you mean nodes"),
-        ("kind: slurm\ntime: 1\ntime: 2", "time is given twice"),
+        ("kind: slurm\ntime: 1\ntime: 2", "time is given more than once"),
         ("kind: [", "not YAML"),
     ],
 )

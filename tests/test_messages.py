@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 _NAMED = re.compile(r"(?<![\w.<$&?/'\"-])(?:(\w+)\.)?([a-z][a-z0-9_]*)=(?![=\"'])")
 SAID_OF_ANY_COMMAND = {"stage", "key", "help"}
 """``stage=filter`` names another command."""
-IN_VALUES = {"layer", "length"}
+IN_VALUES = {"activation", "layer", "length"}
 """Parts of a value: ``text_encoder=clip:name#layer=penultimate``."""
 ELSEWHERE = {"journal_mode", "synchronous", "bytes", "version", "charset", "acdirmax", "user"}
 """SQLite, HTTP, mount options, SLURM's own commands."""
@@ -50,7 +50,7 @@ OWNERS: dict[str, tuple[type, ...]] = {
 }
 """Whose options a message may name, where only these commands say it."""
 MEANT_FOR_OTHERS: dict[str, set[str]] = {
-    "pipeline/partitions": {"keep_raw", "keep", "takedown", "source"},  # what has removed data; lists; other stages
+    "pipeline/partitions": {"keep_raw", "keep", "takedown", "source", "to"},  # what removes or publishes data; lists
     "pipeline/training": {"checkpoint"},  # of the stages that use a trained run
     "pipeline/stages/caption.py": {"prompt"},  # how the run was to be trained
     "pipeline/stages/generate.py": {"text_encoder"},  # how its latents were made

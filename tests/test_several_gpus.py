@@ -21,7 +21,7 @@ from pipeline.distributed import Rank, find_place
 from pipeline.distributed.device import isolation_cost
 from pipeline.encoders.crop import Crop
 from pipeline.imaging import worker_pool as workers
-from pipeline.latents.decoding import Decoders, Layout
+from pipeline.latents.image_decoding import Decoders, Layout
 from pipeline.loading.prefetch import Ahead
 from pipeline.stages import verify
 from pipeline.stages.precompute import Precompute
@@ -71,7 +71,7 @@ def test_each_rank_has_its_own_gpu_and_its_share_of_the_cpus(
                 rank = Rank(find_place(environment))
                 taken.append(rank.device.index)
                 stage = Precompute(build(PrecomputeConfig, {"input": "a", "output": "b"}), rank)
-                assert stage._workers() == 15
+                assert stage.decoding_processes() == 15
         assert taken == ([0] * gpus if alone else list(range(gpus)))
 
 

@@ -35,7 +35,8 @@ def test_jobs_are_killed_frozen_signalled_requeued_doubled_and_preempted(
     events = [*ways, "freeze_a_rank", "submit_twice", "skew_clocks", "delete_logs", "preempt"]
 
     def run(event: str) -> Trial:
-        return chaos.run(slurm_cluster, tmp_path / event, event, work, ways.get(event, "submit"), seed=len(event))
+        way, seed = ways.get(event, "submit"), len(event)
+        return chaos.run(slurm_cluster, tmp_path / event, event, work, way, seed, tasks_per_node="2")
 
     with ThreadPoolExecutor(len(events)) as pool:
         trials = dict(zip(events, pool.map(run, events), strict=True))

@@ -110,7 +110,7 @@ def test_planted_faults_are_named_with_their_node(
     assert "without the files of ranks" in told(findings, "same data_dir", "node2"), said
     assert "cannot reach node3" in told(findings, "ports between nodes"), said
     assert "3600 s behind the other nodes" in told(findings, "clocks", "node3"), said
-    assert "1 GPUs were asked for on each node, but torch sees none" in told(findings, "gpus", "node1"), said
+    assert "1 GPUs were requested on each node, but torch sees none" in told(findings, "gpus", "node1"), said
     assert "of 4 ranks 3 came" in told(findings, "network", "node1"), said
 
 

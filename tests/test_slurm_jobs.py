@@ -31,7 +31,7 @@ export LOGS=$PWD LOOK=1 WAIT=3 OMP_NUM_THREADS=1
 source {root}/slurm/env.sh
 source {root}/slurm/job.sh
 
-run python program.py "${{ELEMENT[@]}}"
+run python -m program "${{ELEMENT[@]}}"
 """
 PROGRAM = """
 import os, signal, sys, time
@@ -119,7 +119,11 @@ def submit(
 ) -> Job:
     """A job whose ranks run ``body``, where ``life`` is 0 the first time."""
     folder.mkdir(exist_ok=True)
-    text = PROGRAM + textwrap.indent(textwrap.dedent(body), "    ") + f"\nmain(FilterConfig(hang_timeout={hang}))\n"
+    text = (
+        PROGRAM
+        + textwrap.indent(textwrap.dedent(body), "    ")
+        + f'\nif __name__ == "__main__":\n    main(FilterConfig(hang_timeout={hang}))\n'
+    )
     (folder / "program.py").write_text(text)
     script = folder / "job.sbatch"
     script.write_text(SCRIPT.format(tasks=tasks, options=options, settings=settings, root=ROOT))
@@ -211,6 +215,10 @@ def test_a_cancelled_job_stays_so_and_its_ranks_stop_in_time(slurm_cluster: Clus
     time.sleep(2)
     assert field(slurm_cluster, job.id, "JobState") == "CANCELLED"
     assert job.lives == 1 and "Requeued" not in job.said
+    end = time.monotonic() + 20
+    while "life 0: cancelled: it does not begin again by itself" not in job.said.splitlines()[-1]:
+        assert time.monotonic() < end, job.said
+        time.sleep(0.2)
 
 
 def test_a_rank_that_hangs_shows_its_stack_and_the_job_begins_again(slurm_cluster: Cluster, tmp_path: Path) -> None:
@@ -468,6 +476,32 @@ def test_clocks_of_nodes_may_differ(slurm_cluster: Cluster, tmp_path: Path) -> N
     """
     job = submit(slurm_cluster, tmp_path, body, hang=2, tasks=1)
     assert (job.end(), job.lives) == ("COMPLETED", 1), job.said
+
+
+def test_logs_of_ranks_stay_small(slurm_cluster: Cluster, tmp_path: Path) -> None:
+    body = """
+        from pathlib import Path
+        from pipeline.storage import Folder
+        from pipeline.telemetry.events import Events
+
+        log = Path(f"job-{os.environ['SLURM_JOB_ID']}-{rank.rank}.log")
+        older = log.with_name(log.name + ".1")
+        with Folder.open(Path("work"), create=True) as work, Events(work, rank, beat=0.05).around():
+            number = 0
+            while not (older.exists() and os.path.samestat(os.fstat(1), log.stat())):
+                rank.check_stop()
+                number += 1
+                print(number, "." * 90, flush=True)
+                time.sleep(0.001)
+            print("the last line", flush=True)
+    """
+    job = submit(slurm_cluster, tmp_path, body, settings="export LATENTMILL_LOG_MEGABYTES=0.01")
+    assert job.end() == "COMPLETED", job.said
+    for task in range(2):
+        log = job.log(task)
+        older = tmp_path / f"job-{job.id}-{task}.log.1"
+        assert log.startswith(f"(earlier lines: {older};") and log.endswith("the last line\n"), log
+        assert older.stat().st_size > 10_000 and older.read_text().startswith("1 ....")
 
 
 def test_few_files_stay_behind_after_many_lives(slurm_cluster: Cluster, tmp_path: Path) -> None:

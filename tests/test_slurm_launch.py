@@ -74,7 +74,7 @@ def make_image_net(folder: Path) -> None:
             width, height = (int(edge) for edge in dice.integers(60, 200, 2))
             pixels = dice.integers(0, 255, (height // 8 + 1, width // 8 + 1, 3), np.uint8)
             Image.fromarray(pixels).resize((width, height)).save(folder / name / f"{name}_{number}.JPEG", quality=90)
-    (folder / "n01440764/n01440764_99.JPEG").write_bytes(b"no picture")
+    (folder / "n01440764/n01440764_99.JPEG").write_bytes(b"no image")
 
 
 # ---- the same bytes
@@ -167,7 +167,7 @@ def test_other_data_and_splits_of_the_same_name_are_other_work(slurm_cluster: Cl
 
 def test_after_a_failed_stage_the_next_does_not_run(slurm_cluster: Cluster, tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
-    (tmp_path / "images/a.png").write_bytes(b"no picture")
+    (tmp_path / "images/a.png").write_bytes(b"no image")
     arguments = ["stage=download,filter,shard", "dataset=image_folder", f"input={tmp_path / 'images'}"]
     arguments += [f"data_dir={tmp_path}", "cluster=slurm", "max_failed_fraction=0", "lives=1"]
     jobs = numbers(slurm_cluster.run(*SUBMIT, *arguments).stdout)
@@ -232,7 +232,7 @@ def test_what_cannot_work_is_said_before_anything_is_submitted(slurm_cluster: Cl
     (tmp_path / "begun").mkdir()
     for arguments, message in (
         (["stage=download", "dataset=image_folder", "input=/nope"], "input=/nope: there is no such file or folder"),
-        (["stage=download", "dataset=shapes", "count=30"], "was made with count=20, now count=30 is asked for"),
+        (["stage=download", "dataset=shapes", "count=30"], "was made with count=20, now count=30 is requested"),
         (["stage=filter,shard", "dataset=shapes", "input=/nope"], "input=/nope: there is no such file or folder"),
         (["stage=download", "dataset=shapes", "count=20", "after=999999"], "SLURM does not know job 999999"),
         (["stage=download", "dataset=shapes", "count=20", "notify=mailto:me"], "notify=: expected a URL"),
@@ -284,10 +284,21 @@ def test_slurm_understands_every_option(slurm_cluster: Cluster, tmp_path: Path) 
         assert done.returncode == 1 and "refused: " in done.stdout, wrong
 
 
+def test_slurm_takes_every_line_of_the_scripts(slurm_cluster: Cluster) -> None:
+    """Those that are recorded and those that come with the checkout. Only their sizes are too much for these nodes."""
+    small = ["--partition=main", "--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", "--mem=100M"]
+    scripts = [*(ROOT / "tests/data").glob("*.sbatch"), *(ROOT / "slurm").glob("*.sbatch")]
+    assert len(scripts) >= 10
+    for script in scripts:
+        gpus = ["--gpus-per-node=h100:1"] if "--gpus-per-node" in script.read_text() else []
+        done = slurm_cluster.run("sbatch", "--test-only", *small, *gpus, script, check=False)
+        assert done.returncode == 0 and re.search(r"Job \d+ to start at", done.stderr), f"{script}: {done.stderr}"
+
+
 def test_of_several_partitions_the_first_that_has_room_is_taken(slurm_cluster: Cluster, tmp_path: Path) -> None:
     plan = ["stage=download", "dataset=shapes", "count=20", "cluster=slurm", "slurm_hold=true", "notify=http://x.org/"]
     said = slurm_cluster.run(*SUBMIT, *plan, f"data_dir={tmp_path / 'a'}", "partition=nowhere,main,high").stdout
-    assert "not in partition nowhere: " in said and "partition main: the first with room now" in said
+    assert "not in partition nowhere: " in said and "partition main: the first that can start it now" in said
     (job,) = numbers(said)
     assert field(slurm_cluster, job, "Partition") == "main"
     last = [*plan, f"data_dir={tmp_path / 'b'}", f"after={job}", "partition=high,main", "mail_user=me@example.org"]

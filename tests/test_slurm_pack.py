@@ -85,14 +85,14 @@ def test_a_dry_run_knows_the_limits_of_the_cluster(slurm_cluster: Cluster, tmp_p
     assert "download: 800 samples in 80 partitions" in said and "proposed: nodes=1 tasks_per_node=1" in said
     assert "nodes=9: partition main allows 4" in said
     assert "nodes of partition main have 16 CPUs" in said and "mem=32G: nodes of partition main have 16G" in said
-    assert "partition=nowhere: there is none of this name; known: high, main" in said
-    assert "not known in full" not in said
+    assert "partition=nowhere: no such partition; known: high, main" in said
+    assert "not completely known" not in said
     assert not list(tmp_path.iterdir())
 
 
 @pytest.fixture
 def accounting_cluster(slurm_cluster: Cluster) -> Iterator[Cluster]:
-    """A cluster with a database, beside the one that other tests use."""
+    """A cluster with a database, next to the one that other tests use."""
     missing = [name for name in ("mariadbd", "slurmdbd") if shutil.which(name, path=cluster.SEARCH_PATH) is None]
     if missing:
         pytest.skip(f"no {missing[0]}: no accounting")

@@ -1,4 +1,4 @@
-"""launch/status.py beside a real SLURM: why jobs wait, which rank is silent and lost, whose log is where."""
+"""launch/status.py next to a real SLURM: why jobs wait, which rank is silent and lost, whose log is where."""
 
 from __future__ import annotations
 

@@ -19,8 +19,8 @@ import pytest
 from recorded import SAMPLES, commit, event, plan, record, write_events
 
 from launch.local import Progress
-from launch.monitor import logs, metrics, page, table, watch
-from launch.monitor.queue import Queue
+from launch.monitor import metrics, page, rank_logs, status_table, watch
+from launch.monitor.queue import _NO_CLUSTER, Queue
 from launch.monitor.watch import StageStatus, Watch, ranges
 from launch.request import read
 from launch.submit import jobs_of
@@ -129,9 +129,9 @@ def test_a_thousand_ranks_and_a_hundred_thousand_partitions_take_few_operations(
 def test_finished_stages_are_not_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import fake_stage
 
-    from pipeline.config.schema import STAGES
+    from pipeline.registry import Registered, stages
 
-    monkeypatch.setitem(STAGES, "fake", fake_stage.FakeConfig)
+    monkeypatch.setitem(stages.added, "fake", Registered(fake_stage.Fake, fake_stage.FakeConfig))
     fake_stage.run(tmp_path / "filter")
     operations = Operations(monkeypatch)
     looking = Watch(tmp_path)
@@ -248,6 +248,26 @@ def test_only_the_newest_run_has_ranks_but_all_count(tmp_path: Path) -> None:
     assert stage.samples == (8 * 2 + 1 + 2 * 3) * SAMPLES
 
 
+@pytest.mark.parametrize(
+    ("name", "at", "samples"), [("beat", NOW - 5, 730), ("beat", NOW - 900, 500), ("stop", NOW, 500)]
+)
+def test_of_an_attempt_that_ended_no_samples_count(name: str, at: float, samples: int, tmp_path: Path) -> None:
+    """Whoever resumes goes through them again."""
+    totals = {"partitions": 1, "in": 500}
+    stage = write(tmp_path / "filter", event(name, 0, 1, NOW - 1000, at, 1, done=730, totals=totals))
+    assert stage.samples == samples
+
+
+def test_the_line_of_a_local_run_counts_what_earlier_runs_have_finished(tmp_path: Path) -> None:
+    (job,) = jobs_of(*_request(tmp_path, "stage=download", "dataset=shapes"))
+    assert job.output is not None
+    progress = Progress(job)
+    of = {"partitions": 16, "generation": 0}
+    for done, begin in ((12, time.time() - 900), (1, time.time() + 1)):
+        write_events(job.output, [event("commit", 0, 1, begin, time.time(), done) | of])
+    assert progress.line().startswith("download: 13/16 partitions, 12 of them before, ")
+
+
 def test_many_ranks_in_the_same_trouble_are_one_line(tmp_path: Path) -> None:
     stage = write(tmp_path / "filter", *(event("beat", r, 9, NOW - 900, NOW - 90, 1) for r in (0, 1, 2, 5, 7, 8)))
     assert stage.state == "silent"
@@ -264,6 +284,29 @@ def test_a_training_run_counts_steps(tmp_path: Path) -> None:
     stage = look(tmp_path)
     assert (stage.name, stage.state, stage.done, stage.total) == ("runs/diffuse", "running", 250, 1000)
     assert (stage.loss, stage.rate, stage.eta) == (0.25, 80.0, 300.0)
+
+
+def test_a_finished_training_run_says_what_it_used_and_what_to_ask_for(tmp_path: Path) -> None:
+    (tmp_path / "runs/diffuse/checkpoints").mkdir(parents=True)
+    facts = {
+        "step": 1000,
+        "of": 1000,
+        "cpu": 600.0,
+        "cpus": 4,
+        "node_memory": 16 * 10**9,
+        "job": "7",
+        "partition": None,
+    }
+    for rank in range(2):
+        used = {**facts, "gpu": {"use": 0.9, "memory": 10**9, "mean": 0.75}}
+        write_events(tmp_path / "runs/diffuse", [event("finish", rank, 2, NOW - 600, NOW, 0, **used)])
+    from rich.console import Console
+
+    console = Console(width=250, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(status_table.render(Watch(tmp_path).look(), 0))
+    said = console.export_text()
+    assert "runs/diffuse: took 10 min with 2 ranks, CPU 25% of 4 for each rank, GPU 75%, waited 25%" in said, said
+    assert "memory 4.0 GB a node of 16.0 GB asked; next time: cpus_per_task=2 mem=5G time=00:20:00" in said
 
 
 def test_the_line_of_a_local_training_counts_to_what_epochs_come_to(tmp_path: Path) -> None:
@@ -353,7 +396,7 @@ def test_the_speed_of_ranks_at_work_does_not_fall_at_the_right_edge(tmp_path: Pa
 
 
 def test_a_node_whose_clock_is_an_hour_behind_is_not_silent(tmp_path: Path) -> None:
-    """How long ago a rank wrote is told by the file server, which dates all files by the same clock."""
+    """How long ago a rank wrote is recognized by the file server, which dates all files by the same clock."""
     output = tmp_path / "filter"
     plan(output, 10)
     for rank, late in ((0, 0), (1, 3600), (2, -3600)):
@@ -396,7 +439,7 @@ def test_a_stage_that_failed_before_it_had_planned_is_shown_with_its_error(tmp_p
     assert (stage.name, stage.stage, stage.state) == ("set/train/filter", "filter", "failed")
     assert stage.problems == ["rank 0: error: input=/nope: no such folder"]
     assert snapshot.over
-    assert logs.choose(snapshot, "failed") == [log]
+    assert rank_logs.choose(snapshot, "failed") == [log]
     assert program(tmp_path, "ranks=0").stdout.count("no such folder") == 1
 
 
@@ -407,7 +450,7 @@ def test_a_local_stage_that_failed_before_it_had_planned_is_shown_too(tmp_path: 
     (folder / "rank1.log").write_text("error: format=mds: no such thing\n")
     (stage,) = Watch(tmp_path).look().stages
     assert (stage.stage, stage.state, stage.problems) == ("shard", "failed", ["error: format=mds: no such thing"])
-    assert logs.choose(Watch(tmp_path).look(), "failed") == [folder / "rank1.log"]
+    assert rank_logs.choose(Watch(tmp_path).look(), "failed") == [folder / "rank1.log"]
 
 
 def test_what_was_finished_and_removed_is_not_listed(tmp_path: Path) -> None:
@@ -507,7 +550,7 @@ def test_nodes_that_did_badly_are_named(tmp_path: Path, squeue: Callable[..., No
     (stage,) = Watch(tmp_path).look().stages
     assert stage.problems == [
         "job 12 pending: was requeued: SLURM lets it wait for two minutes (BeginTime)",
-        "left out, as they did badly while other nodes did well: node7",
+        "left out because they did worse than other nodes: node7",
     ]
 
 
@@ -534,6 +577,15 @@ def test_slurm_is_asked_once_in_ten_seconds(tmp_path: Path, squeue: Callable[...
     assert (tmp_path / "bin/calls").read_text() == "called\n"
 
 
+@pytest.mark.parametrize("words", _NO_CLUSTER)
+def test_a_machine_of_no_cluster_is_no_problem(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, squeue: Callable[..., None], words: str
+) -> None:
+    (tmp_path / "bin/squeue").write_text(f"#!/bin/sh\necho 'squeue: fatal: {words}' >&2\nexit 1\n")
+    plan(tmp_path / "filter", 10)
+    assert Watch(tmp_path / "filter").look().slurm == ""
+
+
 def test_a_controller_that_is_away_is_said_and_blames_no_rank(tmp_path: Path, squeue: Callable[..., None]) -> None:
     output = tmp_path / "filter"
     plan(output, 10)
@@ -547,7 +599,7 @@ def test_a_controller_that_is_away_is_said_and_blames_no_rank(tmp_path: Path, sq
     (rank,) = Watch(output).look().stages[0].ranks
     assert (rank.state, rank.note) == (
         "lost",
-        "it ended without a word at partition 0: its job is no longer in SLURM's queue",
+        "it ended without a message at partition 0: its job is no longer in SLURM's queue",
     )
 
 
@@ -568,7 +620,7 @@ def test_the_table_names_stages_ranks_and_problems(mixed: Path) -> None:
     from rich.console import Console
 
     console = Console(width=160, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(table.render(Watch(mixed).look(), 2))
+    console.print(status_table.render(Watch(mixed).look(), 2))
     said = console.export_text()
     assert re.search(
         r"jdb/train/filter +running +41\.0% +41/100 +41000 +4100 +80\.0 +0\.8/0\.4 +12 min +4\.0 GB +50% +25%", said
@@ -588,7 +640,7 @@ def test_hosts_of_all_ranks_are_told_with_the_reasons_of_what_failed(tmp_path: P
     write(tmp_path / "cc12m/train/download", *ranks)
     now = Watch(tmp_path).look()
     console = Console(width=160, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(table.render(now, 0))
+    console.print(status_table.render(now, 0))
     said = console.export_text()
     assert "cc12m/train/download: a.example: 190 of 200 kept (95.0%); http_404 10" in said
     assert "cc12m/train/download: b.example: 0 of 5 kept (0.0%); timeout 5" in said
@@ -614,6 +666,8 @@ def test_the_page_is_whole_in_itself_and_refreshes(mixed: Path) -> None:
     assert titles[:2] == ["samples/s", "MB/s in"] and "GPU use, %" in titles
     assert text.count("<polyline") == len(titles)
     assert "http-equiv" not in page.render(now, processes, 0)
+    narrow = text[text.index("max-width: 560px") :]
+    assert ".wide { display: none; }" in narrow and text.count('<th class="wide">') == 3
 
 
 def test_the_speed_that_is_drawn_is_that_of_all_processes(tmp_path: Path) -> None:
@@ -643,6 +697,8 @@ def test_prometheus_gets_its_text(mixed: Path) -> None:
     assert f'latentmill_stage_bad_samples{{{place},outcome="dropped",reason="small"}} 4100\n' in text
     assert f'latentmill_stage_ranks{{{place},state="failed"}} 1\n' in text
     assert text.count("# TYPE latentmill_rank_idle gauge\n") == 1
+    kinds = dict(re.findall(r"# TYPE (\S+) (\S+)", text))
+    assert all(name.endswith("_total") == (kind == "counter") for name, kind in kinds.items()), "promtool refuses it"
     server = metrics.Server("127.0.0.1", 0, lambda: text)
     try:
         with urllib.request.urlopen(server.address) as answer:
@@ -664,19 +720,19 @@ def test_the_right_logs_are_chosen(tmp_path: Path) -> None:
     last = ("beat", "error", "beat")
     write(output, *(event(last[r], r, 3, NOW - 50, NOW, 1, log=str(tmp_path / f"rank{r}.log")) for r in range(3)))
     now = Watch(tmp_path).look()
-    assert logs.choose(now, "rank2") == logs.choose(now, "2") == [tmp_path / "rank2.log"]
-    assert logs.choose(now, "failed") == [tmp_path / "rank1.log"]
+    assert rank_logs.choose(now, "rank2") == rank_logs.choose(now, "2") == [tmp_path / "rank2.log"]
+    assert rank_logs.choose(now, "failed") == [tmp_path / "rank1.log"]
     for wanted, said in (
         ("rank7", "no log of it is known"),
         ("fialed", "did you mean failed"),
         ("job", "no log of it"),
     ):
         with pytest.raises(ConfigError, match=said):
-            logs.choose(now, wanted)
+            rank_logs.choose(now, wanted)
 
 
 def test_the_log_of_a_rank_that_failed_before_it_could_say_so(tmp_path: Path) -> None:
-    """A wrong setting ends a rank before there is an output; slurm/job.sh keeps its exit code beside the log."""
+    """A wrong setting ends a rank before there is an output; slurm/job.sh keeps its exit code next to the log."""
     folder = tmp_path / "train/logs/filter.slurm"
     life = folder / ".filter-ab-17/0.0"
     life.mkdir(parents=True)
@@ -686,8 +742,8 @@ def test_the_log_of_a_rank_that_failed_before_it_could_say_so(tmp_path: Path) ->
         (folder / name).write_text(name)
     now = Watch(tmp_path / "train").look()
     now.root = str(tmp_path / "train/filter")
-    assert logs.choose(now, "failed") == [folder / "filter-ab-17-1.log"]
-    assert logs.choose(now, "job") == [folder / "filter-ab-17.out"]
+    assert rank_logs.choose(now, "failed") == [folder / "filter-ab-17-1.log"]
+    assert rank_logs.choose(now, "job") == [folder / "filter-ab-17.out"]
 
 
 def test_following_shows_what_is_added_until_all_is_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -702,7 +758,7 @@ def test_following_shows_what_is_added_until_all_is_over(tmp_path: Path, capsys:
             file.write(f"more {going_on}\n")
         return going_on
 
-    logs.show([one, two], 2, more)
+    rank_logs.show([one, two], 2, more)
     said = capsys.readouterr().out
     assert said.startswith(f"==> {one} <==\nline 98\nline 99\n")
     assert f"\n==> {two} <==\nbegin\n\n==> {one} <==\nmore True\nmore True\nmore False\n" in said
@@ -715,12 +771,12 @@ def test_following_shows_what_is_added_until_all_is_over(tmp_path: Path, capsys:
     ("arguments", "said"),
     [
         (["nowhere"], "nowhere: no such folder"),
-        ([], "missing: path=... (data_dir, or any folder below it"),
+        ([], "missing: path=... (folder to look at: data_dir"),
         ([".", "folow=true"], "unknown key 'folow'; did you mean follow?"),
         ([".", "follow=yes"], "follow=yes: known: auto, false, true"),
         ([".", "every=0"], "every=0.0: must be more than 0"),
         ([".", "port=99999"], "port=99999: must be at least 0, at most 65535"),
-        (["../status.py", "path=."], "path is given twice"),
+        (["../status.py", "path=."], "path is given more than once"),
         ([".", "logs=rank1"], "logs=rank1: no log of it is known"),
         ([".", "html=/nowhere/page.html"], "html=/nowhere/page.html: cannot be written"),
     ],
@@ -737,7 +793,7 @@ def test_what_is_wrong_is_one_line(arguments: list[str], said: str, tmp_path: Pa
 
 
 def test_a_run_of_two_ranks_from_its_begin_to_its_end(tmp_path: Path) -> None:
-    """Without torch, and the same folder may be given as data_dir, as data set or as output."""
+    """Without torch, and the same folder may be given as data_dir, as dataset or as output."""
     submit = [
         sys.executable,
         str(ROOT / "launch/submit.py"),
@@ -762,5 +818,13 @@ def test_a_run_of_two_ranks_from_its_begin_to_its_end(tmp_path: Path) -> None:
     done = program(tmp_path, f"html={tmp_path}/page.html")
     assert done.stdout == f"page: {tmp_path}/page.html\n" and "finished" in (tmp_path / "page.html").read_text()
     check = "import sys; sys.argv = ['status']; import launch.status, launch.slurm, launch.monitor.page; " \
-            "import launch.monitor.metrics, launch.monitor.logs; sys.exit('torch' in sys.modules)"  # fmt: skip
+            "import launch.monitor.metrics, launch.monitor.rank_logs; sys.exit('torch' in sys.modules)"  # fmt: skip
     assert subprocess.run([sys.executable, "-c", check], cwd=ROOT, timeout=60, check=False).returncode == 0
+
+
+def test_outputs_are_listed_in_the_order_in_which_they_run(tmp_path: Path) -> None:
+    places = ["shapes/train/download", "shapes/train/filter", "shapes/train/dedup", "shapes/train/shard-mds"]
+    places += ["shapes/train/precompute-sdxl", "shapes/train/zeta", "shapes/valid/download", "shapes/runs/diffuse"]
+    paths = [tmp_path / place for place in places]
+    shuffled = paths[::-1]
+    assert sorted(shuffled, key=watch._place) == paths

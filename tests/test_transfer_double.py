@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable
 
@@ -32,7 +33,7 @@ def test_values_are_real_and_bytes_arrive_only_when_their_event_is_waited_for(gp
     assert np.isnan(host.numpy()).all()  # numpy sees what lies in the memory
     done.synchronize()
     assert host.tolist() == [0, 2, 4, 6] and isinstance(there, OnDevice) and str(there.device) == "cuda:0"
-    assert not gpus.blocking
+    assert [wait.what for wait in gpus.waits] == ["Event.synchronize()"]
 
 
 def test_reading_what_is_on_its_way_fails_and_names_the_line(gpus: Gpus) -> None:
@@ -85,17 +86,32 @@ def test_memory_that_another_stream_uses_must_be_recorded_there(gpus: Gpus) -> N
 @pytest.mark.parametrize(
     ("act", "said"),
     [
-        (lambda there: there.cpu(), "a copy to the host"),
-        (lambda there: there.sum().item(), "reads a value"),
-        (lambda there: torch.ones(3).to("cuda", non_blocking=True), "not pinned"),
-        (lambda there: torch.ones(3).pin_memory().to("cuda"), "a copy to the device"),
+        (lambda there: there.cpu(), "copy to the host"),
+        (lambda there: there.sum().item(), "item()"),
+        (lambda there: there[there > 1], "index with a mask"),
+        (lambda there: there[torch.tensor([0])], "index with places on the host"),
+        (lambda there: there.nonzero(), "nonzero()"),
+        (lambda there: torch.ones(3).to("cuda", non_blocking=True), "copy from memory that is not pinned"),
+        (lambda there: torch.ones(3).pin_memory().to("cuda"), "copy from the host"),
+        (lambda there: torch.cuda.synchronize(), "torch.cuda.synchronize()"),
+        (lambda there: torch.cuda.current_stream().synchronize(), "Stream.synchronize()"),
     ],
 )
-def test_copies_that_block_are_listed(gpus: Gpus, act: Callable[[torch.Tensor], object], said: str) -> None:
+def test_what_makes_the_host_wait_is_named(gpus: Gpus, act: Callable[[torch.Tensor], object], said: str) -> None:
     _, there = uploaded()
-    act(there)
-    (blocking,) = gpus.blocking
-    assert said in blocking and blocking.startswith("tests/test_transfer_double.py:")
+    message = rf"the host waits for the device:\n  tests/test_transfer_double.py:\d+: {re.escape(said)}"
+    with pytest.raises(AssertionError, match=message), gpus.no_waits():
+        act(there)
+
+
+def test_who_waits_for_copies_of_their_own_stream_does_not_wait_for_what_is_computed(gpus: Gpus) -> None:
+    uploaded()[1] * 2
+    with torch.cuda.stream(torch.cuda.Stream()), gpus.no_waits():
+        host, _ = uploaded()
+        done = torch.cuda.Event()
+        done.record()
+        done.synchronize()
+        host.fill_(7)  # may be used again
 
 
 def test_a_mix_of_devices_fails(gpus: Gpus) -> None:

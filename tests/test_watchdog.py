@@ -212,14 +212,14 @@ def test_a_life_whose_folder_is_gone_does_not_matter(tmp_path: Path) -> None:
 def test_a_stage_that_hangs_says_so_in_its_events(tmp_path: Path) -> None:
     body = f"""
         import fake_stage
-        from pipeline.config.schema import STAGES
+        from pipeline.registry import Registered, stages
         from pipeline.partitions import engine
-        STAGES["fake"] = fake_stage.FakeConfig
+        stages.added["fake"] = Registered(fake_stage.Fake, fake_stage.FakeConfig)
         class Stuck(fake_stage.Fake):
-            def process(self, partition):
+            def process(self, partition, context):
                 if partition.index == 3:
                     time.sleep(60)
-                yield from super().process(partition)
+                yield from super().process(partition, context)
         engine.run(Stuck(fake_stage.FakeConfig(output={str(tmp_path / "out")!r}), rank))
     """
     code, said = run(tmp_path, body)

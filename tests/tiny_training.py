@@ -1,4 +1,4 @@
-"""A tiny data set in memory and a tiny task, quick to train; for tests/training."""
+"""A tiny dataset in memory and a tiny task, quick to train; for tests/training."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Points:
     def __len__(self) -> int:
         return len(self.x)
 
-    def batch(self, positions: np.ndarray) -> dict[str, Tensor]:
+    def batch(self, positions: np.ndarray, epochs: np.ndarray | None = None) -> dict[str, Tensor]:
         self.seen += positions.tolist()
         return {"x": self.x[positions], "y": self.y[positions]}
 

@@ -9,16 +9,16 @@ Real values are computed (on the CPU, at once), but bytes arrive only when someb
 - a stream that reads or overwrites what another stream has written or still reads, without having waited for an event
   recorded after that, fails; so does memory that is freed while another stream than its own still uses it
   (``record_stream`` is missing), and an operation that mixes devices.
-- copies that block the host (``.cpu()``, ``.item()``, ``.to()`` without ``non_blocking``, from or to memory that is not
-  pinned) work, and are listed in :attr:`Gpus.blocking` with the line that did them.
+- whatever makes the host wait for what the device computes (``.cpu()``, ``.item()``, ``.to()`` without
+  ``non_blocking``, memory that is not pinned, boolean masks, ``synchronize()``) works, and is in :attr:`Gpus.waits`
+  with the line that did it.
 
 How to use it::
 
     def test_something(gpus: Gpus) -> None:      # the fixture: one device; `with pretended(monkeypatch, 8)`: eight
         feed = Feed(..., device=torch.device("cuda", 0))
-        gpus.blocking.clear()                    # loading a model blocks, and may
-        ...                                      # code under test: .to("cuda", non_blocking=True), Event, Stream, ...
-        assert not gpus.blocking                 # nothing in the code under test has waited
+        with gpus.no_waits():                    # loading a model waits, and may; this must not
+            ...                                  # code under test: .to("cuda", non_blocking=True), Event, Stream, ...
                                                  # at its end the fixture raises what went wrong in any thread
 
 The fixture ``gpus`` (of conftest.py) is known to all tests. It replaces parts of ``torch.cuda`` for the test and enters
@@ -28,13 +28,11 @@ the device are :class:`OnDevice`; backward passes and compiled code are not what
 
 from __future__ import annotations
 
-import sys
 import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
-from types import FrameType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -42,11 +40,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
+from waits import Waits, checked, place, reads_values
 
-_ROOT = str(Path(__file__).resolve().parent.parent)
 _POISON = 0xFF  # every float of such bytes is NaN, every bool true
 _COPIES = ("aten._to_copy.default", "aten.to.dtype_layout", "aten.to.device", "aten.copy_.default", "aten.to.other")
-_READS_VALUE = ("aten.item.default", "aten._local_scalar_dense.default", "aten.nonzero.default", "aten.equal.default")
 
 
 class TransferError(AssertionError):
@@ -76,6 +73,7 @@ class Stream:
         self.gpus = gpus
         self.device = torch.device("cuda", gpus.index_of(device))
         self.number = 0
+        self.computes = False
         self.clock: dict[Stream, int] = {}
         self.copies: list[tuple[int, Callable[[], None]]] = []
 
@@ -94,7 +92,7 @@ class Stream:
         return {**self.clock, self: self.number}
 
     def synchronize(self) -> None:
-        self.gpus.arrived(self.now())
+        self.gpus.waited("Stream.synchronize()", (), self)
 
     def query(self) -> bool:
         return not self.copies
@@ -115,13 +113,16 @@ class Event:
         (stream or self.gpus.stream()).wait_event(self)
 
     def synchronize(self) -> None:
+        """Counts as a wait if it is one for what the device computes, and not for copies of another stream alone."""
+        if any(stream.computes and number for stream, number in self.clock.items()):
+            self.gpus.note("Event.synchronize()")
         self.gpus.arrived(self.clock)
 
     def query(self) -> bool:
-        """True from the second time on: nobody can tell how long a copy takes."""
+        """True from the second time on: nobody can say how long a copy takes."""
         self._asked += 1
         if self._asked > 1:
-            self.synchronize()
+            self.gpus.arrived(self.clock)
         return self._asked > 1
 
     def elapsed_time(self, other: Event) -> float:
@@ -161,29 +162,25 @@ class OnDevice(Tensor):
         self.memory.recorded.add(stream)
 
 
-class Gpus:
+class Gpus(Waits):
     """Pretended devices, and what code under test has done with them.
 
     Attributes:
         count: devices.
-        blocking: ``file:line: what`` of each copy that made the host wait.
         errors: of all threads, also those whose exceptions nobody has seen.
-        registered: host memory that is pinned, by address: bytes, and the device that was current.
         devices: by thread name, the device that was set in it.
         contexts: devices that somebody has worked on.
     """
 
     def __init__(self, count: int = 1) -> None:
+        super().__init__()
         self.count = count
-        self.blocking: list[str] = []
         self.errors: list[str] = []
-        self.registered: dict[int, tuple[int, int]] = {}
         self.devices: dict[str, int] = {}
         self.contexts: set[int] = set()
         self._thread = threading.local()
         self._default = {index: Stream(self, index) for index in range(count)}
         self._streams = list(self._default.values())
-        self._pinned: dict[int, Any] = {}  # storages by address, which stay: no other may come to lie there
         self._pending: dict[int, str] = {}
         self._lock = threading.RLock()
 
@@ -235,6 +232,11 @@ class Gpus:
 
     # ---- waiting
 
+    def waited(self, what: str, shape: tuple[int, ...], stream: Stream) -> None:
+        """The host waits here until ``stream`` has come to its end."""
+        self.note(what, shape)
+        self.arrived(stream.now())
+
     def arrived(self, clock: dict[Stream, int]) -> None:
         """The host has waited for all that ``clock`` names: copies up to there are over."""
         with self._lock:
@@ -245,37 +247,24 @@ class Gpus:
     def check(self) -> None:
         """Wait for everything; raise what was wrong in any thread."""
         for stream in self._streams:
-            stream.synchronize()
+            self.arrived(stream.now())
         if self.errors:
             raise TransferError("\n".join(self.errors))
+
+    def synchronize(self, device: Any = None) -> None:
+        """``torch.cuda.synchronize``."""
+        self.note("torch.cuda.synchronize()")
+        for stream in self._streams:
+            if stream.device.index == self.index_of(device):
+                self.arrived(stream.now())
 
     def wrong(self, what: str) -> TransferError:
         self.errors.append(f"{place()}: {what}")
         return TransferError(self.errors[-1])
 
-    # ---- pinned memory
-
-    def pin(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        self._pinned[storage.data_ptr()] = storage
-        return tensor
-
-    def is_pinned(self, tensor: Tensor) -> bool:
-        address = tensor.untyped_storage().data_ptr()
-        within = any(start <= tensor.data_ptr() < start + size for start, (size, _) in self.registered.items())
-        return within or address in self._pinned
-
-    def register(self, address: int, size: int, flags: int) -> int:
-        """``cudaHostRegister``: 712 if a part of it is registered already."""
-        if any(start < address + size and address < start + held for start, (held, _) in self.registered.items()):
-            return 712
-        self.registered[address] = (size, self.current_device())
+    def _registers(self) -> int:
         self.contexts.add(self.current_device())
-        return 0
-
-    def unregister(self, address: int) -> int:
-        """``cudaHostUnregister``: 713 if it is not registered."""
-        return 0 if self.registered.pop(address, None) else 713
+        return self.current_device()
 
     # ---- operations
 
@@ -294,9 +283,8 @@ class Gpus:
         if any(tensor.dim() and not isinstance(tensor, OnDevice) for tensor in tensors) and "index" not in str(func):
             raise self.wrong(f"{func}: tensors on the CPU and on a GPU in one operation")
         target = on_device[0].device if on_device else torch.device("cuda", self.index_of(made_on))
-        if str(func) in _READS_VALUE:
-            self.blocking.append(f"{place()}: the host reads a value ({func})")
-            self.stream(target).synchronize()
+        if why := reads_values(func.overloadpacket.__name__, args, OnDevice):
+            self.waited(why, tuple(on_device[0].shape), self.stream(target))
         return self._on_gpu(func, args, kwargs, on_device, target)
 
     def _on_host(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -306,6 +294,7 @@ class Gpus:
 
     def _on_gpu(self, func: Any, args: Any, kwargs: dict[str, Any], used: list[OnDevice], target: torch.device) -> Any:
         stream = self._work(target)
+        stream.computes = True
         written = {id(arg) for arg in mutated(func, args, kwargs)}
         for tensor in used:
             self._use(tensor, stream, id(tensor) in written)
@@ -319,7 +308,10 @@ class Gpus:
             if id(value) in same:
                 return same[id(value)]
             of = known.get(value.untyped_storage().data_ptr()) if value.numel() else None
-            return OnDevice(value, target, of.memory if of is not None else self._allocate(stream))
+            if of is None:
+                return OnDevice(value, target, self._allocate(stream))
+            with torch.inference_mode(of.is_inference()):  # so is a view of it
+                return OnDevice(value, target, of.memory)
 
         return tree_map(wrapped, made)
 
@@ -383,8 +375,7 @@ class Gpus:
             self._use(into, stream, True)
             into.inner.copy_(host)
         if blocks:
-            self.blocking.append(f"{place()}: a copy to the device of {tuple(host.shape)}")
-            stream.synchronize()
+            self.waited("copy from the host", host.shape, stream)
         elif self.is_pinned(host):
             at, before = place(), host.clone()
 
@@ -394,7 +385,7 @@ class Gpus:
 
             stream.copies.append((stream.number, over))
         elif host.numel() > 1:
-            self.blocking.append(f"{place()}: a copy of {tuple(host.shape)} from memory that is not pinned")
+            self.note("copy from memory that is not pinned", host.shape)
         return into
 
     def _down(self, values: OnDevice, into: Tensor | None, dtype: torch.dtype, blocks: bool) -> Tensor:
@@ -402,9 +393,8 @@ class Gpus:
         self._use(values, stream, False)
         host = into if into is not None else torch.empty(values.shape, dtype=dtype)
         if blocks or not self.is_pinned(host):
-            why = "a copy to the host" if blocks else "a copy to host memory that is not pinned"
-            self.blocking.append(f"{place()}: {why} of {tuple(values.shape)}")
-            stream.synchronize()
+            why = "copy to the host" if blocks else "copy to host memory that is not pinned"
+            self.waited(why, values.shape, stream)
             return host.copy_(values.inner)
         truth, address = values.inner.to(dtype, copy=True), host.untyped_storage().data_ptr()
         if host.numel():
@@ -453,21 +443,6 @@ def mutated(func: Any, args: Any, kwargs: dict[str, Any]) -> list[Any]:
     return [v for argument, v in written if argument.alias_info is not None and argument.alias_info.is_write]
 
 
-def place() -> str:
-    """``file:line`` of the project's code (else the test's) that is at work."""
-    frame: FrameType | None = sys._getframe(1)
-    outer = "?"
-    while frame is not None:
-        file = frame.f_code.co_filename
-        if file.startswith(_ROOT) and file != __file__ and ".venv" not in file:
-            where = f"{file[len(_ROOT) + 1 :]}:{frame.f_lineno}"
-            if "/tests/" not in file:
-                return where
-            outer = where if outer == "?" else outer
-        frame = frame.f_back
-    return outer
-
-
 def _bytes(tensor: Tensor) -> Tensor:
     return tensor.detach().contiguous().view(-1).view(torch.uint8) if tensor.is_contiguous() else tensor
 
@@ -496,7 +471,7 @@ def _flag(func: Any, args: Any) -> bool:
 
 
 class pretended:  # noqa: N801 - used like a function
-    """Context: ``count`` devices in place of CUDA's, in this thread and in those that are started meanwhile."""
+    """Context: ``count`` devices instead of CUDA's, in this thread and in those that are started meanwhile."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, count: int = 1) -> None:
         self.patch, self.gpus = monkeypatch, Gpus(count)
@@ -505,7 +480,7 @@ class pretended:  # noqa: N801 - used like a function
     def __enter__(self) -> Gpus:
         patch, gpus, cuda = self.patch, self.gpus, torch.cuda
         torch._C._ensureCUDADeviceGuardSet()  # type: ignore[attr-defined]
-        cudart = SimpleNamespace(cudaHostRegister=gpus.register, cudaHostUnregister=gpus.unregister)
+        cudart = gpus.cudart(gpus._registers)
         for name, value in {
             "is_available": lambda: True,
             "device_count": lambda: gpus.count,
@@ -516,12 +491,10 @@ class pretended:  # noqa: N801 - used like a function
             "stream": gpus.use,
             "current_stream": gpus.stream,
             "default_stream": lambda device=None: gpus._default[gpus.index_of(device)],
-            "synchronize": lambda device=None: gpus.arrived(
-                {s: s.number for s in gpus._streams if s.device.index == gpus.index_of(device)}
-            ),
+            "synchronize": gpus.synchronize,
             "empty_cache": lambda: None,
             "cudart": lambda: cudart,
-            "check_error": _checked,
+            "check_error": checked,
             "get_device_name": lambda device=None: "pretended GPU",
             "get_device_properties": lambda device=None: SimpleNamespace(
                 uuid=gpus.index_of(device), total_memory=2**36
@@ -545,8 +518,3 @@ class pretended:  # noqa: N801 - used like a function
     def __exit__(self, *error: Any) -> None:
         self.mode.__exit__(*error)
         torch.__future__.set_overwrite_module_params_on_conversion(False)
-
-
-def _checked(result: int) -> None:
-    if result:
-        raise RuntimeError(f"CUDA error: {result}")

@@ -10,38 +10,44 @@ from docutils.statemachine import StringList
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
-from pipeline.config.options import default_value, option_text, shown
+from pipeline.config.cli import by_group
+from pipeline.config.options import NEVER, common_condition, condition_of, default_value, option_text, shown
 from pipeline.config.schema import STAGES, DoctorConfig, LaunchConfig, StatusConfig
 
 PROGRAMS = {**STAGES, "submit": LaunchConfig, "status": StatusConfig, "doctor": DoctorConfig}
 
 
 class Options(SphinxDirective):
-    """``{options} filter`` lists the options of stage=filter."""
+    """``{options} filter`` lists the options of stage=filter, in the groups of its ``--help``."""
 
     required_arguments = 1
 
     def run(self) -> list[nodes.Node]:
         cls = PROGRAMS[self.arguments[0]]
-        lines = [
-            "",
-            "| option | default | meaning |",
-            "|---|---|---|",
-            *(_row(cls, field) for field in dataclasses.fields(cls)),
-        ]
+        fields = [field for field in dataclasses.fields(cls) if condition_of(cls, field) != NEVER]
+        lines = []
+        for heading, members in by_group(cls, fields).items():
+            condition, additions = common_condition([condition_of(cls, field) for field in members])
+            with_ = f" (only with {_escaped(condition)})" if condition else ""
+            lines += ["", f"*{_escaped(heading)}*{with_}:"] if heading else []
+            lines += ["", "| option | default | meaning |", "|---|---|---|"]
+            lines += [_row(cls, field, addition) for field, addition in zip(members, additions, strict=True)]
         node = nodes.section()
         self.state.nested_parse(StringList(lines, source="options"), self.content_offset, node)
         return list(node.children)
 
 
-def _row(cls: type, field: dataclasses.Field[Any]) -> str:
+def _row(cls: type, field: dataclasses.Field[Any], addition: str) -> str:
     default = default_value(field)
     if default is dataclasses.MISSING:
         text = "required"
     else:
         text = f"`{shown(default)}`" if shown(default) else ""
-    meaning = option_text(cls, field).replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*")
-    return f"| `{field.name}` | {text} | {meaning} |"
+    return f"| `{field.name}` | {text} | {_escaped(option_text(cls, field, addition))} |"
+
+
+def _escaped(text: str) -> str:
+    return text.replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*")
 
 
 def setup(app: Sphinx) -> dict[str, Any]:

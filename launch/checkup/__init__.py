@@ -1,1 +1,2 @@
-"""What launch/doctor.py is made of: ``start`` runs the checks, ``judge`` compares ranks and nodes, ``table`` shows."""
+"""The parts of launch/doctor.py: ``start`` runs the checks, ``judge`` compares ranks and nodes, ``findings_table``
+prints."""

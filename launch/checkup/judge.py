@@ -1,4 +1,4 @@
-"""What the findings of several ranks say together."""
+"""Conclusions from the findings of all ranks together."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def _silent(heard: Heard) -> list[Finding]:
         by_node[begun.get(rank, "")].append(rank)
     for node, ranks in by_node.items():
         who = f"ranks {_numbers(ranks)}" if heard.ranks else "the check"
-        how = "began and did not come to an end" if node else "never began"
-        found.append(Finding("ranks", "fail", f"{who} {how}{said}", "its node's log, or SLURM's, says more", node=node))
+        how = "started but did not finish" if node else "never began"
+        found.append(Finding("ranks", "fail", f"{who} {how}{said}", "see the log of its node, or of SLURM", node=node))
     return found
 
 
@@ -52,7 +52,7 @@ def _different(findings: list[Finding]) -> list[Finding]:
         if len(nodes) > 1:
             groups = sorted(nodes.values(), key=len)
             text = f"{what} of {', '.join(groups[0])} are not those of {', '.join(groups[-1])}"
-            advice = "one environment on a file system that all nodes see; results may differ otherwise"
+            advice = "use one environment on a file system that all nodes see; otherwise results may differ"
             found.append(
                 Finding("same environment", "warn" if key == "driver" else "fail", text, advice, node=groups[0][0])
             )

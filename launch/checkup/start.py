@@ -1,10 +1,9 @@
-"""Start the checks of pipeline/doctor: here, as ranks of this machine, or as the tasks of a small SLURM job."""
+"""Starts the checks of pipeline/doctor: in this process, as ranks on this machine, or as tasks of a small SLURM job."""
 
 from __future__ import annotations
 
 import os
 import shlex
-import socket
 import subprocess
 import sys
 import threading
@@ -20,6 +19,7 @@ from launch.request import Launch, Request
 from launch.script import HOME, Script
 from pipeline.config import cli
 from pipeline.config.schema import ConfigError, DoctorConfig
+from pipeline.distributed.environment import free_port
 from pipeline.doctor.finding import MARK, Finding, read
 
 _LIMIT = 900  # seconds that a check may take, once it runs
@@ -45,9 +45,7 @@ class Heard:
 def here(config: DoctorConfig, launch: Launch) -> Heard:
     """Check this machine by one process, or by ``ranks=`` of them."""
     count = launch.config.ranks
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = str(free_port())
     command = [sys.executable, "-u", "-m", "pipeline.doctor", *_arguments(config, launch)]
     heard = Heard(count if count > 1 else 0)
     collector = _Collector(heard)

@@ -1,1 +1,1 @@
-"""What is going on below a folder: read from plans, commits and events on the shared file system, and SLURM's queue."""
+"""State of everything in a folder, from plans, commits and events on the shared file system, and from SLURM's queue."""

@@ -1,4 +1,4 @@
-"""What SLURM's accounting says of jobs that ended: ``sacct``, where there is one, asked rarely."""
+"""SLURM's accounting of jobs that have ended (``sacct``, if available), queried rarely."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
-from launch.pack import mebibytes
+from launch import slurm_commands as slurm
+from launch.quantities import mebibytes
 from pipeline.config.schema import ConfigError
 from pipeline.telemetry.efficiency import Efficiency
 
@@ -80,7 +81,6 @@ class Accounting:
         wanted = sorted({job for job in jobs if job and not (job in self.uses and self.uses[job].over)})
         if not self.available or not wanted or time.monotonic() < self._next:
             return
-        from launch import slurm
 
         self._next = time.monotonic() + EVERY
         command = ("sacct", f"--jobs={','.join(wanted)}", "--noheader", "--parsable2", "--duplicates")

@@ -1,4 +1,8 @@
-"""The same numbers for Prometheus: its text format, served on a port."""
+"""The numbers of the status table as metrics for Prometheus, in its text format, served on a port.
+
+The text format takes 15 lines here. prometheus_client keeps metrics that a program updates one by one; these are all
+computed together from one look at the events and records, and the launcher would need the package for nothing else.
+"""
 
 from __future__ import annotations
 
@@ -84,7 +88,7 @@ class Server:
     """Answers GET /metrics with what ``current`` says, in the background.
 
     Raises:
-        ConfigError: the port cannot be had.
+        ConfigError: the port cannot be obtained.
     """
 
     def __init__(self, host: str, port: int, current: Callable[[], str]) -> None:

@@ -1,4 +1,4 @@
-"""A page that refreshes itself: the tables, and how things went, as plots. One file, nothing to load."""
+"""The status page: tables and plots in a single HTML file that refreshes itself."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader
+from jinja2 import ChoiceLoader, Environment, PackageLoader
 from numpy.typing import NDArray
 
-from launch.monitor import table
+from launch.monitor import status_table
 from launch.monitor.ranks import BAD
 from launch.monitor.watch import Snapshot, StageStatus
 from pipeline.storage import Folder
 from pipeline.telemetry.events import DONE, GPU, LOSS, MEMORY, READ, TIME, WAITED, WRITTEN, Process
-from pipeline.telemetry.units import duration
+from pipeline.telemetry.units import duration, size
 
 _TIMES = 120
 _STEADY = 5  # points at the end of a live process that its present speed is the mean of
@@ -42,17 +42,18 @@ def write(path: Path, snapshot: Snapshot, processes: dict[str, list[Process]], e
 
 
 def render(snapshot: Snapshot, processes: dict[str, list[Process]], every: float) -> str:
-    environment = Environment(loader=PackageLoader("launch.monitor", "."), autoescape=True)
+    places = [PackageLoader("launch.monitor", "."), PackageLoader("pipeline.stages")]  # the style is that of the report
+    environment = Environment(loader=ChoiceLoader(places), autoescape=True)
     environment.globals |= {
         "bad": BAD,
         "duration": duration,
-        "megabytes": table.megabytes,
-        "number": table.number,
-        "own_share": table.own_share,
-        "ranks_of": table.ranks_of,
-        "share": table.share,
-        "size": table.size,
-        "foremost": table.foremost,
+        "megabytes": status_table.megabytes,
+        "number": status_table.number,
+        "own_share": status_table.own_share,
+        "ranks_of": status_table.ranks_of,
+        "share": status_table.share,
+        "size": size,
+        "foremost": status_table.foremost,
     }
     return environment.get_template("page.html").render(
         now=snapshot,
@@ -103,7 +104,8 @@ def _slope(processes: list[Process], times: Series, column: int) -> Series:
             ahead = 2 * process.last.get("beat", 10.0)
             seen, counted = np.append(seen, seen[-1] + ahead), np.append(counted, counted[-1] + speed * ahead)
         total += np.interp(times, seen, counted)
-    return np.maximum(0, np.gradient(total, times))
+    found: Series = np.maximum(0, np.gradient(total, times))
+    return found
 
 
 def _level(processes: list[Process], times: Series, column: int | None) -> Series:

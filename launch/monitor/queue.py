@@ -1,4 +1,4 @@
-"""SLURM's own view: the jobs of a user, asked for rarely."""
+"""The jobs of a user in SLURM's queue, queried rarely."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from launch import slurm_commands as slurm
 from launch.pack import places
 from pipeline.config.schema import ConfigError
 
@@ -21,7 +22,7 @@ _REASONS = {
     "Dependency": "waits for the job before it",
     "DependencyNeverSatisfied": "the job before it failed: it will never run",
     "BeginTime": "was requeued: SLURM lets it wait for two minutes",
-    "JobArrayTaskLimit": "as many elements run as array_parallelism= allows",
+    "JobArrayTaskLimit": "the number of running elements has reached array_parallelism=",
     "JobHeldUser": "held by its user: scontrol release <job>",
     "JobHeldAdmin": "held by an administrator",
     "launch failed requeued held": "the controller was restarted just after the submission: scontrol release <job>",
@@ -31,12 +32,14 @@ _REASONS = {
     "PartitionInactive": "its partition is inactive",
     "ReqNodeNotAvail": "nodes that it needs are down, drained or reserved",
     "Reservation": "waits for its reservation",
-    "BadConstraints": "no node has what it asks for",
+    "BadConstraints": "no node meets its request",
     "InvalidAccount": "account= is not valid",
     "InvalidQOS": "qos= is not valid",
     "Licenses": "waits for a licence",
-    "Cleaning": "SLURM still tidies up after its last life",
+    "Cleaning": "SLURM is still cleaning up after its previous life",
 }
+_NO_CLUSTER = ("Could not establish a configuration source", "Unable to process configuration file")
+"""How squeue says that it is installed on a machine that belongs to no cluster."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +112,6 @@ class Queue:
         """Ask again if the last answer is older than ``oldest`` seconds."""
         if not self.available or time.monotonic() < self._next - EVERY + oldest:
             return
-        from launch import slurm  # not where there is no SLURM: it takes a while to import
 
         self._next = time.monotonic() + EVERY
         now = time.time()
@@ -120,7 +122,8 @@ class Queue:
                 form = "\t".join(_FIELDS)
                 text = slurm.ask("squeue", "--noheader", f"--user={self._user}", f"--format={form}", seconds=20)
         except (ConfigError, OSError) as error:
-            self.problem = f"SLURM does not answer: {error}"
+            self.available = not any(words in str(error) for words in _NO_CLUSTER)
+            self.problem = f"SLURM does not answer: {error}" if self.available else ""
             return
         self.jobs = tuple(job for line in text.splitlines() if (job := _job(line)))
         self.problem, self.asked = "", now

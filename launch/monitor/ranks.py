@@ -1,4 +1,4 @@
-"""From what processes said of themselves to the state of each rank."""
+"""The state of each rank, derived from the events of its processes."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def _state(process: Process, queue: Queue, now: float) -> tuple[str, str]:
     silence = now - last["time"]
     over = queue.is_over(_job(process), last["time"] - process.skew) if silence > _MISSED * _beat(process) else ""
     if over:
-        return "lost", f"it ended without a word{_place(last)}: {over}"
+        return "lost", f"it ended without a message{_place(last)}: {over}"
     if silence > _SILENT * _beat(process):
         return "silent", f"no sign of life for {duration(silence)}{_place(last)}: killed, lost or frozen"
     if last.get("still", 0) > _STUCK * _beat(process):

@@ -1,4 +1,4 @@
-"""What is below a folder, and how it stands: each look reads only what may have changed since the one before.
+"""The state of all stages in a folder; each look reads only files that may have changed since the previous one.
 
 Per look and stage: one listing of its folder and one of ``claims/``; one listing for each bucket of 1,000 partitions
 that is not complete, but after the first look no more than a hundred; one read for each process that may still run.
@@ -21,10 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from launch.monitor.accounting import Accounting
-from launch.monitor.joblogs import newest, only_logged
+from launch.monitor.job_logs import newest, only_logged
 from launch.monitor.queue import EVERY, Queue, QueuedJob
 from launch.monitor.ranks import BAD, RankStatus, statuses
 from launch.pack import comment, places
+from launch.slurm_commands import comment_for, name_for
 from launch.submission import going_on
 from pipeline.config.schema import MAIN_LINE, ConfigError
 from pipeline.partitions.dataset import SUCCESS, Dataset
@@ -41,7 +42,7 @@ _REDISCOVER = 30.0
 _FRESH = 1.0  # seconds
 _LISTINGS = 100
 _HOSTS = 20
-_MANY = 4  # more ranks than this with the same trouble are told of in one line
+_MANY = 4  # more ranks than this with the same trouble are reported in one line
 ACTIVE = ("running", "starting")
 
 
@@ -52,7 +53,7 @@ class StageStatus:
     Attributes:
         done, total: partitions, or steps of a training.
         rate: samples per second of all ranks together.
-        eta: seconds until it is done; None if that cannot be told.
+        eta: seconds until it is done; None if that is not known.
         world_size: ranks that were started.
         hosts: servers that most samples came from by URL.
         efficiency: how well it used what it was given, so far.
@@ -208,20 +209,12 @@ class Watch:
         for path, kind in find(self.root):
             if not isinstance(self.works.get(path), kind):  # a job that had only logs may have planned meanwhile
                 self.works[path] = kind(path, self._past)
-        order = {stage: number for number, stage in enumerate(MAIN_LINE)}
-
-        def place(path: Path) -> tuple[str, int, str]:
-            stage = path.name.partition("-")[0]
-            dataset = path.parent if stage in order else path.parent.parent
-            return str(dataset), order.get(stage, len(order)), str(path)
-
-        self.works = {path: self.works[path] for path in sorted(self.works, key=place)}
+        self.works = {path: self.works[path] for path in sorted(self.works, key=_place)}
 
     def _coming(self, taken: set[str]) -> list[QueuedJob]:
         """Jobs for folders below the root that are not there yet; of a packed job, with those alone in its comment."""
         if not self._queue.jobs:
             return []
-        from launch.slurm import comment_for
 
         root = comment_for(self.root)
         there = {comment_for(path) for path in self.works}
@@ -298,10 +291,11 @@ class Work(ABC):
     def _add_up(self, status: StageStatus) -> None:
         totals: Counter[str] = Counter()
         hosts = Hosts()
+        running = {(rank.begin, rank.host, rank.pid) for rank in status.ranks if rank.live}
         for process in self.processes:
             totals.update(process.last["totals"])
             hosts.merge(hosts_of(process.last))
-            status.samples += int(process.points[-1][DONE])
+            status.samples += self._samples(process, running)
         status.kept, status.dropped, status.failed = totals["kept"], totals["dropped"], totals["failed"]
         status.reasons = {
             name.removeprefix("reason:"): n for name, n in totals.most_common() if name.startswith("reason:")
@@ -320,10 +314,13 @@ class Work(ABC):
             status.world_size = newest.last["world_size"]
         status.states = dict(Counter(rank.state for rank in status.ranks).most_common())
 
+    def _samples(self, process: Process, running: set[tuple[float, str, int]]) -> int:
+        """Samples that a process has gone through; ``running``: begin, host and process ID of those that still run."""
+        return int(process.points[-1][DONE])
+
     def _jobs(self, queue: Queue, stage: str) -> list[QueuedJob]:
         if not queue.jobs:
             return []
-        from launch.slurm import comment_for, name_for
 
         known = {process.last.get("job") for process in self.processes} - {None}
         name, comment = name_for(stage, str(self.path)), comment_for(self.path)
@@ -354,7 +351,7 @@ class Work(ABC):
             if job.why:
                 status.problems.append(f"job {job.id} pending: {job.why}")
         if any(job.excluded for job in status.jobs) and (nodes := newest(self.path).left_out):
-            status.problems.append(f"left out, as they did badly while other nodes did well: {', '.join(nodes)}")
+            status.problems.append(f"left out because they did worse than other nodes: {', '.join(nodes)}")
 
 
 class LoggedWork(Work):
@@ -411,6 +408,13 @@ class DatasetWork(Work):
 
     def _stage(self) -> str:
         return self._dataset.stage
+
+    def _samples(self, process: Process, running: set[tuple[float, str, int]]) -> int:
+        """Of a process that has ended, only those of partitions that it committed: another one repeats the rest."""
+        last = process.last
+        if (last["begin"], str(last.get("host", "")), int(last.get("pid", 0))) in running:
+            return super()._samples(process, running)
+        return int(last["totals"].get("in", 0))
 
     def _measure(self, status: StageStatus) -> None:
         names = self.root.listdir()
@@ -489,3 +493,12 @@ class RunWork(Work):
         rank = by_rank.get(last.get("rank", -1))
         if rank is not None and rank.rate > 0 and last.get("batch"):
             status.eta = (status.total - status.done) * last["batch"] / rank.rate
+
+
+_ORDER = {stage: number for number, stage in enumerate((*MAIN_LINE[:2], "score", "select", "dedup", *MAIN_LINE[2:]))}
+
+
+def _place(path: Path) -> tuple[str, bool, str, int, str]:
+    """Sorts the outputs of a dataset in the order in which they run: the stages of each split, then training runs."""
+    stage = path.name.partition("-")[0]
+    return str(path.parent.parent), path.parent.name == "runs", path.parent.name, _ORDER.get(stage, 99), str(path)

@@ -1,4 +1,4 @@
-"""What our programs do to pyarrow."""
+"""Settings of pyarrow for all programs."""
 
 from __future__ import annotations
 

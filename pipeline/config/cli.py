@@ -8,32 +8,41 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 import sys
-from collections.abc import Collection, Mapping, Sequence
+import textwrap
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pipeline.config.arrow import without_pandas
 from pipeline.config.life import Life
 from pipeline.config.options import (
+    NEVER,
+    Options,
+    common_condition,
     condition_names,
     condition_of,
     condition_text,
+    converted,
     default_value,
+    extended,
     holds,
-    list_items,
     option_text,
+    owner_of,
     shown,
     without_effect,
 )
 from pipeline.config.options import nearest as nearest
-from pipeline.config.schema import STAGES, ConfigError, LaunchConfig, RunConfig, public
+from pipeline.config.schema import CURATION, STAGES, ConfigError, LaunchConfig, RunConfig, public
 from pipeline.config.yaml_files import read_settings
+from pipeline.registry import formats, scorers, sources, stages, tasks
 
-Config = TypeVar("Config")
+Config = TypeVar("Config", bound=Options)
 Settings = dict[str, Any]
 CONF = Path(__file__).parents[1] / "conf"
-NOTHING = '""'
+_WIDEST, _NARROWEST = 110, 40  # columns of a help text
 
 
 def parse(arguments: Sequence[str]) -> dict[str, str]:
@@ -56,11 +65,12 @@ def parse(arguments: Sequence[str]) -> dict[str, str]:
         else:
             key, equals, value = word.partition("=")
             if not equals or not key:
-                raise ConfigError(f"{word!r} is no setting: write key=value or --key value")
+                raise ConfigError(f"{word!r} is not a setting: write key=value or --key value")
         key = key.replace("-", "_")
         if key in settings:
-            raise ConfigError(f"{key} is given twice")
-        settings[key] = value
+            raise ConfigError(f"{key} is given more than once")
+        # bash leaves the tilde of input=~/images as it is
+        settings[key] = os.path.expanduser(value) if value == "~" or value.startswith("~/") else value
     return settings
 
 
@@ -75,15 +85,32 @@ def _is_setting(word: str) -> bool:
 
 
 def known_keys() -> set[str]:
-    """Every key of every stage."""
-    return {f.name for cls in (*STAGES.values(), LaunchConfig) for f in dataclasses.fields(cls)}
+    """Every key of every stage, and of every option that an installed package adds."""
+    registries = (stages, sources, formats, tasks, scorers)
+    added = (registry.options(name) for registry in registries for name in registry.installed())
+    return _own_keys() | {f.name for cls in filter(None, added) for f in dataclasses.fields(cls)}
+
+
+@cache
+def _own_keys() -> set[str]:
+    """Every key of every stage that is built in, for which no installed package has to be looked for."""
+    classes = (*(STAGES[stage] for stage in stages.builtin), LaunchConfig)
+    return {f.name for cls in classes for f in dataclasses.fields(cls)}
+
+
+def options_of(stage: str, settings: Mapping[str, Any]) -> type[Options]:
+    """The config class of ``stage`` for these settings: with the options of what they choose, where it adds any."""
+    section = settings.get(stage)
+    own = dict(section) if isinstance(section, Mapping) else {}
+    own |= {key.removeprefix(f"{stage}."): value for key, value in settings.items() if key.startswith(f"{stage}.")}
+    return extended(STAGES[stage], {**settings, **own})
 
 
 def dataset_settings(name: str) -> Settings:
     """Settings of ``conf/dataset/<name>.yaml`` or of the YAML file ``name``.
 
     Raises:
-        ConfigError: there is no such data set, or the file is not a mapping.
+        ConfigError: there is no such dataset, or the file is not a mapping.
     """
     return _settings_of("dataset", name)
 
@@ -92,7 +119,9 @@ def _settings_of(kind: str, name: str) -> Settings:
     path = Path(name) if name.endswith((".yaml", ".yml")) else CONF / kind / f"{name}.yaml"
     if not path.is_file():
         known = (p.stem for p in (CONF / kind).glob("*.yaml"))
-        what = "data set" if kind == "dataset" else kind
+        if path.suffix in (".yaml", ".yml") and name == str(path):
+            raise ConfigError(f"{kind}={name}: no such file")
+        what = "dataset" if kind == "dataset" else kind
         raise ConfigError(f"{kind}={name}: no such {what}; {nearest(name, known)} (or give a path to a .yaml file)")
     return read_settings(path)
 
@@ -157,25 +186,25 @@ def select(settings: Mapping[str, Any], stage: str, where: str) -> Settings:
     Raises:
         ConfigError: a key that no stage knows, or a qualified key that its stage does not know.
     """
-    fields = {f.name for f in dataclasses.fields(STAGES[stage])}
+    fields = {f.name for f in dataclasses.fields(options_of(stage, settings))}
     plain: Settings = {}
     own: Settings = {}
     for key, value in settings.items():
         section, dot, name = key.partition(".")
-        if not dot and key in STAGES and isinstance(value, dict):
+        if not dot and isinstance(value, dict) and key in STAGES:
             qualified = {f"{key}.{inner}": setting for inner, setting in value.items()}
             own |= select(qualified, stage, where)
         elif dot:
             if section not in STAGES:
                 raise ConfigError(f"{where}{key}: no stage {section!r}; {nearest(section, STAGES)}")
-            names = {f.name for f in dataclasses.fields(STAGES[section])}
+            names = {f.name for f in dataclasses.fields(options_of(section, settings))}
             if name not in names:
                 raise ConfigError(f"{where}{key}: stage {section} has no key {name!r}; {nearest(name, names)}")
             if section == stage:
                 own[name] = value
         elif key in fields:
             plain[key] = value
-        elif key not in known_keys():
+        elif key not in _own_keys() and key not in known_keys():
             raise ConfigError(f"{where}unknown key {key!r}; {nearest(key, known_keys())}")
     return plain | own
 
@@ -186,50 +215,24 @@ def build(cls: type[Config], settings: Mapping[str, Any]) -> Config:
     Raises:
         ConfigError: unknown key, missing value, wrong type, value that is not among the choices or out of range.
     """
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    cls = extended(cls, settings)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
     for key, value in settings.items():
         if key not in fields:
             raise ConfigError(f"unknown key {key!r}; {nearest(key, fields)}")
         if "${" in str(value):
             raise ConfigError(f"{key}={value}: '${{' is not supported in values")
-    merged = OmegaConf.structured(cls)
-    OmegaConf.set_readonly(merged, False)
-    for key, value in settings.items():
-        try:
-            OmegaConf.update(merged, key, _typed(fields[key], value))
-        except OmegaConfBaseException:
-            raise ConfigError(f"{key}={value}: expected {_type_name(fields[key])}") from None
-    missing = sorted(str(key) for key in OmegaConf.missing_keys(merged))
+    values = {key: converted(fields[key], value) for key, value in settings.items()}
+    missing = sorted(
+        f.name for f in fields.values() if f.name not in values and default_value(f) is dataclasses.MISSING
+    )
     if missing:
         raise ConfigError("missing: " + ", ".join(f"{key}=... ({fields[key].metadata.get('help')})" for key in missing))
-    values = {key: tuple(v) if isinstance(v, list) else v for key, v in OmegaConf.to_container(merged).items()}  # type: ignore[union-attr]
-    return cls(**{str(key): value for key, value in values.items()})
-
-
-def _typed(field: dataclasses.Field[Any], value: Any) -> Any:
-    """Text as the field's type wants it; OmegaConf does the conversion and the refusal."""
-    kind = str(field.type)
-    if kind.startswith("tuple"):
-        if isinstance(value, str):
-            try:
-                value = list_items(value)
-            except ConfigError as error:
-                raise ConfigError(f"{field.name}={value}: {error}") from None
-        return list(value) if isinstance(value, (list, tuple)) else [value]
-    return value if value is not None else ""
-
-
-def _type_name(field: dataclasses.Field[Any]) -> str:
-    names = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
-    kind = str(field.type)
-    return names.get(kind, f"a list of {'whole numbers' if 'int' in kind else 'texts'}, as [a,b]")
+    return cls(**values)
 
 
 def load(stage: str, arguments: Sequence[str]) -> Any:
-    """The config of ``stage`` from command-line ``arguments``, the recipe's YAML and the data set's."""
+    """The config of ``stage`` from command-line ``arguments``, the recipe's YAML and the dataset's."""
     own: Settings = {}
     for key, value in parse(arguments).items():
         section, dot, name = key.partition(".")
@@ -252,18 +255,45 @@ def ineffective(stage: str, own: Settings) -> dict[str, str]:
 
 
 def _from_files(stage: str, own: Settings) -> tuple[Settings, Settings]:
-    """All that the data set's YAML says for this split and subset; of that and the recipe's YAML, this stage's part."""
+    """All that the dataset's YAML says for this split and subset; of that and the recipe's YAML, this stage's part."""
     values: Settings = {}
     settings: Settings = {}
     if own.get("dataset") and issubclass(STAGES[stage], RunConfig):
-        where = f"{yaml_name(own['dataset'])}: "
-        values = chosen(dataset_settings(own["dataset"]), own.get("split", "train"), own.get("subset", ""), where)
-        settings = select(values, stage, where)
+        values = _of_dataset(own)
+        settings = select(values, stage, f"{yaml_name(own['dataset'])}: ")
+    if stage in CURATION and (recipe := own.get("curation") or settings.get("curation")):
+        settings = select(_settings_of("recipe", str(recipe)), stage, f"{yaml_name(str(recipe))}: ") | settings
     if stage == "train" and own.get("recipe"):
         settings |= recipe_settings(own["recipe"], own.get("phase", ""))
     if stage == "train":
         _one_length(own, settings)
     return values, settings
+
+
+def _of_dataset(own: Settings) -> Settings:
+    where = f"{yaml_name(own['dataset'])}: "
+    return chosen(dataset_settings(own["dataset"]), own.get("split", "train"), own.get("subset", ""), where)
+
+
+def asked_for(stage: str, given: Settings, others: Iterable[str]) -> bool:
+    """Whether a command, the dataset's YAML or a recipe of curation says anything of ``stage``: in a section or with
+    its name before the key, or by an option that none of the stages ``others`` has.
+
+    Args:
+        given: the command's settings.
+    """
+    layers = [given]
+    if given.get("dataset"):
+        layers.append(_of_dataset(given))
+    if recipe := next((str(layer["curation"]) for layer in layers if layer.get("curation")), ""):
+        layers.append(_settings_of("recipe", recipe))
+    shared = {"curation"}.union(*({f.name for f in dataclasses.fields(STAGES[other])} for other in others))
+    own = {f.name for f in dataclasses.fields(options_of(stage, given))} - shared
+    return any(
+        key == stage or key.startswith(f"{stage}.") or (key in own and value not in ("", None))
+        for layer in layers
+        for key, value in layer.items()
+    )
 
 
 def _one_length(own: Settings, settings: Settings) -> None:
@@ -295,7 +325,7 @@ def _without_effect(key: str, value: Any, condition: str, config: Any) -> str:
     names = [name for name in sorted(condition_names(condition)) if getattr(config, name) not in ("", 0, ())]
     now = ", ".join(f"{name}={shown(getattr(config, name))}" for name in names)
     shown_value = value if isinstance(value, str) else shown(value)
-    return f"{key}={shown_value} has no effect{f' with {now}' if now else ''}: it is for {condition_text(condition)}"
+    return f"{key}={shown_value} has no effect{f' with {now}' if now else ''}: it needs {condition_text(condition)}"
 
 
 def _require_effect_of_file(stage: str, values: Settings, settings: Settings, config: Any, where: str) -> None:
@@ -314,16 +344,15 @@ def _require_effect_of_file(stage: str, values: Settings, settings: Settings, co
 
 
 def _may_have_effect(stage: str, key: str, values: Settings) -> bool:
-    cls = STAGES[stage]
-    if key not in {f.name for f in dataclasses.fields(cls)}:
+    if key not in {f.name for f in dataclasses.fields(options_of(stage, values))}:
         return False
-    settings = select(values, stage, "")
+    cls, settings = STAGES[stage], select(values, stage, "")
     condition = without_effect(build(cls, _completed(cls, settings)), [key]).get(key, "")
     return not condition or not condition_names(condition) & set(settings)
 
 
 def _completed(cls: type, settings: Mapping[str, Any]) -> Settings:
-    """``settings`` with something in place of what is required."""
+    """``settings`` with something instead of what is required."""
     missing = [f.name for f in dataclasses.fields(cls) if default_value(f) is dataclasses.MISSING]
     return {**dict.fromkeys(missing, "..."), **settings}
 
@@ -353,16 +382,83 @@ def to_json(config: Any) -> dict[str, Any]:
     return {f.name: public(getattr(config, f.name)) for f in dataclasses.fields(config)}
 
 
-def help_text(cls: type, usage: str, hidden: Collection[str] = ()) -> str:
-    """Every key with its default and its line of help, but for those that are ``hidden``."""
-    lines = [f"usage: {usage} key=value ...", "", *(cls.__doc__ or "").split("\n\n")[0].split("\n"), ""]
-    fields = [f for f in dataclasses.fields(cls) if f.name not in hidden]
-    width = max(len(f.name) for f in fields)
-    for f in fields:
-        default = default_value(f)
-        note = "(required)" if default is dataclasses.MISSING else f"(default: {shown(default) or NOTHING})"
-        lines.append(f"  {f.name:<{width}}  {option_text(cls, f)} {note}")
+def help_text(cls: type, usage: str, hidden: Collection[str] = (), width: int | None = None) -> str:
+    """Every option with its meaning and its default, by groups, except those that are ``hidden``.
+
+    Args:
+        width: Columns of the text (default: those of the terminal).
+    """
+    width = max(_NARROWEST, width or min(shutil.get_terminal_size((_WIDEST, 24)).columns, _WIDEST))
+    fields = [f for f in dataclasses.fields(cls) if f.name not in hidden and condition_of(cls, f) != NEVER]
+    indent = 2 + min(max(len(f.name) for f in fields), width // 4) + 2
+    lines = [*_wrapped(f"usage: {usage} key=value ...", width, 7), ""]
+    lines += _wrapped(" ".join((cls.__doc__ or "").split("\n\n")[0].split()), width)
+    for group, members in by_group(cls, fields).items():
+        condition, additions = common_condition([condition_of(cls, f) for f in members])
+        with_ = f" (only with {condition})" if condition else ""
+        lines += ["", *(_wrapped(f"{group}{with_}:", width) if group else [])]
+        for f, addition in zip(members, additions, strict=True):
+            text = " ".join(filter(None, [option_text(cls, f, addition), _default_text(f)]))
+            name = f"  {f.name}".ljust(indent)
+            if len(f.name) > indent - 4:
+                lines.append(name)
+                name = " " * indent
+            lines += _wrapped(name + text, width, indent)
     return "\n".join(lines)
+
+
+def _wrapped(text: str, width: int, indent: int = 0) -> list[str]:
+    return textwrap.wrap(
+        text, width, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False
+    ) or [""]
+
+
+def _default_text(field: dataclasses.Field[Any]) -> str:
+    default = default_value(field)
+    if default is dataclasses.MISSING:
+        return "(required)"
+    return f"(default: {shown(default)})" if default not in ("", ()) and "(default:" not in _help(field) else ""
+
+
+def _help(field: dataclasses.Field[Any]) -> str:
+    return str(field.metadata.get("help", ""))
+
+
+def program(name: str) -> str:
+    """How this process names a program: as ``latentmill run`` if it was started so, else ``python launch/submit.py``.
+
+    Args:
+        name: ``submit``, ``status``, ``doctor``, or a stage.
+    """
+    if Path(sys.argv[0]).name.startswith("latentmill"):
+        return f"latentmill {'run' if name == 'submit' else name}"
+    return f"python -m {stages.module(name)}" if name in STAGES else f"python launch/{name}.py"
+
+
+def by_group(cls: type, fields: Sequence[dataclasses.Field[Any]]) -> dict[str, list[dataclasses.Field[Any]]]:
+    """Options by the class that declares them, under the first sentence of its docstring; the stage's own come first.
+
+    The stage's own options are under an empty heading.
+    """
+    groups: dict[str, list[dataclasses.Field[Any]]] = {"": []}
+    for base in _help_order(cls):
+        if members := [f for f in fields if owner_of(cls, f.name) is base]:
+            own = base is cls or base.__name__ == cls.__name__
+            groups.setdefault("" if own else _heading(base), []).extend(members)
+    return {heading: members for heading, members in groups.items() if members}
+
+
+def _help_order(cls: type) -> list[type]:
+    bases = list(cls.__mro__)
+    for order in [base.__dict__["help_order"] for base in bases if "help_order" in base.__dict__]:
+        places = iter([number for number, base in enumerate(bases) if base in order])
+        for base in order:
+            bases[next(places)] = base
+    return bases
+
+
+def _heading(cls: type) -> str:
+    return " ".join((cls.__doc__ or cls.__name__).split("\n\n")[0].split()).rstrip(".")
 
 
 def help_for(stage: str, arguments: Sequence[str]) -> str:
@@ -372,12 +468,13 @@ def help_for(stage: str, arguments: Sequence[str]) -> str:
         ConfigError: as :func:`load`.
     """
     rest = [word for word in arguments if not wants_help([word])]
-    cls = STAGES[stage]
-    usage = f"python -m pipeline.stages.{stage}"
+    cls: type[Options] = STAGES[stage]
+    usage = program(stage)
     if not rest:
         return help_text(cls, usage)
     own: Settings = dict(parse(rest))
     config: Any = build(cls, _completed(cls, {**_from_files(stage, own)[1], **own}))
+    cls = type(config)
     values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     hidden = {f.name for f in dataclasses.fields(cls) if not holds(condition_of(cls, f), values)}
     left = f"\n\n{len(hidden)} more options have no effect with {' '.join(rest)}" if hidden else ""
@@ -399,7 +496,7 @@ def config_for(stage: str, arguments: Sequence[str] | None = None) -> Any:
         try:
             return load(stage, arguments)
         except ConfigError as error:
-            Life().ended(2, f"error: {error}")  # the job script shall know that another try is in vain
+            Life().ended(2, f"error: {error}")  # the job script shall know that another try is useless
             raise
 
 

@@ -1,4 +1,4 @@
-"""The Python that commands run in: that of ``make setup``, if the one that was started lacks the packages.
+"""Restarts a command in the Python environment of ``make setup`` if the current one lacks the packages.
 
 Imported before anything else of Latentmill; it needs nothing but the standard library, of any Python 3.
 """
@@ -9,7 +9,7 @@ import importlib.util
 import os
 import sys
 
-NEEDED = ("omegaconf", "pyarrow", "xxhash", "yaml")
+NEEDED = ("pyarrow", "xxhash", "yaml")
 _MARK = "LATENTMILL_REEXECUTED"
 
 
@@ -24,7 +24,7 @@ def ensure(root: str) -> None:
     if os.path.exists(python) and not os.environ.get(_MARK):
         sys.stdout.flush()
         os.execve(python, [python, *getattr(sys, "orig_argv", ["", *sys.argv])[1:]], {**os.environ, _MARK: "1"})
-    why = f"it lacks {missing[0]}" if missing else "it is older than Python 3.11"
+    why = f"it lacks {missing[0]}" if missing else "its Python is older than 3.11"
     print(
         f"error: {sys.executable} cannot run Latentmill: {why}; run 'make setup' in {root}, then "
         f"'. {os.path.join(root, '.venv')}/bin/activate', and this command again",

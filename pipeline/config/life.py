@@ -1,4 +1,4 @@
-"""What a rank tells the job script that started it (slurm/job.sh), which decides by it if the job shall live again.
+"""Reports of a rank to its job script (slurm/job.sh), by which the script decides whether to requeue the job.
 
 Exit codes alone do not say enough: srun ends the other ranks when one fails, and torchrun has a code of its own. So a
 rank leaves small files in the folder that the script made for this life and named in ``LATENTMILL_LIFE``:

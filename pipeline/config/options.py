@@ -1,36 +1,35 @@
 """How an option is declared: its default, its help, its range, and when it has an effect.
 
-All of this stands beside the default (:func:`option`), and is checked in one place: whatever makes a config, a command
+All of this stands next to the default (:func:`option`), and is checked in one place: whatever makes a config, a command
 line, a YAML file or Python code, passes through :meth:`Options.__post_init__`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import inspect
 import math
 import operator
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, ClassVar
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, TypeVar
 
+from pipeline.registry import ConfigError as ConfigError
+from pipeline.registry import Registry, Traits
+from pipeline.registry import nearest as nearest
+
+Part = TypeVar("Part", bound="Options")
 NEVER = "never"
 """As ``when`` of an option: it is inherited, but this stage has no use for it."""
 LARGEST = 2**63 - 1
 """No whole number is larger: the file formats and libraries below store 64 bits."""
+_USUAL, _MOST = 3, 0.8  # options of a group, and their share, that have a condition before its heading states it
 _COMPARISONS = {
     "ge": ("at least", operator.ge),
     "gt": ("more than", operator.gt),
     "le": ("at most", operator.le),
     "lt": ("less than", operator.lt),
 }
-
-
-class ConfigError(ValueError):
-    """A setting is wrong. The message is one line that names it; programs exit with code 2."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))
 
 
 def option(
@@ -46,21 +45,24 @@ def option(
     also: tuple[float, ...] = (),
     lengths: tuple[int, ...] = (),
     when: str = "",
+    names: Registry[Any] | None = None,
 ) -> Any:
-    """Declare one option.
+    """Declare an option.
 
     Args:
-        default: The value if none is given. Without a default the option is required.
+        default: Default value. An option without a default is required.
         help: One line for ``--help``.
-        identity: Whether the option changes the bytes of the result.
-        choices: The values allowed, for text or for each text of a list. With bounds: these, or a whole number.
-        ge, gt, le, lt: Bounds of a number, or of each number of a list: at least, more than, at most, less than.
-            NaN and infinity are never allowed.
-        also: Numbers that are allowed outside of the bounds, such as 0 for "none".
-        lengths: How many values a list may have (empty: any number).
+        identity: Whether the bytes of the output depend on the option.
+        choices: Allowed values of a text, or of each text of a list. If there are bounds, an integer is allowed, too.
+        ge, gt, le, lt: Bounds of a number, or of each number of a list: at least, more than, at most, less than. NaN
+            and infinity are never allowed.
+        also: Numbers outside of the bounds that are allowed, such as 0 for "none".
+        lengths: Allowed lengths of a list (empty: any length).
+        names: Registry of the allowed values. Names registered by installed packages are allowed, too, and their
+            options become options of the config (:func:`extended`).
         when: When the option has an effect (empty: always): ``name=value|value`` (another option has one of these
-            values), ``name!=value|value``, ``name`` (it is set) or ``!name`` (it is not), joined by `` and `` and,
-            weaker, `` or ``; :data:`NEVER`.
+            values), ``name!=value|value``, ``name^=text|text`` (its value begins so), ``name`` (it is set) or ``!name``
+            (it is not), joined by ``and`` and, weaker, ``or``; :data:`NEVER`.
             :func:`pipeline.config.cli.load` refuses a setting that cannot have an effect.
     """
     bounds = {name: bound for name, bound in (("ge", ge), ("gt", gt), ("le", le), ("lt", lt)) if bound is not None}
@@ -72,32 +74,31 @@ def option(
         "also": also,
         "lengths": lengths,
         "when": when,
+        "names": names,
     }
     if isinstance(default, tuple):
         return dataclasses.field(default_factory=lambda: default, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """Base of all configs.
+    """Base class of all configs.
 
     Raises:
-        ConfigError: a value that is not among its choices or out of its range.
+        ConfigError: A value is not among its choices, or out of range.
     """
 
+    traits: ClassVar[Traits] = Traits()
+    """Of a stage's config: how the stage runs."""
     inherited: ClassVar[Mapping[str, str]] = {}
     """By the name of an inherited option, or of the base that declares it: when it has an effect in this class."""
+    help_order: ClassVar[tuple[type, ...]] = ()
+    """Bases of this class in the order in which help shows them (default: the order of inheritance)."""
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+        for field in dataclasses.fields(self):
             check_value(field, getattr(self, field.name))
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """The end of an error message: the names that ``word`` may have meant, else all of them."""
-    names = sorted(known)
-    close = difflib.get_close_matches(word, names, n=3, cutoff=0.6)
-    return f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(filter(None, names))}"
 
 
 def default_value(field: dataclasses.Field[Any]) -> Any:
@@ -151,10 +152,14 @@ def check_value(field: dataclasses.Field[Any], value: Any) -> None:
 
 def _check_text(field: dataclasses.Field[Any], value: str) -> None:
     choices, bounds = field.metadata.get("choices") or (), field.metadata.get("bounds")
+    names: Registry[Any] | None = field.metadata.get("names")
     if value in choices or not (choices or bounds):
         return
+    if names is not None and value not in names.builtin and value in names:
+        return
     if not bounds:
-        raise ConfigError(f"{field.name}={value}: {nearest(value, choices)}")
+        known = (*choices, *names.installed()) if names is not None else choices
+        raise ConfigError(f"{field.name}={value}: {nearest(value, known)}")
     if not (value.isascii() and value.isdigit() and len(value) < 20):
         raise ConfigError(f"{field.name}={value}: must be {range_text(field)}")
     _check_number(field, int(value))
@@ -172,18 +177,185 @@ def _check_number(field: dataclasses.Field[Any], value: float) -> None:
         raise ConfigError(f"{field.name}={value}: must be at most {LARGEST}")
 
 
+# ---- values as text
+
+
+def converted(field: dataclasses.Field[Any], value: Any) -> Any:
+    """``value``, of a command line or a YAML file, as a value of the type that ``field`` is declared with.
+
+    Raises:
+        ConfigError: it is none of that type.
+    """
+    kind = field.type.__name__ if isinstance(field.type, type) else str(field.type)
+    several = kind.startswith("tuple[")
+    item = kind.removeprefix("tuple[").removesuffix(", ...]") if several else kind
+    if item not in _CONVERSIONS:
+        raise TypeError(f"option {field.name}: of type {kind}; known: {', '.join(_CONVERSIONS)} and tuple[..., ...]")
+    convert, expected, all_expected = _CONVERSIONS[item]
+    parts = _items(field, value) if several else [value]
+    try:
+        values = tuple(map(convert, parts))
+    except (ValueError, OverflowError):
+        wanted = f"a list of {all_expected}, as [a,b]" if several else expected
+        raise ConfigError(f"{field.name}={value}: expected {wanted}") from None
+    return values if several else values[0]
+
+
+def _items(field: dataclasses.Field[Any], value: Any) -> Iterable[Any]:
+    if isinstance(value, str):
+        try:
+            return list_items(value)
+        except ConfigError as error:
+            raise ConfigError(f"{field.name}={value}: {error}") from None
+    return value if isinstance(value, list | tuple) else [value]
+
+
+def _whole_number(value: Any) -> int:
+    if type(value) not in (str, int):  # neither a fraction nor true
+        raise ValueError
+    return int(value)
+
+
+def _number(value: Any) -> float:
+    if type(value) not in (str, int, float):
+        raise ValueError
+    return float(value)
+
+
+def _true_or_false(value: Any) -> bool:
+    if isinstance(value, int):
+        return bool(value)
+    word = value.lower() if isinstance(value, str) else value
+    if word in ("true", "yes", "y", "on", "1"):
+        return True
+    if word in ("false", "no", "n", "off", "0"):
+        return False
+    raise ValueError
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, dict | list | tuple | bytes):
+        raise ValueError
+    return "" if value is None else str(value)
+
+
+_CONVERSIONS: dict[str, tuple[Callable[[Any], Any], str, str]] = {
+    "int": (_whole_number, "a whole number", "whole numbers"),
+    "float": (_number, "a number", "numbers"),
+    "bool": (_true_or_false, "true or false", "true or false"),
+    "str": (_text, "text", "texts"),
+}
+"""By type: what converts a value, and what is expected, of one value and of a list of them."""
+
+
 # ---- when an option has an effect
 
 
 def condition_of(cls: type, field: dataclasses.Field[Any]) -> str:
     """When ``field`` has an effect in ``cls``, as :func:`option` takes it; empty: always."""
     own = str(field.metadata.get("when") or "")
+    return both(inherited_condition(cls, field), own)
+
+
+def both(one: str, two: str) -> str:
+    """The condition that two conditions hold."""
+    if not (one and two):
+        return one or two
+    return " or ".join(f"{left} and {right}" for left in one.split(" or ") for right in two.split(" or "))
+
+
+def inherited_condition(cls: type, field: dataclasses.Field[Any]) -> str:
+    """When ``field`` has an effect in ``cls`` that it need not have in the class that declares it."""
     inherited: Mapping[str, str] = getattr(cls, "inherited", {})
-    base = next((base for base in cls.__mro__ if field.name in inspect.get_annotations(base)), cls)
-    needed = inherited.get(field.name) or inherited.get(base.__name__) or ""
-    if own and needed:
-        return " or ".join(f"{needed} and {choice}" for choice in own.split(" or "))
-    return own or needed
+    return inherited.get(field.name) or inherited.get(owner_of(cls, field.name).__name__) or ""
+
+
+def owner_of(cls: type, name: str) -> type:
+    """The class that declares the option ``name`` of ``cls``: its group."""
+    return next((base for base in cls.__mro__ if name in inspect.get_annotations(base)), cls)
+
+
+def groups_of(cls: type) -> list[str]:
+    """Names of the classes that the options of ``cls`` are declared in."""
+    return [base.__name__ for base in cls.__mro__ if base is not Options and issubclass(base, Options)]
+
+
+def part_of(config: Options, cls: type[Part], **changes: Any) -> Part:
+    """The options of ``config`` that ``cls`` has too, as a config of their own; also those of installed packages."""
+    extension = type(config).__dict__.get("extension")
+    if extension and (added := tuple(one for one in extension[1] if not issubclass(cls, one[1]))):
+        cls = _extended(cls, added)
+    values = {f.name: getattr(config, f.name) for f in dataclasses.fields(cls)}
+    return cls(**{**values, **changes})
+
+
+# ---- options of what an installed package has registered
+
+
+def extended(cls: type[Part], settings: Mapping[str, Any]) -> type[Part]:
+    """``cls`` with the options of whatever ``settings`` choose that is not built in: a source, a task, ...
+
+    Raises:
+        ConfigError: two of them declare an option of the same name.
+    """
+    added: list[tuple[str, type[Options]]] = []
+    for field in dataclasses.fields(cls):
+        names: Registry[Any] | None = field.metadata.get("names")
+        value = settings.get(field.name, default_value(field)) if names is not None else None
+        if names is None or not isinstance(value, str | tuple | list):
+            continue
+        several = str(field.type).startswith("tuple")
+        for name in (
+            list_items(value) if several and isinstance(value, str) else [value] if isinstance(value, str) else value
+        ):
+            if name and name not in names.builtin and name in names and (options := names.options(name)):
+                added.append((both(condition_of(cls, field), f"{field.name}={name}"), options))
+    return _extended(cls, tuple(added)) if added else cls
+
+
+def _extended(cls: type[Any], added: tuple[tuple[str, type[Options]], ...]) -> Any:
+    """``cls`` with the options in ``added``, each with the condition under which it has an effect; made once."""
+    found = _EXTENDED.get((cls, added))
+    if found is None:
+        found = _EXTENDED[cls, added] = _made(cls, added)
+    return found
+
+
+_EXTENDED: dict[tuple[type, tuple[tuple[str, type[Options]], ...]], Any] = {}
+
+
+def _made(cls: type[Any], added: tuple[tuple[str, type[Options]], ...]) -> Any:
+    inherited = dict(getattr(cls, "inherited", {}))
+    known = {f.name for f in dataclasses.fields(cls)}
+    for condition, options in added:
+        if not issubclass(options, Options):
+            raise ConfigError(
+                f"{options.__module__}.{options.__qualname__}: options are a dataclass derived from Options"
+            )
+        for field in dataclasses.fields(options):
+            if field.name in known and owner_of(options, field.name) not in cls.__mro__:
+                raise ConfigError(f"{condition}: the option {field.name!r} that it adds exists already")
+            known.add(field.name)
+        new = [base for base in options.__mro__ if base not in cls.__mro__]
+        inherited |= {base.__name__: condition for base in new}
+    body = {
+        "__doc__": cls.__doc__,
+        "__module__": cls.__module__,
+        "inherited": inherited,
+        "extension": (cls, added),
+        "__reduce__": _reduced,
+    }
+    bases = (*dict.fromkeys(options for _, options in added), cls)
+    return dataclasses.dataclass(frozen=True, kw_only=True)(type(cls.__name__, bases, body))
+
+
+def _reduced(self: Any) -> tuple[Any, ...]:
+    """How a config with added options is pickled: its class is made again where it is read."""
+    return _again, (*type(self).extension, {f.name: getattr(self, f.name) for f in dataclasses.fields(self)})
+
+
+def _again(cls: type, added: tuple[tuple[str, type[Options]], ...], values: dict[str, Any]) -> Any:
+    return _extended(cls, added)(**values)
 
 
 def holds(condition: str, values: Mapping[str, Any]) -> bool:
@@ -198,15 +370,17 @@ def _term_holds(term: str, values: Mapping[str, Any]) -> bool:
         return False
     name, equals, wanted = term.partition("=")
     if equals:
-        value = values[name.rstrip("!")]
-        among = any(shown(part) in wanted.split("|") for part in (value if isinstance(value, tuple) else (value,)))
-        return among != name.endswith("!")
+        value = values[name.rstrip("!^")]
+        parts = [shown(part) for part in (value if isinstance(value, tuple) else (value,))]
+        if name.endswith("^"):
+            return any(part.startswith(tuple(wanted.split("|"))) for part in parts)
+        return any(part in wanted.split("|") for part in parts) != name.endswith("!")
     return bool(values[name.lstrip("!")]) != term.startswith("!")
 
 
 def condition_names(condition: str) -> set[str]:
     """The options that a condition looks at."""
-    return {term.partition("=")[0].strip("!") for term in _terms(condition) if term != NEVER}
+    return {term.partition("=")[0].strip("!^") for term in _terms(condition) if term != NEVER}
 
 
 def _terms(condition: str) -> Iterator[str]:
@@ -215,7 +389,7 @@ def _terms(condition: str) -> Iterator[str]:
 
 
 def condition_text(condition: str) -> str:
-    """A condition as messages and help show it: ``source=url_list or parquet``, ``task=caption and encoder=``."""
+    """A condition as messages and help show it: ``source=url_list or parquet``, ``task=caption and encoder set``."""
     return ", or ".join(" and ".join(map(_term_text, choice.split(" and "))) for choice in condition.split(" or "))
 
 
@@ -224,16 +398,66 @@ def _term_text(term: str) -> str:
         return "another stage"
     name, equals, wanted = term.partition("=")
     if equals:
-        *names, last = wanted.split("|")
-        return f"{name}={', '.join(names)}{' or ' if names else ''}{last}".replace("!=", " other than ")
-    return f"without {name[1:]}=" if term.startswith("!") else f"{name}="
+        more = "..." if name.endswith("^") else ""
+        *names, last = (value + more for value in wanted.split("|"))
+        told = f"{name.rstrip('^')}={', '.join(names)}{' or ' if names else ''}{last}"
+        return told.replace("!=", " other than ")
+    return f"{name[1:]} not set" if term.startswith("!") else f"{name} set"
 
 
-def option_text(cls: type, field: dataclasses.Field[Any]) -> str:
-    """What is to know of an option but its default: its help, its range, and when it has an effect."""
-    notes = [f"[{text}]"] if (text := range_text(field)) else []
-    notes += [f"[with {condition_text(condition)}]"] if (condition := condition_of(cls, field)) else []
-    return " ".join([field.metadata.get("help", ""), *notes])
+def common_condition(conditions: Sequence[str]) -> tuple[str, list[str]]:
+    """What a group of options can say once about when they have an effect, and what each has to add.
+
+    Args:
+        conditions: The condition of each option of the group.
+
+    Returns:
+        A text for the heading of the group, and one for each option; empty where there is nothing to say.
+    """
+    shared = set.intersection(*(set(choice.split(" and ")) for c in conditions for choice in c.split(" or ")))
+    rest = [_without(condition, shared) for condition in conditions]
+    usual, count = Counter(rest).most_common(1)[0]
+    if count < _USUAL or (not all(rest) and count < _MOST * len(rest)):
+        usual = ""
+    heading = " and ".join(
+        [*(_term_text(term) for term in _ordered(shared, conditions)), *([condition_text(usual)] if usual else [])]
+    )
+    more = "; with other values where an option says so" if usual and set(rest) - {usual} else ""
+    return heading + more, [_addition(condition, usual, bool(shared)) for condition in rest]
+
+
+def _without(condition: str, shared: set[str]) -> str:
+    choices = [[term for term in choice.split(" and ") if term not in shared] for choice in condition.split(" or ")]
+    return " or ".join(" and ".join(choice) for choice in choices) if all(choices) else ""
+
+
+def _ordered(shared: set[str], conditions: Sequence[str]) -> list[str]:
+    return [term for term in conditions[0].split(" or ")[0].split(" and ") if term and term in shared]
+
+
+def _addition(condition: str, usual: str, shared: bool) -> str:
+    if condition == usual:
+        return ""
+    if not condition:
+        return "[always]" if usual else ""
+    for term in condition.split(" or ")[0].split(" and ") if usual else ():
+        if both(usual, term) == condition:
+            return f"[also needs {condition_text(term)}]"
+    return f"[{'also needs' if shared and not usual else 'only with'} {condition_text(condition)}]"
+
+
+def option_text(cls: type, field: dataclasses.Field[Any], condition: str | None = None) -> str:
+    """What is to know of an option but its default: its help, its range, and when it has an effect.
+
+    Args:
+        condition: The text about when it has an effect, from :func:`common_condition`. None: the whole condition.
+    """
+    if condition is None:
+        condition = f"[only with {condition_text(own)}]" if (own := condition_of(cls, field)) else ""
+    value_range = range_text(field)
+    return " ".join(
+        filter(None, [field.metadata.get("help", ""), f"[{value_range}]" if value_range else "", condition])
+    )
 
 
 def without_effect(config: Any, given: Iterable[str]) -> dict[str, str]:

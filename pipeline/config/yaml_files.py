@@ -1,4 +1,4 @@
-"""YAML files with settings: data sets, recipes, presets of a cluster."""
+"""YAML files with settings: datasets, recipes, presets of a cluster."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import yaml
 from pipeline.config.options import ConfigError
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(yaml.SafeLoader):  # type: ignore[misc] # PyYAML ships no types
     """YAML 1.2's plain values: ``no``, ``on``, ``012`` and ``12:30`` are text; no key comes twice."""
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012 - as PyYAML has it
@@ -21,9 +21,12 @@ class _Loader(yaml.SafeLoader):
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if isinstance(key, str | int | float) and key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"{key} is given twice", key_node.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{key} is given more than once", key_node.start_mark
+                )
             seen.add(key if isinstance(key, str | int | float) else id(key_node))
-        return super().construct_mapping(node, deep)
+        found: dict[Any, Any] = super().construct_mapping(node, deep)
+        return found
 
 
 for _tag, _pattern, _first in (

@@ -1,4 +1,4 @@
-"""Converters for people who work in Python: stage=shard, called as an object."""
+"""Converters for use from Python: stage=shard as an object."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
+import numpy.typing as npt
 
 from pipeline.config import cli
 from pipeline.config.arrow import without_pandas
@@ -22,7 +23,7 @@ from pipeline.config.schema import FORMATS, ConfigError, ShardConfig
 from pipeline.distributed import Place, Rank, find_place
 from pipeline.formats.base import Format, Location, Writer, get_format, register_format
 from pipeline.formats.fixed import FixedWriter
-from pipeline.formats.pixels import mask_array, nearest, to_array, to_image
+from pipeline.formats.pixel_arrays import mask_array, nearest, to_array, to_image
 from pipeline.imaging.memory import keep_freed_memory
 from pipeline.partitions import engine
 from pipeline.samples import Row
@@ -38,23 +39,23 @@ _FINE = b""  # what a process says when all is well; else the error, pickled
 
 
 class Converter:
-    """Converts a folder of images, a dataset directory or a map-style Dataset; ``convert()`` does it.
+    """Converts a folder of images, a dataset directory or a map-style Dataset when ``convert()`` is called.
 
-    The result has the same bytes as ``python -m pipeline.stages.shard`` with the same settings writes, whatever
-    the number of processes; the same call goes on where an earlier one was stopped or killed.
+    The output has the same bytes as that of ``python -m pipeline.stages.shard`` with the same settings, for any number
+    of processes. After an interruption, the same call resumes.
 
     Args:
         input_data: a folder (class folders give integer labels), a dataset directory, or a Dataset whose items are
             ``(image, label)``, ``(image, mask)``, an image, or a mapping with ``image`` and any other columns. Images
             are PIL images, arrays (h, w[, c]), tensors (c, h, w), or the bytes or path of a file, which is kept.
-        output_path: folder to write, empty or made by an earlier call.
-        images_per_file: samples per file (0: as many as fit 64 MiB).
-        batch_size: items of a Dataset that ``_custom_collate_fn`` gets at once.
-        num_workers: processes that convert.
-        shape: (height, width) to bring images to; masks by their nearest pixel.
-        im_mode: mode to bring images to: RGB, L, RGBA, LA, I;16.
-        dist: this process is one of several that torchrun or srun started: they share the work.
-        settings: any other of ``python -m pipeline.stages.shard --help``.
+        output_path: Folder to write to, which is empty or from an earlier call.
+        images_per_file: Number of samples per file (0: as many as fit into 64 MiB).
+        batch_size: Number of items of a Dataset that are passed to ``_custom_collate_fn`` at once.
+        num_workers: Number of processes.
+        shape: (height, width) to which images are resized; masks are resized by nearest neighbour.
+        im_mode: Mode to which images are converted: RGB, L, RGBA, LA, I;16.
+        dist: Whether this process is one of several started by torchrun or srun, which share the work.
+        settings: Any other option of ``python -m pipeline.stages.shard --help``.
     """
 
     format: ClassVar[str | Format] = ""
@@ -114,12 +115,12 @@ class Converter:
         return self.format_name if self.format_name in FORMATS else self._family
 
     def convert(self) -> Path:
-        """Convert all, or what an earlier call has left; the folder that holds the result.
+        """Convert everything that earlier calls have not converted, and return the output folder.
 
         Raises:
-            ConfigError: a setting, the input or the output does not fit; the message names it.
-            StorageError: the output cannot be written, or too many samples failed. What was committed stays.
-            Stopped: a signal asked to stop.
+            ConfigError: A setting, the input or the output is wrong; the message names it.
+            StorageError: The output cannot be written, or too many samples failed. Committed partitions are kept.
+            Stopped: The process received a signal to stop.
         """
         place = find_place(os.environ) if self.dist else Place()
         if self.num_workers > 1:
@@ -145,18 +146,20 @@ class Converter:
                 access.row(position)
         except StorageError as error:
             raise ConfigError(
-                f"{type(self).__name__}._write_data_to_disk has written what format={self.format_name} cannot read "
+                f"{type(self).__name__}._write_data_to_disk has written data that format={self.format_name} cannot "
+                "read "
                 f"({error.__cause__}): give the class a format= of its own, see FixedFiles and FlexibleFiles"
             ) from error
 
     def repair(self) -> bool:
-        """Check every byte of the finished result, and do again what is damaged; whether anything was.
+        """Check every byte of the finished output and rebuild damaged partitions; return whether there were any.
 
-        A result of a folder or dataset directory is also repaired by stage=repair; of a Dataset, only so.
+        Outputs made from a folder or a dataset directory can also be repaired by stage=repair; outputs made from a
+        Dataset cannot.
 
         Raises:
-            ConfigError: there is no result, or the input is not what it was.
-            StorageError: the content came out different from before.
+            ConfigError: There is no output, or the input has changed.
+            StorageError: The content differs from the earlier one.
         """
         from pipeline.stages.repair import repair
 
@@ -207,7 +210,7 @@ class Converter:
     # ---- hooks
 
     def _custom_collate_fn(self, batch: list[Any]) -> list[Row]:
-        """Turn items of the Dataset into rows, one for each: mappings with ``image`` and any other columns."""
+        """Turn the items of a Dataset into rows, one for each item: mappings with ``image`` and any other columns."""
         from pipeline.stages.inputs import rows_of
 
         return rows_of(batch)
@@ -217,7 +220,7 @@ class Converter:
 
 
 class ConverterFlexibleSize(Converter):
-    """Formats that keep each image as the file it came as; without a ``format``, Arrow IPC."""
+    """Converter to formats that store image files unchanged; without a ``format``, Arrow IPC."""
 
     _family = "ipc"
 
@@ -247,12 +250,12 @@ class ConverterFixedSize(Converter):
 
     _family = "memmap"
 
-    def _init_arrays(self, writer: FixedWriter, count: int, first: Row) -> dict[str, np.ndarray]:
+    def _init_arrays(self, writer: FixedWriter, count: int, first: Row) -> dict[str, npt.NDArray[Any]]:
         """The arrays (count, h, w[, c]) that one file's samples are put in; ``first`` is the first of them."""
         return writer.init_arrays(count, first)
 
     def _write_data_to_disk(
-        self, writer: FixedWriter, number: int, arrays: Mapping[str, np.ndarray], rows: list[Row]
+        self, writer: FixedWriter, number: int, arrays: Mapping[str, npt.NDArray[Any]], rows: list[Row]
     ) -> list[Location]:
         """Write data file ``number``; where the image of each row lies in it."""
         return writer.write_file(number, dict(arrays), rows)
@@ -264,7 +267,7 @@ class ConverterFixedSize(Converter):
         return writer
 
     def _stored(
-        self, writer: FixedWriter, number: int, arrays: Mapping[str, np.ndarray], rows: list[Row]
+        self, writer: FixedWriter, number: int, arrays: Mapping[str, npt.NDArray[Any]], rows: list[Row]
     ) -> list[Location]:
         places = self._write_data_to_disk(writer, number, arrays, rows)
         if not isinstance(places, list) or len(places) != len(rows):
@@ -317,7 +320,7 @@ class _Process:
         except EOFError:
             self._process.join()
             raise RuntimeError(
-                f"a process that converts was killed (exit code {self._process.exitcode}): the same call goes on"
+                f"a conversion process was killed (exit code {self._process.exitcode}): the same call resumes"
             ) from None
         if said != _FINE:
             raise pickle.loads(said)
@@ -347,13 +350,13 @@ def _portable(error: BaseException) -> bytes:
 
 
 class ResizeAndConvert:
-    """Brings an image (PIL, array or bytes of a file) to a size and mode, as a transform of a Dataset.
+    """Transform for a Dataset that resizes and converts an image (PIL image, array or bytes of a file).
 
     Args:
         size: (height, width), in this order.
         mode: Pillow's name of the mode.
-        keep_ratio: cut the middle of the right aspect ratio out first, in place of distorting the image.
-        mask: take the nearest pixel and leave all values as they are.
+        keep_ratio: First crop the centre to the aspect ratio of ``size``, instead of distorting the image.
+        mask: Resize by nearest neighbour, so that values do not change.
     """
 
     def __init__(
@@ -373,12 +376,12 @@ class ResizeAndConvert:
             image = to_image(mask_array(bytes(image)) if self.mask else to_array(bytes(image), self.mode))
         if self.mask:
             return nearest(self._cut(np.asarray(image)), self.size)
-        picture = image if isinstance(image, Image.Image) else to_image(np.asarray(image))
-        if picture.mode != self.mode:
-            picture = picture.convert(self.mode)
+        decoded = image if isinstance(image, Image.Image) else to_image(np.asarray(image))
+        if decoded.mode != self.mode:
+            decoded = decoded.convert(self.mode)
         height, width = self.size
-        box = self._box(picture.width, picture.height) if self.keep_ratio else None
-        return picture.resize((width, height), Image.Resampling.BICUBIC, box=box)
+        box = self._box(decoded.width, decoded.height) if self.keep_ratio else None
+        return decoded.resize((width, height), Image.Resampling.BICUBIC, box=box)
 
     def _box(self, width: int, height: int) -> tuple[float, float, float, float]:
         """The middle of an image that has our aspect ratio: left, upper, right, lower."""
@@ -386,7 +389,7 @@ class ResizeAndConvert:
         w, h = min(self.size[1] * scale, width), min(self.size[0] * scale, height)  # not above by a rounding error
         return ((width - w) / 2, (height - h) / 2, (width + w) / 2, (height + h) / 2)
 
-    def _cut(self, values: np.ndarray) -> np.ndarray:
+    def _cut(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
         if not self.keep_ratio:
             return values
         left, upper, right, lower = (round(edge) for edge in self._box(values.shape[1], values.shape[0]))
@@ -433,44 +436,44 @@ class _Dense(Converter):
 
 
 class MemmapConverter(ConverterFixedSize):
-    """To ``.npy`` files of pixels."""
+    """Converter to ``.npy`` files of pixels."""
 
     format = "memmap"
 
 
 class HDF5Converter(ConverterFixedSize):
-    """To HDF5 files of pixels; ``compression="gzip"`` makes them smaller."""
+    """Converter to HDF5 files of pixels; ``compression="gzip"`` makes them smaller."""
 
     format = "hdf5"
 
 
 class ParquetConverter(ConverterFlexibleSize):
-    """To Parquet."""
+    """Converter to Parquet files."""
 
     format = "parquet"
 
 
 class TarConverter(ConverterFlexibleSize):
-    """To tar files as WebDataset has them."""
+    """Converter to WebDataset tar files."""
 
     format = "tar"
 
 
 class IpcConverter(ConverterFlexibleSize):
-    """To Arrow IPC files."""
+    """Converter to Arrow IPC files."""
 
     format = "ipc"
 
 
 class MDSConverter(ConverterFlexibleSize):
-    """To MDS, which StreamingDataset reads."""
+    """Converter to MDS shards, which StreamingDataset reads."""
 
     format = "mds"
 
 
 class DenseMemmapConverter(_Dense, MemmapConverter):
-    """Images and masks of fixed size."""
+    """Converter of images and masks to ``.npy`` files of pixels."""
 
 
 class DenseIpcConverter(_Dense, IpcConverter):
-    """Images and masks of flexible size."""
+    """Converter of images and masks to Arrow IPC files."""

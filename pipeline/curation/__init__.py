@@ -1,1 +1,1 @@
-"""Which samples stay: rules, lists of keys, duplicates, splits."""
+"""Selection of samples: rules, lists of keys, duplicates, scores and splits."""

@@ -1,4 +1,4 @@
-"""Which samples of a whole data set are duplicates, exact or near, and which of them stays, in bounded memory.
+"""Finds exact and near duplicates in a whole dataset, and chooses which to keep, in bounded memory.
 
 Exact: equal source bytes (their XXH3-128). Near: perceptual hashes (:mod:`pipeline.imaging.phash`) that differ in at
 most `hamming` bits. Duplicates are the connected components of both; the highest-resolution copy stays, among equals
@@ -28,13 +28,13 @@ TABLES = 32
 ROW_COST = 128
 """Bytes of memory that a unit takes for each sample of its bucket, sorting included."""
 ROW = np.dtype([("content", "<u8", 2), ("look", "<u8", 2), ("known", "?", 2), ("pixels", "<i8"), ("place", "<i8")])
-"""A sample: hash of its bytes, perceptual hash, whether it has them, pixels, position in the data set."""
+"""A sample: hash of its bytes, perceptual hash, whether it has them, pixels, position in the dataset."""
 Rows = npt.NDArray[np.void]
 Links = npt.NDArray[np.int64]
 """(n, 2): places of two samples that belong together, the smallest of its group first."""
 NO_LINKS: Links = np.empty((0, 2), np.int64)
 
-_MOST = 2000  # neighbours that a sample is compared with in a table: more than so many that agree are all alike
+_MOST = 2000  # neighbours that a sample is compared with in a table: if more agree, all are alike
 _AT_ONCE = 1 << 22  # pairs that are held before they are made a forest
 _CONTENT = -1
 
@@ -126,7 +126,8 @@ def _by_word(words: npt.NDArray[np.uint64]) -> tuple[npt.NDArray[np.int64], npt.
 
 def _same(places: npt.NDArray[np.int64], new: npt.NDArray[np.bool_]) -> Links:
     """Links of those that follow one another up to the next `new` one."""
-    return np.stack([places[new][np.cumsum(new) - 1], places], 1)[~new]
+    found: Links = np.stack([places[new][np.cumsum(new) - 1], places], 1)[~new]
+    return found
 
 
 def _near(
@@ -168,7 +169,8 @@ def forest(parts: Iterable[Links]) -> Links:
     group = connected_components(graph, directed=False)[1]
     _, first = np.unique(group, return_index=True)
     centre = places[first[group]]
-    return np.stack([centre, places], 1)[centre != places]
+    found: Links = np.stack([centre, places], 1)[centre != places]
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,7 +213,7 @@ def decide(
 
 
 def batches(sizes: npt.NDArray[np.int64], most: int) -> Iterator[range]:
-    """Ranges of consecutive partitions with these numbers of samples, of about `most` samples together."""
+    """Ranges of consecutive partitions or cells that hold about `most` samples together; `sizes`: of each."""
     first, held = 0, 0
     for index, size in enumerate(sizes.tolist()):
         if held and held + size > most:

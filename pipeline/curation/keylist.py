@@ -12,7 +12,7 @@ import xxhash
 from pipeline.config.schema import ConfigError
 from pipeline.samples.captions import shown_names
 from pipeline.sources.lists import SUFFIXES, open_list
-from pipeline.sources.texts import lines_of, list_errors, suffix_of
+from pipeline.sources.text_files import lines_of, list_errors, suffix_of
 
 _BLOCK = 1 << 22
 
@@ -28,7 +28,7 @@ class KeyList:
         column: the column of keys in a file that has several.
 
     Raises:
-        ConfigError: the file cannot be read, or there is no key in it.
+        ConfigError: the file cannot be read, or it contains no keys.
     """
 
     def __init__(self, path: str, column: str = "key") -> None:
@@ -39,7 +39,7 @@ class KeyList:
         order = np.lexsort((hashes[:, 1], hashes[:, 0]))
         self._high, self._low = hashes[order, 0], hashes[order, 1]
         if not len(order):
-            raise ConfigError(f"{path}: there is no key in it")
+            raise ConfigError(f"{path}: it contains no keys")
 
     def __len__(self) -> int:
         return len(self._high)
@@ -69,7 +69,7 @@ def _listed_keys(path: Path, column: str) -> Iterator[str]:
     found = next((name for name in names if name.lower() == column.lower()), "")
     if not found:
         if len(names) != 1:
-            raise ConfigError(f"{path}: it has no column {column}, but {shown_names(names)}")
+            raise ConfigError(f"{path}: it has no column {column}; it has {shown_names(names)}")
         found = names[0]
         if suffix_of(path) in (".csv", ".tsv"):  # what looked like a heading is a key
             listed = open_list(path, heading=False)
@@ -88,7 +88,7 @@ def _array_keys(path: Path) -> Iterator[str]:
         try:
             array = np.load(path, mmap_mode="r", allow_pickle=False)
         except (ValueError, EOFError) as error:
-            raise ConfigError(f"{path}: no array of keys: {error}") from None
+            raise ConfigError(f"{path}: not an array of keys: {error}") from None
     if array.dtype.names and len(array.dtype.names) == 2:
         high, low = (array[name] for name in array.dtype.names)
     elif array.ndim == 2 and array.shape[1] == 2 and array.dtype == np.uint64:
@@ -97,7 +97,7 @@ def _array_keys(path: Path) -> Iterator[str]:
         yield from (key.decode() if isinstance(key, bytes) else str(key) for key in array)
         return
     else:
-        raise ConfigError(f"{path}: an array {array.shape} of {array.dtype} is no list of keys")
+        raise ConfigError(f"{path}: an array {array.shape} of {array.dtype} is not a list of keys")
     for upper, lower in zip(high, low, strict=True):
         yield f"{int(upper):016x}{int(lower):016x}"
 

@@ -1,4 +1,4 @@
-"""Which samples are left out for what is written about them: small checks that give a reason, or "" for a good one.
+"""Rules that leave out samples by their metadata: small checks that return a reason, or "" for a good sample.
 
 A check is a function of one caption, of one key, or of one row; stages combine as many as they like. They know no
 language.

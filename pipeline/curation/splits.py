@@ -1,4 +1,4 @@
-"""Which split an image belongs to, by a file that says so, such as Karpathy's ``dataset_flickr30k.json``."""
+"""Assigns images to splits by a file, such as Karpathy's ``dataset_flickr30k.json``."""
 
 from __future__ import annotations
 
@@ -67,5 +67,5 @@ class Splits:
         """
         found = [place for place, key in enumerate(keys) if self.of(key) == split]
         if not found:
-            raise ConfigError(f"split_file={self.path}: puts none of these {len(keys)} images into {split}")
+            raise ConfigError(f"split_file={self.path}: assigns none of these {len(keys)} images into {split}")
         return found

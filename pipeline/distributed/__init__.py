@@ -18,10 +18,10 @@
 Nothing here imports torch before a device, a barrier, a broadcast or a reduction is asked for.
 """
 
+from pipeline.distributed.entry import distributed
 from pipeline.distributed.environment import Place, expand_nodes, find_place
 from pipeline.distributed.peers import BarrierTimeout, PeerFailed
 from pipeline.distributed.rank import Rank
-from pipeline.distributed.run import distributed
 from pipeline.distributed.signals import (
     EXIT_ENVIRONMENT,
     EXIT_HUNG,

@@ -1,6 +1,6 @@
-"""Which device a rank computes on: its GPU, or the CPU where nobody gave it one or where ``device=cpu`` asks for it.
+"""The device of a rank: its GPU, or the CPU if it has none or with ``device=cpu``.
 
-A rank that was given GPUs and cannot use them must not fall back to the CPU: it would take days in place of minutes,
+A rank that was given GPUs and cannot use them must not fall back to the CPU: it would take days instead of minutes,
 under settings (``model_dtype=bfloat16``) that promise something else.
 """
 
@@ -36,7 +36,7 @@ def choose_device(wanted: str, local_rank: int, node: str, environment: Mapping[
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if count:
         return torch.device("cuda", local_rank % count)  # `srun --gpus-per-task=1` shows each task one GPU only
-    given = "device=cuda asks for a GPU" if wanted == "cuda" else gpus_given(environment)
+    given = "device=cuda needs a GPU" if wanted == "cuda" else gpus_given(environment)
     if given:
         raise ConfigError(
             f"{given}, but torch sees none on {node}: {why_no_gpu(environment)}; device=cpu computes on the CPU"

@@ -1,4 +1,4 @@
-"""How a process ends when something is wrong: soon, with all that it said written out, whatever threads still do."""
+"""Ends a process quickly after an error, with all output flushed, whatever its threads are doing."""
 
 from __future__ import annotations
 

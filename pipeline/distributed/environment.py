@@ -1,11 +1,13 @@
-"""Which rank of how many this process is, from the environment that its launcher gave it."""
+"""The rank and world size of this process, from the environment variables of its launcher."""
 
 from __future__ import annotations
 
 import itertools
+import random
 import re
 import socket
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -19,6 +21,22 @@ _PORTS = range(12_000, 28_000)  # below those that Linux gives out to clients
 
 def _hostname() -> str:
     return socket.gethostname().partition(".")[0]
+
+
+def free_port() -> int:
+    """A port of this machine on which no process listens, for ranks that are about to be started here.
+
+    It is drawn from a range that Linux does not use for outgoing connections: one of those could take the port
+    before rank 0 listens on it.
+
+    Raises:
+        OSError: no port of that range is free.
+    """
+    for port in random.SystemRandom().sample(_PORTS, len(_PORTS)):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise OSError(f"ports {_PORTS[0]} to {_PORTS[-1]} are all in use")
 
 
 @dataclass(frozen=True)
@@ -195,7 +213,7 @@ def _expand_range(piece: str, text: str) -> Iterator[str]:
     for span in piece.split(","):
         match = re.fullmatch(r"(\d+)(?:-(\d+))?", span)
         if match is None:
-            raise ConfigError(f"node list {text!r}: {span!r} is no range of numbers")
+            raise ConfigError(f"node list {text!r}: {span!r} is not a range of numbers")
         first, last = match[1], match[2] or match[1]
         for number in range(int(first), int(last) + 1):
             yield str(number).zfill(len(first))

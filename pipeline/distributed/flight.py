@@ -1,9 +1,9 @@
-"""What torch recorded of a rank's collectives, written when the rank ends badly: who waited for whom, and where.
+"""torch's recording of the collectives of a rank, written when the rank fails: who waited for whom, and where.
 
 torch's flight recorder keeps the last collectives of a process. NCCL writes its recording itself when a collective
 times out; for gloo, and when something else ends the rank, this does. The files are named by the rank and by torch's
-own variable ``TORCH_FR_DUMP_TEMP_FILE``, which slurm/job.sh and launch/local.py set; ``launch/monitor/flight.py`` reads
-them.
+own variable ``TORCH_FR_DUMP_TEMP_FILE``, which slurm/job.sh and launch/local.py set; the files are read by
+``launch/monitor/flight_report.py``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How ranks wait for each other, tell each other small things, and learn that one of them failed.
+"""Barriers and small messages between ranks, and notifications that a rank has failed.
 
 All of it goes through one key-value store (torch's TCPStore) that rank 0, or the launcher, serves:
 
@@ -52,7 +52,7 @@ class BarrierTimeout(TimeoutError):
 
 
 class PeerFailed(RuntimeError):
-    """Another rank failed or is gone, so that waiting for it is in vain."""
+    """Another rank failed or is gone, so that waiting for it is useless."""
 
 
 class Peers:

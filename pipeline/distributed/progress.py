@@ -1,4 +1,4 @@
-"""Whether a rank makes progress: what the watchdog asks, and what telemetry reports."""
+"""A counter of a rank's progress, for the watchdog and for telemetry."""
 
 from __future__ import annotations
 

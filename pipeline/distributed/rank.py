@@ -1,4 +1,4 @@
-"""What a stage sees of the process that it runs in, and of the others that were started with it."""
+"""A stage's view of its own process and of the other ranks."""
 
 from __future__ import annotations
 

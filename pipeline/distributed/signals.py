@@ -1,4 +1,4 @@
-"""Signals become a flag that is read at safe boundaries; what a process says by its exit code."""
+"""Signals set a flag that is read at safe boundaries; and the meaning of exit codes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 EXIT_STOPPED = 75
 """Stopped by a signal at a safe boundary; the same command resumes (``EX_TEMPFAIL`` of sysexits.h: try again later)."""
 EXIT_PEER = 76
-"""Ended only because another rank failed: that one's log has the reason."""
+"""Ended only because another rank failed: its log has the reason."""
 EXIT_HUNG = 77
 """Ended by its own watchdog, for want of progress: the log says where it was stuck."""
 EXIT_STORAGE = 74

@@ -1,4 +1,4 @@
-"""A rank that makes no progress says where it is stuck and ends, so that whatever started it can start it again."""
+"""Ends a rank that makes no progress, after logging where it is stuck, so that it can be restarted."""
 
 from __future__ import annotations
 

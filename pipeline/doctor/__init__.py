@@ -1,4 +1,4 @@
-"""What a machine, or each rank of a small job, finds out about itself before a real job does: see launch/doctor.py.
+"""Checks of a machine, or of each rank of a small job, before a real job runs: see launch/doctor.py.
 
 - ``finding``: one thing that was looked at, in plain words, as a line that survives any launcher
 - ``machine``: Python, packages, CPUs, memory, limits

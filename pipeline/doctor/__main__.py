@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pipeline.config import cli
 from pipeline.config.schema import DoctorConfig
 from pipeline.distributed import Rank, distributed
-from pipeline.doctor import filesystem, gpus, hub, machine, network, speed
+from pipeline.doctor import filesystem, gpus, hub_access, machine, network, speed
 from pipeline.doctor.finding import Finding, Report
 from pipeline.imaging.worker_pool import available_cpus
 
@@ -22,7 +22,7 @@ def main(rank: Rank, config: DoctorConfig) -> None:
     if first_of_node:
         report.run("machine", lambda: machine.look(config.cpus), _SHORT)
         names = [name for name in (config.vae, config.text_encoder) if name]
-        report.run("hub", lambda: hub.look(names), _SHORT)
+        report.run("hub", lambda: hub_access.look(names), _SHORT)
         if config.data_dir:
             report.run("data_dir", lambda: filesystem.look(config.data_dir, rank.rank == 0), _SHORT)
     report.run("gpus", lambda: gpus.look(config.gpus, first_of_node), _LONG)

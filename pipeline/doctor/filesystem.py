@@ -58,7 +58,7 @@ def look(data_dir: str, alone: bool) -> Iterator[Finding]:
         yield Finding("data_dir", "fail", f"{data_dir}: {error.strerror}", _advice(error))
         return
     kind = _kind(path)
-    yield Finding("data_dir", "ok", f"{data_dir} ({kind}): folders are renamed and synced as commits need it")
+    yield Finding("data_dir", "ok", f"{data_dir} ({kind}): folder renames and syncs work as commits require")
     yield from room(path)
     yield clock(path)
     if alone:
@@ -69,7 +69,7 @@ def _why_absent(path: Path) -> str:
     if path.exists():
         return "it is not a folder"
     parent = next(folder for folder in path.parents if folder.exists())
-    return f"it is not there (the path ends at {parent})"
+    return f"it does not exist (the path ends at {parent})"
 
 
 def _advice(error: OSError) -> str:
@@ -197,7 +197,7 @@ def _visible(folder: Path, writers: list[int], others: Others, patience: float) 
         advice = "these nodes have different folders under this path: look at the mounts (df, mount)"
         yield Finding("same data_dir", "fail", text, advice, {"unseen": sorted(missing)})
     elif took > _LATE:
-        advice = "a stage waits as long for what others wrote; mount with a shorter attribute cache (acdirmax=)"
+        advice = "a stage waits this long for files of other ranks; mount with a shorter attribute cache (acdirmax=)"
         yield Finding(
             "same data_dir", "warn", f"files of other ranks were seen after {took:.1f} s", advice, {"delay": took}
         )
@@ -225,7 +225,7 @@ def _race(folder: Path, others: Others, writers: list[int]) -> Iterator[Finding]
         if len(winners) == 1:
             yield Finding("exclusive rename", "ok", f"of {len(writers)} ranks that renamed to one name, one won")
         else:
-            text = f"{len(winners)} of {len(writers)} ranks won a race that one can win"
+            text = f"{len(winners)} of {len(writers)} ranks won a rename that only one can win"
             yield Finding("exclusive rename", "fail", text, "results could be lost: choose another file system")
 
 

@@ -1,4 +1,4 @@
-"""One thing that was looked at: a state, what was seen, and what to do about it."""
+"""The result of one check: a state, what was found, and how to fix it."""
 
 from __future__ import annotations
 

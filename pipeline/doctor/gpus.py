@@ -30,14 +30,14 @@ def look(expected: int, thorough: bool) -> Iterator[Finding]:
 
     built = f"torch {torch.__version__}" + (f" for CUDA {torch.version.cuda}" if torch.version.cuda else "")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    given = f"{expected} GPUs were asked for on each node" if expected else gpus_given(os.environ)
+    given = f"{expected} GPUs were requested on each node" if expected else gpus_given(os.environ)
     if not count:
         if not given and Path("/dev/nvidia0").exists():
             given = "this machine has GPUs (/dev/nvidia0)"
         if given:
             yield Finding("gpus", "fail", f"{given}, but torch sees none: {why_no_gpu(os.environ)}", _advice())
         else:
-            yield Finding("gpus", "ok", f"no GPU, and none was asked for: networks run on the CPU; {built}")
+            yield Finding("gpus", "ok", f"no GPU, and none was requested: networks run on the CPU; {built}")
         if thorough:
             yield from kernels(torch.device("cpu"))
         return
@@ -51,7 +51,7 @@ def look(expected: int, thorough: bool) -> Iterator[Finding]:
 
 
 def _advice() -> str:
-    return "run nvidia-smi on that node; a container needs --nv; device=cpu if the CPU is meant"
+    return "run nvidia-smi on that node; a container needs --nv; device=cpu uses the CPU"
 
 
 def _driver() -> Iterator[Finding]:
@@ -80,7 +80,7 @@ def _seen(count: int, expected: int, built: str) -> Finding:
     values = {"gpus": count, "uuids": uuids}
     per_task = "SLURM_GPUS_PER_TASK" in os.environ or os.environ.get("SLURM_GPU_BIND", "").startswith("single")
     if expected and count < expected and not per_task:
-        return Finding("gpus", "fail", f"{expected} asked for on each node, {count} seen: {text}", _advice(), values)
+        return Finding("gpus", "fail", f"{expected} requested on each node, {count} visible: {text}", _advice(), values)
     return Finding("gpus", "ok", text, values=values)
 
 
@@ -102,9 +102,11 @@ def _works(number: int) -> Finding:
     free, total = torch.cuda.mem_get_info(device)
     text = f"{kind}, {total / 2**30:.0f} GiB, {free / 2**30:.0f} free"
     if not good:
-        return Finding(f"gpu {number}", "fail", f"computes wrongly ({text})", "take the node out: exclude=")
+        return Finding(f"gpu {number}", "fail", f"computes wrongly ({text})", "exclude the node: exclude=")
     if free < 0.9 * total:
-        return Finding(f"gpu {number}", "warn", text, "somebody else uses it: nvidia-smi; ask for GPUs of your own")
+        return Finding(
+            f"gpu {number}", "warn", text, "another process uses it (see nvidia-smi); request GPUs of your own"
+        )
     return Finding(f"gpu {number}", "ok", text)
 
 

@@ -32,6 +32,9 @@ def look(cpus_per_task: int) -> Iterator[Finding]:
     yield from limits()
 
 
+_EXTRAS = ("latents", "train")
+
+
 def python() -> Finding:
     version = platform.python_version()
     return Finding("python", "ok", f"Python {version} at {sys.executable}", values={"python": version})
@@ -68,15 +71,25 @@ def _install() -> str:
 
 
 def _floors() -> dict[str, str]:
-    """Packages that are required, and their least versions: of the checkout, or of the installed package."""
+    """Least versions of the packages that are required, and of those of extras that are installed."""
     parser = configparser.ConfigParser()
     if parser.read(ROOT / "setup.cfg"):
-        lines = parser["options"]["install_requires"].split()
+        required = parser["options"]["install_requires"].split()
+        optional = " ".join(parser["options.extras_require"].get(extra, "") for extra in _EXTRAS).split()
     else:
-        lines = [
-            line.split(";")[0].strip() for line in importlib.metadata.requires("latentmill") or () if ";" not in line
-        ]
-    return dict(line.split(">=", 1) for line in lines if ">=" in line)
+        lines = importlib.metadata.requires("latentmill") or []
+        required = [line for line in lines if ";" not in line]
+        optional = [line.split(";")[0].strip() for line in lines if any(f"'{extra}'" in line for extra in _EXTRAS)]
+    floors = dict(line.split(">=", 1) for line in required if ">=" in line)
+    extra = dict(line.split(">=", 1) for line in optional if ">=" in line)
+    return floors | {name: floor for name, floor in extra.items() if _installed(name)}
+
+
+def _installed(name: str) -> bool:
+    try:
+        return bool(importlib.metadata.version(name))
+    except importlib.metadata.PackageNotFoundError:
+        return False
 
 
 def _pins() -> dict[str, str]:
@@ -96,7 +109,7 @@ def cpus(per_task: int) -> Finding:
     text = f"{usable} CPUs for this process of {os.cpu_count()} in the machine; OMP_NUM_THREADS {threads}"
     values = {"cpus": usable}
     if per_task and usable < per_task:
-        advice = "tasks are bound to fewer CPUs than asked for: look for SLURM_CPU_BIND, --cpu-bind or a cgroup limit"
+        advice = "tasks are bound to fewer CPUs than requested: check SLURM_CPU_BIND, --cpu-bind or a cgroup limit"
         return Finding("cpus", "warn", f"{text}; cpus_per_task={per_task}", advice, values)
     return Finding("cpus", "ok", text, values=values)
 
@@ -109,7 +122,9 @@ def memory() -> Finding:
             total = min(total, int(text))
     text = f"{total / 2**30:.0f} GiB of memory"
     if total < 2**31:
-        return Finding("memory", "warn", text, "ranks take about 1 GiB each, with networks more: ask for more (mem=)")
+        return Finding(
+            "memory", "warn", text, "a rank needs about 1 GiB, and more with networks: request more memory (mem=)"
+        )
     return Finding("memory", "ok", text, values={"memory": total})
 
 
@@ -125,9 +140,9 @@ def limits() -> Iterator[Finding]:
             "shared memory",
             "/dev/shm",
             _SHARED_MEMORY,
-            "decoded images lie there: a container needs --shm-size or --ipc",
+            "decoded images are stored there: a container needs --shm-size or --ipc",
         ),
-        ("scratch", os.environ.get("TMPDIR", "/tmp"), _SCRATCH, "set TMPDIR to a folder with room"),
+        ("scratch", os.environ.get("TMPDIR", "/tmp"), _SCRATCH, "set TMPDIR to a folder with enough space"),
     ):
         try:
             free = shutil.disk_usage(folder).free

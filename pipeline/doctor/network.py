@@ -112,9 +112,9 @@ def try_port(address: str, port: int, patience: float) -> None:
 
 
 def why(error: OSError) -> str:
-    """What a failed connection tells of the network."""
+    """What a failed connection says about the network."""
     if isinstance(error, socket.gaierror):
-        return "the name is not known here"
+        return "the host name cannot be resolved"
     if isinstance(error, TimeoutError) or error.errno == errno.ETIMEDOUT:
         return "no answer, packets are dropped"
     if error.errno == errno.ECONNREFUSED:
@@ -137,7 +137,7 @@ def _missing(meeting: Meeting) -> Finding:
         return Finding("network", "ok", text)
     lost = [rank for rank in range(world) if rank not in here]
     text = f"of {world} ranks {len(here)} came to {meeting.place.address}:{meeting.place.port}; not {_list(lost)}"
-    return Finding("network", "fail", text, "what these ranks say themselves tells why; if nothing: " + ADVICE)
+    return Finding("network", "fail", text, "see what these ranks say themselves; if nothing: " + ADVICE)
 
 
 def _list(ranks: list[int]) -> str:
@@ -248,7 +248,7 @@ def all_reduce(rank: Rank, mebibytes: int) -> Iterator[Finding]:
     )
     fast = Path("/sys/class/infiniband")
     if gpus and how.startswith("Socket") and fast.is_dir() and any(fast.iterdir()):
-        advice = "InfiniBand is there, but NCCL takes sockets: install its network plugin, or look at NCCL_IB_DISABLE"
+        advice = "InfiniBand is available, but NCCL uses sockets: install its network plugin, or check NCCL_IB_DISABLE"
         yield Finding("all-reduce", "warn", text, advice, {"bandwidth": speed})
     else:
         yield Finding("all-reduce", "ok", text, values={"bandwidth": speed})

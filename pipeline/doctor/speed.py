@@ -1,4 +1,4 @@
-"""Who waits for whom: images decoded a second by one core, and encoded a second by the chosen networks."""
+"""Speed of decoding on one core and of encoding with the chosen networks, to see which one waits for the other."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def encoders(
             yield Finding("autoencoder", "ok", f"{vae}: {speed:,.1f} images of {resolution} a second on {device}")
     if text:
         encoder = text_encoder(text, device, dtype)
-        captions = ["a photograph of a small red house beside a lake, seen from the other shore"] * batch
+        captions = ["a photograph of a small red house next to a lake, seen from the other shore"] * batch
         speed = timed(lambda _: encoder.encode(captions))
         time_each += 1 / speed
         yield Finding("text encoder", "ok", f"{text}: {speed:,.1f} captions a second on {device}")

@@ -1,1 +1,1 @@
-"""Image autoencoders and text encoders: from pictures and captions to what models train on."""
+"""Image autoencoders, text encoders and image encoders."""

@@ -1,4 +1,4 @@
-"""What an image autoencoder, a text encoder and an image encoder are, and how to get one by name.
+"""The interfaces of autoencoders, text encoders and image encoders, and how to get one by name.
 
 Importing this module does not import torch: launchers and the engine may use it to check names.
 """
@@ -6,32 +6,64 @@ Importing this module does not import torch: launchers and the engine may use it
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
+import numpy.typing as npt
+import xxhash
 
 from pipeline.config.cli import nearest
 from pipeline.config.schema import ConfigError
+from pipeline.encoders.spec import ModelSpec
 from pipeline.randomness import normals
+from pipeline.registry import autoencoders, image_encoders, text_encoders
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
     from pipeline.encoders.preprocessing import Preprocessing
+    from pipeline.imaging.buckets import Buckets
     from pipeline.imaging.transform import Pixels
 
-AUTOENCODERS = ("embedded", "embedded16")
-TEXT_ENCODERS = ("embedded", "openclip", "clip", "t5")
-IMAGE_ENCODERS = ("embedded", "openclip", "clip")
 DTYPES = ("float32", "float16", "bfloat16")
-LAYERS = ("last", "penultimate")
+_ENDS = 1 << 20  # bytes
 
 
-class Autoencoder(ABC):
-    """Pictures to latents and back.
+class Encoder(ABC):
+    """What encoders of all kinds have in common.
+
+    Attributes:
+        usage: how a setting names it where the name alone is not enough: ``clip:<repo or folder>``.
+        takes: options that it takes after ``#``.
+    """
+
+    name: str
+    usage: ClassVar[str] = ""
+    takes: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def from_spec(cls, spec: ModelSpec, device: str | torch.device, dtype: str) -> Encoder:
+        """The encoder that a setting names; what is registered by a name has this.
+
+        Raises:
+            ConfigError: no such model or weights, or an option that cannot be.
+        """
+        raise spec.error("cannot be chosen by this setting")
+
+    def compile(self) -> None:
+        """Have the network compiled, if there is one, when it is used first."""
+        return
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """What the manifest records: name, version, shapes, and hashes of weights if there are any."""
+
+
+class Autoencoder(Encoder):
+    """Images to latents and back.
 
     Attributes:
         scaling: what raw latents were multiplied with, so that they have about unit deviation.
@@ -39,7 +71,6 @@ class Autoencoder(ABC):
         widest: channels of the largest activations, which have the image's own height and width.
     """
 
-    name: str
     channels: int
     downsample: int
     scaling: float
@@ -47,10 +78,6 @@ class Autoencoder(ABC):
     widest: int = 3
     device: torch.device
     preprocessing: Preprocessing
-
-    def compile(self) -> None:
-        """Have the network compiled, if there is one, when it is used first."""
-        return
 
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:
         """(channels, h, w) of the latents of a square image.
@@ -66,6 +93,27 @@ class Autoencoder(ABC):
     def preprocess(self, images: Sequence[Pixels], resolution: int) -> Tensor:
         """Images uint8 (h, w, 3) of any sizes → (b, 3, resolution, resolution) in [-1, 1], for :meth:`encode`."""
         return self.preprocessing(images, resolution, self.device)
+
+    def preprocess_for(
+        self, image: Pixels, resolution: int, buckets: Buckets | None = None, seed: int = 0, key: str = ""
+    ) -> Tensor:
+        """An image uint8 (h, w, 3) → (1, 3, h, w) in [-1, 1], as stage=precompute cuts it.
+
+        Args:
+            buckets: of this resolution; None: a square crop.
+            seed, key: of the stage and the sample, which a random place depends on.
+
+        Raises:
+            ImageError: the image has no bucket.
+        """
+        if buckets is None:
+            return self.preprocess([image], resolution)
+        import torch
+
+        from pipeline.encoders.crop import BucketCrop
+
+        cut = BucketCrop(buckets, seed, self.preprocessing.mode).cut(image, key)
+        return self.preprocessing.normalise(torch.from_numpy(cut.copy())[None].to(self.device))
 
     @abstractmethod
     def moments(self, x: Tensor) -> Tensor:
@@ -86,10 +134,6 @@ class Autoencoder(ABC):
     def decode(self, z: Tensor) -> Tensor:
         """(b, channels, h, w) → (b, 3, h * downsample, w * downsample), float32, in [-1, 1]."""
 
-    @abstractmethod
-    def describe(self) -> dict[str, Any]:
-        """What the manifest records: name, version, shapes, scaling, and hashes of weights if there are any."""
-
 
 def sampled(moments: Tensor, noise: Tensor | None) -> Tensor:
     """The latents (b, c, h, w) of moments (b, 2c, h, w): mean + deviation * noise; None means the mean."""
@@ -97,21 +141,16 @@ def sampled(moments: Tensor, noise: Tensor | None) -> Tensor:
     return mean if noise is None else mean + deviation * noise.to(mean)
 
 
-class TextEncoder(ABC):
+class TextEncoder(Encoder):
     """Captions to a sequence of states of a fixed length.
 
     Attributes:
         pooled_width: of the one embedding that stands for a caption; 0: there is none.
     """
 
-    name: str
     length: int
     width: int
     pooled_width: int = 0
-
-    def compile(self) -> None:
-        """Have the network compiled, if there is one, when it is used first."""
-        return
 
     @abstractmethod
     def encode(self, captions: Sequence[str]) -> Tensor:
@@ -125,15 +164,15 @@ class TextEncoder(ABC):
         """How many tokens of each caption cost time; captions of like lengths are best encoded together."""
         return [self.length] * len(captions)
 
-    @abstractmethod
-    def describe(self) -> dict[str, Any]:
-        """What the manifest records: name, version, shapes, and hashes of weights if there are any."""
+    def tokens(self, captions: Sequence[str]) -> list[int]:
+        """How many states of each caption are not padding: from the start of the text to its end, special tokens
+        included. Where an encoder gives padding states that count (``mask=false``), all are."""
+        return self.lengths(captions)
 
 
-class ImageEncoder(ABC):
-    """Pictures to one vector each, for filtering and retrieval."""
+class ImageEncoder(Encoder):
+    """Images to one vector each, for filtering and retrieval."""
 
-    name: str
     width: int
     resolution: int
     device: torch.device
@@ -146,6 +185,17 @@ class ImageEncoder(ABC):
     @abstractmethod
     def encode(self, x: Tensor) -> Tensor:
         """(b, 3, resolution, resolution) → float32 (b, width), of unit length."""
+
+
+class TextTower(ABC):
+    """Captions to one vector each, in the same space as the images of the same model."""
+
+    name: str
+    width: int
+
+    @abstractmethod
+    def encode(self, captions: Sequence[str]) -> Tensor:
+        """Captions → float32 (b, width), of unit length. Longer captions are cut to what the model takes."""
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
@@ -161,61 +211,33 @@ def autoencoder(name: str, device: str | torch.device = "cpu", dtype: str = "flo
         ConfigError: no such name or dtype, or the weights are not there.
     """
     _check_dtype(dtype)
-    if name in AUTOENCODERS:
-        from pipeline.encoders.embedded import EmbeddedAutoencoder
-
-        return EmbeddedAutoencoder(name, device)
-    if "/" in name or Path(name).is_dir():
-        from pipeline.encoders.diffusers import diffusers_autoencoder
-
-        return diffusers_autoencoder(name, device, dtype)
-    raise ConfigError(
-        f"vae={name}: {nearest(name, AUTOENCODERS)} (or give a diffusers repo as owner/name, or a folder)"
-    )
+    spec = ModelSpec.parse("vae", name)
+    if spec.kind not in autoencoders:
+        if "/" not in name and not Path(name).is_dir():
+            known = nearest(name, [kind for kind in autoencoders if kind != "diffusers"])
+            raise spec.error(f"{known} (or give a diffusers repo as owner/name, or a folder)")
+        spec = ModelSpec("vae", name, "diffusers", name)
+    found: Autoencoder = spec.find(autoencoders).from_spec(spec, device, dtype)
+    return found
 
 
 def text_encoder(name: str, device: str | torch.device = "cpu", dtype: str = "float32") -> TextEncoder:
     """The text encoder called ``name``.
 
     ``embedded``; ``openclip:<model>[:<pretrained>]``; ``clip:<repo or folder>`` and ``t5:<repo or folder>`` of
-    transformers. After ``#``: ``layer=penultimate``, and for T5 ``length=<tokens>`` and ``mask=false``.
+    transformers; ``hf:<repo or folder>``, any language model or text tower that transformers can load (UMT5,
+    Gemma, Qwen, SigLIP). After ``#``: ``layer=penultimate``; for T5 ``length=<tokens>`` and ``mask=false``; for ``hf``
+    what :class:`pipeline.encoders.language_model.LanguageModelEncoder` takes.
 
     Raises:
         ConfigError: no such name, model, weights or dtype.
     """
     _check_dtype(dtype)
-    kind, rest, options = _parts(name)
-    if name == "embedded":
-        from pipeline.encoders.embedded import EmbeddedTextEncoder
-
-        return EmbeddedTextEncoder(device)
-    takes = {"openclip": ("layer",), "clip": ("layer",), "t5": ("length", "mask")}
-    if kind not in takes or not rest:
-        raise ConfigError(
-            f"text_encoder={name}: {nearest(kind, TEXT_ENCODERS)} "
-            "(as openclip:<model>[:<pretrained>], clip:<repo or folder>, t5:<repo or folder>)"
-        )
-    for option in options:
-        if option not in takes[kind]:
-            raise ConfigError(f"text_encoder={name}: {kind} takes {', '.join(takes[kind])} after the #")
-    layer = options.get("layer", "last")
-    if layer not in LAYERS:
-        raise ConfigError(f"text_encoder={name}: layer={layer}: {nearest(layer, LAYERS)}")
-    if kind == "openclip":
-        from pipeline.encoders.openclip import OpenClipTextEncoder
-
-        return OpenClipTextEncoder(rest, device, dtype, layer)
-    from pipeline.encoders.transformers import ClipTextEncoder, T5TextEncoder
-
-    if kind == "clip":
-        return ClipTextEncoder(rest, device, dtype, layer)
-    length = options.get("length", "256")
-    if not length.isdigit() or not int(length):
-        raise ConfigError(f"text_encoder={name}: length={length}: expected a number of tokens")
-    mask = options.get("mask", "true")
-    if mask not in ("true", "false"):
-        raise ConfigError(f"text_encoder={name}: mask={mask}: expected true or false")
-    return T5TextEncoder(rest, device, dtype, int(length), mask == "true")
+    spec = ModelSpec.parse("text_encoder", name)
+    if "=" in spec.kind:
+        raise spec.error(f"this is an option of a model: append it to the model with #, as in t5:<repo>#{name}")
+    found: TextEncoder = spec.find(text_encoders).from_spec(spec, device, dtype)
+    return found
 
 
 def image_encoder(name: str, device: str | torch.device = "cpu", dtype: str = "float32") -> ImageEncoder:
@@ -225,31 +247,9 @@ def image_encoder(name: str, device: str | torch.device = "cpu", dtype: str = "f
         ConfigError: no such name, model, weights or dtype.
     """
     _check_dtype(dtype)
-    kind, rest, options = _parts(name)
-    if name == "embedded":
-        from pipeline.encoders.embedded import EmbeddedImageEncoder
-
-        return EmbeddedImageEncoder(device)
-    if kind not in IMAGE_ENCODERS or not rest or options:
-        raise ConfigError(
-            f"image_encoder={name}: {nearest(kind, IMAGE_ENCODERS)} "
-            "(as openclip:<model>[:<pretrained>], clip:<repo or folder>)"
-        )
-    if kind == "openclip":
-        from pipeline.encoders.openclip import OpenClipImageEncoder
-
-        return OpenClipImageEncoder(rest, device, dtype)
-    from pipeline.encoders.transformers import ClipImageEncoder
-
-    return ClipImageEncoder(rest, device, dtype)
-
-
-def _parts(name: str) -> tuple[str, str, dict[str, str]]:
-    """``kind:rest#key=value,key=value`` → kind, rest, options."""
-    spec, _, tail = name.partition("#")
-    kind, _, rest = spec.partition(":")
-    options = dict(part.partition("=")[::2] for part in tail.split(",")) if tail else {}
-    return kind, rest, options
+    spec = ModelSpec.parse("image_encoder", name)
+    found: ImageEncoder = spec.find(image_encoders).from_spec(spec, device, dtype)
+    return found
 
 
 def _check_dtype(dtype: str) -> None:
@@ -265,6 +265,41 @@ def repository(spec: str) -> tuple[str, str | None]:
     return name, revision or None
 
 
+def model_files(specs: Iterable[str]) -> dict[str, str]:
+    """The local files that the models called ``specs`` are loaded from, each with a state that changes with the file.
+
+    The state is made of the file's size, its first and its last MiB: not of its time of change, which differs between
+    the copies on several nodes, and not of all of a model's gigabytes. Repositories of the Hub are recorded by commit.
+    """
+    found: dict[str, str] = {}
+    for spec in specs:
+        model = ModelSpec.parse("", spec)
+        kind, rest, options = model.kind, model.place, model.options
+        for place in (rest or kind, rest.partition(":")[2], options.get("template", "")):
+            if place and place not in autoencoders.builtin:
+                found |= {str(path): _state_of(path) for path in _files_of(Path(place))}
+    return found
+
+
+def _files_of(place: Path) -> list[Path]:
+    """A file, or the files of a folder but for hidden ones and texts for people; where the folder is one of a
+    pipeline's text encoders, those of the pipeline."""
+    if place.is_file():
+        return [place]
+    folder = place.parent if place.name.startswith("text_encoder") else place
+    files = (path for path in folder.rglob("*") if path.suffix != ".md" and path.is_file()) if folder.is_dir() else ()
+    return sorted(path for path in files if not any(part[0] == "." for part in path.relative_to(folder).parts))
+
+
+def _state_of(path: Path) -> str:
+    digest, size = xxhash.xxh3_128(), path.stat().st_size
+    with path.open("rb") as file:
+        digest.update(file.read(_ENDS))
+        file.seek(max(0, size - _ENDS))
+        digest.update(file.read(_ENDS))
+    return f"{size}:{digest.hexdigest()}"
+
+
 def commit_of(name: str, revision: str | None, file: str = "config.json") -> dict[str, str]:
     """``{"revision": <commit>}`` of a repository that was loaded from the hub; nothing for a folder."""
     from huggingface_hub import try_to_load_from_cache
@@ -276,12 +311,12 @@ def commit_of(name: str, revision: str | None, file: str = "config.json") -> dic
     return {"revision": parts[parts.index("snapshots") + 1]}
 
 
-def to_pixels(x: Tensor) -> np.ndarray:
+def to_pixels(x: Tensor) -> npt.NDArray[Any]:
     """(b, 3, h, w) in [-1, 1] → uint8 (b, h, w, 3); what lies outside is clipped."""
     import torch
 
     pixels = ((x.float().clamp(-1.0, 1.0) + 1.0) * 127.5).round().to(torch.uint8)
-    images: np.ndarray = pixels.permute(0, 2, 3, 1).cpu().numpy()
+    images: npt.NDArray[Any] = pixels.permute(0, 2, 3, 1).cpu().numpy()
     return images
 
 
@@ -297,10 +332,19 @@ def sent(values: Tensor, device: torch.device) -> Tensor:
     return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
 
 
+def allow_graphs(count: int) -> None:
+    """Set how many graphs torch.compile may make of one function; beyond this limit nothing is compiled."""
+    import torch
+
+    config = torch._dynamo.config
+    for name in ("recompile_limit", "accumulated_recompile_limit", "cache_size_limit"):
+        if hasattr(config, name) and getattr(config, name) < count:
+            setattr(config, name, count)
+
+
 def weights_digest(model: torch.nn.Module) -> str:
     """xxh3-128 over names, dtypes, shapes and bytes of all weights, in the order of their names."""
     import torch
-    import xxhash
 
     digest = xxhash.xxh3_128()
     for name, tensor in sorted(model.state_dict().items()):

@@ -1,4 +1,4 @@
-"""The square that an encoder takes of an image, cut in the process that decodes it. Imports no torch."""
+"""The crop of an image that an encoder receives, made in the process that decodes the image. Does not import torch."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import numpy as np
 from cykooz_resizer import CropBox, FilterType, ResizeAlg, ResizeOptions, Resizer
 from PIL import Image
 
+from pipeline.imaging.buckets import Buckets, covering
+from pipeline.imaging.headers import ImageError
 from pipeline.imaging.transform import Pixels
 
 FILTERS = {
@@ -32,8 +34,8 @@ class Crop:
 
     Attributes:
         mode: one of :data:`FILTERS`.
-        squash: resize to the square whatever the shape; else the smaller edge counts and the centre is cut out.
-        shorter: what the smaller edge is brought to before; 0: ``edge``.
+        squash: resize to the square whatever the shape; else the shorter edge counts and the centre is cut out.
+        shorter: what the shorter edge is brought to before; 0: ``edge``.
         floor: round offsets down, as transformers does; else half to even, as torchvision does.
     """
 
@@ -47,32 +49,35 @@ class Crop:
     def bytes(self) -> int:
         return 3 * self.edge**2
 
-    def cut(self, pixels: Pixels) -> Pixels:
+    def cut(self, pixels: Pixels, key: str = "") -> Pixels:
         """uint8 (h, w, 3), or (h, w, 4) whose last byte says nothing → uint8 (edge, edge, 3)."""
         height, width = pixels.shape[:2]
+        square = (self.edge, self.edge)
         if self.squash:
-            same = (height, width) == (self.edge, self.edge)
-            return pixels[:, :, :3] if same else self._resized(pixels, (0, 0, width, height))
+            return (
+                pixels[:, :, :3] if (height, width) == square else self.resized(pixels, (0, 0, width, height), square)
+            )
         short, shorter = min(height, width), self.shorter or self.edge
         across, down = (shorter if edge == short else int(shorter * edge / short) for edge in (width, height))
         left, top = self._offset(across), self._offset(down)
         if shorter == short:
             return pixels[top : top + self.edge, left : left + self.edge, :3]
         x, y = width / across, height / down
-        return self._resized(pixels, (left * x, top * y, (left + self.edge) * x, (top + self.edge) * y))
+        return self.resized(pixels, (left * x, top * y, (left + self.edge) * x, (top + self.edge) * y), square)
 
     def _offset(self, size: int) -> int:
         return (size - self.edge) // 2 if self.floor else round((size - self.edge) / 2)
 
-    def _resized(self, pixels: Pixels, box: tuple[float, float, float, float]) -> Pixels:
-        """The part within ``box`` (left, top, right, bottom) at the crop's size. Pixels around it count as well, as if
-        the whole image had been resized before it was cut; rows are resized before columns."""
+    def resized(self, pixels: Pixels, box: tuple[float, float, float, float], size: tuple[int, int]) -> Pixels:
+        """The part within ``box`` (left, top, right, bottom) at ``size`` (height, width). Pixels around it count as
+        well, as if the whole image had been resized before it was cut; rows are resized before columns."""
         height, width = pixels.shape[:2]
+        down, across = size
         left, top, right, bottom = box[0], box[1], min(box[2], width), min(box[3], height)
-        margin = int(_SUPPORT * max(1.0, (bottom - top) / self.edge)) + 1
+        margin = int(_SUPPORT * max(1.0, (bottom - top) / down)) + 1
         first, last = max(0, int(top) - margin), min(height, int(bottom) + margin)
-        image = self._pass(_image(pixels[first:last]), (self.edge, last - first), (left, 0, right - left, last - first))
-        image = self._pass(image, (self.edge, self.edge), (0, top - first, self.edge, bottom - top))
+        image = self._pass(_image(pixels[first:last]), (across, last - first), (left, 0, right - left, last - first))
+        image = self._pass(image, (across, down), (0, top - first, across, bottom - top))
         return np.asarray(image)[:, :, :3]
 
     def _pass(self, image: Image.Image, size: tuple[int, int], box: tuple[float, float, float, float]) -> Image.Image:
@@ -81,6 +86,42 @@ class Crop:
         sized = Image.new(image.mode, size)
         _resizer().resize_pil(image, sized, ResizeOptions(FILTERS[self.mode], crop_box=CropBox(*box)))
         return sized
+
+
+@dataclass(frozen=True)
+class BucketCrop:
+    """How to get from an image of any size to its bucket: resized to cover it, and cut.
+
+    Attributes:
+        seed: of the place, where ``buckets.crop`` is ``random``.
+        mode: one of :data:`FILTERS`.
+    """
+
+    buckets: Buckets
+    seed: int = 0
+    mode: str = "bicubic"
+
+    @property
+    def bytes(self) -> int:
+        """Of the largest bucket."""
+        return 3 * self.buckets.largest
+
+    def cut(self, pixels: Pixels, key: str = "") -> Pixels:
+        """uint8 (h, w, 3), or (h, w, 4) whose last byte says nothing → uint8 of its bucket's height and width.
+
+        Raises:
+            ImageError: the image has no bucket.
+        """
+        source = pixels.shape[:2]
+        place = self.buckets.place_of(source[0], source[1], self.seed, key)
+        if place is None:
+            raise ImageError("size_mismatch", f"{source[1]}x{source[0]} has no bucket")
+        (down, across), (height, width) = place.size, covering(source, place.size)
+        if (height, width) == source:
+            return pixels[place.top : place.top + down, place.left : place.left + across, :3]
+        y, x = source[0] / height, source[1] / width
+        box = (place.left * x, place.top * y, (place.left + across) * x, (place.top + down) * y)
+        return Crop(0, self.mode).resized(pixels, box, place.size)
 
 
 def _image(pixels: Pixels) -> Image.Image:

@@ -1,4 +1,8 @@
-"""diffusers' autoencoders: AutoencoderKL (Stable Diffusion 1, 2, XL, 3, FLUX) and AutoencoderDC (SANA)."""
+"""Autoencoders of diffusers, normalised as in the pipelines that use them.
+
+AutoencoderKL (Stable Diffusion 1, 2, XL, 3, FLUX.1), AutoencoderKLFlux2 (FLUX.2), AutoencoderKLHunyuanImage,
+AutoencoderKLQwenImage and AutoencoderKLWan (an image is a video of one frame), AutoencoderDC (SANA).
+"""
 
 from __future__ import annotations
 
@@ -12,50 +16,65 @@ import torch
 from pipeline.config.cli import nearest
 from pipeline.config.schema import ConfigError
 from pipeline.encoders.base import Autoencoder, commit_of, repository, weights_digest
+from pipeline.encoders.failures import UNLOADABLE, not_loaded
 from pipeline.encoders.preprocessing import Preprocessing
+from pipeline.encoders.spec import ModelSpec
+from pipeline.registry import autoencoders
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-_FLOORS = {4: 20.0, 16: 26.0}  # by channels of 8x autoencoders; smooth pictures keep 30 and 37 dB
+_FLOORS = {4: 20.0, 16: 26.0, 32: 26.0}  # by channels of 8x autoencoders; smooth images keep 30, 37 and more dB
 _FLOOR = 16.0
 
 
+@autoencoders.register("diffusers")
 class DiffusersAutoencoder(Autoencoder):
-    """An autoencoder with its ``scaling_factor`` and ``shift_factor`` applied: latents have about unit deviation.
+    """An autoencoder whose latents are normalised to about unit deviation: ``(latent - shift) * scaling / deviation``.
 
-    One whose config has ``latents_mean`` and ``latents_std`` (Playground 2.5) gets those in place of the shift, by
-    diffusers' formula: (latent - mean) * scaling_factor / std, for each channel.
+    ``scaling`` and ``shift`` are the config's ``scaling_factor`` and ``shift_factor``. Where the config has
+    ``latents_mean`` and ``latents_std`` (Playground 2.5, Qwen-Image, Wan), these are the shift and the deviation of
+    each channel, as in diffusers' pipelines.
 
     Args:
         name: a repository (``owner/name[@revision]``) or a local folder; of the autoencoder itself or of a pipeline
             with ``vae/``. Weights must be safetensors.
-        dtype: precision of the network. Pictures come in and latents go out as float32. A model whose config says
+        dtype: precision of the network. Images come in and latents go out as float32. A model whose config says
             ``force_upcast`` (SDXL's) overflows in float16: it then runs in float32.
 
     Raises:
         ConfigError: there is no such repository, folder, or safetensors file.
     """
 
-    def __init__(self, name: str, model: Any, device: str | torch.device, dtype: str, downsample: int) -> None:
+    @classmethod
+    def from_spec(cls, spec: ModelSpec, device: str | torch.device, dtype: str) -> DiffusersAutoencoder:
+        """The autoencoder at ``spec.place``, of the kind that its config says."""
+        kind, model = _load(spec.place)
+        return _CLASSES[kind](spec.place, model, device, dtype)
+
+    def __init__(self, name: str, model: Any, device: str | torch.device, dtype: str) -> None:
         config = model.config
         self.name = name
         self.device = torch.device(device)
         self.dtype = getattr(torch, "float32" if dtype == "float16" and config.get("force_upcast") else dtype)
         self.preprocessing = Preprocessing()
         self._weights = weights_digest(model)
-        layout = torch.channels_last if self.device.type == "cuda" else torch.contiguous_format
-        self._model = model.to(self.device, self.dtype, memory_format=layout).eval().requires_grad_(False)
-        self.channels = int(config.latent_channels)
-        self.downsample = downsample
-        self.widest = int((config.get("block_out_channels") or config.encoder_block_out_channels)[0])
-        self.scaling = float(config.scaling_factor)
+        flat = not any(isinstance(module, torch.nn.Conv3d) for module in model.modules())
+        self._layout = torch.channels_last if self.device.type == "cuda" and flat else torch.contiguous_format
+        self._model = model.to(self.device, self.dtype, memory_format=self._layout).eval().requires_grad_(False)
+        self.channels, self.downsample, self.widest = self._sizes(config)
+        self.scaling = float(config.get("scaling_factor") or 1.0)
         self.shift = float(config.get("shift_factor") or 0.0)
         self._mean, self._deviation = self._statistics()
-        self.floor = _FLOORS.get(self.channels, _FLOOR) if downsample <= 8 else _FLOOR
+        self.floor = _FLOORS.get(self.channels, _FLOOR) if self.downsample <= 8 else _FLOOR
+
+    def _sizes(self, config: Any) -> tuple[int, int, int]:
+        """Channels of the latents, pixels per latent along an edge, channels of the largest activations."""
+        widths = config.block_out_channels
+        return int(config.latent_channels), 2 ** (len(widths) - 1), int(widths[0])
 
     def _statistics(self) -> tuple[Tensor | float, Tensor | float]:
-        """(1, c, 1, 1) each: what diffusers' pipelines take off the latents, and divide them by, before they scale."""
+        """Shift and deviation, each a number or float32 (1, c, 1, 1)."""
         known = [self._model.config.get(f"latents_{name}") for name in ("mean", "std")]
         self._has_statistics = None not in known
         if not self._has_statistics:
@@ -66,16 +85,28 @@ class DiffusersAutoencoder(Autoencoder):
     def compile(self) -> None:
         self._model.encoder.compile(dynamic=False)  # a graph for each resolution
 
-    def _input(self, x: Tensor) -> Tensor:
-        x = x.to(self.device, self.dtype)
-        return x.contiguous(memory_format=torch.channels_last) if self.device.type == "cuda" else x
+    def _posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and deviation (b, c, h, w) of the raw latents of x (b, 3, h, w), which has the network's dtype."""
+        posterior = self._model.encode(x).latent_dist
+        return posterior.mean.float(), posterior.std.float()
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        """Raw latents (b, c, h, w) of the network's dtype to images (b, 3, h, w)."""
+        decoded: Tensor = self._model.decode(latents).sample
+        return decoded
+
+    @torch.no_grad()
+    def moments(self, x: Tensor) -> Tensor:
+        """float (b, 3, h, w) in [-1, 1] → float32 (b, 2c, h/d, w/d): mean, and deviation, both normalised."""
+        mean, deviation = self._posterior(x.to(self.device, self.dtype).contiguous(memory_format=self._layout))
+        mean = (mean - self._mean) * self.scaling / self._deviation
+        return torch.cat([mean, deviation * self.scaling / self._deviation], 1)
 
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:
         """float (b, c, h, w) → float32 (b, 3, dh, dw), clipped to [-1, 1]."""
         latents = z.to(self.device, torch.float32) * self._deviation / self.scaling + self._mean
-        decoded: Tensor = self._model.decode(latents.to(self.dtype)).sample
-        return decoded.float().clamp(-1.0, 1.0)
+        return self._decode(latents.to(self.dtype)).float().clamp(-1.0, 1.0)
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -94,44 +125,70 @@ class DiffusersAutoencoder(Autoencoder):
         }
 
 
-class KlAutoencoder(DiffusersAutoencoder):
-    """AutoencoderKL: its encoder gives a normal distribution of latents."""
+class HunyuanImageAutoencoder(DiffusersAutoencoder):
+    """AutoencoderKLHunyuanImage: 32x."""
 
-    def __init__(self, name: str, model: Any, device: str | torch.device, dtype: str) -> None:
-        super().__init__(name, model, device, dtype, 2 ** (len(model.config.block_out_channels) - 1))
+    def _sizes(self, config: Any) -> tuple[int, int, int]:
+        return int(config.latent_channels), int(config.spatial_compression_ratio), int(config.block_out_channels[0])
 
-    @torch.no_grad()
-    def moments(self, x: Tensor) -> Tensor:
-        """float (b, 3, h, w) in [-1, 1] → float32 (b, 2c, h/d, w/d): mean, and deviation, both scaled."""
-        posterior = self._model.encode(self._input(x)).latent_dist
-        mean = (posterior.mean.float() - self._mean) * self.scaling / self._deviation
-        return torch.cat([mean, posterior.std.float() * self.scaling / self._deviation], 1)
+
+class Flux2Autoencoder(DiffusersAutoencoder):
+    """AutoencoderKLFlux2: 2 x 2 neighbouring latents are stacked, and the running statistics of a batch norm normalise
+    the stack's channels: (b, 4c, h/16, w/16), which is what FLUX.2's transformer takes."""
+
+    def _sizes(self, config: Any) -> tuple[int, int, int]:
+        channels, downsample, widest = super()._sizes(config)
+        return 4 * channels, 2 * downsample, widest
+
+    def _statistics(self) -> tuple[Tensor | float, Tensor | float]:
+        self._has_statistics = False
+        norm, epsilon = self._model.bn, float(self._model.config.batch_norm_eps)
+        mean, deviation = norm.running_mean.float(), (norm.running_var.float() + epsilon).sqrt()
+        return mean.view(1, -1, 1, 1), deviation.view(1, -1, 1, 1)
+
+    def _posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        mean, deviation = (torch.nn.functional.pixel_unshuffle(part, 2) for part in super()._posterior(x))
+        return mean, deviation
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        return super()._decode(torch.nn.functional.pixel_shuffle(latents, 2))
+
+
+class VideoAutoencoder(DiffusersAutoencoder):
+    """AutoencoderKLQwenImage and AutoencoderKLWan: an image is a video of one frame."""
+
+    def _sizes(self, config: Any) -> tuple[int, int, int]:
+        patch = int(config.get("patch_size") or 1)
+        return int(config.z_dim), patch * 2 ** (len(config.dim_mult) - 1), int(config.base_dim)
+
+    def _posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        mean, deviation = super()._posterior(x[:, :, None])
+        return mean[:, :, 0], deviation[:, :, 0]
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        return super()._decode(latents[:, :, None])[:, :, 0]
 
 
 class DcAutoencoder(DiffusersAutoencoder):
-    """AutoencoderDC (Chen et al. 2024): 32x or 64x, deterministic."""
+    """AutoencoderDC (Chen et al. 2024): 32x or 64x, deterministic, so that the deviation is zero."""
 
-    def __init__(self, name: str, model: Any, device: str | torch.device, dtype: str) -> None:
-        super().__init__(name, model, device, dtype, 2 ** (len(model.config.encoder_block_out_channels) - 1))
+    def _sizes(self, config: Any) -> tuple[int, int, int]:
+        widths = config.encoder_block_out_channels
+        return int(config.latent_channels), 2 ** (len(widths) - 1), int(widths[0])
 
-    @torch.no_grad()
-    def moments(self, x: Tensor) -> Tensor:
-        """float (b, 3, h, w) in [-1, 1] → float32 (b, 2c, h/d, w/d), its second half zero."""
-        latents = self._model.encode(self._input(x)).latent.float()
-        latents = (latents - self._mean) * self.scaling / self._deviation
-        return torch.cat([latents, torch.zeros_like(latents)], 1)
+    def _posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        latents = self._model.encode(x).latent.float()
+        return latents, torch.zeros_like(latents)
 
 
 _CLASSES: dict[str, Callable[[str, Any, str | torch.device, str], DiffusersAutoencoder]] = {
-    "AutoencoderKL": KlAutoencoder,
+    "AutoencoderKL": DiffusersAutoencoder,
+    "AutoencoderKLFlux2": Flux2Autoencoder,
+    "AutoencoderKLHunyuanImage": HunyuanImageAutoencoder,
+    "AutoencoderKLQwenImage": VideoAutoencoder,
+    "AutoencoderKLWan": VideoAutoencoder,
     "AutoencoderDC": DcAutoencoder,
 }
-
-
-def diffusers_autoencoder(name: str, device: str | torch.device = "cpu", dtype: str = "float32") -> Autoencoder:
-    """The autoencoder at ``name``, of the kind that its config says."""
-    kind, model = _load(name)
-    return _CLASSES[kind](name, model, device, dtype)
 
 
 def _load(name: str) -> tuple[str, Any]:
@@ -143,7 +200,7 @@ def _load(name: str) -> tuple[str, Any]:
     if (Path(place) / "vae").is_dir():
         subfolders.reverse()
     logging.getLogger("diffusers").setLevel(logging.ERROR)  # that one place has no such file is no news
-    reason = ""
+    reason, failed, within = "", None, ""
     for subfolder in subfolders:
         where = {"subfolder": subfolder, "revision": revision}
         try:
@@ -153,6 +210,10 @@ def _load(name: str) -> tuple[str, Any]:
                 continue
             load = getattr(diffusers, kind).from_pretrained
             return kind, load(place, torch_dtype=torch.float32, use_safetensors=True, **where)
-        except (OSError, ValueError, KeyError) as error:
-            reason = reason or " ".join(str(error).split())[:300]
-    raise ConfigError(f"vae={name}: no autoencoder can be loaded from there: {reason}")
+        except UNLOADABLE as error:
+            if failed is None:
+                failed, within = error, f"{subfolder}/" if subfolder else ""
+    if reason or failed is None:
+        raise ConfigError(f"vae={name}: no autoencoder can be loaded from there: {reason}")
+    weights = f"{within}diffusion_pytorch_model.safetensors"
+    raise not_loaded(f"vae={name}", name, failed, f"{within}config.json", f"{weights}|{weights}.index.json")

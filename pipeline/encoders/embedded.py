@@ -1,13 +1,13 @@
 """Encoders that need no weights and no download: an analytic 8x autoencoder and hashed words.
 
 The autoencoder keeps the low frequencies of an 8x8 block cosine transform in YCbCr. Its decoder is the conditional mean
-of the picture given the coefficients of 5x5 blocks, under a first-order autoregressive model of pictures: neighbouring
+of the image given the coefficients of 5x5 blocks, under a first-order autoregressive model of images: neighbouring
 pixels correlate with 0.95, independently in both directions (Jain, "Fundamentals of Digital Image Processing", 1989).
 That is linear, so it comes out as one 5x5 convolution and a pixel shuffle. The conditional mean reproduces its
 conditions: encoding what was decoded gives the same latents again, as long as nothing was clipped.
 
 All channels have the same scale, so low frequencies are louder. Models trained on them thus care most for what is seen
-most. Dividing each channel by its deviation ** 0.6 gave worse pictures (26 instead of 30 of 32 prompts judged right
+most. Dividing each channel by its deviation ** 0.6 gave worse images (26 instead of 30 of 32 prompts judged right
 after the same training).
 
 PSNR on ``shapes`` at 64 px: 24.9 dB with 4 channels, 29.5 dB with 16.
@@ -19,15 +19,18 @@ import math
 import re
 from collections.abc import Sequence
 from functools import cache, lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
-from pipeline.encoders.base import Autoencoder, ImageEncoder, TextEncoder
+from pipeline.encoders.base import Autoencoder, ImageEncoder, TextEncoder, sent
 from pipeline.encoders.preprocessing import Preprocessing
+from pipeline.encoders.spec import ModelSpec
 from pipeline.randomness import digest
+from pipeline.registry import autoencoders, image_encoders, text_encoders
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,7 +43,7 @@ _CORRELATION = 0.95
 _YCBCR = np.array([[0.299, 0.587, 0.114], [-0.168736, -0.331264, 0.5], [0.5, -0.418688, -0.081312]])  # ITU-T T.871
 
 _SCALING = {"embedded": 0.6, "embedded16": 1.0}  # brings the deviation over all channels near 1
-_FLOORS = {"embedded": 20.0, "embedded16": 24.0}  # smooth pictures keep 5 dB more
+_FLOORS = {"embedded": 20.0, "embedded16": 24.0}  # smooth images keep 5 dB more
 
 
 def _frequencies(name: str) -> tuple[list[Frequencies], list[Frequencies]]:
@@ -53,15 +56,15 @@ def _frequencies(name: str) -> tuple[list[Frequencies], list[Frequencies]]:
     ]
 
 
-def _cosines() -> np.ndarray:
+def _cosines() -> npt.NDArray[Any]:
     """The orthonormal cosine transform of 8 points, (frequency, position)."""
     k, x = np.arange(_BLOCK)[:, None], np.arange(_BLOCK)[None, :]
-    transform = np.cos(np.pi * (2 * x + 1) * k / (2 * _BLOCK)) * math.sqrt(2 / _BLOCK)
+    transform: npt.NDArray[Any] = np.cos(np.pi * (2 * x + 1) * k / (2 * _BLOCK)) * math.sqrt(2 / _BLOCK)
     transform[0] /= math.sqrt(2)
     return transform
 
 
-def _mixing(channels: list[Frequencies]) -> np.ndarray:
+def _mixing(channels: list[Frequencies]) -> npt.NDArray[Any]:
     """(channel, vertical, horizontal): weights of the block's 64 coefficients in each channel."""
     mixing = np.zeros((len(channels), _BLOCK, _BLOCK))
     for number, channel in enumerate(channels):
@@ -70,36 +73,39 @@ def _mixing(channels: list[Frequencies]) -> np.ndarray:
     return mixing
 
 
-def _encoder_kernel(channels: list[Frequencies]) -> np.ndarray:
+def _encoder_kernel(channels: list[Frequencies]) -> npt.NDArray[Any]:
     """(channel, 8, 8): a channel's coefficient is the inner product of its kernel and a block."""
     cosines = _cosines()
-    return np.einsum("kuv,uy,vx->kyx", _mixing(channels), cosines, cosines)
+    found: npt.NDArray[Any] = np.einsum("kuv,uy,vx->kyx", _mixing(channels), cosines, cosines)
+    return found
 
 
-def _decoder_kernel(channels: list[Frequencies]) -> np.ndarray:
+def _decoder_kernel(channels: list[Frequencies]) -> npt.NDArray[Any]:
     """(64 pixels of a block, channel, 5, 5): E[block | channels of 5x5 blocks] = cov(block, z) cov(z)^-1 z.
 
-    The covariance of the picture is separable, so both factors come from one-dimensional covariances of coefficients.
+    The covariance of the image is separable, so both factors come from one-dimensional covariances of coefficients.
     """
     blocks = 2 * _REACH + 1
     pixels = np.arange(_BLOCK * blocks)
-    picture = _CORRELATION ** np.abs(pixels[:, None] - pixels[None, :])
+    image = _CORRELATION ** np.abs(pixels[:, None] - pixels[None, :])
     transform = np.zeros((blocks, _BLOCK, pixels.size))
     for block in range(blocks):
         transform[block, :, block * _BLOCK : (block + 1) * _BLOCK] = _cosines()
     mixing = _mixing(channels)
-    among = np.einsum("aux,xy,bvy->aubv", transform, picture, transform, optimize=True)
-    centre = picture[_REACH * _BLOCK : (_REACH + 1) * _BLOCK]
+    among = np.einsum("aux,xy,bvy->aubv", transform, image, transform, optimize=True)
+    centre = image[_REACH * _BLOCK : (_REACH + 1) * _BLOCK]
     across = np.einsum("px,aux->pau", centre, transform)
     size = len(channels) * blocks * blocks
     covariance = np.einsum("iuv,aubs,cvdt,jst->iacjbd", mixing, among, among, mixing, optimize=True).reshape(size, size)
     shared = np.einsum("pau,qcv,iuv->pqiac", across, across, mixing, optimize=True).reshape(_BLOCK * _BLOCK, size)
-    kernel: np.ndarray = np.linalg.solve(covariance, shared.T).T.reshape(_BLOCK * _BLOCK, len(channels), blocks, blocks)
+    kernel: npt.NDArray[Any] = np.linalg.solve(covariance, shared.T).T.reshape(
+        _BLOCK * _BLOCK, len(channels), blocks, blocks
+    )
     return kernel
 
 
 @cache
-def _kernels(name: str) -> tuple[np.ndarray, np.ndarray]:
+def _kernels(name: str) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
     """The whole autoencoder, with scaling and colour, in float64: encoder (c, 3, 8, 8), decoder (3 * 64, c, 5, 5)."""
     luma, chroma = _frequencies(name)
     planes = (luma, chroma, chroma)
@@ -117,6 +123,8 @@ def _kernels(name: str) -> tuple[np.ndarray, np.ndarray]:
     return encoder * scaling, to_rgb.reshape(3 * _BLOCK * _BLOCK, *decoder.shape[2:]) / scaling
 
 
+@autoencoders.register("embedded")
+@autoencoders.register("embedded16")
 class EmbeddedAutoencoder(Autoencoder):
     """``embedded`` (4 channels: recognisable) or ``embedded16`` (16: close to the original). Always float32."""
 
@@ -134,6 +142,10 @@ class EmbeddedAutoencoder(Autoencoder):
         self._encoder = torch.tensor(encoder, dtype=torch.float32, device=self.device)
         self._decoder = torch.tensor(decoder, dtype=torch.float32, device=self.device)
 
+    @classmethod
+    def from_spec(cls, spec: ModelSpec, device: str | torch.device, dtype: str) -> Self:
+        return cls(spec.kind, device)
+
     @torch.no_grad()
     def encode(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
         """float (b, 3, h, w) in [-1, 1] → float32 (b, c, h/8, w/8). There is no posterior: ``noise`` is not used.
@@ -142,7 +154,7 @@ class EmbeddedAutoencoder(Autoencoder):
             ValueError: height or width is no multiple of 8.
         """
         if x.shape[-2] % _BLOCK or x.shape[-1] % _BLOCK:
-            raise ValueError(f"pictures of {x.shape[-1]} x {x.shape[-2]} pixels: both must be multiples of {_BLOCK}")
+            raise ValueError(f"images of {x.shape[-1]} x {x.shape[-2]} pixels: both must be multiples of {_BLOCK}")
         return F.conv2d(x.to(self.device, torch.float32), self._encoder, stride=_BLOCK)
 
     def moments(self, x: Tensor) -> Tensor:
@@ -171,6 +183,7 @@ class EmbeddedAutoencoder(Autoencoder):
 _WORD = re.compile(r"\w+")
 
 
+@text_encoders.register("embedded")
 class EmbeddedTextEncoder(TextEncoder):
     """Hashed words: one row of signs for each word, plus half the usual sinusoids of its position; zeros after the end.
 
@@ -188,6 +201,10 @@ class EmbeddedTextEncoder(TextEncoder):
         self._positions = 0.5 * _sinusoids(self.length, self.width)
         self._word = lru_cache(maxsize=100_000)(self._signs)
 
+    @classmethod
+    def from_spec(cls, spec: ModelSpec, device: str | torch.device, dtype: str) -> Self:
+        return cls(device)
+
     def encode(self, captions: Sequence[str]) -> Tensor:
         """Captions → float32 (b, 16, 64)."""
         states = np.zeros((len(captions), self.length, self.width), np.float32)
@@ -195,9 +212,12 @@ class EmbeddedTextEncoder(TextEncoder):
             words = _WORD.findall(caption.lower())[: self.length]
             for place, word in enumerate(words):
                 row[place] = self._word(word) + self._positions[place]
-        return torch.from_numpy(states).to(self.device)
+        return sent(torch.from_numpy(states), self.device)
 
-    def _signs(self, word: str) -> np.ndarray:
+    def tokens(self, captions: Sequence[str]) -> list[int]:
+        return [min(len(_WORD.findall(caption.lower())), self.length) for caption in captions]
+
+    def _signs(self, word: str) -> npt.NDArray[Any]:
         bits = np.unpackbits(np.frombuffer(digest(0, "word", word, size=self.width // 8), dtype=np.uint8))
         return bits.astype(np.float32) * 2.0 - 1.0
 
@@ -205,15 +225,17 @@ class EmbeddedTextEncoder(TextEncoder):
         return {"name": self.name, "version": self.version, "length": self.length, "width": self.width}
 
 
-def _sinusoids(length: int, width: int) -> np.ndarray:
+def _sinusoids(length: int, width: int) -> npt.NDArray[Any]:
     """(length, width) float32: sines, then cosines, of geometric frequencies (Vaswani et al. 2017, section 3.5)."""
     frequencies = 10000.0 ** (-np.arange(width // 2) / (width // 2))
     angles = np.arange(length)[:, None] * frequencies[None, :]
-    return np.concatenate([np.sin(angles), np.cos(angles)], axis=1).astype(np.float32)
+    found: npt.NDArray[Any] = np.concatenate([np.sin(angles), np.cos(angles)], axis=1).astype(np.float32)
+    return found
 
 
+@image_encoders.register("embedded")
 class EmbeddedImageEncoder(ImageEncoder):
-    """The picture at 8 x 8 pixels, its mean taken away, of unit length: near for pictures of like composition."""
+    """The image at 8 x 8 pixels, its mean taken away, of unit length: near for images of like composition."""
 
     name = "embedded"
     version = 1
@@ -223,6 +245,10 @@ class EmbeddedImageEncoder(ImageEncoder):
 
     def __init__(self, device: str | torch.device = "cpu") -> None:
         self.device = torch.device(device)
+
+    @classmethod
+    def from_spec(cls, spec: ModelSpec, device: str | torch.device, dtype: str) -> Self:
+        return cls(device)
 
     def encode(self, x: Tensor) -> Tensor:
         """float (b, 3, 8, 8) → float32 (b, 192)."""

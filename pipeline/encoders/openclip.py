@@ -6,14 +6,16 @@ The states are what text-to-image models condition on, and what micro_diffusion'
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
 from pipeline.config.cli import nearest
 from pipeline.config.schema import ConfigError
-from pipeline.encoders.base import ImageEncoder, TextEncoder, commit_of, sent, weights_digest
+from pipeline.encoders.base import ImageEncoder, TextEncoder, TextTower, commit_of, sent, weights_digest
 from pipeline.encoders.preprocessing import Preprocessing
+from pipeline.encoders.spec import LAYERS, ModelSpec
+from pipeline.registry import image_encoders, text_encoders
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -22,6 +24,7 @@ _SCHEMAS = ("hf-hub:", "local-dir:")
 _RANDOM = "random"
 
 
+@text_encoders.register("openclip")
 class OpenClipTextEncoder(TextEncoder):
     """The text tower of ``<model>[:<pretrained>]``.
 
@@ -35,6 +38,12 @@ class OpenClipTextEncoder(TextEncoder):
     Raises:
         ConfigError: no such model or weights, or a text tower that is not open_clip's own.
     """
+
+    takes = ("layer",)
+
+    @classmethod
+    def from_spec(cls, spec: ModelSpec, device: str | torch.device, dtype: str) -> Self:
+        return cls(spec.place, device, dtype, spec.choice("layer", LAYERS))
 
     def __init__(
         self, spec: str, device: str | torch.device = "cpu", dtype: str = "float32", layer: str = "last"
@@ -77,6 +86,13 @@ class OpenClipTextEncoder(TextEncoder):
         assert states is not None
         return states.float(), pooled.float()
 
+    def tokens(self, captions: Sequence[str]) -> list[int]:
+        ids = self._tokenize(list(captions))
+        inner = getattr(self._tokenize, "tokenizer", None)
+        if inner is None:  # CLIP's own, whose end of text has the largest number
+            return [int(end) + 1 for end in ids.argmax(1)]
+        return [int(count) for count in (ids != (inner.pad_token_id or 0)).sum(1)]
+
     def _pooled_width(self) -> int:
         projection = getattr(self._model, "text", self._model).text_projection
         if projection is None:
@@ -116,7 +132,7 @@ def _create(name: str, model_name: str, pretrained: str) -> Any:
         if not pretrained:
             tags = open_clip.list_pretrained_tags_by_model(model_name)
             raise ConfigError(
-                f"{name}: say which weights, as openclip:{model_name}:<pretrained>, with one of "
+                f"{name}: name the weights, as openclip:{model_name}:<pretrained>, with one of "
                 f"{', '.join([*tags, _RANDOM])}, or a file"
             )
     with torch.random.fork_rng(devices=[]):
@@ -137,12 +153,17 @@ def _commit(model_name: str) -> dict[str, str]:
     return {} if schema or place == model_name else commit_of(place, None, "open_clip_config.json")
 
 
+@image_encoders.register("openclip")
 class OpenClipImageEncoder(ImageEncoder):
-    """open_clip's embedding of a picture, of unit length; ``spec`` as for :class:`OpenClipTextEncoder`.
+    """open_clip's embedding of an image, of unit length; ``spec`` as for :class:`OpenClipTextEncoder`.
 
     Raises:
-        ConfigError: no such model or weights, or it wants pictures with borders.
+        ConfigError: no such model or weights, or it wants images with borders.
     """
+
+    @classmethod
+    def from_spec(cls, spec: ModelSpec, device: str | torch.device, dtype: str) -> Self:
+        return cls(spec.place, device, dtype)
 
     def __init__(self, spec: str, device: str | torch.device = "cpu", dtype: str = "float32") -> None:
         self.name = f"openclip:{spec}"
@@ -173,6 +194,43 @@ class OpenClipImageEncoder(ImageEncoder):
         }
 
 
+class OpenClipTextTower(TextTower):
+    """open_clip's embedding of a caption, of unit length; ``spec`` as for :class:`OpenClipTextEncoder`.
+
+    Raises:
+        ConfigError: no such model or weights.
+    """
+
+    def __init__(self, spec: str, device: str | torch.device = "cpu", dtype: str = "float32") -> None:
+        import open_clip
+
+        self.name = f"openclip:{spec}"
+        self.device = torch.device(device)
+        self.dtype = getattr(torch, dtype)
+        self._model_name, pretrained = _split(spec)
+        model = _create(f"text_encoder={self.name}", self._model_name, pretrained)
+        del model.visual
+        self._tokenize = open_clip.get_tokenizer(self._model_name)
+        self._weights = weights_digest(model)
+        self._model = model.to(self.device, self.dtype).eval().requires_grad_(False)
+        self.width = int(self.encode([""]).shape[1])
+
+    @torch.no_grad()
+    def encode(self, captions: Sequence[str]) -> Tensor:
+        """Captions → float32 (b, width); the tokenizer cuts and pads."""
+        embeds = self._model.encode_text(sent(self._tokenize(list(captions)), self.device))
+        return torch.nn.functional.normalize(embeds.float(), dim=-1)
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            **_commit(self._model_name),
+            "width": self.width,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "weights_xxh3": self._weights,
+        }
+
+
 def preprocessing_of(visual: Any, name: str) -> tuple[Preprocessing, int]:
     """How an image tower wants its images, and their edge. ``name``: the setting and its value, for messages.
 
@@ -182,7 +240,7 @@ def preprocessing_of(visual: Any, name: str) -> tuple[Preprocessing, int]:
     wants = visual.preprocess_cfg
     size = wants["size"]
     if wants["resize_mode"] == "longest" or not (isinstance(size, int) or size[0] == size[1]):
-        raise ConfigError(f"{name}: it does not take square images without borders")
+        raise ConfigError(f"{name}: it does not accept square images without borders")
     squash = wants["resize_mode"] == "squash"
     preprocessing = Preprocessing(tuple(wants["mean"]), tuple(wants["std"]), wants["interpolation"], squash)
     return preprocessing, int(size if isinstance(size, int) else size[0])
@@ -193,5 +251,5 @@ def _final_norm(name: str, model: Any) -> Any:
     tower = getattr(model, "text", model)
     norm = getattr(tower, "ln_final", None)
     if norm is None or getattr(tower, "cls_emb", None) is not None:
-        raise ConfigError(f"text_encoder={name}: this model's text tower has no states of all tokens to offer")
+        raise ConfigError(f"text_encoder={name}: this model's text tower does not provide the states of all tokens")
     return norm

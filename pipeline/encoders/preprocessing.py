@@ -1,4 +1,4 @@
-"""From decoded images of any size to what networks take: cut on the CPU, normalised where the networks are."""
+"""Preprocessing of decoded images of any size: resized and cropped on the CPU, normalised on the device."""
 
 from __future__ import annotations
 

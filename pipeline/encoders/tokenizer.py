@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import tokenizers
 from tokenizers import decoders as byte_decoders
 from tokenizers import models, pre_tokenizers, trainers
@@ -38,15 +39,16 @@ class Tokenizer:
         self.pad, self.begin, self.end, self.answer = (self._id(token) for token in SPECIAL)
 
     def _id(self, token: str) -> int:
-        number = self.core.token_to_id(token)
+        number: int | None = self.core.token_to_id(token)
         assert number is not None
         return number
 
     def __len__(self) -> int:
         """Number of tokens."""
-        return self.core.get_vocab_size()
+        found: int = self.core.get_vocab_size()
+        return found
 
-    def encode(self, texts: Sequence[str], max_length: int, questions: Sequence[str] | None = None) -> np.ndarray:
+    def encode(self, texts: Sequence[str], max_length: int, questions: Sequence[str] | None = None) -> npt.NDArray[Any]:
         """int64 (b, max_length): ``<s> text </s>``, or ``<s> question <answer> text </s>``, padded; long texts are cut.
 
         Raises:

@@ -1,4 +1,4 @@
-"""Frozen image encoders whose features captions are written from; each with its own preprocessing."""
+"""Frozen image encoders whose features are the input of captioning models, each with its own preprocessing."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-import numpy as np
+import numpy.typing as npt
 
-from pipeline.config.cli import nearest
 from pipeline.config.schema import ConfigError
 from pipeline.encoders.base import weights_digest
+from pipeline.encoders.spec import ModelSpec
+from pipeline.registry import vision_encoders
 
 if TYPE_CHECKING:
     import torch
@@ -22,17 +24,19 @@ if TYPE_CHECKING:
 
     from pipeline.encoders.preprocessing import Preprocessing
 
-VISION_ENCODERS = ("embedded", "vit", "clip", "openclip", "program")
 _RESOLUTION, _PATCH = 64, 8
 _PREPROCESSING = "preprocessing.json"
 
 
-class VisionEncoder(Protocol):
+class VisionEncoder(ABC):
     """Images to ``tokens`` features of ``width`` numbers each.
 
     Attributes:
+        usage: how a setting names it where the name alone is not enough: ``clip:<repo or folder>``.
         resolution: edge r of the square images that the model takes, and ``preprocessing``: how they are made.
     """
+
+    usage: ClassVar[str] = ""
 
     name: str
     tokens: int
@@ -40,17 +44,22 @@ class VisionEncoder(Protocol):
     resolution: int
     preprocessing: Preprocessing
 
-    def preprocess(self, images: Sequence[np.ndarray]) -> Tensor:
-        """Images uint8 (h, w, 3) of any sizes → float32 (b, 3, r, r) on the CPU, as the model takes them."""
-        ...
+    @classmethod
+    @abstractmethod
+    def from_spec(cls, spec: ModelSpec, features: str, device: str | torch.device, dtype: str) -> Self:
+        """The encoder that a setting names; arguments as for :func:`vision_encoder`."""
 
+    def preprocess(self, images: Sequence[npt.NDArray[Any]]) -> Tensor:
+        """Images uint8 (h, w, 3) of any sizes → float32 (b, 3, r, r) on the CPU, as the model takes them."""
+        return self.preprocessing(images, self.resolution, "cpu")
+
+    @abstractmethod
     def encode(self, x: Tensor) -> Tensor:
         """(b, 3, r, r) → float32 (b, tokens, width)."""
-        ...
 
+    @abstractmethod
     def describe(self) -> dict[str, Any]:
         """What manifests and checkpoints record: name, features, preprocessing, hash of the weights."""
-        ...
 
 
 def vision_encoder(
@@ -67,20 +76,13 @@ def vision_encoder(
     Raises:
         ConfigError: no such name, model or weights.
     """
-    kind, _, rest = name.partition(":")
-    if name == "embedded":
-        return _Patches(features)
-    if kind not in VISION_ENCODERS or not rest:
-        raise ConfigError(
-            f"encoder={name}: {nearest(kind, VISION_ENCODERS)} "
-            "(as vit:<repo or folder>, clip:<repo or folder>, openclip:<model>[:<pretrained>], program:<file>)"
-        )
-    if kind == "openclip":
-        return _OpenClip(name, rest, features, device, dtype)
-    return (_Program if kind == "program" else _Transformers)(name, rest, features, device, dtype)
+    spec = ModelSpec.parse("encoder", name, options=False)
+    found: VisionEncoder = spec.find(vision_encoders).from_spec(spec, features, device, dtype)
+    return found
 
 
-class _Patches:
+@vision_encoders.register("embedded")
+class _Patches(VisionEncoder):
     """The pixels of each patch in [-1, 1], side by side; pooled: their mean."""
 
     def __init__(self, features: str) -> None:
@@ -91,8 +93,9 @@ class _Patches:
         self.tokens = 1 if features == "pooled" else (_RESOLUTION // _PATCH) ** 2
         self.width = 3 * _PATCH * _PATCH
 
-    def preprocess(self, images: Sequence[np.ndarray]) -> Tensor:
-        return self.preprocessing(images, _RESOLUTION, "cpu")
+    @classmethod
+    def from_spec(cls, spec: ModelSpec, features: str, device: str | torch.device, dtype: str) -> Self:
+        return cls(features)
 
     def encode(self, x: Tensor) -> Tensor:
         import torch.nn.functional as F
@@ -119,16 +122,16 @@ def save_program(network: nn.Module, file: str | Path, resolution: int, preproce
     torch.export.save(program, file, extra_files={_PREPROCESSING: about})
 
 
-class _Network(ABC):
+class _Network(VisionEncoder):
     """A network in evaluation mode, without gradients."""
 
     model: Any
-    tokens: int
-    width: int
-    resolution: int
-    preprocessing: Preprocessing
 
-    def __init__(self, name: str, features: str, device: str | torch.device, dtype: str) -> None:
+    @classmethod
+    def from_spec(cls, spec: ModelSpec, features: str, device: str | torch.device, dtype: str) -> Self:
+        return cls(spec.text, spec.place, features, device, dtype)
+
+    def __init__(self, name: str, place: str, features: str, device: str | torch.device, dtype: str) -> None:
         import torch
 
         self.name, self.features, self.device = name, features, torch.device(device)
@@ -142,13 +145,6 @@ class _Network(ABC):
         self.resolution = resolution
         _, self.tokens, self.width = self.encode(torch.zeros(1, 3, resolution, resolution)).shape
 
-    def preprocess(self, images: Sequence[np.ndarray]) -> Tensor:
-        return self.preprocessing(images, self.resolution, "cpu")
-
-    @abstractmethod
-    def encode(self, x: Tensor) -> Tensor:
-        """Preprocessed images (b, 3, h, w) → features (b, tokens, width)."""
-
     def describe(self) -> dict[str, Any]:
         about = {"name": self.name, "features": self.features, "weights": self._weights}
         precision = {} if self.dtype.itemsize == 4 else {"dtype": str(self.dtype).removeprefix("torch.")}
@@ -159,22 +155,25 @@ class _Network(ABC):
         }
 
 
+@vision_encoders.register("vit")
+@vision_encoders.register("clip")
 class _Transformers(_Network):
     """A ViT, or the image's side of a CLIP, with what its image processor says of its images."""
 
     def __init__(self, name: str, place: str, features: str, device: str | torch.device, dtype: str) -> None:
-        super().__init__(name, features, device, dtype)
+        super().__init__(name, place, features, device, dtype)
         from transformers import AutoImageProcessor, CLIPVisionModel, ViTModel
 
-        from pipeline.encoders.transformers import preprocessing_of
+        from pipeline.encoders.transformers import load_image_model, preprocessing_of
 
-        cls = CLIPVisionModel if name.startswith("clip:") else ViTModel
-        options = {} if cls is CLIPVisionModel else {"add_pooling_layer": False}
-        try:
-            self.model = cls.from_pretrained(place, **options)
-            processor = AutoImageProcessor.from_pretrained(place, use_fast=False)
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"encoder={name}: cannot be loaded: {str(error).splitlines()[0]}") from None
+        load = (
+            CLIPVisionModel.from_pretrained
+            if name.startswith("clip:")
+            else partial(ViTModel.from_pretrained, add_pooling_layer=False)
+        )
+        self.model, processor, _ = load_image_model(
+            f"encoder={name}", place, load, partial(AutoImageProcessor.from_pretrained, use_fast=False)
+        )
         self.preprocessing, resolution = preprocessing_of(processor, f"encoder={name}")
         self._freeze(resolution)
 
@@ -185,16 +184,18 @@ class _Transformers(_Network):
             out = self.model(x.to(self.device, self.dtype))
         pooled = getattr(out, "pooler_output", None)
         if self.features == "pooled":
-            return (pooled if pooled is not None else out.last_hidden_state[:, 0])[:, None].float()
+            found: Tensor = (pooled if pooled is not None else out.last_hidden_state[:, 0])[:, None].float()
+            return found
         states: Tensor = out.last_hidden_state.float()
         return states
 
 
+@vision_encoders.register("openclip")
 class _OpenClip(_Network):
     """The image's side of an open_clip model; patches are the states of its last layer."""
 
     def __init__(self, name: str, place: str, features: str, device: str | torch.device, dtype: str) -> None:
-        super().__init__(name, features, device, dtype)
+        super().__init__(name, place, features, device, dtype)
         import open_clip
 
         from pipeline.encoders.openclip import preprocessing_of
@@ -219,17 +220,18 @@ class _OpenClip(_Network):
         return chosen
 
 
+@vision_encoders.register("program")
 class _Program(_Network):
     """What :func:`save_program` wrote, in the precision that it was saved in; pooled: the mean of the tokens."""
 
     def __init__(self, name: str, place: str, features: str, device: str | torch.device, dtype: str) -> None:
-        super().__init__(name, features, device, "float32")
+        super().__init__(name, place, features, device, "float32")
         import torch
 
         from pipeline.encoders.preprocessing import Preprocessing
 
         if not zipfile.is_zipfile(place):
-            raise ConfigError(f"encoder={name}: cannot be loaded: no file that save_program() wrote")
+            raise ConfigError(f"encoder={name}: cannot be loaded: it was not written by save_program()")
         extra = {_PREPROCESSING: ""}
         try:
             program = torch.export.load(place, extra_files=extra)

@@ -1,4 +1,4 @@
-"""Storage formats: how the samples of a partition lie on disk; converters and readers for people who work in Python."""
+"""Storage formats: how the samples of a partition are stored in files; converters and readers for use from Python."""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
 """The interface of a storage format, and the formats by name.
 
-A format turns rows into data files of a partition and says where each row went: file, offset, length. Readers open one
-data file at a time and take rows out of it by that location, which costs one read in every format. Two families:
+A format writes rows into the data files of a partition and returns the location of each row: file, offset and length.
+Readers open one data file at a time and read rows by their location, which costs one read in every format. There are
+two families:
 
-- *flexible* (tar, mds, parquet, ipc, reference): the image as the bytes it came as;
+- *flexible* (tar, mds, parquet, ipc, reference): store the bytes of the image file;
 - *fixed* (memmap, hdf5): pixels of one size and mode. Their rows look the same from outside: the image is then a
   lossless PNG (``npy`` where a PNG cannot hold it), made when it is asked for.
 """
@@ -12,14 +13,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from importlib import import_module
-from importlib.metadata import entry_points
 from typing import Any
 
-import numpy as np
+import numpy.typing as npt
 
-from pipeline.config.schema import ConfigError
 from pipeline.formats.blocks import BlockFile
+from pipeline.registry import formats
 from pipeline.samples import Row, Schema
 from pipeline.storage import Folder, HashedFile
 
@@ -47,58 +46,96 @@ class Writer(ABC):
 
     @abstractmethod
     def close(self) -> list[Location]:
-        """Finish all files; where each row lies, in the order of the writes."""
+        """Finish all files and return the location of each row, in the order in which they were written."""
+
+
+class BufferedWriter(Writer):
+    """Collects rows up to ``shard_bytes`` and writes them as one file."""
+
+    def __init__(self, create: Create, shard_bytes: int) -> None:
+        self._create = create
+        self._limit = shard_bytes
+        self._rows: list[Row] = []
+        self._size = 0
+        self._files = 0
+        self._locations: list[Location] = []
+
+    def write(self, row: Row) -> None:
+        size = self._size_of(row)
+        if self._rows and self._size + size > self._limit:
+            self._write_file()
+        self._rows.append(row)
+        self._size += size
+
+    def close(self) -> list[Location]:
+        if self._rows:
+            self._write_file()
+        return self._locations
+
+    def _write_file(self) -> None:
+        self._locations += self._flush(self._files)
+        self._rows, self._size, self._files = [], 0, self._files + 1
+
+    def _size_of(self, row: Row) -> int:
+        """Size of a row in bytes, about."""
+        return sum(len(value) for value in row.values() if isinstance(value, (bytes, str)))
+
+    @abstractmethod
+    def _flush(self, number: int) -> list[Location]:
+        """Write the collected rows as data file ``number`` and return the location of each row."""
 
 
 class FileReader(ABC):
-    """Rows of one data file; made and used in one process at a time, but safe to carry over a fork."""
+    """Rows of one data file. A reader is created and used in one process at a time, but may be inherited by a forked
+    process."""
 
     @abstractmethod
     def row(self, number: int, offset: int, length: int, columns: Collection[str] | None = None) -> Row:
-        """Row ``number`` of the file, which lies at ``offset``; of its ``columns`` only these (None: all).
+        """Return row ``number`` of the file, which is stored at ``offset``, with these ``columns`` (None: all).
 
         Raises:
-            SampleError: what the row refers to, outside of the file, is gone or has changed.
-            ValueError: the bytes are damaged, or no row.
+            SampleError: The row refers to data outside of the file that are missing or have changed.
+            ValueError: The bytes are damaged, or are not a row.
         """
 
-    def view(self, number: int, offset: int, length: int) -> np.ndarray | bytes:
-        """The image's bytes as they lie in the file, uint8 (n,), where they lie in one piece; else a copy."""
+    def view(self, number: int, offset: int, length: int) -> npt.NDArray[Any] | bytes:
+        """The bytes of the image, uint8 (n,): a view of the file if they are contiguous, else a copy."""
         data: bytes = self.row(number, offset, length, (IMAGE,))[IMAGE]
         return data
 
     def copied(self, number: int, offset: int, length: int) -> Row:
-        """The row as a writer of this format takes it, to write the same bytes again."""
+        """The row in the form that a writer of this format accepts, to write the same bytes again."""
         return self.row(number, offset, length)
 
-    def array(self, number: int, offset: int, length: int) -> np.ndarray:
-        """Pixels of a fixed format (h, w) or (h, w, c), without a copy where they are stored as they are."""
+    def array(self, number: int, offset: int, length: int) -> npt.NDArray[Any]:
+        """Pixels of a fixed format, (h, w) or (h, w, c); a view of the file if they are stored uncompressed."""
         raise TypeError("only formats of fixed size hold arrays")
 
-    def mask(self, number: int) -> np.ndarray:
-        """Dense label of row ``number`` in a format of fixed size, (h, w, c), likewise."""
+    def mask(self, number: int) -> npt.NDArray[Any]:
+        """Dense label of row ``number`` in a format of fixed size, (h, w, c); a view of the file if it is stored
+        uncompressed."""
         raise TypeError("only formats of fixed size hold arrays")
 
 
 class Format(ABC):
-    """One storage format: a maker of writers and readers, and what its own readers expect beside the data."""
+    """One storage format: creates writers and readers, and the index file that the format's own readers expect."""
 
     name: str
     fixed: bool = False
-    """Whether it holds pixels, all of one size, in place of image files."""
+    """Whether it holds pixels, all of one size, instead of image files."""
 
     @abstractmethod
     def writer(self, create: Create, partition: int, schema: Schema, shard_bytes: int, compression: str = "") -> Writer:
-        """A writer of partition number ``partition`` that makes its files by ``create``.
+        """Return a writer for partition number ``partition`` that creates its files with ``create``.
 
         Args:
-            shard_bytes: largest size of one data file, where the format has several.
-            compression: of a format that knows one.
+            shard_bytes: Largest size of one data file, for formats that write several.
+            compression: For formats that support it.
         """
 
     @abstractmethod
     def open(self, open: Open, name: str, schema: Schema, origin: Folder | None) -> FileReader:
-        """A reader of the data file ``name``; ``origin`` is the folder that rows may refer to.
+        """Return a reader of the data file ``name``; ``origin`` is the folder that rows may refer to.
 
         Raises:
             ValueError: the file is damaged.
@@ -111,70 +148,44 @@ class Format(ABC):
     """Glob of a partition's data files, where the Hugging Face library reads them; else empty."""
 
     def features(self, schema: Schema, classes: Sequence[str]) -> list[dict[str, Any]]:
-        """The columns as that library's YAML describes them; ``classes`` are the names of the labels."""
+        """The columns in the YAML form of the Hugging Face library; ``classes`` are the names of the labels."""
         return []
 
     def index(self, schema: Schema, files: Iterable[dict[str, Any]]) -> Iterator[bytes]:
-        """Content of ``index_file``, in pieces; ``files`` has path, bytes, xxh3, samples, shard_bytes of each."""
+        """Yield the content of ``index_file`` in pieces; ``files`` has path, bytes, xxh3, samples, shard_bytes of each
+        file."""
         return iter(())
 
 
-_MODULES = {
-    "tar": "tar",
-    "mds": "mds",
-    "parquet": "parquet",
-    "ipc": "ipc",
-    "memmap": "memmap",
-    "hdf5": "hdf5",
-    "reference": "reference",
-    "pointer": "pointer",
-}
-
-
-_ADDED: dict[str, Format] = {}
-_ENTRY_POINTS = "latentmill.formats"
-
-
 def register_format(format: Format) -> None:
-    """Let ``format`` be known by its name in this process. An installed package makes its format known to all of
-    Latentmill's commands with an entry point of the group ``latentmill.formats``.
+    """Register ``format`` under its name in this process. To make a format known to all commands of Latentmill, an
+    installed package declares an entry point in the group ``latentmill.formats``.
 
     Raises:
-        ConfigError: it has no name, or that of another format.
+        ConfigError: It has no name, or the name of another format.
     """
-    name = getattr(format, "name", "")
-    other = _ADDED.get(name)
-    if not name or not name.isidentifier():
-        raise ConfigError(f"{type(format).__name__}.name={name!r}: expected letters, digits and _")
-    if name in _MODULES or (other is not None and type(other).__qualname__ != type(format).__qualname__):
-        raise ConfigError(f"{type(format).__name__}.name={name}: there is another format of this name")
-    _ADDED[name] = format
+    formats.add(getattr(format, "name", ""), format)
 
 
 def get_format(name: str) -> Format:
-    """The format called ``name``.
+    """Return the format called ``name``.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: There is no such format.
     """
-    from pipeline.config.cli import nearest
+    found = formats.get(name)
+    if not isinstance(found, type):
+        return found  # type: ignore[no-any-return]
+    made: Format = _FORMATS.setdefault(found, found())
+    return made
 
-    if name in _MODULES:
-        return import_module(f"pipeline.formats.{_MODULES[name]}").FORMAT  # type: ignore[no-any-return]
-    if name not in _ADDED:
-        for point in entry_points(group=_ENTRY_POINTS, name=name):
-            found = point.load()
-            register_format(found() if isinstance(found, type) else found)
-    if name not in _ADDED:
-        raise ConfigError(
-            f"format={name}: {nearest(name, {**_MODULES, **_ADDED})}. One of your own is known where the module that "
-            f"defines it was imported, or by an entry point of the group {_ENTRY_POINTS}"
-        )
-    return _ADDED[name]
+
+_FORMATS: dict[type, Format] = {}
+"""One instance of each class: formats have no state."""
 
 
 def chunked(parts: Iterable[bytes]) -> Iterator[bytes]:
-    """Join small byte strings into pieces of about 1 MiB, to write a long text without holding all of it."""
+    """Join small byte strings into pieces of about 1 MiB, to write a long text without holding all of it in memory."""
     pieces: list[bytes] = []
     size = 0
     for part in parts:
@@ -190,7 +201,7 @@ _LARGE = 4096
 
 
 def joined(pieces: Sequence[bytes]) -> list[bytes]:
-    """Small neighbours as one piece; large ones are not copied."""
+    """Join neighbouring small pieces; large ones are not copied."""
     joined: list[bytes] = []
     small: list[bytes] = []
     for piece in pieces:

@@ -12,6 +12,7 @@ from multiprocessing.reduction import ForkingPickler
 from typing import Any, Literal, get_args
 
 import numpy as np
+import numpy.typing as npt
 import xxhash
 
 from pipeline.storage import BLOCK, StorageError
@@ -24,12 +25,12 @@ class Damaged(ValueError):
     """The bytes of a data file are not those that were written."""
 
 
-def blocks_of(sizes: np.ndarray) -> np.ndarray:
+def blocks_of(sizes: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Number of blocks of files of these sizes in bytes; an empty one has one, too."""
     return np.maximum(1, -(-sizes // BLOCK))
 
 
-class MappedBytes(np.ndarray):
+class MappedBytes(np.ndarray[Any, np.dtype[Any]]):
     """Bytes of a file as they lie in memory: uint8 (n,), read-only.
 
     Sent to another process on this machine (by a DataLoader's worker, say), they go as their place in the file, which
@@ -51,7 +52,7 @@ class MappedBytes(np.ndarray):
     def __reduce__(self) -> Any:
         return np.asarray(self).__reduce__()
 
-    def __array_wrap__(self, array: np.ndarray, context: Any = None, return_scalar: bool = False) -> Any:
+    def __array_wrap__(self, array: npt.NDArray[Any], context: Any = None, return_scalar: bool = False) -> Any:
         return array[()] if return_scalar else np.asarray(array)
 
 
@@ -63,7 +64,7 @@ def _place(part: MappedBytes) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     return _attached, (whole.path, whole.identity, start, len(part))
 
 
-def _attached(path: str, identity: tuple[int, int, int], start: int, length: int) -> np.ndarray:
+def _attached(path: str, identity: tuple[int, int, int], start: int, length: int) -> npt.NDArray[Any]:
     return _mapped(path, identity)[start : start + length]
 
 
@@ -161,7 +162,7 @@ class BlockFile:
             data += more
         return data
 
-    def view(self, offset: int, length: int) -> np.ndarray:
+    def view(self, offset: int, length: int) -> npt.NDArray[Any]:
         """Like :meth:`bytes`, without a copy: :class:`MappedBytes` (length,)."""
         self.check(offset, length)
         return (self._map if self._map is not None else self.unchecked())[offset : offset + length]

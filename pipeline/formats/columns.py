@@ -1,4 +1,4 @@
-"""Columns of Arrow tables: what parquet, ipc and the formats of fixed size keep beside the image."""
+"""Columns of Arrow tables: what parquet, ipc and the formats of fixed size keep next to the image."""
 
 from __future__ import annotations
 
@@ -6,15 +6,21 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
+from pipeline.formats.base import IMAGE, Format
 from pipeline.samples import Row, Schema
 
 _TYPES = {"str": pa.string(), "int": pa.int64(), "json": pa.string(), "bytes": pa.large_binary()}
 _TYPES["jpeg"] = _TYPES["bytes"]
 WIDE = ("bytes", "jpeg")
 """Types of columns whose values may be large."""
+
+
+def ordered(schema: Schema) -> list[str]:
+    """Columns with small values first, then those of bytes, the image last: small ones lie together in a file."""
+    return sorted(schema, key=lambda name: (schema[name] in WIDE, name == IMAGE, name))
 
 
 def arrow_schema(schema: Schema, names: Iterable[str]) -> pa.Schema:
@@ -37,9 +43,11 @@ def stored(kind: str, value: Any) -> Any:
 _FEATURES = {"str": "string", "json": "string", "int": "int64", "jpeg": "image", "bytes": "large_binary"}
 
 
-def features(schema: Schema, names: Iterable[str], classes: Sequence[str]) -> list[dict[str, Any]]:
-    """The columns ``names`` as the YAML of the Hugging Face library describes them; ``json`` is text."""
-    return [{"name": name, **feature(name, schema[name], classes)} for name in names]
+class TableFormat(Format):
+    """A format whose files are tables with the columns of the schema."""
+
+    def features(self, schema: Schema, classes: Sequence[str]) -> list[dict[str, Any]]:
+        return [{"name": name, **feature(name, schema[name], classes)} for name in ordered(schema)]
 
 
 def feature(name: str, kind: str, classes: Sequence[str]) -> dict[str, Any]:
@@ -85,7 +93,7 @@ class Columns:
         found = value.as_py()
         return json.loads(found) if kind == "json" else found
 
-    def integers(self, name: str) -> np.ndarray:
+    def integers(self, name: str) -> npt.NDArray[Any]:
         """An ``int`` column, int64 (n,)."""
-        values: np.ndarray = self._values[name]
+        values: npt.NDArray[Any] = self._values[name]
         return values

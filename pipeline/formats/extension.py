@@ -1,6 +1,6 @@
-"""Storage formats of your own: say how some samples become the bytes of a file, and how they come back.
+"""Storage formats of your own: define how samples are packed into the bytes of a file, and how they are unpacked.
 
-All else is done for you: partitions, commits, hashes, ledgers, resuming, random access and verification.
+Partitions, commits, hashes, ledgers, resuming, random access and verification work for every format.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from collections import deque
 from collections.abc import Collection, Sequence
 from typing import Any, ClassVar
 
-import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
-from pipeline.formats.base import IMAGE, MASK, Create, FileReader, Format, Location, Open, Writer
+from pipeline.formats.base import IMAGE, MASK, BufferedWriter, Create, FileReader, Format, Location, Open, Writer
 from pipeline.formats.blocks import BlockFile
 from pipeline.formats.columns import Columns, arrow_table
 from pipeline.formats.fixed import FixedReader, FixedWriter
@@ -24,7 +24,7 @@ _UNPACKED = 4  # files whose content stays in memory, in each process
 
 
 def columns_file(number: int) -> str:
-    """Name of the file with the columns that are no arrays, beside data file ``number``."""
+    """Name of the file next to data file ``number`` with the columns that are not arrays."""
     return f"columns.{number:05d}.arrow"
 
 
@@ -34,7 +34,7 @@ def write_columns(create: Create, number: int, table: pa.Table) -> None:
 
 
 def read_columns(open: Open, name: str, schema: Schema) -> Columns:
-    """The columns beside the data file ``name``; raises ValueError if they are damaged."""
+    """The columns next to the data file ``name``; raises ValueError if they are damaged."""
     number = int(name.split(".")[1])
     try:
         table = pa.ipc.open_file(pa.PythonFile(open(columns_file(number)).file(), mode="r")).read_all()
@@ -44,7 +44,7 @@ def read_columns(open: Open, name: str, schema: Schema) -> Columns:
 
 
 class FixedFiles(Format):
-    """A format of fixed size: the arrays of some samples are a file; their other columns are kept beside it.
+    """A format of fixed size: a file holds the arrays of some samples; their other columns are stored next to it.
 
     Subclasses set ``name`` and ``suffix``. Instances must be the same in every process: let them have no state.
     """
@@ -54,13 +54,13 @@ class FixedFiles(Format):
     """End of the data files' names."""
 
     @abstractmethod
-    def pack(self, arrays: dict[str, np.ndarray]) -> bytes:
-        """The bytes of a file: ``jpg`` is the images (n, h, w) or (n, h, w, c), ``mask``, if there is one, the dense
-        labels (n, h, w, c). Equal arrays must give equal bytes."""
+    def pack(self, arrays: dict[str, npt.NDArray[Any]]) -> bytes:
+        """Return the bytes of a file. ``jpg`` holds the images, (n, h, w) or (n, h, w, c), and ``mask``, if there is
+        one, the dense labels, (n, h, w, c). Equal arrays must give equal bytes."""
 
     @abstractmethod
-    def unpack(self, data: bytes) -> dict[str, np.ndarray]:
-        """The arrays that :meth:`pack` was given; raises ValueError for bytes that it has not made."""
+    def unpack(self, data: bytes) -> dict[str, npt.NDArray[Any]]:
+        """Return the arrays that were given to :meth:`pack`; raise ValueError for bytes that it did not write."""
 
     def writer(self, create: Create, partition: int, schema: Schema, shard_bytes: int, compression: str = "") -> Writer:
         return _FixedFilesWriter(self, create, schema, shard_bytes)
@@ -74,7 +74,7 @@ class _FixedFilesWriter(FixedWriter):
         super().__init__(create, schema, shard_bytes)
         self._format = format
 
-    def write_file(self, number: int, arrays: dict[str, np.ndarray], rows: list[Row]) -> list[Location]:
+    def write_file(self, number: int, arrays: dict[str, npt.NDArray[Any]], rows: list[Row]) -> list[Location]:
         write_columns(self.create, number, arrow_table(rows, self.schema, self.small))
         data = self._format.pack(arrays)
         name = f"arrays.{number:05d}{self._format.suffix}"
@@ -84,7 +84,7 @@ class _FixedFilesWriter(FixedWriter):
 
 
 class FlexibleFiles(Format):
-    """A format of flexible size: some samples, images as the bytes they came as, are a file.
+    """A format of flexible size: a file holds some samples, with the bytes of their image files.
 
     Subclasses set ``name`` and ``suffix``. Instances must be the same in every process: let them have no state.
     """
@@ -94,11 +94,11 @@ class FlexibleFiles(Format):
 
     @abstractmethod
     def pack(self, rows: Sequence[Row]) -> bytes:
-        """The bytes of a file; equal rows must give equal bytes."""
+        """Return the bytes of a file; equal rows must give equal bytes."""
 
     @abstractmethod
     def unpack(self, data: bytes) -> Sequence[Row]:
-        """The rows that :meth:`pack` was given; raises ValueError for bytes that it has not made."""
+        """Return the rows that were given to :meth:`pack`; raise ValueError for bytes that it did not write."""
 
     def writer(self, create: Create, partition: int, schema: Schema, shard_bytes: int, compression: str = "") -> Writer:
         return _FlexibleFilesWriter(self, create, shard_bytes)
@@ -107,34 +107,17 @@ class FlexibleFiles(Format):
         return _FlexibleFilesReader(self, open(name), schema)
 
 
-class _FlexibleFilesWriter(Writer):
+class _FlexibleFilesWriter(BufferedWriter):
     def __init__(self, format: FlexibleFiles, create: Create, shard_bytes: int) -> None:
+        super().__init__(create, shard_bytes)
         self._format = format
-        self._create = create
-        self._limit = shard_bytes
-        self._rows: list[Row] = []
-        self._size = self._files = 0
-        self._locations: list[Location] = []
 
-    def write(self, row: Row) -> None:
-        size = sum(len(value) for value in row.values() if isinstance(value, (bytes, str)))
-        if self._rows and self._size + size > self._limit:
-            self._flush()
-        self._rows.append(row)
-        self._size += size
-
-    def _flush(self) -> None:
+    def _flush(self, number: int) -> list[Location]:
         data = self._format.pack(self._rows)
-        name = f"rows.{self._files:05d}{self._format.suffix}"
+        name = f"rows.{number:05d}{self._format.suffix}"
         with self._create(name) as file:
             file.write(data)
-        self._locations += [(name, 0, len(data))] * len(self._rows)
-        self._rows, self._size, self._files = [], 0, self._files + 1
-
-    def close(self) -> list[Location]:
-        if self._rows:
-            self._flush()
-        return self._locations
+        return [(name, 0, len(data))] * len(self._rows)
 
 
 class _Content:
@@ -167,14 +150,14 @@ class _FixedFilesReader(FixedReader):
         super().__init__(read_columns(open, name, schema), schema)
         self._content = _Content(format, open(name))
 
-    def array(self, number: int, offset: int, length: int) -> np.ndarray:
+    def array(self, number: int, offset: int, length: int) -> npt.NDArray[Any]:
         return self._of(IMAGE, number)
 
-    def mask(self, number: int) -> np.ndarray:
+    def mask(self, number: int) -> npt.NDArray[Any]:
         return self._of(MASK, number)
 
-    def _of(self, column: str, number: int) -> np.ndarray:
-        found: np.ndarray = self._content.get()[column][number]
+    def _of(self, column: str, number: int) -> npt.NDArray[Any]:
+        found: npt.NDArray[Any] = self._content.get()[column][number]
         return found
 
 

@@ -1,67 +1,57 @@
-"""What the formats of fixed size share: images, and masks where there are some, as arrays; the rest as columns."""
+"""Common code of the formats of fixed size: images and masks as arrays, other columns next to them."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Collection
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from pipeline.formats.base import IMAGE, MASK, Create, FileReader, Location, Writer
+from pipeline.formats.base import IMAGE, MASK, BufferedWriter, Create, FileReader, Location
 from pipeline.formats.columns import Columns
-from pipeline.formats.pixels import to_bytes
+from pipeline.formats.pixel_arrays import to_bytes
 from pipeline.samples import Row, Schema
 
 ARRAYS = (IMAGE, MASK)
 
 
-class FixedWriter(Writer):
+class FixedWriter(BufferedWriter):
     """Collects arrays up to ``shard_bytes`` and writes them as one file; the arrays of a file have one shape."""
 
     def __init__(self, create: Create, schema: Schema, shard_bytes: int) -> None:
+        super().__init__(create, shard_bytes)
         self.create = create
         self.schema = schema
         self.small = [name for name in schema if name not in ARRAYS]
         self.allocate = self.init_arrays
         self.store = self.write_file
-        self._limit = shard_bytes
-        self._rows: list[Row] = []
-        self._size = 0
-        self._files = 0
-        self._locations: list[Location] = []
 
     def write(self, row: Row) -> None:
         first = self._rows[0] if self._rows else row
         for name in ARRAYS:
             if name in row and (row[name].shape, row[name].dtype) != (first[name].shape, first[name].dtype):
                 raise ValueError(f"{row['key']}: {name} is {row[name].shape}, but {first[name].shape} came before")
-        size = sum(row[name].nbytes for name in ARRAYS if name in row)
-        if self._rows and self._size + size > self._limit:
-            self._flush()
-        self._rows.append(row)
-        self._size += size
+        super().write(row)
 
-    def _flush(self) -> None:
+    def _size_of(self, row: Row) -> int:
+        return sum(row[name].nbytes for name in ARRAYS if name in row)
+
+    def _flush(self, number: int) -> list[Location]:
         arrays = self.allocate(len(self._rows), self._rows[0])
-        for number, row in enumerate(self._rows):
+        for place, row in enumerate(self._rows):
             for name, array in arrays.items():
-                array[number] = row[name]
-        self._locations += self.store(self._files, arrays, self._rows)
-        self._files += 1
-        self._rows, self._size = [], 0
+                array[place] = row[name]
+        return self.store(number, arrays, self._rows)
 
-    def init_arrays(self, count: int, first: Row) -> dict[str, np.ndarray]:
+    def init_arrays(self, count: int, first: Row) -> dict[str, npt.NDArray[Any]]:
         """Arrays (count, h, w[, c]) for the samples of one file, of which ``first`` is one."""
         return {name: np.empty((count, *first[name].shape), first[name].dtype) for name in ARRAYS if name in first}
 
     @abstractmethod
-    def write_file(self, number: int, arrays: dict[str, np.ndarray], rows: list[Row]) -> list[Location]:
+    def write_file(self, number: int, arrays: dict[str, npt.NDArray[Any]], rows: list[Row]) -> list[Location]:
         """Write data file ``number``; where the image of each row lies."""
-
-    def close(self) -> list[Location]:
-        if self._rows:
-            self._flush()
-        return self._locations
 
 
 class FixedReader(FileReader):

@@ -1,4 +1,4 @@
-"""HDF5: ``images`` and ``masks`` in chunks of one sample each, compressed if asked; every other column a data set.
+"""HDF5: ``images`` and ``masks`` in chunks of one sample each, compressed if asked; every other column a dataset.
 
 Pixels are read from the chunk's place in the file, not through the HDF5 library: no handle is shared by processes.
 """
@@ -6,9 +6,11 @@ Pixels are read from the chunk's place in the file, not through the HDF5 library
 from __future__ import annotations
 
 import zlib
+from typing import Any
 
 import h5py
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from pipeline.config.schema import ConfigError
@@ -16,6 +18,7 @@ from pipeline.formats.base import IMAGE, MASK, Create, FileReader, Format, Locat
 from pipeline.formats.blocks import BlockFile
 from pipeline.formats.columns import Columns, arrow_schema, arrow_table
 from pipeline.formats.fixed import FixedReader, FixedWriter
+from pipeline.registry import formats
 from pipeline.samples import Row, Schema
 from pipeline.storage import Folder
 
@@ -33,7 +36,7 @@ class Hdf5Writer(FixedWriter):
             raise ConfigError(f"compression={compression}: HDF5 knows {', '.join(filter(None, COMPRESSIONS))}")
         self._compression = compression or None
 
-    def write_file(self, number: int, arrays: dict[str, np.ndarray], rows: list[Row]) -> list[Location]:
+    def write_file(self, number: int, arrays: dict[str, npt.NDArray[Any]], rows: list[Row]) -> list[Location]:
         name = f"images.{number:05d}.h5"
         with h5py.File(name, "w", driver="core", backing_store=False, block_size=_GROWTH) as file:
             for column in self.small:  # first, so that they lie together
@@ -81,15 +84,15 @@ class Hdf5Reader(FixedReader):
         super().__init__(Columns(pa.table(arrays, fields), schema), schema)
         self._data = data
 
-    def array(self, number: int, offset: int, length: int) -> np.ndarray:
+    def array(self, number: int, offset: int, length: int) -> npt.NDArray[Any]:
         return self._layout[IMAGE].take(self._data, number)
 
-    def mask(self, number: int) -> np.ndarray:
+    def mask(self, number: int) -> npt.NDArray[Any]:
         return self._layout[MASK].take(self._data, number)
 
 
 class _Chunks:
-    """Where the items of a data set lie in the file."""
+    """Where the items of a dataset lie in the file."""
 
     def __init__(self, dataset: h5py.Dataset) -> None:
         self._shape, self._dtype = dataset.shape[1:], dataset.dtype
@@ -102,7 +105,7 @@ class _Chunks:
         dataset.id.chunk_iter(note)
         self._spans = np.array(spans, np.int64).reshape(-1, 2)
 
-    def take(self, data: BlockFile, number: int) -> np.ndarray:
+    def take(self, data: BlockFile, number: int) -> npt.NDArray[Any]:
         offset, size = self._spans[number].tolist()
         raw: memoryview | bytes = data.view(offset, size).data
         if self._compressed:
@@ -113,6 +116,7 @@ class _Chunks:
         return np.frombuffer(raw, self._dtype).reshape(self._shape)
 
 
+@formats.register("hdf5")
 class Hdf5(Format):
     name = "hdf5"
     fixed = True
@@ -122,6 +126,3 @@ class Hdf5(Format):
 
     def open(self, open: Open, name: str, schema: Schema, origin: Folder | None = None) -> FileReader:
         return Hdf5Reader(open(name), schema)
-
-
-FORMAT = Hdf5()

@@ -7,47 +7,32 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
-from pipeline.formats.base import IMAGE, Create, FileReader, Format, Location, Open, Writer
+from pipeline.formats.base import BufferedWriter, Create, FileReader, Location, Open, Writer
 from pipeline.formats.blocks import BlockFile
-from pipeline.formats.columns import WIDE, Columns, arrow_schema, arrow_table, features
+from pipeline.formats.columns import WIDE, Columns, TableFormat, arrow_schema, arrow_table, ordered
+from pipeline.registry import formats
 from pipeline.samples import Row, Schema
 from pipeline.storage import Folder, HashedFile
 
 
-def ordered(schema: Schema) -> list[str]:
-    """Columns with small values first, then those of bytes, the image last: small ones lie together in a file."""
-    return sorted(schema, key=lambda name: (schema[name] in WIDE, name == IMAGE, name))
-
-
-class IpcWriter(Writer):
-    """Collects rows up to ``shard_bytes`` and writes them as one file."""
+class IpcWriter(BufferedWriter):
+    """One record batch for each file."""
 
     def __init__(self, create: Create, schema: Schema, shard_bytes: int) -> None:
-        self._create = create
+        super().__init__(create, shard_bytes)
         self._schema = schema
         self._names = ordered(schema)
-        self._limit = shard_bytes
-        self._rows: list[Row] = []
-        self._size = 0
-        self._files = 0
-        self._locations: list[Location] = []
 
-    def write(self, row: Row) -> None:
-        size = sum(len(value) for value in row.values() if isinstance(value, (bytes, str)))
-        if self._rows and self._size + size > self._limit:
-            self._flush()
-        self._rows.append(row)
-        self._size += size
-
-    def _flush(self) -> None:
+    def _flush(self, number: int) -> list[Location]:
         last = self._names[-1]
         values = [row[last] for row in self._rows]
         sizes = [len(value) for value in values]
         fields = arrow_schema(self._schema, self._names)
         table = arrow_table(self._rows, self._schema, self._names[:-1])
-        name = f"samples.{self._files:05d}.arrow"
+        name = f"samples.{number:05d}.arrow"
         with self._create(name) as file:
             splice = _Splice(file, values, sum(sizes))
             batch = pa.record_batch(
@@ -57,16 +42,7 @@ class IpcWriter(Writer):
                 writer.write_batch(batch)
                 end = file.tell()  # the last column's data ends here, padded to 8 bytes
         at = end - sum(sizes) - -sum(sizes) % 8
-        for size in sizes:
-            self._locations.append((name, at, size))
-            at += size
-        self._rows, self._size = [], 0
-        self._files += 1
-
-    def close(self) -> list[Location]:
-        if self._rows:
-            self._flush()
-        return self._locations
+        return [(name, at + start, size) for start, size in zip(np.cumsum([0, *sizes]).tolist(), sizes, strict=False)]
 
 
 class _Splice:
@@ -124,7 +100,7 @@ class IpcReader(FileReader):
             raise ValueError(f"{data.name}: {error}") from None
         self._wide = self._spans()
 
-    def _spans(self) -> dict[str, tuple[int, np.ndarray]]:
+    def _spans(self) -> dict[str, tuple[int, npt.NDArray[Any]]]:
         """Of each column of bytes: where its data begins in the file, and the offsets (n + 1,) of its values in it."""
         whole = pa.py_buffer(self._data.unchecked())
         batch = pa.ipc.open_file(whole).get_batch(0)
@@ -136,7 +112,7 @@ class IpcReader(FileReader):
                 spans[name] = (values.address - whole.address, np.frombuffer(offsets, np.int64, len(batch) + 1))
         return spans
 
-    def view(self, number: int, offset: int, length: int) -> np.ndarray | bytes:
+    def view(self, number: int, offset: int, length: int) -> npt.NDArray[Any] | bytes:
         return self._data.view(offset, length)
 
     def row(self, number: int, offset: int, length: int, columns: Collection[str] | None = None) -> Row:
@@ -150,7 +126,8 @@ class IpcReader(FileReader):
         return row
 
 
-class Ipc(Format):
+@formats.register("ipc")
+class Ipc(TableFormat):
     name = "ipc"
     pattern = "samples.*.arrow"
 
@@ -159,9 +136,3 @@ class Ipc(Format):
 
     def open(self, open: Open, name: str, schema: Schema, origin: Folder | None = None) -> FileReader:
         return IpcReader(open(name), schema)
-
-    def features(self, schema: Schema, classes: Sequence[str]) -> list[dict[str, Any]]:
-        return features(schema, ordered(schema), classes)
-
-
-FORMAT = Ipc()

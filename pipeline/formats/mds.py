@@ -12,9 +12,11 @@ from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from pipeline.formats.base import IMAGE, Create, FileReader, Format, Location, Open, Writer, chunked, joined
 from pipeline.formats.blocks import BlockFile
+from pipeline.registry import formats
 from pipeline.samples import Row, Schema
 from pipeline.storage import Folder
 
@@ -114,7 +116,7 @@ class MdsReader(FileReader):
                 row[name] = _decode(kind, self._data.bytes(at, size))
         return row
 
-    def view(self, number: int, offset: int, length: int) -> np.ndarray | bytes:
+    def view(self, number: int, offset: int, length: int) -> npt.NDArray[Any] | bytes:
         return next(self._data.view(at, size) for name, _, at, size in self._spans(offset, length) if name == IMAGE)
 
     def _spans(self, offset: int, length: int) -> list[tuple[str, str, int, int]]:
@@ -131,6 +133,7 @@ class MdsReader(FileReader):
         return spans
 
 
+@formats.register("mds")
 class Mds(Format):
     name = "mds"
     index_file = "index.json"
@@ -156,6 +159,3 @@ class Mds(Format):
             }
             yield (b",\n" if number else b"") + json.dumps(shard, sort_keys=True).encode()
         yield b'], "version": 2}\n'
-
-
-FORMAT = Mds()

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import io
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from pipeline.formats.base import IMAGE, MASK, Create, FileReader, Format, Location, Open, Writer
 from pipeline.formats.blocks import BlockFile
 from pipeline.formats.columns import arrow_table
 from pipeline.formats.extension import read_columns, write_columns
 from pipeline.formats.fixed import FixedReader, FixedWriter
+from pipeline.registry import formats
 from pipeline.samples import Row, Schema
 from pipeline.storage import Folder
 
@@ -18,7 +21,7 @@ _LABEL = "label"
 _MAX_HEADER = 4096
 
 
-def _header(array: np.ndarray) -> bytes:
+def _header(array: npt.NDArray[Any]) -> bytes:
     file = io.BytesIO()
     np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
     return file.getvalue()
@@ -27,7 +30,7 @@ def _header(array: np.ndarray) -> bytes:
 class MemmapWriter(FixedWriter):
     """``images.<n>.npy``; ``masks.<n>.npy`` and ``labels.<n>.npy`` where there are some; all else in an Arrow file."""
 
-    def write_file(self, number: int, arrays: dict[str, np.ndarray], rows: list[Row]) -> list[Location]:
+    def write_file(self, number: int, arrays: dict[str, npt.NDArray[Any]], rows: list[Row]) -> list[Location]:
         table = arrow_table(rows, self.schema, self.small)
         write_columns(self.create, number, table)
         labels = {_LABEL: table[_LABEL].to_numpy()} if self.schema.get(_LABEL) == "int" else {}
@@ -56,7 +59,7 @@ class _Array:
         self._size = int(np.prod(self._shape)) * self._dtype.itemsize
         self._data = data
 
-    def __getitem__(self, number: int) -> np.ndarray:
+    def __getitem__(self, number: int) -> npt.NDArray[Any]:
         view = self._data.view(self._start + number * self._size, self._size)
         return np.frombuffer(view, self._dtype).reshape(self._shape)
 
@@ -68,14 +71,15 @@ class MemmapReader(FixedReader):
         self._images = _Array(open(name))
         self._masks = _Array(open(f"{_FILES[MASK]}.{number:05d}.npy")) if MASK in schema else None
 
-    def array(self, number: int, offset: int, length: int) -> np.ndarray:
+    def array(self, number: int, offset: int, length: int) -> npt.NDArray[Any]:
         return self._images[number]
 
-    def mask(self, number: int) -> np.ndarray:
+    def mask(self, number: int) -> npt.NDArray[Any]:
         assert self._masks is not None
         return self._masks[number]
 
 
+@formats.register("memmap")
 class Memmap(Format):
     name = "memmap"
     fixed = True
@@ -85,6 +89,3 @@ class Memmap(Format):
 
     def open(self, open: Open, name: str, schema: Schema, origin: Folder | None = None) -> FileReader:
         return MemmapReader(open, name, schema)
-
-
-FORMAT = Memmap()

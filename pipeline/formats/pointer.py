@@ -1,4 +1,7 @@
-"""Pointers: ``samples.jsonl`` says which sample of the upstream each row is; the bytes stay there, in its format."""
+"""Pointers: ``samples.jsonl`` says which sample of the upstream each row is; the bytes stay there, in its format.
+
+A row may have columns of its own, such as captions that were written again.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.formats.base import Create, FileReader, Format, Location, Open, Writer
 from pipeline.formats.blocks import BlockFile
+from pipeline.registry import formats
 from pipeline.samples import Row, SampleError, Schema
 from pipeline.storage import Folder
 
@@ -15,19 +19,34 @@ if TYPE_CHECKING:
     from pipeline.partitions.dataset import RandomAccess
 
 
+_LINES = 1024  # that are written at once
+_encode = json.JSONEncoder().encode
+
+
 class PointerWriter(Writer):
-    """A row needs ``key`` and ``place``: its position among all samples that the upstream ever kept."""
+    """A row needs ``key`` and ``place``: its position among all samples that the upstream ever kept. Further columns of
+    it stand instead of the sample's own, or next to them."""
 
     def __init__(self, create: Create) -> None:
         self._file = create("samples.jsonl")
         self._locations: list[Location] = []
+        self._size = 0
+        self._lines: list[bytes] = []
 
     def write(self, row: Row) -> None:
-        start = self._file.tell()
-        self._file.write(json.dumps({"key": row["key"], "place": row["place"]}).encode() + b"\n")
-        self._locations.append((self._file.name, start, self._file.tell() - start))
+        line = _encode({"key": row["key"], "place": row["place"], **row}).encode() + b"\n"
+        self._locations.append((self._file.name, self._size, len(line)))
+        self._size += len(line)
+        self._lines.append(line)
+        if len(self._lines) == _LINES:
+            self._flush()
+
+    def _flush(self) -> None:
+        self._file.write(b"".join(self._lines))
+        self._lines = []
 
     def close(self) -> list[Location]:
+        self._flush()
         self._file.close()
         return self._locations
 
@@ -48,19 +67,22 @@ class PointerReader(FileReader):
         try:
             if self._upstream is None:
                 self._upstream = RandomAccess(Dataset(self._origin), taken=True)
-            row = self._upstream.stored(pointer["place"]).read()
+            wanted = None if columns is None else {"key", *columns} - {*pointer} | {"key"}
+            row = self._upstream.stored(pointer["place"]).read(wanted)
         except Unfinished as error:
             raise SampleError("missing", str(error), retryable=True) from None
         except IndexError:
             raise SampleError("changed_since_plan", "the upstream has no such sample") from None
         if row["key"] != pointer["key"]:
             raise SampleError("changed_since_plan", f"the upstream has {row['key']} in the place of {pointer['key']}")
-        return row
+        del pointer["place"]
+        return row | pointer
 
     def copied(self, number: int, offset: int, length: int) -> Row:
         return json.loads(self._data.bytes(offset, length))  # type: ignore[no-any-return]
 
 
+@formats.register("pointer")
 class Pointer(Format):
     name = "pointer"
 
@@ -69,6 +91,3 @@ class Pointer(Format):
 
     def open(self, open: Open, name: str, schema: Schema, origin: Folder | None) -> FileReader:
         return PointerReader(open(name), origin)
-
-
-FORMAT = Pointer()

@@ -8,12 +8,13 @@ from collections.abc import Collection
 
 from pipeline.formats.base import IMAGE, Create, FileReader, Format, Location, Open, Writer
 from pipeline.formats.blocks import BlockFile
+from pipeline.registry import formats
 from pipeline.samples import Row, SampleError, Schema, content_hash, real_path
 from pipeline.storage import GONE, Folder
 
 
 class ReferenceWriter(Writer):
-    """A row needs ``path`` (below the origin) and ``hash`` (XXH3-128 of the file) in place of keeping ``jpg``."""
+    """A row needs ``path`` (below the origin) and ``hash`` (XXH3-128 of the file) instead of keeping ``jpg``."""
 
     def __init__(self, create: Create, schema: Schema) -> None:
         self._file = create("samples.jsonl")
@@ -61,6 +62,7 @@ class ReferenceReader(FileReader):
         return data
 
 
+@formats.register("reference")
 class Reference(Format):
     name = "reference"
 
@@ -69,6 +71,3 @@ class Reference(Format):
 
     def open(self, open: Open, name: str, schema: Schema, origin: Folder | None = None) -> FileReader:
         return ReferenceReader(open(name), origin)
-
-
-FORMAT = Reference()

@@ -8,11 +8,12 @@ import tarfile
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
-import numpy as np
+import numpy.typing as npt
 
 from pipeline.formats.base import IMAGE, Create, FileReader, Format, Location, Open, Writer, joined
 from pipeline.formats.blocks import BlockFile
 from pipeline.formats.columns import WIDE, feature
+from pipeline.registry import formats
 from pipeline.samples import EXTENSIONS, Row, Schema
 from pipeline.storage import Folder
 
@@ -47,7 +48,7 @@ _as_json = json.JSONEncoder(sort_keys=True, ensure_ascii=False).encode
 
 
 def _binary_columns(schema: Schema) -> list[str]:
-    """Columns of bytes beside the image: each is a member of its own, ``<key>.<column>.<extension>``."""
+    """Columns of bytes next to the image: each is a member of its own, ``<key>.<column>.<extension>``."""
     return sorted(name for name, kind in schema.items() if kind in WIDE and name != IMAGE)
 
 
@@ -108,7 +109,7 @@ class TarReader(FileReader):
             raise ValueError(f"a tar sample has the columns {sorted(row)}, not {sorted(wanted)}")
         return row if columns is None else {name: row[name] for name in wanted}
 
-    def view(self, number: int, offset: int, length: int) -> np.ndarray | bytes:
+    def view(self, number: int, offset: int, length: int) -> npt.NDArray[Any] | bytes:
         for name, start, size in self._members(offset, offset + length):
             if self._column_of(name) == IMAGE:
                 return self._data.view(start, size)
@@ -143,6 +144,7 @@ class TarReader(FileReader):
             raise ValueError(f"not a tar sample: {error}") from None
 
 
+@formats.register("tar")
 class Tar(Format):
     name = "tar"
     pattern = "*.tar"
@@ -171,6 +173,3 @@ _ENDS = (("png", "image"), ("bin", "binary"))
 
 def _within(name: str, kind: str, classes: Sequence[str]) -> dict[str, Any]:
     return {"dtype": "json"} if kind == "json" else feature(name, kind, classes)
-
-
-FORMAT = Tar()

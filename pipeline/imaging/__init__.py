@@ -1,1 +1,1 @@
-"""Decode, judge and transform images, in worker processes that a bad image cannot take down."""
+"""Decoding, checking and transforming images, in worker processes that isolate bad images from the rank."""

@@ -1,6 +1,6 @@
-"""What an image file says of itself: its kind, size, orientation and end, read without decoding a pixel.
+"""Format, size, orientation and end of an image file, read without decoding pixels.
 
-Nothing here allocates memory by what a header claims. Kinds are told by magic bytes, never by a file's name;
+Nothing here allocates memory by what a header claims. Kinds are recognized by magic bytes, never by a file's name;
 whatever is not in `FORMATS` is refused. JPEG, PNG, WebP and GIF are walked here, because their libraries either
 allocate while opening (WebP) or take a file without an end for a whole one (PNG, GIF). The rest goes to Pillow.
 """

@@ -1,4 +1,4 @@
-"""Memory that is used again."""
+"""Reusable memory buffers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _LARGEST = 32 << 20  # that the second one takes
 
 
 def keep_freed_memory(most: int = 1 << 28) -> None:
-    """Let this process keep up to ``most`` bytes that it has freed: to get them anew, page by page, takes the system
+    """Let this process keep up to ``most`` bytes that it has freed: to get them again, page by page, takes the system
     longer than to read an image into them. Without effect where the C library is not glibc."""
     with suppress(AttributeError):
         set_parameter = ctypes.CDLL(None).mallopt

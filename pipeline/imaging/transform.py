@@ -8,9 +8,10 @@ stored (no gamma). JPEGs are decoded at 1/2, 1/4 or 1/8 of their size where both
 the rest is interpolated. An ICC profile is applied after resizing, EXIF's orientation as well.
 
 What passes through untouched: an upright, single-frame JPEG, PNG or WebP of 8-bit RGB or grey without alpha, in sRGB or
-without a profile, whose size needs no change, and which decodes without a complaint. Everything else is encoded anew,
-without metadata: alpha (over `background`), palettes, CMYK, 16-bit, BMP, TIFF, GIF, AVIF, rotated files, animated ones
-(their first frame), and JPEGs with arithmetic coding or odd subsampling, which training decoders may refuse.
+without a profile, whose size needs no change, without boxes to blur, and which decodes without a complaint. Everything
+else is re-encoded, without metadata: alpha (over `background`), palettes, CMYK, 16-bit, BMP, TIFF, GIF, AVIF, rotated
+files, animated ones (their first frame), and JPEGs with arithmetic coding or odd subsampling, which training decoders
+may refuse.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import simplejpeg
 from PIL import Image, ImageColor, TiffImagePlugin
 
 from pipeline.imaging import color
+from pipeline.imaging.blur import Boxes, blurred
 from pipeline.imaging.headers import (
     DEFAULT_LIMITS,
     FORMATS,
@@ -98,7 +100,7 @@ class Rules:
     """What becomes of an image. All of it is part of the output's identity."""
 
     min_image_size: int = 256
-    """Smaller edge of the upright original in pixels, below which an image is dropped as `too_small`."""
+    """Shorter edge of the upright original in pixels, below which an image is dropped as `too_small`."""
     max_image_size: int = 512
     """What `resize_mode` brings larger images to, in pixels; 0 = no limit."""
     resize_mode: str = "keep_ratio"
@@ -106,13 +108,13 @@ class Rules:
     max_image_area: int = 0
     """Pixels of the original, above which an image is dropped as `too_large`; 0 = no limit."""
     max_aspect_ratio: float = 0.0
-    """Larger edge over smaller edge of the original, above which an image is dropped as `too_elongated`; 0 = any."""
+    """Longer edge over shorter edge of the original, above which an image is dropped as `too_elongated`; 0 = any."""
     encode_format: str = "jpg"
     """Of images that change: `jpg` (4:2:0), `png`, `webp`, or `auto` (PNG if the source is lossless, else JPEG)."""
     encode_quality: int = 95
     """1 to 100, for JPEG and WebP."""
     skip_reencode: bool = True
-    """Images that need no change keep their bytes; False: all are written anew."""
+    """Images that need no change keep their bytes; False: all are written again."""
     validate: str = "full"
     """Images that keep their bytes are decoded to see that they are good (`full`), or trusted (`header`)."""
     background: str = "white"
@@ -148,7 +150,7 @@ class Rules:
         if self.resize_mode in ("border", "center_crop") and self.max_image_size == 0:
             raise ValueError(f"resize_mode={self.resize_mode} needs a max_image_size")
         if self.resize == "simd" and ".post" not in PIL.__version__:
-            raise ValueError("resize=simd needs pillow-simd in place of Pillow; resize=fast is as fast without it")
+            raise ValueError("resize=simd needs pillow-simd instead of Pillow; resize=fast is as fast without it")
         try:
             self.background_rgb  # noqa: B018
         except ValueError:
@@ -175,20 +177,20 @@ class Result:
     changed: bool
     """False: `data` is the original, bit for bit."""
     phash: str = ""
-    """The perceptual hash of the whole upright picture; empty where there is none, or nothing was decoded."""
+    """The perceptual hash of the whole upright image; empty where there is none, or nothing was decoded."""
 
 
-def process(data: bytes, rules: Rules, limits: Limits = DEFAULT_LIMITS) -> Result:
-    """One image file brought to the rules: a function of its arguments alone. Whatever is kept has been decoded once
-    and found good (unless `validate="header"`). Raises `ImageError` for a bad file, `Dropped` for a good one that the
-    rules leave out."""
+def process(data: bytes, rules: Rules, limits: Limits = DEFAULT_LIMITS, boxes: Boxes = ()) -> Result:
+    """One image file brought to the rules, with `boxes` blurred: a function of its arguments alone. Whatever is kept
+    has been decoded once and found good (unless `validate="header"`). Raises `ImageError` for a bad file, `Dropped` for
+    a good one that the rules leave out."""
     header = probe(data, limits)
     source = header.upright
     _check_source(source, rules)
     shape = geometry(*source, rules)
     if rules.icc == "ignore" and header.icc:
         header = replace(header, icc=b"")
-    if shape.unchanged(source) and rules.skip_reencode and _passes_through(header):
+    if shape.unchanged(source) and rules.skip_reencode and _passes_through(header) and not boxes:
         look = ""
         if rules.validate == "full":  # reads all, but need not compute all pixels
             look = _phash(_decode(data, header, limits, at_least=(EDGE, EDGE))[0])
@@ -197,7 +199,7 @@ def process(data: bytes, rules: Rules, limits: Limits = DEFAULT_LIMITS) -> Resul
     if max(shape.canvas) > _MAX_EDGE.get(format, max(shape.canvas)):
         width, height = shape.canvas
         raise ImageError("edge_too_long", f"{width}x{height}, {format} holds {_MAX_EDGE[format]} pixels per edge")
-    pixels = _whole(data, header, shape.sized, rules, limits)
+    pixels = blurred(_whole(data, header, shape.sized, rules, limits), boxes)
     data = encode(_placed(pixels, shape, rules.background_rgb), format, rules.encode_quality)
     return Result(data, format, *shape.canvas, *source, changed=True, phash=_phash(pixels))
 
@@ -206,10 +208,12 @@ def _phash(pixels: Pixels) -> str:
     return phash(resize(pixels, (EDGE, EDGE)))
 
 
-def judge(data: bytes, rules: Rules, limits: Limits = DEFAULT_LIMITS) -> Result | ImageError | Dropped:
+def judge(
+    data: bytes, rules: Rules, limits: Limits = DEFAULT_LIMITS, boxes: Boxes = ()
+) -> Result | ImageError | Dropped:
     """`process` for a worker: what it raises is returned."""
     try:
-        return process(data, rules, limits)
+        return process(data, rules, limits, boxes)
     except (ImageError, Dropped) as error:
         return error.with_traceback(None)
     except MemoryError:
@@ -222,7 +226,7 @@ def render(data: bytes, header: Probe, shape: Geometry, rules: Rules, limits: Li
 
 
 def _whole(data: bytes, header: Probe, size: Size, rules: Rules, limits: Limits) -> Pixels:
-    """All of the picture at `size`, upright, in sRGB."""
+    """All of the image at `size`, upright, in sRGB."""
     resized = size != header.upright
     pixels, scale = _decode(data, header, limits, size if rules.scaled_decode and resized else None, rules)
     if resized:
@@ -278,9 +282,9 @@ def _half(free: int) -> int:
 def geometry(width: int, height: int, rules: Rules) -> Geometry:
     """What `rules` make of an upright image's size. With m = `max_image_size`:
 
-    - `keep_ratio`: a smaller edge above m becomes m, the larger one the exact ratio.
-    - `keep_ratio_largest`: a larger edge above m becomes m, the smaller one the exact ratio, at least 1.
-    - `center_crop`: as `keep_ratio`, then the central square of min(m, smaller edge).
+    - `keep_ratio`: a shorter edge above m becomes m, the longer one the exact ratio.
+    - `keep_ratio_largest`: a longer edge above m becomes m, the smaller one the exact ratio, at least 1.
+    - `center_crop`: as `keep_ratio`, then the central square of min(m, shorter edge).
     - `border`: as `keep_ratio_largest`, then centred on a square of m in the background's colour.
     - `no`: as it is.
 
@@ -299,7 +303,7 @@ def geometry(width: int, height: int, rules: Rules) -> Geometry:
 
 
 def target_size(width: int, height: int, max_image_size: int, *, upscale: bool = False) -> Size:
-    """(width, height) after resizing with `keep_ratio`: the smaller edge at most `max_image_size` (0: any), or with
+    """(width, height) after resizing with `keep_ratio`: the shorter edge at most `max_image_size` (0: any), or with
     `upscale` just that."""
     return _scaled(width, height, max_image_size, min(width, height), upscale)
 
@@ -382,15 +386,19 @@ _EXTRANEOUS = re.compile(r"(\d+) extraneous bytes before marker 0xd9")
 def _decoded_jpeg(data: bytes, width: int, height: int) -> Pixels:
     """RGBX pixels. Raises ValueError for whatever the decoder only warns about, but for bytes before the end marker:
     the file without them must decode without a warning."""
+
+    def decode(data: bytes) -> Pixels:
+        pixels: Pixels = simplejpeg.decode_jpeg(data, "RGBX", min_width=width, min_height=height, strict=True)
+        return pixels
+
     try:
-        return simplejpeg.decode_jpeg(data, "RGBX", min_width=width, min_height=height, strict=True)
+        return decode(data)
     except ValueError as error:
         found = _EXTRANEOUS.search(str(error))
         end = data.rfind(b"\xff\xd9")
         if not found or end < int(found[1]):
             raise
-        data = data[: end - int(found[1])] + b"\xff\xd9"
-        return simplejpeg.decode_jpeg(data, "RGBX", min_width=width, min_height=height, strict=True)
+        return decode(data[: end - int(found[1])] + b"\xff\xd9")
 
 
 def _scaled_enough(header: Probe, scale: int, target: Size) -> bool:
@@ -544,9 +552,9 @@ def _converted(pixels: Pixels, icc: bytes, mode: str) -> Pixels:
 def _resize_stored(pixels: Pixels, scale: int, header: Probe, size: Size, rules: Rules) -> Pixels:
     """An image as it is stored, decoded at 1/`scale` of its size, brought to `size` (upright).
 
-    A fraction that does not divide the size leaves a last row and column of which only a part lies in the picture:
+    A fraction that does not divide the size leaves a last row and column of which only a part lies in the image:
     taking them as whole ones would shift it by up to a pixel, which costs 6 dB. All orientations give the same pixels:
-    a picture that lies on its side is resized along the other axis first.
+    an image that lies on its side is resized along the other axis first.
     """
     backend, kind = rules.resize, rules.interpolation
     width, height = header.upright if header.format == "tiff" else (header.width, header.height)

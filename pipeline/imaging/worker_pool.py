@@ -1,14 +1,21 @@
-"""Processes within a rank that work on bytes that may be hostile: a crash, a hang or a flood of memory costs one task.
+"""The isolated decoder: processes within a rank that work on bytes that may be hostile.
 
-A worker is a fresh interpreter (no fork: ranks have threads), joined to its rank by a socket, over which it answers in
-plain bytes, nothing that the rank would execute. It does its tasks in order, so that the first one without an answer is
-to blame for its death; the others go to its successor. It ends by itself when its rank is gone, when a task exceeds its
-time (an alarm, which also ends code that is stuck in C), and between two tasks when it has grown beyond its memory.
-Results come in the order of the tasks; what is under way is bounded in number and bytes.
+A crash, a hang, a flood of memory or a wrong answer costs one task, never the rank. A worker is a fresh interpreter (no
+fork: ranks have threads), joined to its rank by a socket, over which it answers in plain bytes, nothing that the rank
+would execute or unpickle. Large results of a fixed size go through memory that both share (:class:`Slots`).
+
+A worker does its tasks in order and answers with their numbers, so that the first one without an answer is to blame for
+its death; the others go to its successor. It ends by itself when its rank is gone, when a task exceeds its time (an
+alarm, which also ends code that is stuck in C), and between two tasks when it has grown beyond its memory. The rank
+ends one whose answer cannot be right. What is under way is bounded in number and bytes.
+
+A worker that somebody has taken over can write into all slots of its rank, so it can change the pixels of other images
+of the batches under way. It can do no more than that to the rank.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import pickle
 import resource
@@ -18,6 +25,7 @@ import socket
 import struct
 import subprocess
 import sys
+import textwrap
 import time
 import traceback
 import weakref
@@ -27,9 +35,10 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 from pipeline.distributed.environment import tasks_on_node
+from pipeline.imaging.slots import Slots, mapped
 
 Token = TypeVar("Token")
 Answer = bytes | bytearray
@@ -37,77 +46,103 @@ Answer = bytes | bytearray
 _DEPTH = 3  # tasks that a worker has, so that the next one is there when one is done
 _TASKS = 32  # per worker: taken in and not yet handed out, in all; one that hangs holds up those behind it
 _BYTES = 2**26  # the same in bytes, of tasks and results
-_LARGEST = 2**31  # bytes of a result
+_LARGEST = 2**31  # bytes of an answer
 _GRACE = 10.0  # seconds after twice its time that a worker may fail to end itself, in a system call for instance
 _STARTS = 3  # workers in a row that may die before their first word
-_HEAD = struct.Struct(">BQ")
-_HELLO, _TASK, _RESULT, _FAILED, _LEAVING = range(5)
+_DEFECTS = 16  # tasks at which the function may raise before any task has been answered
+_ASKED = struct.Struct(">IIIQ")  # number of the task, its slot, lengths of its key and its data
+_SAID = struct.Struct(">BIQ")  # kind of message, number of the task, length of the body
+_HELLO, _RESULT, _FAILED, _LEAVING = range(4)
+
+
+log = logging.getLogger("pipeline")
 
 
 class WorkerError(RuntimeError):
-    """Workers do not start, or the function raised what it should not: a defect, never bad data."""
+    """Workers do not start, or the function raises whatever the data: a defect, never bad data."""
 
 
 @dataclass(frozen=True, slots=True)
 class Lost:
-    """The result of a task whose worker died at it."""
+    """The result of a task whose worker died at it, raised, or gave an answer that cannot be right."""
 
     reason: str
     """`crash` or `timeout`."""
     detail: str
 
 
+@dataclass(frozen=True)
+class WorkerLimits:
+    """What a worker may take for one task: seconds, and bytes beyond what it starts with; 0: any."""
+
+    timeout: float = 60.0
+    memory: int = 2**31
+
+    @classmethod
+    def of(cls, config: Any) -> WorkerLimits:
+        """As ``decode_timeout=`` and ``worker_memory=`` (MiB) say."""
+        return cls(config.decode_timeout, config.worker_memory * 2**20)
+
+
+DEFAULT_WORKER_LIMITS = WorkerLimits()
+
+
 @dataclass(slots=True)
 class _Load:
-    """Bytes of tasks taken in and not yet handed out, and of their results: their owner may still need both."""
+    """Bytes of tasks taken in and not yet handed out, and of their answers: their owner may still need both."""
 
     bytes: int = 0
 
 
 @dataclass(slots=True, eq=False)
-class _Task(Generic[Token]):
-    token: Token
-    data: bytes | None
-    load: _Load
-    result: Answer | Lost | None = None
+class Task:
+    """Something for a worker to do; ``result`` is there once it is ``done``."""
+
+    data: bytes
+    slot: int = 0
+    key: bytes = b""
+    number: int = 0
+    result: Any = None
     done: bool = False
+    given_up: bool = False
     tries: int = 0
+    load: _Load = field(default_factory=_Load)
+    size: int = 0
 
     def __post_init__(self) -> None:
-        self.done = self.data is None
-        self.load.bytes += self.size
+        self._count(len(self.data))
 
-    def finish(self, result: Answer | Lost) -> None:
-        self.load.bytes -= self.size
-        self.result, self.done = result, True
-        self.load.bytes += self.size
+    def _count(self, size: int) -> None:
+        self.size += size
+        self.load.bytes += size
 
-    @property
-    def size(self) -> int:
-        return len(self.data or b"") + (len(self.result) if isinstance(self.result, (bytes, bytearray)) else 0)
+    def finish(self, result: Any, size: int = 0) -> None:
+        self.result, self.done, self.data = result, True, b""
+        self._count(size)
 
 
 @dataclass(slots=True, eq=False)
 class _Worker:
     process: subprocess.Popen[bytes]
     socket: socket.socket
-    tasks: deque[_Task[Any]] = field(default_factory=deque)
+    tasks: deque[Task] = field(default_factory=deque)
     outbox: list[memoryview] = field(default_factory=list)
-    inbox: bytearray = field(default_factory=lambda: bytearray(_HEAD.size))
+    inbox: bytearray = field(default_factory=lambda: bytearray(_SAID.size))
     received: int = 0
-    kind: int = -1  # of the message whose body is being received; -1: the next is a head
+    head: tuple[int, int] | None = None
+    """Kind and number of the message whose body is being received; None: the next is a head."""
     greeted: bool = False
     leaving: bool = False
     since: float = 0.0  # when it was free for the first of its tasks, by our clock
 
-    def send(self, message: bytes) -> None:
-        self.outbox += (memoryview(_HEAD.pack(_TASK, len(message))), memoryview(message))
+    def send(self, *parts: bytes) -> None:
+        self.outbox += map(memoryview, filter(None, parts))
 
     def flush(self) -> bool:
         """Send what the socket takes; whether that is all."""
         while self.outbox:
             try:
-                sent = self.socket.sendmsg(self.outbox)
+                sent = self.socket.sendmsg(self.outbox[:_VECTORS])
             except BlockingIOError:
                 return False
             except OSError:
@@ -119,11 +154,12 @@ class _Worker:
                 self.outbox[0] = self.outbox[0][sent:]
         return True
 
-    def messages(self) -> Iterator[tuple[int, bytearray]]:
-        """What it has said so far: kind and body.
+    def messages(self, largest: int) -> Iterator[tuple[int, int, bytearray]]:
+        """What it has said so far: kind, number of the task, body.
 
         Raises:
-            EOFError: it is gone, or says what no worker of ours would.
+            EOFError: it is gone.
+            _WrongAnswer: a body of more than ``largest`` bytes is announced.
         """
         while True:
             while self.received < len(self.inbox):
@@ -136,37 +172,81 @@ class _Worker:
                 if count == 0:
                     raise EOFError
                 self.received += count
-            if self.kind < 0:
-                self.kind, length = _HEAD.unpack(self.inbox)
-                if length > _LARGEST:
-                    raise EOFError
+            length = _SAID.size
+            if self.head is None:
+                kind, number, length = _SAID.unpack(self.inbox)
+                if length > (_TEXT if kind == _FAILED else largest):
+                    raise _WrongAnswer("gave an answer that is too long")
+                self.head = kind, number
             else:
-                kind, body = self.kind, self.inbox
-                self.kind, length = -1, _HEAD.size
-                yield kind, body
+                (kind, number), self.head = self.head, None
+                yield kind, number, self.inbox
             self.inbox, self.received = bytearray(length), 0
+
+
+_VECTORS = 512  # buffers of one sendmsg; Linux takes 1024
+_TEXT = 2**16  # bytes of a traceback
+_LINES = 40  # of a traceback that are shown
+_DETAIL = 400  # characters
+
+
+class _WrongAnswer(Exception):
+    """A worker does what none of ours should; ``certain``: at the task that it is at, not perhaps at another."""
+
+    def __init__(self, what: str, certain: bool = False) -> None:
+        super().__init__(what)
+        self.certain = certain
+
+
+def _as_it_is(answer: bytearray, data: bytes) -> Any:
+    return answer
 
 
 class Pool:
     """Runs ``module:function`` on bytes, in ``workers`` processes (0: in this one, unprotected).
 
     Args:
-        function: called as ``function(data, *arguments)``; raises nothing, returns bytes.
+        function: called as ``function(data, *arguments)``, with ``slots`` as ``function(slot, data, key, *arguments)``,
+            where ``slot`` is uint8 (size,); returns bytes. A task at which it raises is lost.
         timeout: seconds that a task may take; what takes longer twice is lost. 0: any time.
         memory: bytes that a worker may allocate beyond what it starts with; 0: any. More is a ``MemoryError`` in it.
+        slots: the memory that tasks are done into.
+        read: ``read(answer, data)`` gives a task's result; raises ValueError if the answer cannot be right: then the
+            task is lost and its worker is ended. The default gives the answer as it is.
+        largest: bytes that an answer may have.
+        depth: tasks that a worker is given at once.
     """
 
     def __init__(
-        self, function: str, arguments: tuple[Any, ...] = (), *, workers: int = 1, timeout: float = 60, memory: int = 0
+        self,
+        function: str,
+        arguments: tuple[Any, ...] = (),
+        *,
+        workers: int = 1,
+        timeout: float = 60,
+        memory: int = 0,
+        slots: Slots | None = None,
+        read: Callable[[bytearray, bytes], Any] = _as_it_is,
+        largest: int = _LARGEST,
+        depth: int = _DEPTH,
     ) -> None:
         self._count = workers
         self._timeout = timeout
         self._function = function
         self._arguments = arguments
-        self._setup = pickle.dumps((function, arguments, timeout, memory))
+        self._slots = slots
+        self._read = read
+        self._largest = largest
+        self._depth = depth
+        shared = (slots.descriptor, slots.memory.shape) if slots else None
+        self._setup = pickle.dumps((function, arguments, timeout, memory, shared))
+        self._queue: deque[Task] = deque()
+        self._number = 0
         self._workers: list[_Worker] = []
         self._selector = selectors.DefaultSelector()
         self._failed_starts = 0
+        self._defects = 0
+        self._works = False
         self._finalizer = weakref.finalize(self, _end, self._workers, self._selector)
 
     def close(self) -> None:
@@ -180,66 +260,116 @@ class Pool:
         """Process ids of the workers that run."""
         return [worker.process.pid for worker in self._workers]
 
+    # ---- tasks
+
     def map(
         self, tasks: Iterable[tuple[Token, bytes | None]], tick: Callable[[], None] = lambda: None
-    ) -> Iterator[tuple[Token, Answer | Lost | None]]:
-        """(token, result) of each (token, data) in order; without data the result is None.
+    ) -> Iterator[tuple[Token, Any]]:
+        """(token, result) of each (token, data) in order; without data the result is None. For pools without slots.
 
         ``tick`` is called now and then while waiting, and may raise.
 
         Raises:
             WorkerError: see there.
         """
-        if self._count == 0:
-            run = _function(self._function)
-            for token, data in tasks:
-                yield token, None if data is None else run(data, *self._arguments)
-            return
         source = iter(tasks)
-        open_tasks: deque[_Task[Token]] = deque()
-        waiting: deque[_Task[Token]] = deque()
+        under_way: deque[tuple[Token, Task | None]] = deque()
         load = _Load()
+        most, most_bytes = _TASKS * max(1, self._count), _BYTES * max(1, self._count)
         more = True
-        while True:
-            block = 1.0
-            if more and len(open_tasks) < _TASKS * self._count and load.bytes < _BYTES * self._count:
-                taken = next(source, None)
-                more = taken is not None
-                if taken is not None:
-                    task = _Task(*taken, load)
-                    open_tasks.append(task)
-                    if not task.done:
-                        waiting.append(task)
-                block = 0.0
-            while waiting and self._assign(waiting[0]):
-                waiting.popleft()
-            while open_tasks and open_tasks[0].done:
-                done = open_tasks.popleft()
-                load.bytes -= done.size
-                yield done.token, done.result
-                block = 0.0
-            if not more and not open_tasks:
-                return
-            waiting.extendleft(reversed(self._exchange(block)))
-            if block:
-                tick()
+        try:
+            while more or under_way:
+                block = 1.0
+                if more and len(under_way) < most and load.bytes < most_bytes:
+                    taken = next(source, None)
+                    more = taken is not None
+                    if taken is not None:
+                        token, data = taken
+                        under_way.append((token, None if data is None else self._submit(Task(data, load=load))))
+                    block = 0.0
+                self._assign()
+                while under_way and (under_way[0][1] is None or under_way[0][1].done):
+                    token, task = under_way.popleft()
+                    load.bytes -= 0 if task is None else task.size
+                    yield token, None if task is None else task.result
+                    block = 0.0
+                if not more and not under_way:
+                    return
+                if self._count:
+                    self._exchange(block)
+                if block:
+                    tick()
+        finally:
+            for _, task in under_way:
+                if task is not None:
+                    task.given_up = True
+
+    def submit(self, data: bytes, slot: int = 0, key: str = "") -> Task:
+        """Have ``data`` worked on; with slots into ``slot``, which must not be in use."""
+        return self._submit(Task(data, slot, key.encode(errors="surrogatepass")))
+
+    def _submit(self, task: Task) -> Task:
+        if self._count:
+            self._number = task.number = (self._number + 1) % 2**32
+            self._queue.append(task)
+        else:
+            answer = self._run_here(task)
+            task.finish(self._read(answer, task.data), len(answer))
+        return task
+
+    def push(self) -> None:
+        """Give waiting tasks to workers, if there are enough of them to be worth it; see what workers have said."""
+        if len(self._queue) >= self._depth:
+            self._assign()
+            self._exchange(0)
+
+    def wait(self, task: Task) -> Any:
+        """The result of ``task``.
+
+        Raises:
+            WorkerError: see there.
+        """
+        while not task.done:
+            self._assign()
+            self._exchange(1.0)
+        return task.result
+
+    def drain(self) -> None:
+        """Forget what waits, and wait for what is being worked on: then all slots are free."""
+        self._queue.clear()
+        while any(worker.tasks for worker in self._workers):
+            self._exchange(1.0)
+            self._queue.clear()  # what a worker that died had left
+
+    def _run_here(self, task: Task) -> Any:
+        run = _function(self._function)
+        if self._slots is None:
+            return run(task.data, *self._arguments)
+        key = task.key.decode(errors="surrogatepass")
+        return run(self._slots.memory[task.slot], task.data, key, *self._arguments)
 
     # ---- workers
 
-    def _assign(self, task: _Task[Any]) -> bool:
-        """Give ``task`` to a worker that has room; starts those that are missing."""
-        while len(self._workers) < self._count:
-            self._workers.append(self._start())
-        worker = min(self._workers, key=lambda w: len(w.tasks))
-        if len(worker.tasks) >= _DEPTH:
-            return False
-        assert task.data is not None
-        if not worker.tasks:
-            worker.since = time.monotonic()
-        worker.tasks.append(task)
-        worker.send(task.data)
-        self._flush(worker)
-        return True
+    def _assign(self) -> None:
+        """Give waiting tasks to workers that have few, several at once; starts workers that are missing."""
+        while self._queue:
+            while len(self._workers) < self._count:
+                self._workers.append(self._start())
+            worker = min(self._workers, key=lambda w: len(w.tasks))
+            if len(worker.tasks) > self._depth // 2:
+                return
+            if not worker.tasks and worker.process.poll() is not None:
+                self._bury(worker)  # it has died meanwhile, over no task
+                continue
+            if not worker.tasks:
+                worker.since = time.monotonic()
+            share = -(-len(self._queue) // self._count)  # as many for each, if there are few
+            for _ in range(min(self._depth - len(worker.tasks), share)):
+                task = self._queue.popleft()
+                if not task.given_up:
+                    worker.tasks.append(task)
+                    worker.send(_ASKED.pack(task.number, task.slot, len(task.key), len(task.data)), task.key, task.data)
+            self._flush(worker)
 
     def _flush(self, worker: _Worker) -> None:
         """Send what can be sent; the rest when the socket takes it."""
@@ -257,70 +387,97 @@ class Pool:
             process = subprocess.Popen(
                 [sys.executable, "-c", f"from pipeline.imaging.worker_pool import main; main({theirs.fileno()})"],
                 stdin=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
+                pass_fds=[theirs.fileno(), *([self._slots.descriptor] if self._slots else [])],
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
             )
         ours.setblocking(False)
         worker = _Worker(process, ours)
-        worker.send(self._setup)
+        worker.send(_ASKED.pack(0, 0, 0, len(self._setup)), self._setup)
         self._selector.register(ours, selectors.EVENT_READ, worker)
         self._flush(worker)
         return worker
 
-    def _exchange(self, timeout: float) -> list[_Task[Any]]:
-        """Send and receive what is due, waiting at most so many seconds; tasks to be assigned anew."""
-        anew: list[_Task[Any]] = []
+    def _exchange(self, timeout: float) -> None:
+        """Send and receive what is due, waiting at most ``timeout`` seconds; tasks of workers that died go back."""
         for key, events in self._selector.select(timeout):
             worker: _Worker = key.data
             if events & selectors.EVENT_WRITE:
                 self._flush(worker)
             if events & selectors.EVENT_READ:
                 try:
-                    for kind, body in worker.messages():
-                        self._take(worker, kind, body)
+                    for kind, number, body in worker.messages(self._largest):
+                        self._take(worker, kind, number, body)
                 except EOFError:
-                    anew += self._bury(worker)
+                    self._bury(worker)
+                except _WrongAnswer as wrong:
+                    self._bury(worker, wrong)
         late = time.monotonic() - 2 * self._timeout - _GRACE
         for worker in self._workers:
             if self._timeout and worker.greeted and worker.tasks and worker.since < late:
                 worker.process.kill()
-        return anew
 
-    def _take(self, worker: _Worker, kind: int, body: bytearray) -> None:
-        """What a worker has said; raises EOFError if no worker of ours would."""
-        if kind == _RESULT and worker.tasks:
-            worker.tasks.popleft().finish(body)
-            worker.since = time.monotonic()
-        elif kind == _HELLO:
+    def _take(self, worker: _Worker, kind: int, number: int, body: bytearray) -> None:
+        """What a worker has said; raises _WrongAnswer if no worker of ours would."""
+        if kind in (_RESULT, _FAILED) and worker.tasks:
+            task = worker.tasks[0]
+            if number != task.number:
+                raise _WrongAnswer("gave the answer to another task")
+            if kind == _FAILED:
+                raise _WrongAnswer(self._defect(body.decode(errors="replace")), certain=True)
+            try:
+                result = self._read(body, task.data)
+            except ValueError as error:
+                raise _WrongAnswer(f"gave {error}", certain=True) from None
+            worker.tasks.popleft().finish(result, len(body))
+            worker.since, self._works = time.monotonic(), True
+        elif kind == _HELLO and not worker.greeted:
             worker.greeted, self._failed_starts, worker.since = True, 0, time.monotonic()
-        elif kind == _LEAVING:
+        elif kind == _LEAVING and not worker.leaving:
             worker.leaving = True
-        elif kind == _FAILED:
-            raise WorkerError(f"{self._function} failed in a worker:\n{body.decode(errors='replace')}")
         else:
-            raise EOFError
+            raise _WrongAnswer("gave no answer")
 
-    def _bury(self, worker: _Worker) -> list[_Task[Any]]:
-        """Forget a worker that has died; its tasks that are to be done by another. The one it was at is blamed, but
-        not at the first time where it may be another's doing: a suspended job, somebody short of memory."""
+    def _defect(self, traceback: str) -> str:
+        """What to say of a task at which the function raised; the first traceback is logged.
+
+        Raises:
+            WorkerError: it raises at all tasks, not only at some images.
+        """
+        lines = ["".join(c if c.isprintable() else "?" for c in line) for line in traceback.splitlines()] or [""]
+        self._defects += 1
+        said = f"{self._function} failed in a worker:\n" + textwrap.indent("\n".join(lines[-_LINES:]), "  | ")
+        if not self._works and self._defects >= _DEFECTS:
+            raise WorkerError(said)
+        if self._defects == 1:
+            log.warning("%s", said)
+        return f"failed with {lines[-1][:_DETAIL]}"
+
+    def _bury(self, worker: _Worker, wrong: _WrongAnswer | None = None) -> None:
+        """Forget a worker that has died, or whose answer was ``wrong``; its tasks go to another. The one it was at is
+        blamed, but not at the first time where it may be another's doing: a suspended job, somebody short of memory,
+        the task before that answered twice or made the worker leave."""
         self._selector.unregister(worker.socket)
         self._workers.remove(worker)
         worker.socket.close()
-        with suppress(subprocess.TimeoutExpired):
-            worker.process.wait(1)
+        if not wrong:
+            with suppress(subprocess.TimeoutExpired):
+                worker.process.wait(1)
         worker.process.kill()  # no more than its socket may be closed
         code = worker.process.wait()
         if not worker.greeted:
             self._failed_starts += 1
             if self._failed_starts >= _STARTS:
                 raise WorkerError(f"worker processes do not start (exit code {code}): see what they say above")
-        elif worker.tasks and not worker.leaving:
+        elif worker.tasks:
             task = worker.tasks[0]
             task.tries += 1
-            if task.tries > 1 or -code not in (signal.SIGALRM, signal.SIGKILL):
-                worker.tasks.popleft()
-                task.finish(_lost(code, self._timeout))
-        return list(worker.tasks)
+            perhaps = worker.leaving or -code in (signal.SIGALRM, signal.SIGKILL)
+            if task.tries > 1 or (wrong.certain if wrong else not perhaps):
+                lost = Lost("crash", f"the worker {wrong}") if wrong else _lost(code, self._timeout)
+                worker.tasks.popleft().finish(lost)
+                if self._slots is not None:
+                    self._slots.memory[task.slot] = 0
+        self._queue.extendleft(reversed(worker.tasks))
 
 
 def _lost(code: int, timeout: float) -> Lost:
@@ -386,26 +543,27 @@ def main(descriptor: int) -> None:
 
 
 def _serve(rank: socket.socket) -> None:
-    name, arguments, timeout, memory = pickle.loads(_receive(rank))
+    name, arguments, timeout, memory, shared = pickle.loads(_receive(rank)[-1])
     run = _function(name)
+    slots = mapped(*shared) if shared else None
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     most = 0
     if memory:
-        virtual, resident = _memory()
+        virtual, own = _memory()
         resource.setrlimit(resource.RLIMIT_AS, (virtual + memory, virtual + memory))
-        most = resident + memory // 2
+        most = own + memory // 2
     _say(rank, _HELLO)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # libraries have much to say about bad files
     while True:
-        data = _receive(rank)
+        number, slot, key, data = _receive(rank)
         signal.setitimer(signal.ITIMER_REAL, timeout)
         try:
-            answer = run(data, *arguments)
+            answer = run(data, *arguments) if slots is None else run(slots[slot], data, key, *arguments)
         except BaseException:
-            _say(rank, _FAILED, traceback.format_exc().encode())
+            _say(rank, _FAILED, number, traceback.format_exc().encode()[-_TEXT:])
             return
         signal.setitimer(signal.ITIMER_REAL, 0)
-        _say(rank, _RESULT, answer)
+        _say(rank, _RESULT, number, answer)
         if most and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10 > most and _memory()[1] > most:
             _say(rank, _LEAVING)
             return
@@ -417,19 +575,21 @@ def _function(name: str) -> Callable[..., Any]:
 
 
 def _memory() -> tuple[int, int]:
-    """Virtual and resident memory of this process in bytes."""
-    sizes = Path("/proc/self/statm").read_text().split()
-    return int(sizes[0]) * resource.getpagesize(), int(sizes[1]) * resource.getpagesize()
+    """Virtual memory of this process, and the resident memory that is its own, without slots; in bytes."""
+    virtual, resident, shared = map(int, Path("/proc/self/statm").read_text().split()[:3])
+    return virtual * resource.getpagesize(), (resident - shared) * resource.getpagesize()
 
 
-def _say(rank: socket.socket, kind: int, data: bytes = b"") -> None:
-    sent = rank.sendmsg([_HEAD.pack(kind, len(data)), data]) - _HEAD.size
+def _say(rank: socket.socket, kind: int, number: int = 0, data: bytes = b"") -> None:
+    sent = rank.sendmsg([_SAID.pack(kind, number, len(data)), data]) - _SAID.size
     if sent < len(data):
-        rank.sendall(memoryview(data)[sent:])
+        rank.sendall(memoryview(data)[max(0, sent) :])
 
 
-def _receive(rank: socket.socket) -> bytes:
-    return _exactly(rank, _HEAD.unpack(_exactly(rank, _HEAD.size))[1])
+def _receive(rank: socket.socket) -> tuple[int, int, str, bytes]:
+    """Number of a task, its slot, key and data."""
+    number, slot, key, data = _ASKED.unpack(_exactly(rank, _ASKED.size))
+    return number, slot, _exactly(rank, key).decode(errors="surrogatepass"), _exactly(rank, data)
 
 
 def _exactly(rank: socket.socket, length: int) -> bytes:

@@ -1,31 +1,67 @@
-"""What an image worker makes of a file, as plain bytes: it decodes what may be hostile, so that nothing is unpickled.
+"""Answers of image workers as plain bytes: the workers decode hostile data, so nothing from them is unpickled.
 
-A head of fixed size with what was found, then the bytes of the image. Those of one that passes through untouched are
-not sent back.
+Each kind of answer has a function that a worker runs, and one that reads the answer and refuses with ValueError what
+the first cannot have said:
+
+===========================  ========================  =============================================
+function of the worker       read by                   gives
+===========================  ========================  =============================================
+:func:`answer`               :func:`understood`        what stage=filter stores
+:func:`answer_with_boxes`    :func:`with_boxes`        the same, some boxes of it blurred
+:func:`pixels`               :func:`read_pixels`       the whole image, uint8 (h, w, 3)
+:func:`size`                 :func:`read_size`         (height, width) of an image that decodes whole
+:func:`header_size`          :func:`read_size`         (height, width) that an image's header says
+===========================  ========================  =============================================
+
+The bytes of an image that passes through the filter untouched are not sent back.
 """
 
 from __future__ import annotations
 
 import re
 import struct
+from collections.abc import Callable
 
-from pipeline.imaging.headers import DEFAULT_LIMITS, FORMATS, ImageError, Limits
-from pipeline.imaging.transform import Dropped, Result, Rules, judge
+import numpy as np
+
+from pipeline.imaging import blur
+from pipeline.imaging.headers import DEFAULT_LIMITS, FORMATS, ImageError, Limits, probe
+from pipeline.imaging.transform import Dropped, Pixels, Result, Rules, decode, judge
 
 _KEPT, _UNCHANGED, _DROPPED, _ERROR = range(4)
 _RESULT = struct.Struct("<BBIIII?16s")  # kind, format, width and height now and before, whether there is a hash, hash
+_SIZE = struct.Struct("<BII")  # kind, height, width
 _REASON = re.compile(r"[a-z0-9_]{1,40}")
 _DETAIL = 400  # characters
 _EDGE = 2**31
 _REFUSED: dict[int, type[Dropped] | type[ImageError]] = {_DROPPED: Dropped, _ERROR: ImageError}
+SMALL = 4096
+"""Bytes that an answer without pixels may have."""
 
 
 def answer(data: bytes, rules: Rules, limits: Limits = DEFAULT_LIMITS) -> bytes:
     """`judge`, for a worker."""
-    found = judge(data, rules, limits)
+    return _said(judge(data, rules, limits))
+
+
+def answer_with_boxes(task: bytes, rules: Rules, limits: Limits = DEFAULT_LIMITS) -> bytes:
+    """`answer` to an image and its boxes, as :func:`pipeline.imaging.blur.packed` gives them."""
+    boxes, data = blur.unpacked(task)
+    return _said(judge(data, rules, limits, boxes))
+
+
+def with_boxes(said: bytes | bytearray, task: bytes) -> Result | ImageError | Dropped:
+    """What `answer_with_boxes` said of `task`; raises ValueError if it cannot have said that."""
+    boxes, data = blur.unpacked(task)
+    found = understood(said, data)
+    if isinstance(found, Result) and boxes and not found.changed:
+        raise ValueError("an image that was not blurred")
+    return found
+
+
+def _said(found: Result | ImageError | Dropped) -> bytes:
     if not isinstance(found, Result):
-        kind = _DROPPED if isinstance(found, Dropped) else _ERROR
-        return bytes([kind]) + f"{found.reason}\0{found.detail[:_DETAIL]}".encode(errors="backslashreplace")
+        return _refusal(found)
     sizes = (found.width, found.height, found.source_width, found.source_height)
     kind, format = _KEPT if found.changed else _UNCHANGED, FORMATS.index(found.format)
     head = _RESULT.pack(kind, format, *sizes, bool(found.phash), bytes.fromhex(found.phash))
@@ -36,15 +72,98 @@ def understood(said: bytes | bytearray, data: bytes) -> Result | ImageError | Dr
     """What `answer` said of `data`; raises ValueError if it cannot have said that."""
     kind = said[0] if said else -1
     if kind in _REFUSED:
-        reason, _, detail = said[1:].decode().partition("\0")
-        if not _REASON.fullmatch(reason):
-            raise ValueError("no reason")
-        return _REFUSED[kind](reason, detail)
+        return _read_refusal(said)
     if kind not in (_KEPT, _UNCHANGED) or len(said) < _RESULT.size:
         raise ValueError("no answer")
     _, format, width, height, source_width, source_height, has_hash, look = _RESULT.unpack_from(said)
     if format >= len(FORMATS) or not all(0 < edge < _EDGE for edge in (width, height, source_width, source_height)):
         raise ValueError("no image")
+    if (kind == _KEPT) != (len(said) > _RESULT.size):
+        raise ValueError("an answer of the wrong length")
     image, changed = (bytes(memoryview(said)[_RESULT.size :]), True) if kind == _KEPT else (data, False)
     seen = look.hex() if has_hash else ""
     return Result(image, FORMATS[format], width, height, source_width, source_height, changed, seen)
+
+
+def pixels(data: bytes, limits: Limits = DEFAULT_LIMITS) -> bytes:
+    """The whole image, for a worker."""
+    return _decoded(data, limits, lambda image: image.tobytes())
+
+
+def read_pixels(said: bytes | bytearray, data: bytes = b"") -> Pixels | ImageError:
+    """What `pixels` said, uint8 (h, w, 3); raises ValueError if it cannot have said that."""
+    if said[:1] == bytes([_ERROR]):
+        return _read_error(said)
+    height, width = _read_head(said)
+    if len(said) != _SIZE.size + 3 * height * width:
+        raise ValueError(f"{len(said) - _SIZE.size} bytes of pixels for an image of {width}x{height}")
+    return np.frombuffer(said, np.uint8, offset=_SIZE.size).reshape(height, width, 3)
+
+
+def size(data: bytes, limits: Limits = DEFAULT_LIMITS) -> bytes:
+    """The size of an image, once all of it has been decoded; for a worker."""
+    return _decoded(data, limits, lambda image: b"")
+
+
+def header_size(data: bytes, limits: Limits = DEFAULT_LIMITS) -> bytes:
+    """The size of an upright image, as its header says; for a worker."""
+    try:
+        width, height = probe(data, limits).upright
+    except ImageError as error:
+        return _refusal(error)
+    return _SIZE.pack(_KEPT, height, width)
+
+
+def read_size(said: bytes | bytearray, data: bytes = b"") -> tuple[int, int] | ImageError:
+    """What `size` said, (height, width); raises ValueError if it cannot have said that."""
+    if said[:1] == bytes([_ERROR]):
+        return _read_error(said)
+    if len(said) != _SIZE.size:
+        raise ValueError("an answer of the wrong length")
+    return _read_head(said)
+
+
+def _decoded(data: bytes, limits: Limits, more: Callable[[Pixels], bytes]) -> bytes:
+    try:
+        image = decode(data, probe(data, limits), limits)
+        return _SIZE.pack(_KEPT, *image.shape[:2]) + more(image)
+    except ImageError as error:
+        return _refusal(error)
+    except MemoryError:
+        return _refusal(ImageError("out_of_memory"))
+
+
+def _read_head(said: bytes | bytearray) -> tuple[int, int]:
+    if len(said) < _SIZE.size or said[0] != _KEPT:
+        raise ValueError("no answer")
+    _, height, width = _SIZE.unpack_from(said)
+    if not (0 < height < _EDGE and 0 < width < _EDGE):
+        raise ValueError("no image")
+    return height, width
+
+
+def _refusal(found: Dropped | ImageError) -> bytes:
+    kind = _DROPPED if isinstance(found, Dropped) else _ERROR
+    return bytes([kind]) + reason_bytes(found.reason, found.detail)
+
+
+def _read_refusal(said: bytes | bytearray) -> Dropped | ImageError:
+    reason, detail = read_reason(said[1:])
+    return _REFUSED[said[0]](reason, detail)
+
+
+def _read_error(said: bytes | bytearray) -> ImageError:
+    return ImageError(*read_reason(said[1:]))
+
+
+def reason_bytes(reason: str, detail: str) -> bytes:
+    """Why an image was refused, as part of an answer."""
+    return f"{reason}\0{detail[:_DETAIL]}".encode(errors="backslashreplace")
+
+
+def read_reason(said: bytes | bytearray) -> tuple[str, str]:
+    """Reason and detail; raises ValueError if :func:`reason_bytes` cannot have said that."""
+    reason, _, detail = said.decode().partition("\0")
+    if not _REASON.fullmatch(reason) or len(said) > SMALL:
+        raise ValueError("no reason")
+    return reason, detail

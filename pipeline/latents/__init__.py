@@ -1,1 +1,1 @@
-"""Latents: how pictures get to the encoders, how text states are packed, how latents are checked and loaded."""
+"""The precompute pipeline: decoding ahead of the encoders, encoding, and validation of latents."""

@@ -1,4 +1,4 @@
-"""Batches of cut images and captions → the bytes that are stored, on one device.
+"""Encodes batches of cropped images and captions into the bytes that are stored, on one device.
 
 On a GPU nothing here waits for it: images are copied on a stream of their own while the batch before is encoded, and
 results are on their way back when :meth:`Encoding.encode` returns; :meth:`Encoded.wait` is for whoever writes them.
@@ -14,15 +14,18 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from pipeline.config.schema import ConfigError
 from pipeline.encoders.base import Autoencoder, ImageEncoder, TextEncoder, sampled, sent
-from pipeline.latents.decoding import Layout, Noise
+from pipeline.encoders.crop import BucketCrop, Crop
+from pipeline.imaging.buckets import Buckets, Size
+from pipeline.latents.image_decoding import Layout, Noise
 from pipeline.latents.transfers import Transfers, Transit, out_of_memory
 from pipeline.loading import text_storage
 
@@ -44,11 +47,13 @@ class Batch:
         slots: uint8 (n, bytes), as :attr:`Encoding.slot` says; on a GPU pinned, of the same n each time.
         captions: to be encoded along with the images; not theirs.
         copied: called when ``slots`` may be used again.
+        sizes: with buckets, those of all images of the batch, for each resolution; empty: its slots hold no images.
     """
 
     slots: Tensor
     captions: Sequence[str] = ()
     copied: Callable[[], None] = lambda: None
+    sizes: tuple[Size, ...] = ()
 
 
 @dataclass
@@ -60,6 +65,7 @@ class Encoded:
         finite: bool (n, 2), whether all values of the image's columns are: as computed, and as stored.
         texts: by column, uint8 (captions, bytes), in the order of the captions.
         texts_finite: bool (captions, 2).
+        cuts: by column of which padding is not stored, what makes a caption's stored bytes of its packed ones.
     """
 
     columns: dict[str, Tensor]
@@ -67,107 +73,58 @@ class Encoded:
     texts: dict[str, Tensor]
     texts_finite: Tensor
     transit: Transit
+    cuts: dict[str, Callable[[npt.NDArray[Any], int], npt.NDArray[Any]]] = field(default_factory=dict)
+
+    def text(self, column: str, packed: npt.NDArray[Any], number: int) -> bytes:
+        """The bytes to store of caption ``number``, whose row of ``texts[column]`` is ``packed``."""
+        cut = self.cuts.get(column)
+        return (packed if cut is None else cut(packed, number)).tobytes()
 
     def wait(self) -> None:
         self.transit.wait()
 
 
-@dataclass
-class Encoding:
-    """The encoders and how their results are stored.
+@dataclass(kw_only=True)
+class TextEncoding:
+    """Text encoders and how their results are stored.
 
     Attributes:
         texts: by column.
-        seed: of the noise that makes latents samples of their posterior; None: they are none.
-        pooled: columns of pooled text embeddings, by the column of the encoder's states.
         dtype: of what is stored.
+        pooled: columns of pooled text embeddings, by the column of the encoder's states.
         notes: counts of batches that had to be halved because the memory did not suffice.
     """
 
     device: torch.device
-    vae: Autoencoder
     texts: dict[str, TextEncoder]
-    image_encoder: ImageEncoder | None
-    resolutions: Sequence[int]
-    moments: bool
     storage: str
     dtype: str
-    seed: int | None = None
     pooled: dict[str, str] = field(default_factory=dict)
     notes: Counter[str] = field(default_factory=Counter)
     _most: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.transfers = Transfers(self.device)
-        self.slot = self._slot()
-        self._starts = self.slot.starts
-        if self.device.type == "cuda":
-            self._most["images"] = self.largest_batch()
-
-    def _slot(self) -> Layout:
-        """What decoding leaves in an image's slot."""
-        crops = [self.vae.preprocessing.crop(resolution) for resolution in self.resolutions]
-        if self.image_encoder is not None:
-            crops.append(self.image_encoder.preprocessing.crop(self.image_encoder.resolution))
-        if self.seed is None:
-            return Layout(tuple(crops))
-        return Layout(tuple(crops), tuple(Noise(self.seed, r, self.vae.latent_shape(r)) for r in self.resolutions))
-
-    def largest_batch(self) -> int:
-        """Images whose activations at the largest resolution have fewer than 2^31 elements."""
-        return max(1, (_ELEMENTS - 1) // (self.vae.widest * max(self.resolutions) ** 2))
 
     @torch.inference_mode()
-    def encode(self, batch: Batch) -> Encoded:
-        """Raises ConfigError where not even one image fits into the memory."""
-        transfers, count = self.transfers, len(batch.slots)
-        (slots,) = transfers.upload([batch.slots], batch.copied)
-        transfers.begin()
+    def encode_captions(self, captions: Sequence[str]) -> Encoded:
+        """Raises ConfigError where not even one caption fits into the memory."""
+        self.transfers.begin()
+        return self._encoded({}, torch.ones((0, 2), dtype=torch.bool), captions)
+
+    def _encoded(self, columns: dict[str, Tensor], finite: Tensor, captions: Sequence[str]) -> Encoded:
+        """What is computed of images already, with the text states of ``captions``, on its way to the host."""
+        transfers = self.transfers
         texts: dict[str, Tensor] = {}
-        text_flags = [self._encode_texts(name, batch.captions, texts) for name in self.texts]
-        parts = self._in_parts("images", lambda part: self._encode_images(slots[part]), count)
-        columns = {name: torch.cat([columns[name] for columns, _ in parts]) for name in parts[0][0]} if parts else {}
-        finite = torch.cat([finite for _, finite in parts]) if parts else torch.ones((0, 2), dtype=torch.bool)
-        encoded = Encoded(
+        text_flags = [self._encode_texts(name, captions, texts) for name in self.texts]
+        return Encoded(
             {name: transfers.download(values) for name, values in columns.items()},
             transfers.download(finite),
             {name: transfers.download(packed) for name, packed in texts.items()},
             transfers.download(torch.stack(text_flags).all(0)) if text_flags else torch.ones((0, 2), dtype=torch.bool),
             transfers.end(),
+            {name: self._cut(name, captions) for name in self.texts if text_storage.is_ragged(self.storage)},
         )
-        if not transfers.on_gpu:
-            batch.copied()
-        return encoded
-
-    # ---- encoding
-
-    def _encode_images(self, slots: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """Columns, uint8 (n, bytes), and which images are finite, bool (n, 2), of slots, uint8 (n, bytes)."""
-        values: dict[str, Tensor] = {}
-        for place, resolution in enumerate(self.resolutions):
-            x = self.vae.preprocessing.normalise(self._pixels(slots, place))
-            if self.moments:
-                latents = self.vae.moments(x)
-            elif self.seed is not None:
-                latents = sampled(self.vae.moments(x), self._noise(slots, place))
-            else:
-                latents = self.vae.encode(x)
-            values[f"latents_{resolution}"] = latents
-        if self.image_encoder is not None:
-            pixels = self._pixels(slots, len(self.resolutions))
-            values["image_embedding"] = self.image_encoder.encode(self.image_encoder.preprocessing.normalise(pixels))
-        stored = {name: tensor.to(getattr(torch, self.dtype)) for name, tensor in values.items()}
-        finite = torch.stack([flags(values[name], stored[name]) for name in values]).all(0)
-        return {name: tensor.contiguous().flatten(1).view(torch.uint8) for name, tensor in stored.items()}, finite
-
-    def _pixels(self, slots: Tensor, place: int) -> Tensor:
-        """uint8 (n, edge, edge, 3)."""
-        crop, start = self.slot.crops[place], self._starts[place]
-        return slots[:, start : start + crop.bytes].unflatten(1, (crop.edge, crop.edge, 3))
-
-    def _noise(self, slots: Tensor, place: int) -> Tensor:
-        noise, start = self.slot.noises[place], self._starts[len(self.slot.crops) + place]
-        return slots[:, start : start + noise.bytes].view(torch.float32).unflatten(1, noise.shape)
 
     def _encode_texts(self, name: str, captions: Sequence[str], texts: dict[str, Tensor]) -> Tensor:
         """Put packed states (and what is pooled), uint8 (b, bytes), into ``texts``; which captions are finite, bool
@@ -197,6 +154,12 @@ class Encoding:
             for target, values in zip(targets, zip(*parts, strict=True), strict=True):
                 target[at] = torch.cat(values)
         return finite
+
+    def _cut(self, name: str, captions: Sequence[str]) -> Callable[[npt.NDArray[Any], int], npt.NDArray[Any]]:
+        encoder = self.texts[name]
+        tokens = encoder.tokens(captions) if captions else []  # here, as tokenizers are not safe for use by two threads
+        shape = (encoder.length, encoder.width)
+        return lambda packed, number: text_storage.cut(packed, tokens[number], shape, *self._how)
 
     def _packed(self, states: Tensor) -> list[Tensor]:
         """Stored bytes of states (b, l, d), uint8 (b, bytes), and which are finite, bool (b, 2)."""
@@ -228,7 +191,7 @@ class Encoding:
             else:
                 self._most[what] = size // 2
                 self.notes[f"{what} of {size} at once: out of memory"] += 1
-                log.warning("out of memory with %d %s at once: going on with %d", size, what, size // 2)
+                log.warning("out of memory with %d %s at once: continuing with %d", size, what, size // 2)
                 if self.device.type == "cuda":
                     torch.cuda.empty_cache()
         return parts
@@ -240,6 +203,103 @@ class Encoding:
             if not out_of_memory(error):
                 raise
             return None
+
+
+@dataclass(kw_only=True)
+class Encoding(TextEncoding):
+    """All encoders and how their results are stored.
+
+    Attributes:
+        seed: of the noise that makes latents samples of their posterior; None: they are none.
+        buckets: for each resolution; none: squares. What is cut at a random place is keyed by ``crop_seed``.
+    """
+
+    vae: Autoencoder
+    image_encoder: ImageEncoder | None
+    resolutions: Sequence[int]
+    moments: bool
+    seed: int | None = None
+    buckets: Sequence[Buckets] = ()
+    crop_seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.slot = self._slot()
+        self._starts = self.slot.starts
+        if self.device.type == "cuda":
+            self._most["images"] = self.largest_batch()
+
+    def _slot(self) -> Layout:
+        """What decoding leaves in an image's slot."""
+        mode = self.vae.preprocessing.mode
+        crops: list[Crop | BucketCrop] = [BucketCrop(buckets, self.crop_seed, mode) for buckets in self.buckets]
+        crops = crops or [self.vae.preprocessing.crop(resolution) for resolution in self.resolutions]
+        if self.image_encoder is not None:
+            crops.append(self.image_encoder.preprocessing.crop(self.image_encoder.resolution))
+        if self.seed is None:
+            return Layout(tuple(crops))
+        if not self.buckets:
+            return Layout(tuple(crops), tuple(Noise(self.seed, r, self.vae.latent_shape(r)) for r in self.resolutions))
+        return Layout(tuple(crops), tuple(self._bucket_noise(buckets, self.seed) for buckets in self.buckets))
+
+    def _bucket_noise(self, buckets: Buckets, seed: int) -> Noise:
+        downsample = self.vae.downsample
+        shape = (self.vae.channels, buckets.largest // downsample**2)
+        return Noise(seed, buckets.resolution, shape, downsample)
+
+    def largest_batch(self) -> int:
+        """Images whose activations at the largest resolution have fewer than 2^31 elements."""
+        return max(1, (_ELEMENTS - 1) // (self.vae.widest * max(self.resolutions) ** 2))
+
+    @torch.inference_mode()
+    def encode(self, batch: Batch) -> Encoded:
+        """Raises ConfigError where not even one image fits into the memory."""
+        transfers, count = self.transfers, len(batch.slots) if batch.sizes or not self.buckets else 0
+        (slots,) = transfers.upload([batch.slots], batch.copied)
+        transfers.begin()
+        parts = self._in_parts("images", lambda part: self._encode_images(slots[part], batch.sizes), count)
+        columns = {name: torch.cat([columns[name] for columns, _ in parts]) for name in parts[0][0]} if parts else {}
+        finite = torch.cat([finite for _, finite in parts]) if parts else torch.ones((0, 2), dtype=torch.bool)
+        encoded = self._encoded(columns, finite, batch.captions)
+        if not transfers.on_gpu:
+            batch.copied()
+        return encoded
+
+    # ---- encoding
+
+    def _encode_images(self, slots: Tensor, sizes: tuple[Size, ...]) -> tuple[dict[str, Tensor], Tensor]:
+        """Columns, uint8 (n, bytes), and which images are finite, bool (n, 2), of slots, uint8 (n, bytes)."""
+        values: dict[str, Tensor] = {}
+        sizes = sizes or tuple((resolution, resolution) for resolution in self.resolutions)
+        for place, (resolution, size) in enumerate(zip(self.resolutions, sizes, strict=True)):
+            x = self.vae.preprocessing.normalise(self._pixels(slots, place, size))
+            if self.moments:
+                latents = self.vae.moments(x)
+            elif self.seed is not None:
+                latents = sampled(self.vae.moments(x), self._noise(slots, place, size))
+            else:
+                latents = self.vae.encode(x)
+            values[f"latents_{resolution}"] = latents
+        if self.image_encoder is not None:
+            edge = self.image_encoder.resolution
+            pixels = self._pixels(slots, len(self.resolutions), (edge, edge))
+            values["image_embedding"] = self.image_encoder.encode(self.image_encoder.preprocessing.normalise(pixels))
+        stored = {name: tensor.to(getattr(torch, self.dtype)) for name, tensor in values.items()}
+        finite = torch.stack([flags(values[name], stored[name]) for name in values]).all(0)
+        return {name: tensor.contiguous().flatten(1).view(torch.uint8) for name, tensor in stored.items()}, finite
+
+    def _pixels(self, slots: Tensor, place: int, size: Size) -> Tensor:
+        """uint8 (n, h, w, 3)."""
+        start, (height, width) = self._starts[place], size
+        found: Tensor = slots[:, start : start + 3 * height * width].unflatten(1, (height, width, 3))
+        return found
+
+    def _noise(self, slots: Tensor, place: int, size: Size) -> Tensor:
+        start, shape = self._starts[len(self.slot.crops) + place], self.slot.noises[place].shape_for(size)
+        found: Tensor = slots[:, start : start + 4 * math.prod(shape)].view(torch.float32).unflatten(1, shape)
+        return found
+
+    # ---- memory
 
     def find_batch_size(self) -> int:
         """How many images at once: doubled while that makes a GPU faster and fits into its memory; 32 on a CPU."""
@@ -260,6 +320,7 @@ class Encoding:
     def _speed(self, size: int) -> float:
         """Images per second of the autoencoder with batches of ``size``, the second time; 0 if they do not fit."""
         largest = max(self.resolutions)
+        largest -= largest % self.vae.downsample
         seconds = math.inf
         try:
             x = torch.zeros((size, 3, largest, largest), device=self.device)
@@ -284,7 +345,7 @@ def flags(values: Tensor, stored: Tensor) -> Tensor:
     return torch.stack([torch.isfinite(tensor).flatten(1).all(1) for tensor in (values, stored)], 1)
 
 
-def _by_tokens(order: np.ndarray, lengths: Sequence[int]) -> list[list[int]]:
+def _by_tokens(order: npt.NDArray[Any], lengths: Sequence[int]) -> list[list[int]]:
     """Cut ``order``, by rising length, into parts whose longest caption times their number stays within ``_TOKENS``."""
     parts: list[list[int]] = []
     for place in order.tolist():

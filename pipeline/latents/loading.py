@@ -1,4 +1,4 @@
-"""The loader of latents, under the name that users import."""
+"""The loader of latents, under its public name."""
 
 from pipeline.loading.latents import build_streaming_latents_dataloader
 

@@ -1,4 +1,4 @@
-"""Copies between the host and a device, and the time that the device is busy, without anybody waiting.
+"""Asynchronous copies between host and device, and measurement of the time that the device is busy.
 
 On a GPU uploads have a stream of their own, so that they run while the batch before is computed; downloads arrive in
 pinned memory when :meth:`Transit.wait` has returned. On a CPU nothing is copied.

@@ -1,7 +1,7 @@
-"""Do stored latents say what their pictures and captions say? What hashes cannot tell.
+"""Checks that stored latents match their images and captions, which hashes cannot show.
 
 Of each partition all rows are read, and a few (always the same ones) compared with their sources: decoded, they must
-look like the picture; encoded again, picture and caption must give what is stored. Where they do not, the usual
+look like the image; encoded again, image and caption must give what is stored. Where they do not, the usual
 mistakes are tried one by one, to say which it was.
 """
 
@@ -9,28 +9,39 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from pipeline.encoders.base import Autoencoder, TextEncoder, autoencoder, posterior_noise, sampled, text_encoder
-from pipeline.imaging import transform
+from pipeline.imaging.buckets import BUCKET_COLUMNS, ORIGINAL_COLUMNS, Runs, Size
+from pipeline.imaging.decoder import ImageDecoder
+from pipeline.imaging.headers import ImageError
+from pipeline.latents.stored_texts import images_of, sources_of
+from pipeline.loading import text_storage
+from pipeline.loading.caption_choice import TOKENS, ends_of, tokens_column
 from pipeline.loading.latent_folder import BACK as _BACK
 from pipeline.loading.latent_folder import IMAGE as _IMAGE
 from pipeline.loading.latent_folder import TEXT as _TEXT
 from pipeline.loading.latent_folder import Layout
-from pipeline.partitions.dataset import Dataset, Stored
+from pipeline.partitions.dataset import RECORD, Dataset, SlotReader, Stored, Unfinished
 from pipeline.partitions.verify import Finding
 from pipeline.randomness import Permutation, keyed_seed
 from pipeline.samples import Row, SampleError
+from pipeline.samples.captions import ORIGINAL, SOURCES
+from pipeline.samples.captions import sources_of as caption_sources
 
 _COMPARED = 4  # samples of a partition
 _COUNTED = 64  # samples that a partition's statistics are of
+_FEWEST = 6  # samples whose statistics say something: a retry may have made a partition of one
 _OTHERS = 8  # partitions that another is compared with
 _ERROR = 0.1  # relative, root mean square; bfloat16 costs 0.03
 _MARGIN = 3.0  # dB that stored latents may decode worse than fresh ones
@@ -39,10 +50,11 @@ _MEAN, _SPREAD = 1.0, 3.0  # deviations that a partition's mean may be off, and 
 log = logging.getLogger("pipeline")
 
 
-def validate(dataset: Dataset, index: int) -> Iterator[Finding]:
+def validate(dataset: Dataset, index: int, decoder: ImageDecoder) -> Iterator[Finding]:
     """What is wrong inside partition ``index`` of a finished dataset of latents.
 
-    Without its input, latents are checked for themselves alone. What concerns the whole dataset is said with the
+    ``decoder`` decodes the images of its input. Without its input, latents are checked for themselves alone. What
+    concerns the whole dataset is said with the
     first partition.
 
     Raises:
@@ -50,7 +62,7 @@ def validate(dataset: Dataset, index: int) -> Iterator[Finding]:
         StorageError: the partition cannot be read.
     """
     validator = _validator(str(dataset.root.path), dataset.require_success()["content_digest"])
-    yield from validator.check(index)
+    yield from validator.check(index, decoder)
 
 
 @lru_cache(maxsize=2)
@@ -62,8 +74,8 @@ def _validator(path: str, digest: str) -> Validator:
 class Statistics:
     """Mean and deviation of each channel of a column, float64 (c,)."""
 
-    mean: np.ndarray
-    deviation: np.ndarray
+    mean: npt.NDArray[Any]
+    deviation: npt.NDArray[Any]
 
 
 class Validator:
@@ -91,48 +103,166 @@ class Validator:
 
     @cached_property
     def upstream(self) -> Dataset | None:
+        """What the partitions were made from."""
         path = Path(self.dataset.header["upstream"]["path"])
         if not (path / "plan").is_dir():
-            log.warning("%s is not there: latents are not compared with their sources", path)
+            log.warning("%s does not exist: latents are not compared with their sources", path)
             return None
-        upstream = Dataset.open(path)
-        if upstream.released:
-            log.warning("%s has no data any more: latents are not compared with their sources", path)
+        return Dataset.open(path)
+
+    @cached_property
+    def images(self) -> Dataset | None:
+        """The samples with images and captions; None where they are gone."""
+        if self.upstream is None:
             return None
-        return upstream
+        try:
+            images = images_of(self.upstream)
+        except Unfinished as error:
+            log.warning("latents are not compared with their sources: %s", error)
+            return None
+        if images.released:
+            log.warning("%s no longer has data: latents are not compared with their sources", images.root.path)
+            return None
+        return images
+
+    def sources(self, index: int) -> dict[str, Stored]:
+        """The samples that those of partition ``index`` were made from, by key; of those with images and captions."""
+        assert self.upstream is not None and self.images is not None
+        return sources_of(self.upstream, self.images, self.dataset.partition(index).inputs[0].start)
 
     @torch.inference_mode()
-    def check(self, index: int) -> Iterator[Finding]:
-        stored = list(self.dataset.samples(index))
+    def check(self, index: int, decoder: ImageDecoder) -> Iterator[Finding]:
+        stored = SlotReader(self.dataset, index).stored()
         if index == 0:
             yield from self._check_encoders()
         sound = True
+        runs = Runs(self.layout.buckets)
+        ledger = self._sizes_in_ledger(stored) if self.layout.buckets else {}
         for place, row in enumerate(_rows(stored)):
-            for what in self._faults(row):
+            if self.layout.buckets:
+                runs.add(row["original_height"], row["original_width"])
+            for what in [*self._bucket_faults(row, ledger), *self._faults(row)]:
                 sound = False
                 yield Finding(index, what, stored[place].file, stored[place].key)
+        if sound and self.layout.buckets and runs.runs != (self.dataset.record(index) or {}).get("buckets"):
+            sound = False
+            yield Finding(index, "its samples are in other buckets than its record says", RECORD)
         if not sound or not stored:
             return
+        if self.layout.sources and self.images is not None:
+            yield from self._compare_texts(index, stored)
         yield from self._check_drift(index)
-        if self.upstream is not None and not self._changed_encoders():
-            yield from self._compare(index, stored)
+        if self.images is not None and not self._changed_encoders():
+            yield from self._compare(index, stored, decoder)
 
     # ---- every row
 
+    def _sizes_in_ledger(self, stored: Sequence[Stored]) -> dict[str, Size]:
+        """Height and width of the images that the samples were made of, by key."""
+        if not stored:
+            return {}
+        table = stored[0].reader.ledger(["key", "height", "width"]).to_pydict()
+        return dict(zip(table["key"], zip(table["height"], table["width"], strict=True), strict=True))
+
+    def _bucket_faults(self, row: Row, ledger: dict[str, Size]) -> Iterator[str]:
+        """Is a sample in the bucket, and cut at the place, that the rule gives for its image?"""
+        if not self.layout.buckets:
+            return
+        height, width = source = tuple(int(row[name]) for name in ORIGINAL_COLUMNS)
+        if source != ledger[row["key"]]:
+            yield f"its row says that its image has {_size(source)} pixels, its ledger {_size(ledger[row['key']])}"
+        for column, buckets in self.layout.buckets.items():
+            place = buckets.place_of(height, width, self.config["seed"], row["key"])
+            found = [int(row[f"{name}_{buckets.resolution}"]) for name in BUCKET_COLUMNS]
+            right = [*place.size, place.top, place.left] if place else []
+            if found[:2] != right[:2]:
+                where = _size(right[:2]) if right else "no bucket"
+                yield (
+                    f"{column} is in the bucket {_size(found[:2])}, but an image of {_size(source)} belongs to {where}"
+                )
+            elif found != right:
+                yield f"{column} says that it was cut at {found[2:]} (top, left) of its image, but that is {right[2:]}"
+
     def _faults(self, row: Row) -> Iterator[str]:
         for column in [*self.columns, *self.text_columns]:
-            data, expected = row[column], self.layout.bytes_of(column)
-            if len(data) != expected and (data or not row.get(_BACK)):
-                yield f"{column} has {len(data)} bytes, expected {expected} for {self.layout.shapes[column]}"
-            elif data and not bool(torch.isfinite(self._values(column, data)).all()):
+            size = self.layout.size_in(row, column)
+            data, expected = row[column], self.layout.bytes_of(column, size)
+            if column in self.text_columns and self.layout.sources:
+                yield from self._faults_of_several(column, row)
+            elif column in self.text_columns and text_storage.is_ragged(self.layout.storage):
+                yield from self._ragged_faults(column, row)
+            elif len(data) != expected and (data or not row.get(_BACK)):
+                yield f"{column} has {len(data)} bytes, expected {expected} for {self.layout.shape_of(column, size)}"
+            elif data and not bool(torch.isfinite(self._values(column, data, size)).all()):
                 yield f"{column} has values that are NaN or infinite"
 
-    def _values(self, column: str, data: bytes) -> Tensor:
-        """Stored bytes as float32 (channels, h, w) or (l, d)."""
-        raw = torch.from_numpy(np.frombuffer(data, np.uint8).copy())[None]
+    def _parts(self, column: str, row: Row) -> list[bytes]:
+        """The bytes of the text states of each of a sample's captions.
+
+        Raises:
+            ValueError: Their number of bytes does not fit the number of captions.
+        """
+        data, layout = row[column], self.layout
+        if not layout.sources:
+            return [data]
+        tokens = None
+        if text_storage.is_ragged(layout.storage):
+            tokens = np.frombuffer(row[tokens_column(column)], TOKENS)
+        count = len(row["captions"])
+        ends = ends_of(len(data), tokens, layout.shapes[column], layout.storage, layout.dtype, count).tolist()
+        return [data[start:stop] for start, stop in zip([0, *ends], ends, strict=False)]
+
+    def _faults_of_several(self, column: str, row: Row) -> Iterator[str]:
+        try:
+            if len(row["captions"]) != len(row[SOURCES]) or row["captions"][0] != (row["caption"] or ""):
+                yield "its captions, their sources and its first caption do not match"
+                return
+            parts = self._parts(column, row)
+        except (ValueError, IndexError) as error:
+            yield f"{column}: {error}"
+            return
+        for number, (caption, part) in enumerate(zip(row["captions"], parts, strict=True), 1):
+            if text_storage.is_ragged(self.layout.storage):
+                faults = self._ragged_faults(column, {column: part, "caption": caption})
+            else:
+                finite = bool(torch.isfinite(self._values(column, part)).all())
+                faults = iter([] if finite else [f"{column} has values that are NaN or infinite"])
+            yield from (f"caption {number}: {fault}" for fault in faults)
+
+    def _ragged_faults(self, column: str, row: Row) -> Iterator[str]:
+        try:
+            values = self._values(column, row[column])
+        except ValueError as error:
+            yield f"{column}: {error}"
+            return
+        if not bool(torch.isfinite(values).all()):
+            yield f"{column} has values that are NaN or infinite"
+        elif not row.get(_BACK):
+            width = self.layout.shapes[column][1]
+            stored = len(row[column]) // text_storage.token_bytes(width, self.layout.storage, self.layout.dtype)
+            expected = self.tokens(column, row["caption"])
+            if stored != expected:
+                yield f"{column} has {stored} tokens, its caption has {expected}"
+
+    def tokens(self, column: str, caption: str) -> int:
+        """How many tokens the encoder of ``column`` makes of a caption."""
+        return self.texts[column].tokens([caption])[0]
+
+    def _values(self, column: str, data: bytes, size: Size | None = None) -> Tensor:
+        """Stored bytes as float32 (channels, h, w), of a bucket's ``size``, or (l, d).
+
+        Raises:
+            ValueError: they are not those of whole tokens.
+        """
+        stored = np.frombuffer(data, np.uint8)
+        if column in self.text_columns and text_storage.is_ragged(self.layout.storage):
+            whole = np.empty(self.layout.bytes_of(column), np.uint8)
+            text_storage.spread(stored, whole, self.layout.shapes[column], self.layout.storage, self.layout.dtype)
+            stored = whole
+        raw = torch.from_numpy(stored.copy())[None]
         if column in self.text_columns:
             return self.layout.text(raw, column)[0].float()
-        return raw.view(getattr(torch, self.layout.dtype)).reshape(self.layout.shapes[column]).float()
+        return self.layout.stored_image(raw, column, size)[0].float()
 
     # ---- partitions among each other
 
@@ -165,28 +295,30 @@ class Validator:
 
     def _statistics_of(self, index: int) -> dict[str, Statistics]:
         if index not in self._statistics:
-            stored = list(self.dataset.samples(index))
-            rows = list(_rows([stored[place] for place in _places(len(stored), _COUNTED, index)]))
+            stored = SlotReader(self.dataset, index).stored()
+            places = _places(len(stored), _COUNTED, index) if len(stored) >= _FEWEST else []
+            rows = list(_rows([stored[place] for place in places]))
             measured = {column: self._measured(rows, column) for column in self.columns}
             self._statistics[index] = {column: values for column, values in measured.items() if values is not None}
         return self._statistics[index]
 
     def _measured(self, rows: Sequence[Row], column: str) -> Statistics | None:
         """None where no row has as many bytes as it should."""
-        expected = self.layout.bytes_of(column)
-        good = [self._values(column, row[column]) for row in rows if len(row[column]) == expected]
+        sized = [(row[column], self.layout.size_in(row, column)) for row in rows]
+        good = [self._values(column, *one) for one in sized if len(one[0]) == self.layout.bytes_of(column, one[1])]
         if not good:
             return None
-        values = torch.stack(good)
-        channels = values[:, : self.layout.image_shape(column)[0]].double().nan_to_num(0, 0, 0)
-        flat = channels.transpose(0, 1).flatten(1)
+        channels = self.layout.image_shape(column)[0]
+        flat = torch.cat([values[:channels].flatten(1) for values in good], 1).double().nan_to_num(0, 0, 0)
         return Statistics(flat.mean(1).numpy(), flat.std(1, correction=0).numpy())
 
     # ---- encoders
 
     def _changed_encoders(self) -> list[str]:
-        said = {"vae": self.extra["vae"], **self.extra["text_encoders"]}
-        now = {"vae": self.vae.describe(), **{name: text.describe() for name, text in self.texts.items()}}
+        said = dict(self.extra["text_encoders"])
+        now = {name: text.describe() for name, text in self.texts.items()}
+        if self.columns:
+            said["vae"], now["vae"] = self.extra["vae"], self.vae.describe()
         facts = ("weights_xxh3", "version", "scaling", "shift")
         return [
             f"{name}: {fact} is {now[name].get(fact)}, was {before[fact]}"
@@ -199,23 +331,23 @@ class Validator:
         """Are they those that made the latents, and does the autoencoder bring back what it is given?"""
         for changed in self._changed_encoders():
             yield Finding(-1, f"cannot be compared with its sources: {changed}")
+        if not self.columns:
+            return
         edge = min(int(column[len(_IMAGE) :]) for column in self.columns)
+        edge -= edge % self.vae.downsample
         x = self.vae.preprocess([_smooth(edge)], edge)
         found = psnr(self.vae.decode(self.vae.encode(x)), x)
         if found < self.vae.floor:
             yield Finding(
                 -1,
-                f"vae={self.config['vae']} brings back a smooth picture with {found:.1f} dB, less than "
+                f"vae={self.config['vae']} brings back a smooth image with {found:.1f} dB, less than "
                 f"{self.vae.floor:.0f}: its weights, its scaling or its input are wrong",
             )
 
     # ---- a few samples and their sources
 
-    def _compare(self, index: int, stored: Sequence[Stored]) -> Iterator[Finding]:
-        assert self.upstream is not None
-        sources = {
-            sample.key: sample for sample in self.upstream.samples(self.dataset.partition(index).inputs[0].start)
-        }
+    def _compare(self, index: int, stored: Sequence[Stored], decoder: ImageDecoder) -> Iterator[Finding]:
+        sources = self.sources(index)
         for place in _places(len(stored), _COMPARED, index):
             sample = stored[place]
             try:
@@ -228,11 +360,33 @@ class Validator:
                 continue
             row = sample.read()
             neighbours = [stored[other] for other in (place - 1, place + 1) if 0 <= other < len(stored)]
-            for what in (
-                *self._compare_caption(row, source, stored, place, neighbours),
-                *self._compare_pictures(row, source, [sources[n.key] for n in neighbours if n.key in sources]),
-            ):
+            around = [sources[neighbour.key] for neighbour in neighbours if neighbour.key in sources]
+            try:
+                found = [
+                    *self._compare_caption(row, source, stored, place, neighbours),
+                    *self._compare_images(row, source, around, decoder),
+                ]
+            except ImageError as error:
+                found = [f"an image of the input, its own or a neighbour's, does not decode: {error}"]
+            for what in found:
                 yield Finding(index, what, sample.file, sample.key)
+
+    def _compare_texts(self, index: int, stored: Sequence[Stored]) -> Iterator[Finding]:
+        """Has every sample the captions of its source, each from where it says?"""
+        assert self.images is not None
+        columns = [name for name in ("key", "captions", SOURCES) if name in self.images.schema]
+        sources: dict[str, Row] = {}
+        for source in self.sources(index).values():
+            with suppress(SampleError):  # taken down meanwhile, or gone
+                sources[source.key] = source.read(columns)
+        for sample in stored:
+            before = sources.get(sample.key)
+            if before is None:
+                continue  # told of below
+            row = sample.read()
+            expected = list(zip(before["captions"], caption_sources(before), strict=True)) or [("", ORIGINAL)]
+            if list(zip(row["captions"], row[SOURCES], strict=True)) != expected:
+                yield Finding(index, "has other captions than its source", sample.file, sample.key)
 
     def _compare_caption(
         self, row: Row, source: Row, stored: Sequence[Stored], place: int, neighbours: Sequence[Stored]
@@ -240,43 +394,61 @@ class Validator:
         if row["caption"] != source["caption"]:
             yield f"has the caption {row['caption'][:60]!r}, its source {source['caption'][:60]!r}"
             return
+        several = bool(self.layout.sources)
+        captions = row["captions"] if several else [row["caption"]]
         home = stored[place - row.get(_BACK, 0)].read()
-        others = {neighbour.key: neighbour.read()["caption"] for neighbour in neighbours}
+        around = [(neighbour.key, neighbour.read()) for neighbour in neighbours]
+        texts = [(key, other["captions"] if several else [other["caption"]]) for key, other in around]
+        others = [(key, text) for key, found in texts for text in found]
         for column, encoder in self.texts.items():
-            states = self._values(column, home[column])
-            expected = encoder.encode([row["caption"], *others.values()]).cpu()
-            errors = [_cosine_error(states, other) for other in expected]
-            if errors[0] > _COSINE:
-                same = [key for key, error in zip(others, errors[1:], strict=True) if error <= _COSINE]
-                whose = f"those of sample {same[0]}" if same else f"not those of its caption (error {errors[0]:.2f})"
-                yield f"{column}: text states are {whose}"
+            encoded = encoder.encode([*captions, *(text for _, text in others)]).cpu()
+            for number, part in enumerate(self._parts(column, home)):
+                states = self._values(column, part)
+                if (error := _cosine_error(states, encoded[number])) <= _COSINE:
+                    continue
+                expected = zip(others, encoded[len(captions) :], strict=True)
+                same = [key for (key, _), other in expected if _cosine_error(states, other) <= _COSINE]
+                whose = f"those of sample {same[0]}" if same else f"not those of its caption (error {error:.2f})"
+                which = f" of caption {number + 1}" if several else ""
+                yield f"{column}: text states{which} are {whose}"
 
-    def _compare_pictures(self, row: Row, source: Row, neighbours: Sequence[Stored]) -> Iterator[str]:
+    def _compare_images(
+        self, row: Row, source: Row, neighbours: Sequence[Stored], decoder: ImageDecoder
+    ) -> Iterator[str]:
+        if not self.columns:
+            return
+        pixels = decoder.decode(source["jpg"])
+        if self.layout.buckets and pixels.shape[:2] != (row["original_height"], row["original_width"]):
+            said = _size((row["original_height"], row["original_width"]))
+            yield f"its row says that its image has {said} pixels, it has {_size(pixels.shape[:2])}"
+            return
         for column in self.columns:
             resolution = int(column[len(_IMAGE) :])
-            x = self._input(source, resolution)
+            size = self.layout.size_in(row, column)
+            x = self._cut(pixels, column, row["key"])
             noise = None
             if self.layout.latent == "sample":
-                shape = tuple(self.layout.shapes[column])
-                noise = posterior_noise(self.config["seed"], [row["key"]], resolution, shape)  # type: ignore[arg-type]
+                shape = self.layout.image_shape(column, size)
+                noise = posterior_noise(self.config["seed"], [row["key"]], resolution, shape)
             expected = self._encoded(x, noise)
-            found = self._values(column, row[column])[None, : expected.shape[1]].to(expected)
+            found = self._values(column, row[column], size)[None, : expected.shape[1]].to(expected)
             best = psnr(self.vae.decode(expected), x)
             now = psnr(self.vae.decode(found), x)
             error = _error(found, expected)
             if error <= _ERROR and now >= min(self.vae.floor, best - _MARGIN):
                 continue
-            others = {n.key: self._encoded(self._input(n.read(), resolution), None) for n in neighbours}
+            inputs = {n.key: self._cut(decoder.decode(n.read()["jpg"]), column, n.key) for n in neighbours}
+            others = {key: self._encoded(other, None) for key, other in inputs.items() if other.shape == x.shape}
             reason = self._reason(found, x, noise, expected, others)
             yield (
-                f"{column} decodes to its picture with {now:.1f} dB instead of {best:.1f}, "
+                f"{column} decodes to its image with {now:.1f} dB instead of {best:.1f}, "
                 f"and is off by {error:.0%}: {reason}"
             )
 
-    def _input(self, source: Row, resolution: int) -> Tensor:
-        """The source's image as the encoder takes it, decoded as the stage does it."""
-        header = transform.probe(source["jpg"], transform.Limits())
-        return self.vae.preprocess([transform.decode_fast(source["jpg"], header)], resolution)
+    def _cut(self, pixels: npt.NDArray[Any], column: str, key: str) -> Tensor:
+        """An image uint8 (h, w, 3) as the autoencoder gets it, (1, 3, h, w)."""
+        resolution, buckets = int(column[len(_IMAGE) :]), self.layout.buckets.get(column)
+        return self.vae.preprocess_for(pixels, resolution, buckets, self.config["seed"], key)
 
     def _encoded(self, x: Tensor, noise: Tensor | None) -> Tensor:
         return sampled(self.vae.moments(x), noise)
@@ -286,21 +458,29 @@ class Validator:
     ) -> str:
         """Which of the usual mistakes explains ``found``."""
         mistakes = {
-            "pictures went in in [0, 1] instead of [-1, 1]": self._encoded((x + 1) / 2, noise),
+            "images were given in [0, 1] instead of [-1, 1]": self._encoded((x + 1) / 2, noise),
             "red and blue were swapped": self._encoded(x.flip(1), noise),
-            "pictures were turned over": self._encoded(x.flip(3), noise),
+            "images were mirrored": self._encoded(x.flip(3), noise),
+            "height and width were swapped": expected.transpose(2, 3).reshape(expected.shape),
             **{f"they are those of sample {key}": other for key, other in others.items()},
         }
         slope = float((found * expected).sum() / expected.square().sum())
         missing = "the scaling factor is missing" if abs(slope * self.vae.scaling - 1) < _ERROR else "wrong scaling"
         if abs(slope) > 1e-3:
             mistakes[f"{missing}: they are {slope:.3g} times what they should be"] = expected * slope
+        shift = float((found - expected).mean())
+        if abs(shift) > 1e-3:
+            mistakes[f"wrong shift: they are {shift:.3g} more than they should be"] = expected + shift
         nearest = _channel_order(found[0], expected[0])
         mistakes[f"the latents' channels are in the order {nearest}"] = expected[:, nearest]
         errors = {name: _error(found, wrong) for name, wrong in mistakes.items()}
         likeliest = min(errors, key=errors.__getitem__)
         explained = errors[likeliest] <= _ERROR and errors[likeliest] < 0.5 * _error(found, expected)
         return likeliest if explained else "none of the usual mistakes explains it"
+
+
+def _size(size: Sequence[int]) -> str:
+    return " x ".join(map(str, size))
 
 
 def _rows(stored: Sequence[Stored]) -> Iterator[Row]:
@@ -314,15 +494,16 @@ def _places(count: int, most: int, index: int) -> list[int]:
     return sorted(order[place] for place in range(min(most, count)))
 
 
-def _smooth(edge: int) -> np.ndarray:
-    """A picture uint8 (edge, edge, 3) of slow waves, different in each colour."""
+def _smooth(edge: int) -> npt.NDArray[Any]:
+    """A image uint8 (edge, edge, 3) of slow waves, different in each colour."""
     y, x = np.meshgrid(*[np.linspace(0, 1, edge)] * 2, indexing="ij")
     waves = [np.sin(3 * x + phase) * np.cos(2 * y - phase) for phase in (0.0, 1.0, 2.5)]
-    return (127.5 + 100 * np.stack(waves, -1)).astype(np.uint8)
+    found: npt.NDArray[Any] = (127.5 + 100 * np.stack(waves, -1)).astype(np.uint8)
+    return found
 
 
 def psnr(a: Tensor, b: Tensor) -> float:
-    """Of pictures in [-1, 1], in dB."""
+    """Of images in [-1, 1], in dB."""
     return float(10 * torch.log10(4 / (a - b).square().mean().clamp(min=1e-10)))
 
 

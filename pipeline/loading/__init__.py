@@ -1,4 +1,4 @@
-"""Samplers and loaders for training that resumes anywhere, on any number of ranks and workers."""
+"""Samplers and loaders for training that can resume at any step, on any number of ranks and workers."""
 
 from pipeline.loading.loader import Batches, Concatenated, Loader, RemoteMds, Rows
 from pipeline.loading.sampler import (

@@ -1,4 +1,4 @@
-"""A folder of stored latents: what lies in it, and how its bytes become tensors."""
+"""A folder of stored latents: its columns, and how their bytes become tensors."""
 
 from __future__ import annotations
 
@@ -6,25 +6,32 @@ import json
 import struct
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from pipeline.config.cli import nearest
 from pipeline.config.schema import ConfigError
 from pipeline.encoders.base import sampled
+from pipeline.imaging.buckets import BUCKET_COLUMNS, ORIGINAL_COLUMNS, Buckets, Size, buckets_in
 from pipeline.loading import text_storage
+from pipeline.loading.caption_choice import TOKENS, ends_of, tokens_column
+from pipeline.partitions.bucket_index import NAME as BUCKETS
+from pipeline.partitions.bucket_index import BucketIndex
 from pipeline.partitions.dataset import Dataset
+from pipeline.samples.captions import ORIGINAL, SOURCES
 from pipeline.storage import StorageError
 
 _OPEN_FILES = 4096
 _DTYPES = ("float16", "float32")
 _DOWNSAMPLE = 8  # of Stable Diffusion's autoencoders, whose latents are the ones that come without a manifest
 _LEAST_CHANNELS = 4  # of these; fewer mean that the autoencoder is of another kind
+_EDGES = ("height", "width")
 IMAGE, TEXT, BACK = "latents_", "caption_latents", "caption_back"
 
 
@@ -33,38 +40,67 @@ class Layout:
     """How the latents of a folder are stored.
 
     Attributes:
-        shapes: by column.
+        shapes: by column. With buckets, height and width of latents are those of the square whose pixels no bucket
+            exceeds: each sample has a size of its own.
         dtype: of latents, and of text states that are not packed.
         latent: sample, mode or moments.
         storage: of text states, see :mod:`pipeline.loading.text_storage`.
+        buckets: by column of latents; none: all have the column's shape.
+        downsample: with buckets, pixels per latent along an edge.
+        sources: of captions, where text states are those of all captions of a sample, one after the other; empty:
+            samples have those of one caption.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
     dtype: str = "float16"
     latent: str = "sample"
     storage: str = "dense"
+    buckets: Mapping[str, Buckets] = field(default_factory=dict)
+    downsample: int = 1
+    sources: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, manifest: Mapping[str, Any]) -> Layout:
+        buckets, downsample = buckets_in(manifest), int(manifest.get("vae", {}).get("downsample", 1))
         shapes = {name: tuple(shape) for name, shape in manifest["shapes"].items()}
+        for name, each in buckets.items():
+            edge = each.resolution // (2 * downsample) * 2
+            shapes[name] = (shapes[name][0], edge, edge)
         storage = manifest.get("text_storage", {}).get("kind", "dense")
-        return cls(shapes, manifest["dtype"], manifest.get("latent", "sample"), storage)
+        sources = tuple(manifest.get(SOURCES, ()))
+        return cls(shapes, manifest["dtype"], manifest.get("latent", "sample"), storage, buckets, downsample, sources)
 
-    def bytes_of(self, column: str) -> int:
-        shape = self.shapes[column]
+    def size_in(self, row: Mapping[str, Any], column: str) -> Size | None:
+        """The bucket in pixels that a stored row says it is in; None without buckets."""
+        if column not in self.buckets:
+            return None
+        resolution = column[len(IMAGE) :]
+        return int(row[f"height_{resolution}"]), int(row[f"width_{resolution}"])
+
+    def shape_of(self, column: str, size: Size | None = None) -> tuple[int, ...]:
+        """What is stored of one sample; ``size``: its bucket in pixels."""
+        if size is None or column not in self.buckets:
+            return self.shapes[column]
+        return (self.shapes[column][0], *(edge // self.downsample for edge in size))
+
+    def bytes_of(self, column: str, size: Size | None = None) -> int:
         if column.startswith(TEXT):
-            return text_storage.size_of(shape, self.storage, self.dtype)
-        return int(np.prod(shape)) * np.dtype(self.dtype).itemsize
+            return text_storage.size_of(self.shapes[column], self.storage, self.dtype)
+        return int(np.prod(self.shape_of(column, size))) * np.dtype(self.dtype).itemsize
 
-    def image_shape(self, column: str) -> tuple[int, int, int]:
+    def image_shape(self, column: str, size: Size | None = None) -> tuple[int, int, int]:
         """(c, h, w) of the latents that training sees."""
-        channels, height, width = self.shapes[column]
+        channels, height, width = self.shape_of(column, size)
         return (channels // 2 if self.latent == "moments" else channels, height, width)
 
-    def image(self, raw: Tensor, column: str, noise: Tensor | None) -> Tensor:
+    def image(self, raw: Tensor, column: str, noise: Tensor | None, size: Size | None = None) -> Tensor:
         """uint8 (b, bytes) → (b, c, h, w)."""
-        values = raw.view(getattr(torch, self.dtype)).reshape(-1, *self.shapes[column])
+        values = self.stored_image(raw, column, size)
         return sampled(values.float(), noise).to(values.dtype) if self.latent == "moments" else values
+
+    def stored_image(self, raw: Tensor, column: str, size: Size | None = None) -> Tensor:
+        """uint8 (b, bytes) → (b, c, h, w) as stored; of moments (b, 2c, h, w)."""
+        return raw.view(getattr(torch, self.dtype)).reshape(-1, *self.shape_of(column, size))
 
     def text(self, raw: Tensor, column: str = TEXT) -> Tensor:
         """uint8 (b, bytes) → (b, l, d)."""
@@ -115,7 +151,7 @@ class Expected:
         dtype = self.dtype or "float16"
         item = np.dtype(dtype).itemsize
         if TEXT not in sizes:
-            raise ConfigError(f"{place} has no column {TEXT}, but {', '.join(sizes)}: it holds no latents")
+            raise ConfigError(f"{place} has no column {TEXT}, only {', '.join(sizes)}: it holds no latents")
         length, width = self.caption_shape or self._usual_caption(place, sizes[TEXT], item)
         if sizes[TEXT] != length * width * item:
             raise ConfigError(
@@ -133,8 +169,8 @@ class Expected:
         length = 77
         if size % (length * item):
             raise ConfigError(
-                f"{place}: text states have {size} bytes per sample, which is no multiple of 77 tokens: say what their "
-                "shape is with caption_shape=[length,width]"
+                f"{place}: text states have {size} bytes per sample, which is not a multiple of 77 tokens: give their "
+                "shape with caption_shape=[length,width]"
             )
         return length, size // (length * item)
 
@@ -173,9 +209,12 @@ class LatentFolder:
         ConfigError: there is no such folder, it is not finished, holds no latents or others than expected.
     """
 
+    is_far = False
+    """Whether shards have to be brought here before they are read."""
+
     def __init__(self, path: str | Path, expected: Expected | None = None) -> None:
         self.path = Path(path)
-        self._open: OrderedDict[int, np.ndarray] = OrderedDict()
+        self._open: OrderedDict[int, npt.NDArray[Any]] = OrderedDict()
         manifest = self._manifest()
         self._read_index(self._index())
         expected = expected or Expected()
@@ -199,7 +238,7 @@ class LatentFolder:
         dataset = Dataset.open(self.path)
         dataset.require_success()
         if "shapes" not in dataset.header["extra"]:
-            raise ConfigError(f"{self.path} holds no latents: it is made by stage={dataset.stage}")
+            raise ConfigError(f"{self.path} holds no latents: it was made by stage={dataset.stage}")
         extra: Mapping[str, Any] = dataset.header["extra"]
         return extra
 
@@ -208,7 +247,7 @@ class LatentFolder:
             index: dict[str, Any] = json.loads((self.path / "index.json").read_text())
         except (OSError, ValueError) as error:
             said = error.strerror if isinstance(error, OSError) else "not JSON"
-            raise ConfigError(f"{self.path}: no MDS folder: index.json: {said}") from None
+            raise ConfigError(f"{self.path}: not an MDS folder: index.json: {said}") from None
         return index
 
     def _read_index(self, index: Mapping[str, Any]) -> None:
@@ -225,15 +264,16 @@ class LatentFolder:
             for shard in self._shards:
                 _check_inside(self.name, str(shard["raw_data"]["basename"]))
         except (KeyError, TypeError, AttributeError) as error:
-            raise ConfigError(f"{self.name}: index.json is not that of MDS shards ({error!r})") from None
+            raise ConfigError(f"{self.name}: index.json is not an index of MDS shards ({error!r})") from None
         if not len(self):
             raise ConfigError(f"{self.name} holds no samples")
         self._head = struct.Struct(f"<{sum(size is None for _, size in self._sizes)}I")
 
     @property
-    def starts(self) -> np.ndarray:
+    def starts(self) -> npt.NDArray[Any]:
         """First sample of each shard, and the number of all at the end: int64 (shards + 1,)."""
-        return self._starts
+        found: npt.NDArray[Any] = self._starts
+        return found
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -245,30 +285,67 @@ class LatentFolder:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _head=struct.Struct(state["_head"]))
 
-    def require(self, positions: np.ndarray) -> None:
+    def require(self, positions: npt.NDArray[Any]) -> None:
         """Say that these samples are read soon; where they are far away, they are brought here meanwhile."""
 
-    def read(self, positions: Sequence[int], columns: Sequence[str]) -> dict[str, Tensor]:
-        """The bytes of ``columns`` at ``positions``: uint8 (b, bytes) each.
+    def bucket_index(self, column: str) -> BucketIndex:
+        """Which samples are in which bucket; all are in one where there are no buckets.
 
         Raises:
-            ValueError: a sample's bytes are not of the size that the layout says; names its key.
+            ConfigError: the folder's index does not belong to its shards.
         """
-        wanted = {column: self.layout.bytes_of(column) for column in columns}
+        if column not in self.layout.buckets:
+            resolution = int(column[len(IMAGE) :])
+            return BucketIndex.of_one((resolution, resolution), len(self))
+        try:
+            index = BucketIndex.parse(self._small_file(BUCKETS), column)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{self.name}: {BUCKETS} cannot be read: {error}") from None
+        if len(index) != len(self):
+            raise ConfigError(f"{self.name}: {BUCKETS} lists {len(index)} samples, index.json {len(self)}")
+        return index
+
+    def _small_file(self, name: str) -> bytes:
+        return (self.path / name).read_bytes()
+
+    def read(
+        self,
+        positions: Sequence[int],
+        columns: Sequence[str],
+        size: Size | None = None,
+        captions: Sequence[int] | None = None,
+    ) -> dict[str, Tensor]:
+        """The bytes of ``columns`` at ``positions``: uint8 (b, bytes) each.
+
+        Args:
+            size: of the bucket that these samples are in, in pixels.
+            captions: which of a sample's captions text states are read of, where several are stored; None: the first.
+
+        Raises:
+            ValueError: a sample's bytes are not of the size that the layout says, or it is in another bucket; names
+                its key.
+        """
+        wanted = {column: self.layout.bytes_of(column, size) for column in columns}
         batch = {column: np.empty((len(positions), size), np.uint8) for column, size in wanted.items()}
         for place, position in enumerate(positions):
             data, spans = self._spans(int(position))
-            for column, size in wanted.items():
-                start, stop = spans[column]
-                source = data
-                if start == stop and column.startswith(TEXT) and BACK in spans:
-                    back = int(data[slice(*spans[BACK])].view(np.int64)[0])
-                    source, home = self._spans(int(position) - back)
-                    start, stop = home[column]
-                if stop - start != size:
+            for column, expected in wanted.items():
+                source, (start, stop) = data, spans[column]
+                if column.startswith(TEXT) and (start == stop or self.layout.sources):
+                    which = 0 if captions is None else captions[place]
+                    source, (start, stop) = self._text_span(int(position), column, which)
+                if column.startswith(TEXT) and text_storage.is_ragged(self.layout.storage):
+                    self._spread(int(position), column, source[start:stop], batch[column][place])
+                    continue
+                if column in self.layout.buckets and (there := self._size_at(data, spans, column)) != size:
+                    raise ValueError(
+                        f"{self.name}: sample {self.key(int(position))!r}: {column} is in the bucket {there}, but "
+                        f"{BUCKETS} has it in {size}: run stage=repair on the folder"
+                    )
+                if stop - start != expected:
                     raise ValueError(
                         f"{self.name}: sample {self.key(int(position))!r}: {column} has {stop - start} bytes, "
-                        f"expected {size} for {self.layout.shapes[column]} of {self.layout.dtype}"
+                        f"expected {expected} for {self.layout.shape_of(column, size)} of {self.layout.dtype}"
                     )
                 batch[column][place] = source[start:stop]
         return {
@@ -276,11 +353,90 @@ class LatentFolder:
             for column, values in batch.items()  # an empty array gives strides that no view can be made of
         }
 
+    def _size_at(self, data: npt.NDArray[Any], spans: Mapping[str, tuple[int, int]], column: str) -> Size:
+        """The bucket that a sample's own columns tell."""
+        resolution = column[len(IMAGE) :]
+        height, width = (int(data[slice(*spans[f"{edge}_{resolution}"])].view(np.int64)[0]) for edge in _EDGES)
+        return height, width
+
+    def _spread(self, position: int, column: str, stored: npt.NDArray[Any], target: npt.NDArray[Any]) -> None:
+        layout = self.layout
+        try:
+            text_storage.spread(stored, target, layout.shapes[column], layout.storage, layout.dtype)
+        except ValueError as error:
+            raise ValueError(f"{self.name}: sample {self.key(position)!r}: {column}: {error}") from None
+
+    def tokens(
+        self, positions: Sequence[int], column: str = TEXT, captions: Sequence[int] | None = None
+    ) -> npt.NDArray[Any]:
+        """How many tokens are stored of each caption: int64 (b,); all where padding is stored as well. ``captions`` as
+        of :meth:`read`."""
+        layout = self.layout
+        length, width = layout.shapes[column]
+        if not text_storage.is_ragged(layout.storage):
+            return np.full(len(positions), length, np.int64)
+        which = captions if captions is not None else [0] * len(positions)
+        spans = [self._text_span(int(at), column, number)[1] for at, number in zip(positions, which, strict=True)]
+        sizes = [stop - start for start, stop in spans]
+        return np.array(sizes, np.int64) // text_storage.token_bytes(width, layout.storage, layout.dtype)
+
+    def size_conditions(self, positions: Sequence[int], column: str) -> Tensor:
+        """SDXL's size conditions, int64 (b, 6), in pixels (Podell et al. 2023, section 2.2).
+
+        Height and width of the original before any resizing, top and left of what was cut from it after resizing, and
+        the height and width of that. Square latents do not store this: their crop counts as the original.
+        """
+        resolution = int(column[len(IMAGE) :])
+        if column not in self.layout.buckets:
+            return torch.tensor([resolution, resolution, 0, 0, resolution, resolution]).repeat(len(positions), 1)
+        names = [*ORIGINAL_COLUMNS, "min_side", *(f"{name}_{resolution}" for name in BUCKET_COLUMNS)]
+        found = np.empty((len(positions), len(names)), np.int64)
+        for place, position in enumerate(positions):
+            data, spans = self._spans(int(position))
+            found[place] = [data[slice(*spans[name])].view(np.int64)[0] for name in names]
+        height, width, shorter = found[:, 0], found[:, 1], found[:, 2]
+        short = np.minimum(height, width)
+        original = [(edge * shorter + short // 2) // short for edge in (height, width)]
+        cut_height, cut_width, top, left = found[:, 3:].T
+        return torch.from_numpy(np.stack([*original, top, left, cut_height, cut_width], 1))
+
+    def caption_sources(self, position: int) -> list[str]:
+        """Where each of a sample's captions is from, if several are stored; else one that is ``original``."""
+        if not self.layout.sources:
+            return [ORIGINAL]
+        data, spans = self._spans(position)
+        found: list[str] = json.loads(bytes(data[slice(*spans[SOURCES])]))
+        return found
+
+    def _text_span(self, position: int, column: str, caption: int = 0) -> tuple[npt.NDArray[Any], tuple[int, int]]:
+        """The file that holds the text states of a sample's caption, its own or those of the sample that it refers to,
+        and where.
+
+        Raises:
+            ValueError: the column does not hold those of its captions.
+        """
+        data, spans = self._spans(position)
+        start, stop = spans[column]
+        if self.layout.sources:
+            layout, tokens = self.layout, None
+            if text_storage.is_ragged(layout.storage):
+                tokens = data[slice(*spans[tokens_column(column)])].view(TOKENS)
+            count = len(tokens) if tokens is not None else len(self.caption_sources(position))
+            try:
+                ends = ends_of(stop - start, tokens, layout.shapes[column], layout.storage, layout.dtype, count)
+            except ValueError as error:
+                raise ValueError(f"{self.name}: sample {self.key(position)!r}: {column}: {error}") from None
+            return data, (start + (int(ends[caption - 1]) if caption else 0), start + int(ends[caption]))
+        if start != stop or BACK not in spans:
+            return data, (start, stop)
+        data, home = self._spans(position - int(data[slice(*spans[BACK])].view(np.int64)[0]))
+        return data, home[column]
+
     def key(self, position: int) -> str:
         data, spans = self._spans(position)
         return bytes(data[slice(*spans["key"])]).decode(errors="replace") if "key" in spans else str(position)
 
-    def _spans(self, position: int) -> tuple[np.ndarray, dict[str, tuple[int, int]]]:
+    def _spans(self, position: int) -> tuple[npt.NDArray[Any], dict[str, tuple[int, int]]]:
         """The file that holds the sample, and where its columns lie in it."""
         number = int(np.searchsorted(self._starts, position, "right")) - 1
         data = self._file(number)
@@ -294,27 +450,27 @@ class LatentFolder:
             at += size
         return data, spans
 
-    def _file(self, number: int) -> np.ndarray:
+    def _file(self, number: int) -> npt.NDArray[Any]:
         if number not in self._open:
-            path = self._path_of(number)
-            try:
-                data = np.memmap(path, np.uint8, "r").view(np.ndarray)
-            except (OSError, ValueError) as error:  # ValueError: it is empty
-                raise StorageError(f"{path} cannot be read: {error}") from None
-            expected = self._shards[number]["raw_data"].get("bytes", len(data))
-            if len(data) != expected:
-                raise StorageError(f"{path} has {len(data)} bytes, but index.json says {expected}: copy it again")
-            self._open[number] = data
+            self._open[number] = self._mapped(number)
             if len(self._open) > _OPEN_FILES:
                 self._open.popitem(last=False)
         return self._open[number]
 
-    def _path_of(self, number: int) -> Path:
-        """The local file of shard ``number``, not compressed."""
+    def _mapped(self, number: int) -> npt.NDArray[Any]:
+        """The bytes of shard ``number``, not compressed, as they lie in the page cache: uint8 (n,)."""
         shard = self._shards[number]
         if shard.get("zip_data"):
             raise ConfigError(f"{self.path}: its shards are compressed: read it as file://{self.path.absolute()}")
-        return self.path / str(shard["raw_data"]["basename"])
+        path = self.path / str(shard["raw_data"]["basename"])
+        try:
+            data = np.memmap(path, np.uint8, "r").view(np.ndarray)
+        except (OSError, ValueError) as error:  # ValueError: it is empty
+            raise StorageError(f"{path} cannot be read: {error}") from None
+        expected = shard["raw_data"].get("bytes", len(data))
+        if len(data) != expected:
+            raise StorageError(f"{path} has {len(data)} bytes, but index.json says {expected}: copy it again")
+        return data
 
     def column_of(self, image_size: int) -> str:
         """The column of latents of images of this edge.

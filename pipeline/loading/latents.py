@@ -6,28 +6,34 @@ stored come from its manifest.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from pipeline.config.cli import nearest
 from pipeline.config.schema import ConfigError
-from pipeline.distributed import find_place
-from pipeline.loading import Epochs, Mixture, Parts, ShardLocal, Stream, order, sequential
+from pipeline.imaging.buckets import Size
+from pipeline.loading import Epochs, Parts, ShardLocal, Stream, text_storage
+from pipeline.loading.bucket_loader import BucketLoader
+from pipeline.loading.bucketed import BucketMajor, BucketSlots
+from pipeline.loading.caption_choice import CHOICES, checked_weights, chosen
+from pipeline.loading.epoch_slots import Slots, shuffle_window
 from pipeline.loading.latent_folder import TEXT as _TEXT
 from pipeline.loading.latent_folder import Expected, LatentFolder, Layout
-from pipeline.loading.prefetch import Ahead
-from pipeline.randomness import keyed_seed, normals, uniforms
+from pipeline.loading.latent_loader import LatentLoader
+from pipeline.partitions.bucket_index import BucketIndex
+from pipeline.randomness import normals
+from pipeline.samples.captions import ORIGINAL
 
 __all__ = [
+    "BucketLoader",
     "Expected",
     "LatentDataset",
     "LatentFolder",
@@ -38,18 +44,23 @@ __all__ = [
     "build_streaming_latents_dataloader",
 ]
 
-_BLOCK = 1024  # slots that random numbers are drawn for at once
-_MIXED = 1 << 15  # samples that are shuffled among each other where shards come from elsewhere, at least
 _KNOWN = ("pin_memory", "prefetch", "num_workers", "prefetch_factor")
 _IGNORED = ("persistent_workers",)  # of DataLoader: there are no worker processes that could end
 
 
 @dataclass
 class TrainingLatents:
-    """What the training loop reads: one resolution of a folder as float32, moments as they are stored."""
+    """What the training loop reads: one resolution of a folder, moments as they are stored.
+
+    Attributes:
+        captions, caption_weights, seed: as of :class:`LatentDataset`, ``draw`` or ``first``.
+    """
 
     folder: LatentFolder
     resolution: int
+    captions: str = "draw"
+    caption_weights: Mapping[str, float] = field(default_factory=dict)
+    seed: int = 0
 
     def __len__(self) -> int:
         return len(self.folder)
@@ -58,78 +69,81 @@ class TrainingLatents:
     def image_shape(self) -> tuple[int, int, int]:
         return self.folder.layout.image_shape(self.folder.column_of(self.resolution))
 
-    def batch(self, positions: np.ndarray) -> dict[str, Tensor]:
-        """``image_latents`` (b, c, h, w), moments (b, 2c, h, w), and ``caption_latents`` (b, l, d), both float32."""
-        column, layout = self.folder.column_of(self.resolution), self.folder.layout
-        raw = self.folder.read(positions.tolist(), [column, _TEXT])
-        image = raw[column].view(getattr(torch, layout.dtype)).reshape(-1, *layout.shapes[column])
-        return {"image_latents": image.float(), "caption_latents": layout.text(raw[_TEXT]).float()}
-
-
-# ---- which samples
-
-
-@dataclass(frozen=True)
-class Slots:
-    """Which sample of which folder stands in each slot of an epoch; an epoch has as many slots as there are samples.
-
-    Without weights every sample stands in an epoch once. With weights, each 1024 slots hold the folders in these
-    shares, and each folder is gone through again and again, every sample once per round.
-
-    Attributes:
-        sizes: samples of each folder.
-        blocks: of each folder the first sample of each shard, and the number of all at the end: samples are then
-            shuffled within a window of shards, so that few shards are needed at a time. Empty: shuffled as a whole.
-    """
-
-    sizes: tuple[int, ...]
-    seed: int
-    shuffle: bool = True
-    weights: tuple[float, ...] = ()
-    blocks: tuple[tuple[int, ...], ...] = ()
-
-    def __len__(self) -> int:
-        return sum(self.sizes)
-
-    def samples(self, epoch: int, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Folder and position (int64 both) of each of the ``slots`` of ``epoch``."""
-        return self._parts.locate(self._stream.samples(epoch * len(self) + slots))
+    @cached_property
+    def order(self) -> BucketMajor:
+        """Of samples in buckets: positions here number them bucket by bucket."""
+        return BucketMajor(self.folder.bucket_index(self.folder.column_of(self.resolution)))
 
     @property
-    def order(self) -> str:
-        """Name of the order where it is not the usual one: a position in one order means nothing in another."""
-        if not self.shuffle:
-            return "sequential"
-        return repr([ShardLocal(starts) for starts in self.blocks]) if self.blocks else ""
+    def bucket_starts(self) -> tuple[int, ...]:
+        """First position of each bucket, and the number of all samples at the end; empty without buckets."""
+        has_buckets = self.folder.column_of(self.resolution) in self.folder.layout.buckets
+        return tuple(self.order.starts.tolist()) if has_buckets else ()
 
-    @cached_property
-    def _parts(self) -> Parts:
-        return Parts(self.sizes)
+    @property
+    def stream(self) -> Callable[[int], Stream] | None:
+        """Of latents from elsewhere, the order in which few shards are needed at a time, by seed."""
+        starts = self.folder.starts
+        if not self.folder.is_far or self.bucket_starts:
+            return None
+        window = shuffle_window(len(self), len(starts) - 1)
+        return lambda seed: Epochs(len(self), seed, ShardLocal(starts, window))
 
-    @cached_property
-    def _stream(self) -> Stream:
-        if not self.weights:
-            firsts = self._parts.starts.tolist()
-            starts = [first + start for first, own in zip(firsts, self.blocks, strict=False) for start in own[:-1]]
-            return self._epochs(len(self), self.seed, [*starts, len(self)])
-        rounds = [
-            self._epochs(n, keyed_seed(self.seed, "folder", number), self.blocks[number] if self.blocks else ())
-            for number, n in enumerate(self.sizes)
-        ]
-        return Mixture(rounds, self.weights, self.seed, _BLOCK)
+    def require(self, positions: npt.NDArray[Any]) -> None:
+        """Say that these samples are read soon."""
+        self.folder.require(self.order.positions(positions) if self.bucket_starts else positions)
 
-    def _epochs(self, n: int, seed: int, starts: Sequence[int]) -> Epochs:
-        if not self.shuffle:
-            return Epochs(n, seed, sequential)
-        if not self.blocks:
-            return Epochs(n, seed, order)
-        window = max(8, -(-_MIXED * (len(starts) - 1) // n))
-        return Epochs(n, seed, ShardLocal(starts, window))
+    def batch(self, positions: npt.NDArray[Any], epochs: npt.NDArray[Any] | None = None) -> dict[str, Tensor]:
+        """``image_latents`` (b, c, h, w), moments (b, 2c, h, w), in float32, and ``caption_latents`` (b, l, d) in the
+        precision that they are stored in: they are most of a batch's bytes on the way to the device. Padding of
+        ragged ones is zero. With buckets, all positions are of one, and there are ``size_conditions``, float32 (b, 6):
+        see :meth:`LatentFolder.size_conditions`.
+
+        Args:
+            epochs: how often each sample was seen before, int64 (b,): the caption drawn depends on it, the seed and the
+                sample's key. None: the first caption.
+        """
+        column, layout, size = self.folder.column_of(self.resolution), self.folder.layout, None
+        has_buckets = column in layout.buckets
+        if has_buckets:
+            size = self.order.size_of(positions)
+            positions = self.order.positions(positions)
+        which = None
+        if epochs is not None and self.captions == "draw":
+            which = drawn_captions(self.folder, positions.tolist(), epochs.tolist(), self.caption_weights, self.seed)
+        raw = self.folder.read(positions.tolist(), [column, _TEXT], size, which)
+        image = layout.stored_image(raw[column], column, size)
+        batch = {"image_latents": image.float(), "caption_latents": layout.text(raw[_TEXT])}
+        if has_buckets:
+            batch["size_conditions"] = self.folder.size_conditions(positions.tolist(), column).float()
+        return batch
 
 
-@lru_cache(maxsize=8)
-def _uniforms(seed: int, epoch: int, block: int) -> np.ndarray:
-    return uniforms(_BLOCK, seed, "drop", epoch, block)
+def drawn_captions(
+    folder: LatentFolder, positions: Sequence[int], epochs: Sequence[int], weights: Mapping[str, float], seed: int
+) -> list[int] | None:
+    """Which caption of each sample its epoch takes, see :func:`pipeline.loading.caption_choice.chosen`; None where text
+    states are those of one caption."""
+    if not folder.layout.sources:
+        return None
+    return [
+        chosen(folder.key(at), folder.caption_sources(at), weights, seed, epoch)
+        for at, epoch in zip(positions, epochs, strict=True)
+    ]
+
+
+def caption_weights_for(weights: Mapping[str, float], folders: Sequence[LatentFolder]) -> dict[str, float]:
+    """``weights``, checked against the sources of the captions of all ``folders``.
+
+    Raises:
+        ConfigError: they do not fit, see :func:`pipeline.loading.caption_choice.checked_weights`; or all folders have
+            text states of one caption for each sample, so that there is nothing to draw.
+    """
+    if weights and not any(folder.layout.sources for folder in folders):
+        names = ", ".join(folder.name for folder in folders)
+        raise ConfigError(f"caption_weights: {names}: made with encode_captions=first, so there is nothing to draw")
+    sources = list(dict.fromkeys(source for folder in folders for source in folder.layout.sources or (ORIGINAL,)))
+    return checked_weights(weights, sources)
 
 
 # ---- the samples
@@ -137,17 +151,24 @@ def _uniforms(seed: int, epoch: int, block: int) -> np.ndarray:
 
 @dataclass
 class LatentDataset:
-    """The samples of all folders, one folder after the other: a map-style dataset.
+    """A map-style dataset of the samples of all folders, one folder after the other.
 
     Attributes:
         column: which latents, ``latents_<image_size>``.
         seed: of the samples that are drawn where moments are stored, with ``epoch``.
+        size_conditions: whether batches have these, see :meth:`LatentFolder.size_conditions`.
+        captions: of samples with text states of several captions: ``draw`` one by the sample's key in each epoch, take
+            the ``first``, or ``all`` of them.
+        caption_weights: of drawing, by the captions' source; see :func:`pipeline.loading.caption_choice.chosen`.
     """
 
     folders: Sequence[LatentFolder]
     column: str
     seed: int = 0
     epoch: int = 0
+    size_conditions: bool = False
+    captions: str = "draw"
+    caption_weights: Mapping[str, float] = field(default_factory=dict)
 
     def __len__(self) -> int:
         """Samples of all folders."""
@@ -158,35 +179,94 @@ class LatentDataset:
         return Parts([len(folder) for folder in self.folders])
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """``image_latents`` (c, h, w), ``caption_latents`` (1, l, d) and ``drop_caption_mask`` (), which is 1."""
+        """``image_latents`` (c, h, w), ``caption_latents`` (1, l, d) and ``drop_caption_mask`` (), which is 1; of
+        ragged text states also ``caption_mask``, bool (l,)."""
         number = int(index) + len(self) if index < 0 else int(index)
         if not 0 <= number < len(self):
             raise IndexError(f"there is no sample {index}: the dataset has {len(self)}")
-        batch = self.batch(self.epoch, *self._parts.locate(np.array([number])))
+        folders, positions = self._parts.locate(np.array([number]))
+        size = self.indexes[int(folders[0])].size_at(int(positions[0]))
+        batch = self.batch(self.epoch, folders, positions, size)
         return {**{name: tensor[0] for name, tensor in batch.items()}, "drop_caption_mask": torch.tensor(1.0)}
 
-    def batch(self, epoch: int, folders: np.ndarray, positions: np.ndarray) -> dict[str, Tensor]:
-        """``image_latents`` (b, c, h, w) and ``caption_latents`` (b, 1, l, d) of samples by folder and position."""
+    @cached_property
+    def indexes(self) -> list[BucketIndex]:
+        """Which samples of each folder are in which bucket."""
+        return [folder.bucket_index(self.column) for folder in self.folders]
+
+    def batch(
+        self, epoch: int, folders: npt.NDArray[Any], positions: npt.NDArray[Any], size: Size | None = None
+    ) -> dict[str, Tensor]:
+        """``image_latents`` (b, c, h, w) and ``caption_latents`` (b, 1, l, d) of samples by folder and position, which
+        all are in the bucket of this ``size`` in pixels; of ragged text states also ``caption_mask``, bool (b, l), True
+        where a token is; with ``size_conditions`` also these, int64 (b, 6)."""
         parts, places = [], []
         for number in np.unique(folders):
             chosen = np.flatnonzero(folders == number)
-            parts.append(self._part(epoch, int(number), positions[chosen].tolist()))
+            parts.append(self._part(epoch, int(number), positions[chosen].tolist(), size))
             places.append(chosen)
         if not parts:
-            return self._part(epoch, 0, [])
+            return self._part(epoch, 0, [], size)
         return parts[0] if len(parts) == 1 else _merged(parts, np.concatenate(places))
 
-    def _part(self, epoch: int, number: int, positions: list[int]) -> dict[str, Tensor]:
+    def _part(self, epoch: int, number: int, positions: list[int], size: Size | None) -> dict[str, Tensor]:
         folder = self.folders[number]
         layout = folder.layout
-        raw = folder.read(positions, [self.column, _TEXT])
+        which = self._captions(folder, epoch, positions)
+        raw = folder.read(positions, [self.column, _TEXT], size, which)
         noise = None
         if layout.latent == "moments":
-            noise = torch.empty(0, *layout.image_shape(self.column))
+            shape = layout.image_shape(self.column, size)
+            noise = torch.empty(0, *shape)
             if positions:
-                noise = _noise(layout.image_shape(self.column), self.seed, epoch, [(number, at) for at in positions])
-        image = layout.image(raw[self.column], self.column, noise)
-        return {"image_latents": image, "caption_latents": layout.text(raw[_TEXT])[:, None]}
+                noise = _noise(shape, self.seed, epoch, [(number, at) for at in positions])
+        image = layout.image(raw[self.column], self.column, noise, size)
+        batch = {"image_latents": image, "caption_latents": layout.text(raw[_TEXT])[:, None]}
+        tokens = None
+        if any(text_storage.is_ragged(other.layout.storage) for other in self.folders):
+            tokens = torch.from_numpy(folder.tokens(positions, captions=which))[:, None]
+        if self.captions == "all":
+            more, tokens = self._all_captions(folder, positions, batch["caption_latents"], tokens)
+            batch |= more
+        if tokens is not None:
+            mask = torch.arange(layout.shapes[_TEXT][0]) < tokens[:, :, None]
+            batch["caption_mask"] = mask if self.captions == "all" else mask[:, 0]
+        if self.size_conditions:
+            batch["size_conditions"] = folder.size_conditions(positions, self.column)
+        return batch
+
+    def _captions(self, folder: LatentFolder, epoch: int, positions: list[int]) -> list[int] | None:
+        """Which caption of each sample is taken; None: the first."""
+        if self.captions != "draw":
+            return None
+        return drawn_captions(folder, positions, [epoch] * len(positions), self.caption_weights, self.seed)
+
+    def _all_captions(
+        self, folder: LatentFolder, positions: list[int], first: Tensor, tokens: Tensor | None
+    ) -> tuple[dict[str, Tensor], Tensor | None]:
+        """Text states of all captions, (b, n, l, d) where a sample has n, zeros after those of samples with fewer, and
+        how many each has, ``caption_counts`` (b,); and the ``tokens`` (b, n) of ragged ones.
+
+        Args:
+            first: states of the first captions, (b, 1, l, d), and ``tokens`` (b, 1) of these.
+        """
+        counts = np.array([len(folder.caption_sources(at)) for at in positions], np.int64)
+        most = int(counts.max(initial=1))
+        texts = first.new_zeros((len(positions), most, *first.shape[2:]))
+        texts[:, :1] = first
+        lengths = None
+        if tokens is not None:
+            lengths = tokens.new_zeros((len(positions), most))
+            lengths[:, :1] = tokens
+        for number in range(1, most):
+            places = np.flatnonzero(counts > number)
+            there = [positions[place] for place in places]
+            which = [number] * len(there)
+            at = torch.from_numpy(places)
+            texts[at, number] = folder.layout.text(folder.read(there, [_TEXT], None, which)[_TEXT])
+            if lengths is not None:
+                lengths[at, number] = torch.from_numpy(folder.tokens(there, captions=which))
+        return {"caption_latents": texts, "caption_counts": torch.from_numpy(counts)}, lengths
 
 
 def _noise(shape: tuple[int, ...], seed: int, epoch: int, samples: Sequence[tuple[int, int]]) -> Tensor:
@@ -194,169 +274,20 @@ def _noise(shape: tuple[int, ...], seed: int, epoch: int, samples: Sequence[tupl
     return torch.from_numpy(np.stack([normals(shape, seed, "moments", epoch, *sample) for sample in samples]))
 
 
-def _merged(parts: list[dict[str, Tensor]], places: np.ndarray) -> dict[str, Tensor]:
+def _padded(name: str, tensor: Tensor, captions: int) -> Tensor:
+    """A tensor of a batch, padded to ``captions`` captions for each sample if it has a dimension of captions."""
+    if name not in ("caption_latents", "caption_mask"):
+        return tensor
+    missing = (len(tensor), captions - tensor.shape[1], *tensor.shape[2:])
+    return torch.cat([tensor, tensor.new_zeros(missing)], 1)
+
+
+def _merged(parts: list[dict[str, Tensor]], places: npt.NDArray[Any]) -> dict[str, Tensor]:
     back = torch.from_numpy(np.argsort(places))
+    if "caption_counts" in parts[0]:
+        most = max(part["caption_latents"].shape[1] for part in parts)
+        parts = [{name: _padded(name, tensor, most) for name, tensor in part.items()} for part in parts]
     return {name: torch.cat([part[name] for part in parts])[back] for name in parts[0]}
-
-
-# ---- the loader
-
-
-@dataclass
-class LatentLoader:
-    """Batches of latents, read ahead by a thread; each ``iter()`` gives one epoch, in an order of its own.
-
-    It is used as torch's DataLoader is: an epoch that was left early is not gone on with, the next ``iter()`` begins
-    the next one; only :meth:`load_state_dict` makes it go on where a state was taken. The batches of all ranks together
-    are consecutive slots of the epoch; each rank has its part. So the state, one number of slots, means the same under
-    any number of ranks.
-
-    Attributes:
-        batch_size: samples per batch of this rank.
-        drop_last: leave out the last samples of an epoch that do not fill a batch on every rank. Without it every rank
-            gets the same number of batches too; the last ones are then smaller, and where there are fewer samples than
-            ranks left, a batch of some ranks has none, (0, c, h, w).
-        epoch: the epoch that the next batch is of.
-        position: slots of this epoch that all ranks have been through.
-    """
-
-    dataset: LatentDataset
-    slots: Slots
-    batch_size: int
-    cap_drop_prob: float = 0.0
-    drop_last: bool = True
-    rank: int | None = None
-    world_size: int | None = None
-    prefetch: int = 4
-    pin_memory: bool = False
-    epoch: int = 0
-    position: int = 0
-    _going_on: bool = field(default=False, repr=False)
-    _newest: int = field(default=0, repr=False)
-
-    def __post_init__(self) -> None:
-        for name, least in (("batch_size", 1), ("prefetch", 1), ("world_size", 1)):
-            value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or int(value) != value or value < least):
-                raise ConfigError(f"{name}={value}: must be a whole number of at least {least}")
-        if (self.rank is None) != (self.world_size is None):
-            raise ConfigError(f"rank={self.rank}, world_size={self.world_size}: give both, or none")
-        if self.rank is not None and not 0 <= self.rank < (self.world_size or 1):
-            raise ConfigError(f"rank={self.rank}: must be from 0 to {(self.world_size or 1) - 1}, as world_size says")
-        if not 0 <= self.cap_drop_prob <= 1:
-            raise ConfigError(f"cap_drop_prob={self.cap_drop_prob}: must be from 0 to 1")
-
-    def place(self) -> tuple[int, int]:
-        """Rank and world size: as given, else those of torch.distributed, else the launcher's, now."""
-        if self.rank is not None and self.world_size is not None:
-            return self.rank, self.world_size
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            return torch.distributed.get_rank(), torch.distributed.get_world_size()
-        here = find_place(os.environ)
-        return here.rank, here.world_size
-
-    def __len__(self) -> int:
-        """Batches of a whole epoch, on every rank."""
-        step = self.batch_size * self.place()[1]
-        return len(self.slots) // step if self.drop_last else -(-len(self.slots) // step)
-
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        """An epoch, or the rest of the one that a loaded state is of: ``image_latents`` (b, c, h, w),
-        ``caption_latents`` (b, 1, l, d), ``drop_caption_mask`` (b,), 0 where the caption is to be hidden, else 1."""
-        epoch, position = (self.epoch + 1, 0) if self.position and not self._going_on else (self.epoch, self.position)
-        self._newest += 1
-        mine = self._newest
-        if not len(self):
-            raise ConfigError(
-                f"batch_size={self.batch_size} on {self.place()[1]} ranks is more than the {len(self.slots)} samples: "
-                "give a smaller one, or drop_last=False"
-            )
-        with closing(Ahead(self._batches(epoch, position), self.prefetch)) as batches:
-            for stop, batch in batches:
-                self._reached(mine, epoch, stop)
-                yield batch
-        self._reached(mine, epoch, len(self.slots))  # also where nothing was left of a state's epoch
-
-    def _reached(self, iterator: int, epoch: int, stop: int) -> None:
-        """Keep the state, which is that of the iterator that was made last."""
-        if iterator == self._newest:
-            self.epoch, self.position = (epoch + 1, 0) if stop == len(self.slots) else (epoch, stop)
-            self._going_on = False
-
-    def _batches(self, epoch: int, position: int) -> Iterator[tuple[int, dict[str, Tensor]]]:
-        """Batches, each with the slot at which what is handed out with it ends: the last with that of the epoch."""
-        rank, world_size = self.place()
-        total, step = len(self.slots), self.batch_size * world_size
-        required = position
-        while position + step <= total if self.drop_last else position < total:
-            stop = self._stop(position, world_size)
-            required = self._require(epoch, required, stop)
-            first, last = (position + (stop - position) * r // world_size for r in (rank, rank + 1))
-            left = total - stop
-            over = left < step if self.drop_last else not left
-            yield total if over else stop, self._batch(epoch, np.arange(first, last))
-            position = stop
-
-    def _stop(self, position: int, world_size: int) -> int:
-        """Where the global batch that begins at ``position`` ends: it leaves none, or enough for all ranks."""
-        total = len(self.slots)
-        stop = min(position + self.batch_size * world_size, total)
-        missing = world_size - (total - stop)
-        if not self.drop_last and 0 < missing < world_size <= stop - position - missing:
-            stop -= missing
-        return stop
-
-    def _require(self, epoch: int, first: int, stop: int) -> int:
-        """Have the shards from elsewhere that hold the slots from ``first`` to some way behind ``stop`` brought here;
-        where these end."""
-        if not self.slots.blocks:
-            return first
-        last = min(stop + _MIXED, len(self.slots))
-        folders, positions = self.slots.samples(epoch, np.arange(first, last))
-        for number in np.unique(folders):
-            self.dataset.folders[number].require(positions[folders == number])
-        return max(first, last)
-
-    def _batch(self, epoch: int, slots: np.ndarray) -> dict[str, Tensor]:
-        batch = self.dataset.batch(epoch, *self.slots.samples(epoch, slots))
-        drawn = np.array([_uniforms(self.slots.seed, epoch, int(s) // _BLOCK)[s % _BLOCK] for s in slots])
-        batch["drop_caption_mask"] = torch.from_numpy((drawn >= self.cap_drop_prob).astype(np.float32))
-        return {name: tensor.pin_memory() for name, tensor in batch.items()} if self.pin_memory else batch
-
-    # ---- where it stands
-
-    def set_epoch(self, epoch: int) -> None:
-        """Let the next ``iter()`` give this epoch: from its beginning, unless a state of just this epoch was loaded."""
-        if epoch < 0:
-            raise ValueError(f"epoch={epoch}: must be at least 0")
-        if not (self._going_on and epoch == self.epoch):
-            self.epoch, self.position, self._going_on = int(epoch), 0, False
-            self._newest += 1
-
-    def state_dict(self) -> dict[str, Any]:
-        """Where the batches that were handed out end; the same on every rank."""
-        state = {
-            "seed": self.slots.seed,
-            "samples": len(self.slots),
-            "epoch": self.epoch,
-            "position": self.position,
-        }
-        return state | ({"order": self.slots.order} if self.slots.order else {})
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Let the next ``iter()`` go on where ``state`` was taken, on any number of ranks.
-
-        Raises:
-            ValueError: it was taken with other data, another seed or another order.
-        """
-        own = self.state_dict()
-        for name in ("seed", "samples", "order"):
-            if state.get(name) != own.get(name) and not (name not in state and not self.slots.blocks):
-                raise ValueError(
-                    f"cannot go on: the state has {name}={state.get(name)}, this loader {name}={own.get(name)}"
-                )
-        self.epoch, self.position, self._going_on = state["epoch"], state["position"], True
-        self._newest += 1
 
 
 def build_streaming_latents_dataloader(
@@ -374,54 +305,92 @@ def build_streaming_latents_dataloader(
     rank: int | None = None,
     world_size: int | None = None,
     cache: str | Path = "",
+    cache_limit: int = 0,
     latent_shape: Sequence[int] = (),
     dtype: str = "",
+    buckets: bool = False,
+    balance: str = "samples",
+    size_conditions: bool = False,
+    captions: str = "draw",
+    caption_weights: Mapping[str, float] | None = None,
     **options: Any,
 ) -> LatentLoader:
-    """A loader of latents that micro_diffusion's training code takes as its own.
+    """Return a loader of latents that can be used in place of the one in micro_diffusion's training code.
 
     Args:
         datadir: a folder, or several; with ``://`` in it, a place elsewhere (``s3://…``, ``gs://…``, ``hf://…``, …),
             whose shards are brought to ``cache`` as they are needed.
-        batch_size: samples per batch of this rank.
-        image_size: which ``latents_<image_size>``.
-        cap_seq_size, cap_emb_dim: shape of the text states, checked against what is stored.
-        cap_drop_prob: fraction of captions to hide.
-        weights: shares of several folders; none: each sample once per epoch.
-        rank, world_size: those of torch.distributed, or the launcher's, when an epoch begins, by default.
-        cache: local folder for shards from elsewhere.
+        batch_size: Number of samples per batch of this rank.
+        image_size: Selects the column ``latents_<image_size>``.
+        cap_seq_size, cap_emb_dim: Shape of the text states, checked against the stored shape.
+        cap_drop_prob: Fraction of captions to drop.
+        weights: Proportions of several folders; by default, each sample is used once per epoch.
+        rank, world_size: By default those of torch.distributed, or of the launcher, when an epoch begins.
+        cache, cache_limit: local folder for shards from elsewhere, which the processes of a machine share, and the
+            bytes that it may hold (0: 64 GiB, or ``LATENTMILL_CACHE_BYTES``).
         latent_shape, dtype: of latents in a folder that was not made by stage=precompute: by default those of an
             autoencoder that makes images 8 times smaller, in float16.
+        buckets: batches are of one shape, but not all of the same: for latents made with ``aspect=buckets``. Folders
+            with square latents are one bucket.
+        balance: With buckets, ``samples`` (all batches have ``batch_size``) or ``tokens``: see :class:`BucketLoader`.
+        size_conditions: Batches also have ``size_conditions``, int64 (b, 6): see :meth:`LatentFolder.size_conditions`.
+        captions: of latents made with ``encode_captions=all``: ``draw`` one of a sample's captions in each epoch, by
+            the seed and the sample's key; take the ``first``; or ``all``: then ``caption_latents`` are (b, n, l, d), n
+            of the sample with the most captions, zeros after the ``caption_counts`` (b,) of others; masks (b, n, l).
+        caption_weights: how often captions of each source are drawn, as ``{"original": 1, "recaption": 3}``; without,
+            any caption of a sample is as likely as another.
         options: ``pin_memory`` and ``prefetch`` (batches to read ahead) of :class:`LatentLoader`; or, as for torch's
             DataLoader, ``num_workers`` and ``prefetch_factor``, whose product is ``prefetch``, and
             ``persistent_workers``, which changes nothing as a thread reads.
 
     Raises:
-        ConfigError: a folder is missing or not finished, has no such latents, or ones of another shape; an argument is
-            wrong.
+        ConfigError: A folder is missing or not finished, or its latents are missing or have a different shape; or an
+            argument is wrong.
     """
     places = [datadir] if isinstance(datadir, str | Path) else list(datadir)
     if not places or (weights and (len(weights) != len(places) or min(weights) <= 0)):
         raise ConfigError(f"weights={list(weights)}: give a positive one for each of {len(places)} folders")
     expected = Expected((cap_seq_size, cap_emb_dim), tuple(latent_shape), dtype)
-    folders = [_opened(place, expected, cache) for place in places]
+    folders = [open_latents(place, expected, cache, cache_limit) for place in places]
     columns = {folder.column_of(image_size) for folder in folders}
     shapes = {folder.layout.image_shape(column) for folder in folders for column in columns}
     if len(shapes) > 1:
         raise ConfigError(f"the folders' latents differ in shape: {', '.join(map(str, sorted(shapes)))}")
     far = any("://" in str(place) for place in places)
+    if captions not in CHOICES:
+        raise ConfigError(f"captions={captions}: {nearest(captions, CHOICES)}")
+    if caption_weights and captions != "draw":
+        raise ConfigError(f"caption_weights have no effect with captions={captions}")
+    drawn = caption_weights_for(caption_weights or {}, folders)
+    dataset = LatentDataset(
+        folders, columns.pop(), seed, size_conditions=size_conditions, captions=captions, caption_weights=drawn
+    )
+    if buckets:
+        order = BucketSlots(tuple(dataset.indexes), seed, shuffle, tuple(weights), far)
+        given = (batch_size, cap_drop_prob, drop_last, rank, world_size)
+        return BucketLoader(dataset, order, *given, **_ahead(options), balance=balance, resolution=image_size)
+    for folder in folders:
+        if dataset.column in folder.layout.buckets:
+            raise ConfigError(f"{folder.name}: its latents have several shapes: give buckets=True")
+    if balance != "samples":
+        raise ConfigError(f"balance={balance}: needs buckets=True")
     blocks = tuple(tuple(folder.starts.tolist()) for folder in folders) if far else ()
     slots = Slots(tuple(len(folder) for folder in folders), seed, shuffle, tuple(weights), blocks)
-    dataset = LatentDataset(folders, columns.pop(), seed)
     return LatentLoader(dataset, slots, batch_size, cap_drop_prob, drop_last, rank, world_size, **_ahead(options))
 
 
-def _opened(place: str | Path, expected: Expected, cache: str | Path) -> LatentFolder:
+def open_latents(
+    place: str | Path, expected: Expected | None = None, cache: str | Path = "", cache_limit: int = 0
+) -> LatentFolder:
+    """The latents of a folder, here or elsewhere; raises ConfigError as :class:`LatentFolder` does, or if the cache
+    cannot hold the shards that are needed at a time."""
     if "://" not in str(place):
         return LatentFolder(place, expected)
     from pipeline.loading.streaming import RemoteFolder
 
-    return RemoteFolder(str(place), expected, cache)
+    folder = RemoteFolder(str(place), expected, cache, cache_limit)
+    folder.check_cache(shuffle_window(len(folder), len(folder.starts) - 1))
+    return folder
 
 
 def _ahead(options: Mapping[str, Any]) -> dict[str, Any]:

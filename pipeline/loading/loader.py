@@ -1,4 +1,4 @@
-"""Batches in a sampler's order: the loader, and datasets that it reads from."""
+"""The loader, which returns batches in the order of a sampler, and datasets that it can read."""
 
 from __future__ import annotations
 
@@ -7,41 +7,47 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
+import numpy.typing as npt
 
+from pipeline.loading.prefetch import Announced
 from pipeline.loading.sampler import Parts, Sampler
 
 if TYPE_CHECKING:
     import torch
 
+_REQUIRED = 1 << 13  # samples of all ranks that a dataset is asked to prefetch
+
 
 class Loader:
-    """Batches of a map-style dataset in a sampler's order, read by worker processes; goes on exactly where it stopped.
+    """Batches of a map-style dataset in the order of a sampler, read by worker processes; resumes exactly where it
+    stopped.
 
-    It is used as torch's DataLoader is: each ``iter()`` gives the sampler's ``epochs``, the first one those from 0 on,
-    the next those that follow; with ``epochs=0`` it never ends, and goes on where the last ``iter()`` was left. Else
-    what was left early is not gone on with; only :meth:`load_state_dict` makes the next ``iter()`` go on where a state
-    was taken. (Behind the last sample nothing is left: that ``iter()`` is empty, so that a finished run stays finished;
-    :meth:`set_epoch` begins the next epoch there.) The state counts the batches that were handed out, not those that
-    workers have read ahead. It can be loaded into a loader of any number of ranks and workers and any batch size: no
-    sample is missed or comes twice.
+    It is used like torch's DataLoader. Each ``iter()`` yields as many epochs as the sampler's ``epochs``: the first one
+    begins with epoch 0, the next one with the epoch after those. With ``epochs=0`` it never ends, and the next
+    ``iter()`` resumes where the last one was left. Otherwise, an ``iter()`` that was left early is not resumed, unless
+    a state is loaded with :meth:`load_state_dict`: the next ``iter()`` then resumes where the state was taken. If the
+    state was taken after the last sample, that ``iter()`` is empty, so that a finished run stays finished;
+    :meth:`set_epoch` begins the next epoch. The state counts the batches that were returned, not those that workers
+    have prefetched. It can be loaded with any number of ranks and workers and any batch size: no sample is missed or
+    repeated.
 
-    Every rank gets the same number of batches. Where fewer samples than ranks are left at the end, the last batch of
-    some ranks has none: it is like any other of the same ``collate_fn``, with tensors, arrays and lists of length 0.
+    Every rank gets the same number of batches. If fewer samples than ranks are left at the end, the last batch of some
+    ranks is empty: it has the form of any other batch, with tensors, arrays and lists of length 0.
 
     Args:
-        dataset: has ``__getitem__`` or, for a batch at once, ``__getitems__``; a reader of :mod:`pipeline.formats`.
-        sampler: which samples are this rank's; its position is that of the batches handed out.
-        options: of torch's DataLoader: ``num_workers``, ``collate_fn``, ``pin_memory``, ``multiprocessing_context``, …
+        dataset: Has ``__getitem__`` or, to read a batch at once, ``__getitems__``, such as a reader of
+            :mod:`pipeline.formats`. If it has ``require``, this is called with the samples that will be read next.
+        sampler: Chooses the samples of this rank; its position counts the batches that were returned.
+        options: Options of torch's DataLoader: ``num_workers``, ``collate_fn``, ``pin_memory``, …
 
     Raises:
-        ValueError: an option that the sampler stands for, or a dataset with another number of samples.
+        ValueError: An option is set by the sampler, or the dataset has a different number of samples.
     """
 
     def __init__(self, dataset: Any, sampler: Sampler, **options: Any) -> None:
         for name in ("batch_size", "shuffle", "sampler", "batch_sampler", "drop_last"):
             if name in options:
-                raise ValueError(f"{name} is the sampler's affair")
+                raise ValueError(f"{name} is set by the sampler")
         if hasattr(dataset, "__len__") and len(dataset) != sampler.n:
             raise ValueError(f"the dataset has {len(dataset)} samples, but the sampler has n={sampler.n}")
         self.dataset = dataset
@@ -56,7 +62,7 @@ class Loader:
         return self.sampler.n * self.sampler.epochs
 
     def __len__(self) -> int:
-        """Batches of one ``iter()`` from its beginning, on every rank.
+        """Number of batches of a whole ``iter()``, on every rank.
 
         Raises:
             TypeError: it never ends.
@@ -66,7 +72,7 @@ class Loader:
         return -(-self._round // self.sampler.batch_size)
 
     def __iter__(self) -> Iterator[Any]:
-        """Batches of the next epochs; of a loaded state, the rest of its own."""
+        """Batches of the next epochs, or, after loading a state, the rest of its epochs."""
         from torch.utils.data import DataLoader
         from torch.utils.data import default_collate as usual
 
@@ -74,7 +80,9 @@ class Loader:
         mine = self._newest
         ahead = self._next_round()
         options = {**self.options, "collate_fn": _Collate(self.dataset, self.options.get("collate_fn") or usual)}
-        loader = DataLoader(self.dataset, batch_sampler=_Ahead(ahead), **options)  # type: ignore[arg-type]
+        loader = DataLoader(
+            self.dataset, batch_sampler=_Ahead(ahead, getattr(self.dataset, "require", None)), **options
+        )
         for batch in loader:
             ahead.advance()
             if mine == self._newest:  # the state is that of the iterator that was made last
@@ -96,10 +104,10 @@ class Loader:
         return replace(self.sampler, position=position, epochs=(number + 1) * self.sampler.epochs)
 
     def set_epoch(self, epoch: int) -> None:
-        """Let the next ``iter()`` begin with this epoch, unless a state of just this epoch was loaded.
+        """Let the next ``iter()`` begin with this epoch, unless a state of the same epoch was loaded.
 
         Raises:
-            ValueError: one ``iter()`` gives several epochs, and this is not the first of them.
+            ValueError: An ``iter()`` has several epochs, and this is not the first of them.
         """
         if epoch < 0 or (self.sampler.epochs and epoch % self.sampler.epochs):
             raise ValueError(f"epoch={epoch}: must be a multiple of {self.sampler.epochs or 1}, at least 0")
@@ -112,7 +120,7 @@ class Loader:
         return self.sampler.state()
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Raises ValueError if the state is of other data, another seed or another order."""
+        """Load a state; raises ValueError if it was taken with other data, another seed or another order."""
         self.sampler.load(state)
         self._going_on = True
         self._newest += 1
@@ -121,12 +129,15 @@ class Loader:
 class _Ahead:
     """This rank's samples, batch by batch, from the sampler's position on."""
 
-    def __init__(self, sampler: Sampler) -> None:
+    def __init__(self, sampler: Sampler, require: Callable[[npt.NDArray[Any]], object] | None) -> None:
         self._start = replace(sampler)
+        self._require = require
 
     def __iter__(self) -> Iterator[list[int]]:
         sampler = replace(self._start)
+        announced = Announced(sampler, self._require, _REQUIRED)
         while not sampler.finished:
+            announced.reach(sampler.position)
             yield sampler.positions().tolist()
             sampler.advance()
 
@@ -166,7 +177,7 @@ def _emptied(batch: Any) -> Any:
 
 
 class Concatenated:
-    """Several map-style datasets one after the other, as :class:`Parts` numbers their samples."""
+    """Several map-style datasets, concatenated; samples are numbered as in :class:`Parts`."""
 
     def __init__(self, datasets: Sequence[Any]) -> None:
         self.datasets = list(datasets)
@@ -181,12 +192,13 @@ class Concatenated:
 
 
 class RemoteMds:
-    """Remote MDS by mosaicml's StreamingDataset, for our samplers: it fetches and caches shards, we say which samples.
+    """MDS in an object store, for these samplers: StreamingDataset downloads and caches the shards of the chosen
+    samples.
 
     Args:
-        remote: URL of a finished dataset directory of format mds (``s3://…``); empty: ``local`` alone.
-        local: folder for what was fetched.
-        options: of StreamingDataset.
+        remote: URL of a finished dataset directory in the format mds (``s3://…``); empty: only ``local``.
+        local: Folder for downloaded shards.
+        options: Options of StreamingDataset.
     """
 
     def __init__(self, remote: str, local: str, **options: Any) -> None:
@@ -216,7 +228,7 @@ class RemoteMds:
 
 
 class Rows(Protocol):
-    """Random access to stored samples; the readers in :mod:`pipeline.formats` have it."""
+    """Random access to stored samples, as the readers in :mod:`pipeline.formats` provide it."""
 
     def __len__(self) -> int: ...
 
@@ -230,4 +242,11 @@ class Batches(Protocol):
 
     def __len__(self) -> int: ...
 
-    def batch(self, positions: np.ndarray) -> dict[str, torch.Tensor]: ...
+    def batch(self, positions: npt.NDArray[Any], epochs: npt.NDArray[Any] | None = None) -> dict[str, torch.Tensor]:
+        """The samples at ``positions``.
+
+        Args:
+            epochs: how often each was seen before, int64 (b,), for data that draw something anew each time; None: in
+                an evaluation, where nothing is drawn.
+        """
+        ...

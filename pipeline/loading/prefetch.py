@@ -1,15 +1,53 @@
-"""An iterator that runs ahead in a thread of its own."""
+"""Prefetching: an iterator in a thread of its own, and announcements of the samples that are needed next."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from threading import Condition, Thread
 from time import perf_counter
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
+
+import numpy.typing as npt
+
+from pipeline.loading.bucketed import BucketSampler
+from pipeline.loading.sampler import Sampler
 
 Item = TypeVar("Item")
+
+
+class Announced:
+    """Tells of samples before a sampler gets to them, so that they can be brought here meanwhile.
+
+    Args:
+        sampler: where it begins; it is copied.
+        require: called with the next positions, int64 (n,); None: not called.
+        samples: of all ranks, how many beforehand.
+        stop: position at which the sampler will end; 0: its own end.
+    """
+
+    def __init__(
+        self,
+        sampler: Sampler | BucketSampler,
+        require: Callable[[npt.NDArray[Any]], object] | None,
+        samples: int,
+        stop: int = 0,
+    ) -> None:
+        self._ahead = replace(sampler)
+        self._require = require
+        self._samples = samples
+        self._stop = stop
+
+    def reach(self, position: int) -> None:
+        """The sampler is at ``position``."""
+        ahead = self._ahead
+        while self._require and ahead.position < position + self._samples and not ahead.finished:
+            if self._stop and ahead.position >= self._stop:
+                return
+            self._require(ahead.positions())
+            ahead.advance()
 
 
 class Ahead(Generic[Item], Iterator[Item]):

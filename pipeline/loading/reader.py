@@ -1,4 +1,4 @@
-"""Readers for PyTorch's DataLoader: map-style, random access, safe to fork, to spawn and to pickle."""
+"""Readers for PyTorch's DataLoader: map-style datasets with random access that can be forked, spawned and pickled."""
 
 from __future__ import annotations
 
@@ -7,43 +7,45 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
+import numpy.typing as npt
 from PIL import Image, ImageOps
 
 from pipeline.config.schema import ConfigError
 from pipeline.distributed import ignore_signals
 from pipeline.formats.base import IMAGE, MASK, get_format
 from pipeline.formats.blocks import VERIFY, Verify
-from pipeline.formats.pixels import MODES, from_npy, mask_array, to_array, to_image
+from pipeline.formats.pixel_arrays import MODES, from_npy, mask_array, to_array, to_image
 from pipeline.imaging import transform as images
 from pipeline.partitions.dataset import Dataset, RandomAccess
 from pipeline.samples import Row, Schema
 from pipeline.storage import StorageError
+from pipeline.stores import is_url
 
 OUTPUTS = ("image", "array", "bytes", "view")
 _NPY = b"\x93NUMPY"
 
 
 class Reader:
-    """Samples of a finished dataset directory, of any storage format: ``reader[i]`` is ``(image, target)``.
+    """Samples of a finished dataset directory in any storage format: ``reader[i]`` is ``(image, target)``.
 
     Args:
-        dataset_path: what a converter or a stage has written.
-        transform: called with each image.
-        target_transform: called with each target.
+        dataset_path: Output folder of a converter or a stage, or the address of a published one (``s3://…``,
+            ``gs://…``, ``az://…``, ``hf://datasets/…``), whose files are cached for all processes of the machine.
+        transform: Called with each image.
+        target_transform: Called with each target.
         output: ``image``: PIL image, upright; ``array``: pixels (h, w) or (h, w, c), without a copy where the format
             holds them as they are (then read-only); ``bytes``: the file as it is stored; ``view``: the same as
             uint8 (n,), read-only, as it lies in the page cache: it is not copied, nor when a DataLoader's worker hands
             it over. Decoders take it like bytes.
         target: column that is the target; empty: ``label``, else ``mask``, else ``caption``, whichever is there. A
             mask comes as an array with its values unchanged, (h, w, c) of a format of fixed size, else as it was.
-        mode: bring images to this mode (RGB, L, RGBA, LA, I;16); empty: as they are.
+        mode: Convert images to this mode (RGB, L, RGBA, LA, I;16); empty: keep their modes.
         verify: when a block of 4 MiB of a data file is checked against its hash: ``first`` time that it is touched,
             ``always``, ``never``.
-        open_files: data files that stay open, in each process.
+        open_files: Number of data files that each process keeps open.
 
     Raises:
-        ConfigError: there is no finished dataset of this format, or an argument is wrong.
+        ConfigError: There is no finished dataset in this format, or an argument is wrong.
     """
 
     format: ClassVar[str] = ""
@@ -66,7 +68,7 @@ class Reader:
         _choice("verify", verify, VERIFY)
         if mode:
             _choice("mode", mode, MODES)
-        self.dataset_path = Path(dataset_path).absolute()
+        self.dataset_path = Path(dataset_path) if is_url(dataset_path) else Path(dataset_path).absolute()
         self.transform = transform
         self.target_transform = target_transform
         self.output = output
@@ -101,26 +103,30 @@ class Reader:
         return self._length
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
-        """``(image, target)`` of one sample; the target is None where there is none.
+        """``(image, target)`` of one sample; the target is None if the sample has none.
 
         Raises:
-            IndexError: there is no such sample.
-            StorageError: its bytes have changed since they were written; names file and sample.
-            SampleError: the image cannot be decoded.
+            IndexError: There is no such sample.
+            StorageError: Its bytes have changed since they were written. The message names the file and the sample.
+            SampleError: The image cannot be decoded.
         """
         return self._sample(self._position(index))
 
     def __getitems__(self, indices: Sequence[int]) -> list[tuple[Any, Any]]:
-        """Several samples at once, as DataLoader asks for them: read in the order in which they lie in the files."""
+        """Several samples at once, as DataLoader requests them, read in the order in which they are stored."""
         positions = [self._position(index) for index in indices]
         found = {position: self._sample(position) for position in sorted(set(positions))}
         return [found[position] for position in positions]
+
+    def require(self, indices: Sequence[int]) -> None:
+        """Prefetch these samples if they are in an object store."""
+        self.access.require(indices)
 
     def __iter__(self) -> Iterator[tuple[Any, Any]]:
         return (self[index] for index in range(len(self)))
 
     def row(self, index: int) -> Row:
-        """All columns of a sample, as they are stored."""
+        """All columns of a sample as stored."""
         return self.access.row(self._position(index))
 
     def rows(self, indices: Sequence[int]) -> list[Row]:
@@ -128,11 +134,11 @@ class Reader:
         return [self.row(index) for index in indices]
 
     def key(self, index: int) -> str:
-        """The sample's key, which tells where it came from."""
+        """The key of the sample, which tells where it came from."""
         return self.access.key(self._position(index))
 
-    def array(self, index: int) -> np.ndarray:
-        """Pixels of a sample (h, w) or (h, w, c); of a format of fixed size as they lie in the file, read-only."""
+    def array(self, index: int) -> npt.NDArray[Any]:
+        """Pixels of a sample, (h, w) or (h, w, c); for formats of fixed size, a read-only view of the file."""
         position = self._position(index)
         if self.fixed:
             return self.access.array(position)
@@ -180,7 +186,7 @@ class Reader:
             return data
         return open_image(data, self.mode) if self.output == "image" else to_array(data, self.mode or _mode_of(data))
 
-    def _of_pixels(self, array: np.ndarray) -> Any:
+    def _of_pixels(self, array: npt.NDArray[Any]) -> Any:
         if self.output == "array":
             return array
         image = to_image(array)
@@ -194,7 +200,7 @@ class Reader:
         if self._access is None:
             dataset = Dataset.open(self.dataset_path)
             if dataset.require_success()["content_digest"] != self._content:
-                raise StorageError(f"{self.dataset_path} has changed since this reader was made: make it anew")
+                raise StorageError(f"{self.dataset_path} has changed since this reader was created: create a new one")
             self._access = RandomAccess(dataset, self.verify, self.open_files)
         return self._access
 
@@ -203,7 +209,7 @@ class Reader:
 
     @staticmethod
     def worker_init_fn(worker: int) -> None:
-        """For DataLoader, if you like: nothing has to be opened; workers leave signals to the process they work for."""
+        """Optional ``worker_init_fn`` for DataLoader: workers ignore the signals that the main process handles."""
         ignore_signals(worker)
 
     def __repr__(self) -> str:
@@ -232,7 +238,7 @@ def open_image(data: bytes, mode: str = "") -> Image.Image:
 
 
 def _mode_of(data: bytes) -> str:
-    from pipeline.formats.pixels import natural_mode
+    from pipeline.formats.pixel_arrays import natural_mode
 
     return "" if data.startswith(_NPY) else natural_mode(data)
 
@@ -248,49 +254,49 @@ def _class_of(format: str) -> str:
 
 
 class MemmapReader(Reader):
-    """Fixed size, ``.npy``."""
+    """Reader of ``format=memmap`` (``.npy`` files)."""
 
     format = "memmap"
 
 
 class HDF5Reader(Reader):
-    """Fixed size, HDF5."""
+    """Reader of ``format=hdf5``."""
 
     format = "hdf5"
 
 
 class ParquetReader(Reader):
-    """Flexible size, Parquet."""
+    """Reader of ``format=parquet``."""
 
     format = "parquet"
 
 
 class TarReader(Reader):
-    """Flexible size, WebDataset tar."""
+    """Reader of ``format=tar`` (WebDataset)."""
 
     format = "tar"
 
 
 class IpcReader(Reader):
-    """Flexible size, Arrow IPC."""
+    """Reader of ``format=ipc`` (Arrow)."""
 
     format = "ipc"
 
 
 class MDSReader(Reader):
-    """Flexible size, MDS."""
+    """Reader of ``format=mds``."""
 
     format = "mds"
 
 
 class DenseMemmapReader(MemmapReader):
-    """``(image, mask)`` of fixed size."""
+    """Reader of ``(image, mask)`` in ``format=memmap``."""
 
     default_target = MASK
 
 
 class DenseIpcReader(IpcReader):
-    """``(image, mask)`` of flexible size."""
+    """Reader of ``(image, mask)`` in ``format=ipc``."""
 
     default_target = MASK
 

@@ -1,9 +1,9 @@
 """Which samples a training step sees: keyed shuffle in O(1) memory, streams of samples, and the sampler.
 
-The order depends on (seed, epoch, number of samples) alone. The samples of all epochs form one endless stream; step
-after step takes the next ``batch_size`` of it, and each rank its slice of that. So the state of the sampler is one
-number, and a run may go on under another number of ranks (or with another batch size) without missing or repeating
-a sample.
+The order depends only on (seed, epoch, number of samples). The samples of all epochs form an endless stream; each step
+reads the next ``batch_size`` samples, and each rank its slice of these. The state of the sampler is therefore a single
+number, and a run can resume with a different number of ranks, or a different batch size, without missing or repeating a
+sample.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from math import floor
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from pipeline.randomness import Permutation, digest, keyed_seed
 
@@ -25,9 +26,9 @@ def order(seed: int, epoch: int, n: int) -> Permutation:
 
 
 class Indexed(Protocol):
-    """The order of one epoch: place (int64 array) → sample (int64 array)."""
+    """The order of one epoch: maps positions (int64 array) to samples (int64 array)."""
 
-    def __getitem__(self, index: np.ndarray, /) -> np.ndarray: ...
+    def __getitem__(self, index: npt.NDArray[Any], /) -> npt.NDArray[Any]: ...
 
 
 Order = Callable[[int, int, int], Indexed]
@@ -35,28 +36,28 @@ Order = Callable[[int, int, int], Indexed]
 
 
 def sequential(seed: int, epoch: int, n: int) -> Indexed:
-    """Samples as they lie."""
+    """The samples in the order in which they are stored."""
     return _Identity()
 
 
 class _Identity:
-    def __getitem__(self, index: np.ndarray) -> np.ndarray:
+    def __getitem__(self, index: npt.NDArray[Any]) -> npt.NDArray[Any]:
         return np.asarray(index, np.int64)
 
 
 class ShardLocal:
-    """An order for slow disks: blocks (partitions, or shards) come in a shuffled order, ``window`` of them at a time,
-    and their samples are shuffled among these. Memory grows with the number of blocks alone.
+    """An order for slow disks: blocks (partitions or shards) are shuffled, and samples are shuffled within groups of
+    ``window`` blocks. Memory use depends only on the number of blocks.
 
     Args:
-        starts: first sample of each block, and the number of samples at the end; of a dataset, ``dataset.starts``.
-        window: blocks that are mixed.
+        starts: First sample of each block, followed by the number of samples; for a dataset, ``dataset.starts``.
+        window: Number of blocks whose samples are shuffled together.
     """
 
-    def __init__(self, starts: Sequence[int] | np.ndarray, window: int = 8) -> None:
+    def __init__(self, starts: Sequence[int] | npt.NDArray[Any], window: int = 8) -> None:
         self.starts = np.asarray(starts, np.int64)
         if len(self.starts) < 2 or self.starts[0] != 0 or (np.diff(self.starts) < 0).any():
-            raise ValueError("starts must rise from 0 to the number of samples")
+            raise ValueError("starts must increase from 0 to the number of samples")
         if window < 1:
             raise ValueError(f"window={window}: must be at least 1")
         self.window = window
@@ -71,7 +72,7 @@ class ShardLocal:
 
 
 class _Blocks:
-    def __init__(self, starts: np.ndarray, window: int, seed: int) -> None:
+    def __init__(self, starts: npt.NDArray[Any], window: int, seed: int) -> None:
         count = len(starts) - 1
         order = Permutation(count, seed)[np.arange(count)]
         self._firsts = starts[order]  # of the blocks in their shuffled order
@@ -79,7 +80,7 @@ class _Blocks:
         self._window = window
         self._seed = seed
 
-    def __getitem__(self, index: np.ndarray) -> np.ndarray:
+    def __getitem__(self, index: npt.NDArray[Any]) -> npt.NDArray[Any]:
         index = np.asarray(index, np.int64)
         result = np.empty_like(index)
         windows = np.searchsorted(self._ends, index, "right") // self._window
@@ -97,21 +98,21 @@ class _Blocks:
 
 
 class Stream(Protocol):
-    """An endless sequence of samples, any place of which can be computed."""
+    """An endless sequence of samples with random access."""
 
     n: int
     """Samples in an epoch."""
 
-    def samples(self, places: np.ndarray) -> np.ndarray:
-        """The samples (int64) at these places of the stream."""
+    def samples(self, places: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """The samples (int64) at these positions of the stream."""
         ...
 
 
 class Epochs:
-    """Epoch after epoch of ``n`` samples, each in an order of its own.
+    """Epochs of ``n`` samples, one after the other, each in its own order.
 
     Args:
-        order: how the order of an epoch comes about; a full shuffle by default.
+        order: Computes the order of an epoch; by default, a full shuffle.
     """
 
     def __init__(self, n: int, seed: int, order: Order = order) -> None:
@@ -128,7 +129,7 @@ class Epochs:
             self._known[epoch] = self.order(self.seed, epoch, self.n)
         return self._known[epoch]
 
-    def samples(self, places: np.ndarray) -> np.ndarray:
+    def samples(self, places: npt.NDArray[Any]) -> npt.NDArray[Any]:
         epochs, within = places // self.n, places % self.n
         samples = np.empty_like(places)
         for epoch in np.unique(epochs):
@@ -142,10 +143,10 @@ class Epochs:
 
 
 class Parts:
-    """Several datasets one after the other: a sample's number is its place in their concatenation.
+    """The concatenation of several datasets, which gives each sample a number.
 
     Args:
-        sizes: samples of each.
+        sizes: Number of samples of each dataset.
     """
 
     def __init__(self, sizes: Sequence[int]) -> None:
@@ -155,36 +156,37 @@ class Parts:
     def __len__(self) -> int:
         return int(self.starts[-1])
 
-    def locate(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Which part each of ``samples`` is in, and its position there: int64 both."""
+    def locate(self, samples: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        """For each of ``samples``, the dataset that it is in and its position there, both int64."""
         owners = np.searchsorted(self.starts, samples, side="right") - 1
         return owners, samples - self.starts[owners]
 
 
 class Weighted:
-    """Samples of several datasets, numbered by :class:`Parts`, in epochs in which those of weight 2 come twice as often
-    as those of weight 1.
+    """Samples of several datasets, numbered as in :class:`Parts`, in epochs in which samples of weight 2 are used twice
+    as often as samples of weight 1.
 
-    In an epoch, each sample of the dataset with the least weight comes once. Where a weight is no multiple of that one,
-    a keyed choice of a dataset's samples comes once more than the others.
+    In an epoch, each sample of the dataset with the smallest weight is used once. If another weight is not a multiple
+    of it, some samples of that dataset, chosen by the seed, are used once more than the others.
 
     Args:
         sizes: samples of each dataset.
-        weights: above 0.
+        weights: Weight of each dataset, above 0.
+        least: Weight of samples that are used once in an epoch (0: the smallest of the weights).
     """
 
-    def __init__(self, sizes: Sequence[int], weights: Sequence[float], seed: int) -> None:
-        least = min(weights)
+    def __init__(self, sizes: Sequence[int], weights: Sequence[float], seed: int, least: float = 0.0) -> None:
+        least = least or min(weights)
         self.parts = Parts(sizes)
-        self._turns = Parts([max(1, round(n * weight / least)) for n, weight in zip(sizes, weights, strict=True)])
+        self._turns = Parts([max(n > 0, round(n * weight / least)) for n, weight in zip(sizes, weights, strict=True)])
         self._orders = [Permutation(n, keyed_seed(seed, "mix", number)) for number, n in enumerate(sizes)]
 
     def __len__(self) -> int:
-        """Samples in an epoch, those that come again counted again."""
+        """Number of samples in an epoch, including repetitions."""
         return len(self._turns)
 
-    def samples(self, places: np.ndarray) -> np.ndarray:
-        """The samples (int64) at these places of an epoch."""
+    def samples(self, places: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """The samples (int64) at these positions of an epoch."""
         owners, turns = self._turns.locate(places)
         found = np.empty_like(turns)
         for number in np.unique(owners):
@@ -193,17 +195,26 @@ class Weighted:
             found[mine] = self.parts.starts[number] + order[turns[mine] % len(order)]
         return found
 
+    def seen(self, places: npt.NDArray[Any], epochs: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """A number for each time that a sample comes, int64: different for all places that have the same sample, in
+        this and in all other ``epochs``."""
+        owners, turns = self._turns.locate(places)
+        sizes = np.array([max(1, len(order)) for order in self._orders], np.int64)[owners]
+        in_an_epoch = -(-np.diff(self._turns.starts)[owners] // sizes)
+        found: npt.NDArray[Any] = epochs * in_an_epoch + turns // sizes
+        return found
+
 
 class Mixture:
-    """Several datasets, mixed by weight; a sample's number is that of :class:`Parts`.
+    """Several datasets, mixed by weight; samples are numbered as in :class:`Parts`.
 
-    Of each ``block`` places, every dataset has its share to within one sample, and the shares add up exactly in the
-    long run; where in the block they lie is shuffled. Each dataset goes through its own epochs, every sample once in
-    each. An epoch of the mixture is as many samples as all datasets have together.
+    In each block of ``block`` positions, every dataset has its share to within one sample, and the shares are exact in
+    the long run; positions within a block are shuffled. Each dataset has its own epochs, in which every sample is used
+    once. An epoch of the mixture has as many samples as all datasets together.
 
     Args:
-        streams: one for each dataset.
-        weights: positive; they need not sum to 1.
+        streams: One stream for each dataset.
+        weights: Positive numbers, which need not sum to 1.
     """
 
     def __init__(self, streams: Sequence[Stream], weights: Sequence[float], seed: int, block: int = 1024) -> None:
@@ -220,12 +231,12 @@ class Mixture:
         self._shares = [sum(self._weights[: i + 1], Fraction(0)) / total for i in range(len(streams))]  # cumulative
         self._firsts = Parts([stream.n for stream in streams]).starts
 
-    def _given(self, block: int) -> np.ndarray:
+    def _given(self, block: int) -> npt.NDArray[Any]:
         """How many places each dataset has before ``block``: int64 (datasets,)."""
         bounds = [floor(share * block * self._block + Fraction(1, 2)) for share in self._shares]
         return np.diff([0, *bounds])
 
-    def samples(self, places: np.ndarray) -> np.ndarray:
+    def samples(self, places: npt.NDArray[Any]) -> npt.NDArray[Any]:
         places = np.asarray(places, np.int64)
         result = np.empty_like(places)
         blocks = places // self._block
@@ -251,15 +262,15 @@ class Mixture:
 
 @dataclass
 class Sampler:
-    """Deals a stream of samples out in global batches, and these to ranks.
+    """Divides a stream of samples into global batches, and these among the ranks.
 
     Args:
-        n: number of samples.
-        batch_size: samples per step over all ranks.
-        position: samples that earlier steps took, over all ranks and epochs: all the state there is.
-        stream: the samples in their order; by default epoch after epoch, each shuffled by the seed.
-        epochs: stop after so many; the last batches may then be smaller, and empty for some ranks where there are fewer
-            samples left than ranks. 0: never.
+        n: Number of samples.
+        batch_size: Number of samples per step, over all ranks.
+        position: Number of samples used by earlier steps, over all ranks and epochs. This is the whole state.
+        stream: The samples in their order; by default, epochs that are shuffled by the seed.
+        epochs: Stop after this many epochs; the last batches may then be smaller, and empty on some ranks if fewer
+            samples than ranks are left. 0: never stop.
     """
 
     n: int
@@ -288,7 +299,7 @@ class Sampler:
 
     @property
     def finished(self) -> bool:
-        """Whether all epochs that were asked for are done."""
+        """Whether all requested epochs are done."""
         return self.epochs > 0 and self.position >= self.n * self.epochs
 
     def _size(self) -> int:
@@ -300,18 +311,23 @@ class Sampler:
         missing = self.world_size - (left - size)
         return size - missing if 0 < missing < self.world_size <= size - missing else size
 
-    def slots(self) -> np.ndarray:
-        """This rank's places (int64, contiguous) in the next global batch; ranks' sizes differ by one at most."""
+    def slots(self) -> npt.NDArray[Any]:
+        """This rank's positions (int64, contiguous) in the next global batch; sizes of ranks differ by at most one."""
         size = self._size()
         first, last = (size * r // self.world_size for r in (self.rank, self.rank + 1))
         return np.arange(first, last)
 
-    def positions(self) -> np.ndarray:
-        """The samples (int64) that this rank takes in the next step; a batch may reach into the next epoch."""
+    def positions(self) -> npt.NDArray[Any]:
+        """The samples (int64) of this rank in the next step; a batch may extend into the next epoch."""
         return self._stream.samples(self.position + self.slots())
 
+    def seen(self) -> npt.NDArray[Any]:
+        """In how many earlier epochs each sample was used, int64 (b,)."""
+        seen: npt.NDArray[Any] = (self.position + self.slots()) // self.n
+        return seen
+
     def advance(self) -> None:
-        """The step is done: the next batch follows."""
+        """Move on to the next batch."""
         self.position += self._size()
 
     def state(self) -> dict[str, int]:
@@ -319,15 +335,15 @@ class Sampler:
         return state | ({"stream": keyed_seed(0, repr(self.stream))} if self.stream is not None else {})
 
     def load(self, state: Mapping[str, int]) -> None:
-        """Go on where ``state`` was taken.
+        """Resume where ``state`` was taken.
 
         Raises:
-            ValueError: the state belongs to other data, another seed or another order: its position means nothing here.
+            ValueError: The state was taken with other data, another seed or another order.
         """
         mine = self.state()
         for name in ("seed", "n", "stream"):
             if state.get(name) != mine.get(name):
                 raise ValueError(
-                    f"cannot go on: the checkpoint has {name}={state.get(name)}, this run has {name}={mine.get(name)}"
+                    f"cannot resume: the checkpoint has {name}={state.get(name)}, this run has {name}={mine.get(name)}"
                 )
         self.position = state["position"]

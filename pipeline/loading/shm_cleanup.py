@@ -1,4 +1,4 @@
-"""What crashed runs of StreamingDataset have left in the shared memory, where it would block the next one."""
+"""Removes shared memory of crashed runs of StreamingDataset, which would block the next run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def remove_stale(names: list[str], shared: Path = _SHARED) -> list[str]:
         What was removed.
     """
     if not _PROCESSES.is_dir():
-        return []  # who lives cannot be told
+        return []  # who lives is not known
     ours = re.compile(rf"(\d{{6}})_({'|'.join(map(re.escape, names))})")
     found = [match for match in map(ours.fullmatch, _names_in(shared)) if match and _is_mine(shared / match[0])]
     used = {match[1] for name in _mapped(shared) if (match := ours.fullmatch(name))} if found else set()

@@ -1,13 +1,18 @@
-"""How text states are stored: as they are, or in 8 bits with a scale for each token.
+"""How text states are stored: as they are or in 8 bits with a scale for each token; of all tokens or of the real ones.
 
-A packed caption is its scales, float16 (l,), then its values, one byte each (l, d): value = byte * scale.
+A caption of 8 bits is its scales, float16 (l,), then its values, one byte each (l, d): value = byte * scale.
+
+``ragged`` leaves out padding: a caption of n tokens is the states of these, (n, d), or n scales and then (n, d) values.
+So the number of tokens is the number of bytes divided by :func:`token_bytes`. Readers get l tokens back, zeros after n.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -16,21 +21,56 @@ _FP8 = torch.float8_e4m3fn
 
 
 def kind_of(storage: str) -> str:
-    """``dense``, ``int8`` or ``fp8``, of a setting such as ``int8+dedup``."""
+    """``dense``, ``int8`` or ``fp8``, of a setting such as ``int8+ragged+dedup``."""
     kind = storage.partition("+")[0]
-    return "dense" if kind == "dedup" else kind
+    return kind if kind in _LARGEST else "dense"
 
 
 def is_dedup(storage: str) -> bool:
     return storage.endswith("dedup")
 
 
+def is_ragged(storage: str) -> bool:
+    return "ragged" in storage.split("+")
+
+
 def size_of(shape: Sequence[int], storage: str, dtype: str) -> int:
-    """Bytes of a caption's states of ``shape`` (l, d)."""
+    """Bytes of the states of a caption of ``shape`` (l, d), all tokens of which are stored."""
+    length, width = shape
+    return length * token_bytes(width, storage, dtype)
+
+
+def token_bytes(width: int, storage: str, dtype: str) -> int:
+    """Bytes of a token's state of ``width`` numbers."""
+    return width * np.dtype(dtype).itemsize if kind_of(storage) == "dense" else 2 + width
+
+
+def cut(packed: npt.NDArray[Any], tokens: int, shape: Sequence[int], storage: str, dtype: str) -> npt.NDArray[Any]:
+    """Of a caption's packed states, uint8 (bytes,) of ``shape`` (l, d), those of the first ``tokens``."""
     length, width = shape
     if kind_of(storage) == "dense":
-        return length * width * np.dtype(dtype).itemsize
-    return length * (2 + width)
+        return packed[: tokens * token_bytes(width, storage, dtype)]
+    return np.concatenate([packed[: 2 * tokens], packed[2 * length : 2 * length + tokens * width]])
+
+
+def spread(stored: npt.NDArray[Any], target: npt.NDArray[Any], shape: Sequence[int], storage: str, dtype: str) -> int:
+    """The inverse of :func:`cut`: write what is ``stored`` of a caption, uint8 (bytes,), to ``target``, which has room
+    for all tokens; zeros follow. Returns the number of tokens.
+
+    Raises:
+        ValueError: the bytes are not those of 0 to l tokens.
+    """
+    length, width = shape
+    tokens, rest = divmod(len(stored), token_bytes(width, storage, dtype))
+    if rest or tokens > length:
+        raise ValueError(f"{len(stored)} bytes are not those of 0 to {length} tokens of {width} numbers")
+    target[:] = 0
+    if kind_of(storage) == "dense":
+        target[: len(stored)] = stored
+    else:
+        target[: 2 * tokens] = stored[: 2 * tokens]
+        target[2 * length : 2 * length + tokens * width] = stored[2 * tokens :]
+    return tokens
 
 
 def pack(states: Tensor, storage: str, dtype: str) -> Tensor:

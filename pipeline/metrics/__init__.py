@@ -1,1 +1,1 @@
-"""Measures of how good a model's output is, independent of the models."""
+"""Metrics of the output of models, independent of the models."""

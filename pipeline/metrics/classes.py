@@ -1,15 +1,16 @@
-"""How good a classifier is: accuracy, scores of each class, confusion, calibration."""
+"""Metrics of a classifier: accuracy, scores of each class, confusion matrix, calibration."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 _BINS = 15
 
 
-def scores(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+def scores(probabilities: npt.NDArray[Any], labels: npt.NDArray[Any]) -> dict[str, Any]:
     """Numbers about predictions.
 
     Args:
@@ -44,7 +45,7 @@ def scores(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
     }
 
 
-def calibration(confidence: np.ndarray, right: np.ndarray) -> list[dict[str, float]]:
+def calibration(confidence: npt.NDArray[Any], right: npt.NDArray[Any]) -> list[dict[str, float]]:
     """Mean confidence, accuracy and count of each of 15 equal intervals of confidence that is not empty. The expected
     calibration error (Guo et al. 2017) is the mean gap of the first two."""
     place = np.minimum((confidence * _BINS).astype(int), _BINS - 1)
@@ -55,6 +56,6 @@ def calibration(confidence: np.ndarray, right: np.ndarray) -> list[dict[str, flo
     ]
 
 
-def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
+def _ratio(above: npt.NDArray[Any], below: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Quotients; 0 where there is nothing to divide by."""
     return np.divide(above, below, out=np.zeros(len(above)), where=below > 0)

@@ -1,4 +1,4 @@
-"""Which classes a classifier takes for which others: in words, and as a picture that can be read."""
+"""The most confused pairs of classes, and the confusion matrix as an SVG image."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from html import escape
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 _MOST = 40
 _CELL, _GAP = 24, 8
 
 
-def confused_pairs(confusion: np.ndarray, names: list[str], most: int = 12) -> list[dict[str, Any]]:
-    """The commonest mistakes.
+def confused_pairs(confusion: npt.NDArray[Any], names: list[str], most: int = 12) -> list[dict[str, Any]]:
+    """The most common mistakes.
 
     Args:
         confusion: int (classes, classes); row: what a sample is, column: what it was taken for.
@@ -28,7 +29,7 @@ def confused_pairs(confusion: np.ndarray, names: list[str], most: int = 12) -> l
     ]
 
 
-def confusion_svg(confusion: np.ndarray, names: list[str]) -> tuple[str, int]:
+def confusion_svg(confusion: npt.NDArray[Any], names: list[str]) -> tuple[str, int]:
     """The matrix as SVG, each row in shares of its class, and how many classes were left out.
 
     Of many classes those are shown that take part in the most mistakes.

@@ -1,4 +1,4 @@
-"""How near drawn pictures come to real ones (FID, KID) and to their captions (CLIP score).
+"""Similarity of generated images to real ones (FID, KID) and to their captions (CLIP score).
 
 Distances are torchmetrics'. The features are whatever a TorchScript file computes, so nothing is downloaded here.
 Published FIDs are those of ``inception-2015-12-05.pt``; those of other features only compare runs with each other.
@@ -7,6 +7,7 @@ Published FIDs are those of ``inception-2015-12-05.pt``; those of other features
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol
 from warnings import catch_warnings, simplefilter
@@ -18,49 +19,73 @@ from torch import Tensor, nn
 
 from pipeline.config.cli import nearest
 from pipeline.config.schema import ConfigError
-from pipeline.imaging import transform
+from pipeline.encoders.base import sent
+from pipeline.imaging.decoder import ImageDecoder
 
 _BATCH = 32
-_SUBSET = 1000  # pictures in each of KID's subsets, as in its paper
+_SUBSET = 1000  # images in each of KID's subsets, as in its paper
 _GRID = 8
 
 
-class Pictures(Protocol):
-    """Random access to stored pictures."""
+Failed = dict[str, str]
+"""Keys of images that could not be decoded, with the reasons."""
+
+
+class ImageRows(Protocol):
+    """Random access to stored images."""
 
     def __len__(self) -> int: ...
 
     def rows(self, positions: Any) -> list[dict[str, Any]]: ...
 
 
-def distances(real: Pictures, drawn: Pictures, features: str, seed: int = 0) -> dict[str, float]:
-    """``fid`` and ``kid`` (with ``kid_std`` over subsets) between two sets of pictures, 2 or more each.
+def distances(
+    real: ImageRows,
+    drawn: ImageRows,
+    features: str,
+    seed: int = 0,
+    *,
+    decoder: ImageDecoder,
+    failed: Failed,
+    device: str | torch.device = "cpu",
+) -> dict[str, float]:
+    """``fid`` and ``kid`` (with ``kid_std`` over subsets) between two sets of images, 2 or more each.
+
+    Those that cannot be decoded are left out, and noted in ``failed``. Features are computed on ``device``, and the
+    distances of them on the CPU.
 
     Raises:
-        ConfigError: the features are not there, or there are too few pictures.
+        ConfigError: the features are not there, or there are too few images.
     """
     from torchmetrics.image.fid import FrechetInceptionDistance
     from torchmetrics.image.kid import KernelInceptionDistance
 
-    if min(len(real), len(drawn)) < 2:
-        raise ConfigError("reference=, generated=: FID needs at least 2 pictures of each kind")
-    extractor = feature_extractor(features)
+    extractor = feature_extractor(features, device)
+    vectors = [
+        torch.cat([_whole(extractor, batch) for batch, _ in batches(images, decoder, failed)]).cpu().double()
+        for images in (real, drawn)
+    ]
+    count = min(map(len, vectors))
+    if count < 2:
+        raise ConfigError("reference=, generated=: FID needs at least 2 images of each kind that can be decoded")
     fid = FrechetInceptionDistance(feature=extractor, reset_real_features=False)
     with catch_warnings():
         simplefilter("ignore")  # that it keeps all features: so it must
-        kid = KernelInceptionDistance(feature=extractor, subset_size=min(_SUBSET, len(real), len(drawn)))
-    for pictures, are_real in ((real, True), (drawn, False)):
-        for batch, _ in batches(pictures):
-            vectors = _whole(extractor, batch)
-            fid.update(vectors, real=are_real)
-            kid.update(vectors, real=are_real)
+        kid = KernelInceptionDistance(feature=extractor, subset_size=min(_SUBSET, count))
+    for those, are_real in zip(vectors, (True, False), strict=True):
+        fid.update(those, real=are_real)
+        kid.update(those, real=are_real)
     torch.manual_seed(seed)  # KID draws its subsets
     mean, deviation = kid.compute()
     return {"fid": float(fid.compute()), "kid": float(mean), "kid_std": float(deviation)}
 
 
-def clip_score(drawn: Pictures, clip: str) -> float:
-    """Mean of max(100 cos(picture, caption), 0) (Hessel et al. 2021, without its weight 2.5).
+def clip_score(
+    drawn: ImageRows, clip: str, *, decoder: ImageDecoder, failed: Failed, device: str | torch.device = "cpu"
+) -> float:
+    """Mean of max(100 cos(image, caption), 0) (Hessel et al. 2021, without its weight 2.5).
+
+    Images that cannot be decoded are left out, and noted in ``failed``.
 
     Raises:
         ConfigError: the model or its weights are not there.
@@ -75,26 +100,27 @@ def clip_score(drawn: Pictures, clip: str) -> float:
     try:
         model, _, preprocess = open_clip.create_model_and_transforms(name, pretrained=weights)
     except (OSError, RuntimeError) as error:
-        raise ConfigError(f"clip={clip}: the weights cannot be had: {str(error).splitlines()[0]}") from None
-    model.eval()
+        raise ConfigError(f"clip={clip}: the weights cannot be obtained: {str(error).splitlines()[0]}") from None
+    device = torch.device(device)
+    model.to(device).eval()
     tokenize = open_clip.get_tokenizer(name)
     scores = []
     with torch.inference_mode():
-        for pictures, captions in batches(drawn, preprocess):
-            image = F.normalize(model.encode_image(pictures), dim=-1)
-            text = F.normalize(model.encode_text(tokenize(captions)), dim=-1)
+        for images, captions in batches(drawn, decoder, failed, preprocess):
+            image = F.normalize(model.encode_image(sent(images, device)), dim=-1)
+            text = F.normalize(model.encode_text(sent(tokenize(captions), device)), dim=-1)
             scores.append((100 * (image * text).sum(-1)).clamp(min=0))
     return float(torch.cat(scores).mean())
 
 
-def feature_extractor(features: str) -> nn.Module:
-    """uint8 (b, 3, h, w) → (b, d).
+def feature_extractor(features: str, device: str | torch.device = "cpu") -> _Given:
+    """uint8 (b, 3, h, w) → (b, d), on ``device``.
 
     Raises:
         ConfigError: no such file, or it is no TorchScript.
     """
     if features == "pixels":
-        return _Given(AverageColours(), 3 * _GRID * _GRID)
+        return _Given(AverageColours(), 3 * _GRID * _GRID, device)
     if not features:
         raise ConfigError("features=: a TorchScript file, such as inception-2015-12-05.pt, or pixels")
     if not Path(features).is_file():
@@ -105,7 +131,7 @@ def feature_extractor(features: str) -> nn.Module:
         raise ConfigError(f"features={features}: not a TorchScript file: {str(error).splitlines()[0]}") from None
     network = Scripted(module)
     width = network(torch.zeros(1, 3, 299, 299, dtype=torch.uint8)).shape[1]
-    return _Given(network, width)
+    return _Given(network, width, device)
 
 
 class AverageColours(nn.Module):
@@ -132,28 +158,57 @@ class Scripted(nn.Module):
 class _Given(nn.Module):
     """What torchmetrics takes for a network: passes features on that were computed before, once for all metrics."""
 
-    def __init__(self, network: nn.Module, width: int) -> None:
+    def __init__(self, network: nn.Module, width: int, device: str | torch.device) -> None:
         super().__init__()
-        self.network, self.num_features = network, width
+        self.num_features = width
+        self.device = torch.device(device)
+        self.network = network.to(self.device)
 
     def forward(self, x: Tensor) -> Tensor:
         return x
 
+    def compute(self, x: Tensor) -> Tensor:
+        """Features of images."""
+        features: Tensor = self.network(x)
+        return features
 
-def _whole(extractor: nn.Module, batch: list[Tensor]) -> Tensor:
-    """Features of pictures of any sizes, (b, d) float64."""
-    return torch.cat([extractor.network(picture[None]) for picture in batch]).double()  # type: ignore[operator]
+
+def _whole(extractor: _Given, batch: list[Tensor]) -> Tensor:
+    """Features of images of any sizes, (b, d); neighbours of one size are computed at once."""
+    groups = (torch.stack(list(same)) for _, same in groupby(batch, key=lambda image: image.shape))
+    return torch.cat([extractor.compute(sent(images, extractor.device)) for images in groups])
 
 
-def batches(pictures: Pictures, preprocess: Any = None) -> Iterator[tuple[Any, list[str]]]:
-    """Pictures, uint8 (3, h, w) each (or what ``preprocess`` makes of them, stacked), and their captions."""
+def batches(
+    images: ImageRows, decoder: ImageDecoder, failed: Failed, preprocess: Any = None
+) -> Iterator[tuple[Any, list[str]]]:
+    """Images, uint8 (3, h, w) each (or what ``preprocess`` makes of them, stacked), and their captions.
+
+    Those that cannot be decoded are left out; ``failed`` takes their keys and the reasons.
+
+    Raises:
+        ConfigError: none can be decoded.
+    """
     from PIL import Image
 
-    for start in range(0, len(pictures), _BATCH):
-        rows = pictures.rows(range(start, min(start + _BATCH, len(pictures))))
-        arrays = [transform.decode(row["jpg"], transform.probe(row["jpg"], transform.Limits())) for row in rows]
-        captions = [row["caption"] for row in rows]
+    none = True
+    for start in range(0, len(images), _BATCH):
+        rows = images.rows(range(start, min(start + _BATCH, len(images))))
+        arrays, captions = [], []
+        for row, pixels in decoder.pixels((row, row["jpg"]) for row in rows):
+            if isinstance(pixels, np.ndarray):
+                arrays.append(pixels)
+                captions.append(row["caption"])
+            else:
+                failed[str(row.get("key", ""))] = str(pixels)
+        if not arrays:
+            continue
+        none = False
         if preprocess is not None:
             yield torch.stack([preprocess(Image.fromarray(array)) for array in arrays]), captions
         else:
-            yield [torch.from_numpy(np.ascontiguousarray(array)).permute(2, 0, 1) for array in arrays], captions
+            yield [torch.from_numpy(array.copy()).permute(2, 0, 1) for array in arrays], captions
+    if none:
+        raise ConfigError(
+            f"none of {len(images)} images can be decoded: {next(iter(failed.values()), 'there is none')}"
+        )

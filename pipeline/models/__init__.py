@@ -1,1 +1,1 @@
-"""Networks only; how they are trained is in :mod:`pipeline.training`."""
+"""Networks. Their training is in :mod:`pipeline.training`."""

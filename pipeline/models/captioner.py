@@ -1,4 +1,4 @@
-"""Pictures' features to texts: a transformer decoder that looks at them, or a Mamba decoder that reads them first.
+"""Texts from features of images: a transformer decoder with cross-attention, or a Mamba decoder that reads them first.
 
 The transformer is pre-norm, each block self-attention, cross-attention over the features, MLP (Vaswani et al. 2017).
 The Mamba decoder has the features as the beginning of its sequence. In both, a token sees those before it alone: what
@@ -7,7 +7,6 @@ pads a text behind its end changes nothing before it.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from pipeline.config.cli import nearest
 from pipeline.config.schema import ConfigError
+from pipeline.models.decoding_cache import Cache as Cache
 from pipeline.models.packed_linear import Packed, packed
 
 DECODERS = ("transformer", "mamba")
@@ -74,20 +74,8 @@ def captioner_config(size: str, **rest: Any) -> CaptionerConfig:
     return CaptionerConfig(**settings)
 
 
-class Cache(ABC):
-    """What a decoder remembers of the texts it is writing: ``group`` texts for each picture, side by side."""
-
-    @abstractmethod
-    def step(self, tokens: Tensor) -> Tensor:
-        """The next tokens (n, l) of all texts → logits (n, vocab) of what follows the last of them."""
-
-    @abstractmethod
-    def reorder(self, index: Tensor) -> None:
-        """Text i goes on from what text ``index[i]`` was; both are of the same picture. (n,) int64."""
-
-
 class Captioner(nn.Module):
-    """Logits of the next token, given features of the picture and the tokens so far."""
+    """Logits of the next token, given features of the image and the tokens so far."""
 
     config: CaptionerConfig
     blocks: Any
@@ -110,7 +98,7 @@ class Captioner(nn.Module):
     def forward(self, features: Tensor, tokens: Tensor) -> Tensor:
         """features (b, m, image_width), tokens (n, l) int64 → logits (n, l, vocab).
 
-        n is b, or a multiple of it: then the texts about each picture follow one another.
+        n is b, or a multiple of it: then the texts about each image follow one another.
         """
         group = len(tokens) // len(features)
         image, x = self.look(features), self.drop(self.embedded(tokens, 0))
@@ -126,7 +114,7 @@ class Captioner(nn.Module):
         return self.logits(x)
 
     def begin(self, features: Tensor, group: int = 1, length: int = 0, cached: bool = True) -> Cache:
-        """Start to write ``group`` texts about each picture, (b, m, image_width), of at most ``length`` tokens.
+        """Start to write ``group`` texts about each image, (b, m, image_width), of at most ``length`` tokens.
 
         ``cached=False`` computes everything again for each token: for tests and comparisons.
         """
@@ -178,7 +166,7 @@ class _Block(nn.Module):
         self.drop = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, image: Tensor, turn: tuple[Tensor, Tensor] | None, group: int) -> Tensor:
-        """(n, l, dim), the pictures (n / group, m, dim) → (n, l, dim)."""
+        """(n, l, dim), the images (n / group, m, dim) → (n, l, dim)."""
         q, k, v = self.own(x, turn)
         dropout = self.dropout if self.training else 0.0
         x = self.attended(x, F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True))
@@ -194,7 +182,7 @@ class _Block(nn.Module):
         return out
 
     def rest(self, x: Tensor, image: tuple[Tensor, Tensor], group: int) -> Tensor:
-        """Cross-attention and MLP. The ``group`` texts about a picture are so many more queries to the same keys."""
+        """Cross-attention and MLP. The ``group`` texts about an image are so many more queries to the same keys."""
         n, length, dim = x.shape
         q = self.query(self.norm2(x)).view(n // group, group * length, self.heads, -1).transpose(1, 2)
         dropout = self.dropout if self.training else 0.0
@@ -216,7 +204,7 @@ def _turned(x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
 
 
 class _KeyValueCache(Cache):
-    """Keys and values of all tokens so far in memory of a fixed size; those of the picture are computed once."""
+    """Keys and values of all tokens so far in memory of a fixed size; those of the image are computed once."""
 
     def __init__(self, model: Captioner, features: Tensor, group: int, length: int) -> None:
         config, self.model, self.group, self.length = model.config, model, group, 0
@@ -238,7 +226,8 @@ class _KeyValueCache(Cache):
             x = block.attended(x, F.scaled_dot_product_attention(q, k, v, is_causal=start == 0 and stop > 1))
             x = block.rest(x, image, self.group)
         self.length = stop
-        return self.head(self.model.norm(x[:, -1]))
+        found: Tensor = self.head(self.model.norm(x[:, -1]))
+        return found
 
     def reorder(self, index: Tensor) -> None:
         used = self.own[..., : self.length, :]

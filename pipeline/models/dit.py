@@ -6,9 +6,9 @@ diffusion training from scratch on a micro-budget" (2024). What can be chosen:
 - *Deferred masking*: a light patch mixer sees all tokens, then the backbone works on a random part of them. As each
   token that is left has seen its neighbours, little is lost.
 - *Layer-wise scaling*: attention and MLPs widen from the first block of the backbone to the last.
-- *Scans*: in some blocks Mamba-2, along the tokens and against them, in place of attention.
+- *Scans*: in some blocks Mamba-2, along the tokens and against them, instead of attention.
 - *Experts* in every second block: each expert chooses its tokens, so that all have the same work.
-- A depthwise 3x3 convolution beside the attention, over the grid of tokens: with few tokens and little training,
+- A depthwise 3x3 convolution next to the attention, over the grid of tokens: with few tokens and little training,
   neighbourhood is worth being told.
 - The text as one vector (all states side by side), or also attended to in every block.
 """
@@ -40,13 +40,14 @@ class DiTConfig:
         mlp_ratio, qkv_ratio: widths of the last block's MLP and attention, in units of ``dim``.
         first_mlp_ratio, first_qkv_ratio: those of the first block; in between they grow evenly (0: all the same).
         mixer_dim, mixer_depth: of the blocks that see all tokens before some are masked.
-        attention_every: of so many blocks of the backbone the last attends, the others scan (1: all attend).
+        attention_every: every this many blocks of the backbone, one attends; the others scan (1: all attend).
         experts, capacity: MLPs in every second block, and how many of them a token meets on average (0: no experts).
         text: ``vector``: all states → one vector; ``attention``: also attended to.
         local: whether blocks have a convolution.
         qk_norm, gated, bias: whether queries and keys are normalised, MLPs gated (SwiGLU), and linear layers biased.
         round_to: MLPs' widths are rounded up to a multiple of this.
-        base: positions are told as on a grid with so many rows, whatever the resolution (0: as they are).
+        base: positions are scaled to a grid with this many rows, whatever the resolution (0: not scaled).
+        size_condition: whether the network is conditioned on the original size and the crop of an image.
     """
 
     channels: int
@@ -74,6 +75,7 @@ class DiTConfig:
     bias: bool = True
     round_to: int = 1
     base: int = 0
+    size_condition: bool = False
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -131,7 +133,11 @@ def dit_config(size: str, image_shape: tuple[int, int, int], caption_shape: tupl
 
 
 class DiT(nn.Module):
-    """Predicts what a process of :mod:`pipeline.models.diffusion_process` asks for."""
+    """Predicts what a process of :mod:`pipeline.models.diffusion_process` asks for.
+
+    Height and width of the latents may differ from batch to batch. Positions count from the middle of the configured
+    grid: the middle of each image has the same, whatever its shape.
+    """
 
     config: DiTConfig
 
@@ -139,9 +145,10 @@ class DiT(nn.Module):
         super().__init__()
         self.config = config
         dim, features = config.dim, config.channels * config.patch**2
-        self.grid = config.grid
         self.patches = nn.Linear(features, dim)
-        self.register_buffer("positions", _grid_positions(*self.grid, dim, config.base), persistent=False)
+        self.register_buffer(
+            "positions", _grid_positions(config.grid[0], config.grid[1], dim, config.base), persistent=False
+        )
         self.attends = config.text == "attention"
         self.text: TextCondition | TextAttention
         if self.attends:
@@ -157,18 +164,37 @@ class DiT(nn.Module):
         for last in (self.modulation, self.out):
             nn.init.zeros_(last.weight)
             nn.init.zeros_(last.bias)
+        self.sizes = SizeCondition(dim) if config.size_condition else None
+        self._positions: dict[tuple[int, int], Tensor] = {}
+
+    def positions_of(self, grid: tuple[int, int]) -> Tensor:
+        """Of the tokens of a grid of rows and columns: (rows * columns, dim)."""
+        own: Tensor = self.positions  # type: ignore[assignment]
+        if grid == self.config.grid:
+            return own
+        if grid not in self._positions or self._positions[grid].device != own.device:
+            made = _grid_positions(*grid, self.config.dim, self.config.base, self.config.grid)
+            self._positions[grid] = made.to(own)
+        return self._positions[grid]
 
     def forward(
-        self, x: Tensor, t: Tensor, text: Tensor, drop: Tensor | None = None, keep: Tensor | None = None
+        self,
+        x: Tensor,
+        t: Tensor,
+        text: Tensor,
+        drop: Tensor | None = None,
+        keep: Tensor | None = None,
+        sizes: Tensor | None = None,
     ) -> Tensor:
         """One evaluation.
 
         Args:
-            x: (b, c, h, w) noisy latents.
+            x: (b, c, h, w) noisy latents; h and w are multiples of the patch.
             t: (b,) time, of the order of 1.
             text: (b, l, d) text states.
             drop: (b,) bool, True where the text is to be ignored; None means nowhere.
             keep: (b, m) int64, the tokens (row by row) that go through the backbone; None means all.
+            sizes: (b, 6) or (1, 6), with ``size_condition``: see :class:`SizeCondition`.
 
         Returns:
             (b, c, h, w), or with ``keep`` (b, m, c * p * p): just these tokens, as :func:`patchify` has them.
@@ -179,17 +205,41 @@ class DiT(nn.Module):
             vector, states = self.text(text, drop)
         else:
             vector = self.text(text, drop)
+        if self.sizes is not None:
+            if sizes is None:
+                raise ValueError("this network was trained with size_condition=true: it needs sizes")
+            condition = condition + self.sizes(sizes).to(condition.dtype)
         condition = F.silu(condition + vector)
-        tokens = self.patches(patchify(x, self.config.patch)) + self.positions
+        grid = (x.shape[2] // self.config.patch, x.shape[3] // self.config.patch)
+        tokens = self.patches(patchify(x, self.config.patch)) + self.positions_of(grid)
         if self.mixer is not None:
-            tokens = self.mixer(tokens, condition, states)
+            tokens = self.mixer(tokens, condition, states, grid)
         if keep is not None:
             tokens = take(tokens, keep)
         for block in self.blocks:
-            tokens = block(tokens, condition, states, keep)
+            tokens = block(tokens, condition, states, keep, grid)
         shift, scale = self.modulation(condition).unsqueeze(1).chunk(2, dim=-1)
         out: Tensor = self.out(torch.addcmul(shift, self.norm(tokens), 1 + scale))
-        return out if keep is not None else unpatchify(out, self.config.patch, self.grid)
+        return out if keep is not None else unpatchify(out, self.config.patch, grid)
+
+
+class SizeCondition(nn.Module):
+    """What the network is told of an image's size, as SDXL does (Podell et al. 2023, section 2.2): six numbers, in
+    pixels. Height and width of the original, top and left of what was cut from it when it had been resized, height and
+    width of that. It begins as zero."""
+
+    def __init__(self, dim: int, width: int = 64) -> None:
+        super().__init__()
+        self.width = width
+        self.mlp = nn.Sequential(nn.Linear(6 * width, dim), nn.SiLU(), nn.Linear(dim, dim))
+        nn.init.zeros_(self.mlp[2].weight)  # type: ignore[arg-type]
+        nn.init.zeros_(self.mlp[2].bias)  # type: ignore[arg-type]
+
+    def forward(self, sizes: Tensor) -> Tensor:
+        """(b, 6) → (b, dim)."""
+        told = time_embedding(sizes.float().flatten() / 1000, self.width).view(len(sizes), -1)
+        out: Tensor = self.mlp(told)
+        return out
 
 
 class Mixer(nn.Module):
@@ -205,13 +255,13 @@ class Mixer(nn.Module):
         )
         self.widen = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, dim))
 
-    def forward(self, tokens: Tensor, condition: Tensor, text: Tensor | None) -> Tensor:
-        """tokens (b, n, dim), condition (b, dim), text (b, l, dim) or None → (b, n, dim)."""
+    def forward(self, tokens: Tensor, condition: Tensor, text: Tensor | None, grid: tuple[int, int]) -> Tensor:
+        """tokens (b, n, dim), condition (b, dim), text (b, l, dim) or None, rows and columns → (b, n, dim)."""
         tokens = self.narrow(tokens)
         if self.narrow_text is not None:
             text = self.narrow_text(text)
         for block in self.blocks:
-            tokens = block(tokens, condition, text, None)
+            tokens = block(tokens, condition, text, None, grid)
         widened: Tensor = self.widen(tokens)
         return widened
 
@@ -237,7 +287,6 @@ class Block(nn.Module):
         self, config: DiTConfig, dim: int, qkv_ratio: float, mlp_ratio: float, experts: bool, scans: bool = False
     ) -> None:
         super().__init__()
-        self.grid = config.grid
         head = config.dim // config.heads
         width = dim if qkv_ratio == 1 else _round_up(int(dim * qkv_ratio), 2 * head)
         self.norm1 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
@@ -261,28 +310,31 @@ class Block(nn.Module):
         nn.init.zeros_(self.modulation.weight)
         nn.init.zeros_(self.modulation.bias)
 
-    def forward(self, tokens: Tensor, condition: Tensor, text: Tensor | None, keep: Tensor | None) -> Tensor:
-        """tokens (b, n, dim), condition (b, d), text (b, l, dim) or None, keep (b, n) or None → (b, n, dim)."""
+    def forward(
+        self, tokens: Tensor, condition: Tensor, text: Tensor | None, keep: Tensor | None, grid: tuple[int, int]
+    ) -> Tensor:
+        """tokens (b, n, dim), condition (b, d), text (b, l, dim) or None, keep (b, n) or None → (b, n, dim); ``grid``:
+        rows and columns of all tokens, kept or not."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition).unsqueeze(1).chunk(6, dim=-1)
         inner = torch.addcmul(shift1, self.norm1(tokens), 1 + scale1)
         attended: Tensor = self.scan(inner) if self.attention is None else self.attention(inner, inner)
         if self.local is not None:
-            attended = attended + self.convolve(inner, keep)
+            attended = attended + self.convolve(inner, keep, grid)
         tokens = torch.addcmul(tokens, gate1, attended)
         if self.text is not None and self.norm_text is not None:
             tokens = tokens + self.text(self.norm_text(tokens), text)
         inner = torch.addcmul(shift2, self.norm2(tokens), 1 + scale2)
         return torch.addcmul(tokens, gate2, self.mlp(inner))
 
-    def convolve(self, tokens: Tensor, keep: Tensor | None) -> Tensor:
+    def convolve(self, tokens: Tensor, keep: Tensor | None, grid: tuple[int, int]) -> Tensor:
         """(b, n, dim) → (b, n, dim); tokens that are not kept count as zeros."""
         assert self.local is not None
         b, _, dim = tokens.shape
         if keep is not None:
             places = keep[:, :, None].expand(-1, -1, dim)
-            tokens = tokens.new_zeros(b, self.grid[0] * self.grid[1], dim).scatter(1, places, tokens)
-        grid = tokens.view(b, *self.grid, dim).permute(0, 3, 1, 2)  # lies as "channels last": nothing is moved
-        whole = self.local(grid).permute(0, 2, 3, 1).flatten(1, 2)
+            tokens = tokens.new_zeros(b, grid[0] * grid[1], dim).scatter(1, places, tokens)
+        laid = tokens.view(b, *grid, dim).permute(0, 3, 1, 2)  # lies as "channels last": nothing is moved
+        whole = self.local(laid).permute(0, 2, 3, 1).flatten(1, 2)
         return whole if keep is None else take(whole, keep)
 
 
@@ -311,7 +363,8 @@ class Attention(nn.Module):
 
     def _heads(self, x: Tensor) -> Tensor:
         """(b, n, width) → (b, heads, n, head)."""
-        return x.unflatten(2, (-1, self.head)).transpose(1, 2)
+        found: Tensor = x.unflatten(2, (-1, self.head)).transpose(1, 2)
+        return found
 
 
 class Mlp(nn.Module):
@@ -456,12 +509,24 @@ def time_embedding(t: Tensor, dim: int) -> Tensor:
     return torch.cat([torch.cos(angles), torch.sin(angles)], dim=1)
 
 
-def _grid_positions(height: int, width: int, dim: int, base: int = 0) -> Tensor:
-    """(height * width, dim): half of the features tell the row, half the column, by sinusoids."""
+def _centred(count: int, of: int) -> Tensor:
+    """Places 0 to ``of`` - 1, or ``count`` with the same middle."""
+    return torch.arange(count) if count == of else torch.arange(count) + (of - count) / 2
+
+
+def _grid_positions(
+    height: int, width: int, dim: int, base: int = 0, configured: tuple[int, int] | None = None
+) -> Tensor:
+    """(height * width, dim): half of the features tell the row, half the column, by sinusoids.
+
+    ``configured``: the grid in whose middle this one lies.
+    """
     quarter = dim // 4
     frequencies = 100.0 ** (-torch.arange(quarter) / quarter)
-    scale = base / height if base else 1.0
-    rows, columns = (scale * torch.arange(n)[:, None] * frequencies for n in (height, width))
+    whole = configured or (height, width)
+    scale = base / whole[0] if base else 1.0
+    places = (_centred(n, of) for n, of in zip((height, width), whole, strict=True))
+    rows, columns = (scale * place[:, None] * frequencies for place in places)
     row = torch.cat([rows.sin(), rows.cos()], 1)[:, None].expand(height, width, -1)
     column = torch.cat([columns.sin(), columns.cos()], 1)[None].expand(height, width, -1)
     return torch.cat([row, column], -1).reshape(height * width, -1)

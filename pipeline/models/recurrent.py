@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.models.captioner import Cache, Captioner, CaptionerConfig
+from pipeline.models.decoding_cache import Cache
 from pipeline.models.packed_linear import Packed, packed
 from pipeline.models.ssm import Mamba2
 
+if TYPE_CHECKING:
+    from pipeline.models.captioner import Captioner, CaptionerConfig
+
 
 class MambaBlock(nn.Module):
-    """x + mixer(norm(x)); the mixer widens, gates and narrows, so there is no MLP beside it (Gu and Dao 2023)."""
+    """x + mixer(norm(x)); the mixer widens, gates and narrows, so there is no MLP next to it (Gu and Dao 2023)."""
 
     def __init__(self, config: CaptionerConfig) -> None:
         super().__init__()
@@ -78,11 +82,12 @@ def _state(rates: Tensor, x: Tensor, dt: Tensor, b: Tensor) -> Tensor:
         steps = dt * rates
         left = torch.exp(steps.flip(1).cumsum(1).flip(1) - steps)  # of what entered at each token
         into = x.float() * (dt * left)[..., None]
-        return (b.float().mT @ into.flatten(2)).unflatten(-1, x.shape[2:])
+        found: Tensor = (b.float().mT @ into.flatten(2)).unflatten(-1, x.shape[2:])
+        return found
 
 
 class RecurrentCache(Cache):
-    """Reads each picture once, whatever the number of texts about it."""
+    """Reads each image once, whatever the number of texts about it."""
 
     def __init__(self, model: Captioner, features: Tensor, group: int) -> None:
         self.model = model
@@ -91,7 +96,7 @@ class RecurrentCache(Cache):
         for number, block in enumerate(model.blocks, 1):
             result, memory = block.read(x)
             self.memories.append(memory if group == 1 else memory.repeat(group))
-            if number < len(model.blocks):  # nobody looks at what the last one says of the picture
+            if number < len(model.blocks):  # nobody looks at what the last one says of the image
                 x = result()
         rows = len(features) * group
         self.blocks = [packed(block, rows) for block in model.blocks]
@@ -102,7 +107,8 @@ class RecurrentCache(Cache):
             x = self.model.embedded(token[:, None], 0)[:, 0]
             for block, memory in zip(self.blocks, self.memories, strict=True):
                 x = block.advance(x, memory)
-        return self.head(self.model.norm(x))
+        found: Tensor = self.head(self.model.norm(x))
+        return found
 
     def reorder(self, index: Tensor) -> None:
         self.memories = [memory.select(index) for memory in self.memories]

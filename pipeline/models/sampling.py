@@ -28,6 +28,7 @@ def sample(
     guidance: float = 1.0,
     process: Process | None = None,
     sampler: str = "euler",
+    sizes: Tensor | None = None,
 ) -> Tensor:
     """Follow the probability flow from noise to data.
 
@@ -40,6 +41,7 @@ def sample(
             towards and beyond the one with it; 1 is plain conditional sampling at half the cost.
         process: what the model was trained with; rectified flow if not given.
         sampler: a name in :data:`SAMPLERS`.
+        sizes: (b, 6) or (1, 6), for a model with ``size_condition``.
 
     Returns:
         (b, c, h, w) latents.
@@ -54,7 +56,7 @@ def sample(
         raise ConfigError(f"steps={steps}: must be at least 1")
 
     def denoise(x: Tensor, level: Tensor) -> Tensor:
-        return guided(model, x, _at(level, x), text, guidance, process)
+        return guided(model, x, _at(level, x), text, guidance, process, sizes)
 
     return SAMPLERS[sampler](denoise, noise * process.start, process.schedule(steps), process)
 
@@ -64,13 +66,24 @@ def _at(level: Tensor, x: Tensor) -> Tensor:
     return number(float(level), x.dtype, x.device).expand(len(x))
 
 
-def guided(model: nn.Module, x: Tensor, t: Tensor, text: Tensor, guidance: float, process: Process) -> Tensor:
+def guided(
+    model: nn.Module,
+    x: Tensor,
+    t: Tensor,
+    text: Tensor,
+    guidance: float,
+    process: Process,
+    sizes: Tensor | None = None,
+) -> Tensor:
     """Clean latents (b, c, h, w); with and without text in one batch of twice the size."""
     inner, time = process.input(x, t)
+    more = {} if sizes is None else {"sizes": sizes}
     if guidance == 1.0:
-        return process.denoised(model(inner, time, text), x, t)
+        return process.denoised(model(inner, time, text, **more), x, t)
+    if sizes is not None and len(sizes) > 1:
+        more = {"sizes": torch.cat([sizes, sizes])}
     drop = torch.arange(2 * len(x), device=x.device) >= len(x)
-    both = model(torch.cat([inner, inner]), torch.cat([time, time]), torch.cat([text, text]), drop)
+    both = model(torch.cat([inner, inner]), torch.cat([time, time]), torch.cat([text, text]), drop, **more)
     with_text, without = both.chunk(2)
     return process.denoised(without + guidance * (with_text - without), x, t)
 

@@ -71,8 +71,8 @@ def _report(choice: str, mixer: str, reason: str) -> None:
     log = logging.getLogger("pipeline")
     if reason:
         log.warning(
-            "scan_backend=auto: %s for %s (%s). It gives the same results, more slowly; see Vision Mamba in the README "
-            "for how to install the kernels",
+            "scan_backend=auto: %s for %s (%s). It gives the same results, more slowly; "
+            "`pip install latentmill[mamba]` installs the kernels",
             choice,
             mixer,
             reason,

@@ -51,7 +51,7 @@ def _exact(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 class _SelectiveScan(torch.autograd.Function):
-    """One loop over time forward, one backward, in place of a graph of thousands of small operations.
+    """One loop over time forward, one backward, instead of a graph of thousands of small operations.
 
     Only what needs the step before is done step by step; the rest for a segment at once, which stays in the cache.
     Time is the first axis, and states are (t, n, s, d): each operation runs over contiguous memory.

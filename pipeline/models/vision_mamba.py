@@ -84,7 +84,7 @@ def vision_mamba_config(size: str, image: tuple[int, int, int], classes: int, **
     if height % config.patch or width % config.patch:
         raise ConfigError(f"patch={config.patch}: does not divide images of {height} x {width}")
     if config.stem == "conv" and config.patch & (config.patch - 1):
-        raise ConfigError(f"patch={config.patch}: stem=conv halves the image again and again: give a power of 2")
+        raise ConfigError(f"patch={config.patch}: stem=conv halves the image repeatedly: give a power of 2")
     return config
 
 

@@ -1,1 +1,1 @@
-"""The engine: plans, attempts, commits, ledgers, and what is done to finished datasets."""
+"""The engine: plans, attempts, commits, ledgers, and operations on finished datasets."""

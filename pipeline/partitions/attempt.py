@@ -1,4 +1,4 @@
-"""One try at one partition, in a folder of its own, up to the rename that makes it the one that counts."""
+"""One try at one partition, in its own folder, up to the rename that commits it."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import Any
 
 from pipeline.config.schema import ConfigError
 from pipeline.formats.base import Writer
+from pipeline.imaging.buckets import Runs, buckets_in
 from pipeline.partitions.dataset import RECORD, Dataset, SlotReader, before_redone
 from pipeline.partitions.ledger import FILE as LEDGER
 from pipeline.partitions.ledger import Ledger
@@ -59,6 +60,8 @@ class Attempt:
         self.index = index
         self.ledger = Ledger(index, dataset.partition(index).count)
         self.notes: dict[str, Any] = {}
+        buckets = buckets_in(dataset.header["extra"])
+        self._runs = Runs(buckets) if buckets else None
         self._dataset = dataset
         self._slot = dataset.slot(index)
         self._plan = dataset.counts_by(index)
@@ -128,7 +131,7 @@ class Attempt:
     def without_data(self, ledger: bytes, counted: Mapping[str, Any]) -> dict[str, Any] | None:
         """Commit what the partition was, with this ledger and no data files; returns and raises as :meth:`run`.
 
-        The record tells of them as before (but for ``counted``), so that the content digest is that of the data.
+        The record lists them as before (except ``counted``), so that the content digest is that of the data.
         """
 
         def work() -> dict[str, Any]:
@@ -170,6 +173,8 @@ class Attempt:
         assert self._folder is not None
         for outcome in outcomes:
             row = outcome.row
+            if self._runs is not None and row is not None:
+                self._runs.add(outcome.height, outcome.width)
             self.ledger.add(outcome)
             if row is not None:
                 writer.write(row)
@@ -203,6 +208,7 @@ class Attempt:
             "reasons": dict(self.ledger.reasons),
             "supersedes": self._dataset.partition(self.index).supersedes,
             "notes": self.notes,
+            **({"buckets": self._runs.runs} if self._runs is not None else {}),
         }
 
     def _described(self, samples: Mapping[str, int]) -> list[dict[str, Any]]:
@@ -232,6 +238,6 @@ class Attempt:
         if error.errno in GONE:
             return AttemptRemoved(f"{place}: the attempt at partition {self.index} was removed while it ran")
         return StorageError(
-            f"{place}: cannot write partition {self.index}: {error.strerror}. Nothing that was committed is harmed; "
-            "mend it and run the same command again"
+            f"{place}: cannot write partition {self.index}: {error.strerror}. Committed partitions are not affected; "
+            "fix the cause and run the same command again"
         )

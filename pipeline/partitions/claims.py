@@ -1,4 +1,4 @@
-"""Claims: who works on what, so that work is rarely done twice. Correctness never depends on them.
+"""Claims: which rank works on which partition, so that work is rarely done twice. Correctness never depends on them.
 
 A claim is a small file with its owner's name and a counter that the owner's heartbeat moves. It is stale when the
 counter stood still for ``lease`` seconds of the observer's own clock, or when its owner, on this host, is dead.

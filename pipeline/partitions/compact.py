@@ -1,6 +1,6 @@
 """Finished partitions with fewer files: their ledgers and records go into one pack for each bucket of 1,000.
 
-A partition then takes two inodes in place of four. Interrupted at any moment, every small file is in its folder, in a
+A partition then takes two inodes instead of four. Interrupted at any moment, every small file is in its folder, in a
 pack, or in both: it is removed from its folder only when the pack that has it was written, synced and read back.
 """
 

@@ -1,4 +1,4 @@
-"""A dataset directory as its readers see it: plans, slots, records, samples, and whether it is finished."""
+"""Read access to a dataset directory: plans, slots, records, samples, and whether it is finished."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from pipeline import stores
 from pipeline.config.schema import STAGES, ConfigError
 from pipeline.formats.base import FileReader, Format, get_format
 from pipeline.formats.blocks import BlockFile, Verify, blocks_of
@@ -42,19 +44,20 @@ class Released(StorageError):
 
     def __init__(self, root: Path, stage: str) -> None:
         super().__init__(
-            f"{root}: its data were removed (keep_raw=false, keep=latents); ledgers are there still. "
-            f"stage={stage} restore=true brings the data back"
+            f"{root}: its data were removed (keep_raw=false, keep=latents); ledgers are kept. "
+            f"stage={stage} restore=true restores the data"
         )
 
 
 def open_root(path: str | Path) -> Folder:
-    """The folder of a dataset directory.
+    """The folder of a dataset directory, here or in an object store.
 
     Raises:
         Unfinished: there is none.
+        StoreError: the store cannot be reached.
     """
     try:
-        return Folder.open(path)
+        return stores.open_folder(path) if stores.is_url(path) else Folder.open(path)
     except FileNotFoundError:
         raise Unfinished(f"{path} does not exist") from None
     except NotADirectoryError:
@@ -122,13 +125,13 @@ class Index:
 
     names: list[str]
     """Data files."""
-    files: np.ndarray
+    files: npt.NDArray[Any]
     """Which of them, int16 (n,)."""
-    numbers: np.ndarray
+    numbers: npt.NDArray[Any]
     """Row in its file, int32 (n,)."""
-    offsets: np.ndarray
+    offsets: npt.NDArray[Any]
     """First byte in its file, int64 (n,)."""
-    lengths: np.ndarray
+    lengths: npt.NDArray[Any]
     """Bytes, int64 (n,)."""
 
 
@@ -271,7 +274,7 @@ class Dataset:
     """
 
     def __init__(self, root: Folder, generations: int | None = None) -> None:
-        """``generations``: see only the first so many."""
+        """``generations``: read only this many generations."""
         self.root = root
         self.plans: list[Plan] = read_plans(root)[:generations]
         if not self.plans:
@@ -396,7 +399,7 @@ class Dataset:
         try:
             marker = self.root.read_sealed(SUCCESS)
         except StorageError:
-            return None  # finishing again writes it anew
+            return None  # finishing again writes it again
         if marker is None or marker.get("plans") != [plan.digest for plan in self.plans]:
             return None
         return marker
@@ -420,7 +423,7 @@ class Dataset:
             raise ConfigError(f"{self.root.path} has no column {', '.join(missing)}; it has {', '.join(self.schema)}")
 
     @cached_property
-    def kept(self) -> np.ndarray:
+    def kept(self) -> npt.NDArray[Any]:
         """Kept samples per partition, int64 (partitions,).
 
         Raises:
@@ -429,21 +432,23 @@ class Dataset:
         return self._manifest_column("kept")
 
     @cached_property
-    def places(self) -> np.ndarray:
+    def places(self) -> npt.NDArray[Any]:
         """Position of each partition's first sample among all that were ever kept, and their number at the end.
 
         int64 (partitions + 1,). Unlike :attr:`starts`, it stays the same when samples are taken down: plans use it.
         """
         taken = self._manifest_column("taken") if self.require_success()["counts"].get("taken") else 0
-        return np.concatenate([[0], np.cumsum(self.kept + taken)]).astype(np.int64)
+        found: npt.NDArray[Any] = np.concatenate([[0], np.cumsum(self.kept + taken)]).astype(np.int64)
+        return found
 
-    def blocks(self) -> np.ndarray:
+    def blocks(self) -> npt.NDArray[Any]:
         """Number of the first block of each partition's files, counted through, and of all: int64 (partitions + 1,)."""
         files = self._manifest("files")
         counts = blocks_of(files.values.field("bytes").to_numpy())
-        return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)[files.offsets.to_numpy()]
+        found: npt.NDArray[Any] = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)[files.offsets.to_numpy()]
+        return found
 
-    def _manifest_column(self, name: str) -> np.ndarray:
+    def _manifest_column(self, name: str) -> npt.NDArray[Any]:
         return np.asarray(self._manifest(name).to_numpy())
 
     def _manifest(self, name: str) -> Any:
@@ -460,9 +465,10 @@ class Dataset:
         return column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
 
     @cached_property
-    def starts(self) -> np.ndarray:
+    def starts(self) -> npt.NDArray[Any]:
         """Position of each partition's first kept sample, and the total at the end: int64 (partitions + 1,)."""
-        return np.concatenate([[0], np.cumsum(self.kept)]).astype(np.int64)
+        found: npt.NDArray[Any] = np.concatenate([[0], np.cumsum(self.kept)]).astype(np.int64)
+        return found
 
     def __len__(self) -> int:
         """Kept samples in all."""
@@ -516,6 +522,7 @@ class RandomAccess:
             self._blocks = dataset.blocks().tolist()
             self._seen = memoryview(mmap.mmap(-1, max(1, self._blocks[-1])))
         self._stored: OrderedDict[int, list[Stored]] = OrderedDict()
+        self._required: OrderedDict[int, None] = OrderedDict()
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -558,6 +565,17 @@ class RandomAccess:
         number, local, _ = self._place(position)
         return _recent(self._keys, number, 64, lambda: self._slot(number).keys())[local]
 
+    def require(self, positions: Iterable[int]) -> None:
+        """Begin to bring the files that hold these samples here, where the dataset lies in an object store."""
+        root = self.dataset.root
+        if isinstance(root, stores.StoreFolder):
+            for number in sorted({bisect.bisect_right(self._starts, position) - 1 for position in positions}):
+                _recent(self._required, number, 64, lambda n=number: root.fetch(lambda: self._files_of(n)))  # type: ignore[misc]
+
+    def _files_of(self, number: int) -> list[str]:
+        files = SlotReader(self.dataset, number).record["files"]
+        return [f"{self.dataset.path_of(number)}/{file['name']}" for file in files if file["samples"]]
+
     def stored(self, position: int) -> Stored:
         """The sample at ``position`` of ``range(len(self))``."""
         number = bisect.bisect_right(self._starts, position) - 1
@@ -574,20 +592,20 @@ class RandomAccess:
         """
         return self._take(position, lambda reader, number, start, size: reader.row(number, start, size, columns))
 
-    def view(self, position: int, target: str = "") -> tuple[np.ndarray | bytes, Any]:
+    def view(self, position: int, target: str = "") -> tuple[npt.NDArray[Any] | bytes, Any]:
         """The image's bytes, without a copy where the format allows it, and the value of the column ``target``."""
 
-        def take(reader: FileReader, number: int, start: int, size: int) -> tuple[np.ndarray | bytes, Any]:
+        def take(reader: FileReader, number: int, start: int, size: int) -> tuple[npt.NDArray[Any] | bytes, Any]:
             row = reader.row(number, start, size, (target,)) if target else {}
             return reader.view(number, start, size), row.get(target)
 
         return self._take(position, take)
 
-    def array(self, position: int) -> np.ndarray:
+    def array(self, position: int) -> npt.NDArray[Any]:
         """Pixels of a sample in a format of fixed size, (h, w) or (h, w, c); raises what :meth:`row` raises."""
         return self._take(position, lambda reader, *place: reader.array(*place))
 
-    def mask(self, position: int) -> np.ndarray:
+    def mask(self, position: int) -> npt.NDArray[Any]:
         """The dense label of a sample in a format of fixed size, (h, w, c); raises what :meth:`row` raises."""
         return self._take(position, lambda reader, number, *_: reader.mask(number))
 

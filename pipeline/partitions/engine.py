@@ -1,4 +1,4 @@
-"""The engine: plans or adopts, works through partitions until all are committed, finishes the dataset."""
+"""The engine: makes or adopts a plan, processes partitions until all are committed, and finishes the dataset."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pipeline.partitions.finalize import Incomplete, Overtaken, Unbalanced, comm
 from pipeline.partitions.pace import Pace
 from pipeline.partitions.plan import BUCKET, TAKEDOWN, Partition
 from pipeline.partitions.planning import open_or_plan
-from pipeline.partitions.stage import Stage
+from pipeline.partitions.stage import AnyStage, Context
 from pipeline.partitions.takedown import released_ledger, rewritten, without_taken
 from pipeline.samples import Outcome
 from pipeline.storage import GONE, StorageError
@@ -30,13 +30,13 @@ from pipeline.telemetry.host_stats import Hosts
 
 _POLL = 0.01  # seconds between looks at what others have claimed; grows to a quarter of the lease
 _LOOKUPS = 20  # times that a planned bucket may be not to be seen, before we believe that it is gone
-_HOSTS = 20  # that a rank's events tell of
+_HOSTS = 20  # that a rank's events report
 _LOOKS = 8  # buckets that an idle rank lists between two pauses, so that a thousand of them are no storm
 _WATCHED = 8  # claims in a bucket that it looks at: others look at others
 _COST = 24  # file operations after which it pauses
 
 
-def run(stage: Stage, planned: Callable[[], None] = lambda: None) -> dict[str, Any]:
+def run(stage: AnyStage, planned: Callable[[], None] = lambda: None) -> dict[str, Any]:
     """Bring the stage's output to its end, together with whoever else works on it.
 
     ``planned`` is called when there is a plan.
@@ -65,18 +65,17 @@ def run(stage: Stage, planned: Callable[[], None] = lambda: None) -> dict[str, A
         raise StorageError(f"output {stage.output}: {error}") from error
 
 
-def _compare_restored(stage: Stage, dataset: Dataset, success: dict[str, Any]) -> None:
+def _compare_restored(stage: AnyStage, dataset: Dataset, success: dict[str, Any]) -> None:
     expected = dataset.plans[-1].header.get("mends")
     if expected and expected != success["generations"][len(dataset.plans) - 1]["content_digest"]:
         stage.rank.log.warning(
-            "%s came out different from before: its input or the software has changed since; what was made from it "
-            "is stale",
+            "%s differs from the earlier output: its input or the software has changed since; outputs made from it "
+            "are stale",
             dataset.root.path,
         )
 
 
-def _run(stage: Stage, dataset: Dataset) -> dict[str, Any]:
-    stage.planned = dataset.header
+def _run(stage: AnyStage, dataset: Dataset) -> dict[str, Any]:
     events = Events(dataset.root, stage.rank, min(BEAT, stage.config.lease / 6))
     with events.around(partitions=dataset.partitions, generation=dataset.plans[-1].generation):
         worker = Worker(stage, dataset, events)
@@ -94,7 +93,7 @@ def _run(stage: Stage, dataset: Dataset) -> dict[str, Any]:
 class Worker:
     """One process at work on one dataset."""
 
-    def __init__(self, stage: Stage, dataset: Dataset, events: Events) -> None:
+    def __init__(self, stage: AnyStage, dataset: Dataset, events: Events) -> None:
         self.stage = stage
         self.dataset = dataset
         self.events = events
@@ -176,14 +175,13 @@ class Worker:
             todo = self._unclaimed_first(bucket, todo)
         for index, following in zip_longest(todo, todo[1:]):
             self.rank.check_stop()
-            self.stage.following = self._to_process(following)
             claim = f"{bucket:03d}/{self.dataset.slot(index)}"
             if self.claims.take(claim):
                 try:
                     if self.dataset.root.exists(self.dataset.path_of(index)):
                         self._done.add(index)
                     else:
-                        progress |= self._attempt(index)
+                        progress |= self._attempt(index, following)
                 finally:
                     self.claims.release(claim)
             else:
@@ -225,7 +223,7 @@ class Worker:
             require_output(self.dataset.root)
             self._lookups[bucket] += 1  # a look-up may be stale for a while
             if self._lookups[bucket] > _LOOKUPS:
-                raise StorageError(f"{self.dataset.root.path / place} is missing, though planned") from None
+                raise StorageError(f"{self.dataset.root.path / place} is missing, although it is in the plan") from None
             return None
         for index in [index for index in self._missing if index // BUCKET == bucket]:
             if self.dataset.slot(index) in present and self.dataset.record(index) is None:
@@ -243,13 +241,13 @@ class Worker:
 
     # ---- one partition
 
-    def _attempt(self, index: int) -> bool:
-        """Try to commit partition ``index``; whether this attempt is the one that counts."""
+    def _attempt(self, index: int, following: int | None) -> bool:
+        """Try to commit partition ``index``, before ``following``; whether this attempt is the one that counts."""
         record = None
         self.rank.now["partition"] = index
         try:
             with Attempt(self.dataset, index) as attempt:
-                record = self._work_in(attempt)
+                record = self._work_in(attempt, following)
         except AttemptRemoved:
             require_output(self.dataset.root)  # else by gc: another try will do
         self._now(-1, self.events.totals["in"])
@@ -263,12 +261,11 @@ class Worker:
         self.events.emit("lost", partition=index)
         return False
 
-    def _work_in(self, attempt: Attempt) -> dict[str, Any] | None:
+    def _work_in(self, attempt: Attempt, following: int | None) -> dict[str, Any] | None:
         if attempt.index in self.dataset.released:
             return attempt.without_data(*released_ledger(self.dataset, attempt.index))
-        with closing(self._outcomes(self.dataset.partition(attempt.index))) as outcomes:
-            self.stage.scratch = attempt.scratch
-            self.stage.notes = attempt.notes
+        context = Context(self.dataset.header, attempt.scratch, attempt.notes, self._to_process(following))
+        with closing(self._outcomes(self.dataset.partition(attempt.index), context)) as outcomes:
             return attempt.run(outcomes, self.stage.shard_bytes, self.rank.check_stop, self.stage.adapted)
 
     def _to_process(self, index: int | None) -> Partition | None:
@@ -277,12 +274,12 @@ class Worker:
             return None
         return None if self.dataset.counts_by(index).header["kind"] == TAKEDOWN else self.dataset.partition(index)
 
-    def _outcomes(self, partition: Partition) -> Generator[Outcome, None, None]:
+    def _outcomes(self, partition: Partition, context: Context) -> Generator[Outcome, None, None]:
         dataset, index = self.dataset, partition.index
         if dataset.counts_by(index).header["kind"] == TAKEDOWN:
             yield from rewritten(dataset, index)
             return
-        for outcome in self.stage.process(partition):
+        for outcome in self.stage.process(partition, context):
             if partition.only is None or (not outcome.container and partition.wants(outcome.key)):
                 self.rank.now["done"] += not outcome.container
                 self.hosts.add(outcome.member, outcome.status, outcome.reason)
@@ -386,7 +383,7 @@ def buckets(span: range) -> range:
     return range(span.start // BUCKET, -(-span.stop // BUCKET)) if len(span) else range(0)
 
 
-def main(make: Callable[[Any, Rank], Stage], config: Any, rank: Rank) -> None:
+def main(make: Callable[[Any, Rank], AnyStage], config: Any, rank: Rank) -> None:
     """The body of a stage's ``main``: print the settings, run, print what came out."""
     if rank.is_main:
         rank.log.info("%s\n%s", type(config).__name__, cli.dump(config))
@@ -396,7 +393,8 @@ def main(make: Callable[[Any, Rank], Stage], config: Any, rank: Rank) -> None:
     if rank.is_main:
         counts = success["counts"]
         shown = ", ".join(f"{counts[name]} {name}" for name in ("in", "kept", "dropped", "failed"))
-        rank.log.info("%s: finished: %s %s", stage.output, shown, success["reasons"] or "")
+        reasons = f" {success['reasons']}" if success["reasons"] else ""
+        rank.log.info("%s: finished: %s%s", stage.output, shown, reasons)
         for remark in stage.remarks(success):
             rank.log.warning("%s: %s", stage.output, remark)
 

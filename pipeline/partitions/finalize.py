@@ -1,4 +1,4 @@
-"""From committed partitions to a finished dataset: the balance, the manifest, the format's index, ``_SUCCESS``."""
+"""Finishes a dataset whose partitions are committed: checks counts, writes the manifest, the index and ``_SUCCESS``."""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
-from pipeline.partitions import card
+from pipeline.imaging.buckets import buckets_in
+from pipeline.partitions import bucket_index, dataset_card
 from pipeline.partitions.dataset import MANIFEST, SUCCESS, Dataset, SlotReader
 from pipeline.partitions.plan import BUCKET, FORMAT_VERSION
 from pipeline.storage import GONE, Folder, StorageError, json_bytes, seal
+from pipeline.stores.folder import FINISH
 
 _FILE = pa.struct([("name", pa.string()), ("bytes", pa.int64()), ("samples", pa.int64()), ("xxh3", pa.string())])
 _COUNTS = ("in", "kept", "dropped", "failed", "retryable", "containers", "taken")
@@ -32,7 +34,6 @@ _SCHEMA = pa.schema(
         ("files", pa.list_(_FILE)),
     ]
 )
-_ATTEMPT = ".final."
 _SOFTWARE = ("latentmill", "numpy", "pyarrow", "pillow", "simplejpeg", "torch", "diffusers", "open-clip-torch")
 
 
@@ -150,7 +151,7 @@ def finalize(dataset: Dataset, max_failed_fraction: float = 1.0) -> dict[str, An
     """Finish the dataset if all partitions are committed. Idempotent; any process may do it.
 
     All is written into a folder of its own and put in place at the end, ``_SUCCESS`` last: a process that slept
-    through a later generation can no longer put an old index beside its ``_SUCCESS``.
+    through a later generation can no longer put an old index next to its ``_SUCCESS``.
 
     Returns:
         What ``_SUCCESS`` says.
@@ -161,11 +162,12 @@ def finalize(dataset: Dataset, max_failed_fraction: float = 1.0) -> dict[str, An
         Overtaken: another process finishes the dataset, or it has gained a generation.
     """
     root = dataset.root
-    attempt = f"{_ATTEMPT}{uuid.uuid4().hex}"
+    made = uuid.uuid4().hex
+    attempt = f"{FINISH}{made}"
     root.mkdir(attempt)
     try:
         with root.folder(attempt) as folder:
-            success, digests = _write(dataset, folder, max_failed_fraction)
+            success, digests = _write(dataset, folder, max_failed_fraction, made)
         _fence(root, attempt)
         current = Dataset(root)
         if [plan.digest for plan in current.plans] != success["plans"]:
@@ -193,11 +195,13 @@ def _fence(root: Folder, attempt: str) -> None:
     One that sleeps may have seen fewer generations than we. One that comes later finds our ``_SUCCESS``, or fences us.
     """
     for name in root.listdir():
-        if name.startswith(_ATTEMPT) and name != attempt:
+        if name.startswith(FINISH) and name != attempt:
             root.trash(name)
 
 
-def _write(dataset: Dataset, folder: Folder, max_failed_fraction: float) -> tuple[dict[str, Any], dict[str, str]]:
+def _write(
+    dataset: Dataset, folder: Folder, max_failed_fraction: float, attempt: str
+) -> tuple[dict[str, Any], dict[str, str]]:
     """Write what a finished dataset has at its root into ``folder``; what ``_SUCCESS`` says, all digests in order."""
     tally = Tally(dataset)
     digests: dict[str, str] = {}
@@ -208,17 +212,23 @@ def _write(dataset: Dataset, folder: Folder, max_failed_fraction: float) -> tupl
     tally.close_generations(dataset.partitions)
     totals = tally.totals()
     check_balance(dataset, totals, max_failed_fraction)
+    _check_samples(dataset, totals, tally)
     index = dataset.format.index_file
     if index:
         with folder.create(index) as file:
             for part in dataset.format.index(dataset.schema, _index_entries(dataset, folder)):
                 file.write(part)
         digests[index] = file.digest
-    text = card.card(dataset, totals["kept"], (entry["path"] for entry in _index_entries(dataset, folder)))
-    if text and card.is_ours(dataset.root):
-        with folder.create(card.NAME) as file:
+    if buckets := buckets_in(dataset.header["extra"]):
+        with folder.create(bucket_index.NAME) as file:
+            there = (record for record in records(dataset) if record["partition"] not in dataset.released)
+            bucket_index.write(file, buckets, there)
+        digests[bucket_index.NAME] = file.digest
+    text = dataset_card.card(dataset, totals["kept"], (entry["path"] for entry in _index_entries(dataset, folder)))
+    if text and dataset_card.is_ours(dataset.root):
+        with folder.create(dataset_card.NAME) as file:
             file.write(text.encode())
-        unchecked[card.NAME] = file.digest
+        unchecked[dataset_card.NAME] = file.digest
     success = {
         "format_version": FORMAT_VERSION,
         "stage": dataset.stage,
@@ -240,6 +250,7 @@ def _write(dataset: Dataset, folder: Folder, max_failed_fraction: float) -> tupl
     digests["manifest.json"] = file.digest
     success["headers"] = [plan.header for plan in dataset.plans]  # to mend a damaged plan.json with
     success["digests"] = dict(digests)
+    success |= {"attempt": attempt} if dataset.root.links else {}
     with folder.create(SUCCESS) as file:
         file.write(seal(success))
     return success, {**unchecked, **digests, SUCCESS: file.digest}
@@ -252,7 +263,7 @@ def _write_manifest(dataset: Dataset, tally: Tally, file: Any) -> None:
             tally.add(record)
             counts = {name: record["counts"].get(name, 0) for name in _COUNTS}
             files = [{name: f[name] for name in ("name", "bytes", "samples", "xxh3")} for f in record["files"]]
-            path = dataset.path_of(record["partition"])
+            path = dataset.root.place(dataset.path_of(record["partition"]))
             rows.append(
                 {
                     "partition": record["partition"],
@@ -310,11 +321,21 @@ def check_balance(dataset: Dataset, totals: dict[str, int], max_failed_fraction:
             )
 
 
+def _check_samples(dataset: Dataset, totals: dict[str, int], tally: Tally) -> None:
+    """Raises Unbalanced if archives could be read, but none has a sample: they are others than were meant."""
+    whole = totals["containers"] - totals["containers_failed"]
+    if whole and not totals["in"]:
+        noted = ", ".join(f"{reason}: {count}" for reason, count in sorted(tally.noted.items()))
+        raise Unbalanced(
+            f"{dataset.root.path}: none of the {whole} archives or tables has a sample ({noted or 'they are empty'})"
+        )
+
+
 _SHOWN = 3  # reasons in a message
 
 
 def common_failures(dataset: Dataset) -> str:
-    """The commonest reasons of failures in what is committed, with their counts and an example of each."""
+    """The most common reasons of failures in what is committed, with their counts and an example of each."""
     counts: Counter[str] = Counter()
     where: dict[str, int] = {}
     for index in range(dataset.partitions):
@@ -328,14 +349,15 @@ def common_failures(dataset: Dataset) -> str:
 
 
 def _failure(dataset: Dataset, index: int, reason: str, count: int) -> str:
-    """One reason: ``dns: images.example, 12 times (as shard-0.tar)``."""
+    """One reason: ``dns: images.example, 12 times (for example shard-0.tar)``."""
     try:
         rows = SlotReader(dataset, index).ledger(["outcome", "reason", "detail", "source", "member", "key"]).to_pylist()
     except (OSError, StorageError):
         rows = []
     for row in rows:
         if row["outcome"] == "failed" and row["reason"] == reason:
-            place = "/".join(filter(None, (row["source"], row["member"]))) or row["key"]
+            upstream = row["source"].startswith("data/")  # a partition there, which says less than the key
+            place = "" if upstream else "/".join(filter(None, (row["source"], row["member"])))
             detail = f": {row['detail']}" if row["detail"] else ""
-            return f"{reason}{detail}, {count} time{'s' * (count > 1)} (as {place})"
+            return f"{reason}{detail}, {count} time{'s' * (count > 1)} (for example {place or row['key']})"
     return f"{reason}, {count} time{'s' * (count > 1)}"

@@ -1,4 +1,4 @@
-"""Deletes what counts for nothing: attempts of processes that died, replaced partitions, unfinished temporary files."""
+"""Deletes leftovers: attempts of processes that died, replaced partitions, unfinished temporary files."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from pipeline.partitions.compact import compact, stale_packs
 from pipeline.partitions.dataset import Dataset
 from pipeline.partitions.packs import FOLDER
 from pipeline.storage import GONE, TRASH, Folder, StorageError
+from pipeline.stores import Store, StoreFolder
+from pipeline.stores.folder import FINISH
 
 PARTIAL = "partial"
 """Where a stage keeps what it has fetched of its inputs; of no use once it has finished."""
@@ -36,6 +38,9 @@ def collect(dataset: Dataset, older_than: float) -> Iterator[Path]:
 
 
 def _collect_all(dataset: Dataset, older_than: float) -> Iterator[Path]:
+    if isinstance(dataset.root, StoreFolder):
+        yield from _collect_in_store(dataset, dataset.root.store)
+        return
     yield from _collect(dataset.root, {}, older_than)
     yield from _collect_moved_aside(dataset.root, older_than)
     if dataset.success is not None and dataset.root.exists(PARTIAL):
@@ -49,6 +54,33 @@ def _collect_all(dataset: Dataset, older_than: float) -> Iterator[Path]:
         with dataset.root.folder(FOLDER) as packed:
             yield from _collect(packed, {}, older_than)
             yield from _collect_packs(dataset, packed, older_than)
+
+
+def _collect_in_store(dataset: Dataset, store: Store) -> Iterator[Path]:
+    """Objects of attempts that can win no more, as another was committed, and of partitions that were done again.
+
+    What an attempt has stored that may still win is never deleted, however old: its commit asks nobody.
+    """
+    buckets, _ = store.children("data")
+    for at in ("", *(f"data/{bucket}" for bucket in buckets)):
+        folders, _ = store.children(at)
+        prefix = f"{at}/" if at else ""
+        redone = _redone(dataset, dataset.root.folder(at)) if at else {}
+        for name in folders:
+            final = name[1:-33] if _TEMPORARY.fullmatch(name) else ""
+            if name.startswith(FINISH):
+                continue
+            lost = final in folders and dataset.root.place(f"{prefix}{final}") != f"{prefix}{name}"
+            if lost or _replaced(final or name, redone):
+                store.delete([found.path for found in store.objects(f"{prefix}{name}")])
+                yield dataset.root.path / f"{prefix}{name}"
+    names, _ = store.children("")
+    current = Dataset.open(store.url)  # looked at after the attempts were: none of them can still replace its _SUCCESS
+    if current.success is not None:
+        for name in names:
+            if name.startswith(FINISH) and name != f"{FINISH}{current.success.get('attempt', '')}":
+                store.delete([found.path for found in store.objects(name)])
+                yield dataset.root.path / name
 
 
 def _collect_packs(dataset: Dataset, packed: Folder, older_than: float) -> Iterator[Path]:
@@ -67,7 +99,7 @@ def _collect_packs(dataset: Dataset, packed: Folder, older_than: float) -> Itera
 
 
 def _collect_moved_aside(root: Folder, older_than: float) -> Iterator[Path]:
-    """What overwriting runs that died have moved out of the way of ``root``, beside it."""
+    """What overwriting runs that died have moved out of the way of ``root``, next to it."""
     names = re.compile(rf"\.(trash|{re.escape(root.path.name)})\.[0-9a-f]{{32}}")
     with suppress(FileNotFoundError), Folder.open(root.path.parent) as parent:
         if root.in_place():
@@ -77,7 +109,7 @@ def _collect_moved_aside(root: Folder, older_than: float) -> Iterator[Path]:
 def _redone(dataset: Dataset, folder: Folder) -> dict[int, int]:
     """Partitions in this folder that were done again, with the generation that counts now.
 
-    Before they are committed anew, what they replace is still needed: a takedown copies it.
+    Before they are committed again, what they replace is still needed: a takedown copies it.
     """
     slots = {int(slot[1]) for name in folder.listdir() if (slot := _SLOT.fullmatch(name))}
     redone = {index for index in slots if any(index in plan.redo for plan in dataset.plans)}

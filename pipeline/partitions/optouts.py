@@ -1,4 +1,4 @@
-"""Lists of samples to remove: which sample each line names, and what became of it.
+"""Lists of samples to remove: which sample each line names, and its outcome.
 
 A line is a sample's key, the XXH3-128 hash of its source file, the URL that it was downloaded from, or a file name:
 the image's path below the folder that was read (or its end, if that is unique), or ``<archive>/<member>``.
@@ -71,7 +71,7 @@ def read_list(path: Path) -> list[Wanted]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"takedown={path}: cannot be read: {error}") from None
     if not found:
-        raise ConfigError(f"takedown={path}: there is nothing in it")
+        raise ConfigError(f"takedown={path}: the file is empty")
     return list(found.values())
 
 

@@ -21,7 +21,7 @@ class Pace:
         self._at = self._clock()
 
     def spend(self, operations: int) -> float:
-        """Note so many operations; the seconds to wait before the next ones."""
+        """Record this many operations and return the seconds to wait before the next ones."""
         now = self._clock()
         self._left = min(self._burst, self._left + (now - self._at) * self._rate) - operations
         self._at = now

@@ -86,7 +86,7 @@ class Pack:
 
 def write_pack(file: HashedFile, members: Iterator[tuple[str, bytes]]) -> None:
     """Write a pack; equal members give equal bytes."""
-    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:  # type: ignore[call-overload]
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         for name, data in members:
             archive.writestr(zipfile.ZipInfo(name, _TIME), data)
 

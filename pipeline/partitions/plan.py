@@ -83,7 +83,7 @@ def stamp(path: str | Path) -> str:
 
 
 def file_state(path: str | Path) -> str:
-    """What tells whether a file has changed: the hash of one of up to 64 MiB, else size and time of change; empty if it
+    """What says whether a file has changed: the hash of one of up to 64 MiB, else size and time of change; empty if it
     is not there."""
     try:
         if os.path.getsize(path) > _HASHED:
@@ -217,12 +217,13 @@ def commit_plan(root: Folder, header: dict[str, Any], partitions: Iterable[Parti
     ``data/`` are made before the plan can be seen, because nobody else may make them.
     """
     name = folder_name(header["generation"])
-    attempt = f".{name}.{uuid.uuid4().hex}"
+    made = uuid.uuid4().hex
+    attempt = f".{name}.{made}"
     root.mkdir(attempt)
     try:
         with root.folder(attempt) as folder:
             totals = write_partitions(folder, header["first"], partitions)
-            complete = {"format_version": FORMAT_VERSION, "id": uuid.uuid4().hex, "redo": [], **header, **totals}
+            complete = {"format_version": FORMAT_VERSION, "id": made, "redo": [], **header, **totals}
             with folder.create("plan.json") as file:
                 file.write(seal(complete))
         _make_buckets(root, header["first"] + totals["partitions"])

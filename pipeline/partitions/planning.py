@@ -1,4 +1,4 @@
-"""Before the work: adopt the plan that is there, make one, or add a generation to a finished dataset."""
+"""Before the work: adopt an existing plan, make one, or add a generation to a finished dataset."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from itertools import chain, islice, zip_longest
 from pathlib import Path
 from typing import Any
 
+from pipeline import stores
 from pipeline.config import cli
+from pipeline.config.options import extended
 from pipeline.config.schema import STAGES, ConfigError, default_of
 from pipeline.partitions.attempt import unless_removed
 from pipeline.partitions.claims import Claims
@@ -26,10 +28,14 @@ from pipeline.partitions.plan import (
     inputs_digest,
     spans,
 )
-from pipeline.partitions.stage import Stage
+from pipeline.partitions.stage import AnyStage
 from pipeline.storage import GONE, Folder, StorageError, probe
 
 _POLL = 0.2
+_HEAD_START = 3.0
+"""Seconds in which rank 0 alone may begin to plan, so that ranks that start together do not compete."""
+_LOOK = 5.0
+"""Seconds after which a rank looks again whether the one that plans still shows life, at most."""
 _CURE = "choose another output= or variant=, or overwrite=true"
 _OURS = ("plan", "data", "claims", "events", "packed", "partial", "tables")
 
@@ -38,10 +44,11 @@ class Stale(ConfigError):
     """The output was made with other settings, inputs or code than asked for now."""
 
 
-def open_or_plan(stage: Stage) -> Dataset:
+def open_or_plan(stage: AnyStage) -> Dataset:
     """The dataset to work on: with a plan that agrees with the stage's settings, and all generations asked for.
 
-    Rank 0 plans; the others wait for it, and one of them takes over when it shows no life for a lease.
+    Rank 0 plans if it is there; another rank does so if rank 0 has not begun after a few seconds, or has stopped for a
+    lease while it planned.
 
     Raises:
         Unfinished: the upstream is not complete.
@@ -58,7 +65,7 @@ def open_or_plan(stage: Stage) -> Dataset:
                 return _extended(stage, dataset, upstream, ours)
 
 
-def _extended(stage: Stage, dataset: Dataset, upstream: dict[str, Any] | None, ours: bool) -> Dataset:
+def _extended(stage: AnyStage, dataset: Dataset, upstream: dict[str, Any] | None, ours: bool) -> Dataset:
     """``dataset``, if it fits, with the generation that is asked for or that the upstream has gained.
 
     ``ours``: we have just made its plan of what there is.
@@ -93,9 +100,11 @@ def _planned(root: Folder) -> bool:
 # ---- the output folder
 
 
-def _open_root(stage: Stage) -> Folder:
+def _open_root(stage: AnyStage) -> Folder:
     """Open the output, made or (with ``overwrite``) moved aside and made again, once per run."""
     output = stage.output
+    if stores.is_url(output):
+        return _open_in_store(stage)
     if stage.config.overwrite:
         if stage.rank.is_main:
             _move_aside(stage, output)
@@ -108,15 +117,38 @@ def _open_root(stage: Stage) -> Folder:
     except OSError as error:
         raise StorageError(f"output {output} cannot be made: {error.strerror}") from error
     with unless_removed(root):
-        foreign = [name for name in root.listdir() if name not in _OURS and not name.startswith(".")]
-        if foreign and not _planned(root):
-            raise ConfigError(
-                f"output {output} is not empty ({foreign[0]} ...) and no dataset directory: choose another"
-            )
+        _check_foreign(root)
     return root
 
 
-def _move_aside(stage: Stage, output: Path) -> None:
+def _check_foreign(root: Folder) -> None:
+    foreign = [name for name in root.listdir() if name not in _OURS and not name.startswith(".")]
+    if foreign and not _planned(root):
+        raise ConfigError(
+            f"output {root.path} is not empty ({foreign[0]} ...) and no dataset directory: choose another"
+        )
+
+
+def _open_in_store(stage: AnyStage) -> Folder:
+    """Open an output in an object store."""
+    place = stores.canonical(stage.output)
+    if stores.is_hub(place):
+        raise ConfigError(
+            f"output={place}: the Hub is only read here: choose a local output=, and stage=publish to={place}"
+        )
+    if not stage.writes_to_stores:
+        raise ConfigError(
+            f"output={place}: stage={stage.name} needs a local folder; stage=publish to={place} copies it there"
+        )
+    for name in ("overwrite", "compact"):
+        if getattr(stage.config, name):
+            raise ConfigError(f"{name}=true does not work with an output in an object store: choose another output=")
+    root = stores.open_output(place)
+    _check_foreign(root)
+    return root
+
+
+def _move_aside(stage: AnyStage, output: Path) -> None:
     """Take away what an earlier run has left, unless it is an earlier life of this very run."""
     header = _header_at(output)
     if header is None or _is_ours(stage, header):
@@ -148,11 +180,11 @@ def _header_at(output: Path) -> dict[str, Any] | None:
         return None
 
 
-def _is_ours(stage: Stage, header: dict[str, Any]) -> bool:
+def _is_ours(stage: AnyStage, header: dict[str, Any]) -> bool:
     return bool(stage.config.run_id) and header.get("run_id") == stage.config.run_id
 
 
-def _await_own_plan(stage: Stage, output: Path) -> Folder:
+def _await_own_plan(stage: AnyStage, output: Path) -> Folder:
     """Ranks other than 0 of an overwriting run: wait for the plan of this run, not of the one that it replaces."""
     while True:
         try:
@@ -165,7 +197,7 @@ def _await_own_plan(stage: Stage, output: Path) -> Folder:
         _pause(stage)
 
 
-def _pause(stage: Stage) -> None:
+def _pause(stage: AnyStage) -> None:
     stage.rank.check_stop()
     time.sleep(_POLL)
 
@@ -173,30 +205,32 @@ def _pause(stage: Stage) -> None:
 # ---- the first plan
 
 
-def _make_first_plan(stage: Stage, root: Folder, upstream: dict[str, Any] | None) -> bool:
+def _make_first_plan(stage: AnyStage, root: Folder, upstream: dict[str, Any] | None) -> bool:
     """Make the plan, or wait for it; whether the one that counts is ours."""
     try:
         claims = Claims(root, stage.config.lease)
     except OSError as error:
         raise StorageError(f"output {root.path} cannot be written: {error.strerror}") from error
     try:
-        begin = time.monotonic()
+        lease = stage.config.lease
+        again = time.monotonic() + (0.0 if stage.rank.is_main else min(_HEAD_START, lease))
         while not _planned(root):
-            mine = stage.rank.is_main or time.monotonic() - begin > stage.config.lease
-            if mine and claims.take("plan"):
+            if time.monotonic() < again:
+                _pause(stage)
+            elif claims.take("plan"):
                 try:
                     if _plan(stage, root, upstream):
                         return True
                 finally:
                     claims.release("plan")
-            else:
-                _pause(stage)
+            else:  # another rank plans: a thousand that look at its claim all the time would slow it down
+                again = time.monotonic() + min(_LOOK, lease / 6)
         return False
     finally:
         claims.close()
 
 
-def _plan(stage: Stage, root: Folder, upstream: dict[str, Any] | None) -> bool:
+def _plan(stage: AnyStage, root: Folder, upstream: dict[str, Any] | None) -> bool:
     stage.rank.log.info("%s: planning", root.path)
     try:
         probe(root)
@@ -205,7 +239,9 @@ def _plan(stage: Stage, root: Folder, upstream: dict[str, Any] | None) -> bool:
         partitions = _partitions(stage)
         first = next(partitions, None)
         if first is None:
-            raise ConfigError(f"stage {stage.name}: there is nothing to do: the input has no samples")
+            told = "; ".join(stage.left_out().told())
+            said = f"; left out: {told}" if told else ""
+            raise ConfigError(f"stage {stage.name}: there is nothing to do: the input has no samples{said}")
         header = {**_header(stage, upstream), "generation": 0, "first": 0, "kind": "plan"}
         left_out = header["left_out"] = stage.left_out()  # it is complete when the last partition has been planned
         won = commit_plan(root, header, chain([first], partitions))
@@ -216,14 +252,14 @@ def _plan(stage: Stage, root: Folder, upstream: dict[str, Any] | None) -> bool:
         raise StorageError(f"output {root.path}: the plan cannot be made: {error}") from error
 
 
-def _partitions(stage: Stage, since: int = 0) -> Iterator[Partition]:
+def _partitions(stage: AnyStage, since: int = 0) -> Iterator[Partition]:
     """The stage's plan; to walk through millions of files takes a while, and a signal may come meanwhile."""
-    for partition in stage.plan(since):
+    for partition in stage.partitions(since):
         stage.rank.check_stop()
         yield partition
 
 
-def _header(stage: Stage, upstream: dict[str, Any] | None) -> dict[str, Any]:
+def _header(stage: AnyStage, upstream: dict[str, Any] | None) -> dict[str, Any]:
     return {
         "stage": stage.name,
         "stage_version": stage.version_with(stage.config),
@@ -235,11 +271,12 @@ def _header(stage: Stage, upstream: dict[str, Any] | None) -> dict[str, Any]:
         "origin": stage.origin(),
         "extra": stage.extra(),
         "watched": stage.watched(),
+        "model_files": stage.model_files(),
         "run_id": stage.config.run_id,
     }
 
 
-def _upstream_state(stage: Stage) -> dict[str, Any] | None:
+def _upstream_state(stage: AnyStage) -> dict[str, Any] | None:
     """What the plan remembers of the upstream; None where the stage reads none."""
     if not stage.reads_upstream:
         return None
@@ -257,7 +294,7 @@ def _upstream_state(stage: Stage) -> dict[str, Any] | None:
 
 
 def require_same(dataset: Dataset, stage: str, version: int, identity: dict[str, Any]) -> None:
-    """Raises Stale naming the first difference between what the output is and what is asked for."""
+    """Raise Stale, naming the first difference between the existing output and the requested one."""
     header = dataset.header
     place = dataset.root.path
     if header["stage"] != stage:
@@ -267,16 +304,16 @@ def require_same(dataset: Dataset, stage: str, version: int, identity: dict[str,
             f"{place} was made by version {header['stage_version']} of stage {stage}, this is {version}: {_CURE}"
         )
     for name, value in identity.items():
-        was = header["identity"].get(name, default_of(STAGES[stage], name))
+        was = header["identity"].get(name, default_of(extended(STAGES[stage], identity), name))
         if was != value:
-            raise Stale(f"{place} was made with {name}={_shown(was)}, now {name}={_shown(value)} is asked for: {_CURE}")
+            raise Stale(f"{place} was made with {name}={_shown(was)}, now {name}={_shown(value)} is requested: {_CURE}")
 
 
 def _shown(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value).replace(" ", "")
 
 
-def _check_upstream(stage: Stage, dataset: Dataset, upstream: dict[str, Any] | None) -> bool:
+def _check_upstream(stage: AnyStage, dataset: Dataset, upstream: dict[str, Any] | None) -> bool:
     """Whether the upstream has gained generations since the last plan; raises Stale if it has changed otherwise."""
     if upstream is None:
         return False
@@ -290,10 +327,11 @@ def _check_upstream(stage: Stage, dataset: Dataset, upstream: dict[str, Any] | N
     if known["content_digest"] in replaced_digests(stage.upstream):
         raise Stale(
             f"samples of {upstream['path']} were taken down, but not yet those of {dataset.root.path}: "
-            "run stage=takedown again with the same takedown= on the whole data set"
+            "run stage=takedown again with the same takedown= on the whole dataset"
         )
     raise Stale(
-        f"{dataset.root.path} was made from another content of {upstream['path']} (its content_digest changed): {_CURE}"
+        f"{dataset.root.path} was made from different content of {upstream['path']} (its content_digest changed): "
+        f"{_CURE}"
     )
 
 
@@ -302,7 +340,7 @@ def last_upstream(dataset: Dataset) -> dict[str, Any] | None:
     return next((p.header["upstream"] for p in reversed(dataset.plans) if p.header.get("upstream")), None)
 
 
-def _recheck(stage: Stage, dataset: Dataset) -> None:
+def _recheck(stage: AnyStage, dataset: Dataset) -> None:
     """Plan again and compare: raises Stale if the inputs are not those that were planned."""
     if dataset.header["config"].get("mirror", "") != getattr(stage.config, "mirror", ""):
         return  # the same files from elsewhere
@@ -332,33 +370,35 @@ def first_difference(planned: Iterator[Input], now: Iterator[Input]) -> str:
             if before.path in (file.path for file in islice(now, _WINDOW)):
                 return f"{after.path} was added"
             return f"{before.path} was removed"
-        same = (before.size, before.mtime_ns) == (after.size, after.mtime_ns)
-        return f"{after.path}{', or what lies beside it,' if same else ''} was modified"
+        same = before.mtime_ns >= 0 and (before.size, before.mtime_ns) == (after.size, after.mtime_ns)
+        return f"{after.path}{', or what lies next to it,' if same else ''} was modified"
     return "files were added, removed or modified"
 
 
-def _check_watched(stage: Stage, dataset: Dataset) -> None:
-    """Raises Stale if a file that the result depends on is not as it was planned with."""
-    before = dataset.header.get("watched")
-    if before is None:
-        return
-    now = stage.watched()
-    for name in sorted({*before, *now}):
-        if before.get(name) != now.get(name):
-            what = "was added" if name not in before else "was removed" if not now.get(name) else "was modified"
-            raise Stale(f"{dataset.root.path}: {name} {what} since it was planned: {_CURE}")
+def _check_watched(stage: AnyStage, dataset: Dataset) -> None:
+    """Raises Stale if a file that the result depends on is not as it was planned with. A plan of an earlier version
+    does not say what it depends on."""
+    for kind, state in (("watched", stage.watched), ("model_files", stage.model_files)):
+        before: dict[str, str] | None = dataset.header.get(kind)
+        if before is None:
+            continue
+        now = state()
+        for name in sorted({*before, *now}):
+            if before.get(name) != now.get(name):
+                what = "was added" if name not in before else "was removed" if not now.get(name) else "was modified"
+                raise Stale(f"{dataset.root.path}: {name} {what} since it was planned: {_CURE}")
 
 
 # ---- further generations
 
 
-def _append(stage: Stage, dataset: Dataset, upstream: dict[str, Any] | None) -> None:
+def _append(stage: AnyStage, dataset: Dataset, upstream: dict[str, Any] | None) -> None:
     """Add a generation with what the upstream has gained."""
     since = (last_upstream(dataset) or {})["partitions"]
     _add(stage, dataset, "append", upstream, lambda: _partitions(stage, since))
 
 
-def _retry(stage: Stage, dataset: Dataset) -> None:
+def _retry(stage: AnyStage, dataset: Dataset) -> None:
     """Add a generation that tries the retryable failures again, once per run and only to a finished dataset."""
     newest = dataset.plans[-1].header
     if newest["kind"] == "retry" and stage.config.run_id and newest["run_id"] == stage.config.run_id:
@@ -377,7 +417,7 @@ def _retry(stage: Stage, dataset: Dataset) -> None:
     _add(stage, dataset, "retry", last_upstream(dataset), lambda: partitions)
 
 
-def _restore(stage: Stage, dataset: Dataset) -> None:
+def _restore(stage: AnyStage, dataset: Dataset) -> None:
     """Add a generation that brings back data that were removed on purpose."""
     if dataset.success is None:
         stage.rank.log.info("%s is not finished: finishing it first, then run restore=true again", dataset.root.path)
@@ -386,7 +426,7 @@ def _restore(stage: Stage, dataset: Dataset) -> None:
 
 
 def _add(
-    stage: Stage,
+    stage: AnyStage,
     dataset: Dataset,
     kind: str,
     upstream: dict[str, Any] | None,
@@ -448,10 +488,11 @@ def _failed_keys(dataset: Dataset, index: int) -> tuple[set[str], bool]:
     return {row["key"] for row in failed if not row["container"]}, any(row["container"] for row in failed)
 
 
-def _await_generation(stage: Stage, dataset: Dataset) -> None:
+def _await_generation(stage: AnyStage, dataset: Dataset) -> None:
     """Ranks other than 0: wait until rank 0 has added the generation, or found that there is nothing to add."""
     if dataset.success is None or (len(dataset.plans) > 1 and _is_ours(stage, dataset.plans[-1].header)):
         return
+    stage.rank.log.info("%s: waiting up to lease=%g s for rank 0 to plan", dataset.root.path, stage.config.lease)
     begin = time.monotonic()
     while time.monotonic() - begin < stage.config.lease:
         if stage.config.run_id and dataset.root.exists(_nothing_to_add(stage)):
@@ -461,7 +502,7 @@ def _await_generation(stage: Stage, dataset: Dataset) -> None:
         _pause(stage)
 
 
-def _nothing_to_add(stage: Stage) -> str:
+def _nothing_to_add(stage: AnyStage) -> str:
     return f"claims/nothing-to-add.{stage.config.run_id}"
 
 

@@ -1,6 +1,6 @@
-"""Damaged plans made whole: their bytes are known by their digests, so that only the very same can take their place.
+"""Restores damaged plans. Their digests are known, so only identical bytes are accepted.
 
-What plan.json said stands in ``_SUCCESS`` too; plan.parquet comes out again by planning anew.
+What plan.json said stands in ``_SUCCESS`` too; plan.parquet comes out again by planning again.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from pipeline.partitions.plan import (
     write_partitions,
 )
 from pipeline.partitions.planning import retries
-from pipeline.partitions.stage import Stage
+from pipeline.partitions.stage import AnyStage
 from pipeline.storage import Folder, StorageError, digest, seal
 
 
-def mend_headers(root: Folder) -> list[str]:
-    """Write each plan.json anew that is damaged or gone; their paths.
+def repair_headers(root: Folder) -> list[str]:
+    """Write each plan.json again that is damaged or gone; their paths.
 
     Raises:
         StorageError: ``_SUCCESS`` does not know what it said.
@@ -57,11 +57,11 @@ def _mend_header(root: Folder, generation: int, error: StorageError) -> None:
         folder.write_atomic("plan.json", text)
 
 
-def mend_partitions(stage: Stage, dataset: Dataset, plan: Plan) -> None:
-    """Write plan.parquet of a generation anew.
+def redo_partitions(stage: AnyStage, dataset: Dataset, plan: Plan) -> None:
+    """Write plan.parquet of a generation again.
 
     Raises:
-        StorageError: planning anew gives another plan, because the input or the software has changed.
+        StorageError: planning again gives a different plan, because the input or the software has changed.
     """
     root = dataset.root
     name = f".mend.{uuid.uuid4().hex}"
@@ -72,8 +72,9 @@ def mend_partitions(stage: Stage, dataset: Dataset, plan: Plan) -> None:
         expected = plan.header["partitions_digest"]
         if found != expected:
             raise StorageError(
-                f"{root.path}: {plan.folder}/{PARTITIONS} is damaged, and planning again gives another plan (the input "
-                "or the software has changed since): make the dataset anew with overwrite=true"
+                f"{root.path}: {plan.folder}/{PARTITIONS} is damaged, and planning again gives a different plan (the "
+                "input "
+                "or the software has changed since): make the dataset again with overwrite=true"
             )
         root.replace(f"{name}/{PARTITIONS}", f"{plan.folder}/{PARTITIONS}", expected)
     finally:
@@ -81,11 +82,11 @@ def mend_partitions(stage: Stage, dataset: Dataset, plan: Plan) -> None:
             root.trash(name)
 
 
-def _planned_again(stage: Stage, dataset: Dataset, plan: Plan) -> Iterable[Partition]:
+def _planned_again(stage: AnyStage, dataset: Dataset, plan: Plan) -> Iterable[Partition]:
     number = plan.stop - plan.first
     if plan.header["kind"] == "retry":
         return retries(Dataset(dataset.root, plan.generation))
     if plan.header["kind"] == "append":
         before = [p.header["upstream"] for p in dataset.plans[: plan.generation] if p.header.get("upstream")]
-        return islice(stage.plan(before[-1]["partitions"]), number)
-    return islice(stage.plan(), number) if number else ()
+        return islice(stage.partitions(before[-1]["partitions"]), number)
+    return islice(stage.partitions(), number) if number else ()

@@ -1,4 +1,4 @@
-"""What a stage has to say: how its work is cut into partitions, and what becomes of each input of one.
+"""The interface of a stage: how its work is divided into partitions, and the outcome of each input.
 
 Everything else (who works on what, files, commits, resumption, the balance) is the engine's, so that a stage cannot get
 it wrong.
@@ -7,64 +7,89 @@ it wrong.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Generic, TypeVar
 
+from pipeline import stores
 from pipeline.config.schema import (
-    MAIN_LINE,
-    UPSTREAMS,
     ConfigError,
     StageConfig,
     default_variant,
     identity,
     stage_folder,
+    traits_of,
 )
 from pipeline.distributed import Rank
 from pipeline.formats.base import Writer
 from pipeline.partitions.dataset import Dataset
 from pipeline.partitions.plan import Input, LeftOut, Partition
 from pipeline.samples import Outcome, Schema
+from pipeline.storage import StorageError
+
+ConfigT = TypeVar("ConfigT", bound=StageConfig, covariant=True)
 
 
-class Stage(ABC):
-    """One stage of the main line, configured, on one rank.
+@dataclass
+class Context:
+    """Context of a partition, which a stage receives together with it.
 
     Attributes:
-        name: the stage's name.
-        version: raised when equal settings and inputs give other bytes than before.
-        reads_upstream: whether its input is another stage's dataset directory.
-        rechecks: plan again when an existing plan is found, and compare: the inputs may have changed since.
+        planned: The content of plan.json of the first generation; ``planned["extra"]`` is the value of
+            :meth:`Stage.extra`.
+        scratch: Folder for temporary files of the partition; None: the system's.
+        notes: Further JSON-able facts for the record and the event of the partition, added by the stage.
+        following: The partition that will probably be next. A stage may begin to prepare it.
+    """
+
+    planned: Mapping[str, Any] = field(default_factory=dict)
+    scratch: Path | None = None
+    notes: dict[str, Any] = field(default_factory=dict)
+    following: Partition | None = None
+
+    @property
+    def extra(self) -> Mapping[str, Any]:
+        """The value of :meth:`Stage.extra` when the plan was made."""
+        found: Mapping[str, Any] = self.planned.get("extra", {})
+        return found
+
+
+class Stage(ABC, Generic[ConfigT]):
+    """One stage of the main line, configured, on one rank.
+
+    ``class Filter(Stage[FilterConfig])``: the parameter is the class of its config.
+
+    Attributes:
+        name: Name of the stage.
+        version: Increased when the same settings and inputs give different bytes than before.
+        reads_upstream: Whether its input is the dataset directory of another stage.
+        writes_to_stores: Whether its output may be in an object store; it then accesses it only through the engine.
+        rechecks: Whether to plan again and compare if a plan exists, because the inputs may have changed.
     """
 
     name: ClassVar[str]
     version: ClassVar[int] = 1
     reads_upstream: ClassVar[bool] = True
+    writes_to_stores: ClassVar[bool] = False
     rechecks: ClassVar[bool] = False
 
-    def __init__(self, config: StageConfig, rank: Rank) -> None:
-        self.config: Any = config
+    def __init__(self, config: ConfigT, rank: Rank) -> None:
+        self.config = config
         self.rank = rank
-        self.planned: dict[str, Any] = {}
-        """plan.json of the first generation, once the plan is there."""
-        self.scratch: Path | None = None
-        """While a partition is processed: a folder for files that are needed for a while only."""
-        self.notes: dict[str, Any] = {}
-        """What the record and the event of the partition should say as well once it is processed; JSON-able."""
-        self.following: Partition | None = None
-        """While a partition is processed: the one that will probably be the next. A stage may begin with it early."""
 
     @classmethod
     def version_with(cls, config: Any) -> int:
-        """:attr:`version`, where only some settings give other bytes than before."""
+        """:attr:`version`, for stages where a change of version affects only some settings."""
         return cls.version
 
     @cached_property
     def output(self) -> Path:
         """The stage's dataset directory."""
         if self.config.output:
-            return Path(self.config.output).absolute()
+            output = Path(self.config.output)
+            return output if stores.is_url(output) else output.absolute()
         return stage_folder(self.config, self.name, default_variant(self.config)).absolute()
 
     @cached_property
@@ -72,20 +97,21 @@ class Stage(ABC):
         """The finished dataset directory that this stage reads.
 
         Raises:
-            Unfinished: it is missing or not complete.
+            Unfinished: It is missing or not finished.
         """
         return open_input(self.config, self.name)
 
     def forget_upstream(self) -> None:
-        """Look at the upstream anew when it is needed next."""
+        """Open the upstream again when it is next needed."""
         self.__dict__.pop("upstream", None)
 
     @property
     def input(self) -> str:
-        """What the stage reads, as an absolute path; empty if that is no folder."""
+        """The input as an absolute path or an address; empty if it is not a folder."""
         if self.reads_upstream:
             return str(self.upstream.root.path)
-        return str(Path(self.config.input).absolute()) if self.config.input else ""
+        given = self.config.input
+        return str(Path(given).absolute()) if given and not stores.is_url(given) else given
 
     @property
     def format(self) -> str:
@@ -104,43 +130,56 @@ class Stage(ABC):
     def schema(self) -> Schema:
         """Columns of the kept rows."""
 
+    def validate(self) -> None:
+        """Raise ConfigError for settings that cannot work; called before a plan is made."""
+        return
+
+    def partitions(self, since: int = 0) -> Iterator[Partition]:
+        """The partitions of a plan (:meth:`plan`), once the settings are checked."""
+        self.validate()
+        return self.plan(since)
+
     @abstractmethod
     def plan(self, since: int = 0) -> Iterator[Partition]:
-        """The partitions in order; of an upstream, those made of its partitions from number ``since`` on."""
+        """The partitions in order; with an upstream, those made from its partitions from number ``since`` on."""
 
     @abstractmethod
-    def process(self, partition: Partition) -> Iterator[Outcome]:
-        """What becomes of each input of the partition, in order; a kept outcome carries its row.
+    def process(self, partition: Partition, context: Context) -> Iterator[Outcome]:
+        """Yield the outcome of each input of the partition, in order; a kept outcome contains its row.
 
-        An exception other than these outcomes ends the rank: it means a defect or a broken machine, not bad data.
+        Any exception ends the rank: it means a bug or a broken machine, not bad data.
         """
 
     def close(self) -> None:
-        """Let go of what was kept from one partition to the next; the stage may be asked for more all the same."""
+        """Release resources that were kept between partitions. Further partitions may still follow."""
         return
 
     def extra(self) -> dict[str, Any]:
-        """What else the manifest should say (encoders, shapes, scaling); JSON-able, the same on every rank."""
+        """Further facts for the manifest (encoders, shapes, scaling): JSON-able, and the same on every rank."""
         return {}
 
     def watched(self) -> dict[str, str]:
-        """Files besides the inputs that the result depends on: name → state."""
+        """Files that the output depends on in addition to the inputs: name → state."""
+        return {}
+
+    def model_files(self) -> dict[str, str]:
+        """Files of local models that the output depends on: path → state."""
         return {}
 
     def left_out(self) -> LeftOut:
-        """What looks like data but is no sample of the plan that was just made."""
+        """Files that look like data but are not samples of the plan that was just made."""
         return LeftOut()
 
     def changed(self, file: Input) -> bool:
-        """Whether a planned input is not what it was, where :attr:`rechecks` holds."""
+        """Whether a planned input has changed, for stages with :attr:`rechecks`."""
         return True
 
     def remarks(self, success: dict[str, Any]) -> list[str]:
-        """What a person should know about the finished result, a line each."""
+        """Remarks about the finished output for the log, one line each."""
         return one_sided(success)
 
     def identity(self) -> dict[str, Any]:
-        """The settings that the bytes of the result depend on, by name; JSON-able."""
+        """The settings that the bytes of the output depend on, by name; JSON-able."""
         return identity(self.config)
 
     def origin(self) -> str:
@@ -148,11 +187,19 @@ class Stage(ABC):
         return ""
 
 
+AnyStage = Stage[StageConfig]
+
+
+def evaluate(*properties: object) -> None:
+    """Have properties computed that are kept from then on, so that what is wrong with them is raised at once, and not
+    by several threads."""
+
+
 _NEARLY_ALL = 0.999
 
 
 def one_sided(success: dict[str, Any]) -> list[str]:
-    """A warning where nearly all samples were dropped for one reason: more often a mistake than a choice."""
+    """A warning if nearly all samples were dropped for one reason, which is usually a mistake."""
     total = success["counts"]["in"]
     return [
         f"{count} of {total} samples were dropped for one reason, {reason.partition(':')[2]}: is that setting right?"
@@ -165,29 +212,70 @@ def input_folder(config: Any, stage: str) -> Path:
     """The folder that ``stage`` reads: ``input=``, or the upstream's place below ``data_dir``.
 
     Raises:
-        ConfigError: it cannot be told, or several variants are there.
+        ConfigError: it is not known, or there are several.
     """
     if config.input:
-        return Path(config.input).absolute()
-    return place_of(config, *(UPSTREAMS.get(stage) or (MAIN_LINE[MAIN_LINE.index(stage) - 1],)))
+        return Path(config.input) if stores.is_url(config.input) else Path(config.input).absolute()
+    upstreams = traits_of(stage).upstream
+    if not upstreams:
+        raise ConfigError(f"stage {stage} reads no other stage's output: give input=")
+    return place_of(config, *upstreams)
 
 
 def place_of(config: Any, *upstreams: str) -> Path:
-    """Where the result of the first of the stages ``upstreams`` that is there lies, whatever its variant.
+    """Where the result of one of the stages ``upstreams`` lies: of those that are there, the one that was made from all
+    others, directly or by stages in between; else that of the last stage, whatever its variant.
 
     Raises:
-        ConfigError: several variants are there.
+        ConfigError: two are there, and neither was made from the other; or several variants are there.
     """
-    for upstream in upstreams:
-        place = stage_folder(config, upstream).absolute()
-        if place.exists():
-            return place
+    there = [place for stage in upstreams if (place := stage_folder(config, stage).absolute()).exists()]
+    if there:
+        return _last_of(there)
+    place = stage_folder(config, upstreams[-1]).absolute()
+    upstream = upstreams[-1]
     found = sorted(p for p in place.parent.glob(f"{upstream}-*") if p.is_dir())
     if len(found) > 1:
         raise ConfigError(
             f"several results of stage {upstream}: choose one with input=, of {', '.join(map(str, found))}"
         )
     return found[0] if found else place
+
+
+def _last_of(places: list[Path]) -> Path:
+    """Of results of one dataset the one that was made from the others; the first as long as it has no plan."""
+    made_from = {place: _ancestors(place) for place in places}
+    if made_from[places[0]] is None:
+        return places[0]
+    planned = [place for place in places if made_from[place] is not None]
+    ends = [place for place in planned if not any(place in (made_from[other] or ()) for other in planned)]
+    if len(ends) > 1:
+        raise ConfigError(
+            f"{' and '.join(map(str, ends))} are there, and none was made from the other: choose one with input="
+        )
+    return ends[0]
+
+
+def _ancestors(place: Path) -> set[Path] | None:
+    """What a dataset directory was made from, what that was made from, and so on; None if it has no plan.
+
+    One of the same name that lies next to what was made from it is taken for it: both may have been moved.
+    """
+    from pipeline.partitions.dataset import Unfinished
+
+    found: set[Path] = set()
+    while True:
+        try:
+            upstream = Dataset.open(place).plans[-1].header.get("upstream")
+        except (Unfinished, StorageError):
+            return found or None
+        if upstream is None:
+            return found
+        beside = place.parent / Path(upstream["path"]).name
+        place = beside if beside.exists() else Path(upstream["path"])
+        if place in found:
+            raise ConfigError(f"{place} was made from what an earlier one led to: choose the input with input=")
+        found.add(place)
 
 
 def open_input(config: Any, stage: str) -> Dataset:

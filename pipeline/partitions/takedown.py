@@ -1,4 +1,4 @@
-"""Samples removed for good: which partitions hold them, and the same partitions without them.
+"""Permanent removal of samples: finds the partitions that hold them, and rewrites these without them.
 
 A generation of kind ``takedown`` has its partitions written again from what they held, not from the stage's input,
 which may be gone. A removed sample's row stays in the ledger with its key and nothing else.

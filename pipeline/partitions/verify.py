@@ -1,4 +1,4 @@
-"""Does a dataset directory hold what its records promise? Finds what is wrong, by partition; repairs by redoing."""
+"""Checks a dataset directory against its records and lists what is wrong, by partition."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def verify(dataset: Dataset, partitions: Iterator[list[Finding]] | None = None) 
     """
     success = dataset.success
     if success is None:
-        yield Finding(-1, "not finished: no _SUCCESS that speaks of the present plan")
+        yield Finding(-1, "not finished: no _SUCCESS for the current plan")
     for plan in dataset.plans:
         yield from _verify_digest(dataset.root, f"{plan.folder}/{PARTITIONS}", plan.header["partitions_digest"])
     sound = True
@@ -170,7 +170,7 @@ def _verify_ledger(dataset: Dataset, index: int, counts: dict[str, int]) -> Iter
         if found != counts.get(outcome, 0):
             yield Finding(index, f"{found} rows {outcome}, the record says {counts.get(outcome, 0)}", LEDGER)
     if len({row["key"] for row in samples}) != len(samples):
-        yield Finding(index, "a key stands there twice", LEDGER)
+        yield Finding(index, "a key occurs twice", LEDGER)
     first = next((row for row in samples if row["outcome"] == "kept"), None)
     if first is not None and index not in dataset.released:
         try:
@@ -196,4 +196,4 @@ def _verify_totals(dataset: Dataset, success: dict[str, Any]) -> Iterator[Findin
     except Unbalanced as error:
         yield Finding(-1, str(error))
     if tally.content_digest != success["content_digest"] or tally.totals() != success["counts"]:
-        yield Finding(-1, "the partitions are not those that were counted", SUCCESS)
+        yield Finding(-1, "the partitions differ from those that were counted", SUCCESS)

@@ -1,4 +1,4 @@
-"""What flows through a stage: rows of samples, and the outcome that each input comes to."""
+"""Rows of samples, and the outcome of each input of a stage."""
 
 from __future__ import annotations
 
@@ -73,12 +73,12 @@ TAKEN_UNKEPT = "takedown_unkept"
 
 
 class SampleError(Exception):
-    """One sample cannot be used; it becomes a ledger row and nothing else suffers.
+    """A sample cannot be used. It becomes a ledger row; other samples are not affected.
 
     Args:
-        reason: one snake_case word that rows are counted by.
-        detail: what exactly, the same in every run (no address, time or absolute path).
-        retryable: trying again later may help.
+        reason: A snake_case identifier by which rows are counted.
+        detail: Details, which must be the same in every run (no memory address, time or absolute path).
+        retryable: Whether another try may succeed.
     """
 
     def __init__(self, reason: str, detail: str = "", *, retryable: bool = False) -> None:
@@ -88,9 +88,16 @@ class SampleError(Exception):
         self.retryable = retryable
 
 
+def in_words(error: BaseException) -> str:
+    """An exception for a detail: its type and the first line of its message, without addresses, which differ between
+    runs."""
+    first = repaired(re.sub(r" at 0x[0-9a-f]+", "", str(error).partition("\n")[0])[:200])
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__
+
+
 @dataclass(slots=True)
 class Outcome:
-    """What became of one input sample, or (``container``) of one archive that holds samples.
+    """The outcome of one input sample, or (``container``) of one archive that holds samples.
 
     ``source``, ``member`` and ``offset`` say where the input lay, relative to the stage's input; ``source_hash`` is
     the XXH3-128 of its bytes, ``source_pixels`` how many pixels it had, ``phash`` how it looks. ``count`` and
@@ -118,7 +125,7 @@ class Outcome:
 
 
 def image_format(name: str) -> str:
-    """The image format that a file's extension promises; empty if none."""
+    """The image format of a file name's extension; empty if it is not one of an image."""
     return FORMATS.get(name.rpartition(".")[2].lower(), "") if "." in name else ""
 
 
@@ -128,7 +135,7 @@ def content_hash(data: bytes) -> str:
 
 
 def path_text(path: str) -> str:
-    """A path as text that every file format can hold; one that is not UTF-8 is percent-quoted after ``%:``."""
+    """A path as text that every file format can store; a path that is not UTF-8 is percent-quoted after ``%:``."""
     try:
         path.encode()
     except UnicodeEncodeError:
@@ -137,7 +144,7 @@ def path_text(path: str) -> str:
 
 
 def real_path(text: str) -> str:
-    """The path that :func:`path_text` was given."""
+    """The path from which :func:`path_text` made this text."""
     return os.fsdecode(unquote_to_bytes(text[len(_QUOTED) :])) if text.startswith(_QUOTED) else text
 
 
@@ -172,10 +179,11 @@ def caption_fields(captions: Any) -> Row:
 
 
 def plain(value: Any, depth: int = 0) -> Any:
-    """``value`` as JSON in UTF-8 can hold it. NaN becomes null, times become ISO 8601, decimals and infinities text.
+    """``value`` in a form that can be stored as JSON. NaN becomes null, times become ISO 8601, decimals and infinities
+    text.
 
     Raises:
-        SampleError: ``bad_field`` for what has no such form, as bytes that are no text.
+        SampleError: ``bad_field`` for values without such a form, such as bytes that are not text.
     """
     if isinstance(value, str):
         return repaired(value)
@@ -206,10 +214,10 @@ def plain(value: Any, depth: int = 0) -> Any:
 
 
 def label_of(value: Any) -> int | None:
-    """The number of a class; None where there is no label: null, NaN, an empty text.
+    """The number of a class; None if there is no label (null, NaN, an empty text).
 
     Raises:
-        SampleError: ``bad_label`` for what is no whole number from 0 on.
+        SampleError: ``bad_label`` for a value that is not an integer of at least 0.
     """
     if hasattr(value, "item") and not isinstance(value, str):
         try:

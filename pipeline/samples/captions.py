@@ -1,4 +1,4 @@
-"""Captions as clean text: valid UTF-8 in NFC, on one line, with nothing invisible in it that a reader did not mean."""
+"""Captions as clean text: valid UTF-8 in NFC, on one line, without invisible characters."""
 
 from __future__ import annotations
 
@@ -6,10 +6,14 @@ import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-CAPTION_COLUMNS = ("captions", "caption", "text", "descriptions", "sentences", "prompt")
-"""Names under which data sets keep one or several captions."""
+CAPTION_COLUMNS = ("captions", "caption", "text", "descriptions", "sentences", "prompt", "txt")
+"""Names under which datasets keep one or several captions."""
 TITLE_COLUMNS = ("title", "alt")
 """Names whose texts serve as captions where none of :data:`CAPTION_COLUMNS` is there."""
+SOURCES = "caption_sources"
+"""Column that tells where each of a sample's ``captions`` is from: :data:`ORIGINAL`, or a name given by
+stage=recaption."""
+ORIGINAL = "original"
 _DEEPEST = 8
 
 _JOINERS = "\u200c\u200d"
@@ -80,7 +84,7 @@ def repaired(text: str | bytes | bytearray) -> str:
 
 
 def captions_of(value: Any, depth: int = 0) -> list[str]:
-    """The captions in a value as files and data sets have it: a text, bytes, a list of them, or a mapping that names
+    """The captions in a value as files and datasets have it: a text, bytes, a list of them, or a mapping that names
     its text (``{"caption": …}``). Blank texts and whatever is no text (null, NaN, numbers) are no captions.
     """
     if isinstance(value, str | bytes | bytearray):
@@ -110,3 +114,9 @@ def caption_columns(names: Iterable[Any]) -> list[str]:
     lower = {name.lower(): name for name in names if isinstance(name, str)}
     found = [lower[name] for name in CAPTION_COLUMNS if name in lower]
     return found or [lower[name] for name in TITLE_COLUMNS if name in lower]
+
+
+def sources_of(row: Mapping[str, Any]) -> list[str]:
+    """Where each caption of a sample is from."""
+    given = row.get(SOURCES)
+    return list(given) if given is not None else [ORIGINAL] * len(row.get("captions") or ())

@@ -1,6 +1,6 @@
-"""Captions and fields that lie apart from the images: read once, kept as a table on disk, looked up by image name.
+"""Captions and fields in separate files: read once, stored as a table on disk, looked up by image name.
 
-A reader turns one published layout into ``(image name, Entry)``; :data:`READERS` has them by the name that a data set's
+A reader turns one published layout into ``(image name, Entry)``; :data:`READERS` has them by the name that a dataset's
 YAML gives as ``annotations=``. The table is SQLite below ``<output>/tables``, so that memory does not grow with it.
 """
 
@@ -14,8 +14,8 @@ import tarfile
 import uuid
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
@@ -24,14 +24,15 @@ import pyarrow as pa
 import xxhash
 
 from pipeline.config.schema import ConfigError, SourceConfig, public
-from pipeline.samples import SampleError, Schema, content_hash, plain
+from pipeline.samples import SampleError, Schema, content_hash, in_words, plain
 from pipeline.samples.captions import captions_of, shown_names
 from pipeline.sources.archives import members
 from pipeline.sources.archives.compression import unpacked
 from pipeline.sources.clutter import in_clutter
 from pipeline.sources.lists import batch_rows, parquet_file
+from pipeline.sources.recognition import explained, kind_of
 from pipeline.sources.separated import separated
-from pipeline.sources.texts import Lines, open_text, skip, small_text
+from pipeline.sources.text_files import Lines, open_text, skip, small_text
 
 _MOST = 1 << 40  # bytes that a file with annotations may unpack to
 _LARGEST = 4 << 30  # bytes of one JSON document
@@ -92,7 +93,7 @@ def _diffusiondb(file: IO[bytes], config: SourceConfig, left_out: LeftOutRows) -
     parquet = parquet_file(file)
     columns = [name for name in fields if name in parquet.schema_arrow.names]
     if "image_name" not in columns:
-        raise ConfigError(f"no column image_name, but {shown_names(parquet.schema_arrow.names)}")
+        raise ConfigError(f"no column image_name; there are {shown_names(parquet.schema_arrow.names)}")
     number = 0
     for batch in parquet.iter_batches(_BATCH, columns=columns):
         for listed in batch_rows(batch):
@@ -119,6 +120,11 @@ def _coco(file: IO[bytes], config: SourceConfig, left_out: LeftOutRows) -> Found
             left_out.note("bad_row", place)
             continue
         captions[note["image_id"]] += [text.strip() for text in _noted(note.get("caption"), place, left_out)]
+    if captions and not any(captions.values()):
+        first = next(note for note in document["annotations"] if isinstance(note, dict))
+        raise ConfigError(
+            f"none of its {len(document['annotations'])} annotations has a caption; they have {shown_names(first)}"
+        )
     for number, image in enumerate(document["images"]):
         place = f"images[{number}]"
         if not isinstance(image, dict) or not isinstance(image.get("id"), int | str):
@@ -152,11 +158,11 @@ def _flickr30k(file: IO[bytes], config: SourceConfig, left_out: LeftOutRows) -> 
     rows = separated(lines, ",")
     _, names = next(rows, (0, list[str]()))
     if missing := [name for name in ("raw", "filename", "split") if name not in names]:
-        raise ConfigError(f"no column {', '.join(missing)}, but {shown_names(names)}")
+        raise ConfigError(f"no column {', '.join(missing)}; there are {shown_names(names)}")
     for number, fields in rows:
         row, place = dict(zip(names, fields, strict=False)), f"line {number}"
         if len(fields) != len(names):
-            left_out.note("bad_row", f"{place}: {len(fields)} fields in place of {len(names)}")
+            left_out.note("bad_row", f"{place}: {len(fields)} fields instead of {len(names)}")
             continue
         if config.metadata_split not in ("", row["split"]):
             continue
@@ -301,7 +307,7 @@ def _object(file: IO[bytes], config: SourceConfig, *lists: str) -> dict[str, Any
         raise ConfigError(f"expected an object with {' and '.join(lists)}, but it is a {type(document).__name__}")
     for name in lists:
         if not isinstance(document.get(name), list):
-            raise ConfigError(f"no list {name!r} in it, but {shown_names(document)}")
+            raise ConfigError(f"no list {name!r} in it; it has {shown_names(document)}")
     return document
 
 
@@ -318,8 +324,8 @@ def _document(file: IO[bytes], member: str) -> bytes:
         if not hasattr(stream, "peek"):
             stream.seek(mark)
         return stream.read(_LARGEST)
-    wanted = (lambda name: name.endswith(member)) if member else (lambda name: name.endswith(".json"))
-    for found in members(file, 1_000_000, lambda name, size: min(size, _LARGEST) if wanted(name) else None):
+    wanted = member or ".json"
+    for found in members(file, 1_000_000, lambda name, size: min(size, _LARGEST) if name.endswith(wanted) else None):
         if not found.error:
             return found.data
     raise ConfigError(f"metadata: no member {member or '*.json'} in it")
@@ -329,7 +335,7 @@ def _document(file: IO[bytes], member: str) -> bytes:
 
 
 class Annotations:
-    """Answers for one data set what is known of an image by its name."""
+    """Answers for one dataset what is known of an image by its name."""
 
     def __init__(self, config: SourceConfig) -> None:
         self._config = config
@@ -373,16 +379,18 @@ class Annotations:
 
     def _write(self, place: Path, files: Iterable[tuple[str, IO[bytes]]]) -> None:
         assert self._read is not None
+        layout = self._config.annotations
         digests = {}
         left_out = LeftOutRows()
         classes: dict[int, str] = {}
+        strange = ""
         with closing(sqlite3.connect(place)) as table:
             table.execute("pragma journal_mode=off")
             table.execute("pragma synchronous=off")
             table.execute("create table images (name text primary key, value text) without rowid")
             table.execute("create table about (value text)")
             for name, file in files:
-                try:
+                with explained(file, "it", (layout,)), laid_out(layout, f"metadata: {public(name)}"):
                     content = xxhash.xxh3_128()
                     while block := file.read(1 << 20):
                         content.update(block)
@@ -390,14 +398,12 @@ class Annotations:
                     file.seek(0)
                     entries = _with_classes(self._read(file, self._config, left_out), classes)
                     rows = ((_plain(image), _packed(entry)) for image, entry in entries)
+                    before = table.total_changes
                     table.executemany("insert or ignore into images values (?, ?)", rows)
-                except (SampleError, ConfigError, *_UNREADABLE) as error:
-                    said = str(error) if isinstance(error, SampleError | ConfigError) else _in_words(error)
-                    raise ConfigError(
-                        f"metadata: {public(name)} is not laid out as annotations={self._config.annotations} expects: "
-                        f"{said}"
-                    ) from None
-            self._judge(table, left_out)
+                if table.total_changes == before and not strange:
+                    kind = kind_of(file)
+                    strange = f"; {public(name)} is {kind}" if kind and kind.annotations != layout else ""
+            self._judge(table, left_out, strange)
             about: dict[str, Any] = {"metadata": digests}
             if left_out:
                 about["metadata_left_out"] = dict(sorted(left_out.items()))
@@ -406,16 +412,19 @@ class Annotations:
             table.execute("insert into about values (?)", (json.dumps(about, sort_keys=True),))
             table.commit()
 
-    def _judge(self, table: sqlite3.Connection, left_out: LeftOutRows) -> None:
-        """Raises ConfigError if less than half of the entries could be used."""
+    def _judge(self, table: sqlite3.Connection, left_out: LeftOutRows, strange: str) -> None:
+        """Raises ConfigError if less than half of the entries could be used; ``strange`` says what a file is."""
         listed = table.execute("select count(*) from images").fetchone()[0]
         if left_out["bad_row"] + left_out["no_image_name"] > listed or not listed:
             raise ConfigError(
                 f"metadata: {', '.join(map(public, self._config.metadata))}: {listed} entries can be used as "
-                f"annotations={self._config.annotations}, {left_out.total()} cannot: {left_out.first or 'it is empty'}"
+                f"annotations={self._config.annotations}, {left_out.total()} cannot: "
+                f"{left_out.first or 'nothing is in it'}{strange}"
             )
 
-    def open(self, home: Path, files: Callable[[], Iterable[tuple[str, IO[bytes]]]], planned: dict[str, Any]) -> None:
+    def open(
+        self, home: Path, files: Callable[[], Iterable[tuple[str, IO[bytes]]]], planned: Mapping[str, Any]
+    ) -> None:
         """Be ready to answer; the table is made again if it has been deleted since it was planned.
 
         Raises:
@@ -467,9 +476,14 @@ _UNREADABLE = (
 """What damaged files make Python's and other libraries raise."""
 
 
-def _in_words(error: BaseException) -> str:
-    first = str(error).partition("\n")[0][:200]
-    return f"{type(error).__name__}: {first}" if first else type(error).__name__
+@contextmanager
+def laid_out(layout: str, said: str) -> Iterator[None]:
+    """Context: whatever the reader of a layout raises becomes a ConfigError about the file, ``said`` in words."""
+    try:
+        yield
+    except (SampleError, ConfigError, *_UNREADABLE) as error:
+        why = str(error) if isinstance(error, SampleError | ConfigError) else in_words(error)
+        raise ConfigError(f"{said} is not laid out as annotations={layout} expects: {why}") from None
 
 
 def _with_classes(found: Found, classes: dict[int, str]) -> Found:

@@ -1,4 +1,4 @@
-"""Captions of many images in one file, found again by the image's name, however the file writes it."""
+"""Captions of many images in one file, matched to images by name."""
 
 from __future__ import annotations
 
@@ -8,16 +8,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pipeline.config.schema import ConfigError
+from pipeline.config.schema import ConfigError, SourceConfig
 from pipeline.samples import image_format
 from pipeline.samples.captions import CAPTION_COLUMNS, caption_columns, captions_of, repaired, shown_names
+from pipeline.sources.annotations import READERS, LeftOutRows, laid_out
 from pipeline.sources.lists import NAME_COLUMNS, Row, open_list
+from pipeline.sources.recognition import CAPTIONS, explained, kind_of
 
 
 def normalised(name: str) -> str:
-    """A file's name as it is compared: NFC, with slashes, without a drive or anything that means "here"."""
+    """A file's name as it is compared: NFC, with slashes, without a drive or anything that means "here".
+
+    Flickr8k and Flickr30k have ``a.jpg#0``, ``a.jpg#1``, ...: the captions of one image.
+    """
     name = unicodedata.normalize("NFC", repaired(name)).replace("\\", "/")
-    return re.sub(r"^([A-Za-z]:)?(\.?/)+", "", name)
+    return re.sub(r"^([A-Za-z]:)?(\.?/)+|(?<=\w)#\d+$", "", name)
 
 
 @dataclass(slots=True)
@@ -30,12 +35,14 @@ class Named:
 
 
 class CaptionFile:
-    """The captions in a ``.json``, ``.jsonl``, ``.csv``, ``.tsv`` or ``.parquet`` file, packed or not.
+    """The captions in a ``.json``, ``.jsonl``, ``.csv``, ``.tsv``, ``.txt`` or ``.parquet`` file, packed or not.
 
-    JSON is a mapping of names to captions, or a list of objects; an object or a row has a name and a caption.
+    JSON is a mapping of names to captions, or a list of objects; an object or a row has a name and a caption. The
+    annotation files of COCO, TextCaps and Flickr30k are read as they are.
 
     Attributes:
         bad: what is wrong with rows that could not be used, with their lines.
+        reads: what the file is understood as, for :func:`~pipeline.sources.recognition.explained`.
 
     Raises:
         ConfigError: it is none of these, there are no columns for name and caption, or most rows cannot be used.
@@ -47,16 +54,25 @@ class CaptionFile:
         self.rows: dict[str, Named] = {}
         self._ends: dict[str, str] = {}
         self._stems: dict[str, str] = {}
-        for named in self._named():
+        kind = kind_of(path)
+        layout = kind.annotations if kind else ""
+        self.reads = (CAPTIONS, layout) if layout else (CAPTIONS,)
+        with explained(path, reads=self.reads):
+            self._read(layout)
+        for name in self.rows:
+            self._note(name)
+
+    def _read(self, layout: str) -> None:
+        for named in self._annotated(layout) if layout else self._named():
             known = self.rows.setdefault(normalised(named.name), named)
             if known is not named:
                 known.captions += named.captions
         if len(self.bad) > len(self.rows):
-            raise ConfigError(f"captions={path}: {len(self.bad)} rows cannot be used: {self.bad[0]}")
+            raise ConfigError(f"captions={self.path}: {len(self.bad)} rows cannot be used: {self.bad[0]}")
         if not self.rows:
-            raise ConfigError(f"captions={path}: there is no row in it")
-        for name in self.rows:
-            self._note(name)
+            raise ConfigError(f"captions={self.path}: there is no row in it")
+        if not any(row.captions for row in self.rows.values()):
+            raise ConfigError(f"captions={self.path}: none of its {len(self.rows)} rows has a text as caption")
 
     def _note(self, name: str) -> None:
         """Ends of a row's name under which an image may be found; an empty name where several rows have one end."""
@@ -68,8 +84,15 @@ class CaptionFile:
             for stem in {name.casefold(), parts[-1].casefold()}:
                 self._stems[stem] = "" if stem in self._stems else name
 
+    def _annotated(self, layout: str) -> Iterator[Named]:
+        """What a published file of annotations says."""
+        left_out = _Unusable(self.bad)
+        with laid_out(layout, f"captions={self.path}"), self.path.open("rb") as file:
+            for name, entry in READERS[layout](file, SourceConfig(), left_out):
+                yield Named(name, entry.captions)
+
     def _named(self) -> Iterator[Named]:
-        listed = open_list(self.path, "a file of captions")
+        listed = open_list(self.path, "a file of captions", table=True)
         columns = listed.columns
         for row in listed.rows():
             place = f"line {row.line}" if row.line else f"row {len(self.rows) + len(self.bad) + 1}"
@@ -119,6 +142,27 @@ class CaptionFile:
         """The captions of the image at ``path``; None if no row is about it."""
         name = self.find(path)
         return self.rows[name].captions if name else None
+
+
+class _Unusable(LeftOutRows):
+    """Notes entries that could not be used in ``bad``; a null caption only says that there is none."""
+
+    def __init__(self, bad: list[str]) -> None:
+        super().__init__()
+        self._bad = bad
+
+    def note(self, reason: str, example: str) -> None:
+        if reason != "no_caption":
+            self._bad.append(f"{example}: {reason}")
+
+
+def has_captions(path: Path) -> bool:
+    """Whether the first row of a file has a name and a caption."""
+    try:
+        row = next(open_list(path, "a file of captions").rows(), None)
+    except ConfigError:
+        return False
+    return row is not None and _texts_in(row.values, _name_in(row.values)) is not None
 
 
 def _name_in(values: Row) -> str:

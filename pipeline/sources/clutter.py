@@ -1,4 +1,4 @@
-"""What is no sample, in folders and in archives alike: what systems and programs leave lying about."""
+"""Recognizes files that are not samples: hidden files and files of operating systems and programs."""
 
 from __future__ import annotations
 
@@ -17,6 +17,9 @@ UNREAD = frozenset(
     )
 )
 """Extensions of images and films that are not read: such files are counted."""
+
+TEXTS = ("txt", "caption", "text")
+"""Extensions of a text next to an image that is its caption; the first that is there counts."""
 
 
 def is_clutter(name: str) -> bool:

@@ -8,17 +8,21 @@ from io import BytesIO
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
 from pipeline.config.schema import ConfigError
 from pipeline.partitions.plan import Input, Partition
+from pipeline.partitions.stage import Context
 from pipeline.randomness import Permutation
+from pipeline.registry import sources
 from pipeline.samples import IMAGE_COLUMNS, Outcome, Schema, caption_fields, content_hash
 from pipeline.sources.base import Source
 
 _TEST = 450
 
 
+@sources.register("digits")
 class Digits(Source):
     """1,347 for training, 450 for the test, chosen at random once for all."""
 
@@ -38,18 +42,18 @@ class Digits(Source):
             yield Partition((Input(f"digits-{self.config.split}", start, stop),), stop - start)
 
     @cached_property
-    def _chosen(self) -> np.ndarray:
+    def _chosen(self) -> npt.NDArray[Any]:
         order = Permutation(len(self._all[1]), 0)[np.arange(len(self._all[1]))]
         return np.sort(order[:_TEST] if self.config.split == "test" else order[_TEST:])
 
     @cached_property
-    def _all(self) -> tuple[np.ndarray, np.ndarray]:
+    def _all(self) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
         from sklearn.datasets import load_digits
 
         data = load_digits()
         return np.round(data.images * (255 / 16)).astype(np.uint8), data.target
 
-    def samples(self, partition: Partition) -> Iterator[Outcome]:
+    def samples(self, partition: Partition, context: Context) -> Iterator[Outcome]:
         (some,) = partition.inputs
         for index in self._chosen[some.start : some.stop].tolist():
             file = BytesIO()
@@ -68,6 +72,3 @@ class Digits(Source):
                 height=8,
                 row=row,
             )
-
-
-SOURCE = Digits

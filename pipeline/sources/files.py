@@ -7,7 +7,7 @@ import io
 import os
 import shutil
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -17,18 +17,22 @@ from typing import IO, Any
 
 import xxhash
 
+from pipeline import stores
 from pipeline.config.schema import ConfigError, public
 from pipeline.partitions.plan import Input, Partition, file_state
+from pipeline.partitions.stage import Context
 from pipeline.samples import IMAGE_COLUMNS, Outcome, SampleError, Schema, make_key, path_text, real_path
-from pipeline.sources import parquet_rows
+from pipeline.sources import archive_samples, parquet_rows
 from pipeline.sources.annotations import Annotations, archive_class, get_annotations
-from pipeline.sources.archives import reader as archive_reader
 from pipeline.sources.archives.compression import unpacked
 from pipeline.sources.base import Source
 from pipeline.sources.http import Head, Policy, fetch
 from pipeline.sources.mirror import Mirror
 from pipeline.sources.partial import Partial
-from pipeline.sources.texts import is_pointer
+from pipeline.sources.recognition import explained
+from pipeline.sources.text_files import is_pointer
+from pipeline.sources.trees import StoreTree, Tree, get_tree, objects
+from pipeline.stores import Object
 
 _BLOCK = 1 << 20
 _UNPACKED = 1 << 36  # bytes that a file is unpacked to, to check what it holds
@@ -44,7 +48,7 @@ class Place:
     sha256: str = ""
     md5: str = ""
     unpacked_md5: str = ""
-    """Of what the file unpacks to: of one that was packed anew, as distributions do, this must be right instead."""
+    """Of what the file unpacks to: of one that was packed again, as distributions do, this must be right instead."""
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
     span: tuple[int, int] | None = None
     """Where in the file ``path`` it begins, and its bytes, if it is a part of that file."""
@@ -57,9 +61,15 @@ class FileSource(Source):
     are left out of the plan, and counted.
     """
 
+    _commits: Mapping[str, str] = {}
+    """Of repositories on the Hub, those that the plan was made of."""
+
+    reads: tuple[str, ...] = ("webdataset", "parquet")
+    """Sources whose files :meth:`read` understands: a message about such a file does not say what it is."""
+
     @property
     def rechecks(self) -> bool:  # type: ignore[override]
-        return bool(self.mirror or self.config.input)
+        return bool(self.mirror or self.config.input or any(map(stores.is_url, self.config.urls)))
 
     @cached_property
     def mirror(self) -> Mirror | None:
@@ -91,12 +101,51 @@ class FileSource(Source):
 
     def metadata(self) -> list[tuple[str, Place]]:
         """Names and places of the files with captions that ``metadata=`` names."""
-        return [(name, Place(url=name) if "://" in name else Place(path=name)) for name in self.config.metadata]
+        names = self._addresses("metadata", self.config.metadata)
+        return [(name, Place(url=name) if "://" in name else Place(path=name)) for name in names]
 
     def watched(self) -> dict[str, str]:
-        """Files with captions on this machine; those by URL are fetched once."""
-        places = [(name, self._mirrored(place, name)) for name, place in self.metadata()]
-        return {name: file_state(place.path) for name, place in places if place.path}
+        """Files with captions on this machine or in a store; those by URL are fetched once."""
+        return self._states("metadata", self.metadata())
+
+    def _states(self, setting: str, files: Iterable[tuple[str, Place]]) -> dict[str, str]:
+        """What is different when a file of this machine, or in a store, has changed."""
+        places = [(name, self._mirrored(place, name)) for name, place in files]
+        known = self._known(setting, [place.url for _, place in places])
+        states = {name: known[place.url].etag for name, place in places if place.url in known}
+        return states | {name: file_state(real_path(place.path)) for name, place in places if place.path}
+
+    def _addresses(self, setting: str, given: Iterable[str]) -> list[str]:
+        """``given``, where what stands for several objects of a store is replaced by their addresses."""
+        found: list[str] = []
+        for one in given:
+            if not stores.is_pattern(one):
+                found.append(one)
+                continue
+            listed = objects(setting, [one])
+            self._objects.update((o.path, o) for o in listed)
+            found += [o.path for o in listed]
+        return found
+
+    def _known(self, setting: str, urls: Iterable[str]) -> dict[str, Object]:
+        """Size and version of those that are objects in a store."""
+        wanted = {url: stores.canonical(url) for url in urls if stores.is_url(url)}
+        more = objects(setting, [address for address in wanted.values() if address not in self._objects])
+        self._objects.update((o.path, o) for o in more)
+        return {url: self._objects[address] for url, address in wanted.items()}
+
+    @cached_property
+    def tree(self) -> Tree:
+        """What ``input=`` stands for."""
+        tree = get_tree(self.config.input)
+        if isinstance(tree, StoreTree):
+            self._objects.update((tree.place(name), found) for name, found in tree.found.items())
+        return tree
+
+    @cached_property
+    def _objects(self) -> dict[str, Object]:
+        """What a store has said of objects, by their addresses."""
+        return {}
 
     def changed(self, file: Input) -> bool:
         path = self._mirrored(self.locate(file), file.path).path
@@ -112,7 +161,7 @@ class FileSource(Source):
             return place
         found = self.mirror.find(place.url)
         if found is None:
-            raise SampleError("not_in_mirror", f"{name} is not below {self.mirror.root}", retryable=True)
+            raise SampleError("not_in_mirror", f"{name[:200]} is not below {self.mirror.root}", retryable=True)
         return replace(place, url="", path=path_text(str(found)), headers={})
 
     # ---- planning
@@ -123,8 +172,14 @@ class FileSource(Source):
     def extra(self) -> dict[str, Any]:
         self.annotations.prepare(self.home, self._metadata_files())
         if self.config.annotations == "archives":
-            return {"classes": [archive_class(file.path) for file in self.inputs()]}
-        return self.annotations.extra
+            return {"classes": [archive_class(file.path) for file in self.inputs()], **self._found_commits()}
+        return {**self.annotations.extra, **self._found_commits()}
+
+    def _found_commits(self) -> dict[str, Any]:
+        """The commits of the repositories on the Hub that files lie in: all ranks read these."""
+        places = [place for _, place in self.metadata()] + [self.locate(file) for file in self.inputs()]
+        roots = {stores.Store(place.url).bucket for place in places if stores.is_hub(place.url)}
+        return {"commits": {root: stores.Store(root).commit for root in sorted(roots)}} if roots else {}
 
     def plan(self) -> Iterator[Partition]:
         check_settings(self.config)
@@ -138,51 +193,63 @@ class FileSource(Source):
             yield Partition((file,))
 
     def _available(self) -> Iterator[Input]:
-        """The files that are there: all, or those in the mirror, with size and time of change.
+        """The files that are there: all, or those in the mirror, with size and time of change, or version in a store.
 
         Raises:
             ConfigError: none is.
         """
-        missing = count = 0
+        missing = 0
+        there: list[tuple[Input, Place]] = []
         for file in self.inputs():
             try:
-                place = self._mirrored(self.locate(file), file.path)
+                there.append((file, self._mirrored(self.locate(file), file.path)))
             except SampleError as error:
                 if not missing:
                     first = error.detail
                 missing += 1
                 self.left_out.add(error.reason, file.path)
+        if missing and not there and self.mirror:
+            raise ConfigError(f"{self.mirror.said}: none of the {missing} files is in it: {first}")
+        in_stores = self._known(self._setting, [place.url for _, place in there])
+        for file, place in there:
+            if found := in_stores.get(place.url):
+                yield replace(file, size=found.size, etag=found.etag)
                 continue
-            count += 1
             known = file.mtime_ns >= 0 or not place.path
             state = None if known else local_input(real_path(place.path), file.path)
             yield replace(file, size=state.size, mtime_ns=state.mtime_ns) if state else file
-        if missing and not count and self.mirror:
-            raise ConfigError(f"{self.mirror.said}: none of the {missing} files is in it: {first}")
+
+    @property
+    def _setting(self) -> str:
+        """The setting that names the files."""
+        return f"input={self.config.input}" if self.config.input else "urls"
 
     @cached_property
     def annotations(self) -> Annotations:
         return get_annotations(self.config)
 
-    def _metadata_files(self) -> Iterator[tuple[str, IO[bytes]]]:
+    def _metadata_files(self, scratch: Path | None = None) -> Iterator[tuple[str, IO[bytes]]]:
         for name, place in self.metadata():
             try:
-                with self._fetched(name, place) as (file, _, _):
+                with self._fetched(name, place, scratch=scratch) as (file, _, _):
                     yield name, file
             except SampleError as error:
                 raise ConfigError(f"metadata: {public(name)}: {error}") from None
 
     # ---- bringing in
 
-    def samples(self, partition: Partition) -> Iterator[Outcome]:
+    def samples(self, partition: Partition, context: Context) -> Iterator[Outcome]:
         (planned,) = partition.inputs
+        self._commits = context.extra.get("commits", {})
         container = Outcome(make_key(planned.path), "failed", source=planned.path, container=True, complete=False)
-        self.annotations.open(self.home, self._metadata_files, self.planned)
+        self.annotations.open(self.home, lambda: self._metadata_files(context.scratch), context.extra)
         try:
             place = self.locate(planned)
-            with self._fetched(planned.path, place, planned) as (file, size, digest):
+            with self._fetched(planned.path, place, planned, context.scratch) as (file, size, digest):
                 container.source_bytes, container.source_hash = size, digest
-                for outcome in self.read(planned, file):
+                with explained(file, reads=self.reads):
+                    outcomes = self.read(planned, file, context)
+                for outcome in outcomes:
                     container.count += 1
                     yield outcome
             container.status, container.complete = "kept", True
@@ -191,13 +258,13 @@ class FileSource(Source):
             container.source_bytes = container.source_bytes or int(getattr(error, "came", 0))
         yield container
 
-    def read(self, planned: Input, file: IO[bytes]) -> Iterator[Outcome]:
+    def read(self, planned: Input, file: IO[bytes], context: Context) -> Iterator[Outcome]:
         """What becomes of each sample of the file.
 
         Raises:
             SampleError: the file as a whole cannot be used; nothing was yielded then.
         """
-        self.annotations.enter(planned.path, self.planned.get("classes", []))
+        self.annotations.enter(planned.path, context.extra.get("classes", []))
         file.seek(0)
         start = file.read(64)
         file.seek(0)
@@ -207,10 +274,12 @@ class FileSource(Source):
             raise SampleError("empty", "the file has no bytes", retryable=True)
         if start.startswith(b"PAR1"):
             return parquet_rows.outcomes(planned.path, file, self.config, self.annotations.columns)
-        return archive_reader.outcomes(planned.path, file, self.config, self.annotations, self.check_stop, self.noted)
+        return archive_samples.outcomes(planned.path, file, self.config, self.annotations, self.check_stop, self.noted)
 
     @contextmanager
-    def _fetched(self, name: str, place: Place, planned: Input | None = None) -> Iterator[tuple[IO[bytes], int, str]]:
+    def _fetched(
+        self, name: str, place: Place, planned: Input | None = None, scratch: Path | None = None
+    ) -> Iterator[tuple[IO[bytes], int, str]]:
         """The file, its size and its XXH3-128, checked against what is known of it."""
         place = self._mirrored(place, name)
         if place.path:
@@ -218,9 +287,17 @@ class FileSource(Source):
                 yield found
             return
         identity = public(place.url)
-        partial = Partial(self.home / "partial", self.scratch, str(identity), place.sha256, place.md5, self._room_for)
+        sha256 = place.sha256
+        if planned and planned.etag.startswith(stores.SHA256) and stores.is_hub(place.url):
+            sha256 = planned.etag.removeprefix(stores.SHA256)
+        partial = Partial(self.home / "partial", scratch, str(identity), sha256, place.md5, self._room_for)
         with partial:
-            size = fetch(place.url, partial, policy(self.config, self.check_stop), place.headers)
+            headers = {**place.headers}
+            if planned and planned.etag and stores.is_url(place.url):
+                headers["If-Match"] = planned.etag
+            size = fetch(
+                stores.pinned(place.url, self._commits), partial, policy(self.config, self.check_stop), headers
+            )
             try:
                 file, digest = partial.whole()
                 yield file, size, digest
@@ -353,7 +430,8 @@ def require_space(config: Any, home: Path, expected: float) -> None:
     free = shutil.disk_usage(there).free
     if config.check_space and expected > free:
         raise ConfigError(
-            f"output {home}: about {expected / 1e9:,.1f} GB are to come, {free / 1e9:,.1f} GB are free: choose another "
+            f"output {home}: about {expected / 1e9:,.1f} GB will be downloaded, but only {free / 1e9:,.1f} GB are "
+            "free: choose another "
             "data_dir=, a subset=, or stage=filter with fuse=true, which stores the resized images alone "
             "(check_space=false tries anyway)"
         )

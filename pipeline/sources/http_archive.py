@@ -1,29 +1,35 @@
-"""Archives and parquet files by URL, given as ``urls=[...]`` or as a list in the file ``input=``."""
+"""Archives and parquet files by URL or in a store, given as ``urls=[...]`` or as a list in the file ``input=``."""
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Iterator
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
+from typing import IO
 from urllib.parse import unquote, urlsplit
 
+from pipeline import stores
 from pipeline.config.schema import ConfigError, public
 from pipeline.partitions.plan import Input
+from pipeline.registry import sources
 from pipeline.samples import SampleError
 from pipeline.sources.files import FileSource, Place
-from pipeline.sources.http import Target
+from pipeline.sources.http import check
 from pipeline.sources.ranges import expand
-from pipeline.sources.texts import Lines, decoded, list_errors, open_text, skip
+from pipeline.sources.recognition import explained, kind_of
+from pipeline.sources.text_files import Lines, decoded, list_errors, open_text, skip
 
 
+@sources.register("http_archive")
 class HttpArchive(FileSource):
-    """Images of tar (plain, gzip, bzip2, xz), zip and parquet files, with the texts beside an image as its captions."""
+    """Images of tar (plain, gzip, bzip2, xz), zip and parquet files, with the texts next to them as captions."""
 
     @property
     def input_is_mirror(self) -> bool:
-        return bool(self.config.input) and Path(self.config.input).is_dir()
+        return bool(self.config.input) and not stores.is_url(self.config.input) and Path(self.config.input).is_dir()
 
     @cached_property
     def named(self) -> list[tuple[str, str]]:
@@ -33,11 +39,10 @@ class HttpArchive(FileSource):
             ConfigError: there are no URLs, one is none, or a setting makes no sense with them.
         """
         config = self.config
-        listed = (
-            _listed(Path(config.input))
-            if config.input and not self.input_is_mirror
-            else [("", url) for url in expand(config.urls)]
-        )
+        if config.input and not self.input_is_mirror:
+            listed = self._from_input(config.input)
+        else:
+            listed = [("", url) for url in self._addresses("urls", expand(config.urls))]
         if not listed:
             raise ConfigError("source=http_archive needs urls=[...], or input=<a file with a URL on each line>")
         if config.sha256 and len(config.sha256) != len(listed):
@@ -51,6 +56,19 @@ class HttpArchive(FileSource):
         if len(set(names)) != len(names):
             names = [f"{number:04d}-{name}" for number, name in enumerate(names)]
         return [(name, url) for name, (_, url) in zip(names, listed, strict=True)]
+
+    def _from_input(self, given: str) -> list[tuple[str, str]]:
+        """What the list ``given`` names; in a store it may as well be a pattern, a folder or an archive."""
+        if not stores.is_url(given):
+            with list_errors(f"input={given}"), Path(given).open("rb") as file:
+                return _listed(file, f"input={given}")
+        names = self.tree.ending(_ARCHIVES)
+        if self.tree.is_folder and not names:
+            raise ConfigError(f"{self.tree.said}: no {', '.join(_ARCHIVES)} files in it")
+        if self.tree.is_folder or len(names) > 1 or names[0].lower().endswith(_ARCHIVES):
+            return [("", self.tree.place(name)) for name in names]
+        with list_errors(self.tree.said), io.BytesIO(self.tree.read(names[0])) as file:
+            return _listed(file, self.tree.said)
 
     def inputs(self) -> Iterator[Input]:
         for number, (name, _) in enumerate(islice(self.named, share(len(self.named), self.config.fraction))):
@@ -77,30 +95,37 @@ def share(count: int, fraction: float) -> int:
 def check_url(url: str) -> None:
     """Raises ConfigError for what is no URL that we would follow."""
     try:
-        Target.parse(url)
+        check(url)
     except SampleError as error:
         raise ConfigError(f"urls: {public(url)}: {error.detail}") from None
 
 
-def _listed(path: Path) -> list[tuple[str, str]]:
+def _listed(file: IO[bytes], said: str) -> list[tuple[str, str]]:
     """Names and URLs of a text file: a line is a URL, or a name and a URL with blanks, a tab or a comma between them.
 
     A URL ends at a blank, or at the quotation mark that it began with. Lines without one, as headings, say nothing.
+
+    Raises:
+        ConfigError: it is no text, or has no URL.
     """
     found = []
-    with list_errors(f"input={path}"), path.open("rb") as file:
-        stream, mark = open_text(file)
-        skip(stream, mark)
-        lines = Lines(stream)
-        while line := lines.take():
-            if match := _LINE.match(decoded(line)):
-                before = match[1].strip(" \t,;\"'")
-                name = before.split("\t")[0] if "\t" in before else before.replace(",", " ", 1).partition(" ")[0]
-                found.append((name.strip(" ,\"'"), match[3]))
+    kind = kind_of(file)
+    if kind and not kind.text:
+        raise ConfigError(f"{said}: expected a text with a URL on each line, but it is {kind}")
+    file.seek(0)
+    stream, mark = open_text(file)
+    skip(stream, mark)
+    lines = Lines(stream)
+    while line := lines.take():
+        if match := _LINE.match(decoded(line)):
+            before = match[1].strip(" \t,;\"'")
+            name = before.split("\t")[0] if "\t" in before else before.replace(",", " ", 1).partition(" ")[0]
+            found.append((name.strip(" ,\"'"), match[3]))
+    if not found:
+        with explained(file, "it"):
+            raise ConfigError(f"{said}: there is no URL in it; expected one on each line")
     return found
 
 
-_LINE = re.compile(r"(.*?)(?P<quote>[\"'])?(https?://(?(quote)(?:(?!(?P=quote))\S)+|\S+))")
-
-
-SOURCE = HttpArchive
+_ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".zip", ".parquet")
+_LINE = re.compile(r"(.*?)(?P<quote>[\"'])?((?:https?|s3|gs|az)://(?(quote)(?:(?!(?P=quote))\S)+|\S+))")

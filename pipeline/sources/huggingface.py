@@ -1,4 +1,4 @@
-"""Files of a data set's repository on the Hugging Face Hub: revision pinned, hashes of the Hub checked.
+"""Files of a dataset's repository on the Hugging Face Hub: revision pinned, hashes of the Hub checked.
 
 What there is comes from ``huggingface_hub`` (endpoint and token as it finds them: ``HF_ENDPOINT``, ``HF_TOKEN``, its
 own login); the files themselves by the same client as all archives, so that they are resumed and checked alike.
@@ -9,20 +9,25 @@ from __future__ import annotations
 import fnmatch
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 from pipeline.config.schema import ConfigError
-from pipeline.partitions.plan import Input
+from pipeline.partitions.plan import Input, Partition
+from pipeline.partitions.stage import Context
+from pipeline.registry import sources
+from pipeline.samples import Outcome
 from pipeline.sources.files import FileSource, Place
 from pipeline.sources.http_archive import share
 from pipeline.sources.ranges import expand
+from pipeline.stores import SHA256, StoreError, hub_api, hub_explained
 
-_SHA256 = "sha256:"
+T = TypeVar("T")
 
 
+@sources.register("huggingface")
 class HuggingFace(FileSource):
     """Tar, zip and parquet files of ``repo=``, those that ``files=`` name."""
 
@@ -35,10 +40,7 @@ class HuggingFace(FileSource):
 
     @cached_property
     def _api(self) -> Any:
-        os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-        from huggingface_hub import HfApi, constants, get_token
-
-        return HfApi(endpoint=os.environ.get("HF_ENDPOINT") or constants.ENDPOINT, token=get_token() or False)
+        return hub_api()
 
     @cached_property
     def commit(self) -> str:
@@ -47,8 +49,6 @@ class HuggingFace(FileSource):
         Raises:
             ConfigError: repository or revision are not there, or not for us.
         """
-        if planned := self.planned.get("commit"):
-            return str(planned)
         config = self.config
         if self.mirror:
             return next((commit for commit, _ in map(self._recorded, self._paths) if commit), "")
@@ -56,25 +56,21 @@ class HuggingFace(FileSource):
             raise ConfigError("source=huggingface needs repo=<owner>/<name>")
         return str(self._asked(lambda: self._api.dataset_info(config.repo, revision=config.revision).sha))
 
-    def _asked(self, ask: Any) -> Any:
-        from huggingface_hub import errors
+    def samples(self, partition: Partition, context: Context) -> Iterator[Outcome]:
+        if planned := context.extra.get("commit"):
+            self.commit = str(planned)
+        return super().samples(partition, context)
 
-        config = self.config
+    def _asked(self, ask: Callable[[], T]) -> T:
+        """What the Hub answers; raises ConfigError where it does not."""
         try:
-            return ask()
-        except ConfigError:
-            raise
-        except errors.GatedRepoError:
-            raise ConfigError(
-                f"repo={config.repo} is gated: accept its terms on the Hub, then give your token as HF_TOKEN or by "
-                "`huggingface-cli login`"
-            ) from None
-        except errors.RevisionNotFoundError:
-            raise ConfigError(f"revision={config.revision}: {config.repo} has none of that name") from None
-        except errors.RepositoryNotFoundError:
-            raise ConfigError(f"repo={config.repo}: not found, or private and no token (HF_TOKEN) for it") from None
-        except (errors.HfHubHTTPError, OSError, ValueError) as error:
-            raise ConfigError(f"repo={config.repo}: the Hub does not answer ({type(error).__name__})") from None
+            with hub_explained(f"repo={self.config.repo} revision={self.config.revision}"):
+                return ask()
+        except StoreError as error:
+            raise ConfigError(str(error)) from None
+
+    def _found_commits(self) -> dict[str, Any]:
+        return {}  # but that of the repository, which is there already
 
     def extra(self) -> dict[str, Any]:
         return {**super().extra(), "repo": self.config.repo, "commit": self.commit}
@@ -95,7 +91,7 @@ class HuggingFace(FileSource):
         chosen = list(dict.fromkeys(chosen))
         for path in islice(chosen, share(len(chosen), self.config.fraction)):
             file = found[path]
-            etag = _SHA256 + file.lfs.sha256 if file.lfs else file.blob_id
+            etag = SHA256 + file.lfs.sha256 if file.lfs else file.blob_id
             yield Input(path, size=file.size, etag=etag)
 
     @cached_property
@@ -115,7 +111,7 @@ class HuggingFace(FileSource):
         chosen = list(dict.fromkeys(chosen))
         for path in islice(chosen, share(len(chosen), self.config.fraction) if chosen else 0):
             _, sha256 = self._recorded(path)
-            yield Input(path, etag=_SHA256 + sha256 if sha256 else "")
+            yield Input(path, etag=SHA256 + sha256 if sha256 else "")
 
     def _recorded(self, path: str) -> tuple[str, str]:
         """Commit and SHA-256 of a file, as ``huggingface-cli download --local-dir`` notes them."""
@@ -142,7 +138,7 @@ class HuggingFace(FileSource):
         return os.path.commonpath(folders) or None if all(folders) else None
 
     def locate(self, file: Input) -> Place:
-        sha256 = file.etag.removeprefix(_SHA256) if file.etag.startswith(_SHA256) else ""
+        sha256 = file.etag.removeprefix(SHA256) if file.etag.startswith(SHA256) else ""
         return self._place(file.path, sha256)
 
     def _place(self, path: str, sha256: str = "") -> Place:
@@ -157,6 +153,3 @@ class HuggingFace(FileSource):
     def metadata(self) -> list[tuple[str, Place]]:
         """Files with captions are in the repository, unless they are URLs."""
         return [(name, Place(url=name) if "://" in name else self._place(name)) for name in self.config.metadata]
-
-
-SOURCE = HuggingFace

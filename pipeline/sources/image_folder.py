@@ -1,12 +1,14 @@
-"""A folder of images, nested as it likes: ``<class>/…/<name>.<ext>``, captions beside them or in one file.
+"""A folder of images with any nesting: ``<class>/…/<name>.<ext>``, captions next to them or in one file.
 
-Captions (``captions=``): ``txt`` is the first line of ``<name>.txt``; ``folder`` the name of the image's folder; a file
-(``captions.json``, ``.jsonl``, ``.csv``, ``.tsv`` or ``.parquet``) maps file names to one or several captions; ``auto``
-takes the first of these that is there for an image. An empty ``<name>.txt``, and a null in a file, say that there is no
-caption. Where all images lie in folders, the top folder is the class and gives the label.
+Captions (``captions=``): ``txt`` is the first line of ``<name>.txt`` (or ``.caption``, ``.text``); ``folder`` the name
+of the image's folder; a file (``captions.json``, ``.jsonl``, ``.csv``, ``.tsv`` or ``.parquet``, or ``metadata.csv``
+and the like, as the Hugging Face library has it) maps file names to one or several captions, and so do a ``.txt`` of
+two columns and the annotation file of COCO, TextCaps or Flickr30k, where the setting names them; ``auto`` takes the
+first of these that is there for an image. An empty ``<name>.txt``, and a null in a file, say that there is no caption.
+Where all images lie in folders, the top folder is the class and gives the label.
 
 Links to folders are followed. What is no sample (hidden files, a system's own) is left out, and what looks like data
-but is not used (images of other kinds, texts and rows about no image) is counted in the plan.
+but is not used (images of other kinds, texts and rows about no image, any other file) is counted in the plan.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from __future__ import annotations
 import os
 import stat
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,8 +24,11 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
+from pipeline import stores
 from pipeline.config.schema import ConfigError
 from pipeline.partitions.plan import Input, LeftOut, Partition, file_state, stamp
+from pipeline.partitions.stage import Context
+from pipeline.registry import sources
 from pipeline.samples import (
     IMAGE_COLUMNS,
     Outcome,
@@ -36,21 +41,25 @@ from pipeline.samples import (
     real_path,
 )
 from pipeline.sources.base import Source
-from pipeline.sources.caption_files import CaptionFile, normalised
-from pipeline.sources.clutter import is_clutter, is_unread
-from pipeline.sources.texts import small_text, suffix_of
+from pipeline.sources.caption_files import CaptionFile, has_captions, normalised
+from pipeline.sources.clutter import TEXTS, is_clutter, is_unread
+from pipeline.sources.recognition import explained
+from pipeline.sources.text_files import small_text, suffix_of
 from pipeline.storage import GONE
 
 _AHEAD = 8
 """Files that are open before they are read."""
 _CAPTION_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".ndjson", ".parquet")
-"""Of a file of captions in the folder; the first that is there counts."""
+_CAPTION_NAMES = ("captions", "metadata")
+"""Suffixes and names of a file of captions in the folder, the second as the Hugging Face library has it; the first that
+is there counts."""
 _TEXT = 1 << 16
-"""Bytes of a text beside an image that are read."""
+"""Bytes of a text next to an image that are read."""
 _FEW = 0.5
 """Of rows or images without a counterpart, a fraction that is worth a warning."""
 
 
+@sources.register("image_folder")
 class ImageFolder(Source):
     """Every file below ``input`` whose extension says image; nothing is copied unless ``copy=true``."""
 
@@ -61,8 +70,16 @@ class ImageFolder(Source):
         if not self.config.input:
             raise ConfigError("source=image_folder needs input=<folder with images>")
         root = Path(self.config.input).absolute()
+        if stores.is_url(self.config.input):
+            raise ConfigError(
+                f"input={self.config.input}: source=image_folder reads folders of this machine; in a store, read "
+                "archives (source=webdataset), or a list of the images' addresses (source=url_list)"
+            )
         if not root.is_dir():
-            raise ConfigError(f"input={self.config.input}: no such folder")
+            if not root.is_file():
+                raise ConfigError(f"input={self.config.input}: no such folder")
+            with explained(root, "it"):
+                raise ConfigError(f"input={self.config.input}: a file, but source=image_folder reads a folder")
         return root
 
     @cached_property
@@ -88,11 +105,6 @@ class ImageFolder(Source):
             return []
         return [path_text(e.name) for e in entries if _is_folder(e) and _identity(e.stat()) != home]
 
-    @cached_property
-    def _numbers(self) -> dict[str, int]:
-        """Class → label, as they were planned."""
-        return {name: number for number, name in enumerate(self.planned.get("classes", []))}
-
     def extra(self) -> dict[str, Any]:
         return {"classes": self.classes} if self.classes else {}
 
@@ -105,7 +117,8 @@ class ImageFolder(Source):
         self.left_out.clear()
         group: list[Input] = []
         matches = _Matches(self._caption_file)
-        for found in walk(self.root, self.left_out, texts=self.config.captions in ("auto", "txt")):
+        known = {name for name in self._caption_names if self.root / name == self._caption_path}
+        for found in walk(self.root, self.left_out, texts=self.config.captions in ("auto", "txt"), known=known):
             group.append(Input(path_text(found.path), size=found.size, mtime_ns=found.mtime_ns, etag=found.text))
             matches.add(found.path, self._row_of(found.path))
             if len(group) == self.config.partition_size:
@@ -124,11 +137,15 @@ class ImageFolder(Source):
 
     # ---- bringing in
 
-    def samples(self, partition: Partition) -> Iterator[Outcome]:
+    def samples(self, partition: Partition, context: Context) -> Iterator[Outcome]:
         only = partition.only
         wanted = (file for file in partition.inputs if only is None or partition.wants(make_key(file.path)))
+        labels = {name: number for number, name in enumerate(context.extra.get("classes", []))}
         for file, opened in self._ahead(wanted):
-            yield self._take(file, opened)
+            outcome = self._take(file, opened)
+            if labels and outcome.row is not None:
+                outcome.row["label"] = labels[file.path.partition("/")[0]]
+            yield outcome
 
     def _ahead(self, files: Iterable[Input]) -> Iterator[tuple[Input, FileIO | OSError]]:
         """Each file, opened some files before it is read, so that the system can fetch its bytes meanwhile."""
@@ -189,8 +206,6 @@ class ImageFolder(Source):
             "path": path,
             "hash": outcome.source_hash,
         }
-        if self._numbers:
-            row["label"] = self._numbers[path.partition("/")[0]]
         return row
 
     # ---- captions
@@ -207,16 +222,20 @@ class ImageFolder(Source):
             if not path.is_file():
                 raise ConfigError(f"captions={setting}: expected auto, txt, folder, none or an existing file")
             return path
+        return self.root / self._caption_names[0] if self._caption_names else None
+
+    @cached_property
+    def _caption_names(self) -> list[str]:
+        """Files in the folder that may hold captions, the best first."""
         names = sorted(os.listdir(self.root))
-        found = [
+        return [
             name
+            for kind in _CAPTION_NAMES
             for suffix in _CAPTION_SUFFIXES
             for name in names
-            if name.lower().startswith(f"captions{suffix}") and suffix_of(name) == suffix
+            if name.lower().startswith(f"{kind}{suffix}") and suffix_of(name) == suffix
+            if kind == "captions" or (suffix != ".json" and has_captions(self.root / name))
         ]
-        if len(found) > 1:
-            self.left_out.add("other_caption_file", *found[1:])
-        return self.root / found[0] if found else None
 
     @cached_property
     def _caption_file(self) -> CaptionFile | None:
@@ -252,8 +271,8 @@ class ImageFolder(Source):
         return [folder] if setting in ("auto", "folder") and folder else []
 
     def _beside(self, path: str) -> str | None:
-        """The first line of the text beside the image at ``path``; None if there is no such file."""
-        for suffix in (".txt", ".TXT"):
+        """The first line of the text next to the image at ``path``; None if there is no such file."""
+        for suffix in (f".{text}" for kind in TEXTS for text in (kind, kind.upper())):
             with (
                 suppress(OSError),
                 open((self.root / real_path(path)).with_suffix(suffix), "rb", opener=_open_at_once) as file,
@@ -298,13 +317,17 @@ class _Matches:
         if file is None:
             return
         left_out.add("bad_caption_row", *file.bad)
+        broken = (row for row in file.rows.values() if any("\ufffd" in caption for caption in row.captions))
+        left_out.add("caption_not_in_utf8", *(f"line {row.line}: {row.captions[0][:80]}" for row in broken))
         others = [row for name, row in file.rows.items() if name not in self._images]
         if self._first and not self._images:
             row = others[0]
-            raise ConfigError(
-                f"captions={file.path}: none of its {len(file.rows)} rows is about an image here: "
-                f"{f'line {row.line}' if row.line else 'the first'} names {row.name!r}, an image is {self._first!r}"
-            )
+            place = f"line {row.line}" if row.line else "the first"
+            with explained(file.path, reads=file.reads):
+                raise ConfigError(
+                    f"captions={file.path}: none of its {len(file.rows)} rows names an image in this folder: "
+                    f"{place} names {row.name[:200]!r}, an image is {self._first[:200]!r}"
+                )
         left_out.add("caption_row_without_image", *(f"line {r.line}: {r.name}" if r.line else r.name for r in others))
         left_out.add("caption_row_of_several_images", *self._shared.values())
 
@@ -316,7 +339,7 @@ def _open_at_once(path: str, flags: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """An image file below a folder; ``text`` is the state of the text beside it, empty if there is none."""
+    """An image file below a folder; ``text`` is the state of the text next to it, empty if there is none."""
 
     path: str
     size: int
@@ -332,12 +355,15 @@ class _Folder:
     above: frozenset[tuple[int, int]] = field(default_factory=frozenset)
 
 
-def walk(root: Path, left_out: LeftOut | None = None, *, texts: bool = False) -> Iterator[Found]:
+def walk(
+    root: Path, left_out: LeftOut | None = None, *, texts: bool = False, known: Collection[str] = ()
+) -> Iterator[Found]:
     """The image files below ``root``, relative to it, in byte order folder by folder.
 
     Args:
         left_out: counts what looks like data but is not used.
-        texts: look for a ``<name>.txt`` beside each.
+        texts: look for a text next to each.
+        known: further files in ``root`` that are used.
     """
     left_out = LeftOut() if left_out is None else left_out
     pending = [_Folder("")]
@@ -355,7 +381,7 @@ def walk(root: Path, left_out: LeftOut | None = None, *, texts: bool = False) ->
             left_out.add("link_in_a_circle", path_text(folder.path))
             continue
         below = []
-        beside = {_stem(e.name): e for e in entries if e.name.lower().endswith(".txt")} if texts else {}
+        beside = _texts(entries) if texts else {}
         for entry in entries:
             path = f"{folder.path}/{entry.name}" if folder.path else entry.name
             if is_clutter(entry.name):
@@ -368,8 +394,20 @@ def walk(root: Path, left_out: LeftOut | None = None, *, texts: bool = False) ->
                 left_out.add("unread_image_format", path_text(path))
             elif entry.is_symlink() and not os.path.exists(entry.path):
                 left_out.add("link_to_nowhere", path_text(path))
+            elif path not in known and not _is_text(entry):
+                left_out.add("other_file", path_text(path))
         left_out.add("text_without_image", *(path_text(f"{folder.path}/{e.name}".lstrip("/")) for e in beside.values()))
         pending += reversed(below)
+
+
+def _is_text(entry: os.DirEntry[str]) -> bool:
+    return entry.name.rpartition(".")[2].lower() in TEXTS
+
+
+def _texts(entries: list[os.DirEntry[str]]) -> dict[str, os.DirEntry[str]]:
+    """The texts in a folder by their stems."""
+    best = sorted(filter(_is_text, entries), key=lambda e: -TEXTS.index(e.name.rpartition(".")[2].lower()))
+    return {_stem(entry.name): entry for entry in best}
 
 
 def _found(path: str, entry: os.DirEntry[str], text: os.DirEntry[str] | None) -> Found:
@@ -393,6 +431,3 @@ def _stem(name: str) -> str:
 
 def _identity(state: os.stat_result) -> tuple[int, int]:
     return state.st_dev, state.st_ino
-
-
-SOURCE = ImageFolder

@@ -23,7 +23,7 @@ from pipeline.config.schema import ConfigError
 from pipeline.samples import SampleError, image_format
 from pipeline.samples.captions import CAPTION_COLUMNS, TITLE_COLUMNS, caption_columns, repaired
 from pipeline.sources.separated import first_lines, separated, separator_of
-from pipeline.sources.texts import Lines, decoded, list_errors, open_text, skip, suffix_of
+from pipeline.sources.text_files import Lines, decoded, list_errors, open_text, skip, suffix_of
 
 URL_COLUMNS = ("url", "image_url", "img_url", "link")
 NAME_COLUMNS = ("file_name", "filename", "image", "img_path", "image_path", "image_name", "path", "file", "key", "name")
@@ -32,7 +32,7 @@ KNOWN_COLUMNS = frozenset((*URL_COLUMNS, *CAPTION_COLUMNS, *TITLE_COLUMNS, *NAME
 SUFFIXES = (".txt", ".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet")
 _LARGEST_JSON = 2 << 30
 _BATCH = 8192
-_LOOKED_AT = 20  # rows that tell how many columns there are without a heading
+_LOOKED_AT = 20  # rows that say how many columns there are without a heading
 
 Row = dict[str, Any]
 
@@ -195,7 +195,7 @@ class _Table(_Text):
 
 def _is_heading(names: list[str]) -> bool:
     """Whether a first row names columns."""
-    if any("://" in name or image_format(name) for name in names):
+    if any("://" in name or image_format(name.partition("#")[0]) for name in names):
         return False
     return any(name.lower() in KNOWN_COLUMNS for name in names) or all(names)
 
@@ -316,20 +316,23 @@ def _even(count: int, size: int) -> Iterator[Span]:
         yield Span(start, min(start + size, count))
 
 
-def open_list(path: Path, what: str = "a list", heading: bool | None = None) -> List:
+def open_list(path: Path, what: str = "a list", heading: bool | None = None, table: bool = False) -> List:
     """The list at ``path``, by its suffix, which ``.gz``, ``.bz2`` or ``.xz`` may follow.
 
     Args:
         what: the list in words, for the error.
         heading: whether a table begins with the names of its columns; None: as its first row suggests. Without names
             columns have numbers.
+        table: a ``.txt`` is a table as well, not a list with a value on each line.
 
     Raises:
         ConfigError: it has another one.
     """
     match suffix_of(path):
-        case ".txt":
+        case ".txt" if not table:
             return _Text(path)
+        case ".txt":
+            return _Table(path, "\t", heading)
         case ".csv":
             return _Table(path, ",", heading)
         case ".tsv":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import IO, Any
 
 import numpy as np
@@ -13,10 +13,13 @@ import pyarrow as pa
 
 from pipeline.config.schema import ConfigError
 from pipeline.partitions.plan import Input
+from pipeline.partitions.stage import Context
+from pipeline.registry import sources
 from pipeline.samples import Outcome, SampleError
 from pipeline.samples.captions import repaired
 from pipeline.sources.lists import ListRow
 from pipeline.sources.parquet_rows import roles_of, row_outcomes
+from pipeline.sources.trees import Tree
 from pipeline.sources.webdataset import WebDataset, refuse_own
 
 _INDEX = "index.json"
@@ -27,6 +30,7 @@ _LARGEST_SHARD = 1 << 32  # bytes; offsets in it have 32 bits
 _BLOCK = 1 << 20
 
 
+@sources.register("mds")
 class Mds(WebDataset):
     """Shards whose rows are samples, each shard a partition; in the order of the index.
 
@@ -34,17 +38,26 @@ class Mds(WebDataset):
     """
 
     suffixes = (".mds", *(f".mds.{end}" for end in _CODECS))
+    reads = ("mds",)
 
-    def _below(self, path: Path) -> list[Path]:
-        if not path.is_dir():
-            return super()._below(path)
-        refuse_own(path)
-        indexes = [path / _INDEX] if (path / _INDEX).is_file() else sorted(path.rglob(_INDEX))
+    def _below(self, tree: Tree) -> list[str]:
+        if not tree.is_folder:
+            return super()._below(tree)
+        refuse_own(tree)
+        indexes = _indexes(tree)
         if not indexes:
-            raise ConfigError(f"input={path}: no {_INDEX} in it or below: its writer did not come to its end")
-        return [shard for index in indexes for shard in _shards(index)]
+            raise ConfigError(f"{tree.said}: no {_INDEX} in it or below: its writer did not finish")
+        return [shard for index in indexes for shard in _shards(tree, index)]
 
-    def read(self, planned: Input, file: IO[bytes]) -> Iterator[Outcome]:
+    def _used(self) -> set[str]:
+        return set(_indexes(self.tree))
+
+    def watched(self) -> dict[str, str]:
+        """The indexes too: they say which shards there are, and in which order."""
+        indexes = _indexes(self.tree) if self.config.input and self.tree.is_folder else []
+        return super().watched() | {index: self.tree.state(index) for index in indexes}
+
+    def read(self, planned: Input, file: IO[bytes], context: Context) -> Iterator[Outcome]:
         """Raises SampleError ``damaged_mds`` or ``no_column`` before anything is yielded."""
         shard = Shard(_unpacked(planned.path, file, self.config.max_archive_bytes), self.config.max_members)
         roles = roles_of(self.config, list(shard.columns))
@@ -52,31 +65,38 @@ class Mds(WebDataset):
         return row_outcomes(planned.path, rows, roles, self.config, self.annotations.columns)
 
 
-def _shards(index: Path) -> list[Path]:
+def _indexes(tree: Tree) -> list[str]:
+    if tree.has(_INDEX):
+        return [_INDEX]
+    return [name for name in tree.ending([_INDEX]) if name.endswith(f"/{_INDEX}")]
+
+
+def _shards(tree: Tree, name: str) -> list[str]:
     """The files that an index names, all of which must be there.
 
     Raises:
         ConfigError: one is missing, or it is no index of MDS.
     """
+    index, folder = tree.place(name), name.removesuffix(_INDEX)
     try:
-        if index.stat().st_size > _LARGEST_INDEX:
+        if tree.size(name) > _LARGEST_INDEX:
             raise ConfigError(f"{index}: larger than {_LARGEST_INDEX >> 20} MiB")
-        shards = json.loads(index.read_bytes())["shards"]
+        shards = json.loads(tree.read(name))["shards"]
         names = [[part["basename"] for part in (shard["raw_data"], shard["zip_data"]) if part] for shard in shards]
         kinds = {shard["format"] for shard in shards}
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ConfigError(f"{index} is not that of MDS shards ({type(error).__name__}: {error})") from None
+        raise ConfigError(f"{index} is not an index of MDS shards ({type(error).__name__}: {error})") from None
     if kinds - {"mds"}:
         raise ConfigError(f"{index}: its shards are {', '.join(sorted(map(str, kinds)))}, not mds")
     found, missing = [], []
     for either in names:
         if any(not isinstance(n, str) or ".." in PurePosixPath(n).parts or n.startswith("/") for n in either):
             raise ConfigError(f"{index} names the shard {either[0]!r}, which is not below its folder")
-        there = [index.parent / name for name in either if (index.parent / name).is_file()]
+        there = [folder + name for name in either if tree.has(folder + name)]
         found += there[:1]
         missing += [] if there else either[:1]
     if missing:
-        raise ConfigError(f"{index}: {len(missing)} of {len(names)} shards are not there, such as {missing[0]}")
+        raise ConfigError(f"{index}: {len(missing)} of {len(names)} shards are not there, such as {missing[0][:200]!r}")
     return found
 
 
@@ -120,7 +140,7 @@ class Shard:
             if len(self._offsets) != count + 1 or self._offsets[0] < head or (np.diff(self._offsets) < 0).any():
                 raise ValueError("offsets")
             if self._offsets[-1] != size:
-                raise ValueError(f"{size} bytes in place of {self._offsets[-1]}")
+                raise ValueError(f"{size} bytes instead of {self._offsets[-1]}")
             config: Mapping[str, Any] = json.loads(file.read(int(self._offsets[0]) - head))
             names, kinds, sizes = (config[f"column_{part}"] for part in ("names", "encodings", "sizes"))
             self.columns: dict[str, tuple[str, int | None]] = {
@@ -213,5 +233,3 @@ _DECODERS: dict[str, Callable[[bytes], Any]] = {
     "str_decimal": lambda data: data.decode(),
     "json": json.loads,
 }
-
-SOURCE = Mds

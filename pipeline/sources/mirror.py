@@ -1,4 +1,4 @@
-"""A folder with a publisher's files, in place of the network: ``mirror=``."""
+"""A folder with a publisher's files, instead of the network: ``mirror=``."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Mirror:
         self.root = Path(folder).absolute()
         self.said = f"{setting}={folder}"
         if not self.root.is_dir():
-            raise ConfigError(f"{self.said}: no such folder")
+            raise ConfigError(f"{self.said}: {'a file, not a folder' if self.root.is_file() else 'no such folder'}")
 
     def find(self, place: str) -> Path | None:
         """The file that stands for ``place``; None if there is none."""

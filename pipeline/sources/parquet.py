@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
+from pipeline.registry import sources
+from pipeline.sources.trees import Tree
 from pipeline.sources.webdataset import WebDataset, refuse_own
 
 
+@sources.register("parquet")
 class Parquet(WebDataset):
     """Files whose rows are samples, each a partition."""
 
     suffixes = (".parquet",)
 
-    def _below(self, path: Path) -> list[Path]:
-        refuse_own(path)
-        return super()._below(path)
-
-
-SOURCE = Parquet
+    def _below(self, tree: Tree) -> list[str]:
+        refuse_own(tree)
+        return super()._below(tree)

@@ -1,7 +1,8 @@
-"""Rows of a parquet file with images in it, as the Hugging Face Hub's data sets have them, as samples."""
+"""Rows of a parquet file with images in it, as the Hugging Face Hub's datasets have them, as samples."""
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -14,11 +15,11 @@ from pipeline.imaging.headers import ImageError, sniff
 from pipeline.samples import Outcome, SampleError, Schema, label_of, make_key, path_text
 from pipeline.samples.captions import caption_columns, captions_of, shown_names
 from pipeline.sources.annotations import Entry
-from pipeline.sources.archives.reader import settle
+from pipeline.sources.archive_samples import settle
 from pipeline.sources.lists import ListRow, batch_rows, parquet_file
 
-_IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "img", "image_bytes")
-_LABEL_COLUMNS = ("label", "cls", "fine_label", "class")
+IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "img", "image_bytes", "images")
+LABEL_COLUMNS = ("label", "cls", "fine_label", "class")
 _BATCH = 64  # rows with images in memory at a time
 
 
@@ -55,17 +56,25 @@ def outcomes(name: str, file: IO[bytes], config: SourceConfig, columns: Schema) 
     return row_outcomes(name, rows, roles, config, columns)
 
 
-def roles_of(config: SourceConfig, names: list[str]) -> Roles:
-    """Which of the columns ``names`` say what. Raises SampleError ``no_column``."""
+def roles_of(config: SourceConfig, names: list[str], image: str = "", labels: tuple[str, ...] = LABEL_COLUMNS) -> Roles:
+    """Which of the columns ``names`` say what.
+
+    Args:
+        image: the column with images, where that is known.
+        labels: what a column with labels may be called.
+
+    Raises:
+        SampleError: ``no_column``.
+    """
     for column in config.columns:
         _column(column, (), names, "columns")
     captions = [config.caption_column] if config.caption_column else caption_columns(names)
     for column in captions:
         _column(column, (), names, "caption_column")
     return Roles(
-        _column(config.image_column, _IMAGE_COLUMNS, names, "image_column"),
+        image or _column(config.image_column, IMAGE_COLUMNS, names, "image_column"),
         tuple(captions),
-        _column("", _LABEL_COLUMNS, names, "labels") if config.labels else "",
+        _column("", labels, names, "labels") if config.labels else "",
         config.columns,
     )
 
@@ -112,16 +121,34 @@ def _column(setting: str, usual: tuple[str, ...], names: list[str], option: str)
 
 
 def _image(value: Any) -> tuple[bytes, str]:
-    """The bytes of an image, and the name it had."""
+    """The bytes of an image, and the name it had. Raises SampleError for several images."""
+    if isinstance(value, list) and len(value) > 1:
+        raise SampleError("several_images", f"{len(value)} images in a row; a sample has one")
+    if isinstance(value, list) and value:
+        return _image(value[0])
     if isinstance(value, dict):
         data, path = value.get("bytes"), value.get("path")
         name = path_text(PurePosixPath(path).name) if isinstance(path, str) else ""
         return data if isinstance(data, bytes) else b"", name
-    return value if isinstance(value, bytes) else b"", ""
+    return value if isinstance(value, bytes) else _from_base64(value), ""
+
+
+def _from_base64(value: Any) -> bytes:
+    """The image that a text holds, with or without ``data:image/…;base64,`` before it; nothing if it holds none."""
+    if not isinstance(value, str):
+        return b""
+    try:
+        data = base64.b64decode("".join(value.rpartition(",")[2].split()), validate=True)
+        sniff(data)
+    except (ValueError, ImageError):
+        return b""
+    return data
 
 
 def _kind(value: Any) -> str:
-    """What is in place of an image, in words."""
+    """What is instead of an image, in words."""
     if isinstance(value, dict):
         return "a path without bytes" if value.get("path") else "neither bytes nor path"
+    if isinstance(value, str):
+        return "a text that is no image in base64; for paths take source=image_folder, for addresses source=url_list"
     return "null" if value is None else "no bytes" if value == b"" else type(value).__name__

@@ -1,8 +1,8 @@
-"""Files on their way: what an interrupted download leaves, so that the next one goes on there.
+"""Partially downloaded files, from which the next download resumes.
 
 A partial file is named by the hash of where it comes from and of the strong validator that the server gave, and only
 ever written at explicit offsets, from one that is there already: however many processes write it, each byte is that of
-one version of the file. A mark beside it says how much has reached the disk. Without a strong validator there is
+one version of the file. A mark next to it says how much has reached the disk. Without a strong validator there is
 nothing to go on with.
 """
 
@@ -158,7 +158,7 @@ class Partial:
         self._done = True
 
     def forget(self) -> None:
-        """Begin anew the next time."""
+        """Begin again the next time."""
         for path in (self._mark, self._path):
             if path is not None:
                 path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""What the rows of a list of URLs say: the URL, captions, a hash, a split, fields."""
+"""The fields of a row in a list of URLs: URL, captions, hash, split and others."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pipeline.samples import SampleError, plain
 from pipeline.samples.captions import caption_columns, captions_of, shown_names
 from pipeline.sources.lists import URL_COLUMNS, List, ListRow, Row, first_column
 
-_LOOKED_AT = 1_000  # rows that tell which column has the URLs
+_LOOKED_AT = 1_000  # rows that say which column has the URLs
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ def columns_of(rows: List, config: SourceConfig) -> Columns | None:
     """Which columns of a list the settings name, or its names and first rows suggest; None for a list without rows.
 
     Raises:
-        ConfigError: it lacks a column that the settings name, or no row of the first thousand has a URL.
+        ConfigError: it lacks a column that the settings name, or none of the first thousand rows has a URL.
     """
     first = list(islice(rows.rows(), _LOOKED_AT))
     if not first:
@@ -55,8 +55,11 @@ def columns_of(rows: List, config: SourceConfig) -> Columns | None:
     url = config.url_column or first_column(names, URL_COLUMNS) or _with_url(first)
     if not url:
         raise ConfigError(f"url_column: which column of {place} has the URLs? It has {shown_names(names)}")
+    said = [str(row.values.get(url)) for row in first if not row.error]
+    if said and not any("://" in text for text in said):
+        raise ConfigError(f"url_column={url}: no row of {place} has a URL there, the first has {said[0][:200]!r}")
     captions = (config.caption_column,) if config.caption_column else tuple(caption_columns(names))
-    if not captions:  # without a heading: whatever is beside the URL
+    if not captions:  # without a heading: whatever is next to the URL
         captions = tuple(name for name in names if name.isdigit() and name != url)[:1]
     return Columns(url, captions)
 

@@ -6,7 +6,7 @@ import csv
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 
-from pipeline.sources.texts import LONGEST, Lines, decoded
+from pipeline.sources.text_files import LONGEST, Lines, decoded
 
 csv.field_size_limit(1 << 30)
 

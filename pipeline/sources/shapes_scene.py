@@ -4,7 +4,7 @@ A scene has one object with a size ("a small red circle") or two with a relation
 The only relations are "above" and "left of", with the upper or left object named first, so that each caption has one
 meaning and each meaning one caption ("A below B" would say the same as "B above A").
 
-Shapes are drawn from their signed distances with numpy alone, so that pictures are the same on every platform and do
+Shapes are drawn from their signed distances with numpy alone, so that images are the same on every platform and do
 not change with the version of a drawing library. Small and large shapes of all kinds cover the same area.
 """
 
@@ -13,8 +13,10 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from pipeline.randomness import uniforms
 
@@ -35,7 +37,7 @@ HOLDOUT = (("purple", "circle"), ("orange", "square"), ("blue", "triangle"))
 """Pairs of colour and shape left out of training data, to test combinations that were never seen. Each colour and each
 shape occurs in other pairs."""
 
-# Lengths are fractions of the picture's edge. ``radius`` is that of the circle of the same area.
+# Lengths are fractions of the image's shorter edge. ``radius`` is that of the circle of the same area.
 _RADIUS = {"small": (0.14, 0.16), "large": (0.235, 0.255), "": (0.11, 0.13)}
 _JITTER = 6 / 64  # of the position of a single object, in both directions
 _PAIR_OFFSET, _PAIR_JITTER = 0.22, 0.03
@@ -50,7 +52,8 @@ _CAPTION = re.compile(rf"{_OBJECT}(?: ({'|'.join(RELATIONS)}) {_OBJECT})?")
 class Thing:
     """One object; ``size`` is empty in scenes of two.
 
-    ``cx``, ``cy`` (of the centroid; y points down) and ``radius`` are fractions of the picture's edge.
+    ``cx``, ``cy`` (of the centroid; y points down) are fractions of the image's width and height, ``radius`` of its
+    shorter edge.
     """
 
     shape: str
@@ -70,7 +73,7 @@ class Scene:
 
 
 def sample_scene(seed: int, index: int, objects: int = 1, holdout: bool = True) -> Scene:
-    """The scene number ``index`` of the data set ``seed``; it depends on the arguments alone.
+    """The scene number ``index`` of the dataset ``seed``; it depends on the arguments alone.
 
     Args:
         objects: 1, 2, or 0 for one or two with equal chances.
@@ -176,22 +179,30 @@ def unseen_prompts(objects: int = 1) -> list[str]:
     return list(dict.fromkeys(captions))[:16]
 
 
-def render(scene: Scene, size: int) -> np.ndarray:
-    """The picture of ``scene``: uint8 (size, size, 3), RGB, edges antialiased over one pixel."""
-    picture = np.broadcast_to(np.asarray(BACKGROUND, np.float64), (size, size, 3)).copy()
+def render(scene: Scene, size: int | tuple[int, int]) -> npt.NDArray[Any]:
+    """The image of ``scene``: uint8 (h, w, 3), RGB, edges antialiased over one pixel.
+
+    Args:
+        size: (h, w), or the edge of a square.
+    """
+    height, width = (size, size) if isinstance(size, int) else size
+    edge = min(height, width)
+    image = np.broadcast_to(np.asarray(BACKGROUND, np.float64), (height, width, 3)).copy()
     for thing in scene.things:
-        cover = coverage(thing.shape, thing.cx * size, thing.cy * size, thing.radius * size, (size, size))[..., None]
-        picture += cover * (np.asarray(COLOURS[thing.colour], np.float64) - picture)
-    return np.floor(picture + 0.5).astype(np.uint8)
+        place = (thing.cx * width, thing.cy * height, thing.radius * edge)
+        cover = coverage(thing.shape, *place, (height, width))[..., None]
+        image += cover * (np.asarray(COLOURS[thing.colour], np.float64) - image)
+    found: npt.NDArray[Any] = np.floor(image + 0.5).astype(np.uint8)
+    return found
 
 
 def coverage(
     shape: str, cx: float, cy: float, radius: float, shape_px: tuple[int, int], soft: float = 1.0
-) -> np.ndarray:
+) -> npt.NDArray[Any]:
     """How much of each pixel a shape covers: float64 (h, w) in [0, 1].
 
     Args:
-        cx, cy: centroid in pixels from the upper left corner of the picture.
+        cx, cy: centroid in pixels from the upper left corner of the image.
         radius: of the circle of the same area, in pixels.
         shape_px: (h, w).
         soft: width of the edge in pixels; 1 is antialiasing, more looks blurred.
@@ -207,5 +218,5 @@ def coverage(
         inside = radius * _TRIANGLE / 2 - np.maximum(y, slanted)
     else:
         raise ValueError(f"unknown shape {shape!r}; known: {', '.join(SHAPES)}")
-    cover: np.ndarray = np.clip(0.5 + inside / soft, 0.0, 1.0)
+    cover: npt.NDArray[Any] = np.clip(0.5 + inside / soft, 0.0, 1.0)
     return cover

@@ -1,39 +1,47 @@
 """Any map-style dataset object, from Python: ``import_dataset(my_dataset, output="/data/mine/train/download")``.
 
-There is no ``source=`` for it, as a configuration must not name code to run.
+There is no ``source=`` for it, because a configuration must not name code to run.
 """
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
 
+from pipeline.config.cli import build
+from pipeline.config.options import without_effect
 from pipeline.config.schema import ConfigError, DownloadConfig
 from pipeline.distributed import Rank
 from pipeline.imaging.headers import ImageError, sniff
 from pipeline.partitions import engine
 from pipeline.partitions.plan import Input, Partition
-from pipeline.samples import IMAGE_COLUMNS, Outcome, SampleError, Schema, label_of, make_key
+from pipeline.partitions.stage import Context
+from pipeline.registry import nearest
+from pipeline.samples import IMAGE_COLUMNS, Outcome, SampleError, Schema, in_words, label_of, make_key
 from pipeline.samples.captions import caption_columns, captions_of, shown_names
 from pipeline.sources.annotations import Entry
-from pipeline.sources.archives.reader import settle
+from pipeline.sources.archive_samples import settle
 from pipeline.sources.base import Source
-from pipeline.sources.memory_images import pixels_of, storable
+from pipeline.sources.memory_images import pixels_of, png, storable
 from pipeline.stages.download import Download
 
 _IMAGES = ("image", "jpg", "img", "pixel_values")
 _LABELS = ("label", "cls", "target")
-_LOOKED_AT = 10  # items that tell whether there are labels
+_NAME = "torch_dataset"
+_OWN = frozenset(("labels", "partition_size"))
+"""Settings that have an effect here, next to those of every source and stage."""
+_ELSEWHERE = frozenset(("source", "input", "seed", "expect_world_size", "rank_offset", "world_size", "hang_timeout"))
+"""Settings that say where other data are, or how a process that was launched finds its rank."""
+_LOOKED_AT = 10  # items that say whether there are labels
 
 
 class MapDataset(Protocol):
-    """What torch calls a map-style dataset."""
+    """A map-style dataset of PyTorch."""
 
     def __len__(self) -> int: ...
 
@@ -41,7 +49,8 @@ class MapDataset(Protocol):
 
 
 class TorchDataset(Source):
-    """Items are ``(image, label or captions)`` or mappings; images PIL, arrays (h, w[, 3]) uint8, bytes or paths."""
+    """Items are ``(image, label or captions)`` or mappings. Images are PIL images, uint8 arrays (h, w[, 3]), bytes or
+    paths."""
 
     rechecks = True
 
@@ -56,11 +65,13 @@ class TorchDataset(Source):
         size, total = self.config.partition_size, len(self._dataset)
         if size < 1:
             raise ConfigError(f"partition_size={size}: must be at least 1")
+        fingerprint = getattr(self._dataset, "_fingerprint", "")  # of the Hugging Face library's datasets
+        state = fingerprint if isinstance(fingerprint, str) else ""
         for start in range(0, total, size):
             stop = min(start + size, total)
-            yield Partition((Input("dataset", start, stop),), stop - start)
+            yield Partition((Input("dataset", start, stop, etag=state),), stop - start)
 
-    def samples(self, partition: Partition) -> Iterator[Outcome]:
+    def samples(self, partition: Partition, context: Context) -> Iterator[Outcome]:
         (span,) = partition.inputs
         for number in range(span.start, span.stop):
             key = make_key(f"{number:09d}")
@@ -73,18 +84,18 @@ class TorchDataset(Source):
             image, entry = _parts(self._dataset[number])
             data = _encoded(image)
             outcome.source_bytes = len(data)
+            if len(data) > self.config.max_member_bytes:
+                raise SampleError("too_many_bytes", f"{len(data)} bytes")
             settle(outcome, data, sniff(data), entry, self.schema())
         except (ImageError, SampleError) as error:
             outcome.reason, outcome.detail = error.reason, error.detail
         except Exception as error:  # whatever a foreign dataset raises is about one item
-            first = str(error).partition("\n")[0][:200]
-            outcome.detail = f"{type(error).__name__}: {first}" if first else type(error).__name__
-            outcome.reason, outcome.retryable = "item_failed", True
+            outcome.reason, outcome.detail, outcome.retryable = "item_failed", in_words(error), True
         return outcome
 
 
 def _parts(item: Any) -> tuple[Any, Entry]:
-    """The image of an item, and what the item says of it.
+    """The image of an item, and its other fields.
 
     Raises:
         SampleError: ``no_image``, ``bad_item``, ``bad_label``.
@@ -106,7 +117,7 @@ def _parts(item: Any) -> tuple[Any, Entry]:
 
 
 def _encoded(image: Any) -> bytes:
-    """The bytes of an image as they are, or as PNG, without loss."""
+    """The bytes of an image file, or a lossless PNG of an image in memory."""
     if isinstance(image, bytes | bytearray):
         return bytes(image)
     if isinstance(image, str | Path):
@@ -114,11 +125,9 @@ def _encoded(image: Any) -> bytes:
     if not isinstance(image, Image.Image):
         array = pixels_of(image)
         if array.dtype != np.uint8:
-            raise SampleError("no_image", f"an array of {array.dtype}, not of uint8")
+            raise SampleError("no_image", f"an array of {array.dtype}, not of uint8: leave out the dataset's transform")
         image = Image.fromarray(array[:, :, 0] if array.ndim == 3 and array.shape[2] == 1 else array)
-    file = io.BytesIO()
-    storable(image).save(file, "PNG", compress_level=1)
-    return file.getvalue()
+    return png(storable(image))
 
 
 def _has_labels(dataset: MapDataset) -> bool:
@@ -131,17 +140,46 @@ def _has_labels(dataset: MapDataset) -> bool:
     return False
 
 
-def import_dataset(dataset: MapDataset, rank: Rank | None = None, **settings: Any) -> dict[str, Any]:
-    """Bring all items into the dataset directory ``output=``, or below ``data_dir=``; what ``_SUCCESS`` says.
+def _require_items(dataset: Any) -> None:
+    """Raises ConfigError for what is no map-style dataset."""
+    said = f"import_dataset: {type(dataset).__name__}"
+    if isinstance(dataset, Mapping):
+        raise ConfigError(f"{said} is a mapping of {shown_names(dataset)}: give one of its datasets")
+    try:
+        total = len(dataset)
+        readable = hasattr(dataset, "__getitem__")
+    except TypeError:
+        readable = False
+    if not readable:
+        raise ConfigError(f"{said} has no len() and items by index: give a map-style dataset or a list of its items")
+    if not total:
+        raise ConfigError(f"{said} has no items")
 
-    Targets that are whole numbers are taken as labels, unless ``labels=False``; further ``settings`` as of
-    stage=download.
+
+def import_dataset(dataset: MapDataset, /, rank: Rank | None = None, **settings: Any) -> dict[str, Any]:
+    """Import all items into the dataset directory ``output=``, or into ``data_dir=`` as ``dataset=``; return the
+    content of ``_SUCCESS``.
+
+    Integer targets are used as labels, unless ``labels=False``. Further ``settings`` are those of stage=download.
 
     Raises:
-        ConfigError, StorageError: as the stage does.
+        ConfigError, StorageError: As for stage=download, for a setting that has no effect for a Dataset, and for an
+            object that is no map-style dataset.
     """
-    labels = settings.get("labels", _has_labels(dataset))
-    config = replace(DownloadConfig(**settings), source="torch_dataset", labels=labels)
+    _require_items(dataset)
+    known = [field.name for field in fields(DownloadConfig)]
+    for name in settings:
+        if name not in known:
+            raise ConfigError(f"{name}: there is no such setting; {nearest(name, known)}")
+    for name in _ELSEWHERE & set(settings):
+        raise ConfigError(f"{name}={settings[name]}: has no effect in import_dataset")
+    given = {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
+    config = build(DownloadConfig, {"labels": _has_labels(dataset), **given})
+    config = replace(config, source=_NAME)
+    for name in without_effect(config, set(settings) - _OWN):
+        raise ConfigError(f"{name}={settings[name]}: has no effect in import_dataset")
+    if not config.output and not (config.data_dir and config.dataset):
+        raise ConfigError("import_dataset needs output=, or data_dir= and dataset=")
 
     class Import(Download):
         source = TorchDataset(config, dataset)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import re
 import struct
 from collections.abc import Iterator
@@ -12,17 +11,19 @@ from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
 from pipeline.config.schema import ConfigError
-from pipeline.partitions.plan import Input
+from pipeline.partitions.plan import Input, file_state
+from pipeline.partitions.stage import Context
+from pipeline.registry import sources
 from pipeline.samples import Outcome, SampleError, Schema, make_key
 from pipeline.sources.annotations import Entry
+from pipeline.sources.archive_samples import settle
 from pipeline.sources.archives import check, members
 from pipeline.sources.archives.compression import unpacked
-from pipeline.sources.archives.reader import settle
 from pipeline.sources.files import FileSource, Place
 from pipeline.sources.http_archive import share
+from pipeline.sources.memory_images import png
 
 Pixels = npt.NDArray[np.uint8]
 Labelled = Iterator[tuple[str, Pixels, int]]
@@ -130,6 +131,7 @@ SETS: dict[str, Published] = {
 }
 
 
+@sources.register("torchvision")
 class Torchvision(FileSource):
     """``files=[cifar10]`` and the like; images become PNG, without loss, and class names captions."""
 
@@ -177,12 +179,26 @@ class Torchvision(FileSource):
         md5 = "" if self.config.urls else md5
         return Place(f"{base.rstrip('/')}/{name}", md5=md5, unpacked_md5=_UNPACKED.get(md5, ""))
 
-    def read(self, planned: Input, file: IO[bytes]) -> Iterator[Outcome]:
+    def watched(self) -> dict[str, str]:
+        """Files with labels that come from a folder; those with images are the inputs.
+
+        Raises:
+            ConfigError: the folder lacks one.
+        """
+        found = super().watched()
+        for name, md5 in (part.labels for part in self.parts if part.labels[0] and self.mirror):
+            try:
+                found[name] = file_state(self._mirrored(self._at(name, md5), name).path)
+            except SampleError as error:
+                raise ConfigError(f"{self.mirror.said if self.mirror else ''}: {error.detail}") from None
+        return found
+
+    def read(self, planned: Input, file: IO[bytes], context: Context) -> Iterator[Outcome]:
         part = next(part for part in self.parts if part.name == planned.path)
         if part.members:
             check(file, self.config.max_members, self.check_stop)
             return self._outcomes(planned.path, self._cifar(part, file))
-        with self._fetched(part.labels[0], self._at(*part.labels)) as (labels, _, _):
+        with self._fetched(part.labels[0], self._at(*part.labels), scratch=context.scratch) as (labels, _, _):
             numbers = idx(labels, 1)
         pixels = idx(file, 3)
         if len(numbers) != len(pixels):
@@ -214,7 +230,7 @@ class Torchvision(FileSource):
                 outcome.reason, outcome.detail = "no_label", str(label)
             else:
                 entry = Entry([classes[label].replace("_", " ")], {}, label)
-                settle(outcome, _png(pixels), "png", entry, self.schema())
+                settle(outcome, png(pixels), "png", entry, self.schema())
             yield outcome
 
     @property
@@ -238,12 +254,3 @@ def idx(file: IO[bytes], dimensions: int) -> Pixels:
         return np.frombuffer(data, np.uint8, offset=4 * (1 + dimensions)).reshape(shape)
     except (OSError, EOFError, ValueError, struct.error) as error:
         raise SampleError("damaged_archive", f"no IDX file: {type(error).__name__}", retryable=True) from None
-
-
-def _png(pixels: Pixels) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(pixels)).save(file, "PNG", compress_level=1)
-    return file.getvalue()
-
-
-SOURCE = Torchvision

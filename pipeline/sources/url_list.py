@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -12,25 +14,29 @@ from urllib.parse import unquote, urlsplit
 
 from multidict import MultiMapping
 
+from pipeline import stores
 from pipeline.config.schema import ConfigError, public
 from pipeline.imaging.headers import ImageError, sniff
 from pipeline.partitions.plan import Input, Partition, file_state
-from pipeline.samples import IMAGE_COLUMNS, Outcome, SampleError, Schema, make_key
+from pipeline.partitions.stage import Context
+from pipeline.registry import sources
+from pipeline.samples import IMAGE_COLUMNS, Outcome, SampleError, Schema, make_key, path_text
 from pipeline.samples.captions import repaired
 from pipeline.sources.annotations import Entry
+from pipeline.sources.archive_samples import settle
 from pipeline.sources.archives.compression import unpacked
-from pipeline.sources.archives.reader import settle
 from pipeline.sources.base import Source
 from pipeline.sources.files import check_settings, check_space, local_input, policy, user_agent
-from pipeline.sources.http import FetchError, Head, Policy, fetch
+from pipeline.sources.http import FetchError, Head, Policy, check, fetch
 from pipeline.sources.http.crawler import Crawler
-from pipeline.sources.http.target import Target
 from pipeline.sources.http_archive import check_url, share
 from pipeline.sources.lists import SUFFIXES, List, Span, is_list, open_list
 from pipeline.sources.mirror import Mirror
 from pipeline.sources.partial import Partial
 from pipeline.sources.ranges import expand
+from pipeline.sources.recognition import explained
 from pipeline.sources.records import Columns, Record, columns_of, record
+from pipeline.sources.trees import get_tree, objects
 
 _LARGEST = 64 << 20  # bytes of an image
 _LONGEST_URL, _SHOWN = 4096, 200  # characters of a URL in the ledger, and of a longer one
@@ -38,8 +44,16 @@ _IDLE, _DEADLINE = 10.0, 60.0
 _HASHES = {32: "md5", 40: "sha1", 64: "sha256"}
 
 
+@sources.register("url_list")
 class UrlList(Source):
-    """Rows of txt, csv, tsv, json, jsonl or parquet lists: a file or folder ``input=``, or fetched from ``urls=``."""
+    """Rows of txt, csv, tsv, json, jsonl or parquet lists: a file or folder ``input=``, or fetched from ``urls=``.
+
+    Lists, and the images that they name, may be in an object store. Images from ``mirror=`` are inputs of the plan.
+    """
+
+    @property
+    def rechecks(self) -> bool:  # type: ignore[override]
+        return self.mirror is not None
 
     @cached_property
     def mirror(self) -> Mirror | None:
@@ -48,9 +62,9 @@ class UrlList(Source):
 
     def watched(self) -> dict[str, str]:
         """The lists, which take too long to read for a plan to be made again."""
-        if self.config.urls and not self.mirror:
+        if self.config.urls and not self.mirror and not any(map(stores.is_url, self.config.urls)):
             return {}
-        return {path.name: file_state(path) for path in self.lists}
+        return {path.name: self._versions.get(path) or file_state(path) for path in self.lists}
 
     # ---- planning
 
@@ -69,11 +83,13 @@ class UrlList(Source):
             raise ConfigError(f"two lists are called {next(name for name in names if names.count(name) > 1)}")
         for path in self.lists:
             planned = local_input(str(path), path.name)
+            if path in self._versions:  # the copy's time of change says nothing
+                planned = replace(planned, mtime_ns=-1)
             yield from self._spans(path, planned)
 
     def _spans(self, path: Path, planned: Input) -> Iterator[Partition]:
-        rows = open_list(path, "a list of URLs")
         columns = self._columns_of(path)
+        rows = open_list(path)
         if columns is None:
             self.left_out.add("empty_list", path.name)
             return
@@ -82,13 +98,18 @@ class UrlList(Source):
             every = list(spans)
             spans = iter(every[: share(len(every), self.config.fraction)])
         for span in spans:
-            file = Input(path.name, span.start, span.stop, planned.size, planned.mtime_ns, f"offset {span.offset}")
-            if count := self._count(rows, span, columns):
-                yield Partition((file,), count)
+            file = Input(path.name, span.start, span.stop, planned.size, planned.mtime_ns, self._etag(path, span))
+            count, images = self._rows(rows, span, columns)
+            if count:
+                yield Partition((file, *images), count)
+
+    def _etag(self, path: Path, span: Span) -> str:
+        return f"{self._versions.get(path, '')} offset {span.offset}".lstrip()
 
     def _columns_of(self, path: Path) -> Columns | None:
         if path not in self._columns:
-            self._columns[path] = columns_of(open_list(path, "a list of URLs"), self.config)
+            with explained(path, reads=("url_list",)):
+                self._columns[path] = columns_of(open_list(path, "a list of URLs"), self.config)
         return self._columns[path]
 
     @cached_property
@@ -96,10 +117,25 @@ class UrlList(Source):
         """Which columns of a list say what."""
         return {}
 
-    def _count(self, rows: List, span: Span, columns: Columns) -> int:
-        if not self.config.split_column:
-            return span.stop - span.start
-        return sum(self._wanted(record(row, columns, self.config)) for row in rows.rows(span))
+    def _rows(self, rows: List, span: Span, columns: Columns) -> tuple[int, list[Input]]:
+        """How many rows of a span are wanted, and the images of the mirror that they name."""
+        if not self.config.split_column and not self.mirror:
+            return span.stop - span.start, []
+        wanted = [said for said in (record(row, columns, self.config) for row in rows.rows(span)) if self._wanted(said)]
+        if not self.mirror:
+            return len(wanted), []
+        images: dict[str, Input] = {}
+        for said in wanted:
+            with suppress(SampleError, OSError):  # it becomes a row of the ledger
+                check(said.url)
+                if found := self.mirror.find(said.url):
+                    name, state = self._image_name(self.mirror, found), found.stat()
+                    images[name] = Input(name, size=state.st_size, mtime_ns=state.st_mtime_ns)
+        return len(wanted), list(images.values())
+
+    @staticmethod
+    def _image_name(mirror: Mirror, found: Path) -> str:
+        return path_text(str(found.relative_to(mirror.root)))
 
     def _wanted(self, said: Record) -> bool:
         return not self.config.split_column or said.split in self.config.split_values or bool(said.error)
@@ -109,7 +145,14 @@ class UrlList(Source):
         """The files with rows, in order; those by URL are fetched once and stay below the output."""
         config = self.config
         if config.urls:
-            return [self._fetched(url) for url in expand(config.urls)]
+            return list(self._fetched(expand(config.urls)))
+        if stores.is_url(config.input):
+            tree = get_tree(config.input)
+            every = tree.ending(("",))
+            names = [n for n in every if is_list(n) and not n.startswith((".", "_")) and "/" not in n]
+            if tree.is_folder and not names:
+                raise ConfigError(f"{tree.said}: no {', '.join(SUFFIXES)} files in it")
+            return [self._copied(tree.place(n), tree.state(n), tree.said) for n in (names if tree.is_folder else every)]
         if not config.input:
             raise ConfigError("source=url_list needs input=<a list of URLs or a folder of lists>, or urls=[...]")
         path = Path(config.input).absolute()
@@ -122,22 +165,41 @@ class UrlList(Source):
             raise ConfigError(f"input={config.input}: no such file or folder")
         return [path]
 
-    def _fetched(self, url: str) -> Path:
-        check_url(url)
-        if self.mirror:
-            found = self.mirror.find(url)
-            if found is None:
-                raise ConfigError(f"{self.mirror.said}: {public(url)} is not in it")
-            return found
+    def _fetched(self, urls: list[str]) -> Iterator[Path]:
+        for url in urls:
+            if not stores.is_pattern(url):
+                check_url(url)
+            if self.mirror:
+                found = self.mirror.find(url)
+                if found is None:
+                    raise ConfigError(f"{self.mirror.said}: {public(url)} is not in it")
+                yield found
+            elif stores.is_url(url):
+                for one in objects("urls", [url]):
+                    yield self._copied(one.path, one.etag, "urls")
+            else:
+                yield self._copied(url, "", "urls")
+
+    @cached_property
+    def _versions(self) -> dict[Path, str]:
+        """Of copies of objects in a store, by their paths."""
+        return {}
+
+    def _copied(self, url: str, version: str, setting: str) -> Path:
+        """The copy of a list below the output, of the ``version`` that a store has; fetched if it is not there."""
         name = unquote(urlsplit(url).path).rpartition("/")[2] or "list.txt"
-        digest = hashlib.sha256(str(public(url)).encode()).hexdigest()[:16]
+        said = f"{public(url)} {version}".rstrip()
+        digest = hashlib.sha256(said.encode()).hexdigest()[:16]
         place = self.home / "tables" / f"list-{digest}" / name
+        if version:
+            self._versions[place] = version
         if place.exists():
             return place
         place.parent.mkdir(parents=True, exist_ok=True)
         try:
             with Partial(self.home / "partial", place.parent, str(public(url))) as partial:
-                fetch(url, partial, policy(self.config, self.check_stop))
+                headers = {"If-Match": version} if version else {}
+                fetch(url, partial, policy(self.config, self.check_stop), headers)
                 file, _ = partial.whole()
                 attempt = place.with_name(f".{name}.tmp")
                 with attempt.open("wb") as copy:
@@ -146,15 +208,15 @@ class UrlList(Source):
                 attempt.replace(place)
                 partial.done()
         except SampleError as error:
-            raise ConfigError(f"urls: {public(url)}: {error}") from None
+            raise ConfigError(f"{setting}: {public(url)}: {error}") from None
         return place
 
     # ---- bringing in
 
-    def samples(self, partition: Partition) -> Iterator[Outcome]:
-        (planned,) = partition.inputs
+    def samples(self, partition: Partition, context: Context) -> Iterator[Outcome]:
+        planned, *images = partition.inputs
         jobs = list(self._jobs(planned, partition))
-        for (outcome, said), result in zip(jobs, self._results(jobs), strict=True):
+        for (outcome, said), result in zip(jobs, self._results(jobs, images, context.scratch), strict=True):
             yield self._outcome(outcome, said, result)
 
     def _jobs(self, planned: Input, partition: Partition) -> Iterator[tuple[Outcome, Record]]:
@@ -162,12 +224,14 @@ class UrlList(Source):
         if path is None:
             raise FileNotFoundError(2, "the list is gone", planned.path)
         state = path.stat()
-        if state.st_size != planned.size or (not self.config.urls and state.st_mtime_ns != planned.mtime_ns):
+        version, _, offset = planned.etag.rpartition("offset ")
+        timed = not self.config.urls and planned.mtime_ns >= 0
+        same = state.st_size == planned.size and version.rstrip() == self._versions.get(path, "")
+        if not same or (timed and state.st_mtime_ns != planned.mtime_ns):
             raise ConfigError(
                 f"{planned.path} has changed since it was planned: choose another output=, or overwrite=true"
             )
-        offset = int(planned.etag.rpartition(" ")[2])
-        rows = open_list(path).rows(Span(planned.start, planned.stop, offset))
+        rows = open_list(path).rows(Span(planned.start, planned.stop, int(offset)))
         columns = self._columns_of(path) or Columns()
         for number, row in enumerate(islice(rows, planned.stop - planned.start), planned.start):
             said = record(row, columns, self.config)
@@ -177,28 +241,35 @@ class UrlList(Source):
                 shown = shown if len(shown) <= _LONGEST_URL else f"{shown[:_SHOWN]}..."
                 yield Outcome(key, "failed", source=planned.path, member=shown, offset=number), said
 
-    def _results(self, jobs: list[tuple[Outcome, Record]]) -> Iterator[bytes | SampleError]:
+    def _results(
+        self, jobs: list[tuple[Outcome, Record]], images: list[Input], scratch: Path | None
+    ) -> Iterator[bytes | SampleError]:
         if self.mirror:
-            return (self._from_mirror(self.mirror, said.url) for _, said in jobs)
+            planned = {image.path: image for image in images}
+            return (self._from_mirror(self.mirror, said.url, planned) for _, said in jobs)
         limit = min(self.config.max_member_bytes, _LARGEST)
         refused = self._refused
         sinks = [ImageSink(limit, refused) for _ in jobs]
         asked = [(said.url, sink) for (_, said), sink in zip(jobs, sinks, strict=True)]
-        return self._crawler.fetch_all(asked, self.check_stop, self.scratch)
+        return self._crawler.fetch_all(asked, self.check_stop, scratch)
 
-    def _from_mirror(self, mirror: Mirror, url: str) -> bytes | SampleError:
+    def _from_mirror(self, mirror: Mirror, url: str, planned: dict[str, Input]) -> bytes | SampleError:
         self.check_stop()
         try:
-            Target.parse(url)
+            check(url)
         except SampleError as error:
             return error
         found = mirror.find(url)
         if found is None:
             return SampleError("not_in_mirror", "", retryable=True)
         try:
-            size = found.stat().st_size
+            state = found.stat()
+            known = planned.get(self._image_name(mirror, found))
+            if known and (state.st_size, state.st_mtime_ns) != (known.size, known.mtime_ns):
+                return SampleError("changed_since_plan", "size or time of change differ from the plan")
             limit = min(self.config.max_member_bytes, _LARGEST)
-            return found.read_bytes() if size <= limit else SampleError("too_many_bytes", f"{size} bytes")
+            fits = state.st_size <= limit
+            return found.read_bytes() if fits else SampleError("too_many_bytes", f"{state.st_size} bytes")
         except OSError as error:
             return SampleError("unreadable", error.strerror or "", retryable=True)
 
@@ -304,6 +375,3 @@ def opt_out(headers: MultiMapping[str], refused: frozenset[str], agent: str = "l
             if concerned and directive in refused:
                 return str(directive)
     return ""
-
-
-SOURCE = UrlList

@@ -1,26 +1,30 @@
-"""WebDataset tars, by URL or on this machine: ``urls=[part-{0000..0099}.tar]``, or a folder of tars as ``input=``."""
+"""WebDataset tars, by URL, in a store or here: ``urls=[part-{0000..0099}.tar]``, or a folder of tars as ``input=``."""
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cached_property
 from itertools import islice
-from pathlib import Path
 
 from pipeline.config.schema import ConfigError
-from pipeline.partitions.plan import Input
+from pipeline.partitions.plan import Input, Partition
+from pipeline.registry import sources
 from pipeline.samples import SampleError, path_text
 from pipeline.sources.archives.member import Wants
 from pipeline.sources.archives.tar import tar_members
+from pipeline.sources.clutter import in_clutter
 from pipeline.sources.files import FileSource, Place, local_input
 from pipeline.sources.http_archive import check_url, share
 from pipeline.sources.ranges import expand
+from pipeline.sources.trees import Tree
 
 _INSIDE = "inside "
 
 
+@sources.register("webdataset")
 class WebDataset(FileSource):
     """Tar files whose neighbours of one stem are a sample: image, ``.txt``, ``.json``, ``.cls``.
 
@@ -38,31 +42,53 @@ class WebDataset(FileSource):
         """
         config = self.config
         if config.urls:
-            found = expand(config.urls)
+            found = self._addresses("urls", expand(config.urls))
             for url in found:
                 if "://" in url:
                     check_url(url)
+            relative = []
         elif config.input:
-            found = [str(path) for path in self._below(Path(config.input).absolute())]
+            relative = self._below(self.tree)
+            found = [self.tree.place(name) for name in relative]
         else:
-            raise ConfigError(f"source={config.source} needs urls=[...] or input=<a file or folder>")
+            raise ConfigError(f"source={config.source} needs urls=[...] or input=<a file, folder or pattern>")
         names = {path_text(_name(place)): place for place in found}
         if len(names) < len(found):
-            base = Path(config.input).absolute()
-            names = {path_text(str(Path(place).relative_to(base))): place for place in found} if config.input else {}
+            names = {path_text(name): place for name, place in zip(relative, found, strict=False)}
             if not names:
                 raise ConfigError("urls: two files have the same name")
         return names
 
-    def _below(self, path: Path) -> list[Path]:
-        if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.name.lower().endswith(self.suffixes) and p.is_file())
-            if not found:
-                raise ConfigError(f"input={path}: no {', '.join(self.suffixes)} files in it")
-            return found
-        if not path.is_file():
-            raise ConfigError(f"input={path}: no such file or folder")
-        return [path]
+    def _below(self, tree: Tree) -> list[str]:
+        """Names of the files that count, in order."""
+        found = tree.ending(self.suffixes)
+        if not found:
+            raise ConfigError(f"{tree.said}: no {', '.join(self.suffixes)} files in it")
+        return found
+
+    def plan(self) -> Iterator[Partition]:
+        yield from super().plan()
+        self.left_out.add("other_file", *map(path_text, self._others()))
+
+    def _others(self) -> list[str]:
+        """Files of the folder ``input=`` that are not read, but for clutter and what writers of such files add."""
+        if self.config.urls or not self.tree.is_folder:
+            return []
+        used = {
+            *map(os.path.abspath, self.config.metadata),
+            *map(self.tree.place, self._below(self.tree)),
+            *self._used(),
+        }
+        names = (name for name in self.tree.ending(("",)) if not in_clutter(name))
+        return [
+            name
+            for name in names
+            if not name.rpartition("/")[2].startswith("_") and not {name, self.tree.place(name)} & used
+        ]
+
+    def _used(self) -> set[str]:
+        """Further files of the folder that are read."""
+        return set()
 
     def inputs(self) -> Iterator[Input]:
         return islice(self._found, share(len(self._found), self.config.fraction))
@@ -100,23 +126,22 @@ class WebDataset(FileSource):
     def locate(self, file: Input) -> Place:
         if file.etag.startswith(_INSIDE):
             return Place(path=self.places[file.etag.removeprefix(_INSIDE)], span=(file.start, file.stop - file.start))
-        place = self.places[file.path]
+        place = self.places.get(file.path, "")
+        if not place:
+            raise SampleError("not_listed", "there is no such file any more", retryable=True)
         return Place(url=place) if "://" in place else Place(path=place)
 
     def size_of(self, file: Input) -> int:
         return file.stop - file.start if file.etag.startswith(_INSIDE) else super().size_of(file)
 
 
-def refuse_own(path: Path) -> None:
+def refuse_own(tree: Tree) -> None:
     """Raises ConfigError for a dataset directory: ledgers and plans lie among its samples."""
-    if (path / "plan").is_dir():
+    if tree.is_folder and tree.has_folder("plan"):
         raise ConfigError(
-            f"input={path}: this is a dataset directory: no source reads it, it can be the input= of the other stages"
+            f"{tree.said}: this is a dataset directory: no source reads it, it can be the input= of the other stages"
         )
 
 
 def _name(place: str) -> str:
     return re.sub(r"[?#].*", "", place).rpartition("/")[2] if "://" in place else place.rpartition("/")[2]
-
-
-SOURCE = WebDataset

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING
+
+from pipeline.registry import ConfigError, stages
 
 if TYPE_CHECKING:
     from pipeline.distributed import Rank
     from pipeline.partitions.dataset import Dataset
-    from pipeline.partitions.stage import Stage
+    from pipeline.partitions.stage import AnyStage
 
 
-def get_stage(name: str) -> type[Stage]:
-    """The class of a stage with partitions: download, filter, shard, precompute or generate."""
-    return getattr(import_module(f"pipeline.stages.{name}"), name.capitalize())  # type: ignore[no-any-return]
+def get_stage(name: str) -> type[AnyStage]:
+    """The class of the stage with partitions that is called ``name``.
+
+    Raises:
+        ConfigError: there is no such stage, or it has no partitions.
+    """
+    found = stages.get(name)
+    if not isinstance(found, type):
+        raise ConfigError(f"stage={name}: it does not write a dataset directory")
+    return found
 
 
-def stage_that_made(dataset: Dataset, rank: Rank, *, lenient: bool) -> Stage:
+def stage_that_made(dataset: Dataset, rank: Rank, *, lenient: bool) -> AnyStage:
     """The stage that made ``dataset``, with its settings, to work on it again; ``lenient``: whatever part failed."""
     from dataclasses import replace
     from typing import Any

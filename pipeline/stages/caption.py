@@ -1,7 +1,7 @@
-"""stage=caption: texts about pictures, by a trained run.
+"""stage=caption: describe images with a trained run.
 
 ``image_path=`` takes a file, a folder, a URL or a dataset directory, and gives JSON lines and a page. Without it a
-whole data set is captioned anew, as a stage with partitions: its samples, and a column with the new texts.
+whole dataset is captioned again, as a stage with partitions: its samples, and a column with the new texts.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cached_property
 from io import BytesIO
@@ -19,115 +20,35 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from jinja2 import Environment, PackageLoader
 from PIL import Image
-from safetensors.torch import load_file
 
+from pipeline.captioning.trained_run import CaptionWriter, load_writer
 from pipeline.config.cli import config_for, errors_as_one_line
 from pipeline.config.schema import CaptionConfig, ConfigError, run_folder
 from pipeline.curation.splits import Splits
 from pipeline.distributed import Rank, distributed
-from pipeline.encoders.tokenizer import Tokenizer
-from pipeline.encoders.vision import VisionEncoder, vision_encoder
-from pipeline.imaging import transform
-from pipeline.latents.decoding import Layout
-from pipeline.latents.stage import EncodingStage, Work
+from pipeline.encoders.base import sent
+from pipeline.imaging.decoder import ImageDecoder
+from pipeline.imaging.worker_pool import WorkerLimits
+from pipeline.latents.encoder_stage import EncodingStage, Work
+from pipeline.latents.image_decoding import Layout
 from pipeline.latents.transfers import Transfers
-from pipeline.metrics.captions import caption_scores, ptb_words, with_java, words
-from pipeline.models.captioner import Captioner, CaptionerConfig
-from pipeline.models.decoding import Decoding, write
+from pipeline.metrics.caption_metrics import caption_scores, ptb_words, with_java, words
+from pipeline.models.text_generation import Decoding
 from pipeline.partitions import engine
 from pipeline.partitions.dataset import Dataset, SlotReader
+from pipeline.partitions.stage import evaluate
+from pipeline.registry import stages
 from pipeline.samples import FORMATS, Outcome, Schema
-from pipeline.stages.generate import set_precision
 from pipeline.storage import Folder
-from pipeline.training.checkpoint import open_checkpoint
-from pipeline.training.parallel import autocast
-from pipeline.training.tasks.caption import marks_of
 
 _THUMBNAIL = 224  # pixels
-_SHOWN = 500  # pictures on a page
+_SHOWN = 500  # images on a page
 _URL_SECONDS = 60
 _URL_BYTES = 2**26
-
-
-@dataclass(frozen=True)
-class CaptionWriter:
-    """All that it takes to write about pictures; ``step`` of training that the weights are from."""
-
-    model: Captioner
-    encoder: VisionEncoder
-    tokenizer: Tokenizer
-    prompt: str
-    step: int
-    precision: str = "float32"
-
-    @property
-    def longest(self) -> int:
-        return self.model.config.max_length
-
-    @torch.no_grad()
-    def write(
-        self,
-        pictures: Sequence[np.ndarray],
-        how: Decoding,
-        questions: Sequence[str] = (),
-        keys: Sequence[str] | None = None,
-    ) -> list[str]:
-        """A text about each image, uint8 (h, w, 3), of any sizes; with ``questions``, the answer to that of each."""
-        return self.describe(self.encoder.preprocess(pictures), how, questions, keys)
-
-    @torch.no_grad()
-    def describe(
-        self,
-        x: torch.Tensor,
-        how: Decoding,
-        questions: Sequence[str] = (),
-        keys: Sequence[str] | None = None,
-    ) -> list[str]:
-        """The same for preprocessed images, (b, 3, r, r)."""
-        device = self.model.places.device
-        prompts = self.tokenizer.prompts(list(questions) or [None] * len(x))
-        with autocast(self.precision, device):
-            features = self.encoder.encode(x.to(device)).float()
-            texts = write(self.model, features, prompts, marks_of(self.tokenizer), how, keys)
-        return self.tokenizer.decode(texts)
-
-
-def load_writer(
-    checkpoint: str | Path, device: str | torch.device = "cpu", precision: str = "float32"
-) -> CaptionWriter:
-    """From a run's folder (its best checkpoint), one checkpoint, or an export folder; nothing else is needed.
-
-    Raises:
-        ConfigError: none of them, or of another task.
-    """
-    place = Path(checkpoint)
-    if (place / "model.safetensors").is_file():
-        facts = json.loads((place / "config.json").read_text())
-        facts["preprocessing"] = json.loads((place / "preprocessing.json").read_text())
-        weights, step = load_file(place / "model.safetensors"), facts["step"]
-    else:
-        loaded = open_checkpoint(place, which="best", parts=("ema",))
-        facts, weights, step = loaded.facts, loaded.tensors["ema"], loaded.step
-    if facts["task"] != "caption":
-        raise ConfigError(f"checkpoint={checkpoint}: its task is {facts['task']}, expected caption")
-    about = facts["preprocessing"]
-    model = Captioner(CaptionerConfig(**facts["model"]))
-    model.load_state_dict(weights)
-    encoder = vision_encoder(about["encoder"]["name"], about["encoder"]["features"], device)
-    expected, found = about["encoder"].get("weights"), encoder.describe().get("weights")
-    if expected != found:
-        raise ConfigError(f"checkpoint={checkpoint}: trained with other weights of {encoder.name} than there are now")
-    return CaptionWriter(
-        model.to(device).eval().requires_grad_(False),
-        encoder,
-        Tokenizer.from_json(about["tokenizer"]),
-        about["prompt"],
-        step,
-        set_precision(precision, device),
-    )
 
 
 def decoding_of(config: CaptionConfig, writer: CaptionWriter, questions: Sequence[str]) -> Decoding:
@@ -163,10 +84,11 @@ def checkpoint_of(config: CaptionConfig) -> str:
     return place
 
 
-# ---- a data set anew
+# ---- a dataset again
 
 
-class Caption(EncodingStage):
+@stages.register("caption", CaptionConfig)
+class Caption(EncodingStage[CaptionConfig]):
     name = "caption"
     version = 2
 
@@ -181,7 +103,7 @@ class Caption(EncodingStage):
     def schema(self) -> Schema:
         self.upstream.require_columns("key", "jpg")
         if self.config.split_file:
-            raise ConfigError("split_file= goes with image_path=; a whole data set gets a column in all of its samples")
+            raise ConfigError("split_file= needs image_path=; for a whole dataset, all samples get a caption")
         if self.config.column in self.upstream.schema:
             raise ConfigError(f"column={self.config.column}: {self.upstream.root.path} has such a column already")
         return {**self.upstream.schema, self.config.column: "str"}
@@ -195,18 +117,24 @@ class Caption(EncodingStage):
         return Transfers(self.rank.device)
 
     @property
+    def batch_size(self) -> int:
+        return self.config.batch_size
+
+    @property
     def slot(self) -> Layout:
         return Layout((self.writer.encoder.preprocessing.crop(self.writer.encoder.resolution),))
 
     def prepare(self) -> None:
-        self.writer, self.transfers  # noqa: B018
+        evaluate(self.writer, self.transfers)
 
     def encode(self, work: Work, slots: torch.Tensor) -> list[str]:
         """The texts of those images that there are."""
         places = [place for place, job in enumerate(work.jobs) if job.good]
         (there,) = self.transfers.upload([slots], work.copied)
         crop, encoder = self.slot.crops[0], self.writer.encoder
-        pixels = there[:, : crop.bytes].unflatten(1, (crop.edge, crop.edge, 3))[places]
+        edge = encoder.resolution
+        good = sent(torch.tensor(places, dtype=torch.long), there.device)
+        pixels = there[:, : crop.bytes].unflatten(1, (edge, edge, 3)).index_select(0, good)
         x = encoder.preprocessing.normalise(pixels)
         if not self.on_gpu:
             work.copied()
@@ -225,28 +153,28 @@ class Caption(EncodingStage):
             yield job.outcome
 
 
-# ---- some pictures
+# ---- some images
 
 
 @dataclass(frozen=True)
 class Found:
-    """A picture to write about; ``references`` are what a data set says of it, or the answer to ``question``."""
+    """A image to write about; ``references`` are what a dataset says of it, or the answer to ``question``."""
 
     name: str
     data: bytes
     references: tuple[str, ...] = ()
     question: str = ""
     questions: tuple[tuple[str, str], ...] = ()
-    """What a data set asks about it, with the answers."""
+    """What a dataset asks about it, with the answers."""
 
 
 def to_write(config: CaptionConfig, writer: CaptionWriter) -> Iterator[Found]:
-    """The pictures at ``image_path``, those of ``split`` if a file tells; each once for each question about it.
+    """The images at ``image_path``, those of ``split`` if a file tells; each once for each question about it.
 
     Raises:
         ConfigError: there is none.
     """
-    found = find_pictures(config.image_path)
+    found = find_images(config.image_path)
     if config.split_file:
         found = _of_split(found, Splits(config.split_file), config)
     for one in found:
@@ -255,7 +183,7 @@ def to_write(config: CaptionConfig, writer: CaptionWriter) -> Iterator[Found]:
             yield replace(one, question=config.question, references=references)
             continue
         if not one.questions:
-            raise ConfigError("question=: this run answers questions, and the pictures have none with them: give one")
+            raise ConfigError("question=: this run answers questions, and the images have none with them: give one")
         for question, answer in one.questions:
             yield replace(one, question=question, references=(answer,))
 
@@ -268,12 +196,12 @@ def _of_split(found: Iterator[Found], splits: Splits, config: CaptionConfig) -> 
             yield one
     if not count:
         raise ConfigError(
-            f"split_file={splits.path}: puts none of the pictures in {config.image_path} into {config.split}"
+            f"split_file={splits.path}: puts none of the images in {config.image_path} into {config.split}"
         )
 
 
-def find_pictures(path: str) -> Iterator[Found]:
-    """The pictures at ``image_path``.
+def find_images(path: str) -> Iterator[Found]:
+    """The images at ``image_path``.
 
     Raises:
         ConfigError: nothing is there.
@@ -293,7 +221,7 @@ def find_pictures(path: str) -> Iterator[Found]:
     elif place.is_dir():
         files = sorted(file for file in place.rglob("*") if file.suffix[1:].lower() in FORMATS and file.is_file())
         if not files:
-            raise ConfigError(f"image_path={path}: no pictures in this folder")
+            raise ConfigError(f"image_path={path}: no images in this folder")
         for file in files:
             yield Found(str(file.relative_to(place)), file.read_bytes())
     elif place.is_file():
@@ -327,10 +255,11 @@ def batches_about(
     torch.set_num_threads(config.threads)
     found = to_write(config, writer)
     count = 0
-    while batch := list(islice(found, config.batch_size)):
-        how = decoding_of(config, writer, [one.question for one in batch if one.question])
-        yield how, _captioned(batch, writer, how, thumbnails)
-        count += len(batch)
+    with closing(ImageDecoder(WorkerLimits.of(config))) as decoder:
+        while batch := list(islice(found, config.batch_size)):
+            how = decoding_of(config, writer, [one.question for one in batch if one.question])
+            yield how, _captioned(batch, writer, how, decoder, thumbnails)
+            count += len(batch)
     if not count:
         raise ConfigError(f"image_path={config.image_path}: no images")
 
@@ -382,22 +311,20 @@ def write_about(config: CaptionConfig, device: torch.device) -> tuple[Path, list
 
 
 def _captioned(
-    batch: Sequence[Found], writer: CaptionWriter, how: Decoding, thumbnails: list[str] | None
+    batch: Sequence[Found], writer: CaptionWriter, how: Decoding, decoder: ImageDecoder, thumbnails: list[str] | None
 ) -> list[dict[str, Any]]:
     lines: list[dict[str, Any]] = []
-    good: list[tuple[dict[str, Any], np.ndarray]] = []
-    for one in batch:
+    good: list[tuple[dict[str, Any], npt.NDArray[Any]]] = []
+    for one, image in decoder.pixels((one, one.data) for one in batch):
         line: dict[str, Any] = {"image": one.name, "caption": ""}
         if one.question:
             line["question"] = one.question
         if one.references:
             line["references"] = list(one.references)
-        try:
-            picture = transform.decode(one.data, transform.probe(one.data, transform.Limits()))
-        except transform.ImageError as error:
-            line["error"] = str(error)
+        if isinstance(image, np.ndarray):
+            good.append((line, image))
         else:
-            good.append((line, picture))
+            line["error"] = str(image)
         if thumbnails is not None and len(thumbnails) < _SHOWN:
             thumbnails.append("" if "error" in line else _thumbnail(good[-1][1]))
         lines.append(line)
@@ -409,8 +336,8 @@ def _captioned(
     return lines
 
 
-def _thumbnail(picture: np.ndarray) -> str:
-    image = Image.fromarray(picture)
+def _thumbnail(pixels: npt.NDArray[Any]) -> str:
+    image = Image.fromarray(pixels)
     image.thumbnail((_THUMBNAIL, _THUMBNAIL))
     file = BytesIO()
     image.save(file, "JPEG", quality=88)

@@ -1,4 +1,4 @@
-"""stage=compact: ledgers and records of finished partitions in few files, where inodes are scarce.
+"""stage=compact: pack the ledgers and records of finished partitions into a few files, to save inodes.
 
 Everything goes on with packed outputs as before: readers, later stages, reruns, verify, trace, takedown, repair, gc.
 """
@@ -15,6 +15,7 @@ from pipeline.partitions import engine
 from pipeline.partitions.attempt import unless_removed
 from pipeline.partitions.compact import buckets_of, compact
 from pipeline.partitions.dataset import Unfinished, find_datasets
+from pipeline.registry import stages
 from pipeline.storage import StorageError
 
 
@@ -31,7 +32,7 @@ def compact_below(folder: Path, rank: Rank) -> Iterator[tuple[Path, int | None]]
     try:
         datasets = find_datasets(folder)
         if not datasets:
-            raise Unfinished(f"input={folder}: no dataset directory is there or below it")
+            raise Unfinished(f"input={folder}: contains no dataset directory")
         for dataset in datasets:
             with unless_removed(dataset.root):
                 mine = buckets_of(dataset)[rank.rank :: rank.world_size]
@@ -41,6 +42,7 @@ def compact_below(folder: Path, rank: Rank) -> Iterator[tuple[Path, int | None]]
         raise StorageError(f"{folder} cannot be packed: {error}; nothing is lost, run it again") from error
 
 
+@stages.register("compact", CompactConfig)
 @distributed
 def main(rank: Rank, config: CompactConfig) -> None:
     with engine.expected_errors(rank):

@@ -1,4 +1,4 @@
-"""stage=cost: what training by a recipe takes, before anything is trained."""
+"""stage=cost: estimate the cost of training with a recipe."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.config import cli
 from pipeline.config.cli import config_for, errors_as_one_line
 from pipeline.config.schema import ConfigError, CostConfig, TrainConfig
+from pipeline.registry import stages
 
 if TYPE_CHECKING:
     from pipeline.models.dit import DiT
@@ -56,6 +57,7 @@ class Cost:
         return self.hours * self.price
 
 
+@stages.register("cost", CostConfig)
 def main(config: CostConfig) -> None:
     with errors_as_one_line():
         print(table(list(costs(config)), config))
@@ -122,7 +124,7 @@ def _measure(model: DiT, kept: int) -> tuple[int, int]:
     """Operations of a forward pass of one image, and elements that it keeps for the backward pass."""
     import torch
 
-    from pipeline.training.logs import flop_counter
+    from pipeline.training.loggers import flop_counter
 
     shape = model.config
     given: dict[str, Any] = {
@@ -171,7 +173,10 @@ def table(phases: list[Cost], config: CostConfig) -> str:
     tokens = sum(c.images * c.tokens for c in phases)
     total = f"{'all':<12} {sum(c.steps for c in phases):>8,} {'':>6} {'':>4} {'':>6} {images / 1e6:>7.1f}M {'':>11} "
     lines += [f"{total}{'':>7} {'':>8} {hours:>9,.1f} {hours / config.gpus / 24:>6.2f} {money:>8,.0f}"]
-    lines += ["", f"{tokens / 1e9:,.0f} billion tokens through the backbone. GB/GPU: state and activations, no waste."]
+    lines += [
+        "",
+        f"{tokens / 1e9:,.0f} billion tokens through the backbone. GB/GPU: state and activations, without overhead.",
+    ]
     if published := cli.published_of(config.recipe):
         lines += [f"published: {published}"]
     return "\n".join(lines)

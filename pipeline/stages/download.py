@@ -1,4 +1,4 @@
-"""stage=download: samples from wherever they are into a dataset directory, each with key, captions and content hash."""
+"""stage=download: read the samples of a dataset and store them, each with its key, captions and content hash."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from pipeline.config.schema import DownloadConfig
 from pipeline.distributed import Rank, distributed
 from pipeline.partitions import engine
 from pipeline.partitions.plan import Input, LeftOut, Partition
-from pipeline.partitions.stage import Stage
+from pipeline.partitions.stage import Context, Stage
+from pipeline.registry import stages
 from pipeline.samples import Outcome, Schema
 from pipeline.sources.base import Source, get_source
 
 
-class Download(Stage):
+@stages.register("download", DownloadConfig)
+class Download(Stage[DownloadConfig]):
     name = "download"
     reads_upstream = False
 
@@ -53,12 +55,10 @@ class Download(Stage):
     def plan(self, since: int = 0) -> Iterator[Partition]:
         return self.source.plan()
 
-    def process(self, partition: Partition) -> Iterator[Outcome]:
-        self.source.planned = self.planned["extra"]
-        self.source.scratch = self.scratch
+    def process(self, partition: Partition, context: Context) -> Iterator[Outcome]:
         self.source.noted.clear()
-        yield from self.source.samples(partition)
-        self.notes["noted"] = {reason: count for reason, count in self.source.noted.items() if count}
+        yield from self.source.samples(partition, context)
+        context.notes["noted"] = {reason: count for reason, count in self.source.noted.items() if count}
 
 
 @distributed

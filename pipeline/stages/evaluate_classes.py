@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from jinja2 import Environment, PackageLoader
 
 from pipeline.config.schema import ConfigError, EvaluateConfig, StageConfig, dataset_name, stage_folder
 from pipeline.distributed import Rank
+from pipeline.encoders.base import sent
+from pipeline.imaging.decoder import ImageDecoder
+from pipeline.imaging.worker_pool import WorkerLimits
 from pipeline.metrics.classes import scores
 from pipeline.metrics.confusion import confused_pairs, confusion_svg
 from pipeline.models.vision_mamba import VisionMamba, VisionMambaConfig
@@ -23,7 +28,7 @@ from pipeline.stages.report import embed
 from pipeline.storage import Folder
 from pipeline.training.checkpoint import open_checkpoint
 from pipeline.training.images import ImageDataset
-from pipeline.training.logs import read_log
+from pipeline.training.loggers import read_log
 from pipeline.training.parallel import autocast
 from pipeline.training.tasks.classify import normalised
 
@@ -47,12 +52,13 @@ class Classifier:
     precision: str = "float32"
 
     @torch.inference_mode()
-    def probabilities(self, images: torch.Tensor) -> np.ndarray:
+    def probabilities(self, images: torch.Tensor) -> npt.NDArray[Any]:
         """float32 (b, classes)."""
         device = next(self.model.parameters()).device
         with autocast(self.precision, device):
-            logits = self.model(normalised(images.to(device), self.mean, self.std))
-        return logits.float().softmax(1).cpu().numpy()
+            logits = self.model(normalised(sent(images, device), self.mean, self.std))
+        found: npt.NDArray[Any] = logits.float().softmax(1).cpu().numpy()
+        return found
 
 
 def load_classifier(
@@ -82,15 +88,24 @@ def load_classifier(
 
 
 def evaluate_classes(config: EvaluateConfig, run: Path) -> dict[str, Any]:
-    """Judge a run on the test set (``input=``, else split=test of the data set); write the page into ``output=``, else
+    """Judge a run on the test set (``input=``, else split=test of the dataset); write the page into ``output=``, else
     into ``evaluation/`` of the run."""
     classifier = load_classifier(config.checkpoint or run, Rank(device=config.device).device, config.precision)
     dataset = test_set(config)
     dataset.require_columns("jpg", "label")
-    data = ImageDataset(RandomAccess(dataset), classifier.size, margin=classifier.margin)
+    with closing(ImageDecoder(WorkerLimits.of(config))) as decoder:
+        data = ImageDataset(RandomAccess(dataset), classifier.size, classifier.margin, decoder)
+        return _evaluated(classifier, data, dataset, Path(config.output) if config.output else run / "evaluation", run)
+
+
+def _evaluated(classifier: Classifier, data: ImageDataset, dataset: Dataset, output: Path, run: Path) -> dict[str, Any]:
     parts = [data.batch(np.arange(i, min(i + _BATCH, len(data)))) for i in range(0, len(data), _BATCH)]
     probabilities = np.concatenate([classifier.probabilities(part["images"]) for part in parts])
     labels = np.concatenate([part["labels"].numpy() for part in parts])
+    judged = np.flatnonzero(labels >= 0)  # others are images that cannot be decoded: left out, and said so
+    if not len(judged) or len(judged) + len(data.failed) != len(labels):
+        raise ConfigError(f"input={dataset.root.path}: has no images that can be decoded, or labels below 0")
+    probabilities, labels = probabilities[judged], labels[judged]
     if labels.max() >= len(classifier.names):
         raise ConfigError(
             f"input={dataset.root.path}: has label {labels.max()}, but the model knows {len(classifier.names)} classes"
@@ -100,21 +115,21 @@ def evaluate_classes(config: EvaluateConfig, run: Path) -> dict[str, Any]:
         "step": classifier.step,
         "data": str(dataset.root.path),
         "names": classifier.names,
+        "failed": data.failed,
         **scores(probabilities, labels),
     }
-    output = Path(config.output) if config.output else run / "evaluation"
     with Folder.open(output, create=True) as folder:
-        _write(folder, result, probabilities, labels, data, read_log(run))
+        _write(folder, result, probabilities, labels, data, judged, read_log(run))
     right = round(result["accuracy"] * len(labels))
     return {**result, "scores": [{"name": "test images: class", "right": right, "of": len(labels)}], "wrong": []}
 
 
 def test_set(config: EvaluateConfig) -> Dataset:
-    """``input=``, or the shards of split=test of the data set."""
+    """``input=``, or the shards of split=test of the dataset."""
     if config.input:
         return open_input(config, "precompute")
     if not config.data_dir or not config.dataset:
-        raise ConfigError("input=...: the dataset directory to judge the model on")
+        raise ConfigError("input=...: the dataset directory to evaluate the model on")
     split = config.split
     place = StageConfig(dataset=dataset_name(config.dataset), data_dir=config.data_dir, split=split)
     if not stage_folder(place, "shard").parent.is_dir():
@@ -125,9 +140,10 @@ def test_set(config: EvaluateConfig) -> Dataset:
 def _write(
     folder: Folder,
     result: dict[str, Any],
-    probabilities: np.ndarray,
-    labels: np.ndarray,
+    probabilities: npt.NDArray[Any],
+    labels: npt.NDArray[Any],
     data: ImageDataset,
+    judged: npt.NDArray[Any],
     log: list[dict[str, Any]],
 ) -> None:
     names = result["names"]
@@ -140,8 +156,8 @@ def _write(
         "calibration.png": _calibration(result),
         "training_curves.png": _curves(log),
     }
-    for name, picture in plots.items():
-        folder.write_atomic(name, picture)
+    for name, image in plots.items():
+        folder.write_atomic(name, image)
     folder.write_json("evaluation.json", result)
     predicted = probabilities.argmax(1)
     own = probabilities[np.arange(len(labels)), labels]
@@ -151,16 +167,16 @@ def _write(
     def shown(positions: list[int]) -> list[dict[str, Any]]:
         if not positions:
             return []
-        pictures = data.batch(np.array(positions, np.int64))["images"].numpy()
+        images = data.batch(judged[positions])["images"].numpy()
         return [
             {
-                "image": embed(picture.transpose(1, 2, 0)),
+                "image": embed(image.transpose(1, 2, 0)),
                 "label": names[labels[i]],
                 "predicted": names[predicted[i]],
                 "right": bool(labels[i] == predicted[i]),
                 "confidence": float(probabilities[i, predicted[i]]),
             }
-            for i, picture in zip(positions, pictures, strict=True)
+            for i, image in zip(positions, images, strict=True)
         ]
 
     environment = Environment(loader=PackageLoader("pipeline.stages", "templates"), autoescape=True)
@@ -201,11 +217,11 @@ def _png(figure: Any) -> bytes:
     return file.getvalue()
 
 
-def _matrix(values: np.ndarray, names: list[str], label: str) -> bytes:
+def _matrix(values: npt.NDArray[Any], names: list[str], label: str) -> bytes:
     size = min(16.0, 3 + 0.35 * len(names))
     figure, axes = _axes(size + 1, size)
-    picture = axes.imshow(values, cmap="Blues")
-    figure.colorbar(picture, label=label)
+    image = axes.imshow(values, cmap="Blues")
+    figure.colorbar(image, label=label)
     axes.set_xlabel("taken for")
     axes.set_ylabel("is")
     if len(names) <= 40:

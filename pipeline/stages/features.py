@@ -1,4 +1,4 @@
-"""stage=features: a frozen encoder's features of each image, once, so that training never pays for them; as MDS."""
+"""stage=features: compute a frozen encoder's features of each image once, so that training need not; stored as MDS."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING, Any
 from pipeline.config.cli import config_for
 from pipeline.config.schema import FeaturesConfig
 from pipeline.distributed import Rank, distributed
+from pipeline.encoders.base import model_files
 from pipeline.encoders.vision import VisionEncoder, vision_encoder
-from pipeline.latents.decoding import Layout
-from pipeline.latents.stage import EncodingStage, Work
+from pipeline.latents.encoder_stage import EncodingStage, Work
+from pipeline.latents.image_decoding import Layout
 from pipeline.partitions import engine
+from pipeline.partitions.stage import evaluate
+from pipeline.registry import stages
 from pipeline.samples import Outcome, Schema
 
 if TYPE_CHECKING:
@@ -37,7 +40,8 @@ class Described:
         return self.transit.seconds
 
 
-class Features(EncodingStage):
+@stages.register("features", FeaturesConfig)
+class Features(EncodingStage[FeaturesConfig]):
     name = "features"
     version = 2
 
@@ -65,6 +69,13 @@ class Features(EncodingStage):
         shapes = {"features": [self.encoder.tokens, self.encoder.width]}
         return {"shapes": shapes, "dtype": self.config.save_dtype, "encoder": self.encoder.describe()}
 
+    def model_files(self) -> dict[str, str]:
+        return model_files([self.config.encoder])
+
+    @property
+    def batch_size(self) -> int:
+        return self.config.batch_size
+
     @property
     def slot(self) -> Layout:
         return Layout((self.encoder.preprocessing.crop(self.encoder.resolution),))
@@ -75,16 +86,16 @@ class Features(EncodingStage):
 
     def prepare(self) -> None:
         self.allow_tf32()
-        self.encoder, self.transfers  # noqa: B018
+        evaluate(self.encoder, self.transfers)
 
     def encode(self, work: Work, slots: Tensor) -> Described:
         import torch
 
-        transfers, crop = self.transfers, self.slot.crops[0]
+        transfers, crop, edge = self.transfers, self.slot.crops[0], self.encoder.resolution
         with torch.inference_mode():
             (there,) = transfers.upload([slots], work.copied)
             transfers.begin()
-            pixels = there[:, : crop.bytes].unflatten(1, (crop.edge, crop.edge, 3))
+            pixels = there[:, : crop.bytes].unflatten(1, (edge, edge, 3))
             values = self.encoder.encode(self.encoder.preprocessing.normalise(pixels))
             stored = values.to(getattr(torch, self.config.save_dtype)).flatten(1)
             features, finite = stored.contiguous().view(torch.uint8), torch.isfinite(stored).all(1)

@@ -1,10 +1,10 @@
 """stage=feidegger: dresses with German captions (github.com/zalandoresearch/feidegger), ready for a sequence model.
 
-A thin chain: download and filter fetch and check every picture, once and with retries, into ``<output_dir>/work``; then
-all is brought to one size and into one file. The same command goes on where it stopped.
+A thin chain: download and filter fetch and check every image, once and with retries, into ``<output_dir>/work``; then
+all is brought to one size and into one file. The same command resumes where it stopped.
 
-    images/<split>/<key>.png             the processed pictures
-    feidegger_mamba_dataset.h5           pixels once per picture (n, h, w, 3) uint8; tokens per caption; splits
+    images/<split>/<key>.png             the processed images
+    feidegger_mamba_dataset.h5           pixels once per image (n, h, w, 3) uint8; tokens per caption; splits
     feidegger_mamba_metadata.csv         a row for each caption
     tokenizer/                           vocab.json, merges.txt, tokenizer.json
 """
@@ -21,10 +21,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import h5py
 import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
 from pipeline.config.cli import config_for, errors_as_one_line
@@ -32,6 +33,7 @@ from pipeline.config.schema import ConfigError, FeideggerConfig
 from pipeline.imaging import transform
 from pipeline.partitions.dataset import Dataset, SlotReader, Stored, Unfinished
 from pipeline.randomness import digest
+from pipeline.registry import stages
 
 if TYPE_CHECKING:
     from pipeline.encoders.tokenizer import Tokenizer
@@ -39,12 +41,12 @@ if TYPE_CHECKING:
 DATASET = "feidegger_mamba_dataset.h5"
 METADATA = "feidegger_mamba_metadata.csv"
 SPLITS = ("train", "val", "test")
-_SMALLEST = 32  # pixels: smaller pictures are dropped
+_SMALLEST = 32  # pixels: smaller images are dropped
 
 
 @dataclass
-class Picture:
-    """A picture that was kept: where it is, and what group it is split with."""
+class DressImage:
+    """A image that was kept: where it is, and what group it is split with."""
 
     stored: Stored
     content: str
@@ -52,6 +54,7 @@ class Picture:
     split: str = ""
 
 
+@stages.register("feidegger", FeideggerConfig)
 def main(config: FeideggerConfig) -> None:
     with errors_as_one_line():
         check(config)
@@ -76,7 +79,7 @@ def check(config: FeideggerConfig) -> None:
 
 
 def fetch(config: FeideggerConfig) -> Path:
-    """Download and filter all pictures; the finished dataset directory."""
+    """Download and filter all images; the finished dataset directory."""
     work = Path(config.output_dir).absolute() / "work"
     lists = f"urls=[{config.data_path}]" if "://" in config.data_path else f"input={Path(config.data_path).absolute()}"
     hosts = [f"allow_private_hosts={str(config.allow_private_hosts).lower()}"]
@@ -93,7 +96,7 @@ def fetch(config: FeideggerConfig) -> Path:
 
 
 def _retryable(place: Path) -> bool:
-    """Whether images failed for a passing reason."""
+    """Whether images failed with a transient error."""
     dataset = Dataset.open(place)
     for index in range(dataset.partitions):
         if not dataset.root.exists(dataset.path_of(index)):
@@ -116,35 +119,35 @@ def _stage(name: str, arguments: list[str]) -> None:
 
 
 def pack(filtered: str | Path, config: FeideggerConfig) -> dict[str, object]:
-    """Bring the pictures of a finished dataset directory into ``output_dir``. Memory holds one batch of pixels, and the
+    """Bring the images of a finished dataset directory into ``output_dir``. Memory holds one batch of pixels, and the
     captions. What was there is replaced, each file as a whole.
 
     Raises:
-        ConfigError: there are no pictures with captions.
+        ConfigError: there are no images with captions.
     """
     output = Path(config.output_dir).absolute()
     output.mkdir(parents=True, exist_ok=True)
-    pictures = list(find(filtered))
-    if not pictures:
-        raise ConfigError(f"{filtered} has no pictures with captions")
-    divide(pictures, config)
-    tokenizer = tokenizer_of(pictures, config)
+    images = list(find(filtered))
+    if not images:
+        raise ConfigError(f"{filtered} has no images with captions")
+    divide(images, config)
+    tokenizer = tokenizer_of(images, config)
     tokenizer.save(output / "tokenizer")
     attempt = output / f".{DATASET}.{os.getpid()}"
     try:
         with h5py.File(attempt, "w") as file:
-            _write_captions(file, pictures, tokenizer, config)
-            _write_pixels(file, pictures, output, config)
+            _write_captions(file, images, tokenizer, config)
+            _write_pixels(file, images, output, config)
         os.replace(attempt, output / DATASET)
     finally:
         attempt.unlink(missing_ok=True)
-    _write_metadata(output, pictures)
-    counts = {split: sum(picture.split == split for picture in pictures) for split in SPLITS}
-    return {**counts, "captions": sum(len(picture.captions) for picture in pictures), "dataset": output / DATASET}
+    _write_metadata(output, images)
+    counts = {split: sum(image.split == split for image in images) for split in SPLITS}
+    return {**counts, "captions": sum(len(image.captions) for image in images), "dataset": output / DATASET}
 
 
-def find(filtered: str | Path) -> Iterator[Picture]:
-    """The kept pictures that have captions."""
+def find(filtered: str | Path) -> Iterator[DressImage]:
+    """The kept images that have captions."""
     dataset = Dataset.open(filtered)
     try:
         dataset.require_success()
@@ -155,30 +158,30 @@ def find(filtered: str | Path) -> Iterator[Picture]:
             row = stored.read()
             captions = [caption for caption in row["captions"] if caption]
             if captions:
-                yield Picture(stored, hashlib.sha256(row["jpg"]).hexdigest(), captions)
+                yield DressImage(stored, hashlib.sha256(row["jpg"]).hexdigest(), captions)
 
 
-def divide(pictures: list[Picture], config: FeideggerConfig) -> None:
-    """Give each picture its split, keyed by seed and content: the same picture twice is in one split."""
-    contents = sorted({p.content for p in pictures}, key=lambda content: digest(config.seed, "split", content))
+def divide(images: list[DressImage], config: FeideggerConfig) -> None:
+    """Give each image its split, keyed by seed and content: the same image twice is in one split."""
+    contents = sorted({p.content for p in images}, key=lambda content: digest(config.seed, "split", content))
     test, valid = (round(len(contents) * f) for f in (config.test_fraction, config.valid_fraction))
     split_of = {c: "test" if i < test else "val" if i < test + valid else "train" for i, c in enumerate(contents)}
-    for picture in pictures:
-        picture.split = split_of[picture.content]
+    for image in images:
+        image.split = split_of[image.content]
 
 
-def tokenizer_of(pictures: list[Picture], config: FeideggerConfig) -> Tokenizer:
+def tokenizer_of(images: list[DressImage], config: FeideggerConfig) -> Tokenizer:
     """As named, or learned from the captions of the training set alone."""
     from pipeline.encoders.tokenizer import pretrained, train_bpe
 
     if config.language_model != "bpe":
         return pretrained(config.language_model)
-    return train_bpe((c for picture in pictures if picture.split == "train" for c in picture.captions), 8000)
+    return train_bpe((c for image in images if image.split == "train" for c in image.captions), 8000)
 
 
-def _write_captions(file: h5py.File, pictures: list[Picture], tokenizer: Tokenizer, config: FeideggerConfig) -> None:
-    owners = np.repeat(np.arange(len(pictures)), [len(picture.captions) for picture in pictures])
-    texts = [caption for picture in pictures for caption in picture.captions]
+def _write_captions(file: h5py.File, images: list[DressImage], tokenizer: Tokenizer, config: FeideggerConfig) -> None:
+    owners = np.repeat(np.arange(len(images)), [len(image.captions) for image in images])
+    texts = [caption for image in images for caption in image.captions]
     shape = (len(texts), config.max_length)
     ids = file.create_dataset("input_ids", shape, np.int32)
     mask = file.create_dataset("attention_mask", shape, np.uint8)
@@ -189,48 +192,48 @@ def _write_captions(file: h5py.File, pictures: list[Picture], tokenizer: Tokeniz
     text = h5py.string_dtype()
     file.create_dataset("captions", data=np.array(texts, object), dtype=text)
     file.create_dataset("image_index", data=owners)
-    file.create_dataset("keys", data=np.array([picture.stored.key for picture in pictures], object), dtype=text)
-    splits = np.array([SPLITS.index(picture.split) for picture in pictures])
+    file.create_dataset("keys", data=np.array([image.stored.key for image in images], object), dtype=text)
+    splits = np.array([SPLITS.index(image.split) for image in images])
     for number, split in enumerate(SPLITS):
         file.create_dataset(f"splits/{split}", data=np.flatnonzero(splits[owners] == number))
     file.attrs["tokenizer"] = json.dumps(tokenizer.to_json(), ensure_ascii=False)
     file.attrs["seed"], file.attrs["max_length"] = config.seed, config.max_length
 
 
-def _write_pixels(file: h5py.File, pictures: list[Picture], output: Path, config: FeideggerConfig) -> None:
+def _write_pixels(file: h5py.File, images: list[DressImage], output: Path, config: FeideggerConfig) -> None:
     height, width = config.image_size
-    shape = (len(pictures), height, width, 3)
+    shape = (len(images), height, width, 3)
     pixels = file.create_dataset("images", shape, np.uint8)
     for split in SPLITS:
         (output / "images" / split).mkdir(parents=True, exist_ok=True)
-    for start in range(0, len(pictures), config.batch_size):
-        batch = pictures[start : start + config.batch_size]
-        resized = [_resized(picture, (width, height)) for picture in batch]
+    for start in range(0, len(images), config.batch_size):
+        batch = images[start : start + config.batch_size]
+        resized = [_resized(one, (width, height)) for one in batch]
         pixels[start : start + len(batch)] = np.stack(resized)
-        for picture, image in zip(batch, resized, strict=True):
+        for one, image in zip(batch, resized, strict=True):
             data = BytesIO()
             Image.fromarray(image).save(data, "PNG")
-            (output / _file_of(picture)).write_bytes(data.getvalue())
+            (output / _file_of(one)).write_bytes(data.getvalue())
 
 
-def _resized(picture: Picture, size: tuple[int, int]) -> np.ndarray:
-    data = picture.stored.read()["jpg"]
+def _resized(image: DressImage, size: tuple[int, int]) -> npt.NDArray[Any]:
+    data = image.stored.read()["jpg"]
     pixels = transform.decode(data, transform.probe(data, transform.Limits()))
     return np.asarray(transform.resize(pixels, size))
 
 
-def _file_of(picture: Picture) -> str:
-    return f"images/{picture.split}/{picture.stored.key.replace('/', '_')}.png"
+def _file_of(image: DressImage) -> str:
+    return f"images/{image.split}/{image.stored.key.replace('/', '_')}.png"
 
 
-def _write_metadata(output: Path, pictures: list[Picture]) -> None:
+def _write_metadata(output: Path, images: list[DressImage]) -> None:
     attempt = output / f".{METADATA}.{os.getpid()}"
     with attempt.open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         table.writerow(["caption_index", "image_index", "key", "split", "image", "caption"])
-        captions = ((i, picture, caption) for i, picture in enumerate(pictures) for caption in picture.captions)
-        for number, (index, picture, caption) in enumerate(captions):
-            table.writerow([number, index, picture.stored.key, picture.split, _file_of(picture), caption])
+        captions = ((i, image, caption) for i, image in enumerate(images) for caption in image.captions)
+        for number, (index, image, caption) in enumerate(captions):
+            table.writerow([number, index, image.stored.key, image.split, _file_of(image), caption])
     os.replace(attempt, output / METADATA)
 
 

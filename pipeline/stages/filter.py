@@ -1,10 +1,10 @@
-"""stage=filter: images upright, RGB and of a bounded size, captions clean, or a ledger row that says why not."""
+"""stage=filter: convert every image to an upright RGB image of limited size, or record why it is left out."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import fields, replace
+from dataclasses import fields
 from functools import cached_property
 from typing import Any
 
@@ -13,12 +13,13 @@ from pipeline.config.schema import ConfigError, FilterConfig
 from pipeline.curation import rules
 from pipeline.curation.keylist import KeyList, key_digest
 from pipeline.distributed import Rank, distributed
-from pipeline.imaging import transform
-from pipeline.imaging.worker_pool import Answer, Lost, Pool, worker_count
-from pipeline.imaging.worker_protocol import understood
+from pipeline.imaging import blur, transform
+from pipeline.imaging.worker_pool import Lost, Pool, WorkerLimits, worker_count
+from pipeline.imaging.worker_protocol import understood, with_boxes
 from pipeline.partitions.dataset import RandomAccess, Stored
 from pipeline.partitions.plan import Input, LeftOut, Partition
-from pipeline.partitions.stage import Stage, follow_upstream
+from pipeline.partitions.stage import Context, Stage, evaluate, follow_upstream
+from pipeline.registry import stages
 from pipeline.samples import Outcome, Row, SampleError, Schema, caption_fields, content_hash
 from pipeline.samples.captions import clean_caption
 from pipeline.sources.base import Source, get_source
@@ -26,19 +27,26 @@ from pipeline.stages import release
 
 _KEY_LISTS = ("keep_keys", "deny_keys")
 _LOOKED_AT, _SPREAD = 500, 200
-"""Samples that tell which columns and fields there are: the first, and some of all."""
+"""Samples that say which columns and fields there are: the first, and some of all."""
 _NOT_TAKEN = ("svg",)
 """Reasons that are no failure of the data: kinds of file that we do not take."""
+_Judgement = transform.Result | transform.ImageError | transform.Dropped | Lost
 
 
-class Filter(Stage):
+@stages.register("filter", FilterConfig)
+class Filter(Stage[FilterConfig]):
     name = "filter"
     version = 2
     function = "pipeline.imaging.worker_protocol:answer"
+    function_with_boxes = "pipeline.imaging.worker_protocol:answer_with_boxes"
 
     @property
     def reads_upstream(self) -> bool:  # type: ignore[override]
         return not self.config.fuse
+
+    @property
+    def writes_to_stores(self) -> bool:  # type: ignore[override]
+        return self.reads_upstream  # else its source keeps there what it has fetched in part
 
     @property
     def rechecks(self) -> bool:  # type: ignore[override]
@@ -47,7 +55,7 @@ class Filter(Stage):
     @cached_property
     def source(self) -> Source:
         """Where samples come from, with ``fuse=true``."""
-        return get_source(replace(self.config, copy=True), self.output, self.rank.check_stop)
+        return get_source(self.config.source_config(), self.output, self.rank.check_stop)
 
     def schema(self) -> Schema:
         if not self.config.fuse:
@@ -83,13 +91,14 @@ class Filter(Stage):
 
     @cached_property
     def pool(self) -> Pool:
-        config = self.config
+        config, limits = self.config, WorkerLimits.of(self.config)
         return Pool(
-            self.function,
+            self.function_with_boxes if config.blur_column else self.function,
             (self.image_rules, self.limits),
             workers=worker_count(config.workers, self.rank.local_world_size),
-            timeout=config.decode_timeout,
-            memory=config.worker_memory * 2**20,
+            timeout=limits.timeout,
+            memory=limits.memory,
+            read=with_boxes if config.blur_column else understood,
         )
 
     @cached_property
@@ -106,13 +115,17 @@ class Filter(Stage):
         """Of lists of keys, what is in them counts, not where they lie."""
         return super().identity() | {name: key_digest(getattr(self.config, name)) for name in _KEY_LISTS}
 
+    def _require_planned_lists(self, planned: Mapping[str, Any]) -> None:
+        """Raises ConfigError if a list of keys is not the one that was planned with; it is looked at once."""
+        if "key_checks" in self.__dict__ or not planned:
+            return
+        for name in _KEY_LISTS:
+            if planned.get(name, "") != (found := key_digest(getattr(self.config, name))):
+                raise ConfigError(f"{name}={getattr(self.config, name)}: changed during the run: now {found}")
+
     @cached_property
     def key_checks(self) -> list[rules.KeyCheck]:
-        """Raises ConfigError if a list cannot be read, or is not the one that was planned with."""
-        planned = self.planned.get("identity", {})
-        for name in _KEY_LISTS:
-            if planned.get(name, "") != (found := key_digest(getattr(self.config, name))) and planned:
-                raise ConfigError(f"{name}={getattr(self.config, name)}: changed while we ran: now {found}")
+        """Raises ConfigError if a list cannot be read."""
         checks = {"keep_keys": rules.kept_by, "deny_keys": rules.denied_by}
         return [checks[name](keys) for name, keys in self.key_lists.items()]
 
@@ -121,16 +134,19 @@ class Filter(Stage):
         column = self.config.key_column or "key"
         return {name: KeyList(path, column) for name in _KEY_LISTS if (path := getattr(self.config, name))}
 
-    def plan(self, since: int = 0) -> Iterator[Partition]:
-        self.image_rules, self.caption_checks, self.row_checks, self.key_checks  # noqa: B018 - wrong settings are found now
+    def validate(self) -> None:
+        evaluate(self.image_rules, self.caption_checks, self.row_checks, self.key_checks)
         self._check_columns()
+
+    def plan(self, since: int = 0) -> Iterator[Partition]:
         return self.source.plan() if self.config.fuse else follow_upstream(self.upstream, since)
 
     def _check_columns(self) -> None:
         """Raises ConfigError if a setting names a column that is nowhere among the first samples."""
         config = self.config
         wanted = [(f"scores={text}", rules.score_column(text)) for text in config.scores]
-        wanted += [(f"key_column={config.key_column}", config.key_column)] if config.key_column else []
+        for setting in ("key_column", "blur_column"):
+            wanted += [(f"{setting}={column}", column)] if (column := getattr(config, setting)) else []
         if not wanted:
             return
         known = list(self.schema())
@@ -170,26 +186,38 @@ class Filter(Stage):
                 said.append(f"keep_keys={self.config.keep_keys}: {listed} keys, but {found} samples have one of them")
         return said
 
-    def process(self, partition: Partition) -> Iterator[Outcome]:
-        for (outcome, row), result in self.pool.map(self._images(partition), self.rank.check_stop):
+    def process(self, partition: Partition, context: Context) -> Iterator[Outcome]:
+        self._require_planned_lists(context.planned.get("identity", {}))
+        for (outcome, row), result in self.pool.map(self._images(partition, context), self.rank.check_stop):
             yield self._judged(outcome, row, result)
         if self.config.fuse:
-            self.notes["noted"] = {reason: count for reason, count in self.source.noted.items() if count}
+            context.notes["noted"] = {reason: count for reason, count in self.source.noted.items() if count}
 
-    def _images(self, partition: Partition) -> Iterator[tuple[tuple[Outcome, Row], bytes | None]]:
+    def _images(self, partition: Partition, context: Context) -> Iterator[tuple[tuple[Outcome, Row], bytes | None]]:
         """Outcomes so far, the rest of their rows, and the images, None where there is none to judge."""
         if self.config.fuse:
-            self.source.planned, self.source.scratch = self.planned["extra"], self.scratch
             self.source.noted.clear()
-            arrived = (self._arrived(outcome) for outcome in self.source.samples(partition))
+            arrived = (self._arrived(outcome) for outcome in self.source.samples(partition, context))
         else:
             stored = self.upstream.samples(partition.inputs[0].start)
             arrived = (self._read(sample) for sample in stored if partition.wants(sample.key))
         for outcome, row in arrived:
             if row is None or not self._described(outcome, row):
                 yield (outcome, {}), None
+                continue
+            try:
+                task = self._task(row)
+            except transform.ImageError as error:
+                outcome.reason, outcome.detail = error.reason, error.detail
+                yield (outcome, {}), None
             else:
-                yield (outcome, row), row["jpg"]
+                yield (outcome, row), task
+
+    def _task(self, row: Row) -> bytes:
+        """What a worker gets of a sample. Raises ImageError if its boxes are none."""
+        column = self.config.blur_column
+        data: bytes = row["jpg"]
+        return blur.packed(blur.boxes_of(rules.column_value(row, column)), data) if column else data
 
     def _read(self, stored: Stored) -> tuple[Outcome, Row | None]:
         """A sample's outcome so far, and its row; None where it cannot be read, or need not."""
@@ -235,10 +263,8 @@ class Filter(Stage):
             outcome.status, outcome.reason = "dropped", reason
         return not reason
 
-    def _judged(self, outcome: Outcome, row: Row, said: Answer | Lost | None) -> Outcome:
-        if said is None:
-            return outcome  # decided before it was looked at
-        match _understood(said, row):
+    def _judged(self, outcome: Outcome, row: Row, found: _Judgement | None) -> Outcome:
+        match found:
             case transform.Result() as result:
                 outcome.status, outcome.width, outcome.height = "kept", result.width, result.height
                 outcome.source_pixels, outcome.phash = result.source_width * result.source_height, result.phash
@@ -250,6 +276,8 @@ class Filter(Stage):
                 outcome.reason, outcome.detail = error.reason, error.detail
             case Lost() as lost:
                 outcome.reason, outcome.detail, outcome.retryable = f"decoder_{lost.reason}", lost.detail, True
+            case None:
+                pass  # decided before it was looked at
         return outcome
 
     def _row(self, row: Row, result: transform.Result) -> Row:
@@ -261,15 +289,6 @@ class Filter(Stage):
             "height": result.height,
             "min_side": min(result.source_width, result.source_height),
         }
-
-
-def _understood(said: Answer | Lost, row: Row) -> transform.Result | transform.ImageError | transform.Dropped | Lost:
-    if isinstance(said, Lost):
-        return said
-    try:
-        return understood(said, row["jpg"])
-    except ValueError as error:
-        return Lost("crash", f"the worker gave {error}")
 
 
 @distributed

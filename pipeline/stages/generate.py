@@ -1,4 +1,4 @@
-"""stage=generate: pictures for prompts, drawn with a trained run.
+"""stage=generate: generate images for prompts with a trained run.
 
 Without ``output=`` a few, with a grid of them, into ``samples/`` of the run's folder. With it, any number by any number
 of ranks into a dataset directory, as every other stage writes it: exactly once, and the same bytes whoever draws.
@@ -12,27 +12,31 @@ import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from pipeline.config.cli import config_for
 from pipeline.config.schema import ConfigError, EvaluateConfig, GenerateConfig, run_folder
 from pipeline.distributed import Rank, distributed
 from pipeline.encoders.base import Autoencoder, TextEncoder, autoencoder, text_encoder, to_pixels
-from pipeline.imaging.contact_sheet import grid, png
+from pipeline.imaging.buckets import Size
+from pipeline.imaging.contact_sheet import grid, on_one_canvas, png
 from pipeline.models.diffusion_process import Process, process_of
 from pipeline.models.dit import DiT, DiTConfig
 from pipeline.models.sampling import sample
 from pipeline.partitions import engine
 from pipeline.partitions.dataset import RandomAccess
 from pipeline.partitions.plan import Input, Partition
-from pipeline.partitions.stage import Stage, open_input
+from pipeline.partitions.stage import Context, Stage, open_input
 from pipeline.randomness import normals
+from pipeline.registry import stages
 from pipeline.samples import IMAGE_COLUMNS, Outcome, Schema, caption_fields, content_hash
-from pipeline.sources.texts import lines_of
+from pipeline.sources.text_files import lines_of
 from pipeline.storage import Folder
 from pipeline.training.checkpoint import FOLDER, RECORD, find_checkpoint, open_checkpoint, step_of
 from pipeline.training.parallel import autocast, set_matmul_precision
@@ -41,6 +45,7 @@ from pipeline.training.tasks.diffuse import Normalisation
 _BATCH = 32
 _DEFAULT_PROMPTS = 16
 _RUNS = ("diffuse", "classify")  # names that runs have by default
+_SIZE = re.compile(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})")
 _TXT = re.compile(r"^\S+\.txt$")  # no caption, but a file
 _LOOKED_AT = 400  # samples whose captions the default prompts are taken from
 
@@ -77,15 +82,17 @@ _DEFAULT = Manner()
 
 @dataclass(frozen=True)
 class Wanted:
-    """The pictures that are asked for: ``each`` of every prompt, or one from each of the ``seeds``.
+    """The images that are requested: ``each`` of every prompt, or one from each of the ``seeds``; of these ``sizes``,
+    one for each prompt or for all (none: that which the run was trained on).
 
-    Picture number n starts from noise keyed by (seed, n); with ``seeds``, by its own seed alone.
+    Image number n starts from noise keyed by (seed, n); with ``seeds``, by its own seed alone.
     """
 
     prompts: Sequence[str]
     each: int = 1
     seed: int = 0
     seeds: tuple[int, ...] = ()
+    sizes: tuple[Size, ...] = ()
 
     @classmethod
     def of(cls, config: GenerateConfig) -> Wanted:
@@ -95,11 +102,13 @@ class Wanted:
             ConfigError: that is none.
         """
         if config.seeds and config.images_per_prompt > 1:
-            raise ConfigError("seeds=, images_per_prompt=: give one of them; there is a picture from each seed")
-        wanted = cls(prompts_of(config), len(config.seeds) or config.images_per_prompt, config.seed, config.seeds)
-        if not wanted.prompts:
+            raise ConfigError("seeds=, images_per_prompt=: give only one of them: each seed gives one image")
+        prompts, sizes = prompts_of(config), _sizes(config)
+        if not prompts:
             raise ConfigError("prompts=: there is nothing to draw")
-        return wanted
+        if len(sizes) not in (0, 1, len(prompts)):
+            raise ConfigError(f"sizes=: {len(sizes)} for {len(prompts)} prompts: give one for each, or size= for all")
+        return cls(prompts, len(config.seeds) or config.images_per_prompt, config.seed, config.seeds, sizes)
 
     def __len__(self) -> int:
         return len(self.prompts) * self.each
@@ -107,8 +116,12 @@ class Wanted:
     def prompt(self, number: int) -> str:
         return self.prompts[number // self.each]
 
+    def size(self, number: int) -> Size | None:
+        """Height and width of an image; None: as the run was trained."""
+        return self.sizes[number // self.each % len(self.sizes)] if self.sizes else None
+
     def start(self, number: int) -> tuple[int, int]:
-        """What the noise of a picture is keyed by: ``seed=`` and number of a picture that starts from the same."""
+        """What the noise of an image is keyed by: ``seed=`` and number of an image that starts from the same."""
         return (self.seeds[number % self.each], 0) if self.seeds else (self.seed, number)
 
 
@@ -134,7 +147,9 @@ def load_painter(
     _require_encoders(checkpoint, latents, vae)
     decoder = autoencoder(vae or latents["autoencoder"], device)
     channels, height, _ = latents["image_shape"]
-    if (decoder.channels, decoder.downsample * height) != (channels, latents["resolution"]):
+    edge = latents["resolution"]
+    edge -= edge % (2 * decoder.downsample) if latents.get("buckets") else 0
+    if (decoder.channels, decoder.downsample * height) != (channels, edge):
         raise ConfigError(
             f"vae={vae}: has {decoder.channels} channels and a latent for {decoder.downsample} pixels, but the run in "
             f"{checkpoint} was trained on {channels} channels and {latents['resolution'] // height} pixels"
@@ -161,50 +176,82 @@ def _require_encoders(checkpoint: str | Path, latents: dict[str, Any], vae: str)
         )
 
 
-def sample_images(painter: Painter, prompts: Sequence[str], seed: int = 0, manner: Manner = _DEFAULT) -> np.ndarray:
-    """Pictures uint8 (n, h, w, 3), one for each prompt; number i starts from noise keyed by (seed, i).
+def sample_images(
+    painter: Painter, prompts: Sequence[str], seed: int = 0, manner: Manner = _DEFAULT, size: Size | None = None
+) -> npt.NDArray[Any]:
+    """Images uint8 (n, h, w, 3), one for each prompt; number i starts from noise keyed by (seed, i).
+
+    ``size``: height and width in pixels; None: as the run was trained.
 
     Raises:
         ConfigError: there are no prompts.
     """
-    return drawn(painter, Wanted(prompts, seed=seed), manner)
+    return np.stack(drawn(painter, Wanted(prompts, seed=seed, sizes=(size,) if size else ()), manner))
 
 
-def drawn(painter: Painter, wanted: Wanted, manner: Manner) -> np.ndarray:
-    """All of them, uint8 (n, h, w, 3).
+def drawn(painter: Painter, wanted: Wanted, manner: Manner) -> list[npt.NDArray[Any]]:
+    """All of them, uint8 (h, w, 3) each.
 
     Raises:
-        ConfigError: there are none.
+        ConfigError: there are none, or a size is not one that the run can draw.
     """
     if not wanted.prompts:
         raise ConfigError("prompts=: there is nothing to draw")
-    every = range(len(wanted))
-    return np.concatenate([_batch(painter, wanted, every[at : at + _BATCH], manner) for at in every[::_BATCH]])
+    batches = _batches(wanted, range(len(wanted)), _BATCH)
+    return [image for numbers in batches for image in _batch(painter, wanted, numbers, manner)]
 
 
-def _batch(painter: Painter, wanted: Wanted, numbers: Sequence[int], manner: Manner) -> np.ndarray:
-    """Those of these numbers, drawn together."""
+def _batches(wanted: Wanted, numbers: Sequence[int], most: int) -> Iterator[list[int]]:
+    """Numbers of images that are drawn together: neighbours of one size."""
+    for _, group in groupby(numbers, key=wanted.size):
+        while batch := list(islice(group, most)):
+            yield batch
+
+
+def _shape(painter: Painter, size: Size | None) -> tuple[int, int, int]:
+    """Of the latents of an image, (c, h, w).
+
+    Raises:
+        ConfigError: the run cannot draw images of this size.
+    """
     config = painter.model.config
-    shape = (config.channels, config.height, config.width)
+    if size is None:
+        return config.channels, config.height, config.width
+    step = painter.autoencoder.downsample * config.patch
+    if any(edge % step for edge in size):
+        raise ConfigError(f"size={size[0]}x{size[1]}: height and width must be multiples of {step} for this run")
+    height, width = (edge // painter.autoencoder.downsample for edge in size)
+    return config.channels, height, width
+
+
+def _batch(painter: Painter, wanted: Wanted, numbers: Sequence[int], manner: Manner) -> npt.NDArray[Any]:
+    """Those of these numbers, which have one size, drawn together: uint8 (n, h, w, 3)."""
+    shape = _shape(painter, wanted.size(numbers[0]))
+    sizes = None
+    if painter.model.config.size_condition:  # whole images of this size
+        height, width = (edge * painter.autoencoder.downsample for edge in shape[1:])
+        sizes = torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32)
     device = next(painter.model.parameters()).device
     starts = [wanted.start(number) for number in numbers]
     noise = torch.from_numpy(np.stack([normals(shape, seed, "picture", place) for seed, place in starts])).to(device)
     states = painter.text_encoder.encode([wanted.prompt(number) for number in numbers]).to(device)
     process, sampler = painter.process, manner.sampler
     with autocast(painter.precision, device):
-        latents = sample(painter.model, noise, states, manner.steps, manner.guidance, process, sampler)
+        told = None if sizes is None else sizes.to(device)
+        latents = sample(painter.model, noise, states, manner.steps, manner.guidance, process, sampler, told)
     return to_pixels(painter.autoencoder.decode(painter.normalisation.invert(latents.float())))
 
 
-class Generate(Stage):
-    """Pictures of prompts as a dataset directory; a partition is a range of pictures."""
+@stages.register("generate", GenerateConfig)
+class Generate(Stage[GenerateConfig]):
+    """Images of prompts as a dataset directory; a partition is a range of images."""
 
     name = "generate"
     reads_upstream = False
     rechecks = True
 
     @property
-    def output(self) -> Path:  # type: ignore[override]
+    def output(self) -> Path:
         return Path(self.config.output).absolute()
 
     def schema(self) -> Schema:
@@ -232,8 +279,8 @@ class Generate(Stage):
             yield Partition((Input(self.checkpoint.name, start, stop, etag=self._digest(start, stop)),), stop - start)
 
     def _digest(self, start: int, stop: int) -> str:
-        """Of the weights and the prompts that these pictures depend on."""
-        prompts = [self.wanted.prompt(number) for number in range(start, stop)]
+        """Of the weights and the prompts that these images depend on."""
+        prompts = [f"{self.wanted.prompt(n)}{_said(self.wanted.size(n))}" for n in range(start, stop)]
         return content_hash((self._weights + "\n".join(prompts)).encode())
 
     @cached_property
@@ -241,25 +288,24 @@ class Generate(Stage):
         with Folder.open(self.checkpoint) as folder:
             return folder.digest_of(RECORD)
 
-    def process(self, partition: Partition) -> Iterator[Outcome]:
+    def process(self, partition: Partition, context: Context) -> Iterator[Outcome]:
         """Batches never reach over partitions, so that the result does not depend on who does which of them."""
         set_threads(self.config.threads)
-        (pictures,) = partition.inputs
-        if pictures.etag != self._digest(pictures.start, pictures.stop):
+        (images,) = partition.inputs
+        if images.etag != self._digest(images.start, images.stop):
             raise ConfigError("the prompts or the checkpoint changed since the plan was made: overwrite=true")
         manner = Manner.of(self.config)
-        for start in range(pictures.start, pictures.stop, self.config.batch_size):
+        for numbers in _batches(self.wanted, range(images.start, images.stop), self.config.batch_size):
             self.rank.check_stop()
-            numbers = range(start, min(start + self.config.batch_size, pictures.stop))
-            for number, picture in zip(numbers, _batch(self.painter, self.wanted, numbers, manner), strict=True):
-                yield self._outcome(number, picture)
+            for number, image in zip(numbers, _batch(self.painter, self.wanted, numbers, manner), strict=True):
+                yield self._outcome(number, image)
 
-    def _outcome(self, number: int, picture: np.ndarray) -> Outcome:
-        key, data = f"{number:08d}", png(picture)
+    def _outcome(self, number: int, image: npt.NDArray[Any]) -> Outcome:
+        key, data = f"{number:08d}", png(image)
         seed, _ = self.wanted.start(number)
         prompt = self.wanted.prompt(number)
         row = {"key": key, "jpg": data, "format": "png", "seed": seed, **caption_fields([prompt])}
-        height, width = picture.shape[:2]
+        height, width = image.shape[:2]
         return Outcome(key, "kept", source=self.checkpoint.name, offset=number, width=width, height=height, row=row)
 
 
@@ -275,7 +321,23 @@ def main(rank: Rank, config: GenerateConfig) -> None:
     wanted = Wanted.of(config)
     painter = load_painter(config.checkpoint or run, rank.device, config.vae, config.precision)
     place = write_samples(run, wanted, drawn(painter, wanted, Manner.of(config)))
-    print(f"{len(wanted)} pictures: {place}")
+    print(f"{len(wanted)} images: {place}")
+
+
+def _sizes(config: GenerateConfig) -> tuple[Size, ...]:
+    """As ``size=`` or ``sizes=`` say."""
+    if config.size:
+        height, width = config.size
+        return ((height, width),)
+    found = [_SIZE.fullmatch(text) for text in config.sizes]
+    for text, match in zip(config.sizes, found, strict=True):
+        if match is None:
+            raise ConfigError(f"sizes={text}: expected height x width, as 832x1216")
+    return tuple((int(match[1]), int(match[2])) for match in found if match)
+
+
+def _said(size: Size | None) -> str:
+    return f" {size[0]}x{size[1]}" if size else ""
 
 
 def run_of(config: GenerateConfig | EvaluateConfig) -> Path:
@@ -308,7 +370,7 @@ def set_threads(threads: int) -> None:
 
 
 def prompts_of(config: GenerateConfig) -> list[str]:
-    """The prompts as given, the lines of a file, or some captions of the data set.
+    """The prompts as given, the lines of a file, or some captions of the dataset.
 
     Raises:
         ConfigError: the file is not there, is empty, or is no text.
@@ -336,28 +398,28 @@ def _lines(path: str) -> list[str]:
     return lines
 
 
-def write_samples(run: Path, wanted: Wanted, pictures: np.ndarray) -> Path:
-    """Put pictures, a grid of them (a row for each prompt, if it has several) and a listing into ``samples/`` of the
+def write_samples(run: Path, wanted: Wanted, images: Sequence[npt.NDArray[Any]]) -> Path:
+    """Put images, a grid of them (a row for each prompt, if it has several) and a listing into ``samples/`` of the
     run, in place of earlier ones."""
     attempt = f".samples.{uuid.uuid4().hex}"
     with Folder.open(run) as folder:
         folder.mkdir(attempt)
         with folder.folder(attempt) as inside:
             listing = []
-            for number, picture in enumerate(pictures):
+            for number, image in enumerate(images):
                 name = f"{number:05d}.png"
-                _write_png(inside, name, picture)
+                _write_png(inside, name, image)
                 listing.append({"prompt": wanted.prompt(number), "seed": wanted.start(number)[0], "file": name})
-            _write_png(inside, "grid.png", grid(pictures, wanted.each if wanted.each > 1 else 0))
+            _write_png(inside, "grid.png", grid(on_one_canvas(images), wanted.each if wanted.each > 1 else 0))
             inside.write_json("samples.json", {"samples": listing})
         folder.trash("samples")
         folder.rename(attempt, "samples")
     return run / "samples"
 
 
-def _write_png(folder: Folder, name: str, picture: np.ndarray) -> None:
+def _write_png(folder: Folder, name: str, image: npt.NDArray[Any]) -> None:
     with folder.create(name) as target:
-        target.write(png(picture))
+        target.write(png(image))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What stage=shard converts: a dataset directory, a folder of images, or a map-style Dataset of Python objects."""
+"""The inputs of stage=shard: a dataset directory, a folder of images, or a map-style Dataset of Python objects."""
 
 from __future__ import annotations
 
@@ -6,19 +6,22 @@ import json
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
 from pipeline.config.schema import ConfigError, DownloadConfig, ShardConfig
 from pipeline.formats.base import IMAGE, MASK
-from pipeline.formats.pixels import to_bytes
+from pipeline.formats.pixel_arrays import to_bytes
 from pipeline.imaging import transform
 from pipeline.partitions.dataset import Dataset, RandomAccess
 from pipeline.partitions.plan import Input, LeftOut, Partition, file_state
+from pipeline.partitions.stage import Context
 from pipeline.randomness import Permutation, keyed_seed
 from pipeline.samples import (
     IMAGE_COLUMNS,
@@ -28,6 +31,7 @@ from pipeline.samples import (
     Schema,
     caption_fields,
     content_hash,
+    in_words,
     label_of,
     path_text,
     plain,
@@ -37,7 +41,7 @@ from pipeline.sources.annotations import synset_names
 from pipeline.sources.image_folder import ImageFolder, walk
 from pipeline.sources.lists import NAME_COLUMNS, open_list
 from pipeline.sources.memory_images import pixels_of, storable, upright
-from pipeline.sources.texts import suffix_of
+from pipeline.sources.text_files import suffix_of
 
 _PARTITIONS = 32
 """As many at least, so that processes share the work evenly, as long as partitions are of the least size."""
@@ -88,8 +92,8 @@ class Items(ABC):
         """Even cuts; ``sample_bytes`` is what one sample will take, 0 if that is not known."""
 
     @abstractmethod
-    def outcomes(self, partition: Partition, planned: dict[str, Any]) -> Iterator[Outcome]:
-        """What becomes of each sample of the partition; ``planned`` is what :meth:`extra` said."""
+    def outcomes(self, partition: Partition, context: Context) -> Iterator[Outcome]:
+        """What becomes of each sample of the partition; ``context.extra`` has what :meth:`extra` said."""
 
     @abstractmethod
     def some(self) -> Iterator[Row]:
@@ -104,7 +108,7 @@ class Items(ABC):
         for number in range(count):
             yield total * number // count, total * (number + 1) // count
 
-    def order(self, positions: np.ndarray, total: int, *key: int) -> np.ndarray:
+    def order(self, positions: npt.NDArray[Any], total: int, *key: int) -> npt.NDArray[Any]:
         """``positions`` of ``range(total)`` as they are, or through the permutation that the seed and ``key`` give."""
         if not self.config.shuffle:
             return positions
@@ -132,7 +136,7 @@ class Upstream(Items):
         for start, stop in self.cuts(total, sample_bytes or counts["bytes"] / max(counts["kept"], 1)):
             yield Partition((Input("upstream", first, first + total), Input("positions", start, stop)), stop - start)
 
-    def outcomes(self, partition: Partition, planned: dict[str, Any]) -> Iterator[Outcome]:
+    def outcomes(self, partition: Partition, context: Context) -> Iterator[Outcome]:
         whole, span = partition.inputs
         positions = self.order(np.arange(span.start, span.stop), whole.stop - whole.start, whole.start)
         access = RandomAccess(self.dataset, taken=True)
@@ -200,10 +204,9 @@ class Folder(Items):
             chosen = self.order(np.arange(start, stop), len(files), 0)
             yield Partition(tuple(files[i] for i in chosen), stop - start)
 
-    def outcomes(self, partition: Partition, planned: dict[str, Any]) -> Iterator[Outcome]:
-        self.source.planned = {"classes": []}
-        numbers = {name: number for number, name in enumerate(planned.get("classes", []))}
-        for outcome in self.source.samples(partition):
+    def outcomes(self, partition: Partition, context: Context) -> Iterator[Outcome]:
+        numbers = {name: number for number, name in enumerate(context.extra.get("classes", []))}
+        for outcome in self.source.samples(partition, replace(context, planned={})):
             if outcome.row is not None:
                 try:
                     outcome.row |= header_columns(outcome.row[IMAGE])
@@ -226,10 +229,10 @@ class Folder(Items):
         return numbers[name]
 
     def some(self) -> Iterator[Row]:
-        planned = self.extra()
+        context = Context({"extra": self.extra()})
         for found in walk(self.source.root):
             file = Input(path_text(found.path), size=found.size, mtime_ns=found.mtime_ns)
-            for outcome in self.outcomes(Partition((file,), 1), planned):
+            for outcome in self.outcomes(Partition((file,), 1), context):
                 if outcome.row is not None:
                     yield outcome.row
 
@@ -274,7 +277,7 @@ class Objects(Items):
         for start, stop in self.cuts(total, sample_bytes or _ITEM_BYTES):
             yield Partition((Input(name, 0, total), Input("positions", start, stop)), stop - start)
 
-    def outcomes(self, partition: Partition, planned: dict[str, Any]) -> Iterator[Outcome]:
+    def outcomes(self, partition: Partition, context: Context) -> Iterator[Outcome]:
         whole, span = partition.inputs
         positions = self.order(np.arange(span.start, span.stop), whole.stop - whole.start, 0).tolist()
         for start in range(0, len(positions), self.batch_size):
@@ -297,7 +300,7 @@ class Objects(Items):
                     raise item
                 row = next(rows, None)
                 if row is None:
-                    raise ValueError("_custom_collate_fn gave fewer rows than it got items")
+                    raise ValueError("_custom_collate_fn returned fewer rows than it received items")
                 outcome.row = completed(outcome.key, row)
                 outcome.key = outcome.row["key"]
             except SampleError as error:
@@ -309,8 +312,7 @@ class Objects(Items):
         try:
             return self.dataset[position]
         except Exception as error:  # a user's Dataset raises anything; it concerns this sample alone
-            first = str(error).partition("\n")[0][:200]
-            return SampleError("dataset_raised", f"{type(error).__name__}: {first}" if first else type(error).__name__)
+            return SampleError("dataset_raised", in_words(error))
 
 
 def _kept(outcome: Outcome) -> Outcome:
@@ -354,7 +356,7 @@ def _row(item: Any) -> Row:
     else:
         row = {"image": item}
     if "image" not in row and IMAGE not in row:
-        raise ConfigError(f"input_data: an item has no 'image', but {', '.join(map(str, row))}")
+        raise ConfigError(f"input_data: an item has no 'image'; it has {', '.join(map(str, row))}")
     return row
 
 
@@ -424,7 +426,7 @@ def header_columns(data: bytes) -> Row:
 
 
 def _npy_columns(data: bytes) -> Row:
-    from pipeline.formats.pixels import from_npy
+    from pipeline.formats.pixel_arrays import from_npy
 
     array = from_npy(data)
     return {"width": array.shape[1], "height": array.shape[0], "mode": str(array.dtype)}
@@ -434,7 +436,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, np.ndarray) or hasattr(value, "detach"):
-        from pipeline.formats.pixels import to_npy
+        from pipeline.formats.pixel_arrays import to_npy
 
         return to_npy(value.detach().cpu().numpy() if hasattr(value, "detach") else value)
     return value if isinstance(value, bytes) else plain(value)
@@ -477,7 +479,7 @@ def read_classes(path: Path) -> list[str]:
 def read_labels(path: Path) -> dict[str, str]:
     """File name → class: a list of two columns (ImageNet's ``LOC_val_solution.csv``: the first word counts), a
     ``.json`` mapping, ``.txt`` with a pair on each line, or ``ILSVRC2012_validation_ground_truth.txt`` of ImageNet's
-    devkit, whose numbers are not in WordNet order: ``meta.mat`` beside it, or above it, tells what they mean.
+    devkit, whose numbers are not in WordNet order: ``meta.mat`` next to it, or above it, says what they mean.
 
     Raises:
         ConfigError: it cannot be read.
@@ -512,5 +514,5 @@ def _named_labels(path: Path) -> dict[str, str]:
 def _devkit_names(path: Path) -> dict[int, str]:
     found = next((folder / "meta.mat" for folder in path.parents[:2] if (folder / "meta.mat").is_file()), None)
     if found is None:
-        raise ConfigError(f"{path}: meta.mat of the devkit must lie beside it")
+        raise ConfigError(f"{path}: meta.mat of the devkit must lie next to it")
     return synset_names(found)

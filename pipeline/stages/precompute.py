@@ -16,15 +16,24 @@ from pipeline.distributed import Rank, distributed
 from pipeline.encoders.base import (
     Autoencoder,
     ImageEncoder,
-    TextEncoder,
+    allow_graphs,
     autoencoder,
     image_encoder,
-    text_encoder,
+    model_files,
 )
-from pipeline.latents.decoding import Layout
-from pipeline.latents.stage import AHEAD, EncodingStage, Job, Lap, Work
+from pipeline.imaging.buckets import BUCKET_COLUMNS, ORIGINAL_COLUMNS, Buckets, Size, buckets_in
+from pipeline.imaging.worker_pool import Pool, WorkerLimits
+from pipeline.latents.bucketing import by_bucket, header_pool
+from pipeline.latents.encoder_stage import AHEAD, EncodingStage, Job, Lap, Work, of_one_shape, read
+from pipeline.latents.image_decoding import Layout
+from pipeline.latents.stored_texts import STAGE as TEXTS
+from pipeline.latents.stored_texts import StoredTextStates, images_of, with_images
+from pipeline.latents.text_states import BACK, PER_SAMPLE, WINDOW, TextStates, fault_of, news
+from pipeline.partitions.dataset import Dataset, Stored
 from pipeline.partitions.plan import Partition
-from pipeline.samples import Outcome, Row, SampleError, Schema
+from pipeline.partitions.stage import evaluate, open_input
+from pipeline.registry import stages
+from pipeline.samples import Outcome, Row, Schema
 from pipeline.stages import release
 
 if TYPE_CHECKING:
@@ -32,10 +41,8 @@ if TYPE_CHECKING:
 
     from pipeline.latents.encoding import Encoded, Encoding
 
-_WINDOW = 512
-"""Rows that are read ahead, so that captions of like length can be encoded together."""
-_REMEMBERED = 2048
-"""Captions of a partition whose states are kept for the next sample that has the same."""
+_PATCH = 2
+"""Edge of the patches of latents that are a token of :mod:`pipeline.models.dit`, and of most other models."""
 _BUFFER = 2**28  # bytes of results of a GPU that may wait for a disk that writes in bursts
 
 
@@ -47,7 +54,8 @@ class Captions:
     forget: list[str]
 
 
-class Precompute(EncodingStage):
+@stages.register("precompute", PrecomputeConfig)
+class Precompute(EncodingStage[PrecomputeConfig]):
     name = "precompute"
     version = 3
 
@@ -56,30 +64,33 @@ class Precompute(EncodingStage):
         return "mds"
 
     def schema(self) -> Schema:
-        self.upstream.require_columns("key", "jpg", "caption")
+        self.images.require_columns("key", "jpg", "caption")
         schema: Schema = {"key": "str", "caption": "str", "min_side": "int"}
         latents = [f"latents_{r}" for r in self.config.image_resolutions]
-        schema |= dict.fromkeys([*self.texts, *self.pooled.values(), *latents], "bytes")
-        schema |= {"caption_back": "int"} if self.dedup else {}
+        schema |= dict.fromkeys([*self.texts.shapes, *latents], "bytes")
+        if self.texts.several:
+            self.images.require_columns("captions")
+        schema |= self.texts.of_several()
+        schema |= dict.fromkeys(self._size_columns, "int")
+        schema |= {BACK: "int"} if self.texts.shared else {}
         schema |= {"image_embedding": "bytes"} if self.config.image_encoder else {}
         return schema | ({"jpg": "jpeg"} if self.config.save_images else {})
 
     def extra(self) -> dict[str, Any]:
         """Shapes, dtype and encoders: what a reader needs to make tensors of the bytes and to decode them."""
-        shapes: dict[str, list[int]] = {name: [text.length, text.width] for name, text in self.texts.items()}
-        shapes |= {pooled: [self.texts[name].pooled_width] for name, pooled in self.pooled.items()}
+        shapes: dict[str, list[int | None]] = {name: [*shape] for name, shape in self.texts.shapes.items()}
         for resolution in self.config.image_resolutions:
-            channels, *edges = self.vae.latent_shape(resolution)
-            shapes[f"latents_{resolution}"] = [channels * (2 if self.config.latent == "moments" else 1), *edges]
-        encoders = {name: text.describe() for name, text in self.texts.items()}
-        extra = {
+            edges = [None, None] if self.buckets else self.vae.latent_shape(resolution)[1:]
+            channels = self.vae.channels * (2 if self.config.latent == "moments" else 1)
+            shapes[f"latents_{resolution}"] = [channels, *edges]
+        extra: dict[str, Any] = {
             "dtype": self.config.save_dtype,
             "latent": self.config.latent,
             "vae": self.vae.describe(),
-            "text_encoder": encoders["caption_latents"],
-            "text_encoders": encoders,
-            "text_storage": self._describe_storage(),
+            **self.texts.extra(),
         }
+        if self.buckets:
+            extra["buckets"] = {f"latents_{each.resolution}": each.describe() for each in self.buckets}
         if self.embedder is not None:
             shapes["image_embedding"] = [self.embedder.width]
             extra["image_encoder"] = self.embedder.describe()
@@ -87,31 +98,29 @@ class Precompute(EncodingStage):
             extra["batch_size"] = self.batch_size
         return {"shapes": shapes, **extra}
 
-    def _describe_storage(self) -> dict[str, Any]:
-        """How text states are stored, and what that costs: measured on the first captions."""
-        from pipeline.loading import text_storage
+    def model_files(self) -> dict[str, str]:
+        texts = self.config.text_encoder if self.texts.encodes else ()
+        return model_files([self.config.vae, *texts, self.config.image_encoder])
 
-        storage, dtype = self.config.text_storage, self.config.save_dtype
-        said: dict[str, Any] = {"kind": storage}
-        for name, text in self.texts.items():
-            said[name] = {"bytes": text_storage.size_of((text.length, text.width), storage, dtype)}
-            if text_storage.kind_of(storage) != "dense":
-                states = text.encode(self._first_captions)
-                said[name]["cosine_error"] = text_storage.cosine_error(states, storage, dtype)
-        return said
+    # ---- buckets
 
     @cached_property
-    def _first_captions(self) -> list[str]:
-        """Up to 32 different ones."""
-        captions: dict[str, None] = {}
-        for stored in islice(self.upstream.samples(0), 256):
-            try:
-                captions[stored.read()["caption"]] = None
-            except SampleError:
-                continue
-            if len(captions) == 32:
-                break
-        return list(captions) or [""]
+    def buckets(self) -> tuple[Buckets, ...]:
+        """For each resolution; empty: squares."""
+        config = self.config
+        if config.aspect == "square":
+            return ()
+        step = math.lcm(config.bucket_step, _PATCH * self.vae.downsample)
+        shape = (step, config.max_aspect_ratio, config.bucket_upscale, config.bucket_crop)
+        return tuple(Buckets(resolution, *shape) for resolution in config.image_resolutions)
+
+    @property
+    def _size_columns(self) -> list[str]:
+        """What is stored of how an image became its bucket."""
+        if not self.buckets:
+            return []
+        own = (f"{name}_{each.resolution}" for each in self.buckets for name in BUCKET_COLUMNS)
+        return [*ORIGINAL_COLUMNS, *own]
 
     # ---- encoders
 
@@ -121,25 +130,11 @@ class Precompute(EncodingStage):
         return autoencoder(self.config.vae, self.rank.device, dtype)
 
     @cached_property
-    def texts(self) -> dict[str, TextEncoder]:
-        """By column."""
-        specs = self.config.text_encoder
-        if not specs:
-            raise ConfigError("text_encoder=[]: name at least one")
-        return {
-            f"caption_latents{f'_{number}' if number > 1 else ''}": text_encoder(spec, self.rank.device, self._dtype)
-            for number, spec in enumerate(specs, 1)
-        }
-
-    @cached_property
-    def pooled(self) -> dict[str, str]:
-        """Columns of pooled embeddings, by the column of the encoder's states."""
-        if not self.config.pooled:
-            return {}
-        columns = {name: name.replace("latents", "pooled") for name, text in self.texts.items() if text.pooled_width}
-        if not columns:
-            raise ConfigError("pooled=true: none of the text encoders has pooled embeddings; CLIPs have")
-        return columns
+    def texts(self) -> TextStates:
+        """Computed here, or by stage=texts."""
+        if self.upstream.stage == TEXTS:
+            return StoredTextStates(self.config, lambda: self.upstream)
+        return TextStates(self.config, lambda: self.upstream, self.rank.device, self._dtype)
 
     @cached_property
     def embedder(self) -> ImageEncoder | None:
@@ -150,31 +145,30 @@ class Precompute(EncodingStage):
     def _dtype(self) -> str:
         return str(self.config.model_dtype) if self.on_gpu else "float32"
 
-    @property
-    def dedup(self) -> bool:
-        return str(self.config.text_storage).endswith("dedup")
-
     @cached_property
     def encoding(self) -> Encoding:
         from pipeline.latents.encoding import Encoding
 
         config = self.config
-        self._ideal  # noqa: B018 - compiled networks cannot be counted
+        evaluate(self._ideal)  # compiled networks cannot be counted
         if config.compile:
+            allow_graphs(8 + sum(len(each.sizes) for each in self.buckets))  # one for each shape
             self.vae.compile()
-            for text in self.texts.values():
+            for text in self.texts.encoders.values():
                 text.compile()
         return Encoding(
-            self.rank.device,
-            self.vae,
-            self.texts,
-            self.embedder,
-            config.image_resolutions,
-            config.latent == "moments",
-            config.text_storage,
-            config.save_dtype,
-            config.seed if config.latent == "sample" else None,
-            self.pooled,
+            device=self.rank.device,
+            vae=self.vae,
+            texts=self.texts.encoders,
+            image_encoder=self.embedder,
+            resolutions=config.image_resolutions,
+            moments=config.latent == "moments",
+            storage=config.text_storage,
+            dtype=config.save_dtype,
+            seed=config.seed if config.latent == "sample" else None,
+            pooled=self.texts.pooled,
+            buckets=self.buckets,
+            crop_seed=config.seed,
         )
 
     @cached_property
@@ -184,7 +178,7 @@ class Precompute(EncodingStage):
             return 0.0, 0.0
         import torch
 
-        from pipeline.training.logs import flop_counter, peak_flops
+        from pipeline.training.loggers import flop_counter, peak_flops
 
         device = self.rank.device
         precision = {"float32": "tf32", "float16": "bfloat16", "bfloat16": "bfloat16"}
@@ -193,10 +187,11 @@ class Precompute(EncodingStage):
             return 0.0, 0.0
         with torch.inference_mode(), flop_counter() as images:
             for resolution in self.config.image_resolutions:
-                self.vae.moments(torch.zeros((1, 3, resolution, resolution), device=device))
+                edge = resolution - resolution % self.vae.downsample
+                self.vae.moments(torch.zeros((1, 3, edge, edge), device=device))
         with torch.inference_mode(), flop_counter() as captions:
-            for text in self.texts.values():
-                text.encode(self._first_captions[:1])
+            for text in self.texts.encoders.values():
+                text.encode(self.texts.first_captions[:1])
         return images.get_total_flops() / peaks[0], captions.get_total_flops() / peaks[1]
 
     @property
@@ -208,7 +203,7 @@ class Precompute(EncodingStage):
         """As given; of ``auto`` what the rank that made the plan has found out, the same for all."""
         given = self.config.batch_size
         if given == "auto":
-            known = self.planned.get("extra", {}).get("batch_size")
+            known = self.planned_extra.get("batch_size")
             return int(known) if known else self._measured_batch
         return int(given)
 
@@ -216,42 +211,110 @@ class Precompute(EncodingStage):
     def _measured_batch(self) -> int:
         return self.encoding.find_batch_size()
 
+    # ---- input
+
+    @cached_property
+    def upstream(self) -> Dataset:
+        """What stage=texts has written, if it has, with captions encoded; else samples with images.
+
+        Raises:
+            Unfinished: it is missing or not complete, or texts are not those of all samples that there are now.
+        """
+        upstream = open_input(self.config, self.name)
+        images_of(upstream)
+        return upstream
+
+    @cached_property
+    def images(self) -> Dataset:
+        """The samples with images."""
+        return images_of(self.upstream)
+
+    def forget_upstream(self) -> None:
+        super().forget_upstream()
+        self.__dict__.pop("images", None)
+
+    def samples(self, index: int) -> Iterator[Stored]:
+        if self.upstream.stage == TEXTS:
+            return with_images(self.upstream, self.images, index)
+        return super().samples(index)
+
     # ---- work
 
-    def plan(self, since: int = 0) -> Iterator[Partition]:
+    def validate(self) -> None:
         if not self.config.image_resolutions:
             raise ConfigError("image_resolutions=[]: name at least one")
-        return super().plan(since)
+        self.texts.validate()
+        self.images.require_data()
 
     @property
     def reads(self) -> tuple[str, ...]:  # type: ignore[override]
-        return tuple(name for name in ("caption", "min_side") if name in self.upstream.schema)
+        there = {*self.upstream.schema, *self.images.schema}
+        return tuple(name for name in ("min_side", *self.texts.reads) if name in there)
 
     def prepare(self) -> None:
         self.allow_tf32()
-        self.encoding  # noqa: B018
-        self.depth  # noqa: B018
+        evaluate(self.encoding, self.depth)
 
     @cached_property
     def depth(self) -> int:
         if not self.on_gpu:
             return AHEAD
-        shapes = self.extra()["shapes"].values()
-        size = self.batch_size * sum(math.prod(shape) for shape in shapes) * 4
-        return int(min(64, max(AHEAD, _BUFFER // size)))
+        extra = self.extra()
+        largest = {name: each.largest // self.vae.downsample**2 for name, each in buckets_in(extra).items()}
+        numbers = (largest[n] * s[0] if n in largest else math.prod(s) for n, s in extra["shapes"].items())
+        return int(min(64, max(AHEAD, _BUFFER // (self.batch_size * sum(numbers) * 4))))
 
     def batches(self, rows: Iterator[Job], size: int) -> Iterator[tuple[list[Job], Captions]]:
         known: OrderedDict[str, None] = OrderedDict()
-        while window := list(islice(rows, size * max(1, _WINDOW // size))):
-            new, forget = _news(known, [job.row["caption"] for job in window if job.row])
-            for start in range(0, len(window), size):
-                first, last = start == 0, start + size >= len(window)
-                yield window[start : start + size], Captions(new if first else [], forget if last else [])
+        batches = of_one_shape(rows, size)
+        if not self.texts.encodes:
+            yield from ((batch, Captions([], [])) for batch in batches)
+            return
+        rows_ahead = WINDOW // PER_SAMPLE if self.texts.several else WINDOW
+        while window := list(islice(batches, max(1, rows_ahead // size))):
+            texts = [text for batch in window for job in batch if job.row for text in self.texts.captions_of(job.row)]
+            new, forget = news(known, texts)
+            for number, batch in enumerate(window, 1):
+                yield batch, Captions(new if number == 1 else [], forget if number == len(window) else [])
+
+    def padded(self, count: int) -> int:
+        """Each bucket of a partition ends with a batch that is not full: so powers of two are sizes of batches, too,
+        unless each would be compiled for itself."""
+        if not self.buckets or self.config.compile:
+            return self.batch_size
+        return min(self.batch_size, 1 << (count - 1).bit_length())
+
+    def rows(self, partition: Partition) -> Iterator[Job]:
+        if not self.buckets:
+            yield from super().rows(partition)
+            return
+        wanted = (s for s in self.samples(partition.inputs[0].start) if partition.wants(s.key))
+        for stored, sizes, size in by_bucket(wanted, self.buckets, self._headers):
+            if size is None or sizes:
+                job = read(stored, {"jpg", *self.reads})
+            else:
+                job = Job(Outcome(stored.key, "dropped", source=stored.source, offset=stored.offset), {})
+                job.outcome.height, job.outcome.width = size
+                job.outcome.reason, job.outcome.detail = "smaller_than_bucket", f"{size[1]}x{size[0]}"
+            job.sizes = sizes
+            yield job
+
+    @cached_property
+    def _headers(self) -> Pool | None:
+        if {"width", "height"} <= set(self.images.schema):
+            return None
+        return header_pool(self.decoding_processes(), WorkerLimits.of(self.config))
+
+    def close(self) -> None:
+        super().close()
+        headers = self.__dict__.pop("_headers", None)
+        if headers is not None:
+            headers.close()
 
     def encode(self, work: Work, slots: Tensor) -> Encoded:
         from pipeline.latents.encoding import Batch
 
-        return self.encoding.encode(Batch(slots, work.more.new, work.copied))
+        return self.encoding.encode(Batch(slots, work.more.new, work.copied, work.jobs[0].sizes))
 
     def begin(self) -> None:
         self._memory = _Memory(self)
@@ -260,84 +323,66 @@ class Precompute(EncodingStage):
         encoded.wait()
         return self._memory.outcomes(work, encoded)
 
-    def lap_done(self, lap: Lap, busy: float, images: int) -> None:
-        super().lap_done(lap, busy, images)
+    def lap_done(self, lap: Lap, busy: float, images: int, notes: dict[str, Any]) -> None:
+        super().lap_done(lap, busy, images, notes)
         rate = images / lap.seconds
         for_image, for_caption = self._ideal
         if for_image:
-            ideal = images * for_image + self._memory.captions * for_caption
-            self.notes["speed"]["mfu"] = round(ideal / lap.seconds, 4)
+            ideal = images * for_image + self._memory.texts.captions * for_caption
+            notes["speed"]["mfu"] = round(ideal / lap.seconds, 4)
         if self.config.gpu_hour_price and rate:
-            self.notes["speed"]["cost_per_million"] = round(1e6 / rate / 3600 * self.config.gpu_hour_price, 4)
+            notes["speed"]["cost_per_million"] = round(1e6 / rate / 3600 * self.config.gpu_hour_price, 4)
         noted, self.encoding.notes = self.encoding.notes, Counter()
         if noted:
-            self.notes["noted"] = dict(noted)
-
-
-def _news(known: OrderedDict[str, None], captions: list[str]) -> tuple[list[str], list[str]]:
-    """Of the next ``captions``, those that are not ``known``, each once; and what to forget when they are through."""
-    news = []
-    for caption in captions:
-        if caption not in known:
-            known[caption] = None
-            news.append(caption)
-        known.move_to_end(caption)
-    forget = [known.popitem(last=False)[0] for _ in range(len(known) - _REMEMBERED)]
-    return news, forget
+            notes["noted"] = dict(noted)
 
 
 class _Memory:
-    """Makes rows of encoded batches: knows the states of captions that may come again, and where they were stored."""
+    """Makes rows of encoded batches."""
 
     def __init__(self, stage: Precompute) -> None:
-        self.captions = 0
-        self._dedup = stage.dedup
+        self.texts = stage.texts.rows()
+        self._buckets = stage.buckets
+        self._seed = stage.config.seed
         self._copied = [name for name in ("caption", "jpg") if name in stage.schema()]
-        self._states: dict[str, tuple[Row, str]] = {}
-        self._stored: dict[str, int] = {}
-        self._kept = 0
 
     def outcomes(self, work: Work, result: Encoded) -> Iterator[Outcome]:
-        self.captions += len(work.more.new)
-        flags = result.texts_finite.tolist()
-        texts = {name: values.numpy() for name, values in result.texts.items()}
-        for number, caption in enumerate(work.more.new):
-            packed = {name: values[number].tobytes() for name, values in texts.items()}
-            self._states[caption] = (packed, _fault(*flags[number]))
+        self.texts.learn(work.more.new, result)
         columns = {name: values.numpy() for name, values in result.columns.items()}
-        for place, (job, finite) in enumerate(zip(work.jobs, result.finite.tolist(), strict=False)):
-            if job.good:
-                states, fault = self._states[job.row["caption"]]
-                fault = _fault(*finite) or fault
+        finite = result.finite.tolist()
+        for place, job in enumerate(work.jobs):
+            if job.good and self._buckets and self._sizes(job) != job.sizes:
+                job.outcome.reason = "size_mismatch"
+                job.outcome.detail = f"{job.outcome.width}x{job.outcome.height}, its row or header says otherwise"
+            elif job.good:
+                texts, text_fault = self.texts.of(job.row)
+                fault = fault_of(*finite[place]) or text_fault
                 if fault:
                     job.outcome.reason, job.outcome.detail = "not_finite", fault
                 else:
-                    row = self._row(job, states)
+                    row = self._row(job, self.texts.kept(job.row, texts))
                     job.outcome.row = row | {name: values[place].tobytes() for name, values in columns.items()}
                     job.outcome.status = "kept"
             yield job.outcome
-        for caption in work.more.forget:
-            del self._states[caption]
+        self.texts.forget(work.more.forget)
+
+    def _sizes(self, job: Job) -> tuple[Size | None, ...]:
+        return tuple(buckets.size_of(job.outcome.height, job.outcome.width) for buckets in self._buckets)
 
     def _row(self, job: Job, texts: Row) -> Row:
-        caption, outcome = job.row["caption"], job.outcome
+        outcome = job.outcome
         row: Row = {"key": outcome.key, **texts}
         for name in self._copied:
             row[name] = job.row[name]
         row["min_side"] = job.row.get("min_side", min(outcome.width, outcome.height))
-        if self._dedup:
-            row["caption_back"] = self._kept - self._stored.setdefault(caption, self._kept)
-            if row["caption_back"]:
-                row.update(dict.fromkeys(texts, b""))
-        self._kept += 1
+        if self._buckets:
+            row["original_height"], row["original_width"] = outcome.height, outcome.width
+        for buckets in self._buckets:
+            place = buckets.place_of(outcome.height, outcome.width, self._seed, outcome.key)
+            assert place is not None
+            values = (*place.size, place.top, place.left)
+            row |= {f"{name}_{buckets.resolution}": value for name, value in zip(BUCKET_COLUMNS, values, strict=True)}
         return row
-
-
-def _fault(computed: bool, stored: bool) -> str:
-    """What to say of values that are not all finite; empty if they are."""
-    if not computed:
-        return "a latent is NaN or infinite; model_dtype=float32 may help"
-    return "" if stored else "a latent is too large for the precision that it is stored in: save_dtype=float32 helps"
 
 
 @distributed

@@ -1,6 +1,6 @@
-"""Data that are not needed any more, once what was made from them is verified: removed, but for ledgers and records.
+"""Removes data that are no longer needed, once the output made from them is verified; ledgers and records are kept.
 
-A generation of kind ``release`` has each partition committed again with its ledger, and a record that still tells of
+A generation of kind ``release`` has each partition committed again with its ledger, and a record that still reports
 the data files; then what it replaces is deleted. The content digest stays as it is, so that nothing becomes stale.
 """
 
@@ -17,7 +17,7 @@ from pipeline.partitions.dataset import Dataset, find_datasets
 from pipeline.partitions.gc import collect
 from pipeline.partitions.plan import RELEASE
 from pipeline.partitions.planning import commit_release, last_upstream
-from pipeline.partitions.stage import Stage, input_folder
+from pipeline.partitions.stage import AnyStage, input_folder
 from pipeline.stages import stage_that_made
 from pipeline.stages.verify import findings_in
 from pipeline.storage import StorageError
@@ -26,7 +26,9 @@ _ELSEWHERE = ("reference", "pointer")
 """Formats whose rows lie outside of the dataset directory."""
 
 
-def main(make: Callable[[Any, Rank], Stage], config: Any, rank: Rank, *, release_raw: bool, whole_line: bool) -> None:
+def main(
+    make: Callable[[Any, Rank], AnyStage], config: Any, rank: Rank, *, release_raw: bool, whole_line: bool
+) -> None:
     """The body of the ``main`` of a stage whose upstream's data may go when it is done, if ``release_raw``."""
     stage = make(config, rank)
     with engine.expected_errors(rank):
@@ -76,7 +78,7 @@ def _release(place: Path, rank: Rank) -> None:
         rank.log.debug("deleted %s", path)
         rank.check_stop()
     counts = Dataset(dataset.root).require_success()["counts"]
-    rank.log.info("%s: its data are removed (%.1f MB)", place, counts.get("released", 0) / 1e6)
+    rank.log.info("%s: its data were removed (%.1f MB)", place, counts.get("released", 0) / 1e6)
 
 
 def finish_release(place: Path, rank: Rank) -> None:
@@ -99,7 +101,7 @@ def _line(dataset: Dataset, rank: Rank) -> Iterator[tuple[Dataset, Dataset]]:
 
 
 def _may_go(dataset: Dataset, after: Dataset, verified: set[Path], rank: Rank) -> bool:
-    """Whether ``after`` and all else that was made from ``dataset`` and lies beside it is finished and sound."""
+    """Whether ``after`` and all else that was made from ``dataset`` and lies next to it is finished and sound."""
     digest = dataset.require_success()["content_digest"]
     found = {made.root.path: made for made in (after, *find_datasets(dataset.root.path.parent))}
     for made in found.values():

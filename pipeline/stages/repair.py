@@ -1,4 +1,4 @@
-"""stage=repair: verify, then redo just what is wrong, by the stage that made it and with its settings."""
+"""stage=repair: verify, then rebuild only the damaged partitions, with the stage and the settings that made them."""
 
 from __future__ import annotations
 
@@ -9,24 +9,31 @@ from typing import Any
 from pipeline.config.cli import config_for
 from pipeline.config.schema import ConfigError, RepairConfig
 from pipeline.distributed import Rank, distributed
+from pipeline.imaging.worker_pool import DEFAULT_WORKER_LIMITS, WorkerLimits
 from pipeline.partitions import engine
 from pipeline.partitions.attempt import unless_removed
 from pipeline.partitions.dataset import Dataset, open_root
 from pipeline.partitions.plan import PARTITIONS
 from pipeline.partitions.planning import commit_repair
-from pipeline.partitions.repair import mend_headers, mend_partitions
-from pipeline.partitions.stage import Stage
+from pipeline.partitions.repair import redo_partitions, repair_headers
+from pipeline.partitions.stage import AnyStage
 from pipeline.partitions.verify import Finding
+from pipeline.registry import stages
 from pipeline.stages import stage_that_made
 from pipeline.stages.verify import findings_in
 from pipeline.storage import Folder, StorageError
 
-Maker = Callable[[Dataset, Rank, bool], Stage]
+Maker = Callable[[Dataset, Rank, bool], AnyStage]
 """The stage to do partitions again with; the last argument: whatever part of the samples failed."""
 
 
 def repair(
-    folder: str | Path, rank: Rank, deep: bool = False, workers: int = 1, make: Maker | None = None
+    folder: str | Path,
+    rank: Rank,
+    deep: bool = False,
+    workers: int = 1,
+    make: Maker | None = None,
+    limits: WorkerLimits = DEFAULT_WORKER_LIMITS,
 ) -> dict[str, Any] | None:
     """Redo the partitions that :func:`verify` finds fault with, and finish the dataset again.
 
@@ -34,6 +41,7 @@ def repair(
         deep: look inside of partitions whose bytes are those that were written; what is redone may come out different.
         workers: processes that look (0: one for each CPU).
         make: the stage, where its settings do not say all.
+        limits: of the processes that decode images, with ``deep``.
 
     Returns:
         What ``_SUCCESS`` says afterwards; None if there was nothing to mend.
@@ -43,12 +51,12 @@ def repair(
         StorageError: the plan is damaged beyond repair, or the content came out different from before.
     """
     try:
-        return _repair(folder, rank, deep, workers, make or _by_settings)
+        return _repair(folder, rank, deep, workers, make or _by_settings, limits)
     except OSError as error:
         raise StorageError(f"{folder} cannot be repaired: {error}") from error
 
 
-def _by_settings(dataset: Dataset, rank: Rank, lenient: bool) -> Stage:
+def _by_settings(dataset: Dataset, rank: Rank, lenient: bool) -> AnyStage:
     if dataset.stage == "shard" and not dataset.header["config"]["input"]:
         raise ConfigError(
             f"{dataset.root.path} was converted from a Python Dataset, which is not stored: "
@@ -57,18 +65,22 @@ def _by_settings(dataset: Dataset, rank: Rank, lenient: bool) -> Stage:
     return stage_that_made(dataset, rank, lenient=lenient)
 
 
-def _repair(folder: str | Path, rank: Rank, deep: bool, workers: int, make: Maker) -> dict[str, Any] | None:
+def _repair(
+    folder: str | Path, rank: Rank, deep: bool, workers: int, make: Maker, limits: WorkerLimits
+) -> dict[str, Any] | None:
     root = open_root(folder)
     with unless_removed(root):
-        return _repair_at(root, rank, deep, workers, make)
+        return _repair_at(root, rank, deep, workers, make, limits)
 
 
-def _repair_at(root: Folder, rank: Rank, deep: bool, workers: int, make: Maker) -> dict[str, Any] | None:
-    mended = mend_headers(root)
+def _repair_at(
+    root: Folder, rank: Rank, deep: bool, workers: int, make: Maker, limits: WorkerLimits
+) -> dict[str, Any] | None:
+    mended = repair_headers(root)
     for name in mended:
-        rank.log.info("dataset: %s: its bytes have changed: mended", name)
+        rank.log.info("dataset: %s: its bytes have changed: repaired", name)
     dataset = Dataset(root)
-    findings = list(findings_in(dataset, deep, workers))
+    findings = list(findings_in(dataset, deep, workers, limits=limits))
     for finding in findings:
         rank.log.info("%s", finding)
     if not findings:
@@ -77,16 +89,16 @@ def _repair_at(root: Folder, rank: Rank, deep: bool, workers: int, make: Maker) 
     expected = "" if any(finding.inside for finding in findings) else _expected(dataset)
     for plan in dataset.plans:
         if any(finding.file == f"{plan.folder}/{PARTITIONS}" for finding in findings):
-            mend_partitions(stage, dataset, plan)
+            redo_partitions(stage, dataset, plan)
     redo = _to_redo(dataset, findings)
     if (redo or dataset.success) and not commit_repair(dataset, redo, expected):
-        raise StorageError(f"{root.path}: another run is at work on it: repair again when it is done")
+        raise StorageError(f"{root.path}: another run is working on it: repair again when it has finished")
     after = engine.run(stage)
     came_out = after["generations"][len(dataset.plans) - (0 if redo or dataset.success else 1)]["content_digest"]
     if expected and came_out != expected:
         raise StorageError(
-            f"{root.path} was mended, but its content differs from before: "
-            "its input or the software has changed since; whatever was made from it is stale"
+            f"{root.path} was repaired, but its content differs from before: "
+            "its input or the software has changed since; outputs made from it are stale"
         )
     return after
 
@@ -107,11 +119,12 @@ def _to_redo(dataset: Dataset, findings: list[Finding]) -> set[int]:
     return bad
 
 
+@stages.register("repair", RepairConfig)
 @distributed
 def main(rank: Rank, config: RepairConfig) -> None:
     with engine.expected_errors(rank):
-        after = repair(config.input, rank, config.deep, config.workers)
-    rank.log.info("%s: %s", config.input, "repaired" if after else "sound, nothing to repair")
+        after = repair(config.input, rank, config.deep, config.workers, limits=WorkerLimits.of(config))
+    rank.log.info("%s: %s", config.input, "repaired" if after else "no damage found, nothing to repair")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""stage=report: one self-contained page about everything below a data directory, with pictures of what is in it."""
+"""stage=report: write a self-contained page about everything in a data directory, with sample images."""
 
 from __future__ import annotations
 
@@ -13,29 +13,39 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from jinja2 import Environment, PackageLoader
 from PIL import Image
 
 from pipeline.config.cli import config_for, errors_as_one_line
 from pipeline.config.schema import ConfigError, ReportConfig, dataset_name
 from pipeline.imaging import transform
-from pipeline.partitions.dataset import Dataset, SlotReader, Stored, find_datasets
+from pipeline.imaging.buckets import buckets_in, kept_fraction
+from pipeline.partitions.bucket_index import NAME as BUCKETS
+from pipeline.partitions.bucket_index import BucketIndex
+from pipeline.partitions.dataset import Dataset, Released, SlotReader, Stored, find_datasets
+from pipeline.partitions.finalize import records
+from pipeline.registry import stages
 from pipeline.samples import SampleError
+from pipeline.samples.captions import sources_of
+from pipeline.stages import report_scores as scores
 from pipeline.storage import Folder
-from pipeline.telemetry.efficiency import efficiency
+from pipeline.telemetry.efficiency import Efficiency, efficiency
 from pipeline.telemetry.events import EventReader
 from pipeline.telemetry.host_stats import Hosts, HostStatus
 
 _LEDGERS = 50  # partitions whose ledgers the histograms are drawn from, evenly spread
 _HOSTS = 20  # the most that are listed
 _THUMBNAIL = 160  # pixels
-_STRIPS = 10  # evaluations whose pictures are shown
+_STRIPS = 10  # evaluations whose images are shown
+_REASONS = 4  # that the funnel names of each stage
 _EXAMPLES = 3  # samples that are named for each reason
 _LEVELS = ("loss_t1", "loss_t2", "loss_t3", "loss_t4")
 _MEASURED = ("valid_loss", "valid_accuracy", "cider", "bleu_4", "rouge_l", "exact")
 _INK = "#3b6ea5"
 
 
+@stages.register("report", ReportConfig)
 def main(config: ReportConfig) -> None:
     with errors_as_one_line():
         folder = Path(config.data_dir).absolute()
@@ -69,12 +79,13 @@ def page(folder: Path, samples: int, price: float = 0.0, links: Mapping[str, str
     environment = Environment(loader=PackageLoader("pipeline.stages", "templates"), autoescape=True)
     found = find_datasets(folder)
     filtered = {dataset.root.path.parent for dataset in found if dataset.stage == "filter"}
-    datasets = [describe(d, samples, sheet=shows_pictures(d, filtered)) for d in found]
+    datasets = [describe(d, samples, sheet=shows_images(d, filtered)) for d in found]
     widest = {d["path"].parent: 0 for d in datasets}
     for facts in datasets:
         widest[facts["path"].parent] = max(widest[facts["path"].parent], facts.get("counts", {}).get("in", 0))
     for facts in datasets:
         facts |= {"name": os.path.relpath(facts["path"], folder.parent), "widest": widest[facts["path"].parent]}
+        facts["why"] = [f"{reason} {number}" for outcome, reason, number in facts.get("reasons", [])[:_REASONS]]
     runs = [{**describe_run(run, price), "name": os.path.relpath(run, folder.parent)} for run in find_runs(folder)]
     return environment.get_template("report.html").render(
         folder=folder, datasets=datasets, runs=runs, links=(links or {}).items(), made=time.strftime("%Y-%m-%d %H:%M")
@@ -94,7 +105,7 @@ def find_runs(folder: Path) -> list[Path]:
 # ---- one dataset directory
 
 
-def shows_pictures(dataset: Dataset, filtered: set[Path]) -> bool:
+def shows_images(dataset: Dataset, filtered: set[Path]) -> bool:
     """Whether the page has a contact sheet of this dataset: of the filtered samples, else of the shards."""
     return dataset.stage == "filter" or (dataset.stage == "shard" and dataset.root.path.parent not in filtered)
 
@@ -102,7 +113,7 @@ def shows_pictures(dataset: Dataset, filtered: set[Path]) -> bool:
 def describe(dataset: Dataset, samples: int, sheet: bool) -> dict[str, Any]:
     """What the page says of a dataset directory."""
     facts: dict[str, Any] = {"path": dataset.root.path, "stage": dataset.stage, "partitions": dataset.partitions}
-    facts["efficiency"] = efficiency(EventReader(dataset.root).refresh())
+    facts["efficiency"] = _efficiency(dataset.root)
     success = dataset.success
     if success is None:
         committed = sum(dataset.root.exists(dataset.path_of(index)) for index in range(dataset.partitions))
@@ -126,9 +137,68 @@ def describe(dataset: Dataset, samples: int, sheet: bool) -> dict[str, Any]:
         facts["histograms"] = size_histograms(dataset)
     if sheet and not dataset.released:
         facts["sheet"] = list(contact_sheet(dataset, samples))
+    if dataset.stage == "score":
+        facts |= score_facts(dataset)
+    if dataset.stage == "select":
+        facts["thresholds"] = dataset.header["extra"]["selection"]["thresholds"]
+    if dataset.stage == "recaption":
+        facts["captioning"] = captioning(dataset)
+        facts["recaptioned"] = list(recaptioned(dataset, min(samples, 12)))
     if dataset.stage == "precompute":
         facts["latents"] = list(decoded_latents(dataset, min(samples, 12)))
+        facts["buckets"] = list(bucket_facts(dataset))
     return facts
+
+
+def score_facts(dataset: Dataset) -> dict[str, Any]:
+    """What the page says of scores: quantiles, histograms, correlations, and images along each score."""
+    found = scores.read_scores(dataset, spread(dataset.partitions, _LEDGERS))
+    place = Path(dataset.header["upstream"]["path"])
+    images = Dataset.open(place) if (place / "plan").is_dir() else None
+    strips = []
+    for name, chosen in scores.examples(found):
+        shown = []
+        for quantile, position, value in chosen:
+            partition = f"/{found.partitions[position]}"
+            image = thumbnail(images, partition, found.keys[position]) if images else ""
+            shown.append(
+                {"at": f"{100 * quantile:g} %", "value": f"{value:.4g}", "image": image, "key": found.keys[position]}
+            )
+        strips.append((name, shown))
+    return {
+        "quantiles": list(scores.quantile_rows(found)),
+        "common": list(scores.common_values(found)),
+        "histograms": [
+            _histogram(values[~np.isnan(values)], name)
+            for name, values in found.numbers.items()
+            if not np.isnan(values).all()
+        ],
+        "correlations": _heat_map(*scores.correlations(found)),
+        "strips": strips,
+        "shares": [f"{100 * quantile:g} %" for quantile in scores.QUANTILES],
+    }
+
+
+def captioning(dataset: Dataset) -> dict[str, float]:
+    """What writing captions took, all partitions together."""
+    total: Counter[str] = Counter()
+    for record in records(dataset):
+        told = record["notes"].get("captioning", {})
+        total.update({name: value for name, value in told.items() if name != "captions_per_second"})
+    rate = {"captions_per_second_and_rank": total["captions"] / total["seconds"]} if total["seconds"] else {}
+    return dict(total) | rate
+
+
+def recaptioned(dataset: Dataset, most: int) -> Iterator[dict[str, Any]]:
+    """Some images with all of their captions, each with its source."""
+    for _, stored in spread_samples(dataset, most):
+        try:
+            row = stored.read()
+            image = transform.decode(row["jpg"], transform.probe(row["jpg"], transform.Limits()))
+        except (SampleError, transform.ImageError, ValueError, Released):
+            continue  # told of among the samples that failed, or removed on purpose
+        captions = list(zip(sources_of(row), row["captions"], strict=True))
+        yield {"key": stored.key, "captions": captions, "image": embed(image)}
 
 
 def left_out(dataset: Dataset) -> list[tuple[str, int, str]]:
@@ -167,9 +237,14 @@ def hosts(dataset: Dataset) -> list[HostStatus]:
 
 
 def not_kept(dataset: Dataset) -> Iterator[dict[str, str]]:
-    """A few samples for each reason for which some were dropped or failed, with their names."""
+    """A few samples for each reason for which some were dropped or failed: names, and images that came to the stage."""
     told: Counter[tuple[str, str]] = Counter()
     top = dataset.header["upstream"] is None
+    before = (
+        None
+        if top or not Path(dataset.header["upstream"]["path"]).is_dir()
+        else Dataset.open(dataset.header["upstream"]["path"])
+    )
     for index in spread(dataset.partitions, _LEDGERS):
         columns = ["key", "container", "outcome", "reason", "detail", "source", "member"]
         for row in SlotReader(dataset, index).ledger(columns).to_pylist():
@@ -179,11 +254,25 @@ def not_kept(dataset: Dataset) -> Iterator[dict[str, str]]:
             told[reason] += 1
             name = "/".join(filter(None, (row["source"], row["member"]))) if top else row["key"]
             why = ": ".join(filter(None, (row["reason"], row["detail"])))
-            yield {"name": name or row["key"], "outcome": row["outcome"], "why": why}
+            image = thumbnail(before, row["source"], row["key"]) if before and not row["container"] else ""
+            yield {"name": name or row["key"], "outcome": row["outcome"], "why": why, "image": image}
+
+
+def thumbnail(dataset: Dataset, partition: str, key: str) -> str:
+    """The image of a sample of ``partition`` as a data URL; empty if there is none, or none that can be decoded."""
+    number = partition.rpartition("/")[2]
+    if dataset.released or not number.isdigit() or int(number) >= dataset.partitions:
+        return ""
+    try:
+        found = next((stored for stored in SlotReader(dataset, int(number)).stored() if stored.key == key), None)
+        data = found.read().get("jpg") if found else None
+        return embed(transform.decode(data, transform.probe(data, transform.Limits()))) if data else ""
+    except (SampleError, transform.ImageError, ValueError, OSError):
+        return ""  # it is the reason why such samples failed
 
 
 def size_histograms(dataset: Dataset) -> list[str]:
-    """Distribution of the smaller edge and of the aspect ratio of kept samples, as pictures."""
+    """Distribution of the shorter edge and of the aspect ratio of kept samples, as images."""
     widths: list[int] = []
     heights: list[int] = []
     for index in spread(dataset.partitions, _LEDGERS):
@@ -196,46 +285,74 @@ def size_histograms(dataset: Dataset) -> list[str]:
         return []
     w, h = np.array(widths), np.array(heights)
     return [
-        _histogram(np.minimum(w, h), "smaller edge (pixels)"),
+        _histogram(np.minimum(w, h), "shorter edge (pixels)"),
         _histogram(w / h, "aspect ratio (width / height)"),
     ]
+
+
+def bucket_facts(dataset: Dataset) -> Iterator[dict[str, Any]]:
+    """Of each resolution of latents with buckets: how many samples each bucket has, and which part of the images'
+    pixels was cut off; ``square``: which part square crops would have cut off."""
+    buckets = buckets_in(dataset.header["extra"])
+    sources: list[tuple[int, int]] = []
+    for index in spread(dataset.partitions, _LEDGERS) if buckets else ():
+        table = SlotReader(dataset, index).ledger(["outcome", "height", "width"]).to_pydict()
+        rows = zip(table["outcome"], table["height"], table["width"], strict=True)
+        sources += [(height, width) for outcome, height, width in rows if outcome == "kept"]
+    for column, each in buckets.items() if sources else ():
+        there = BucketIndex.parse(dataset.root.read(BUCKETS), column)
+        names = [f"{height} x {width}" for height, width in there.sizes]
+        sizes = [each.size_of(*source) for source in sources]
+        kept = [kept_fraction(source, size) for source, size in zip(sources, sizes, strict=True) if size]
+        square = [kept_fraction(source, (1, 1)) for source in sources]
+        yield {
+            "column": column,
+            "plot": _bars(names, there.counts()),
+            "cut": 1 - float(np.mean(kept)),
+            "square": 1 - float(np.mean(square)),
+        }
 
 
 def contact_sheet(dataset: Dataset, most: int) -> Iterator[dict[str, str]]:
     for _, stored in spread_samples(dataset, most):
         try:
             row = stored.read()
-            picture = transform.decode(row["jpg"], transform.probe(row["jpg"], transform.Limits()))
+            image = transform.decode(row["jpg"], transform.probe(row["jpg"], transform.Limits()))
         except (SampleError, transform.ImageError, ValueError) as error:
             yield {"key": stored.key, "caption": f"cannot be shown: {error}", "image": ""}
             continue
-        yield {"key": stored.key, "caption": row["caption"], "image": embed(picture)}
+        yield {"key": stored.key, "caption": row["caption"], "image": embed(image)}
 
 
 def decoded_latents(dataset: Dataset, most: int) -> Iterator[dict[str, Any]]:
-    """Latents of the largest resolution, decoded, beside the picture that they were made from."""
+    """Latents of the largest resolution, decoded, next to the image that they were made from."""
     import torch
 
     from pipeline.encoders.base import autoencoder, to_pixels
+    from pipeline.loading.latent_folder import Layout
 
-    extra = dataset.header["extra"]
+    extra, seed = dataset.header["extra"], dataset.header["config"].get("seed", 0)
     name = max((n for n in extra["shapes"] if n.startswith("latents_")), key=lambda n: int(n.rpartition("_")[2]))
     vae = autoencoder(dataset.header["config"]["vae"])
     upstream = Dataset.open(dataset.header["upstream"]["path"])
     if upstream.released:
         return
-    resolution = int(name.rpartition("_")[2])
+    resolution, layout = int(name.rpartition("_")[2]), Layout.of(extra)
     sources: dict[int, dict[str, Stored]] = {}
     for index, stored in spread_samples(dataset, most):
         if index not in sources:
             sources = {index: {s.key: s for s in upstream.samples(dataset.partition(index).inputs[0].start)}}
+        if stored.key not in sources[index]:  # its input has been made again since
+            continue
         row = stored.read()
         source = sources[index][stored.key].read()["jpg"]
-        picture = transform.decode(source, transform.probe(source, transform.Limits()))
-        latent = np.frombuffer(row[name], extra["dtype"]).reshape(extra["shapes"][name]).astype(np.float32)
+        image = transform.decode(source, transform.probe(source, transform.Limits()))
+        raw = torch.frombuffer(bytearray(row[name]), dtype=torch.uint8)[None]
+        latent = layout.stored_image(raw, name, layout.size_in(row, name)).float()
+        x = vae.preprocess_for(image, resolution, layout.buckets.get(name), seed, stored.key)
         with torch.inference_mode():
-            original = to_pixels(vae.preprocess([picture], resolution))[0]
-            decoded = to_pixels(vae.decode(torch.from_numpy(latent[: vae.channels])[None]))[0]
+            original = to_pixels(x)[0]
+            decoded = to_pixels(vae.decode(latent[:, : vae.channels]))[0]
         yield {
             "key": stored.key,
             "caption": row["caption"],
@@ -245,8 +362,8 @@ def decoded_latents(dataset: Dataset, most: int) -> Iterator[dict[str, Any]]:
         }
 
 
-def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    """Peak signal-to-noise ratio of two uint8 pictures in dB; infinite if they are equal."""
+def psnr(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> float:
+    """Peak signal-to-noise ratio of two uint8 images in dB; infinite if they are equal."""
     error = float(((a.astype(np.float64) - b) ** 2).mean())
     return 10 * float(np.log10(255**2 / error)) if error else float("inf")
 
@@ -258,6 +375,8 @@ def describe_run(run: Path, price: float = 0.0) -> dict[str, Any]:
     """What the page says of a training run: its curve, its cost, its samples, what they were judged."""
     facts: dict[str, Any] = {"path": run, "curve": "", "samples": [], "evaluation": None, "fidelity": None}
     facts["shown"] = list(shown_over_training(run))
+    with Folder.open(run) as root:
+        facts["efficiency"] = _efficiency(root)
     lines = list(training_log(run))
     if lines:
         facts["cost"] = cost(run, lines, price)
@@ -278,6 +397,10 @@ def describe_run(run: Path, price: float = 0.0) -> dict[str, Any]:
         if (run / f"{name}.json").is_file():
             facts[name] = json.loads((run / f"{name}.json").read_text())
     return facts
+
+
+def _efficiency(root: Folder) -> Efficiency | None:
+    return efficiency(EventReader(root).refresh())
 
 
 def _varied(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -330,9 +453,9 @@ def training_log(run: Path, number: str = "loss") -> Iterator[dict[str, Any]]:
 # ---- drawing
 
 
-def embed(picture: np.ndarray) -> str:
-    """A uint8 (h, w, 3) picture as a data URL, at most a thumbnail's size."""
-    image = Image.fromarray(picture)
+def embed(pixels: npt.NDArray[Any]) -> str:
+    """A uint8 (h, w, 3) image as a data URL, at most a thumbnail's size."""
+    image = Image.fromarray(pixels)
     if max(image.size) > _THUMBNAIL:
         image.thumbnail((_THUMBNAIL, _THUMBNAIL))
     file = BytesIO()
@@ -362,11 +485,42 @@ def _svg(figure: Any) -> str:
     return f"data:image/svg+xml;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-def _histogram(values: np.ndarray, label: str) -> str:
+def _histogram(values: npt.NDArray[Any], label: str) -> str:
     figure, axes = _figure()
     axes.hist(values, bins=30, color=_INK)
     axes.set_xlabel(label)
     axes.set_ylabel("samples")
+    return _svg(figure)
+
+
+def _bars(names: list[str], counts: npt.NDArray[Any]) -> str:
+    figure, axes = _figure()
+    axes.barh(names, counts, color=_INK)
+    axes.set_xlabel("samples")
+    axes.tick_params(axis="y", labelsize=7)
+    return _svg(figure)
+
+
+def _heat_map(names: list[str], matrix: npt.NDArray[np.float64]) -> str:
+    """Correlations as coloured squares with their numbers; empty if there are none."""
+    if len(names) < 2:
+        return ""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    edge = 1.6 + 0.42 * len(names)
+    figure, axes = pyplot.subplots(figsize=(edge, edge), layout="constrained")
+    axes.imshow(matrix, cmap="RdBu_r", vmin=-1, vmax=1)
+    axes.set_xticks(range(len(names)), names, rotation=60, ha="right", fontsize=8)
+    axes.set_yticks(range(len(names)), names, fontsize=8)
+    for row, column in np.argwhere(~np.isnan(matrix)).tolist():
+        value = matrix[row, column]
+        axes.text(column, row, f"{value:.1f}".replace("-0.0", "0.0"), ha="center", va="center", fontsize=7,
+                  color="white" if abs(value) > 0.6 else "black")  # fmt: skip
+    for side in axes.spines.values():
+        side.set_visible(False)
     return _svg(figure)
 
 

@@ -1,4 +1,4 @@
-"""stage=shard: all kept samples, shuffled if asked, in even partitions of a storage format.
+"""stage=shard: pack all kept samples, optionally shuffled, into partitions of equal size in a storage format.
 
 The input is a dataset directory (any format, so that any converts into any other) or a folder of images. Flexible
 formats keep the bytes, unless ``shape=``, ``im_mode=`` or ``encode=`` ask for others; those of fixed size hold pixels.
@@ -11,26 +11,30 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from pipeline.config.cli import config_for
 from pipeline.config.schema import ConfigError, ShardConfig
 from pipeline.distributed import Rank, distributed
 from pipeline.formats.base import IMAGE, MASK, get_format
 from pipeline.formats.columns import WIDE
-from pipeline.formats.pixels import mask_array, natural_mode, to_array, to_bytes
+from pipeline.formats.pixel_arrays import mask_array, natural_mode, to_array, to_bytes
 from pipeline.imaging import transform
 from pipeline.imaging.memory import keep_freed_memory
 from pipeline.partitions import engine
 from pipeline.partitions.plan import Input, LeftOut, Partition
-from pipeline.partitions.stage import Stage
+from pipeline.partitions.stage import Context, Stage
+from pipeline.registry import stages
 from pipeline.samples import Outcome, Row, SampleError, Schema
 from pipeline.stages.inputs import Folder, Items, Upstream, is_image_folder
 
 _CURE = "give shape=[height,width] to resize them, or choose a flexible format (ipc, parquet, tar, mds)"
 
 
-class Shard(Stage):
+@stages.register("shard", ShardConfig)
+class Shard(Stage[ShardConfig]):
     name = "shard"
+    writes_to_stores = True
 
     @classmethod
     def version_with(cls, config: ShardConfig) -> int:
@@ -75,7 +79,7 @@ class Shard(Stage):
         if not any(kind in WIDE for kind in schema.values()):
             raise ConfigError(f"input={self.config.input}: there is no column of bytes to store")
         if (self.fixed or self.changes_pixels) and IMAGE not in schema:
-            raise ConfigError(f"format={self.format}: the input has no column {IMAGE!r}, but {', '.join(schema)}")
+            raise ConfigError(f"format={self.format}: the input has no column {IMAGE!r}; it has {', '.join(schema)}")
         if self.fixed and any(kind in WIDE for name, kind in schema.items() if name not in (IMAGE, MASK)):
             wide = ", ".join(name for name, kind in schema.items() if kind in WIDE and name not in (IMAGE, MASK))
             raise ConfigError(f"format={self.format} holds images, masks and short columns, not {wide}")
@@ -113,18 +117,17 @@ class Shard(Stage):
             return {**_kind(array), "mode": mode, **masks}
         raise ConfigError(f"input={self.config.input}: none of its first images can be decoded")
 
-    def _check_settings(self) -> None:
+    def validate(self) -> None:
         config = self.config
         if not self.fixed and (self.size or config.im_mode) and not config.encode:
             raise ConfigError("shape= and im_mode= change pixels: say how to store them, encode=png or encode=jpeg")
         if self.fixed and config.encode:
             raise ConfigError(f"encode={config.encode}: format={config.format} holds pixels, not files")
         if config.compression and config.format != "hdf5":
-            raise ConfigError(f"compression={config.compression}: only format=hdf5 knows it")
+            raise ConfigError(f"compression={config.compression}: only format=hdf5 supports it")
 
-    def _to_pixels(self, row: Row, source: str) -> None:
-        """Put arrays in place of the files of image and mask; all of a fixed format have the first one's shape."""
-        first = self.planned["extra"]["image"]
+    def _to_pixels(self, row: Row, source: str, first: dict[str, Any]) -> None:
+        """Put arrays instead of the files of image and mask; all of a fixed format have the first one's shape."""
         natural = _mode_of(row)
         if not self.config.im_mode and natural != first["mode"]:
             raise ConfigError(
@@ -142,7 +145,7 @@ class Shard(Stage):
             row[MASK] = self._mask(row, first["mask"], source)
         self._describe(row, array, to_format(array))
 
-    def _mask(self, row: Row, first: dict[str, Any], source: str) -> np.ndarray:
+    def _mask(self, row: Row, first: dict[str, Any], source: str) -> npt.NDArray[Any]:
         values = _with_channels(mask_array(row[MASK], self.size))
         if list(values.shape) != first["shape"] or str(values.dtype) != first["dtype"]:
             raise ConfigError(
@@ -165,7 +168,7 @@ class Shard(Stage):
             row[MASK] = to_bytes(mask_array(row[MASK], self.size))[0]
         self._describe(row, array, kind)
 
-    def _describe(self, row: Row, array: np.ndarray, kind: str) -> None:
+    def _describe(self, row: Row, array: npt.NDArray[Any], kind: str) -> None:
         row |= {
             name: value
             for name, value in (
@@ -180,19 +183,18 @@ class Shard(Stage):
     # ---- work
 
     def plan(self, since: int = 0) -> Iterator[Partition]:
-        self._check_settings()
         sample_bytes = 0
         if self.fixed:
             first = self._first_image
             sample_bytes = int(np.prod(first["shape"])) * np.dtype(first["dtype"]).itemsize
         return self.items.plan(since, sample_bytes)
 
-    def process(self, partition: Partition) -> Iterator[Outcome]:
-        for outcome in self.items.outcomes(partition, self.planned["extra"]):
+    def process(self, partition: Partition, context: Context) -> Iterator[Outcome]:
+        for outcome in self.items.outcomes(partition, context):
             if outcome.row is not None and (self.fixed or self.changes_pixels):
                 try:
                     if self.fixed:
-                        self._to_pixels(outcome.row, outcome.source)
+                        self._to_pixels(outcome.row, outcome.source, context.extra["image"])
                     else:
                         self._encode(outcome.row)
                 except SampleError as error:
@@ -205,11 +207,11 @@ def _mode_of(row: Row) -> str:
     return "" if row.get("format") == "npy" else natural_mode(row[IMAGE])
 
 
-def _kind(array: np.ndarray) -> dict[str, Any]:
+def _kind(array: npt.NDArray[Any]) -> dict[str, Any]:
     return {"shape": list(array.shape), "dtype": str(array.dtype)}
 
 
-def _with_channels(values: np.ndarray) -> np.ndarray:
+def _with_channels(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Masks have an axis of channels, so that a file of them is (n, h, w, c)."""
     return values[:, :, None] if values.ndim == 2 else values
 
@@ -218,14 +220,14 @@ def _encodable(mode: str, encode: str) -> str:
     return mode if encode == "png" else "RGB"
 
 
-def to_format(array: np.ndarray) -> str:
+def to_format(array: npt.NDArray[Any]) -> str:
     """The file that a row of a fixed format gives: ``png``, or ``npy`` where a PNG cannot hold it."""
     channels = array.shape[2] if array.ndim == 3 else 1
     png = (array.dtype == np.uint8 and channels <= 4) or (array.dtype == np.uint16 and channels == 1)
     return "png" if png else "npy"
 
 
-def natural_mode_of(array: np.ndarray) -> str:
+def natural_mode_of(array: npt.NDArray[Any]) -> str:
     """Pillow's mode of an array's pixels; of what Pillow cannot hold, the dtype."""
     channels = array.shape[2] if array.ndim == 3 else 1
     if array.dtype == np.uint8 and channels <= 4:

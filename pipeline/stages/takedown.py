@@ -1,4 +1,4 @@
-"""stage=takedown: remove samples for good from every finished dataset directory below a folder, and prove it.
+"""stage=takedown: permanently remove samples from every finished dataset directory in a folder, and prove it.
 
 Upstream first: each dataset directory gets a generation in which the partitions that held a sample are written again
 without it; then what they replace is deleted. The rows stay in the ledgers as ``dropped: takedown``, with the key only.
@@ -21,6 +21,7 @@ from pipeline.partitions.optouts import Wanted, account, read_list, report, requ
 from pipeline.partitions.packs import Pack, list_packs
 from pipeline.partitions.planning import commit_takedown, replaced_digests
 from pipeline.partitions.takedown import find, is_takedown
+from pipeline.registry import stages
 from pipeline.stages import stage_that_made
 from pipeline.storage import StorageError
 
@@ -79,7 +80,9 @@ def _takedown(folder: Path, lines: list[Wanted], rank: Rank, count_only: bool) -
         upstream = _upstream_of(dataset)
         if found or (upstream is not None and _digest_known(dataset) != _digest(upstream)):
             if not commit_takedown(dataset, found, requests(lines, found), upstream):
-                raise StorageError(f"{dataset.root.path}: another run is at work on it: run it again when that is done")
+                raise StorageError(
+                    f"{dataset.root.path}: another run is working on it: run this again when it has finished"
+                )
             engine.run(stage_that_made(dataset, rank, lenient=True))
         for path in collect(Dataset(dataset.root), 0.0):
             rank.log.info("deleted %s", path)
@@ -144,7 +147,7 @@ def _require_sound_state(dataset: Dataset) -> None:
         return
     if _digest_known(dataset) not in {_digest(upstream), *replaced_digests(upstream)}:
         raise StorageError(
-            f"{dataset.root.path} was not made from what {upstream.root.path} holds now: "
+            f"{dataset.root.path} was not made from the current content of {upstream.root.path}: "
             f"run stage={dataset.stage} again first, or delete it"
         )
 
@@ -168,6 +171,7 @@ def _prove(dataset: Dataset, keys: set[str]) -> None:
         raise StorageError(f"{root}: {min(there - slots)} is left, and may hold samples that were removed")
 
 
+@stages.register("takedown", TakedownConfig)
 @distributed
 def main(rank: Rank, config: TakedownConfig) -> int:
     with engine.expected_errors(rank):

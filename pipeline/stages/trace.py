@@ -1,4 +1,4 @@
-"""The way of one sample through the stages: where it came from, what became of it, where it lies, how it looks."""
+"""The path of one sample through the stages: its source, its outcome and position in each stage, and how it looks."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.config.schema import ConfigError
 from pipeline.imaging import transform
+from pipeline.imaging.buckets import buckets_in, covering
 from pipeline.partitions.dataset import Dataset, Released, SlotReader
-from pipeline.samples import Row, SampleError
+from pipeline.samples import Row, SampleError, make_key
+from pipeline.samples.captions import sources_of
 
 if TYPE_CHECKING:
     from PIL import Image
 
-_PANEL = 256  # edge of one picture, in pixels
+_PANEL = 256  # edge of one image, in pixels
 _TEXT = 15
 
 
@@ -48,9 +50,25 @@ class Station:
         if row["file"]:
             facts |= {"file": f"{dataset.path_of(self.partition)}/{row['file']}"}
             facts |= {"offset": row["offset"], "length": row["length"]}
+            facts |= {"buckets": sizes} if (sizes := self._buckets()) else {}
             if self.partition in dataset.released:
                 facts["released"] = True
+        if dataset.stage == "recaption" and (sample := self.read()) is not None:
+            captions = zip(sources_of(sample), sample["captions"], strict=True)
+            facts["captions"] = [f"{source}: {caption}" for source, caption in captions]
         return facts
+
+    def _buckets(self) -> dict[str, str]:
+        """Of latents with buckets, what was cut of the image for each resolution."""
+        found = {}
+        for column, buckets in buckets_in(self.dataset.header["extra"]).items():
+            source = (self.row["height"], self.row["width"])
+            place = buckets.place_of(*source, self.dataset.header["config"]["seed"], self.row["key"])
+            if place is not None:
+                resized = covering(source, place.size)
+                cut = f"{place.size[0]} x {place.size[1]} at row {place.top}, column {place.left}"
+                found[column] = f"{cut} of {resized[0]} x {resized[1]}"
+        return found
 
     def read(self) -> Row | None:
         """The sample as it is stored here; None where it is not kept (any more), or what it refers to is gone."""
@@ -99,7 +117,10 @@ def tell(places: list[Path], key: str, show: str, as_json: bool) -> int:
     Raises:
         ConfigError: the image cannot be written.
     """
-    way = stations([Dataset.open(place) for place in places], key)
+    datasets = [Dataset.open(place) for place in places]
+    way = stations(datasets, key)
+    if not way and make_key(key) != key:  # the path of a file is what people have at hand
+        way = stations(datasets, make_key(key))
     if as_json:
         print(json.dumps([station.facts() for station in way], indent=1))
     else:
@@ -108,20 +129,20 @@ def tell(places: list[Path], key: str, show: str, as_json: bool) -> int:
             print(f"{facts.pop('stage')}: {facts.pop('outcome')} {facts.pop('reason', '')}".rstrip())
             print("\n".join(f"    {name:<13} {value}" for name, value in facts.items()))
         if not way:
-            print(f"no dataset directory here knows {key}")
+            print(f"no dataset directory in this folder contains {key}")
     if show and way:
         try:
-            picture(way).save(show)
+            image_of(way).save(show)
         except (OSError, ValueError) as error:
             raise ConfigError(f"show={show}: cannot be written: {error}") from None
         print(f"image: {show}")
     return 0 if way else 1
 
 
-# ---- the picture
+# ---- the image
 
 
-def picture(way: list[Station]) -> Image.Image:
+def image_of(way: list[Station]) -> Image.Image:
     """The sample at each stage that kept it, side by side, with its caption."""
     from PIL import Image, ImageDraw, ImageFont
 
@@ -149,7 +170,7 @@ def _panels(station: Station) -> Iterator[tuple[str, Image.Image]]:
     row = station.read()
     if row is None:
         said = " ".join(filter(None, (station.row["outcome"], station.row["reason"], station.row["detail"])))
-        yield f"{stage}: no image", _placard(said if station.row["outcome"] != "kept" else "its data are not there")
+        yield f"{stage}: no image", _placard(said if station.row["outcome"] != "kept" else "its data are missing")
         return
     if "jpg" in row:
         try:
@@ -183,14 +204,15 @@ def _panel(title: str, image: Image.Image) -> tuple[str, Image.Image]:
 
 
 def _decoded(dataset: Dataset, row: Row, name: str) -> Any:
-    """The picture, uint8 (h, w, 3), that a stored latent stands for."""
-    import numpy as np
+    """The image, uint8 (h, w, 3), that a stored latent stands for."""
     import torch
 
     from pipeline.encoders.base import autoencoder, to_pixels
+    from pipeline.loading.latent_folder import Layout
 
-    extra = dataset.header["extra"]
-    latent = np.frombuffer(row[name], extra["dtype"]).reshape(extra["shapes"][name]).astype(np.float32)
+    layout = Layout.of(dataset.header["extra"])
+    raw = torch.frombuffer(bytearray(row[name]), dtype=torch.uint8)[None]
+    latent = layout.stored_image(raw, name, layout.size_in(row, name)).float()
     vae = autoencoder(dataset.header["config"]["vae"])
     with torch.inference_mode():
-        return to_pixels(vae.decode(torch.from_numpy(latent[: vae.channels])[None]))[0]
+        return to_pixels(vae.decode(latent[:, : vae.channels]))[0]

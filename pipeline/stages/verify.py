@@ -1,33 +1,40 @@
-"""stage=verify: do dataset directories hold what they promise? Prints what is wrong; exit code 1 if anything is."""
+"""stage=verify: check dataset directories. Prints the problems, and exits with code 1 if there are any."""
 
 from __future__ import annotations
 
 import json
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import closing
 from dataclasses import replace
 from functools import cached_property, lru_cache, partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from pipeline.captioning.caption_columns import fault_of
 from pipeline.config.cli import config_for, errors_as_one_line
 from pipeline.config.schema import ConfigError, VerifyConfig, dataset_name
-from pipeline.imaging import transform
-from pipeline.imaging.worker_pool import available_cpus
+from pipeline.imaging.decoder import ImageDecoder
+from pipeline.imaging.headers import ImageError
+from pipeline.imaging.worker_pool import DEFAULT_WORKER_LIMITS, WorkerLimits, available_cpus
 from pipeline.partitions.dataset import Dataset, Released, SlotReader, Stored, find_datasets
 from pipeline.partitions.ledger import FILE as LEDGER
 from pipeline.partitions.verify import Finding, verify, verify_partition
-from pipeline.samples import SampleError, content_hash
+from pipeline.registry import stages
+from pipeline.samples import Row, SampleError, content_hash
 from pipeline.stages import trace
 from pipeline.storage import StorageError
 
+_ENCODED = ("precompute", "texts")  # what encoders have computed can be computed again
 _SPAN = 8  # partitions that a worker looks at in one go
 
 
-def findings_of(folder: str | Path, deep: bool = False, workers: int = 1) -> tuple[int, Iterator[Finding]]:
+def findings_of(
+    folder: str | Path, deep: bool = False, workers: int = 1, limits: WorkerLimits = DEFAULT_WORKER_LIMITS
+) -> tuple[int, Iterator[Finding]]:
     """How many partitions the dataset directory has, and what is wrong with it.
 
     Raises:
@@ -37,43 +44,47 @@ def findings_of(folder: str | Path, deep: bool = False, workers: int = 1) -> tup
         dataset = Dataset.open(folder)
     except StorageError as error:
         return 0, iter([Finding(-1, str(error))])
-    return dataset.partitions, findings_in(dataset, deep, workers)
+    return dataset.partitions, findings_in(dataset, deep, workers, limits=limits)
 
 
 def findings_in(
-    dataset: Dataset, deep: bool = False, workers: int = 1, step: Callable[[], None] = lambda: None
+    dataset: Dataset,
+    deep: bool = False,
+    workers: int = 1,
+    step: Callable[[], None] = lambda: None,
+    limits: WorkerLimits = DEFAULT_WORKER_LIMITS,
 ) -> Iterator[Finding]:
     """What is wrong with ``dataset``; ``workers`` processes look at its partitions (0: one for each CPU).
 
-    ``step`` is called after each partition, and may raise.
+    ``step`` is called after each partition, and may raise. ``limits``: of the processes that decode images (deep).
     """
 
     def partitions() -> Iterator[list[Finding]]:
-        for findings in _partitions(dataset, deep, workers):
+        for findings in _partitions(dataset, deep, workers, limits):
             step()
             yield findings
 
     return verify(dataset, partitions())
 
 
-def _partitions(dataset: Dataset, deep: bool, workers: int) -> Iterator[list[Finding]]:
+def _partitions(dataset: Dataset, deep: bool, workers: int, limits: WorkerLimits) -> Iterator[list[Finding]]:
     """What is wrong with each partition, in order."""
     spans = [range(start, min(start + _SPAN, dataset.partitions)) for start in range(0, dataset.partitions, _SPAN)]
     path = str(dataset.root.path)
     workers = min(workers or available_cpus(), len(spans))
-    gpus = _gpus() if deep and dataset.stage == "precompute" else 0
+    gpus = _gpus() if deep and dataset.stage in _ENCODED else 0
     if gpus:  # each worker loads the networks: one for each GPU
         workers = min(workers, gpus)
     if workers <= 1:
-        checker = Checker(dataset, deep)
-        yield from (checker.check(index) for index in range(dataset.partitions))
+        with closing(Checker(dataset, deep, limits)) as checker:
+            yield from (checker.check(index) for index in range(dataset.partitions))
         return
     context = get_context("forkserver")
     begin = partial(_take_gpu, context.Value("i", 0)) if gpus else None
     with ProcessPoolExecutor(workers, context, begin) as pool:
         waiting: deque[Future[list[list[Finding]]]] = deque()
         for span in spans:
-            waiting.append(pool.submit(_check, path, deep, span))
+            waiting.append(pool.submit(_check, path, deep, limits, span))
             if len(waiting) > 2 * workers:
                 yield from waiting.popleft().result()
         for future in waiting:
@@ -95,22 +106,27 @@ def _take_gpu(numbers: Any) -> None:
         numbers.value += 1
 
 
-def _check(path: str, deep: bool, span: range) -> list[list[Finding]]:
-    return [_checker(path, deep).check(index) for index in span]
+def _check(path: str, deep: bool, limits: WorkerLimits, span: range) -> list[list[Finding]]:
+    return [_checker(path, deep, limits).check(index) for index in span]
 
 
 @lru_cache(maxsize=1)
-def _checker(path: str, deep: bool) -> Checker:
+def _checker(path: str, deep: bool, limits: WorkerLimits) -> Checker:
     """Of a worker process, which lives for one dataset directory."""
-    return Checker(Dataset.open(path), deep)
+    return Checker(Dataset.open(path), deep, limits)
 
 
 class Checker:
     """Looks at partitions of one dataset, one by one; ``deep``: also for what hashes cannot tell."""
 
-    def __init__(self, dataset: Dataset, deep: bool) -> None:
+    def __init__(self, dataset: Dataset, deep: bool, limits: WorkerLimits = DEFAULT_WORKER_LIMITS) -> None:
         self.dataset = dataset
         self.deep = deep
+        self.decoder = ImageDecoder(limits)
+
+    def close(self) -> None:
+        """End the process that decodes images."""
+        self.decoder.close()
 
     @cached_property
     def upstream(self) -> Dataset | None:
@@ -128,17 +144,30 @@ class Checker:
         try:
             reader = SlotReader(self.dataset, index)
             hashes = dict(zip(*reader.ledger(["key", "source_hash"]).to_pydict().values(), strict=True))
-            for sample in reader.stored() if index not in self.dataset.released else ():
-                fault = fault_of(sample)
+            for sample, fault in self._faults(reader.stored() if index not in self.dataset.released else ()):
                 if fault and not self._came_so(sample, hashes.get(sample.key, "")):
                     yield Finding(index, fault, sample.file, sample.key)
             yield from self._compare_keys(index)
-            if self.dataset.stage == "precompute" and self.dataset.success is not None:
+            if self.dataset.stage == "recaption" and index not in self.dataset.released:
+                yield from self._compare_captions(reader, index)
+            if self.dataset.stage in _ENCODED and self.dataset.success is not None:
                 from pipeline.latents.validation import validate  # imports torch
 
-                yield from validate(self.dataset, index)
+                yield from validate(self.dataset, index, self.decoder)
         except StorageError as error:
             yield Finding(index, str(error))
+
+    def _faults(self, samples: Iterable[Stored]) -> Iterator[tuple[Stored, str]]:
+        """Each sample with what is wrong with it, empty if nothing is."""
+        for (sample, row, fault), found in self.decoder.sizes(map(_read, samples)):
+            if isinstance(found, ImageError):
+                fault = f"does not decode: {found}"
+            elif found is not None:
+                height, width = found
+                said = (row.get("width", width), row.get("height", height))
+                if said != (width, height):
+                    fault = f"has {width}x{height} pixels, its row says {said[0]}x{said[1]}"
+            yield sample, fault
 
     def _came_so(self, sample: Stored, source_hash: str) -> bool:
         """Whether a broken image is what its source gave: stage=download keeps bytes as they are."""
@@ -163,27 +192,40 @@ class Checker:
         for key in sorted(found - expected)[:3]:
             yield Finding(index, f"{self.upstream.root.path} has no such sample", LEDGER, key)
 
+    def _compare_captions(self, reader: SlotReader, index: int) -> Iterator[Finding]:
+        """Do the samples still have the captions that they had, each with its source, and those that were written?"""
+        before: dict[str, Row] = {}
+        if self.upstream is not None and not self.upstream.released:
+            columns = [name for name in ("captions", "caption_sources") if name in self.upstream.schema]
+            samples = self.upstream.samples(self.dataset.partition(index).inputs[0].start)
+            before = {sample.key: sample.read(columns) for sample in samples if sample.file and columns}
+        for sample in reader.stored():
+            try:
+                fault = fault_of(sample.read(), before.get(sample.key))
+            except (SampleError, Released):
+                continue  # told of already, or removed on purpose
+            if fault:
+                yield Finding(index, fault, sample.file, sample.key)
 
-def fault_of(sample: Stored) -> str:
-    """What is wrong with a sample that can be read; empty if nothing is."""
+
+def _read(sample: Stored) -> tuple[tuple[Stored, Row, str], bytes | None]:
+    """A sample, the size that its row says, what is wrong with it so far, and the image to decode."""
     try:
         row = sample.read()
-        if row["key"] != sample.key:
-            return f"holds {row['key']}"
-        if "jpg" not in row:
-            return ""
-        height, width = transform.decode(row["jpg"], transform.probe(row["jpg"], transform.Limits())).shape[:2]
     except Released:
-        return ""  # of a dataset that the sample refers to
-    except (SampleError, transform.ImageError) as error:
-        return f"does not decode: {error}"
-    said = (row.get("width", width), row.get("height", height))
-    return "" if said == (width, height) else f"has {width}x{height} pixels, its row says {said[0]}x{said[1]}"
+        return (sample, {}, ""), None  # of a dataset that the sample refers to
+    except SampleError as error:
+        return (sample, {}, f"does not decode: {error}"), None
+    size: Row = {name: row[name] for name in ("width", "height") if name in row}
+    if row["key"] != sample.key:
+        return (sample, size, f"holds {row['key']}"), None
+    return (sample, size, ""), row.get("jpg")
 
 
 # ---- the program
 
 
+@stages.register("verify", VerifyConfig)
 def main(config: VerifyConfig) -> int:
     with errors_as_one_line():
         places = places_of(config)
@@ -199,7 +241,7 @@ def places_of(config: VerifyConfig) -> list[Path]:
         ConfigError: none is, or there is none.
     """
     if bool(config.input) == bool(config.data_dir):
-        raise ConfigError("give input=<a dataset directory>, or data_dir=<a folder with some below it>")
+        raise ConfigError("give input=<a dataset directory>, or data_dir=<a folder that contains some>")
     if config.show and not config.trace:
         raise ConfigError("show= needs trace=<key>")
     if config.input:
@@ -212,7 +254,7 @@ def places_of(config: VerifyConfig) -> list[Path]:
 
 
 def _report(place: Path, config: VerifyConfig) -> int:
-    partitions, findings = findings_of(place, config.deep, config.workers)
+    partitions, findings = findings_of(place, config.deep, config.workers, WorkerLimits.of(config))
     count = 0
     for finding in findings:
         count += 1

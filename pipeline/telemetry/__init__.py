@@ -1,1 +1,1 @@
-"""What runs report: events, and what processes and hosts use."""
+"""Telemetry of runs: events, and resource usage of processes and hosts."""

@@ -1,4 +1,4 @@
-"""How well a stage used what it was given, by the events of its ranks; and what to ask for next time."""
+"""How much of its resources a stage used, from the events of its ranks, and what to request next time."""
 
 from __future__ import annotations
 

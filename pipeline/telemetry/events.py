@@ -1,6 +1,8 @@
 """Progress events: append-only JSON lines, one file per process, below ``events/`` of what the process works on.
 
 Every event carries the process's totals so far, so that a reader needs only the last line of each file.
+Files of a rank's earlier processes are folded into one, ``<rank>.<uuid>.past.jsonl``, so that a job of many lives
+leaves few behind.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ from typing import Any
 
 from pipeline.distributed.rank import Rank
 from pipeline.distributed.signals import Stopped
-from pipeline.storage import GONE, Folder
+from pipeline.storage import GONE, Folder, StorageError
+from pipeline.telemetry.log_rotation import limit, rotate
 from pipeline.telemetry.process_stats import Vitals, asked
 
 BEAT = 10.0  # seconds between two signs of life
@@ -37,6 +40,9 @@ _RECENT = 300.0  # seconds that the speed of a process is the mean of
 _MOST_POINTS = 128
 _APART = 4.0  # seconds between points
 _DEAD = 600.0  # seconds of silence after which a file is looked at once a minute
+_FEW = 3  # files of a rank's earlier processes that stay as they are
+_OF_PAST = 24  # events that stay of a process in a folded file
+_NAME = re.compile(r"\d+\.\w+(\.past)?\.jsonl")
 
 
 # ---- telling
@@ -52,6 +58,7 @@ class Events:
 
     def __init__(self, root: Folder, rank: Rank, beat: float = BEAT) -> None:
         self._root = root
+        self._log_limit = limit()
         rank.life.work = str(root.path)
         bucket = f"events/{rank.rank // _PER_BUCKET:03d}"
         root.mkdir("events", exist_ok=True)
@@ -106,7 +113,7 @@ class Events:
 
     @contextmanager
     def around(self, **values: Any) -> Iterator[None]:
-        """Context: tells of the begin (with ``values``), of life every ``beat`` seconds, and of the end."""
+        """Context: reports the begin (with ``values``), a sign of life every ``beat`` seconds, and the end."""
         ended = threading.Event()
         thread = threading.Thread(target=self._beats, args=(ended,), name="latentmill-events", daemon=True)
         self.emit("start", **values)
@@ -124,8 +131,51 @@ class Events:
             self.emit(**last)
 
     def _beats(self, ended: threading.Event) -> None:
+        folded = False
         while not ended.wait(self.beat):
             self.emit("beat")
+            rotate(self._log_limit)
+            if not folded:  # later than the start, when many ranks have much to look up
+                folded = True
+                with suppress(OSError, StorageError):
+                    fold(self._root, self._name.rpartition("/")[0], self._rank.rank)
+
+
+def fold(root: Folder, bucket: str, rank: int) -> None:
+    """Put the events of processes that this rank was before into one file, thinned out, if there are more than a few.
+
+    What still runs is left alone: a process counts as past when it has said its last word, belongs to an earlier life
+    of this job, or has been silent for long. Should it write again, readers recognize it. Two ranks that fold at once
+    lose nothing either: each writes a file of its own before it deletes what it has read.
+    """
+    with root.folder(bucket) as folder:
+        names = [name for name in folder.listdir() if _NAME.fullmatch(name) and int(name.partition(".")[0]) == rank]
+        if len(names) <= _FEW:
+            return
+        reader = EventReader(root, past=True)
+        past: dict[str, list[bytes]] = {}
+        for name in names:
+            lines = folder.read(name).splitlines(keepends=True)
+            if name.endswith(".past.jsonl"):
+                past[name] = lines
+            elif (process := reader.read(f"{bucket}/{name}")) and _is_past(process):
+                lines = [line for line in lines if _event(line)]
+                past[name] = [*lines[:: max(1, len(lines) // _OF_PAST)], *lines[-1:]]
+        if len(past) <= _FEW:
+            return
+        lines = [line for lines in past.values() for line in lines]
+        if sum(map(len, lines)) > _MOST_BYTES:
+            lines = list({_identity(json.loads(line)): line for line in lines}.values())  # the newest of each
+        folder.write_atomic(f"{rank:05d}.{uuid.uuid4().hex}.past.jsonl", b"".join(lines))
+        for name in past:
+            folder.unlink(name, missing_ok=True)
+
+
+def _is_past(process: Process) -> bool:
+    job, life = os.environ.get("SLURM_JOB_ID", ""), os.environ.get("SLURM_RESTART_COUNT", "")
+    last = process.last
+    earlier = bool(job) and last.get("job") == job and int(last.get("life") or 0) < int(life or 0)
+    return bool(process.ended) or earlier or time.time() - process.written > _DEAD
 
 
 def _job() -> dict[str, str]:
@@ -192,7 +242,8 @@ class Process:
         first: Point = (self.last["begin"], 0.0, 0.0, 0.0, 0.0)  # of a column that grows
         if end - first[0] > _RECENT and len(self.points) > 1:
             first = next((point for point in reversed(self.points) if point[0] <= end - _RECENT), self.points[0])
-        return max(0.0, self.points[-1][column] - first[column]) / max(1.0, end - first[0])
+        found: float = max(0.0, self.points[-1][column] - first[column]) / max(1.0, end - first[0])
+        return found
 
 
 def _point(event: dict[str, Any]) -> Point:
@@ -209,6 +260,10 @@ def _point(event: dict[str, Any]) -> Point:
     )
 
 
+Identity = tuple[Any, ...]
+"""Of a process: when it began, its rank, its host and its number there."""
+
+
 class EventReader:
     """Reads the event files below ``root``, each time only what was added since: one listing, and for each process that
     may still run, one look at its file.
@@ -218,9 +273,10 @@ class EventReader:
     """
 
     def __init__(self, root: Folder, past: bool = False) -> None:
-        self.processes: dict[str, Process] = {}
+        self.processes: dict[Identity, Process] = {}
         self._root = root
         self._past = past
+        self._files: dict[str, Identity] = {}  # whose the newest event in a file is
         self._offsets: dict[str, int] = {}
         self._looked: dict[str, float] = {}
 
@@ -230,11 +286,16 @@ class EventReader:
         for bucket in self._list("events"):
             for name in self._list(f"events/{bucket}"):
                 path = f"events/{bucket}/{name}"
-                if re.fullmatch(r"\d+\.\w+\.jsonl", name) and self._due(path, now):
+                if _NAME.fullmatch(name) and self._due(path, now):
                     with suppress(OSError):
                         self._read(path)
                         self._looked[path] = now
         return list(self.processes.values())
+
+    def read(self, path: str) -> Process | None:
+        """The process whose events are in one file; None if there are none that can be read."""
+        self._read(path)
+        return self.processes.get(self._files[path]) if path in self._files else None
 
     def _list(self, name: str) -> list[str]:
         try:
@@ -246,24 +307,26 @@ class EventReader:
             raise
 
     def _due(self, path: str, now: float) -> bool:
-        process = self.processes.get(path)
-        if process is None:
+        if path not in self._files:
             return True
+        process = self.processes[self._files[path]]
         dead = now - process.last["time"] > _DEAD
-        return not process.ended and (not dead or now - self._looked[path] >= 60)
+        return not process.ended and not _is_folded(path) and (not dead or now - self._looked[path] >= 60)
 
     def _read(self, path: str) -> None:
         fd = self._root.open_file(path)
         try:
-            if self._offsets.get(path, 0) > os.fstat(fd).st_size:
-                self._offsets.pop(path)  # thinned out since
-                self.processes.pop(path, None)
+            if self._offsets.get(path, 0) > os.fstat(fd).st_size:  # thinned out since
+                self._offsets.pop(path)
+                self.processes.pop(self._files.pop(path), None)
             if path in self._offsets:
                 start = self._offsets[path]
                 text = _read_from(fd, start)
             else:
                 size = os.fstat(fd).st_size
                 start = max(0, size - _TAIL) if size > (_WHOLE if self._past else _TAIL) else 0
+                if _is_folded(path):
+                    start = 0
                 if start and self._past:
                     for place in range(0, start, max(2048, start // _PLACES)):
                         self._add(path, os.pread(fd, 4096, place).split(b"\n")[1:-1][:1])
@@ -275,17 +338,37 @@ class EventReader:
         lines = text[:complete].split(b"\n")
         self._add(path, lines[1 if start and path not in self._offsets else 0 : -1])
         self._offsets[path] = start + complete
-        if complete and path in self.processes:
-            self.processes[path].written = written
+        if complete and path in self._files and not _is_folded(path):
+            self.processes[self._files[path]].written = written
 
     def _add(self, path: str, lines: list[bytes]) -> None:
         for line in lines:
-            try:
-                event = json.loads(line)
-                _point(event), event["begin"], event["event"]
-            except (ValueError, KeyError, TypeError, AttributeError):
+            if not (event := _event(line)):
                 continue
-            self.processes.setdefault(path, Process()).add(event)
+            identity = _identity(event)
+            process = self.processes.setdefault(identity, Process())
+            if self._files.get(path) != identity and process.last and event["time"] <= process.last["time"]:
+                continue  # read from another file already, which was folded into this one or the other way round
+            process.add(event)
+            self._files[path] = identity
+
+
+def _event(line: bytes) -> dict[str, Any] | None:
+    """None: damaged, or not yet complete."""
+    try:
+        event: dict[str, Any] = json.loads(line)
+        _point(event), _identity(event), event["event"]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return event
+
+
+def _identity(event: dict[str, Any]) -> Identity:
+    return (event["begin"], event["rank"], event.get("host"), event.get("pid"))
+
+
+def _is_folded(path: str) -> bool:
+    return path.endswith(".past.jsonl")
 
 
 def _read_from(fd: int, start: int) -> bytes:

@@ -1,4 +1,4 @@
-"""How the servers did that images came from, one by one: kept, and why not."""
+"""Downloads by host: how many images were kept, and why others were not."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Said = Mapping[str, Mapping[str, int]]
 """Host → reason (empty: kept) → samples; JSON-able."""
 
 OTHERS = "(others)"
-_MOST = 5000  # hosts that are told apart
+_MOST = 5000  # hosts that are distinguished
 _REASONS = 4
 
 
@@ -67,6 +67,6 @@ def _status(host: str, counts: Counter[str]) -> HostStatus:
 
 
 def hosts_of(event: Mapping[str, Any]) -> Said:
-    """What an event of a process tells of hosts."""
+    """What an event of a process reports about hosts."""
     said = event.get("hosts")
     return said if isinstance(said, dict) else {}

@@ -1,4 +1,4 @@
-"""What a process uses: memory, CPU, bytes read and written, its GPU. Asked for now and then, never per sample."""
+"""Resource usage of a process: memory, CPU, bytes read and written, its GPU. Sampled now and then."""
 
 from __future__ import annotations
 

@@ -123,7 +123,7 @@ class Checkpoints:
 
         Args:
             spare: steps whose checkpoints are not deleted, however old.
-            background: only copy the tensors now, and write them while training goes on. What goes wrong then is
+            background: only copy the tensors now, and write them while training continues. What goes wrong then is
                 raised by the next call, or by :meth:`wait`.
             done: called when it is committed.
 
@@ -169,7 +169,7 @@ class Checkpoints:
             raise
         if not won:
             self.folder.trash(attempt)
-            raise Superseded(f"{self.folder.path / name}: another process trains this run; this one ends")
+            raise Superseded(f"{self.folder.path / name}: another process is training this run; this one stops")
 
     def newest(self, log: logging.Logger) -> Path | None:
         """The newest checkpoint whose bytes are as they were written; damaged ones are reported and deleted."""
@@ -289,7 +289,7 @@ def checked_record(folder: Folder) -> dict[str, Any]:
         except OSError as error:
             raise StorageError(f"{folder.path / name} cannot be read: {error.strerror}") from None
         if not good:
-            raise StorageError(f"{folder.path / name} is damaged: its content does not fit its digest")
+            raise StorageError(f"{folder.path / name} is damaged: its content does not match its digest")
     return record
 
 
@@ -438,12 +438,12 @@ class _FolderReader(FileSystemReader):
 class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if name not in _METADATA_CLASSES.get(module, ()):
-            raise StorageError(f"{_METADATA} refers to {module}.{name}, which a checkpoint of ours never does")
+            raise StorageError(f"{_METADATA} refers to {module}.{name}, which no checkpoint of Latentmill does")
         return super().find_class(module, name)
 
 
 def _first_failure(error: CheckpointException) -> BaseException:
-    """What went wrong on the lowest of the ranks that failed, in place of DCP's page of traces."""
+    """What went wrong on the lowest of the ranks that failed, instead of DCP's page of traces."""
     failures: Iterator[Any] = iter(error.failures[rank] for rank in sorted(error.failures))
     failure = next(failures)[0]
     return failure if isinstance(failure, BaseException) else error

@@ -1,4 +1,4 @@
-"""What torch.compile has made, in the run's folder, so that a life that goes on does not make it again.
+"""The cache of torch.compile in the run's folder, so that a requeued job does not compile again.
 
 A node's own cache is gone when a job is started again elsewhere. The file holds code: it is taken only from a file that
 belongs to this user and that nobody else may write.

@@ -1,4 +1,4 @@
-"""What a run leaves for others: the averaged weights as safetensors, and how to use them."""
+"""The export of a run: the averaged weights as safetensors, and how to use them."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import safetensors.torch
 
 from pipeline.config.schema import TrainConfig
 from pipeline.storage import Folder, json_bytes
-from pipeline.training.card import model_card
 from pipeline.training.checkpoint import FOLDER as CHECKPOINTS
 from pipeline.training.checkpoint import open_checkpoint
+from pipeline.training.model_card import model_card
 from pipeline.training.uploads import note
 
 FOLDER = "export"
@@ -98,7 +98,7 @@ def _write(parent: Folder, name: str, checkpoint: Path) -> Path:
 
 
 class Uploads:
-    """Brings folders to the Hugging Face Hub beside training, as a private repository if it is new (token: HF_TOKEN).
+    """Brings folders to the Hugging Face Hub next to training, as a private repository if it is new (token: HF_TOKEN).
     That it fails is a warning, no error: a trained model must not be lost to a network.
 
     How the last upload ended stands in ``upload.json`` of the run, for those who do not read logs.
@@ -117,7 +117,9 @@ class Uploads:
         if not self._repository:
             return
         if self._thread is not None and self._thread.is_alive():
-            self._log.warning("hub_repo=%s: %s is left out: still uploading the one before", self._repository, folder)
+            self._log.warning(
+                "hub_repo=%s: %s is not uploaded: the previous upload is still running", self._repository, folder
+            )
             return
         self._thread = threading.Thread(target=self._upload, args=(folder,), daemon=True)
         self._thread.start()

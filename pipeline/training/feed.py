@@ -1,6 +1,6 @@
-"""The batches of the coming steps, in order, prepared ahead by worker processes where asked for.
+"""The batches of the next steps, in order, optionally prepared by worker processes.
 
-What a step gets is a function of the sampler's position alone. So workers have no state, and a run that goes on needs
+What a step gets is a function of the sampler's position alone. So workers have no state, and a run that resumes needs
 nothing from them.
 """
 
@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import multiprocessing
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch.utils.data import DataLoader, Dataset
 
@@ -20,10 +23,13 @@ from pipeline.config.schema import ConfigError, TrainConfig
 from pipeline.distributed import Rank, ignore_signals
 from pipeline.imaging.worker_pool import available_cpus
 from pipeline.loading import Batches, Sampler, order
+from pipeline.loading.bucketed import BucketSampler
+from pipeline.loading.prefetch import Announced
 from pipeline.randomness import keyed_seed
 from pipeline.training.tasks.base import Batch, Keys, Task
 
 _AHEAD = 2  # batches that each worker prepares beforehand
+_REQUIRED = 1 << 15  # samples of all ranks that are brought here beforehand, where they lie elsewhere
 _MOST_WORKERS = 8  # that are started unasked
 
 
@@ -52,12 +58,20 @@ class Feed:
     """
 
     def __init__(
-        self, task: Task, data: Batches, sampler: Sampler, first: int, steps: int, config: TrainConfig, rank: Rank
+        self,
+        task: Task,
+        data: Batches,
+        sampler: Sampler | BucketSampler,
+        first: int,
+        steps: int,
+        config: TrainConfig,
+        rank: Rank,
     ) -> None:
         self._device, self._host = rank.device, task.on_host
         self._on_gpu = rank.device.type == "cuda"
         prepared = _Prepared(task.for_workers(), data)
-        requests = _requests(replace(sampler), first, steps, config, part_size(task, config, rank))
+        require = getattr(data, "require", None)
+        requests = _requests(replace(sampler), first, steps, config, part_size(task, config, rank), require)
         self._parts: Iterator[Part]
         if workers := worker_count(config, rank):
             loader = DataLoader(
@@ -156,18 +170,29 @@ class _Prepared(Dataset[Part]):
 
     def __getitem__(self, request: tuple[Keys, bool]) -> Part:
         keys, last = request
-        return Part(keys, self._task.prepare(self._data.batch(keys.positions), keys), last)
+        return Part(keys, self._task.prepare(self._data.batch(keys.positions, keys.epochs), keys), last)
 
 
 class _requests:  # noqa: N801 - used like a generator, but with the length-free interface of a sampler
-    def __init__(self, sampler: Sampler, first: int, steps: int, config: TrainConfig, size: int) -> None:
+    def __init__(
+        self,
+        sampler: Sampler | BucketSampler,
+        first: int,
+        steps: int,
+        config: TrainConfig,
+        size: int,
+        require: Callable[[npt.NDArray[Any]], None] | None,
+    ) -> None:
         self._sampler, self._first, self._steps, self._config, self._size = sampler, first, steps, config, size
+        self._require = require
 
     def __iter__(self) -> Iterator[tuple[Keys, bool]]:
         sampler = self._sampler
+        stop = sampler.position + self._steps * sampler.batch_size
+        announced = Announced(sampler, self._require, _REQUIRED, stop)
         for step in range(self._first, self._first + self._steps):
-            slots, positions = sampler.slots(), sampler.positions()
-            epochs = (sampler.position + slots) // sampler.n
+            announced.reach(sampler.position)
+            slots, positions, epochs = sampler.slots(), sampler.positions(), sampler.seen()
             for start in range(0, len(slots), self._size):
                 part = slice(start, start + self._size)
                 keys = Keys(self._config.seed, step, slots[part], positions[part], epochs[part])
@@ -177,7 +202,7 @@ class _requests:  # noqa: N801 - used like a generator, but with the length-free
 
 @dataclass(frozen=True)
 class Chosen:
-    """Some samples of a data set, as a data set; ``first`` to ``stop`` in an order that is computed, not stored."""
+    """Some samples of a dataset, as a dataset; ``first`` to ``stop`` in an order that is computed, not stored."""
 
     data: Batches
     seed: int
@@ -187,42 +212,117 @@ class Chosen:
     def __len__(self) -> int:
         return self.stop - self.first
 
-    def places(self, positions: np.ndarray) -> np.ndarray:
+    def places(self, positions: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """Where they are in ``data``."""
         return order(self.seed, 0, len(self.data))[self.first + positions]
 
-    def batch(self, positions: np.ndarray) -> Batch:
-        return self.data.batch(self.places(positions))
+    def batch(self, positions: npt.NDArray[Any], epochs: npt.NDArray[Any] | None = None) -> Batch:
+        return self.data.batch(self.places(positions), epochs)
 
 
 @dataclass(frozen=True)
 class Picked:
-    """The samples of a data set at ``at``, int64 (n,), as a data set."""
+    """The samples of a dataset at ``at``, int64 (n,), as a dataset."""
 
     data: Batches
-    at: np.ndarray
+    at: npt.NDArray[Any]
 
     def __len__(self) -> int:
         return len(self.at)
 
-    def places(self, positions: np.ndarray) -> np.ndarray:
+    def places(self, positions: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """Where they are in ``data``."""
-        found: np.ndarray = self.at[positions]
+        found: npt.NDArray[Any] = self.at[positions]
         return found
 
-    def batch(self, positions: np.ndarray) -> Batch:
-        return self.data.batch(self.places(positions))
+    def batch(self, positions: npt.NDArray[Any], epochs: npt.NDArray[Any] | None = None) -> Batch:
+        return self.data.batch(self.places(positions), epochs)
 
 
-def split(data: Batches, fraction: float, seed: int) -> tuple[Chosen, Chosen]:
-    """(training, validation): ``fraction`` of the samples, chosen by the seed alone, are kept out of training.
+@dataclass(frozen=True)
+class ChosenInBuckets:
+    """Some samples of a data set in buckets, as such a data set: of each bucket those of ``parts``, first to stop, in
+    an order that is computed, not stored."""
+
+    data: Batches
+    seed: int
+    parts: tuple[tuple[int, int], ...]
+
+    def __len__(self) -> int:
+        return self.bucket_starts[-1]
+
+    @cached_property
+    def bucket_starts(self) -> tuple[int, ...]:
+        return tuple(np.cumsum([0, *(stop - first for first, stop in self.parts)]).tolist())
+
+    def places(self, positions: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Where they are in ``data``."""
+        whole, buckets, found = bucket_starts(self.data), self._buckets(positions), np.empty_like(positions)
+        for bucket in np.unique(buckets).tolist():
+            mine = buckets == bucket
+            within = positions[mine] - self.bucket_starts[bucket] + self.parts[bucket][0]
+            count = whole[bucket + 1] - whole[bucket]
+            found[mine] = whole[bucket] + order(keyed_seed(self.seed, "bucket", bucket), 0, count)[within]
+        return found
+
+    def _buckets(self, positions: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        found: npt.NDArray[Any] = np.searchsorted(self.bucket_starts, positions, "right") - 1
+        return found
+
+    def batch(self, positions: npt.NDArray[Any], epochs: npt.NDArray[Any] | None = None) -> Batch:
+        return self.data.batch(self.places(positions), epochs)
+
+
+def bucket_starts(data: Batches) -> tuple[int, ...]:
+    """Of a data set whose samples are in buckets and numbered bucket by bucket: the first of each, and the number of
+    all at the end. Empty for others."""
+    starts: tuple[int, ...] = getattr(data, "bucket_starts", ())
+    return starts
+
+
+def shape_ranges(data: Batches) -> list[range]:
+    """The samples that have one shape; all, where the data set has no buckets."""
+    starts = bucket_starts(data) or (0, len(data))
+    return [range(first, stop) for first, stop in pairwise(starts) if stop > first]
+
+
+def sampler_of(data: Batches, config: TrainConfig, rank: Rank) -> Sampler | BucketSampler:
+    """What deals ``data`` out to steps and ranks."""
+    place = (config.batch_size, config.seed, rank.rank, rank.world_size)
+    if starts := bucket_starts(data):
+        return BucketSampler(np.array(starts, np.int64), *place)
+    local = getattr(data, "stream", None)  # of data that come from elsewhere, shard by shard
+    return Sampler(len(data), *place, stream=local(config.seed) if local else None)
+
+
+def some(data: Batches, count: int, seed: int) -> Chosen | ChosenInBuckets:
+    """Up to ``count`` samples, chosen by the seed; of each bucket its share, one at least."""
+    starts = bucket_starts(data)
+    if not starts:
+        return Chosen(data, seed, 0, min(count, len(data)))
+    sizes = np.diff(starts).tolist()
+    shares = [min(size, max(1, round(size * count / len(data)))) for size in sizes]
+    return ChosenInBuckets(data, seed, tuple((0, share) for share in shares))
+
+
+def split(data: Batches, fraction: float, seed: int) -> tuple[Chosen | ChosenInBuckets, Chosen | ChosenInBuckets]:
+    """(training, validation): ``fraction`` of the samples, chosen by the seed alone, are kept out of training; with
+    buckets, of each bucket.
 
     Raises:
         ConfigError: one of them would be empty.
     """
-    valid = round(len(data) * fraction)
+    if starts := bucket_starts(data):
+        sizes = np.diff(starts).tolist()
+        kept = [round(size * fraction) for size in sizes]
+        valid = sum(kept)
+    else:
+        valid = round(len(data) * fraction)
     if valid == len(data) or (fraction and not valid):
         left = "trained on" if valid else "kept for validation"
         raise ConfigError(f"valid_fraction={fraction}: of {len(data)} samples, none would be {left}")
     key = keyed_seed(seed, "validation")
+    if starts:
+        train = tuple((share, size) for share, size in zip(kept, sizes, strict=True))
+        return ChosenInBuckets(data, key, train), ChosenInBuckets(data, key, tuple((0, share) for share in kept))
     return Chosen(data, key, valid, len(data)), Chosen(data, key, 0, valid)

@@ -1,4 +1,9 @@
-"""Labelled images as tensors, and their augmentation, in which all chance is keyed by (seed, epoch, sample)."""
+"""Labelled images as tensors, and their augmentation, whose random numbers are keyed by (seed, epoch, sample).
+
+RandAugment's operations are Pillow's. torchvision.transforms.v2 takes 1.4 times as long on one core, and 8 of its 13
+operations give different pixels (``python benchmarks/augmentation.py``); the others are a few lines on tensors, because
+torchvision draws from torch's global generator and not from keyed random numbers.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageEnhance, ImageOps
@@ -13,13 +19,14 @@ from torch import Tensor
 
 from pipeline.config.schema import ConfigError, TrainConfig
 from pipeline.imaging import transform
+from pipeline.imaging.decoder import ImageDecoder
 from pipeline.loading import Rows
 from pipeline.randomness import uniforms
 from pipeline.training.tasks.base import Batch, Keys
 
-_CACHED = 2**30  # bytes of pixels up to which a data set is decoded once and kept
+_CACHED = 2**30  # bytes of pixels up to which a dataset is decoded once and kept
 _BLOCK = 256
-Draws = np.ndarray
+Draws = npt.NDArray[Any]
 """Uniform numbers of one sample, float64 (n,)."""
 
 
@@ -28,18 +35,27 @@ class ImageDataset:
 
     Small sets are decoded once and kept; of larger ones each image is decoded whenever it is asked for.
 
+    Training decodes in its own processes, without limits: it reads only dataset directories that a stage has finished.
+    Images that may be hostile go through ``stage=filter`` first, which decodes them in the isolated decoder
+    (:mod:`pipeline.imaging.worker_pool`). Whoever reads images that nothing has checked gives ``decoder``.
+
     Args:
         rows: samples with ``jpg`` and ``label``.
         size: edge of the square images.
         margin: images are brought to ``size * margin`` and their middle is taken (for large images, 1.143 = 256 / 224).
+        decoder: decodes the images in other processes; then one that cannot be decoded is zeros, has the label -1 and
+            is noted in ``failed``.
     """
 
-    def __init__(self, rows: Rows, size: int, margin: float = 1.0) -> None:
+    def __init__(self, rows: Rows, size: int, margin: float = 1.0, decoder: ImageDecoder | None = None) -> None:
         self.rows, self.size, self._margin = rows, size, margin
+        self.failed: dict[str, str] = {}
+        """Keys of images that could not be decoded, with the reasons."""
+        self._decoder = decoder
         self.names: dict[int, str] = {}
         """What the top folder of a sample's key says of its label."""
-        self._images: np.ndarray | None = None
-        self.labels: np.ndarray | None = None
+        self._images: npt.NDArray[Any] | None = None
+        self.labels: npt.NDArray[Any] | None = None
         if len(rows) * size * size * 3 <= _CACHED:
             self._keep()
 
@@ -67,7 +83,7 @@ class ImageDataset:
             pixels[some.start : some.stop], labels[some.start : some.stop] = self._decoded(np.array(some))
         self._images, self.labels = pixels, labels
 
-    def batch(self, positions: np.ndarray) -> Batch:
+    def batch(self, positions: npt.NDArray[Any], epochs: npt.NDArray[Any] | None = None) -> Batch:
         """``images`` uint8 (b, 3, h, w) and ``labels`` int64 (b,), in the order asked for.
 
         Raises:
@@ -79,10 +95,18 @@ class ImageDataset:
             pixels, labels = self._decoded(positions)
         return {"images": torch.from_numpy(pixels), "labels": torch.from_numpy(labels)}
 
-    def _decoded(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _decoded(self, positions: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
         rows = self.rows.rows([int(position) for position in positions])
-        pixels = np.stack([self._pixels(row) for row in rows])
-        labels = np.array([self._label(row) for row in rows], np.int64)
+        if self._decoder is None:
+            pixels = np.stack([self._cut(_decoded_here(row)) for row in rows])
+            return pixels, np.array([self._label(row) for row in rows], np.int64)
+        pixels = np.zeros((len(rows), 3, self.size, self.size), np.uint8)
+        labels = np.full(len(rows), -1, np.int64)
+        for (place, row), image in self._decoder.pixels(((place, row), row["jpg"]) for place, row in enumerate(rows)):
+            if isinstance(image, np.ndarray):
+                pixels[place], labels[place] = self._cut(image), self._label(row)
+            else:
+                self.failed[str(row.get("key"))] = str(image)
         return pixels, labels
 
     def _label(self, row: dict[str, Any]) -> int:
@@ -94,11 +118,8 @@ class ImageDataset:
             self.names.setdefault(label, folder)
         return label
 
-    def _pixels(self, row: dict[str, Any]) -> np.ndarray:
-        try:
-            pixels = transform.decode(row["jpg"], transform.probe(row["jpg"], transform.Limits()))
-        except transform.ImageError as error:
-            raise ValueError(f"sample {row.get('key')!r}: {error}") from error
+    def _cut(self, pixels: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """The middle of an image uint8 (h, w, 3): uint8 (3, size, size)."""
         edge = max(self.size, round(self.size * self._margin))
         height, width = pixels.shape[:2]
         if min(height, width) != edge:
@@ -106,6 +127,13 @@ class ImageDataset:
             pixels = transform.resize(pixels, (max(edge, round(width * scale)), max(edge, round(height * scale))))
         top, left = (pixels.shape[0] - self.size) // 2, (pixels.shape[1] - self.size) // 2
         return np.ascontiguousarray(pixels[top : top + self.size, left : left + self.size].transpose(2, 0, 1))
+
+
+def _decoded_here(row: dict[str, Any]) -> npt.NDArray[Any]:
+    try:
+        return transform.decode(row["jpg"], transform.probe(row["jpg"], transform.Limits()))
+    except transform.ImageError as error:
+        raise ValueError(f"sample {row.get('key')!r}: {error}") from error
 
 
 class Augmentation:
@@ -190,7 +218,7 @@ def _affine(
     )
 
 
-_OPERATIONS: tuple[Callable[[Image.Image, float], Image.Image], ...] = (
+OPERATIONS: tuple[Callable[[Image.Image, float], Image.Image], ...] = (
     lambda image, m: image,
     lambda image, m: ImageOps.autocontrast(image),
     lambda image, m: ImageOps.equalize(image),
@@ -206,15 +234,16 @@ _OPERATIONS: tuple[Callable[[Image.Image, float], Image.Image], ...] = (
     lambda image, m: _affine(image, c=0.45 * m * image.width),
     lambda image, m: _affine(image, f=0.45 * m * image.height),
 )
+"""RandAugment's operations, with a strength in [-1, 1]."""
 
 
 def _randaugment(image: Tensor, u: Draws, magnitude: float) -> Tensor:
     """RandAugment (Cubuk et al. 2020) with magnitudes in [-1, 1], each a little random, as in timm."""
-    picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+    augmented = Image.fromarray(image.permute(1, 2, 0).numpy())
     for which, strength, sign in u.reshape(-1, 3):
         m = float(np.clip(magnitude + 0.1 * (strength - 0.5), 0, 1)) * (1 if sign < 0.5 else -1)
-        picture = _OPERATIONS[int(which * len(_OPERATIONS))](picture, m)
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+        augmented = OPERATIONS[int(which * len(OPERATIONS))](augmented, m)
+    return torch.from_numpy(np.array(augmented)).permute(2, 0, 1)
 
 
 def mixes(keys: Keys, config: TrainConfig, height: int, width: int) -> Batch:

@@ -1,7 +1,7 @@
-"""The training loop. It knows steps, ranks and checkpoints; what is learned is the task's business.
+"""The training loop. It handles steps, ranks and checkpoints; the task defines what is learned.
 
 All randomness of a step is keyed by (seed, step) and a sample's place in the global batch. torch's own generator, for
-dropout and the like, is seeded anew for each step. So there is no random state to save, a resumed run continues bit
+dropout and the like, is seeded again for each step. So there is no random state to save, a resumed run continues bit
 for bit (with the same number of ranks and threads, on the CPU or with deterministic kernels), and other numbers of
 ranks see the same batches.
 """
@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import math
 import uuid
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -23,6 +25,7 @@ from pipeline.distributed import Rank
 from pipeline.distributed.signals import Stopped
 from pipeline.imaging.contact_sheet import grid, png
 from pipeline.loading import Batches, Sampler
+from pipeline.loading.bucketed import BucketSampler
 from pipeline.randomness import keyed_seed
 from pipeline.storage import Folder
 from pipeline.training.checkpoint import (
@@ -35,8 +38,8 @@ from pipeline.training.checkpoint import (
 from pipeline.training.compile_cache import load_compiled, save_compiled
 from pipeline.training.ema import Ema, buffers_of
 from pipeline.training.export import Uploads, export, export_epoch
-from pipeline.training.feed import Feed, Part, on_device, part_size
-from pipeline.training.logs import Logger, Meter, forward_flops, memory_megabytes, open_loggers, peak_flops
+from pipeline.training.feed import Feed, Part, on_device, part_size, sampler_of, shape_ranges
+from pipeline.training.loggers import Logger, Meter, forward_flops, memory_megabytes, open_loggers, peak_flops
 from pipeline.training.parallel import (
     autocast,
     check_parallel,
@@ -78,7 +81,7 @@ class Progress:
     """Likewise."""
 
     def see(self, step: int, value: float, higher_is_better: bool, patience: int) -> None:
-        """An evaluation gave ``value``; ``patience``: evaluations without gain before the rate is lowered."""
+        """An evaluation gave ``value``; ``patience``: evaluations without improvement before the rate is lowered."""
         self.evaluated = step
         gained = self.best is None or (value > self.best if higher_is_better else value < self.best)
         if gained and math.isfinite(value):
@@ -97,7 +100,7 @@ class State:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     ema: Ema
-    sampler: Sampler
+    sampler: Sampler | BucketSampler
     meter: Meter
     step: int = 0
     skipped: int = 0
@@ -214,7 +217,7 @@ class Training:
                 if not stopping and _due(state, config) and self.valid and len(self.valid):
                     self.read()
                     stopping = _evaluate(self.task, state, self.valid, config, rank, self.loggers, self.folder)
-                finished = state.step >= config.steps or _without_hope(state, config)
+                finished = state.step >= config.steps or _out_of_patience(state, config)
                 self._checkpoint(finished, stopping)
                 if stopping:
                     raise Stopped(f"stopped after step {state.step} of {config.steps}; the same command resumes")
@@ -300,7 +303,7 @@ class Training:
                 raise NotFinite(
                     f"step {number}: loss {step.loss}, gradient norm {step.norm}, {step.in_row} steps in a row "
                     f"(max_skipped={config.max_skipped}). None of them was applied. A lower lr= or clip_norm= may "
-                    "help; the same command goes on from the newest checkpoint"
+                    "help; the same command resumes from the newest checkpoint"
                 )
             if step.in_row and self.rank.is_main:
                 self.rank.log.warning("step %d is left out: loss %s, gradient norm %s", number, step.loss, step.norm)
@@ -342,8 +345,7 @@ def _start(task: Task, data: Batches, config: TrainConfig, rank: Rank) -> State:
     optimizer = torch.optim.AdamW(
         [group for group in groups if group["params"]], lr=config.lr, betas=(0.9, config.beta2), fused=True
     )
-    sampler = Sampler(len(data), config.batch_size, config.seed, rank.rank, rank.world_size)
-    return State(model, optimizer, Ema(model, config.ema_decay), sampler, Meter())
+    return State(model, optimizer, Ema(model, config.ema_decay), sampler_of(data, config, rank), Meter())
 
 
 # ---- a step
@@ -416,7 +418,7 @@ def _log(state: State, config: TrainConfig, rank: Rank, loggers: list[Logger], m
 
 
 def _due(state: State, config: TrainConfig) -> bool:
-    """Whether to evaluate: every so many steps, and at the end."""
+    """Whether to evaluate: every ``evaluate_every`` steps, and at the end."""
     every = config.evaluate_every or config.steps
     return (
         state.step > state.progress.evaluated
@@ -435,7 +437,7 @@ def _finished_epoch(state: State, config: TrainConfig) -> int:
     return epoch if ends and (epoch % config.export_every == 0 or state.step >= config.steps) else 0
 
 
-def _without_hope(state: State, config: TrainConfig) -> bool:
+def _out_of_patience(state: State, config: TrainConfig) -> bool:
     return config.early_stop > 0 and state.progress.without_gain >= config.early_stop
 
 
@@ -456,17 +458,18 @@ def _evaluate(
     state.model.eval()
     try:
         with state.ema.in_place(state.model), torch.no_grad():
-            for start in range(0, len(valid), size * rank.world_size):
+            for start, stop in _parts_of(valid, size * rank.world_size):
                 if rank.all_reduce(float(rank.stopping), "max"):
                     return True
                 positions = start + rank.rank * size + np.arange(size)
-                real = torch.from_numpy(positions < len(valid)).to(rank.device)
+                real = torch.from_numpy(positions < stop).to(rank.device)
+                positions = np.minimum(positions, stop - 1)
                 for name, (values, weights) in _measured(task, state, valid, positions, config, rank).items():
                     weights = torch.where(real, weights, 0.0).double()
                     total = torch.stack([(values.double() * weights).sum(), weights.sum()])
                     sums[name] = sums.get(name, torch.zeros_like(total)) + total
             with autocast(config.precision, rank.device):
-                pictures = {f"step_{state.step:06d}": task.pictures(state.model), "real": task.pictures(None)}
+                images = {f"step_{state.step:06d}": task.pictures(state.model), "real": task.pictures(None)}
     finally:
         state.model.train()
     means = task.summary({name: total / weight for name, (total, weight) in _reduced(sums, rank).items() if weight})
@@ -475,25 +478,31 @@ def _evaluate(
     for logger in loggers:
         logger.write(state.step, means)
     if rank.is_main:
-        _write_pictures(run, pictures)
+        _write_images(run, images)
         rank.log.info("step %d  %s", state.step, "  ".join(f"{name} {mean:.4f}" for name, mean in means.items()))
     return False
 
 
-def _write_pictures(run: Folder, pictures: dict[str, np.ndarray | None]) -> None:
-    """Strips of pictures in ``shown/``."""
-    for name, shown in pictures.items():
+def _write_images(run: Folder, images: dict[str, npt.NDArray[Any] | None]) -> None:
+    """Strips of images in ``shown/``."""
+    for name, shown in images.items():
         if shown is not None:
             run.mkdir(SHOWN, exist_ok=True)
             with run.folder(SHOWN) as folder:
                 folder.write_atomic(f"{name}.png", png(grid(shown, columns=len(shown))))
 
 
+def _parts_of(valid: Batches, size: int) -> Iterator[tuple[int, int]]:
+    """Where each global batch of ``size`` begins, and where the samples end that have its shape."""
+    for samples in shape_ranges(valid):
+        for start in samples[::size]:
+            yield start, samples.stop
+
+
 def _measured(
-    task: Task, state: State, valid: Batches, positions: np.ndarray, config: TrainConfig, rank: Rank
+    task: Task, state: State, valid: Batches, positions: npt.NDArray[Any], config: TrainConfig, rank: Rank
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Every rank has as many batches: those beyond the end repeat the last sample, which then does not count."""
-    positions = np.minimum(positions, len(valid) - 1)
     keys = Keys(config.seed, -1, positions, positions, np.zeros_like(positions))
     batch = task.prepare(valid.batch(positions), keys)
     with autocast(config.precision, rank.device):

@@ -1,4 +1,4 @@
-"""How a model lies on the devices of a run: precision, copies or shards, and its blocks compiled or checkpointed."""
+"""Distribution of a model over devices: precision, replication or sharding, and compiled or checkpointed blocks."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pipeline.config.schema import ConfigError, TrainConfig
 from pipeline.distributed import Rank
+from pipeline.encoders.base import allow_graphs
 
 PRECISIONS = ("float32", "tf32", "bfloat16")
 
@@ -94,13 +95,7 @@ def compile_blocks(model: nn.Module, **options: Any) -> None:
         options: of torch.compile.
     """
     blocks = blocks_of(model)
-    limit = (
-        4 * len(blocks) + 8
-    )  # of graphs for one piece of code, which all blocks share; beyond it, nothing is compiled
-    config = torch._dynamo.config
-    for name in ("recompile_limit", "accumulated_recompile_limit", "cache_size_limit"):
-        if hasattr(config, name) and getattr(config, name) < limit:
-            setattr(config, name, limit)
+    allow_graphs(4 * len(blocks) + 8)  # all blocks share one piece of code
     for part in blocks or [model]:
         part.forward = torch.compile(part.forward, **options)
 
@@ -164,7 +159,7 @@ def wrapped(model: nn.Module, config: TrainConfig, rank: Rank) -> nn.Module:
 def communicating(network: nn.Module, model: nn.Module, last: bool) -> AbstractContextManager[None]:
     """Gradients travel between ranks once a step, with the last part of its batch."""
     if isinstance(network, DistributedDataParallel) and not last:
-        return network.no_sync()  # type: ignore[no-any-return]
+        return network.no_sync()
     if hasattr(model, "set_requires_gradient_sync"):
         model.set_requires_gradient_sync(last)  # type: ignore[operator]
     return nullcontext()

@@ -1,4 +1,4 @@
-"""What a life of a run finds of the lives before it: whether it may go on with them, and with which settings."""
+"""Checks whether a run can resume from its earlier state, and with which settings."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def newest_record(checkpoints: Checkpoints, rank: Rank) -> tuple[str, dict[str, 
 
 
 def _require_same(theirs: dict[str, Any], ours: dict[str, Any], folder: Folder, step: int) -> None:
-    """Raises ConfigError if a run goes on with other settings; one that is finished may get more steps."""
+    """Raises ConfigError if a run resumes with other settings; one that is finished may get more steps."""
     longer = ours["steps"] > theirs["steps"] <= step
     for name, value in ours.items():
         was = theirs.get(name, default_of(TrainConfig, name))  # a setting that there was not yet
@@ -65,13 +65,13 @@ def _require_same(theirs: dict[str, Any], ours: dict[str, Any], folder: Folder, 
 
 
 def require_same_data(facts: dict[str, Any], samples: int, folder: Folder) -> None:
-    """Raises ConfigError if a run goes on with another number of samples: its place in the order of samples, and what
+    """Raises ConfigError if a run resumes with another number of samples: its place in the order of samples, and what
     its epochs are, would mean nothing."""
     if facts["sampler"]["n"] != samples:
         run = folder.path.parent
         raise ConfigError(
             f"the run in {run} was trained on {facts['sampler']['n']} samples, but now there are {samples}: samples "
-            "were removed (by a takedown, for example) or added since, and it cannot go on. What it has learned of "
-            "removed samples stays in its weights. Choose: name=other trains a new model on the samples that there "
-            f"are; with start_from={run} that begins with the weights of this one (not for task=classify)"
+            "were removed (by a takedown, for example) or added since, and it cannot resume. What it has learned of "
+            "removed samples stays in its weights. Choose: name=other trains a new model on the samples that are "
+            f"left; with start_from={run} it begins with the weights of this one (not for task=classify)"
         )

@@ -1,4 +1,4 @@
-"""The learning rate as a function of the step (and, for "plateau", of how often the metric stood still)."""
+"""The learning rate as a function of the step (and, for "plateau", of the metric's progress)."""
 
 from __future__ import annotations
 

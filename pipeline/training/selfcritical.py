@@ -1,6 +1,6 @@
-"""Self-critical training: texts are drawn, judged, and made likelier if better than others of the same picture.
+"""Self-critical training: sampled texts become more likely if they score better than others of the same image.
 
-Rennie et al. 2017 (arXiv:1612.00563), with the mean of the other draws in place of the greedy text to compare with
+Rennie et al. 2017 (arXiv:1612.00563), with the mean of the other draws instead of the greedy text to compare with
 (Kool et al. 2019; Luo 2020, arXiv:2003.09971), which is unbiased too, and needs no further text.
 """
 
@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from pipeline.models.decoding import Decoding, Marks
+from pipeline.models.text_generation import Decoding, Marks
 
 
 def self_critical_losses(
@@ -23,12 +23,12 @@ def self_critical_losses(
     how: Decoding,
     reward: Callable[[int, list[int]], float],
 ) -> Tensor:
-    """For each picture minus the mean reward of what was drawn, (b,); its gradient is the policy gradient.
+    """For each image minus the mean reward of what was drawn, (b,); its gradient is the policy gradient.
 
     Args:
-        texts: what :func:`~pipeline.models.decoding.write` returned: ``how.draws`` about each picture, from the whole
-            distribution (``top_p=1``).
-        reward: of a text (without prompt and end) about picture i.
+        texts: texts sampled by :func:`~pipeline.models.text_generation.write`: ``how.draws`` for each image, from the
+            whole distribution (``top_p=1``).
+        reward: of a text (without prompt and end) about image i.
     """
     rewards = torch.tensor([reward(row // how.draws, list(text)) for row, text in enumerate(texts)])
     rewards = rewards.view(-1, how.draws)

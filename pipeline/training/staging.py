@@ -1,4 +1,4 @@
-"""What a rank writes of a checkpoint, copied out of the way of training."""
+"""Copies the state of a rank for a checkpoint, so that training can continue while it is written."""
 
 from __future__ import annotations
 
@@ -84,4 +84,4 @@ class Stage:
 
 def _local(tensor: Any) -> Tensor:
     local: Tensor = tensor.detach()
-    return local.to_local() if hasattr(local, "to_local") else local  # type: ignore[no-any-return]
+    return local.to_local() if hasattr(local, "to_local") else local

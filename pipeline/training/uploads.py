@@ -1,4 +1,4 @@
-"""How the last upload of a run ended, for those who do not read its logs: submit.py and status.py."""
+"""The result of the last upload of a run, for submit.py and status.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether each step is applied: decided where its loss is, and read only now and then.
+"""Whether each step is applied (its loss and gradient are finite): decided on the device, read only now and then.
 
 On a GPU the host runs ahead of the device. Were it to look at every loss, the device would have nothing to do until
 the host comes with the next step. So the test for NaN, and the count of steps in a row that failed it, are tensors; a
@@ -69,7 +69,7 @@ class Verdicts:
 
 class StopRequests:
     """Whether any rank was asked to stop: ranks get signals at different times, and one that stops alone leaves the
-    others waiting. On GPUs the question goes over gloo, beside the step, and is answered with the next one."""
+    others waiting. On GPUs the question goes over gloo, next to the step, and is answered with the next one."""
 
     def __init__(self, rank: Rank) -> None:
         self._rank = rank

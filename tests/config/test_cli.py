@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields, is_dataclass
 import pytest
 
 from pipeline.config import cli
-from pipeline.config.options import Options
+from pipeline.config.options import NEVER, Options, condition_of
 from pipeline.config.schema import (
     STAGES,
     ConfigError,
@@ -49,8 +49,8 @@ def test_ways_to_write_the_same_settings(arguments: list[str]) -> None:
         ("precompute", ["latent=mean"], "latent=mean: "),
         ("precompute", ["vae=${oc.env:HOME}"], "not supported"),
         ("repair", [], "missing: input=..."),
-        ("filter", ["lease=1", "--lease", "2"], "lease is given twice"),
-        ("filter", ["lease"], "'lease' is no setting"),
+        ("filter", ["lease=1", "--lease", "2"], "lease is given more than once"),
+        ("filter", ["lease"], "'lease' is not a setting"),
         ("filter", ["dataset=shaps"], "did you mean shapes?"),
         ("filter", ["filtr.lease=2"], "unknown key 'filtr.lease'"),
     ],
@@ -68,6 +68,12 @@ def test_a_program_ends_with_code_2_and_one_line() -> None:
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert "did you mean input?" in done.stderr
+
+
+def test_a_tilde_that_the_shell_has_left_is_the_home_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/somebody")
+    config = cli.load("filter", ["input=~/raw", "--output", "~/out", "variant=a~b"])
+    assert (config.input, config.output, config.variant) == ("/home/somebody/raw", "/home/somebody/out", "a~b")
 
 
 def test_command_line_wins_over_yaml_wins_over_defaults(tmp_path) -> None:
@@ -98,18 +104,41 @@ def test_every_dataset_yaml_fits_every_stage() -> None:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_help_lists_every_key_with_default_and_meaning(stage: str) -> None:
-    text = cli.help_text(STAGES[stage], "x")
-    for f in fields(STAGES[stage]):
+@pytest.mark.parametrize("width", [40, 80, 110])
+def test_help_lists_every_option_with_its_meaning_within_the_width(stage: str, width: int) -> None:
+    cls = STAGES[stage]
+    text = cli.help_text(cls, "x", width=width)
+    for line in text.splitlines():
+        assert len(line) <= width or " " not in line.strip()
+    words = " ".join(text.split())
+    for f in fields(cls):
         assert f.metadata["help"], f"{stage}.{f.name} has no help"
-        assert f.metadata["help"] in text
-        assert f"  {f.name} " in text
+        shown = condition_of(cls, f) != NEVER
+        assert (f" {f.name} {' '.join(f.metadata['help'].split())}" in words) == shown
+
+
+def test_help_states_a_condition_that_a_group_shares_once() -> None:
+    words = " ".join(cli.help_text(STAGES["filter"], "x", width=100).split())
+    assert "Images in folders (only with fuse=true and source=image_folder):" in words
+    assert "values of that column that belong to this split [also needs split_column set]" in words
+    assert words.count("source=image_folder") == 1
+    augmentation = words = " ".join(cli.help_text(STAGES["train"], "x", width=100).split())
+    assert "(only with task=classify, or task=caption and encoder set; with other values" in augmentation
+    assert "[also needs randaugment set]" in augmentation
+    assert words.count("only with task=classify)") == 0
+    assert "[always]" in words[words.index("scan_backend") :][:300]
+
+
+def test_help_begins_its_groups_with_the_stages_own_options_and_the_source() -> None:
+    groups = list(cli.by_group(STAGES["filter"], fields(STAGES["filter"])))
+    assert groups[:3] == ["", "Where samples come from", "Images in folders"]
+    assert groups.index("Generated scenes") < groups.index("Every stage that runs on ranks")
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_config_survives_its_json(stage: str) -> None:
     required = [
-        f"{f.name}=x" for f in fields(STAGES[stage]) if f.name in ("input", "data_dir", "takedown", "output_dir")
+        f"{f.name}=x" for f in fields(STAGES[stage]) if f.name in ("input", "data_dir", "takedown", "output_dir", "to")
     ]
     config = cli.load(stage, required)
     assert is_dataclass(config)

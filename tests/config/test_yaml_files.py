@@ -33,7 +33,7 @@ def test_encodings_that_yaml_knows_are_read(tmp_path: Path, encoding: str) -> No
     [
         ("contact: é".encode("latin-1"), "not YAML"),
         ("contact: é".encode("utf-16-be"), "not YAML"),
-        (b"a: 1\na: 2\n", "a is given twice"),
+        (b"a: 1\na: 2\n", "a is given more than once"),
         (b"[1", "not YAML"),
         (b"- a\n", "expected a mapping"),
         (b"text", "expected a mapping"),

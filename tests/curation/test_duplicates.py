@@ -19,7 +19,7 @@ UNIQUE, EXACT, NEAR = 17_000, 1_500, 1_500
 
 
 def picture(number: int) -> Image.Image:
-    """One of any number of different pictures, whose detail falls off with its fineness as that of photos does."""
+    """One of any number of different images, whose detail falls off with its fineness as that of photos does."""
     rng = np.random.default_rng(number)
     scale = 1 / (1 + np.hypot(*np.meshgrid(np.arange(12), np.arange(12))))
     waves = np.cos(np.pi * (np.arange(48) + 0.5)[:, None] / 48 * np.arange(12))  # (48, 12)

@@ -86,7 +86,7 @@ def test_keys_in_a_column_of_a_table(suffix: str, tmp_path: Path) -> None:
     path.write_bytes(gzip.compress(text.encode()) if suffix.endswith("gz") else text.encode())
     assert len(KeyList(str(path), "uid")) == 2 and "b" in KeyList(str(path), "uid")
     assert "2" in KeyList(str(path), "n")
-    with pytest.raises(ConfigError, match="no column key, but"):
+    with pytest.raises(ConfigError, match="no column key; it has"):
         KeyList(str(path))
 
 

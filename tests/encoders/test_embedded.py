@@ -1,4 +1,4 @@
-"""Encoders without weights: recognisable pictures, exact round trips, the same numbers everywhere."""
+"""Encoders without weights: recognisable images, exact round trips, the same numbers everywhere."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_the_manifest_gets_plain_values(name: str) -> None:
     assert said["name"] == name and said["channels"] in (4, 16) and said["downsample"] == 8
 
 
-# ---- pictures of any size
+# ---- images of any size
 
 
 @pytest.mark.parametrize(("height", "width"), [(100, 70), (70, 100), (64, 64), (64, 99), (33, 40), (301, 64)])
@@ -182,7 +182,7 @@ def test_wrong_names_are_answered_with_the_nearest() -> None:
         text_encoder("clip:x#length=3")
     with pytest.raises(ConfigError, match=r"layer=first: known: last, penultimate"):
         text_encoder("clip:x#layer=first")
-    with pytest.raises(ConfigError, match=r"image_encoder=t5:x: known: clip, embedded, openclip"):
+    with pytest.raises(ConfigError, match=r"image_encoder=t5:x: known: clip, embedded, hf, openclip, program"):
         image_encoder("t5:x")
     with pytest.raises(ConfigError, match="model_dtype=bf16: did you mean"):
         autoencoder("embedded", dtype="bf16")

@@ -61,6 +61,15 @@ def test_states_are_those_before_pooling_and_projection(tiny: str, tmp_path: Pat
 
 
 @torch.no_grad()
+def test_tokens_are_counted_from_the_start_to_the_end_of_the_text(tiny: str) -> None:
+    """What ``text_storage=ragged`` keeps. "!" is token 0, which pads, too."""
+    captions = [*CAPTIONS, "a dog!", "! ! !"]
+    counts = text_encoder(f"openclip:{tiny}:random").tokens(captions)
+    ids = open_clip.get_tokenizer("ViT-B-32")(captions)
+    assert counts == [6, 2, 77, 5, 5]
+    assert all(row[count - 1] == 49407 and not row[count:].any() for row, count in zip(ids, counts, strict=True))
+
+
 def test_pooling_and_projecting_them_gives_open_clips_embedding(tiny: str, tmp_path: Path) -> None:
     model, path = saved(tiny, tmp_path, seed=4)
     tokens = open_clip.get_tokenizer("ViT-B-32")(CAPTIONS)
@@ -93,7 +102,7 @@ def test_reduced_precision_is_close_and_comes_out_as_float32(tiny: str) -> None:
 
 
 def test_a_model_without_weights_is_not_silently_random() -> None:
-    with pytest.raises(ConfigError, match="say which weights, as openclip:ViT-B-32:<pretrained>, with one of openai"):
+    with pytest.raises(ConfigError, match="name the weights, as openclip:ViT-B-32:<pretrained>, with one of openai"):
         text_encoder("openclip:ViT-B-32")
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_networks import save_clip
 
 from pipeline.config.schema import ConfigError
 from pipeline.encoders.base import image_encoder, text_encoder
@@ -20,21 +23,7 @@ WORDS = ["a", "red", "dog", "cat"]
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
-
-    path = tmp_path_factory.mktemp("clip")
-    letters = "abcdefghijklmnopqrstuvwxyz"
-    tokens = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    (path / "vocab.json").write_text(json.dumps({token: number for number, token in enumerate(tokens)}))
-    (path / "merges.txt").write_text("#version: 0.2\n")
-    CLIPTokenizer(str(path / "vocab.json"), str(path / "merges.txt"), model_max_length=12).save_pretrained(path)
-    small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
-    text = {**small, "vocab_size": len(tokens), "max_position_embeddings": 12, "eos_token_id": len(tokens) - 1}
-    vision = {**small, "image_size": 32, "patch_size": 16, "projection_dim": 8}
-    torch.manual_seed(0)
-    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(path)
-    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32).save_pretrained(path)
-    return path
+    return save_clip(tmp_path_factory.mktemp("clip"))
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +59,19 @@ def test_clips_states_are_those_of_transformers(clip: Path) -> None:
     torch.testing.assert_close(states, expected.last_hidden_state)
     penultimate = text_encoder(f"clip:{clip}#layer=penultimate").encode(CAPTIONS)
     torch.testing.assert_close(penultimate, expected.hidden_states[-2])
+
+
+def test_tokens_are_those_that_the_mask_says(clip: Path, t5: Path) -> None:
+    """What ``text_storage=ragged`` keeps."""
+    from transformers import AutoTokenizer, CLIPTokenizer
+
+    for encoder, tokenizer in (
+        (text_encoder(f"clip:{clip}"), CLIPTokenizer.from_pretrained(clip)),
+        (text_encoder(f"t5:{t5}#length=20"), AutoTokenizer.from_pretrained(t5)),
+    ):
+        settings = {"padding": "max_length", "max_length": encoder.length, "truncation": True}
+        assert encoder.tokens(CAPTIONS) == [sum(mask) for mask in tokenizer(CAPTIONS, **settings)["attention_mask"]]
+    assert text_encoder(f"t5:{t5}#length=20#mask=false").tokens(CAPTIONS) == [20] * len(CAPTIONS)
 
 
 @torch.no_grad()
@@ -117,11 +119,35 @@ def test_the_manifest_gets_plain_values(clip: Path, t5: Path) -> None:
         assert json.loads(json.dumps(said)) == said and len(said["weights_xxh3"]) == 32
 
 
-def test_a_missing_repository_is_one_clear_error(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="text_encoder=clip:.*: cannot be loaded"):
-        text_encoder(f"clip:{tmp_path}")
-    with pytest.raises(ConfigError, match="image_encoder=clip:.*: cannot be loaded"):
-        image_encoder(f"clip:{tmp_path}")
+def test_the_file_that_a_folder_lacks_is_named(clip: Path, tmp_path: Path) -> None:
+    def refused(message: str, load: Callable[[str], object] = text_encoder) -> None:
+        with pytest.raises(ConfigError, match=message):
+            load(f"clip:{tmp_path}")
+
+    refused("^text_encoder=clip:.*: cannot be loaded: config.json is not in the folder")
+    refused("^image_encoder=clip:.*: cannot be loaded: config.json is not in the folder", image_encoder)
+    shutil.copy(clip / "config.json", tmp_path)
+    refused("model.safetensors or model.safetensors.index.json is not in the folder")
+    shutil.copy(clip / "model.safetensors", tmp_path)
+    refused("preprocessor_config.json is not in the folder", image_encoder)
+    (tmp_path / "model.safetensors").write_bytes(b"x" * 20)
+    refused("cannot be loaded: .+", image_encoder)
+
+
+def test_without_the_hub_the_file_that_the_cache_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub.constants
+    from huggingface_hub.utils._http import reset_sessions
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    try:
+        for load, setting in ((text_encoder, "text_encoder"), (image_encoder, "image_encoder")):
+            with pytest.raises(ConfigError) as caught:
+                load("clip:nobody/nothing")
+            said = str(caught.value)
+            assert said.startswith(f"{setting}=clip:nobody/nothing: cannot be loaded: the Hugging Face Hub cannot be")
+            assert "config.json of nobody/nothing is not in its local cache; give the path of a folder" in said
+    finally:
+        reset_sessions()
 
 
 @torch.no_grad()
@@ -147,7 +173,9 @@ def test_any_text_encoder_of_a_pipeline_is_read_with_its_own_tokenizer(clip: Pat
     torch.testing.assert_close(pooled, expected.text_embeds)
     assert (encoder.width, encoder.pooled_width) == (48, 6)
     assert encoder.name == f"clip:{tmp_path}/{part}"
-    with pytest.raises(ConfigError, match="text_encoder_3: cannot be loaded"):
+    with pytest.raises(
+        ConfigError, match="text_encoder_3: cannot be loaded: text_encoder_3/config.json is not in the folder"
+    ):
         text_encoder(f"clip:{tmp_path}/text_encoder_3")
 
 
@@ -169,7 +197,7 @@ def test_t5_without_a_mask_gives_padding_states_too(t5: Path) -> None:
     tokens = AutoTokenizer.from_pretrained(t5)(
         CAPTIONS, padding="max_length", max_length=20, truncation=True, return_tensors="pt"
     )
-    encoder = text_encoder(f"t5:{t5}#length=20,mask=false")
+    encoder = text_encoder(f"t5:{t5}#length=20#mask=false")
     expected = T5EncoderModel.from_pretrained(t5).eval()(tokens.input_ids).last_hidden_state
     torch.testing.assert_close(encoder.encode(CAPTIONS), expected)
     assert encoder.lengths(CAPTIONS) == [20] * 4 and encoder.describe()["padding"] == "states"

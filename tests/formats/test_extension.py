@@ -133,7 +133,7 @@ def test_writing_what_cannot_be_read_is_an_error(tmp_path: Path) -> None:
                 file.write(np.ascontiguousarray(arrays["jpg"]).tobytes())
             return [(f"mine.{number:05d}.bin", 0, 1)] * len(rows)
 
-    with pytest.raises(ConfigError, match="Own._write_data_to_disk has written what format=memmap cannot read"):
+    with pytest.raises(ConfigError, match="Own._write_data_to_disk has written data that format=memmap cannot read"):
         Own(ITEMS, tmp_path / "own").convert()
 
     class Forgetful(ConverterFixedSize):
@@ -167,12 +167,12 @@ def test_installed_packages_bring_formats_by_entry_points(monkeypatch: pytest.Mo
         name = "brought"
 
     class Point:
+        name, value, dist = "brought", "package:Brought", None
+
         def load(self) -> type:
             return Brought
 
-    monkeypatch.setattr(
-        "pipeline.formats.base.entry_points", lambda group, name: [Point()] if name == "brought" else []
-    )
+    monkeypatch.setattr("pipeline.registry._points", lambda group: {"brought": Point()})
     assert isinstance(get_format("brought"), Brought)
     with pytest.raises(ConfigError, match="format=unknown: known: "):
         get_format("unknown")

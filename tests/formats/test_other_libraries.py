@@ -43,6 +43,60 @@ def test_webdataset(small: dict[str, Path], files: set[bytes]) -> None:
     assert [json.loads(sample["json"])["label"] for sample in samples] == [0] * 20 + [1] * 20 + [2] * 20
 
 
+@pytest.fixture(scope="module")
+def tars(small: dict[str, Path]) -> list[str]:
+    return data_files(small["tar"], "*.tar")
+
+
+def test_webdataset_decodes_and_makes_tuples(tars: list[str]) -> None:
+    import webdataset
+
+    pictured = ("jpg", "jpeg", "png")  # what its "pil" decodes
+    found = list(webdataset.WebDataset(tars, shardshuffle=False))
+    expected = {one["__key__"]: one["txt"].decode() for one in found if any(name in one for name in pictured)}
+    assert len(found) == 60 and len(expected) > 50
+    decoded = webdataset.WebDataset(tars, shardshuffle=2, seed=3).shuffle(10).decode("pil")
+    chosen = decoded.select(lambda one: any(name in one for name in pictured))
+    tuples = chosen.to_tuple(";".join(pictured), "txt", "json", "__key__").map_tuple(lambda image: image.convert("RGB"))
+    seen = {key: (image, text, fields) for image, text, fields, key in tuples}
+    assert {key: text for key, (_, text, _) in seen.items()} == expected
+    assert all(key.startswith(CLASSES[fields["label"]]) for key, (_, _, fields) in seen.items())
+    assert all(image.mode == "RGB" and min(image.size) >= 24 for image, _, _ in seen.values())
+    sizes = [len(keys) for keys, _ in chosen.to_tuple("__key__", "txt").batched(8)]
+    assert sum(sizes) == len(expected) and set(sizes[:-1]) == {8}
+
+
+def test_webdataset_expands_lists_of_our_tars(tars: list[str]) -> None:
+    import webdataset
+
+    assert len(tars) == 3
+    pattern = tars[0].replace("/00000/00000.tar", "/{00000..00002}/00000.tar")
+    assert [Path(one["url"]).parent.name for one in webdataset.SimpleShardList(pattern)] == ["00000", "00001", "00002"]
+    whole = webdataset.WebDataset("::".join(tars), shardshuffle=False)
+    assert len(list(whole)) == 60 and len(list(whole)) == 60  # each epoch
+    assert len(list(webdataset.WebDataset(tars, resampled=True).slice(70))) == 70
+
+
+def test_webdataset_splits_our_tars_among_nodes_and_workers(tars: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    import webdataset
+    from torch.utils.data import DataLoader
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    seen = []
+    for rank in range(2):
+        monkeypatch.setenv("RANK", str(rank))
+        mine = webdataset.WebDataset(tars, shardshuffle=False, nodesplitter=webdataset.split_by_node)
+        loader = DataLoader(mine.to_tuple("__key__", "txt"), batch_size=None, num_workers=2 - rank)
+        seen.append([key for key, _ in loader])
+    monkeypatch.delenv("WORLD_SIZE")
+    everything = [one["__key__"] for one in webdataset.WebDataset(tars, shardshuffle=False)]
+    assert all(seen) and sorted(seen[0] + seen[1]) == sorted(everything)
+    loader = webdataset.WebLoader(
+        webdataset.WebDataset(tars, shardshuffle=False).to_tuple("__key__", "txt"), batch_size=7
+    )
+    assert [key for keys, _ in loader for key in keys] == everything
+
+
 def test_pyarrow(small: dict[str, Path], files: set[bytes]) -> None:
     import pyarrow as pa
     import pyarrow.dataset as ds

@@ -178,7 +178,7 @@ def test_a_pickled_reader_notices_that_its_data_has_been_replaced(small_folder: 
     reader = pickle.dumps(Reader(tmp_path / "a"))
     shutil.rmtree(tmp_path / "a")
     convert(small_folder, tmp_path / "a", "ipc", shuffle=True)
-    with pytest.raises(StorageError, match="has changed since this reader was made"):
+    with pytest.raises(StorageError, match="has changed since this reader was created"):
         pickle.loads(reader)[0]
 
 

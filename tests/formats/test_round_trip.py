@@ -11,7 +11,7 @@ from formats.conftest import COUNT, FIXED, FLEXIBLE, FORMATS, SIZE, convert
 from stages.conftest import digests
 
 from pipeline.formats import Reader
-from pipeline.formats.pixels import to_array
+from pipeline.formats.pixel_arrays import to_array
 from pipeline.partitions.dataset import Dataset
 from pipeline.partitions.verify import verify
 

@@ -313,7 +313,7 @@ def test_more_pixels_in_the_header_than_in_the_data_is_an_error() -> None:
     for rows, level in ((19, b"\x07"), (10, b"\0"), (0, b"\0")):
         with pytest.raises(ImageError, match=r"truncated|decode_error"):
             process(png(10, 20, 8, 2, level * 30 * rows, stride=30), KEEP_ALL)
-    assert not process(png(10, 20, 8, 2, bytes(30) * 20), KEEP_ALL).changed, "an all-black picture is a picture"
+    assert not process(png(10, 20, 8, 2, bytes(30) * 20), KEEP_ALL).changed, "an all-black image is an image"
 
 
 @pytest.mark.parametrize("edge", [1, 2, 5, 9])
@@ -704,7 +704,7 @@ def gallery() -> dict[str, bytes]:
 
 @pytest.mark.parametrize("name", gallery())
 def test_rare_kinds_look_as_they_should(name: str) -> None:
-    """Compared with pictures that were looked at; delete one to make it anew, and look at it again."""
+    """Compared with images that were looked at; delete one to make it again, and look at it again."""
     rules = Rules(0, 56, "border", encode_format="png", background="#2060a0")
     result = process(gallery()[name], rules)
     place = Path(__file__).parents[1] / "data" / "gallery" / f"{name}.png"
@@ -764,3 +764,25 @@ def test_a_scaled_decode_stays_close_to_a_full_one(name: str) -> None:
         assert transform._decode(data, header, Limits(), shape.sized)[1] == scale
         in_full = render(data, header, shape, replace(rules, scaled_decode=False))
         assert psnr(render(data, header, shape, rules)[:, :, :3], in_full[:, :, :3]) > 42
+
+
+# ---- harmless peculiarities of files in the wild
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_much_text_in_a_png_is_left_away(packed: bool) -> None:
+    text = PngInfo()
+    text.add_text("parameters", "x" * 2_000_000, zip=packed)
+    found = process(saved(Image.new("RGB", (40, 30)), "PNG", pnginfo=text), Rules(0, 20))
+    assert (found.width, found.height) == (27, 20) and len(found.data) < 10_000
+
+
+def test_a_large_profile_that_makes_no_sense_is_left_away() -> None:
+    data = saved(Image.new("RGB", (40, 30)), "PNG", icc_profile=np.random.default_rng(0).bytes(2_000_000))
+    assert process(data, Rules(0, 20)).width == 27
+
+
+def test_extraneous_bytes_before_the_end_marker_of_a_jpeg_are_harmless() -> None:
+    data = saved(Image.effect_noise((64, 48), 60).convert("RGB"), "JPEG")
+    found = process(data[:-2] + b"\0\1\2\3" * 5 + data[-2:], Rules(0, 24))
+    assert (found.width, found.height) == (32, 24)

@@ -94,9 +94,22 @@ def test_what_is_under_way_is_bounded(pool: Pool, monkeypatch: pytest.MonkeyPatc
         assert taken <= number + 1 + 2 * 8
 
 
-def test_a_defect_in_the_function_is_no_outcome(pool: Pool) -> None:
-    with pytest.raises(WorkerError, match="a defect"):
-        results(pool, [b"raise"])
+def test_a_task_at_which_the_function_raises_is_lost(pool: Pool, caplog: pytest.LogCaptureFixture) -> None:
+    found = results(pool, [b"a", b"raise", b"b", b"raise"])
+    lost = Lost("crash", "the worker failed with ValueError: a defect")
+    assert found == [b"a", lost, b"b", lost]
+    assert caplog.text.count("  | ValueError: a defect") == 1, "the first traceback is shown"
+
+
+def test_a_function_that_raises_at_every_task_ends_the_rank(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker_pool, "_DEFECTS", 3)
+    with pytest.raises(WorkerError, match="ValueError: a defect"):
+        results(pool, [b"raise"] * 5)
+
+
+def test_a_worker_that_says_that_it_leaves_is_not_tried_for_ever(pool: Pool) -> None:
+    found = results(pool, [b"a", b"leave", b"b"])
+    assert found == [b"a", Lost("crash", "the worker ended with code 0"), b"b"]
 
 
 def test_workers_that_do_not_start_end_the_rank() -> None:

@@ -21,25 +21,28 @@ from pipeline.stages.precompute import Precompute
 SETTINGS = {"image_resolutions": (32, 64), "vae": "embedded16", "batch_size": "5"}
 _KILLED = """
 import os, signal, sys
+from importlib import import_module
 from pipeline.config.cli import config_for
-from pipeline.stages.precompute import Precompute, main
-process, left = Precompute.process, [int(sys.argv.pop(1))]
-def killing(self, partition):
-    for outcome in process(self, partition):
+from pipeline.stages import get_stage
+name = sys.argv.pop(1)
+stage, main = get_stage(name), import_module(f"pipeline.stages.{name}").main
+process, left = stage.process, [int(sys.argv.pop(1))]
+def killing(self, partition, context):
+    for outcome in process(self, partition, context):
         left[0] -= 1
         if not left[0]:
             os.kill(os.getpid(), signal.SIGKILL)
         yield outcome
-Precompute.process = killing
-main(config_for("precompute"))
+stage.process = killing
+main(config_for(name))
 """
 
 
-def killed(rank: int, ranks: int, sample: int, *settings: str) -> subprocess.Popen[str]:
-    """A rank that is killed at its ``sample``-th sample."""
+def killed(rank: int, ranks: int, sample: int, *settings: str, stage: str = "precompute") -> subprocess.Popen[str]:
+    """A rank of ``stage`` that is killed at its ``sample``-th sample."""
     place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
     environment = {**os.environ, **place, "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
-    command = [sys.executable, "-c", _KILLED, str(sample), *settings]
+    command = [sys.executable, "-c", _KILLED, stage, str(sample), *settings]
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,8 @@ from pipeline.encoders.base import autoencoder, text_encoder
 from pipeline.encoders.embedded import EmbeddedAutoencoder
 from pipeline.encoders.preprocessing import Preprocessing
 from pipeline.encoders.vision import _Patches
-from pipeline.latents.decoding import Layout
 from pipeline.latents.encoding import Batch, Encoding
+from pipeline.latents.image_decoding import Layout
 from pipeline.latents.transfers import Transfers
 from pipeline.partitions.dataset import Dataset
 from pipeline.stages.precompute import Precompute
@@ -39,7 +40,14 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def encoding(device: str) -> Encoding:
     texts = {name: text_encoder("embedded", device) for name in ("caption_latents", "caption_latents_2")}
     return Encoding(
-        torch.device(device), autoencoder("embedded", device), texts, None, (64,), False, "dense", "float16"
+        device=torch.device(device),
+        vae=autoencoder("embedded", device),
+        texts=texts,
+        image_encoder=None,
+        resolutions=(64,),
+        moments=False,
+        storage="dense",
+        dtype="float16",
     )
 
 
@@ -80,14 +88,6 @@ def test_the_stage_stores_the_same_bytes(gpus: Gpus, tmp_path: Path, source: Pat
     assert digests(tmp_path / "gpu") == digests(tmp_path / "cpu")
 
 
-def test_nothing_in_the_line_waits_for_the_gpu(gpus: Gpus, tmp_path: Path, source: Path) -> None:
-    settings = {"input": str(source), "batch_size": "8", "vae": "embedded16"}
-    run_stage("precompute", **settings, image_resolutions=(32, 64), output=str(tmp_path / "latents"))
-    run_stage("features", input=str(source), batch_size=8, output=str(tmp_path / "features"))
-    inside = [line for line in gpus.blocking if "encoders/embedded.py" not in line]  # kernels, loaded once
-    assert [line for line in inside if "encoding.py" in line or "transfers.py" in line or "stage" in line] == []
-
-
 def test_features_are_encoded_beside_the_writer_and_the_same_on_a_gpu(
     gpus: Gpus, tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -118,8 +118,8 @@ def test_features_are_encoded_beside_the_writer_and_the_same_on_a_gpu(
 def test_means_and_deviations_are_not_copied_to_the_device(gpus: Gpus) -> None:
     preprocessing = Preprocessing((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     pixels = torch.arange(48, dtype=torch.uint8).view(1, 4, 4, 3)
-    there = preprocessing.normalise(pixels.pin_memory().to("cuda", non_blocking=True))
-    assert not gpus.blocking
+    with gpus.no_waits():
+        there = preprocessing.normalise(pixels.pin_memory().to("cuda", non_blocking=True))
     assert torch.equal(there.cpu(), preprocessing.normalise(pixels))
 
 
@@ -168,8 +168,42 @@ def test_the_batch_size_that_was_found_is_the_plans(
     header = Dataset.open(tmp_path / "out").header
     assert header["extra"]["batch_size"] == 8
     later = Precompute(build(PrecomputeConfig, settings), Rank())
-    later.planned = header
+    later.planned_extra = header["extra"]
     assert later.batch_size == 8 and next(found) == 16, "a rank that adopts the plan has measured by itself"
+
+
+def test_the_batch_size_is_measured_once_before_threads_ask_for_it(
+    gpus: Gpus, tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``cached_property`` has no lock from Python 3.12 on: two threads would measure, and might disagree."""
+    measured: list[str] = []
+
+    def measure(self: Encoding) -> int:
+        measured.append(threading.current_thread().name)
+        time.sleep(0.05)
+        return 8 * len(measured)
+
+    monkeypatch.setattr(Encoding, "find_batch_size", measure)
+    settings = {"input": str(source), "output": str(tmp_path / "out"), "image_resolutions": (64,), "batch_size": "auto"}
+    stage = Precompute(build(PrecomputeConfig, {**settings, "workers": 0}), Rank())
+    line = stage._begin_line()
+    try:
+        assert measured == [threading.current_thread().name]
+        together, seen = threading.Barrier(2), []
+
+        def ask() -> None:
+            together.wait(10)
+            seen.append(stage.batch_size)
+
+        threads = [threading.Thread(target=ask) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert seen == [8, 8] and len(measured) == 1
+    finally:
+        line.close()
+        stage.close()
 
 
 def test_latents_of_a_resolution_do_not_depend_on_the_others(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from pipeline.distributed import Rank
 from pipeline.imaging import transform
 from pipeline.partitions.dataset import Dataset
 from pipeline.partitions.plan import Partition
+from pipeline.partitions.stage import Context
 from pipeline.samples import Outcome, Row
 from pipeline.stages.precompute import Precompute
 from pipeline.stages.repair import repair
@@ -74,8 +75,38 @@ def swapped_columns(stage: Precompute, rows: list[Row]) -> None:
         row["latents_32"], row["latents_64"] = row["latents_64"], row["latents_32"]
 
 
+def one_token_too_few(stage: Precompute, rows: list[Row]) -> None:
+    for row in rows:
+        row["caption_latents"] = row["caption_latents"][: -64 * 2]
+
+
+def one_token_too_many(stage: Precompute, rows: list[Row]) -> None:
+    for row in rows:
+        row["caption_latents"] += row["caption_latents"][: 64 * 2]
+
+
+def cut_in_a_token(stage: Precompute, rows: list[Row]) -> None:
+    rows[3]["caption_latents"] = rows[3]["caption_latents"][:-2]
+
+
+RAGGED_FAULTS: dict[Callable[[Precompute, list[Row]], None], str] = {
+    one_token_too_few: " tokens, its caption has ",
+    one_token_too_many: " tokens, its caption has ",
+    cut_in_a_token: "bytes are not those of 0 to 16 tokens of 64 numbers",
+    captions_off_by_one: "caption_latents",
+}
+
+
+@pytest.mark.parametrize("fault", RAGGED_FAULTS, ids=lambda fault: fault.__name__)
+def test_wrong_ragged_captions_are_found_and_made_again(
+    make: Make, tmp_path: Path, fault: Callable[[Precompute, list[Row]], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {**SETTINGS, "text_storage": "ragged"}
+    check(make("ragged-before-faults", **settings), tmp_path, fault, RAGGED_FAULTS[fault], settings, monkeypatch)
+
+
 FAULTS: dict[Callable[[Precompute, list[Row]], None], str] = {
-    wrong_range: "pictures went in in [0, 1] instead of [-1, 1]",
+    wrong_range: "images were given in [0, 1] instead of [-1, 1]",
     no_scaling: "the scaling factor is missing",
     swapped_channels: "the latents' channels are in the order [0, 2, 1, 3]",
     captions_off_by_one: "caption_latents: text states are those of sample shapes/",
@@ -90,10 +121,19 @@ FAULTS: dict[Callable[[Precompute, list[Row]], None], str] = {
 def test_what_was_written_wrong_is_found_and_made_again(
     make: Make, tmp_path: Path, fault: Callable[[Precompute, list[Row]], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    reference = make("before-faults", **SETTINGS)
+    check(make("before-faults", **SETTINGS), tmp_path, fault, FAULTS[fault], SETTINGS, monkeypatch)
 
-    def wrong(self: Precompute, partition: Partition) -> Iterator[Outcome]:
-        outcomes = list(process(self, partition))
+
+def check(
+    reference: Dataset,
+    tmp_path: Path,
+    fault: Callable[[Precompute, list[Row]], None],
+    message: str,
+    settings: dict[str, object],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def wrong(self: Precompute, partition: Partition, context: Context) -> Iterator[Outcome]:
+        outcomes = list(process(self, partition, context))
         if partition.index == BAD:
             fault(self, [outcome.row for outcome in outcomes if outcome.row])
         yield from outcomes
@@ -101,12 +141,12 @@ def test_what_was_written_wrong_is_found_and_made_again(
     with monkeypatch.context() as patch:
         patch.setattr(Precompute, "process", wrong)
         upstream = reference.header["upstream"]["path"]
-        run_stage("precompute", input=upstream, output=str(tmp_path), **SETTINGS)
+        run_stage("precompute", input=upstream, output=str(tmp_path), **settings)
     assert list(findings_of(tmp_path)[1]) == []  # the hashes are those of what was written
     found = list(findings_of(tmp_path, deep=True)[1])
     keys = {stored.key for stored in reference.samples(BAD)}
     assert {finding.partition for finding in found} == {BAD}
-    assert any(FAULTS[fault] in finding.what and finding.key in keys for finding in found), found
+    assert any(message in finding.what and finding.key in keys for finding in found), found
     repair(tmp_path, Rank(), deep=True, workers=1)
     assert digest(tmp_path) == digest(reference.root.path)
     assert list(findings_of(tmp_path, deep=True)[1]) == []

@@ -114,7 +114,7 @@ def test_a_sample_of_another_size_is_named(tmp_path: Path, near: bool) -> None:
 
 @both
 def test_what_is_no_folder_of_latents_is_one_clear_error(tmp_path: Path, near: bool) -> None:
-    with pytest.raises(ConfigError, match="no MDS folder: index.json: No such file"):
+    with pytest.raises(ConfigError, match="not an MDS folder: index.json: No such file"):
         build(tmp_path / "nothing", near)
     folder = tmp_path / "odd"
     folder.mkdir()
@@ -122,7 +122,7 @@ def test_what_is_no_folder_of_latents_is_one_clear_error(tmp_path: Path, near: b
     shard["raw_data"] = {"basename": "../secret", "bytes": 1, "hashes": {}}
     for content, message in (
         ("{", "index.json: not JSON"),
-        ("[]", "index.json is not that of MDS shards"),
+        ("[]", "index.json is not an index of MDS shards"),
         (json.dumps({"shards": []}), "holds no samples"),
         (json.dumps({"shards": [shard]}), r"names the shard '\.\./secret', which is not below the folder"),
         (json.dumps({"shards": [{**shard, "format": "json"}]}), "its shards are json, not mds"),
@@ -185,9 +185,9 @@ def test_many_readers_of_one_cache_download_each_shard_once(tmp_path: Path, monk
     asked: list[str] = []
     download = RemoteFolder._download
 
-    def counted(self: RemoteFolder, name: str, path: Path) -> None:
+    def counted(self: RemoteFolder, name: str, path: Path, size: int = -1) -> None:
         asked.append(name)
-        download(self, name, path)
+        download(self, name, path, size)
 
     monkeypatch.setattr(RemoteFolder, "_download", counted)
     loaders = [build(tmp_path / "mds", near=False, shuffle=True, rank=rank, world_size=4) for rank in range(4)]
@@ -195,11 +195,11 @@ def test_many_readers_of_one_cache_download_each_shard_once(tmp_path: Path, monk
         counts = list(pool.map(lambda loader: sum(len(batch["image_latents"]) for batch in loader), loaders))
     wanted = [name for name in asked if name.endswith(".mds")]
     assert counts == [10] * 4 and len(wanted) == len(set(wanted)) == len(shards(tmp_path / "mds"))
-    assert not [path for path in (tmp_path / "cache").rglob(".*") if not path.name.endswith(".lock")]
+    assert [path.name for path in (tmp_path / "cache").rglob(".*")] == [".locks"]
 
 
 def test_a_place_that_cannot_be_reached_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def unreachable(remote: str, path: Path) -> None:
+    def unreachable(remote: str, path: Path, size: int) -> None:
         raise RuntimeError("the network is down\nand more")
 
     monkeypatch.setattr("pipeline.loading.streaming._bring", unreachable)

@@ -57,15 +57,38 @@ def test_batches_hold_what_is_stored(make: Make) -> None:
         assert image.numpy().tobytes() == row["latents_64"] and text.numpy().tobytes() == row["caption_latents"]
 
 
-@pytest.mark.parametrize("storage", ["dedup", "int8", "fp8", "int8+dedup"])
+RAGGED = ["ragged", "ragged+dedup", "int8+ragged", "fp8+ragged+dedup"]
+
+
+@pytest.mark.parametrize("storage", ["dedup", "int8", "fp8", "int8+dedup", *RAGGED])
 def test_how_captions_are_stored_does_not_show(make: Make, dense: Path, storage: str) -> None:
     place = make(storage, text_storage=storage).root.path
     plain = next(iter(build(dense, 47)))
     other = next(iter(build(place, 47)))
     assert torch.equal(plain["image_latents"], other["image_latents"])
-    if storage == "dedup":
+    if storage in ("dedup", "ragged", "ragged+dedup"):
         assert torch.equal(plain["caption_latents"], other["caption_latents"])
     torch.testing.assert_close(plain["caption_latents"].float(), other["caption_latents"].float(), rtol=0.07, atol=0.02)
+
+
+@pytest.mark.parametrize("storage", RAGGED)
+def test_ragged_captions_come_with_a_mask(make: Make, dense: Path, storage: str) -> None:
+    """Hashed words are never zero, and the embedded encoder's padding always is."""
+    plain, place = next(iter(build(dense, 47))), make(storage, text_storage=storage).root.path
+    batch = next(iter(build(place, 47)))
+    assert torch.equal(batch["caption_mask"], plain["caption_latents"][:, 0].any(2))
+    mixed = next(iter(build([dense, place], 94)))  # a folder without padding, and one with
+    assert sorted(mixed["caption_mask"].sum(1).tolist()) == sorted(batch["caption_mask"].sum(1).tolist() + [16] * 47)
+    assert LatentFolder(place).tokens([0, 5]).dtype == np.int64
+
+
+def test_ragged_captions_take_fewer_bytes(make: Make, dense: Path) -> None:
+    def size(place: Path) -> int:
+        return sum(path.stat().st_size for path in place.glob("data/*/*/*.mds"))
+
+    place = make("ragged", text_storage="ragged").root.path
+    padding = int((~next(iter(build(place, 47)))["caption_mask"]).sum())
+    assert abs(size(dense) - size(place) - padding * 64 * 2) < COUNT * 8 + 1000
 
 
 def test_deduplication_saves_what_comes_again(make: Make, dense: Path) -> None:
@@ -155,12 +178,12 @@ def test_moments_are_drawn_anew_each_epoch(make: Make) -> None:
     torch.testing.assert_close(wide.image(raw, "latents_8", noise), noise.half())
 
 
-def test_training_reads_single_precision(make: Make) -> None:
+def test_training_reads_latents_in_single_precision_and_texts_as_they_are_stored(make: Make) -> None:
     data = TrainingLatents(LatentFolder(make("int8", text_storage="int8").root.path), 32)
     batch = data.batch(np.array([46, 0, 46]))
     assert len(data) == COUNT and data.image_shape == (16, 4, 4)
     assert batch["image_latents"].shape == (3, 16, 4, 4) and batch["image_latents"].dtype == torch.float32
-    assert batch["caption_latents"].shape == (3, 16, 64)
+    assert batch["caption_latents"].shape == (3, 16, 64) and batch["caption_latents"].dtype == torch.float16
     assert torch.equal(batch["image_latents"][0], batch["image_latents"][2])
 
 
@@ -171,10 +194,10 @@ def test_wrong_requests_are_one_clear_error(dense: Path, tmp_path: Path) -> None
         build(dense, cap_seq_size=77, cap_emb_dim=1024)
     with pytest.raises(ConfigError, match=r"weights=\[1\]: give a positive one for each of 2 folders"):
         build([dense, dense], weights=[1])
-    with pytest.raises(ConfigError, match="no MDS folder: index.json: No such file"):
+    with pytest.raises(ConfigError, match="not an MDS folder: index.json: No such file"):
         build(tmp_path)
     run_stage("download", source="shapes", count=5, image_size=16, output=str(tmp_path / "raw"))
-    with pytest.raises(ConfigError, match="holds no latents: it is made by stage=download"):
+    with pytest.raises(ConfigError, match="holds no latents: it was made by stage=download"):
         build(tmp_path / "raw")
 
 

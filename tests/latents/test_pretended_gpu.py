@@ -1,46 +1,169 @@
-"""Latents of a real network, made and checked in depth on a pretended GPU: no mix of devices, and nothing waits."""
+"""Latents and features of real networks, made and checked in depth on a pretended GPU.
+
+No devices are mixed, and nothing that is done for each batch or each sample waits for the device.
+"""
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from stages.conftest import run_stage
+from tiny_networks import save_autoencoder, save_clip
 from transfer_double import Gpus
 
+from pipeline.encoders.embedded import EmbeddedTextEncoder
+from pipeline.encoders.transformers import ClipTextEncoder
+from pipeline.encoders.vision import _Patches
+from pipeline.latents.validation import Validator
 from pipeline.partitions.dataset import Dataset
 from pipeline.stages import verify
+from pipeline.stages.features import Features
+from pipeline.stages.precompute import Precompute
 
-HOT = ("latents/encoding.py", "latents/transfers.py", "latents/stage.py", "stages/precompute.py", "preprocessing.py")
+
+@pytest.fixture(scope="module", autouse=True)
+def networks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Saved before anything is pretended: diffusers makes types of what torch.cuda has when it is imported."""
+    place = tmp_path_factory.mktemp("networks")
+    for name in ("vae", "clip", "vit"):
+        (place / name).mkdir()
+    save_autoencoder(place / "vae", latent_channels=4)
+    save_clip(place / "clip")
+    from transformers import ViTConfig, ViTImageProcessor, ViTModel
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    ViTModel(ViTConfig(**sizes, image_size=32, patch_size=16), add_pooling_layer=False).save_pretrained(place / "vit")
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(place / "vit")
+    return {name: str(place / name) for name in ("vae", "clip", "vit")}
 
 
 @pytest.fixture(scope="module")
-def vae(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Made before anything is pretended: diffusers makes types of what torch.cuda has when it is imported."""
-    from diffusers import AutoencoderKL
-
-    torch.manual_seed(0)
-    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
-    path = tmp_path_factory.mktemp("vae")
-    AutoencoderKL(block_out_channels=(8, 16), latent_channels=4, norm_num_groups=4, **blocks).save_pretrained(path)
-    return str(path)
+def source(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Scenes in partitions of 12, 12 and 4."""
+    place = str(tmp_path_factory.mktemp("source") / "in")
+    run_stage("download", source="shapes", count=28, image_size=64, holdout=False, partition_size=12, output=place)
+    return place
 
 
-def test_latents_are_made_without_waiting_and_pass_the_deep_check(
-    vae: str, gpus: Gpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def watched(gpus: Gpus, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How many batches a stage has encoded; none but the first, with which constants are copied, may wait."""
+    seen: Counter[str] = Counter()
+
+    def watch(stage: Any) -> None:
+        encode = stage.encode
+
+        def watched(self: Any, *arguments: Any) -> Any:
+            seen[stage.name] += 1
+            if seen[stage.name] == 1:
+                return encode(self, *arguments)
+            with gpus.no_waits():
+                return encode(self, *arguments)
+
+        monkeypatch.setattr(stage, "encode", watched)
+
+    watch(Precompute)
+    watch(Features)
+    return seen
+
+
+PRECOMPUTE: dict[str, Callable[[dict[str, str]], dict[str, Any]]] = {
+    "embedded": lambda n: {"vae": "embedded16", "image_encoder": "embedded"},
+    "mode": lambda n: {"vae": n["vae"], "text_encoder": [f"clip:{n['clip']}"], "pooled": True},
+    "moments": lambda n: {"vae": n["vae"], "latent": "moments", "text_storage": "ragged"},
+    "sample": lambda n: {"vae": n["vae"], "latent": "sample", "text_storage": "dedup"},
+}
+
+
+@pytest.mark.parametrize("settings", PRECOMPUTE)
+def test_no_batch_of_latents_waits_for_the_device(
+    settings: str, networks: dict[str, str], source: str, gpus: Gpus, watched: Counter[str], tmp_path: Path
+) -> None:
+    given = {"image_resolutions": (32, 64), "batch_size": "8", **PRECOMPUTE[settings](networks)}
+    counts = run_stage("precompute", **given, input=source, output=str(tmp_path / "out"))["counts"]
+    assert counts["kept"] == 28 and watched["precompute"] == 5
+    extra = Dataset.open(tmp_path / "out").header["extra"]
+    if settings == "mode":
+        dtypes = (extra["vae"]["dtype"], *(text["dtype"] for text in extra["text_encoders"].values()))
+        assert dtypes == ("float32", "bfloat16"), "bfloat16 would change latents by percents, and text states by little"
+
+
+@pytest.mark.parametrize("encoder", ["embedded", "vit"])
+def test_no_batch_of_features_waits_for_the_device(
+    encoder: str, networks: dict[str, str], source: str, gpus: Gpus, watched: Counter[str], tmp_path: Path
+) -> None:
+    name = f"vit:{networks['vit']}" if encoder == "vit" else encoder
+    counts = run_stage("features", encoder=name, batch_size=8, input=source, output=str(tmp_path / "out"))["counts"]
+    assert counts["kept"] == 28 and watched["features"] == 5
+
+
+PLANTED = {
+    "precompute: a blocking copy": (ClipTextEncoder, "encode_pooled", lambda states: states[0].cpu()),
+    "precompute: a value that is looked at": (
+        EmbeddedTextEncoder,
+        "encode",
+        lambda states: states.isnan().any().item(),
+    ),
+    "precompute: a synchronisation": (EmbeddedTextEncoder, "encode", lambda states: torch.cuda.synchronize()),
+    "precompute: a mix of devices": (EmbeddedTextEncoder, "encode", lambda states: states + torch.ones(states.shape)),
+    "features: a mask": (_Patches, "encode", lambda features: features[features > 0]),
+}
+
+
+@pytest.mark.parametrize("fault", PLANTED)
+def test_a_planted_fault_is_named_by_its_line(
+    fault: str,
+    networks: dict[str, str],
+    source: str,
+    gpus: Gpus,
+    watched: Counter[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    owner, method, harm = PLANTED[fault]
+    sound = getattr(owner, method)
+
+    def harmed(self: Any, *arguments: Any) -> Any:
+        found = sound(self, *arguments)
+        harm(found)
+        return found
+
+    monkeypatch.setattr(owner, method, harmed)
+    stage = fault.partition(":")[0]
+    settings: dict[str, Any] = {"batch_size": 8}
+    if stage == "precompute":
+        text = f"clip:{networks['clip']}" if owner is ClipTextEncoder else "embedded"
+        settings = {"batch_size": "8", "image_resolutions": (32,), "text_encoder": [text]}
+    with pytest.raises(AssertionError, match=r"(pipeline|tests)/\S+\.py:\d+: "):
+        run_stage(stage, **settings, input=source, output=str(tmp_path / "out"))
+    gpus.errors.clear()
+
+
+def test_the_deep_check_waits_for_what_it_compares_and_not_for_each_sample(
+    networks: dict[str, str], source: str, gpus: Gpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     precisions: list[str] = []
     monkeypatch.setattr(torch, "set_float32_matmul_precision", precisions.append)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA H100 80GB HBM3")
-    source = {"source": "shapes", "count": 20, "image_size": 64, "holdout": False, "partition_size": 12}
-    run_stage("download", **source, output=str(tmp_path / "in"))
-    settings: dict[str, Any] = {"image_resolutions": (32, 64), "batch_size": "8", "vae": vae}
-    run_stage("precompute", **settings, input=str(tmp_path / "in"), output=str(tmp_path / "out"))
+    settings: dict[str, Any] = {"image_resolutions": (32,), "batch_size": "8", "vae": networks["vae"]}
+    run_stage("precompute", **settings, input=source, output=str(tmp_path / "out"))
     assert set(precisions) == {"high"}, "float32 is TF32 on a GPU"
-    assert [line for line in gpus.blocking if any(place in line for place in HOT)] == []
-    found = [finding.what for finding in verify.findings_of(tmp_path / "out", deep=True)[1]]
-    assert len(found) == 1 and "brings back a smooth" in found[0], "random weights, and nothing else to find"
     speed = (Dataset.open(tmp_path / "out").record(1) or {})["notes"]["speed"]
     assert 0 <= speed["mfu"] < 1 and speed["images_per_second"] > 0
+
+    check, waits = Validator.check, []
+
+    def counted(self: Validator, *arguments: Any) -> Iterator[Any]:
+        before = len(gpus.waits)
+        yield from check(self, *arguments)
+        waits.append(len(gpus.waits) - before)
+
+    monkeypatch.setattr(Validator, "check", counted)
+    found = [finding.what for finding in verify.findings_of(tmp_path / "out", deep=True)[1]]
+    assert len(found) == 1 and "brings back a smooth" in found[0], "random weights, and nothing else to find"
+    assert waits[1] == waits[2] > 0, "of 12 samples and of 4, as many are compared"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from latents.conftest import COUNT, Make
 
 from pipeline.distributed import Rank
 from pipeline.encoders.embedded import EmbeddedAutoencoder, EmbeddedTextEncoder
+from pipeline.imaging.decoder import ImageDecoder
 from pipeline.latents.validation import validate
 from pipeline.partitions.dataset import Dataset, RandomAccess
 from pipeline.partitions.verify import Finding
@@ -23,12 +25,18 @@ right = EmbeddedAutoencoder.encode
 
 
 def findings(dataset: Dataset) -> list[Finding]:
-    return [finding for index in range(dataset.partitions) for finding in validate(dataset, index)]
+    with closing(ImageDecoder()) as decoder:
+        return [finding for index in range(dataset.partitions) for finding in validate(dataset, index, decoder)]
 
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"latent": "moments"}, {"text_storage": "int8+dedup"}, {"text_storage": "fp8"}, {"vae": "embedded"}],
+    [
+        {},
+        {"latent": "moments"},
+        {"vae": "embedded"},
+        *({"text_storage": kind} for kind in ("int8+dedup", "fp8", "ragged", "int8+ragged+dedup")),
+    ],
     ids=lambda settings: "-".join(settings.values()) or "dense",
 )
 def test_sound_latents_have_no_fault(make: Make, settings: dict[str, Any]) -> None:
@@ -36,9 +44,9 @@ def test_sound_latents_have_no_fault(make: Make, settings: dict[str, Any]) -> No
 
 
 WRONG: dict[str, tuple[Encode, str]] = {
-    "range": (lambda v, x, n=None: right(v, (x + 1) / 2), "pictures went in in [0, 1] instead of [-1, 1]"),
+    "range": (lambda v, x, n=None: right(v, (x + 1) / 2), "images were given in [0, 1] instead of [-1, 1]"),
     "colours": (lambda v, x, n=None: right(v, x.flip(1)), "red and blue were swapped"),
-    "mirror": (lambda v, x, n=None: right(v, x.flip(3)), "pictures were turned over"),
+    "mirror": (lambda v, x, n=None: right(v, x.flip(3)), "images were mirrored"),
     "scaling": (lambda v, x, n=None: right(v, x) / v.scaling, "the scaling factor is missing"),
     "channels": (lambda v, x, n=None: right(v, x)[:, [1, 0, 2, 3]], "the latents' channels are in the order [1, 0"),
     "neighbour": (lambda v, x, n=None: right(v, x).roll(1, 0), "they are those of sample shapes/"),
@@ -59,7 +67,7 @@ def test_wrong_latents_are_found_and_explained(make: Make, fault: str, monkeypat
         first = fault == "neighbour" and "none of the usual mistakes" in finding.what  # it has the last one's
         assert first or explanation in finding.what
         assert finding.key and finding.file
-        assert finding.what.startswith("latents_64 decodes to its picture with ")
+        assert finding.what.startswith("latents_64 decodes to its image with ")
 
 
 def test_captions_of_the_sample_before_are_found(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,7 +130,8 @@ def corrupted(make: Make, name: str, column: str, change: Callable[[bytes], byte
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Stored, "read", changed)
-        found = list(validate(dataset, 2))
+        with closing(ImageDecoder()) as decoder:
+            found = list(validate(dataset, 2, decoder))
     assert all(finding.partition == 2 for finding in found) and found[0].key == key
     return found
 
@@ -148,7 +157,7 @@ def test_an_autoencoder_that_brings_nothing_back_is_found(make: Make, tmp_path: 
     AutoencoderKL(block_out_channels=(8, 16), norm_num_groups=4, **blocks).save_pretrained(tmp_path)
     found = findings(make("random-weights", vae=str(tmp_path), image_resolutions=(32,)))
     assert [finding.partition for finding in found] == [-1]
-    assert "brings back a smooth picture with" in found[0].what
+    assert "brings back a smooth image with" in found[0].what
 
 
 def test_other_weights_than_those_that_made_them_are_found(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,6 @@
 """Each loader is used as training loops use torch's DataLoader: every sample comes once in every epoch, on any ranks.
 
-The loops of composer (which cannot be installed beside the torch that we need) are written after its rules; those of
+The loops of composer (which cannot be installed next to the torch that we need) are written after its rules; those of
 accelerate and Lightning are their own.
 """
 

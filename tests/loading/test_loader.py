@@ -161,7 +161,7 @@ def test_shard_local_order_differs_by_epoch_and_can_be_asked_anywhere() -> None:
     assert np.array_equal(order_of(1, 0, 47)[np.array([40, 3])], one[[40, 3]])
     with pytest.raises(ValueError, match="hold 47 samples, but there are 48"):
         order_of(1, 0, 48)
-    with pytest.raises(ValueError, match="starts must rise"):
+    with pytest.raises(ValueError, match="starts must increase"):
         ShardLocal([0, 5, 3])
 
 
@@ -254,7 +254,7 @@ def test_loaders_go_on_with_other_ranks_and_workers_whatever_was_read_ahead() ->
             state = loaders[-1].state_dict()
     expected = [*order(9, 0, 50), *order(9, 1, 50)]
     assert seen == [index * index for index in expected]
-    with pytest.raises(ValueError, match="batch_size is the sampler's affair"):
+    with pytest.raises(ValueError, match="batch_size is set by the sampler"):
         Loader(Squares(), Sampler(50, 1, 9), batch_size=3)
 
 

@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
-from pipeline.loading.text_storage import cosine_error, is_dedup, kind_of, pack, size_of, unpack
+from pipeline.loading.text_storage import (
+    cosine_error,
+    cut,
+    is_dedup,
+    is_ragged,
+    kind_of,
+    pack,
+    size_of,
+    spread,
+    token_bytes,
+    unpack,
+)
 
 
 @pytest.fixture(scope="module")
@@ -48,3 +60,27 @@ def test_very_quiet_very_loud_and_broken_tokens(storage: str) -> None:
 def test_names() -> None:
     assert [kind_of(name) for name in ("dense", "dedup", "int8", "fp8+dedup")] == ["dense", "dense", "int8", "fp8"]
     assert [is_dedup(name) for name in ("dense", "dedup", "int8", "fp8+dedup")] == [False, True, False, True]
+    names = ("ragged", "ragged+dedup", "int8+ragged", "fp8+ragged+dedup")
+    assert [kind_of(name) for name in names] == ["dense", "dense", "int8", "fp8"]
+    assert all(is_ragged(name) for name in names) and not is_ragged("int8+dedup")
+
+
+@pytest.mark.parametrize("storage", ["ragged", "int8+ragged", "fp8+ragged"])
+@pytest.mark.parametrize("tokens", [0, 1, 10, 77])
+def test_ragged_states_come_back_with_zeros_for_padding(states: torch.Tensor, storage: str, tokens: int) -> None:
+    shape, whole = (77, 1024), states[1:2].clone()
+    packed = pack(whole, storage, "float16")[0].numpy()
+    stored = cut(packed, tokens, shape, storage, "float16")
+    assert len(stored) == tokens * token_bytes(1024, storage, "float16")
+    back = np.full(size_of(shape, storage, "float16"), 255, np.uint8)
+    assert spread(stored, back, shape, storage, "float16") == tokens
+    found = unpack(torch.from_numpy(back)[None], shape, storage, "float16")
+    expected = unpack(torch.from_numpy(packed)[None], shape, storage, "float16")
+    assert torch.equal(found[:, :tokens], expected[:, :tokens]) and not found[:, tokens:].any()
+
+
+@pytest.mark.parametrize("size", [1, 1027, 78 * 1026])
+def test_ragged_bytes_that_are_not_whole_tokens_are_refused(size: int) -> None:
+    target = np.zeros(size_of((77, 1024), "int8", "float16"), np.uint8)
+    with pytest.raises(ValueError, match=f"{size} bytes are not those of 0 to 77 tokens of 1024 numbers"):
+        spread(np.zeros(size, np.uint8), target, (77, 1024), "int8+ragged", "float16")

@@ -13,7 +13,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from pipeline.config.schema import ConfigError
-from pipeline.metrics.fidelity import clip_score, distances, feature_extractor
+from pipeline.imaging.decoder import ImageDecoder
+from pipeline.metrics import fidelity
+from pipeline.metrics.fidelity import feature_extractor
 from pipeline.randomness import generator
 
 
@@ -34,6 +36,20 @@ class Noise:
 
     def rows(self, positions: Any) -> list[dict[str, Any]]:
         return [self._rows[i] for i in positions]
+
+
+_decoder = ImageDecoder()
+
+
+def distances(*given: Any) -> dict[str, float]:
+    failed: dict[str, str] = {}
+    found = fidelity.distances(*given, decoder=_decoder, failed=failed)
+    assert not failed
+    return found
+
+
+def clip_score(*given: Any) -> float:
+    return fidelity.clip_score(*given, decoder=_decoder, failed={})
 
 
 class Mean(nn.Module):
@@ -74,11 +90,11 @@ def test_what_is_missing_is_named(features: str, tmp_path: Path) -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             feature_extractor(wrong)
-    with pytest.raises(ConfigError, match="at least 2 pictures"):
+    with pytest.raises(ConfigError, match="at least 2 images"):
         distances(Noise(9, 1), Noise(9, 5), features)
     with pytest.raises(ConfigError, match="clip=ViT-B-33:x: did you mean ViT-B-32"):
         clip_score(Noise(9, 2), "ViT-B-33:x")
     with pytest.raises(ConfigError, match="give the weights as ViT-B-32:<path or tag>"):
         clip_score(Noise(9, 2), "ViT-B-32")
-    with pytest.raises(ConfigError, match="clip=ViT-B-32:/nowhere.pt: the weights cannot be had"):
+    with pytest.raises(ConfigError, match="clip=ViT-B-32:/nowhere.pt: the weights cannot be obtained"):
         clip_score(Noise(9, 2), "ViT-B-32:/nowhere.pt")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pipeline.config.schema import ConfigError
 from pipeline.models.captioner import SIZES, Cache, Captioner, CaptionerConfig, captioner_config
-from pipeline.models.decoding import Decoding, Marks, write
+from pipeline.models.text_generation import Decoding, Marks, write
 
 VOCAB, PAD, BEGIN, END = 20, 0, 1, 2
 MARKS = Marks(PAD, END, (PAD, BEGIN))
@@ -104,13 +104,13 @@ def test_texts_depend_on_neither_cache_nor_neighbours(model: Captioner, how: Dec
 
 
 def test_one_beam_is_greedy(model: Captioner) -> None:
-    from pipeline.models import decoding
+    from pipeline.models import text_generation
 
     features = pictures(6)
     for minimum in (0, 5):
         how = Decoding(max_length=12, min_length=minimum)
-        work = decoding._Work(model, features, PROMPTS, MARKS, how, list("abcdef"))
-        assert decoding._beams(work) == write(model, features, PROMPTS, MARKS, how)
+        work = text_generation._Work(model, features, PROMPTS, MARKS, how, list("abcdef"))
+        assert text_generation._beams(work) == write(model, features, PROMPTS, MARKS, how)
 
 
 def test_beams_find_texts_that_are_at_least_as_likely(model: Captioner) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import fake_stage
 import pytest
 
-from pipeline.config.schema import STAGES
+from pipeline.registry import Registered, stages
 
 _MEMORY = Path("/dev/shm")
 
@@ -19,8 +19,7 @@ _MEMORY = Path("/dev/shm")
 @pytest.fixture(autouse=True)
 def _fake_stages(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in fake_stage.STAGES:
-        monkeypatch.setitem(STAGES, name, fake_stage.FakeConfig)
-    monkeypatch.setattr("pipeline.stages.get_stage", fake_stage.STAGES.__getitem__)
+        monkeypatch.setitem(stages.added, name, Registered(fake_stage.STAGES[name], fake_stage.FakeConfig))
     monkeypatch.setattr("pipeline.partitions.engine._POLL", 0.02)
     monkeypatch.setattr("pipeline.partitions.planning._POLL", 0.02)
 

@@ -18,6 +18,7 @@ from pipeline.distributed import Rank
 from pipeline.partitions import engine
 from pipeline.partitions.dataset import Dataset
 from pipeline.partitions.plan import FORMAT_VERSION
+from pipeline.registry import Registered, stages
 from pipeline.stages import get_stage
 
 PLACE = Path(__file__).parent.parent / "data" / f"golden_v{FORMAT_VERSION}"
@@ -31,7 +32,7 @@ LINE: dict[str, dict[str, Any]] = {
 def main() -> None:
     if PLACE.exists():
         sys.exit(f"{PLACE} is there already: a format version is written once")
-    STAGES["fake"] = FakeConfig
+    stages.added["fake"] = Registered(Fake, FakeConfig)
     socket.gethostname = lambda: "golden"
     expected = {}
     with tempfile.TemporaryDirectory(dir="/tmp") as name:

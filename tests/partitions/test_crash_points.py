@@ -29,13 +29,13 @@ from pipeline.stages.repair import repair
 from pipeline.stages.takedown import takedown
 from pipeline.storage import StorageError
 
-SMALL: dict[str, Any] = {"count": 10, "partition_size": 4, "lease": 0.2}
+SMALL: dict[str, Any] = {"count": 10, "partition_size": 4, "lease": 0.05}
 WRITES = ("makedirs", "mkdir", "create", "write", "write_small", "fsync")
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """What is there before (in ``<folder>/output``, and what it is made from beside it), and what is done."""
+    """What is there before (in ``<folder>/output``, and what it is made from next to it), and what is done."""
 
     before: Callable[[Path], Any]
     act: Callable[[Path], Any]
@@ -56,13 +56,13 @@ def damaged(folder: Path) -> None:
 
 def gained(folder: Path) -> None:
     run(folder / "upstream", **SMALL)
-    run(folder / "output", FakeFilter, input=str(folder / "upstream"), lease=0.2)
+    run(folder / "output", FakeFilter, input=str(folder / "upstream"), lease=SMALL["lease"])
     run(folder / "upstream", **SMALL, retry_failed=True)
 
 
 def unwanted(folder: Path) -> None:
     run(folder / "upstream", **{**SMALL, "count": 5})
-    run(folder / "output", FakeFilter, input=str(folder / "upstream"), lease=0.2)
+    run(folder / "output", FakeFilter, input=str(folder / "upstream"), lease=SMALL["lease"])
     (folder / "wanted.txt").write_text("sample00001\nsample00003\n")
 
 
@@ -83,7 +83,9 @@ SCENARIOS = {
     "a first run": Scenario(lambda folder: None, lambda folder: run(folder / "output", **{**SMALL, "count": 18})),
     "a retry": Scenario(finished, lambda folder: run(folder / "output", **SMALL, retry_failed=True, run_id="one")),
     "a repair": Scenario(damaged, lambda folder: repair(folder / "output", Rank())),
-    "an append": Scenario(gained, lambda f: run(f / "output", FakeFilter, input=str(f / "upstream"), lease=0.2)),
+    "an append": Scenario(
+        gained, lambda f: run(f / "output", FakeFilter, input=str(f / "upstream"), lease=SMALL["lease"])
+    ),
     "a takedown": Scenario(unwanted, lambda folder: takedown(folder, folder / "wanted.txt", Rank())),
     "a compaction": Scenario(small, lambda folder: compact_all(folder), 20),
     "a takedown of packed samples": Scenario(

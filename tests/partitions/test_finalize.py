@@ -206,7 +206,6 @@ def test_a_worker_whose_finish_was_overtaken_looks_again(output: Path, monkeypat
 def worker(output: Path) -> Worker:
     stage = make(output)
     dataset = open_or_plan(stage)
-    stage.planned = dataset.header
     return Worker(stage, dataset, Events(dataset.root, stage.rank))
 
 
@@ -232,7 +231,7 @@ def test_a_bucket_that_is_gone_is_an_error_and_not_an_endless_loop(
     unfinished(output)
     shutil.rmtree(output / "data/000")
     monkeypatch.setattr(Worker, "_sleep", lambda self, seconds: None)
-    with pytest.raises(StorageError, match="data/000 is missing, though planned"):
+    with pytest.raises(StorageError, match="data/000 is missing, although it is in the plan"):
         run(output)
 
 
@@ -240,9 +239,9 @@ def test_too_many_failures_stop_a_rank_early(output: Path) -> None:
     class Failing(Fake):
         done = 0
 
-        def process(self, partition: Any) -> Any:
+        def process(self, partition: Any, context: Any) -> Any:
             Failing.done += 1
-            return super().process(partition)
+            return super().process(partition, context)
 
     with pytest.raises(Unbalanced, match="of this rank failed, more than max_failed_fraction=0.1 allows"):
         run(output, Failing, count=40_000, partition_size=5_000, max_failed_fraction=0.1)

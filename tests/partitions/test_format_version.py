@@ -1,6 +1,6 @@
 """Dataset directories that earlier versions have written stay readable; those of other format versions are refused.
 
-``tests/data/golden_v1`` was written by format version 1 and must never be written anew: what cannot read it any more
+``tests/data/golden_v1`` was written by format version 1 and must never be written again: what cannot read it any more
 needs a new format version. (It was made by ``python -m partitions.golden`` in ``tests``.)
 """
 

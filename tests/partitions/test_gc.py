@@ -13,10 +13,12 @@ import pytest
 from fake_stage import assert_sound, committed, leftovers, make, run
 
 from pipeline import storage
+from pipeline.config.schema import GcConfig
 from pipeline.distributed import Rank
 from pipeline.partitions.dataset import Dataset
 from pipeline.partitions.gc import collect
 from pipeline.partitions.planning import open_or_plan
+from pipeline.stages import gc
 from pipeline.stages.repair import repair
 
 UUID = "0123456789abcdef" * 2
@@ -37,6 +39,18 @@ def test_a_sound_output_loses_nothing(output: Path) -> None:
     before = everything(output)
     assert list(collect(Dataset.open(output), 0.0)) == []
     assert everything(output) == before
+
+
+def test_the_stage_says_what_it_deleted_and_why_nothing(output: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(output)
+    attempt = output / f"data/000/.00001.{UUID}"
+    attempt.mkdir()
+    assert gc.main(GcConfig(input=str(output), older_than=3600.0)) == 0
+    why = "no leftovers are older than older_than=3600 seconds"
+    assert capsys.readouterr().out == f"{output}: 0 deleted: {why}\n"
+    assert gc.main(GcConfig(input=str(output), older_than=0.0)) == 0
+    assert capsys.readouterr().out == f"deleted {attempt}\n{output}: 1 deleted\n"
+    assert not attempt.exists()
 
 
 @pytest.mark.parametrize(

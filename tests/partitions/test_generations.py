@@ -251,7 +251,7 @@ def test_an_upstream_that_lost_what_we_were_made_of_is_refused(memory: Path, lin
     shard(shards, filtered)
     shutil.rmtree(upstream)
     run(upstream)
-    with pytest.raises(Stale, match="was made from another content"):
+    with pytest.raises(Stale, match="was made from different content"):
         run(filtered, FakeFilter, input=str(upstream))
 
 
@@ -419,8 +419,8 @@ def test_a_repair_of_changed_inputs_says_so_even_if_it_was_interrupted(
     class Changed(Fake):
         name = "fake"
 
-        def process(self, partition: Any) -> Any:
-            for outcome in super().process(partition):
+        def process(self, partition: Any, context: Any) -> Any:
+            for outcome in super().process(partition, context):
                 if outcome.row is not None:
                     outcome.row["caption"] += " (changed)"
                 yield outcome

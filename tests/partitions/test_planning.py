@@ -64,7 +64,7 @@ def test_settings_that_do_not_change_the_result_may_change(output: Path) -> None
     [
         (
             {"colour": "blue"},
-            "was made with colour=red, now colour=blue is asked for: choose another output= or variant=",
+            "was made with colour=red, now colour=blue is requested: choose another output= or variant=",
         ),
         ({"count": 21}, "count=20, now count=21"),
         ({"seed": 1}, "seed=0, now seed=1"),
@@ -182,7 +182,7 @@ def test_an_upstream_that_was_made_anew_with_other_content_makes_the_output_stal
     run(upstream)
     run(output, FakeFilter, input=str(upstream))
     run(upstream, colour="blue", overwrite=True)
-    with pytest.raises(Stale, match=r"was made from another content of .*/upstream \(its content_digest changed\)"):
+    with pytest.raises(Stale, match=r"was made from different content of .*/upstream \(its content_digest changed\)"):
         run(output, FakeFilter, input=str(upstream))
 
 
@@ -236,18 +236,49 @@ def test_any_one_of_many_ranks_can_do_everything(output: Path, memory: Path) -> 
     assert run(output, rank=rank_of(4, 7))["content_digest"] == reference["content_digest"]
 
 
-def test_another_rank_plans_if_rank_0_shows_no_life(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Clock:
-        now = 0.0
+class Clock:
+    """Time that passes only while somebody sleeps."""
 
-        def monotonic(self) -> float:
-            return self.now
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.slept: Callable[[], None] = lambda: None
 
-        def sleep(self, seconds: float) -> None:
-            self.now += seconds
+    def monotonic(self) -> float:
+        return self.now
 
-    monkeypatch.setattr(planning, "time", Clock())
-    assert run(output, rank=rank_of(1, 2))["counts"]["in"] == 20
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        self.slept()
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(planning, "time", clock)
+    return clock
+
+
+def test_another_rank_plans_if_rank_0_is_not_there(output: Path, clock: Clock) -> None:
+    """As where an indexed Job starts its first pod last: nobody waits for a lease, which is there for the dead."""
+    assert run(output, rank=rank_of(1, 2), lease=600.0)["counts"]["in"] == 20
+    assert 0 < clock.now <= planning._HEAD_START + 1
+
+
+def test_another_rank_plans_if_the_one_that_planned_has_died(output: Path, clock: Clock) -> None:
+    output.mkdir()
+    with Folder.open(output) as root:
+        root.mkdir("claims")
+        root.write_new("claims/plan", b'{"host": "another", "boot": "", "pid": 1, "start": "", "owner": "x"}')
+        looks: list[float] = []
+
+        def silent_for_a_while() -> None:
+            looks.append(clock.now)
+            if clock.now > 20:
+                root.unlink("claims/plan", missing_ok=True)
+
+        clock.slept = silent_for_a_while
+        assert run(output, rank=rank_of(1, 2), lease=600.0)["counts"]["in"] == 20
+    assert 20 < clock.now <= 20 + planning._LOOK + 1
 
 
 # ---- overwriting

@@ -125,14 +125,12 @@ def test_partitions_that_are_sound_but_not_those_that_were_counted_are_found(out
     shutil.rmtree(mine)
     shutil.copytree(theirs, mine)
     (mine / "record.json").write_bytes(storage.seal({**record, "plan": dataset.plans[0].digest}))
-    assert "the partitions are not those that were counted" in [finding.what for finding in found(output)]
+    assert "the partitions differ from those that were counted" in [finding.what for finding in found(output)]
 
 
 def test_an_unfinished_output_is_said_to_be_unfinished(output: Path) -> None:
     (output / "_SUCCESS").unlink()
-    assert [str(finding) for finding in found(output)] == [
-        "dataset: not finished: no _SUCCESS that speaks of the present plan"
-    ]
+    assert [str(finding) for finding in found(output)] == ["dataset: not finished: no _SUCCESS for the current plan"]
 
 
 def test_a_sample_that_does_not_decode_is_found(memory: Path, monkeypatch: pytest.MonkeyPatch) -> None:

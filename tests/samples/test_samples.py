@@ -1,4 +1,4 @@
-"""What samples are made of: captions, fields and labels as data sets have them."""
+"""What samples are made of: captions, fields and labels as datasets have them."""
 
 from __future__ import annotations
 

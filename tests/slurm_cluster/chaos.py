@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,7 +34,7 @@ HURRY = {"LOOK": "1", "WAIT": "5", "OMP_NUM_THREADS": "1"}
 
 @dataclass(frozen=True)
 class Work:
-    """What the jobs do: draw pictures, ten to a partition."""
+    """What the jobs do: draw images, ten to a partition."""
 
     partitions: int
     digest: str
@@ -107,7 +108,9 @@ class Trial:
             settings = self.work.settings
             environment |= {"DATASET": settings.pop("dataset"), "OUTPUT": str(self.output), **self.environment}
             more = [f"{key}={value}" for key, value in settings.items()]
-            command = ["sbatch", "--parsable", "--nodes=2", "--ntasks-per-node=3", "--mem=1G", f"--chdir={self.folder}"]
+            tasks = self.options.get("tasks_per_node", "3")
+            command = ["sbatch", "--parsable", "--nodes=2", f"--ntasks-per-node={tasks}", "--mem=1G"]
+            command += [f"--chdir={self.folder}"]
             command += [ROOT / "slurm/download.sbatch", *more, f"hang_timeout={self.options['hang_timeout']}"]
             said = self.cluster.run(*self.user, *command, environment=environment).stdout
         else:
@@ -341,7 +344,7 @@ def cut_other_node(trial: Trial) -> str:
 def _cut(trial: Trial, node: str) -> str:
     old = _outlive(trial, "cut", node)
     trial.cluster.node("heal", node)
-    return f"{node} cut off and healed; {old} old ranks went on beside the new ones"
+    return f"{node} cut off and healed; {old} old ranks went on next to the new ones"
 
 
 def _outlive(trial: Trial, action: str, node: str) -> int:
@@ -362,7 +365,7 @@ def orphan_batch_node(trial: Trial) -> str:
     node = trial.nodes()[0]
     old = _outlive(trial, "orphan", node)
     trial.cluster.node("revive", node)
-    return f"slurmd of {node} killed; {old} old ranks went on beside the new ones"
+    return f"slurmd of {node} killed; {old} old ranks went on next to the new ones"
 
 
 def _kill_controller(trial: Trial) -> None:
@@ -432,8 +435,41 @@ def lose_environment(trial: Trial) -> str:
 
 
 def make_read_only(trial: Trial) -> str:
-    """The output cannot be written on one node any more, from the next life on."""
-    return _spoil(trial, "readonly", trial.output, "cannot write the output")
+    """The output turns read-only on one node under its ranks, which go on.
+
+    That takes a moment in which none of them has a file of a partition open, so each is stopped at such a moment. Their
+    events, which are always open, are on a file system of their own.
+    """
+    node = trial.random.choice(trial.nodes())
+    for pid in trial.held:
+        if f"SLURMD_NODENAME={node}" in environment_of(pid):
+            while _writes(pid, trial.output / "data"):
+                send([pid], signal.SIGCONT)
+                time.sleep(0.005)
+                send([pid], signal.SIGSTOP)
+                time.sleep(0.005)
+    trial.cluster.node("readonly", node, trial.output)
+    return f"{node} cannot write the output any more"
+
+
+def _writes(pid: int, folder: Path) -> bool:
+    """Whether the process, which is stopped, has a file below ``folder`` open for writing."""
+    with suppress(FileNotFoundError):  # it has ended
+        for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+            if str(descriptor.readlink()).startswith(f"{folder}/"):
+                flags = re.search(r"flags:\s*(\d+)", Path(f"/proc/{pid}/fdinfo/{descriptor.name}").read_text())
+                if flags and int(flags[1], 8) & os.O_ACCMODE:
+                    return True
+    return False
+
+
+def mount_output(trial: Trial) -> None:
+    """On each node the output is a file system of its own."""
+    (trial.output / "events").mkdir(parents=True)
+    for node in NODES:
+        for path in (trial.output, trial.output / "events"):
+            trial.cluster.node("mount", node, path)
+            trial.undo.insert(0, functools.partial(trial.cluster.node, "show", node, path))
 
 
 def _spoil(trial: Trial, action: str, path: Path, what: str) -> str:
@@ -493,8 +529,20 @@ def open_to_others(trial: Trial) -> None:
     trial.undo.append(lambda: os.umask(before))
     trial.folder.chmod(0o777)
     trial.folder.parent.chmod(0o711)
+    assert not (closed := closed_above(ROOT)), f"other users cannot enter {closed}, so they cannot run {ROOT}"
+    python = Path(sys.base_prefix).resolve()
+    if closed := closed_above(python):  # an interpreter in somebody's home: no other user could start it
+        for node in NODES:
+            trial.cluster.node("open", node, closed, python)
+            trial.undo.append(functools.partial(trial.cluster.node, "show", node, closed))
 
 
+def closed_above(path: Path) -> Path | None:
+    """The outermost folder on the way to ``path`` that only its owner and group can enter."""
+    return next((folder for folder in reversed([path, *path.parents]) if not folder.stat().st_mode & 0o001), None)
+
+
+NODES = ("node1", "node2", "node3", "node4")
 WRONG_CLOCK = """
 import os, time
 _real, _late = time.time, {"node1": 3600.0, "node2": -7200.0}.get(os.environ.get("SLURMD_NODENAME"), 0.0)
@@ -502,7 +550,7 @@ time.time = lambda: _real() - _late
 """
 BEFORE: dict[str, Callable[[Trial], object]] = {
     "let_another_user_help": open_to_others,
-    "make_read_only": lambda trial: trial.output.mkdir(),
+    "make_read_only": mount_output,
 }
 """What must be so before the job is submitted."""
 EVENTS: dict[str, Callable[[Trial], str]] = {

@@ -1,4 +1,4 @@
-"""A real multi-node SLURM for tests: start it, run commands in it, break it, stop it. See README.md beside this."""
+"""A real multi-node SLURM for tests: start it, run commands in it, break it, stop it. See README.md next to this."""
 
 from __future__ import annotations
 
@@ -59,10 +59,10 @@ class Cluster:
             raise AssertionError(f"{command[0]} ended with {finished.returncode}\n{finished.stdout}\n{finished.stderr}")
         return finished
 
-    def node(self, action: str, node: str, path: str | Path = "") -> None:
+    def node(self, action: str, node: str, *paths: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
         """``start``, ``stop``, ``crash``, ``cut``, ``heal``, ``orphan``, ``revive`` a node; ``hide`` a path from it,
-        make it ``readonly``, or ``show`` it again: see node.sh."""
-        self.run(HERE / "node.sh", self.root, action, node, *([path] if path else []))
+        ``mount`` it there, make it ``readonly``, ``open`` it to all users, or ``show`` it again: see node.sh."""
+        return self.run(HERE / "node.sh", self.root, action, node, *paths, check=check)
 
     def controller(self, action: str) -> None:
         """``kill`` SLURM's controller, as if its machine had failed, or ``start`` it with the state that it saved."""
@@ -101,10 +101,10 @@ class Cluster:
 
 
 def start(accounting: str = "none") -> Cluster:
-    """Start a cluster beside any that other test runs use; ``accounting`` is none, or dbd for one with sacct.
+    """Start a cluster next to any that other test runs use; ``accounting`` is none, or dbd for one with sacct.
 
     Each has a number, of which its ports, network and names are made; the file ``<number>`` in :data:`CLUSTERS` takes
-    it and says which process it belongs to, so that :func:`clean_up` can tell what a killed test run left behind.
+    it and says which process it belongs to, so that :func:`clean_up` can say what a killed test run left behind.
     """
     CLUSTERS.mkdir(mode=0o755, exist_ok=True)
     with open(CLUSTERS / "lock", "w") as lock:

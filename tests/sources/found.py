@@ -1,4 +1,4 @@
-"""One small data set as each source finds it: the same images and captions, laid out in its own way, without a network.
+"""One small dataset as each source finds it: the same images and captions, laid out in its own way, without a network.
 
 :data:`LAYOUTS` has a function for each: it writes ``samples`` below ``folder`` and gives the settings that lead there.
 """
@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import io
 import json
+import struct
 from collections.abc import Callable, Sequence
 from functools import cache
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -58,6 +61,12 @@ def captions_json(folder: Path, samples: Samples) -> dict[str, Any]:
     return {"source": "image_folder", "input": str(folder / "i"), "copy": True}
 
 
+def captions_of_coco(folder: Path, samples: Samples) -> dict[str, Any]:
+    settings = captions_json(folder, samples)
+    (folder / "i/captions.jsonl").unlink()
+    return {**settings, "captions": str(write(folder / "captions.json", _coco(samples)))}
+
+
 def texts_beside(folder: Path, samples: Samples) -> dict[str, Any]:
     for number, (data, said) in enumerate(samples):
         write(folder / f"i/{number}.jpg", data)
@@ -92,6 +101,66 @@ def parquet(folder: Path, samples: Samples) -> dict[str, Any]:
     (folder / "i").mkdir()
     pq.write_table(table, folder / "i/0.parquet")
     return {"source": "parquet", "input": str(folder / "i")}
+
+
+def _arrow(make: Callable[[str, pa.Schema], Any]) -> Layout:
+    def layout(folder: Path, samples: Samples) -> dict[str, Any]:
+        table = pa.table({"image": [data for data, _ in samples], "caption": _texts([said for _, said in samples])})
+        (folder / "i").mkdir()
+        with make(str(folder / "i/0.arrow"), table.schema) as writer:
+            writer.write_table(table, max_chunksize=2)
+        return {"source": "ipc", "input": str(folder / "i")}
+
+    return layout
+
+
+def mds(folder: Path, samples: Samples) -> dict[str, Any]:
+    """One shard in the layout that MDSWriter documents; captions are a column of JSON."""
+    parts = [(data, json.dumps(said).encode()) for data, said in samples]
+    rows = [struct.pack("<II", *map(len, part)) + b"".join(part) for part in parts]
+    columns = {"column_names": ["image", "caption"], "column_encodings": ["jpeg", "json"], "column_sizes": [None, None]}
+    config = json.dumps({"format": "mds", **columns}).encode()
+    begin = 4 * (len(rows) + 2) + len(config)
+    offsets = list(accumulate(map(len, rows), initial=begin))
+    shard = struct.pack(f"<{len(rows) + 2}I", len(rows), *offsets) + config + b"".join(rows)
+    file = write(folder / "i/shard.00000.mds", shard)
+    raw = {"basename": file.name, "bytes": len(shard), "hashes": {}}
+    entry = {"format": "mds", "samples": len(rows), "raw_data": raw, "zip_data": None, "version": 2, **columns}
+    write(folder / "i/index.json", json.dumps({"shards": [entry], "version": 2}))
+    return {"source": "mds", "input": str(folder / "i")}
+
+
+def hdf5(folder: Path, samples: Samples) -> dict[str, Any]:
+    """Images as bytes, captions as texts of any length or, where there are several, in rows."""
+    (folder / "i").mkdir()
+    with h5py.File(folder / "i/a.h5", "w") as file:
+        images = np.empty(len(samples), object)
+        images[:] = [np.frombuffer(data, np.uint8) for data, _ in samples]
+        file.create_dataset("image", data=images, dtype=h5py.vlen_dtype(np.uint8))
+        texts = [(said or "").encode("utf-8", "surrogatepass") for _, said in samples]
+        file.create_dataset("caption", data=np.array(texts, object), dtype=h5py.string_dtype())
+    return {"source": "hdf5", "input": str(folder / "i")}
+
+
+def _arrays_of(samples: Samples) -> dict[str, np.ndarray]:
+    """Images as bytes of one length, captions as texts."""
+    return {
+        "image": np.array([data for data, _ in samples], "S"),
+        "caption": np.array([said or "" for _, said in samples], "U"),
+    }
+
+
+def npy(folder: Path, samples: Samples) -> dict[str, Any]:
+    (folder / "i").mkdir()
+    for name, array in _arrays_of(samples).items():
+        np.save(folder / f"i/{name}.npy", array)
+    return {"source": "npy", "input": str(folder / "i")}
+
+
+def npz(folder: Path, samples: Samples) -> dict[str, Any]:
+    (folder / "i").mkdir()
+    np.savez_compressed(folder / "i/a.npz", **_arrays_of(samples))
+    return {"source": "npy", "input": str(folder / "i")}
 
 
 def _texts(values: list[Any]) -> pa.Array:
@@ -166,12 +235,19 @@ def _flickr30k(samples: Samples) -> str:
 LAYOUTS: dict[str, Layout] = {
     "image_folder with captions.jsonl": captions_json,
     "image_folder with captions.csv": captions_csv,
+    "image_folder with annotations of COCO": captions_of_coco,
     "image_folder with texts": texts_beside,
     "webdataset": _archive(tar_of, "a.tar"),
     "webdataset zip": _archive(zip_of, "a.zip"),
     "http_archive": http_archive,
     "huggingface": huggingface,
     "parquet": parquet,
+    "ipc file": _arrow(pa.ipc.new_file),
+    "ipc stream": _arrow(pa.ipc.new_stream),
+    "mds": mds,
+    "hdf5": hdf5,
+    "npy": npy,
+    "npz": npz,
     "url_list": url_list,
     "url_list csv": url_list_csv,
     "url_list parquet": url_list_parquet,

@@ -1,4 +1,4 @@
-"""The part of the Hugging Face Hub's protocol that data sets are fetched by, on the loopback server."""
+"""The part of the Hugging Face Hub's protocol that datasets are fetched by, on the loopback server."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 def put_repo(server: Server, repo: str, files: dict[str, bytes], token: str = "") -> None:
-    """Serve a data set's repository; with a ``token``, a gated one. Files redirect to another path, as to a CDN."""
+    """Serve a dataset's repository; with a ``token``, a gated one. Files redirect to another path, as to a CDN."""
 
     def guarded(reply: Reply) -> Reply:
         def answer(handler: BaseHTTPRequestHandler) -> None:

@@ -26,7 +26,7 @@ from pipeline.sources.archives import Member, check, members
 from pipeline.sources.archives.tar import BLOCK
 
 FILES = {
-    "a/one.jpg": b"first picture" * 50,
+    "a/one.jpg": b"first image" * 50,
     "a/one.txt": "a caption, größer".encode(),
     "empty.jpg": b"",
     "exactly.jpg": bytes(BLOCK),

@@ -1,4 +1,4 @@
-"""Every named data set end to end, download → filter → shard, from a server with the layout that is published."""
+"""Every named dataset end to end, download → filter → shard, from a server with the layout that is published."""
 
 from __future__ import annotations
 
@@ -30,12 +30,13 @@ from pipeline.config.schema import ConfigError
 from pipeline.distributed import Rank
 from pipeline.partitions import engine
 from pipeline.partitions.dataset import Dataset
+from pipeline.partitions.stage import Context
 from pipeline.sources import torchvision
 from pipeline.stages import get_stage
 
 EDGE = 260
 NAMES = [path.stem for path in sorted((cli.CONF / "dataset").glob("*.yaml"))]
-README = Path(__file__).parents[2] / "README.md"
+DATASETS = Path(__file__).parents[2] / "docs/reference/datasets.md"
 WORDNET = ("n01440764", "n01443537", "n01484850")
 OWN = ("shapes", "pairs", "digits", "image_folder")
 """Sets that nobody publishes."""
@@ -43,7 +44,7 @@ OWN = ("shapes", "pairs", "digits", "image_folder")
 
 @cache
 def photo(number: int, kind: str = "JPEG") -> bytes:
-    """A small picture unlike the others."""
+    """A small image unlike the others."""
     y, x = np.mgrid[:EDGE, : EDGE + 4 * number]
     pixels = np.stack([x + 20 * number, y, (x * y) // 97 + number], -1).astype(np.uint8)
     file = io.BytesIO()
@@ -421,7 +422,7 @@ def test_every_set_is_described_and_tested() -> None:
         settings = cli.dataset_settings(name)
         about = settings["about"]
         assert set(about) == {"title", "home", "terms", "images", "size", "small"}
-        (line,) = [line for line in README.read_text().splitlines() if line.startswith(f"| `{name}` |")]
+        (line,) = [line for line in DATASETS.read_text().splitlines() if line.startswith(f"| `{name}` |")]
         assert all(str(value) in line for value in about.values()), name
         for split in settings["splits"]:
             cli.load("download", [f"dataset={name}", f"split={split}", "subset=small", "data_dir=x", "input=x"])
@@ -471,7 +472,7 @@ def test_what_a_server_has_changed_since_is_not_mixed_with_what_was_made_before(
     assert run("download", *given) == before
     after = run("download", *given, "overwrite=true", "run_id=two")
     assert after["counts"]["kept"] == before["counts"]["kept"]
-    with pytest.raises(ConfigError, match="was made from another content of .* choose another output"):
+    with pytest.raises(ConfigError, match="was made from different content of .* choose another output"):
         run("filter", *data, "workers=0", "min_image_size=8")
 
 
@@ -490,7 +491,7 @@ def test_a_published_file_is_checked_against_its_published_hash(
     [
         (["dataset=jdb", "split=tset"], "split=tset: there is none; did you mean test|known: train, valid"),
         (["dataset=jdb", "subset=smal"], "subset=smal: there is none; did you mean small"),
-        (["dataset=jbd"], "no such data set; did you mean jdb"),
+        (["dataset=jbd"], "no such dataset; did you mean jdb"),
     ],
 )
 def test_names_that_do_not_exist(arguments: list[str], message: str) -> None:
@@ -508,13 +509,12 @@ def test_metadata_that_changed_are_noticed(server: Server, memory: Path, monkeyp
     for table in output.glob("tables/*"):
         table.unlink()
     again = get_stage("download")(config, Rank())
-    again.planned = Dataset.open(output).header
+    context = Context(Dataset.open(output).header)
     (partition,) = again.plan()
-    assert len(list(again.process(partition))) == 3
+    assert len(list(again.process(partition, context))) == 3
     server.put("/textvqa/data/textcaps/TextCaps_0.1_train.json", b'{"data": [{"image_id": "x", "caption_str": "y"}]}')
     for table in output.glob("tables/*"):
         table.unlink()
     other = get_stage("download")(config, Rank())
-    other.planned = Dataset.open(output).header
     with pytest.raises(ConfigError, match="metadata: it has changed|metadata: the files have changed"):
-        list(other.process(partition))
+        list(other.process(partition, context))

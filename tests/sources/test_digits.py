@@ -11,6 +11,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from pipeline.config.schema import ConfigError, DownloadConfig
+from pipeline.partitions.stage import Context
 from pipeline.sources.base import Source, get_source
 
 
@@ -23,7 +24,7 @@ def test_each_digit_is_in_one_part_as_it_was_scanned() -> None:
     seen = []
     for split, count in (("train", 1347), ("test", 450)):
         source = source_of(split)
-        found = [outcome for partition in source.plan() for outcome in source.samples(partition)]
+        found = [outcome for partition in source.plan() for outcome in source.samples(partition, Context())]
         assert len(found) == count
         for outcome in found:
             assert outcome.row is not None

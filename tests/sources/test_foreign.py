@@ -129,10 +129,10 @@ def test_what_is_no_folder_of_mds_is_one_clear_error(tmp_path: Path) -> None:
             download(folder, tmp_path / "out")
 
     (folder / "shard.00001.mds").rename(tmp_path / "hidden")
-    refused("1 of 2 shards are not there, such as shard.00001.mds")
+    refused("1 of 2 shards are not there, such as .shard.00001.mds.")
     for content, message in (
-        ("{", "is not that of MDS shards"),
-        ('{"shards": [1]}', "is not that of MDS shards"),
+        ("{", "is not an index of MDS shards"),
+        ('{"shards": [1]}', "is not an index of MDS shards"),
         (json.dumps({"shards": [{**index["shards"][0], "format": "json"}]}), "its shards are json, not mds"),
     ):
         (folder / "index.json").write_text(content)
@@ -141,7 +141,7 @@ def test_what_is_no_folder_of_mds_is_one_clear_error(tmp_path: Path) -> None:
     (folder / "index.json").write_text(json.dumps(index))
     refused("names the shard '../hidden', which is not below its folder")
     (folder / "index.json").unlink()
-    refused("no index.json in it or below: its writer did not come to its end")
+    refused("no index.json in it or below: its writer did not finish")
     shutil.rmtree(folder)
     refused("no such file or folder")
 
@@ -202,6 +202,33 @@ def test_a_damaged_arrow_file_fails_by_itself(tmp_path: Path) -> None:
             writer.write_table(table())
     data = (tmp_path / "in/a.arrow").read_bytes()
     (tmp_path / "in/a.arrow").write_bytes(data[: len(data) // 2])
+    counts = download(tmp_path / "in", tmp_path / "raw", "ipc", max_failed_fraction=1)["counts"]
+    assert (counts["kept"], counts["containers_failed"]) == (COUNT, 1)
+
+
+def texts(data: bytes, *ends: int) -> pa.Array:
+    """Texts that end at these places of ``data``."""
+    offsets = np.array([0, *ends], np.int32)
+    return pa.Array.from_buffers(pa.string(), len(ends), [None, pa.py_buffer(offsets), pa.py_buffer(data)])
+
+
+NESTED = {
+    "plain": lambda found: found,
+    "list": lambda found: pa.ListArray.from_arrays(pa.array(range(len(found) + 1), pa.int32()), found),
+    "struct": lambda found: pa.StructArray.from_arrays([found], ["x"]),
+    "dictionary": lambda found: pa.DictionaryArray.from_arrays(pa.array(range(len(found)), pa.int8()), found),
+}
+
+
+@pytest.mark.parametrize("nested", NESTED)
+def test_texts_that_are_not_utf8_cost_no_file_and_offsets_that_point_nowhere_do(tmp_path: Path, nested: str) -> None:
+    """Following such an offset ends the process."""
+    (tmp_path / "in").mkdir()
+    ends = range(1, COUNT + 1)
+    for name, column in (("good", texts(b"a\xff" * COUNT, *ends)), ("wrong", texts(b"a" * COUNT, 1 << 30, *ends[1:]))):
+        found = table().append_column("more", NESTED[nested](column))
+        with pa.ipc.new_file(str(tmp_path / f"in/{name}.arrow"), found.schema) as writer:
+            writer.write_table(found)
     counts = download(tmp_path / "in", tmp_path / "raw", "ipc", max_failed_fraction=1)["counts"]
     assert (counts["kept"], counts["containers_failed"]) == (COUNT, 1)
 

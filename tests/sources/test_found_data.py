@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import base64
 import gzip
 import io
 import json
 import os
+import struct
 import urllib.error
 import urllib.request
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +32,15 @@ from pipeline.config.schema import ConfigError
 from pipeline.partitions.dataset import Dataset
 from pipeline.partitions.finalize import Unbalanced
 from pipeline.partitions.planning import Stale
+from pipeline.sources import torchvision
 from pipeline.sources.torch_dataset import import_dataset
 from pipeline.stages import report
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
-BY_TEXT = ("image_folder with texts", "image_folder with captions.csv", "url_list csv", "url_list parquet", "parquet")
+BY_TEXT = (
+    *("image_folder with texts", "image_folder with captions.csv", "url_list csv", "url_list parquet"),
+    *("parquet", "ipc file", "ipc stream", "hdf5", "npy", "npz"),
+)
 """Layouts whose captions have no type but text."""
 
 
@@ -127,6 +134,25 @@ def test_rows_of_lists_that_make_no_sense_are_rows_of_the_ledger(memory: Path) -
     assert success["reasons"] == {"failed:bad_url": 1, "failed:bad_row": 1}
 
 
+@pytest.mark.parametrize("kind", ["url_list", "image_folder"])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_quote_that_is_never_closed_swallows_no_rows(memory: Path, kind: str, first: bool) -> None:
+    for number in range(3):
+        write(memory / f"i/{number}.jpg", photo(number))
+    texts = ['"one', "two", '"three"'] if first else ["one", '"two', "three"]
+    url = "https://h.example/" if kind == "url_list" else ""
+    rows = "".join(f"{url}{number}.jpg,{text}\n" for number, text in enumerate(texts))
+    if kind == "url_list":
+        path = write(memory / "l.csv", f"url,caption\n{rows}")
+        settings = {"source": kind, "input": str(path), "mirror": str(memory / "i")}
+    else:
+        write(memory / "i/captions.csv", f"image,caption\n{rows}")
+        settings = {"source": kind, "input": str(memory / "i")}
+    success = download(memory, settings)
+    assert success["counts"]["in"] == success["counts"]["kept"] == 3
+    assert [row["caption"].strip('"') for row in kept(memory)] == ["one", "two", "three"]
+
+
 @pytest.mark.parametrize("layout", ["jdb", "flickr30k"])
 def test_a_cut_line_of_annotations_is_left_out_and_counted(memory: Path, layout: str) -> None:
     settings = LAYOUTS[layout](memory, [(photo(number), f"c{number}") for number in range(3)])
@@ -165,14 +191,18 @@ def test_a_file_of_annotations_that_is_none_is_named_before_the_work(memory: Pat
 def test_a_failure_says_its_commonest_reasons_with_an_example(memory: Path, layout: str) -> None:
     settings = LAYOUTS[layout](memory, [(photo(0), "one")])
     settings["max_member_bytes"] = 10
-    with pytest.raises(Unbalanced, match=r"1 of 1 samples failed.*: too_many_bytes: \d+ bytes, 1 time \(as .+\)\. If"):
+    with pytest.raises(
+        Unbalanced, match=r"1 of 1 samples failed.*: too_many_bytes: \d+ bytes, 1 time \(for example .+\)\. If"
+    ):
         download(memory, settings, max_failed_fraction=0.5)
 
 
 def test_an_archive_that_failed_says_why(memory: Path) -> None:
     write(memory / "i/a.tar", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
     write(memory / "i/b.tar", b"")
-    with pytest.raises(Unbalanced, match=r"lfs_pointer: .*git lfs pull`, 1 time \(as a.tar\); empty: .*\(as b.tar\)"):
+    with pytest.raises(
+        Unbalanced, match=r"lfs_pointer: .*git lfs pull`, 1 time \(for example a.tar\); empty: .*\(for example b.tar\)"
+    ):
         download(memory, {"source": "webdataset", "input": str(memory / "i")}, max_failed_fraction=0.5)
 
 
@@ -185,8 +215,6 @@ def test_whatever_was_changed_is_named(memory: Path, layout: str) -> None:
     before = download(memory, settings)
     assert download(memory, settings) == before
     for path in sorted(path for path in memory.rglob("*") if path.is_file() and "download" not in path.parts):
-        if "mirror" in path.parts:
-            continue  # images by URL are no inputs of the plan
         old, times = path.read_bytes(), path.stat()
         path.write_bytes(old + b"\n")
         name = path.name if path.suffix != ".txt" else path.with_suffix(".jpg").name
@@ -195,6 +223,25 @@ def test_whatever_was_changed_is_named(memory: Path, layout: str) -> None:
         path.write_bytes(old)
         os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
     assert download(memory, settings) == before
+
+
+def test_changed_labels_of_a_published_set_are_named(memory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torchvision, "SETS", {"mnist": replace(torchvision.SETS["mnist"], splits=_unhashed())})
+    images, labels = np.zeros((2, 4, 4), np.uint8), np.array([3, 7], np.uint8)
+    write(memory / "f/images-idx3-ubyte", struct.pack(">4I", 0x803, *images.shape) + images.tobytes())
+    settings = {"source": "torchvision", "files": ("mnist",), "input": str(memory / "f")}
+    with pytest.raises(ConfigError, match=r"input=.*: labels-idx1-ubyte.* is not below"):
+        download(memory, settings)
+    write(memory / "f/labels-idx1-ubyte", struct.pack(">2I", 0x801, 2) + labels.tobytes())
+    before = download(memory, settings)
+    assert [row["label"] for row in kept(memory)] == [3, 7] and download(memory, settings) == before
+    write(memory / "f/labels-idx1-ubyte", struct.pack(">2I", 0x801, 2) + labels[::-1].tobytes())
+    with pytest.raises(Stale, match="labels-idx1-ubyte.gz was modified"):
+        download(memory, settings)
+
+
+def _unhashed() -> dict[str, tuple[torchvision.Part, ...]]:
+    return {"train": (torchvision.Part("images-idx3-ubyte.gz", "", ("labels-idx1-ubyte.gz", "")),)}
 
 
 def test_a_file_of_captions_that_was_added_or_removed_is_named(memory: Path) -> None:
@@ -235,7 +282,7 @@ def test_what_looks_like_data_in_a_folder_but_is_not_used_is_counted(memory: Pat
     images = memory / "i"
     for name in ("cat/0.jpg", "cat/._0.jpg", "dog/1.jpg", "__MACOSX/cat/0.jpg", ".ipynb_checkpoints/0.jpg"):
         write(images / name, photo(0))
-    for name in ("Thumbs.db", "cat/2.heic", "cat/3.PSD", "cat/9.txt"):
+    for name in ("Thumbs.db", "cat/2.heic", "cat/3.PSD", "cat/9.txt", "cat/0.json", "list.xlsx"):
         write(images / name, "x")
     (images / ".hidden").mkdir()
     (images / "dog/round").symlink_to(images)
@@ -250,7 +297,7 @@ def test_what_looks_like_data_in_a_folder_but_is_not_used_is_counted(memory: Pat
         "text_without_image": (1, ["cat/9.txt"]),
         "link_in_a_circle": (1, ["dog/round"]),
         "link_to_nowhere": (1, ["dog/nowhere"]),
-        "other_caption_file": (1, ["captions.csv"]),
+        "other_file": (3, ["captions.csv", "list.xlsx", "cat/0.json"]),
         "caption_row_without_image": (2, ["cat/7.jpg", "8.jpg"]),
     }
     shown = report.page(memory, 0)
@@ -260,7 +307,7 @@ def test_what_looks_like_data_in_a_folder_but_is_not_used_is_counted(memory: Pat
 @pytest.mark.parametrize("pack", [tar_of, zip_of])
 def test_what_looks_like_data_in_an_archive_but_is_not_used_is_counted(memory: Path, pack: Any) -> None:
     files = {name: photo(0) for name in ("cat/0.jpg", "cat/._0.jpg", "__MACOSX/cat/0.jpg", ".x/1.jpg")}
-    files |= {"cat/2.heic": b"x", "lost.txt": b"x", "cat/1.jpg": photo(1), "cat/1.json": b"{cut"}
+    files |= {"cat/2.heic": b"x", "lost.txt": b"x", "cat/1.jpg": photo(1), "cat/1.json": b"{cut", "inner.zip": b"x"}
     write(memory / "a.tar", pack(files))
     download(memory, {"source": "webdataset", "input": str(memory / "a.tar")})
     assert [row["member"] for row in fake_stage.rows(memory / "download") if row["member"]] == [
@@ -272,7 +319,133 @@ def test_what_looks_like_data_in_an_archive_but_is_not_used_is_counted(memory: P
         "unread_image_format": 1,
         "text_without_image": 1,
         "unreadable_json": 1,
+        "other_member": 1,
     }
+
+
+@pytest.mark.parametrize("layout", ["webdataset", "webdataset zip", "parquet", "ipc file", "mds", "hdf5", "npy"])
+def test_files_that_a_source_does_not_read_are_counted(memory: Path, layout: str) -> None:
+    settings = LAYOUTS[layout](memory, [(photo(0), "one")])
+    for name in ("more.rar", "sub/part.tar.zst", "._a.tar", ".part.crc", "_SUCCESS"):
+        write(memory / "i" / name, b"x")
+    download(memory, settings)
+    assert left_out(memory) == {"other_file": (2, ["more.rar", "sub/part.tar.zst"])}
+
+
+def test_archives_and_tables_without_a_single_sample_are_an_error(memory: Path) -> None:
+    write(memory / "t/a.tar", tar_of({"a.txt": b"one", "b.bin": b"x"}))
+    write(memory / "t/b.tar", tar_of({}))
+    with pytest.raises(
+        Unbalanced, match=r"none of the 2 archives or tables has a sample \(other_member: 1, text_without"
+    ):
+        download(memory, {"source": "webdataset", "input": str(memory / "t")})
+    pq.write_table(pa.table({"image": pa.array([], pa.binary())}), memory / "0.parquet")
+    with pytest.raises(Unbalanced, match="none of the 1 archives or tables has a sample .they are empty"):
+        download(memory / "p", {"source": "parquet", "input": str(memory / "0.parquet")})
+    write(memory / "t/c.tar", tar_of({"c.jpg": photo(0)}))
+    assert download(memory / "c", {"source": "webdataset", "input": str(memory / "t")})["counts"]["kept"] == 1
+
+
+def test_a_folder_of_nothing_that_is_read_says_what_is_in_it(memory: Path) -> None:
+    write(memory / "i/a.heic", b"x")
+    write(memory / "i/b.docx", b"x")
+    message = r"the input has no samples; left out: unread_image_format: 1, as a.heic; other_file: 1, as b.docx"
+    with pytest.raises(ConfigError, match=message):
+        download(memory, {"source": "image_folder", "input": str(memory / "i")})
+
+
+def test_a_pattern_of_this_machine_is_an_error_that_says_what_to_give(memory: Path) -> None:
+    for given in (f"{memory}/*.tar", f"{memory}/{{0..9}}.tar"):
+        with pytest.raises(
+            ConfigError, match="no such file or folder: patterns are for object stores; give the folder"
+        ):
+            download(memory, {"source": "webdataset", "input": given})
+
+
+def test_a_file_of_captions_without_a_single_text_is_an_error(memory: Path) -> None:
+    write(memory / "i/a.jpg", photo(0))
+    write(memory / "i/captions.json", json.dumps({"a.jpg": {"de": "eins", "en": "one"}}))
+    with pytest.raises(ConfigError, match=r"captions=.*: none of its 1 rows has a text as caption"):
+        download(memory, {"source": "image_folder", "input": str(memory / "i")})
+
+
+@pytest.mark.parametrize("end", ["txt", "TXT", "caption", "text"])
+@pytest.mark.parametrize("source", ["image_folder", "webdataset"])
+def test_texts_beside_images_have_several_extensions(memory: Path, source: str, end: str) -> None:
+    files = {"a.jpg": photo(0), f"a.{end}": "\ufeffone\r\n".encode()}
+    for name, data in files.items():
+        write(memory / "i" / name, data)
+    write(memory / "a.tar", tar_of(files))
+    place = memory / ("i" if source == "image_folder" else "a.tar")
+    download(memory, {"source": source, "input": str(place), "copy": source == "image_folder"})
+    assert [row["captions"] for row in kept(memory)] == [["one"]]
+
+
+@pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv", "metadata.parquet"])
+def test_metadata_of_the_hugging_face_library_are_captions(memory: Path, name: str) -> None:
+    write(memory / "i/a.jpg", photo(0))
+    if name.endswith("parquet"):
+        pq.write_table(pa.table({"file_name": ["a.jpg"], "text": ["one"]}), memory / "i" / name)
+    else:
+        write(memory / "i" / name, jsonl([{"file_name": "a.jpg", "text": "one"}]) if "jsonl" in name else FOUND_CSV)
+    download(memory, {"source": "image_folder", "input": str(memory / "i")})
+    assert [row["captions"] for row in kept(memory)] == [["one"]]
+
+
+FOUND_CSV = "file_name,text\na.jpg,one\n"
+
+
+def test_a_table_made_of_webdataset_has_its_captions(memory: Path) -> None:
+    pq.write_table(pa.table({"__key__": ["a"], "jpg": [photo(0)], "txt": ["one"]}), memory / "0.parquet")
+    download(memory, {"source": "parquet", "input": str(memory / "0.parquet")})
+    assert [row["captions"] for row in kept(memory)] == [["one"]]
+
+
+def test_a_repository_that_is_not_named_is_no_fault_of_the_network(memory: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^source=huggingface needs repo=<owner>/<name>$"):
+        download(memory, {"source": "huggingface", "files": ("*.tar",)})
+
+
+def test_metadata_without_captions_are_no_file_of_captions(memory: Path) -> None:
+    write(memory / "i/a.jpg", photo(0))
+    write(memory / "i/metadata.json", '{"version": 3}')
+    download(memory, {"source": "image_folder", "input": str(memory / "i")})
+    assert left_out(memory) == {"other_file": (1, ["metadata.json"])}
+
+
+def test_captions_in_another_encoding_are_named(memory: Path) -> None:
+    write(memory / "i/a.jpg", photo(0))
+    write(memory / "i/captions.csv", "image,caption\na.jpg,café\n".encode("cp1252"))
+    download(memory, {"source": "image_folder", "input": str(memory / "i")})
+    assert left_out(memory) == {"caption_not_in_utf8": (1, ["line 2: caf\ufffd"])}
+
+
+def test_an_image_of_a_row_may_be_in_a_list_or_in_base64(memory: Path) -> None:
+    text = base64.b64encode(photo(0)).decode()
+    rows = {
+        "one": [{"bytes": photo(0), "path": "a"}],
+        "two": [{"bytes": photo(0), "path": None}, {"bytes": photo(1), "path": None}],
+        "none": [],
+    }
+    (memory / "i").mkdir()
+    pq.write_table(pa.table({"images": list(rows.values()), "text": list(rows)}), memory / "i/0.parquet")
+    texts = [text, f"data:image/jpeg;base64,{text}", text[:40] + "!", "a.jpg", base64.b64encode(b"no image").decode()]
+    pq.write_table(pa.table({"image": texts, "text": list("abcde")}), memory / "i/1.parquet")
+    success = download(memory, {"source": "parquet", "input": str(memory / "i")})
+    assert [(row["jpg"], row["caption"]) for row in kept(memory)] == [
+        (photo(0), "one"),
+        (photo(0), "a"),
+        (photo(0), "b"),
+    ]
+    assert success["reasons"] == {"failed:several_images": 1, "failed:no_image": 4}
+
+
+def test_a_file_in_place_of_a_folder_says_which_source_reads_files(memory: Path) -> None:
+    write(memory / "a.zip", zip_of({"a.jpg": photo(0)}))
+    with pytest.raises(
+        ConfigError, match="a.zip: a file, but .*reads a folder; it is an archive: source=webdataset reads it"
+    ):
+        download(memory, {"source": "image_folder", "input": str(memory / "a.zip")})
 
 
 def test_a_linked_class_folder_counts(memory: Path) -> None:
@@ -334,7 +507,10 @@ def test_a_row_about_another_image_that_is_there_is_not_borrowed(memory: Path) -
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("image,caption\nx.jpg,one\n", r"none of its 1 rows is about an image here: line 2 names 'x.jpg', an image is"),
+        (
+            "image,caption\nx.jpg,one\n",
+            r"none of its 1 rows names an image in this folder: line 2 names 'x.jpg', an image is",
+        ),
         ("photo,about\na.jpg,one\n", r"line 2: a row needs a name .* but has photo, about"),
         ("image,other\na.jpg,one\n", r"a caption .* but has image, other"),
     ],

@@ -55,7 +55,7 @@ def test_fused_is_the_same_as_one_after_the_other(server: Server, memory: Path, 
 
 
 def test_archives_are_read_as_they_are(server: Server, memory: Path) -> None:
-    good = server.put("/good.tar", tar_of({f"{n}.jpg": photo(n) for n in range(3)} | {"bad.jpg": b"no picture"}))
+    good = server.put("/good.tar", tar_of({f"{n}.jpg": photo(n) for n in range(3)} | {"bad.jpg": b"no image"}))
     cut = server.put("/cut.tar", tar_of({"x.jpg": photo(1)})[:5000])
     given = arguments_of(memory, "source=http_archive", f"urls=[{good},{cut}]", "fuse=true", f"output={memory / 'one'}")
     success = run("filter", *given)

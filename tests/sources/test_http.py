@@ -87,7 +87,7 @@ def get(sinks: Sinks, pauses: list[float]) -> Callable[..., int]:
 
 
 def reason_of(get: Callable[..., int], url: str, **settings: Any) -> tuple[str, bool]:
-    """Why ``url`` cannot be had, and whether it may be tried again."""
+    """Why ``url`` cannot be obtained, and whether it may be tried again."""
     with pytest.raises(SampleError) as caught:
         get(url, **settings)
     return caught.value.reason, caught.value.retryable

@@ -28,6 +28,7 @@ from pipeline.distributed import Rank
 from pipeline.partitions import engine
 from pipeline.partitions.dataset import Dataset
 from pipeline.partitions.finalize import Unbalanced
+from pipeline.partitions.stage import Context
 from pipeline.samples import Outcome, content_hash, make_key
 from pipeline.sources import archives
 from pipeline.sources.http_archive import HttpArchive
@@ -42,7 +43,7 @@ FILES = {
     "a/two.png": NOISE,
     "a/three.txt": "größer\nals zuvor".encode(),
     "a/three.webp": b"3",
-    "readme.md": b"not a picture",
+    "readme.md": b"not an image",
     "four.jpeg": b"",
 }
 CAPTIONS = {"one": "A small cat.", "two": "", "three": "größer\nals zuvor", "four": ""}
@@ -112,7 +113,7 @@ def failure(output: Path) -> tuple[str, bool]:
 
 
 def clean(output: Path) -> None:
-    """Nothing but a dataset directory is left, and nothing beside it."""
+    """Nothing but a dataset directory is left, and nothing next to it."""
     assert fake_stage.leftovers(output) == []
     assert sorted(path.name for path in output.parent.iterdir()) == ["download"]
     files = {path.name for path in output.glob("data/*/*/*")}
@@ -214,7 +215,7 @@ def test_the_filter_stage_reads_it(server: Server, run: Run, output: Path) -> No
         pixels = np.random.default_rng(number).integers(0, 255, (20, 30, 3), np.uint8)
         Image.fromarray(pixels).save(file, "PNG")
         files |= {f"{number}.png": file.getvalue(), f"{number}.txt": f"picture {number}".encode()}
-    files["broken.jpg"] = b"no picture"
+    files["broken.jpg"] = b"no image"
     run(server.put("/pictures.tar", tar_of(files)))
     config = FilterConfig(
         input=str(output), output=str(output.with_name("filter")), min_image_size=8, max_failed_fraction=1.0
@@ -418,7 +419,7 @@ def test_a_stop_is_heeded_while_an_archive_comes(server: Server, output: Path) -
     source.check_stop = stop
     (partition,) = source.plan()
     with pytest.raises(Stop):
-        list(source.samples(partition))
+        list(source.samples(partition, Context()))
 
 
 def test_a_full_disk_is_no_failure_of_the_archive(
@@ -445,7 +446,7 @@ def test_what_does_not_fit_is_not_begun(
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=5000))
     with pytest.raises(ConfigError, match="data_dir=, a subset=, or stage=filter with fuse=true.*check_space=false"):
         run(url, expected_gb=0.00001)
-    assert server.requests == []  # the data set's own word
+    assert server.requests == []  # the dataset's own word
     with pytest.raises(ConfigError, match="are free"):
         run(url)  # the server's
     assert stored_bytes(output) == 0
@@ -635,7 +636,7 @@ def test_broken_members_of_a_zip_are_rows_of_their_own(server: Server, run: Run,
 def outcomes_of(server: Server, output: Path, data: bytes, **settings: Any) -> Iterator[Outcome]:
     source = HttpArchive(config_of(output, server.put("/a.tar", data), **settings))
     (partition,) = source.plan()
-    return source.samples(partition)
+    return source.samples(partition, Context())
 
 
 def test_a_group_of_one_stem_stays_small(server: Server, output: Path) -> None:

@@ -17,6 +17,7 @@ from pipeline.config.schema import ConfigError, DownloadConfig
 from pipeline.distributed import Rank
 from pipeline.partitions.dataset import Dataset
 from pipeline.partitions.planning import Stale, open_or_plan
+from pipeline.partitions.stage import Context
 from pipeline.partitions.verify import verify
 from pipeline.samples import content_hash, path_text, real_path
 from pipeline.sources.caption_files import CaptionFile
@@ -295,7 +296,7 @@ def test_files_that_were_opened_ahead_are_closed_when_nobody_wants_them(images: 
         picture(images / f"{number:02d}.png")
     source = ImageFolder(DownloadConfig(**settings(images, copy=True)))
     before = len(os.listdir("/proc/self/fd"))
-    samples = source.samples(next(source.plan()))
+    samples = source.samples(next(source.plan()), Context())
     assert next(samples).key == "00-png" and len(os.listdir("/proc/self/fd")) > before
     samples.close()  # type: ignore[attr-defined]
     assert len(os.listdir("/proc/self/fd")) == before

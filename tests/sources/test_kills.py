@@ -1,4 +1,4 @@
-"""kill -9 of a rank that downloads: an archive goes on where it was, a list of URLs loses its open partition alone."""
+"""kill -9 of a rank that downloads: an archive resumes where it was, a list of URLs loses its open partition alone."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def run(command: list[str]) -> None:
 
 
 class LargeTar:
-    """A tar of 2 GiB, made while it is served; ten of its members are pictures, by their names."""
+    """A tar of 2 GiB, made while it is served; ten of its members are images, by their names."""
 
     members = 2048
     piece = 512 + _MEMBER

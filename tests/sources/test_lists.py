@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.config.schema import ConfigError
-from pipeline.sources import texts
+from pipeline.sources import text_files
 from pipeline.sources.lists import open_list
 
 
@@ -129,7 +129,7 @@ def test_a_file_that_is_no_list_is_named(tmp_path: Path, name: str, data: bytes,
 
 
 def test_a_line_without_an_end_does_not_fill_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(texts, "LONGEST", 100)
+    monkeypatch.setattr(text_files, "LONGEST", 100)
     (tmp_path / "l.jsonl").write_bytes(json.dumps("x" * 200).encode())
     with pytest.raises(ConfigError, match="l.jsonl: line_too_long: line 1"):
         list(open_list(tmp_path / "l.jsonl").rows())

@@ -88,7 +88,7 @@ def test_without_a_strong_validator_nothing_is_left(
 def test_what_has_not_reached_the_disk_is_asked_for_again(
     server: Server, tmp_path: Path, get: Callable[..., bytes]
 ) -> None:
-    """A mark tells what is safe; a file that lost its end, or a damaged mark, is believed no further."""
+    """A mark says what is safe; a file that lost its end, or a damaged mark, is believed no further."""
     url = server.put("/a", ranged(DATA, '"one"', cut=100_000))
     with pytest.raises(SampleError):
         get(url)
@@ -126,7 +126,7 @@ def test_a_whole_file_that_was_not_used_yet_costs_one_byte(
 
 
 def test_a_wrong_hash_is_found_in_what_was_resumed(server: Server, tmp_path: Path, get: Callable[..., bytes]) -> None:
-    """A server that lies about its versions: the hash is that of the whole file, and it begins anew the next time."""
+    """A server that lies about its versions: the hash is that of the whole file, and it begins again the next time."""
     url = server.put("/a", ranged(bytes(300_000), '"one"', cut=100_000))
     import hashlib
 

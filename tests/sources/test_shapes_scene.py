@@ -1,4 +1,4 @@
-"""Drawn scenes: one caption for each meaning, the same picture everywhere, nothing that was to be left out."""
+"""Drawn scenes: one caption for each meaning, the same image everywhere, nothing that was to be left out."""
 
 from __future__ import annotations
 

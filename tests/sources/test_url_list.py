@@ -24,6 +24,7 @@ from pipeline.config.schema import ConfigError, DownloadConfig, FilterConfig
 from pipeline.distributed import Rank
 from pipeline.partitions import engine
 from pipeline.partitions.dataset import Dataset
+from pipeline.partitions.stage import Context
 from pipeline.sources.http.names import Names
 from pipeline.sources.lists import open_list
 from pipeline.stages.download import Download
@@ -177,7 +178,7 @@ def test_a_list_that_has_changed_is_not_mixed_with_the_old_one(server: Server, m
     partitions = list(stage.plan())
     listed.write_text(listed.read_text() + "http://h/3\n")
     with pytest.raises(ConfigError, match="has changed since"):
-        list(stage.source.samples(partitions[0]))
+        list(stage.source.samples(partitions[0], Context()))
 
 
 # ---- what servers ask for

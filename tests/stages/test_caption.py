@@ -1,4 +1,4 @@
-"""From pictures to captions: features, training, resuming, and writing with nothing but the checkpoint."""
+"""From images to captions: features, training, resuming, and writing with nothing but the checkpoint."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from pipeline.partitions.dataset import Dataset, RandomAccess
 from pipeline.stages.caption import load_writer, main, write_about
 from pipeline.storage import Folder
 from pipeline.training.checkpoint import open_checkpoint
-from pipeline.training.logs import read_log
+from pipeline.training.loggers import read_log
 from pipeline.training.loop import train
 from pipeline.training.tasks.base import Keys
-from pipeline.training.tasks.caption import Caption, learned
+from pipeline.training.tasks.caption import Caption
 
 REPOSITORY = Path(__file__).parents[2]
 COUNT = 48
@@ -59,7 +59,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def training(data: Path, **settings: Any) -> tuple[Caption, Any, Any, TrainConfig]:
     upstream = data / ("shard" if settings.get("encoder") else "features")
     config = build(TrainConfig, {**SETTINGS, "input": str(upstream), **settings})
-    task, train_data, valid = learned(config, Dataset.open(upstream))
+    task, train_data, valid = Caption.from_config(config, Dataset.open(upstream))
     assert isinstance(task, Caption)
     return task, train_data, valid, config
 
@@ -268,7 +268,7 @@ def test_pictures_of_a_folder_and_those_that_are_none(data: Path, run: Path, tmp
     row = RandomAccess(Dataset.open(data / "shard")).rows([0])[0]
     (tmp_path / "in" / "deep").mkdir(parents=True)
     (tmp_path / "in" / "deep" / "a.png").write_bytes(row["jpg"])
-    (tmp_path / "in" / "b.jpg").write_bytes(b"<html>no picture</html>")
+    (tmp_path / "in" / "b.jpg").write_bytes(b"<html>no image</html>")
 
     def about(path: Path, **settings: Any) -> list[dict[str, Any]]:
         given = {"image_path": str(path), "checkpoint": str(run), "output": str(tmp_path / "out"), **settings}
@@ -293,7 +293,7 @@ def test_stages_say_what_is_missing(data: Path, run: Path) -> None:
     with pytest.raises(ConfigError, match="encoder=vut:x"):
         run_stage("features", input=str(data / "shard"), output=str(data / "no"), encoder="vut:x")
     with pytest.raises(ConfigError, match="has no column features"):
-        learned(build(TrainConfig, SETTINGS), Dataset.open(data / "shard"))
+        Caption.from_config(build(TrainConfig, SETTINGS), Dataset.open(data / "shard"))
     assert set(STAGES) >= {"features", "caption", "feidegger"}
 
 
@@ -357,3 +357,44 @@ def test_any_network_can_be_the_encoder(data: Path, tmp_path: Path) -> None:
     for wrong in ("no.pt2", "nothing.pt2"):
         with pytest.raises(ConfigError, match=f"{wrong}: cannot be loaded"):
             vision_encoder(f"program:{tmp_path / wrong}")
+
+
+def test_a_run_writes_captions_beside_those_that_samples_have(data: Path, run: Path, tmp_path: Path) -> None:
+    settings = {"captioner": f"checkpoint:{run}", "max_tokens": 12, "batch_size": 5, "without_caption": "keep"}
+    from fake_stage import assert_sound, run_ranks
+
+    from pipeline.stages.recaption import Recaption
+
+    for world in (1, 2):
+        run_ranks(tmp_path / str(world), Recaption, world, input=str(data / "filter"), **settings)
+        assert_sound(tmp_path / str(world))
+    assert digests(tmp_path / "1") == digests(tmp_path / "2")
+    before = {row["key"]: row for row in RandomAccess(Dataset.open(data / "filter")).rows(range(COUNT))}
+    for row in RandomAccess(Dataset.open(tmp_path / "1")).rows(range(COUNT)):
+        old = before[row["key"]]["captions"]
+        assert row["captions"][len(row["captions"]) - len(old) :] == old
+    drawn = run_stage(
+        "recaption",
+        input=str(data / "filter"),
+        output=str(tmp_path / "drawn"),
+        temperature=1.0,
+        captions_per_prompt=2,
+        **settings,
+    )
+    assert drawn["counts"]["kept"] == COUNT
+    pairs = [
+        [entry["caption"] for entry in row["recaptions"]]
+        for row in RandomAccess(Dataset.open(tmp_path / "drawn")).rows(range(COUNT))
+    ]
+    assert any(len(set(pair)) == 2 for pair in pairs)
+
+
+def test_a_run_that_takes_no_prompt_refuses_one(data: Path, run: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="takes no prompt"):
+        run_stage(
+            "recaption",
+            input=str(data / "filter"),
+            output=str(tmp_path / "out"),
+            captioner=f"checkpoint:{run}",
+            caption_prompt=("What is it?",),
+        )

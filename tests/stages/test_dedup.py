@@ -5,26 +5,23 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterator
 from pathlib import Path
-from threading import Thread
 
 import numpy as np
 import pytest
-from fake_stage import assert_sound, kept_keys, make, outcomes, rank_of
+from fake_stage import assert_sound, kept_keys, outcomes, run_ranks
 from PIL import Image
 from stages.conftest import digests, run_stage
 
 from pipeline.config.schema import ConfigError
-from pipeline.curation import duplicates
+from pipeline.curation import duplicates, search
 from pipeline.curation.duplicates import Links, Rows, Unit
-from pipeline.partitions import engine
-from pipeline.stages import dedup
 from pipeline.stages.dedup import Dedup
 from pipeline.storage import StorageError
 
 
 @pytest.fixture(scope="module")
 def filtered(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """40 pictures, two of them twice, and one also as a smaller JPEG."""
+    """40 images, two of them twice, and one also as a smaller JPEG."""
     place = tmp_path_factory.mktemp("dedup")
     (place / "images").mkdir()
     for number in range(40):
@@ -44,16 +41,7 @@ def filtered(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_any_number_of_ranks_keeps_the_same_samples(filtered: Path, tmp_path: Path) -> None:
     for world in (1, 2, 3):
-        output = tmp_path / str(world)
-        ranks = [rank_of(number, world) for number in range(world)]
-        threads = [
-            Thread(target=engine.run, args=(make(output, Dedup, rank, input=str(filtered / "filter")),))
-            for rank in ranks
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        run_ranks(tmp_path / str(world), Dedup, world, input=str(filtered / "filter"))
     assert digests(tmp_path / "1") == digests(tmp_path / "2") == digests(tmp_path / "3")
     said = outcomes(tmp_path / "1")
     assert {key: what for key, what in said.items() if what != "kept:"} == {
@@ -74,7 +62,7 @@ def test_shards_hold_what_is_left(filtered: Path, tmp_path: Path) -> None:
 
 
 def test_only_what_filter_made_can_be_read(filtered: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="reads what filter made"):
+    with pytest.raises(ConfigError, match="reads the output of filter"):
         run_stage("dedup", input=str(filtered / "download"), output=str(tmp_path / "dedup"))
 
 
@@ -131,10 +119,10 @@ def test_an_interrupted_search_goes_on(filtered: Path, tmp_path: Path, monkeypat
         done.append(unit)
         return duplicates.links(samples, unit, count, hamming)
 
-    monkeypatch.setattr(dedup, "links", links)
+    monkeypatch.setattr(search, "links", links)
     with pytest.raises(StorageError):
         run_stage("dedup", output=str(tmp_path / "broken"), **settings)
-    monkeypatch.setattr(dedup, "links", lambda *a: done.append(a[1]) or duplicates.links(*a))
+    monkeypatch.setattr(search, "links", lambda *a: done.append(a[1]) or duplicates.links(*a))
     run_stage("dedup", output=str(tmp_path / "broken"), **settings)
     assert len(done) == len(set(done)) == 1 + duplicates.TABLES
     assert digests(tmp_path / "broken") == digests(tmp_path / "whole")

@@ -28,7 +28,7 @@ from pipeline.partitions.dataset import Dataset
 from pipeline.partitions.finalize import Unbalanced
 from pipeline.stages import feidegger, get_stage
 from pipeline.stages.feidegger import DATASET, check, pack
-from pipeline.training.tasks.caption import learned
+from pipeline.training.tasks.caption import Caption
 
 COUNT, CAPTIONS, SIZE = 20, 3, (40, 30)
 
@@ -83,7 +83,7 @@ def test_splits_are_disjoint_by_picture(packed: Path) -> None:
         contents = {name: {file["images"][i].tobytes() for i in split} for name, split in owners.items()}
     assert sorted(np.concatenate(list(indices.values()))) == list(range(COUNT * CAPTIONS))
     assert sum(map(len, owners.values())) == COUNT and min(map(len, owners.values())) >= 1
-    assert sum(map(len, contents.values())) == COUNT - 1  # the picture that is there twice is in one split
+    assert sum(map(len, contents.values())) == COUNT - 1  # the image that is there twice is in one split
 
 
 def test_the_split_depends_on_the_seed_alone(filtered: Path, packed: Path, tmp_path: Path) -> None:
@@ -113,7 +113,7 @@ def test_a_loader_with_workers_reads_it(packed: Path) -> None:
 
 def test_a_mamba_model_trains_on_it(packed: Path) -> None:
     settings = {"task": "caption", "decoder": "mamba", "encoder": "embedded", "input": str(packed / DATASET)}
-    task, data, valid = learned(build(TrainConfig, settings), None)
+    task, data, valid = Caption.from_config(build(TrainConfig, settings), None)
     assert valid is not None and len(data) + len(valid) < COUNT
     assert task.model.config.decoder == "mamba"  # type: ignore[union-attr]
     assert data.batch(np.arange(2))["tokens"].shape == (2, CAPTIONS, 24)

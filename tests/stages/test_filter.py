@@ -13,7 +13,6 @@ from stages.conftest import digests, run_stage
 
 from pipeline.config.schema import ConfigError, FilterConfig
 from pipeline.imaging import transform
-from pipeline.stages.filter import Filter
 
 
 def folder_of_images(place: Path, count: int, **reds: int) -> Path:
@@ -24,29 +23,6 @@ def folder_of_images(place: Path, count: int, **reds: int) -> Path:
         pixels[0, 0, 0] = reds.get(f"n{number}", 3)
         Image.fromarray(pixels).save(place / f"{number:03d}.png")
     return place
-
-
-def test_a_crash_and_a_hang_of_the_decoder_cost_one_row_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = folder_of_images(tmp_path / "images", 30, n7=1, n19=2)
-    run_stage("download", source="image_folder", input=str(source), output=str(tmp_path / "download"))
-    monkeypatch.setattr(Filter, "function", "faulty:judge")
-    for workers in (1, 2):
-        run_stage(
-            "filter",
-            input=str(tmp_path / "download"),
-            output=str(tmp_path / f"filter{workers}"),
-            min_image_size=8,
-            workers=str(workers),
-            decode_timeout=1.0,
-        )
-        said = outcomes(tmp_path / f"filter{workers}")
-        assert {key: what for key, what in said.items() if what != "kept:"} == {
-            "007-png": "failed:decoder_crash",
-            "019-png": "failed:decoder_timeout",
-        }
-        assert len(said) == 30
-        assert_sound(tmp_path / f"filter{workers}")
-    assert digests(tmp_path / "filter1") == digests(tmp_path / "filter2")
 
 
 def test_any_number_of_workers_gives_the_same_bytes(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 from sources.found import download, jsonl, kept, photo, write
 from sources.packing import tar_of
 from stages.conftest import run_stage
@@ -18,6 +20,7 @@ from stages.conftest import run_stage
 from pipeline.config.schema import ConfigError, FilterConfig
 from pipeline.distributed import Rank
 from pipeline.partitions import engine
+from pipeline.partitions.dataset import Dataset
 from pipeline.stages.filter import Filter
 
 UIDS = [f"{number:016x}{7 * number:016x}" for number in range(4)]
@@ -130,3 +133,43 @@ def test_lists_of_urls_without_the_column_are_refused_before_they_are_fetched(tm
     settings = {"source": "url_list", "input": str(tmp_path / "l.jsonl"), "columns": ("score",)}
     with pytest.raises(ConfigError, match="columns=score: l.jsonl has no such column; it has url"):
         download(tmp_path, settings)
+
+
+@pytest.mark.parametrize("fuse", [False, True])
+@pytest.mark.parametrize("kind", ["webdataset", "url_list", "parquet"])
+def test_boxes_of_a_column_are_blurred_and_without_it_no_sample_is_kept(tmp_path: Path, kind: str, fuse: bool) -> None:
+    """As img2dataset's ``bbox_col`` does with DataComp's face boxes."""
+    boxes: list[Any] = [[[0.0, 0.0, 0.5, 0.5]], [], None, [[1, 2, 3]]]
+    if kind == "webdataset":
+        files: dict[str, bytes] = {}
+        for n in range(4):
+            files |= {f"{n}.jpg": photo(n), f"{n}.json": json.dumps({"face_bboxes": boxes[n]}).encode()}
+        settings: dict[str, Any] = {"source": kind, "input": str(write(tmp_path / "a.tar", tar_of(files)))}
+    elif kind == "url_list":
+        rows = [{"url": f"https://h.example/{n}.jpg", "caption": "x", "face_bboxes": boxes[n]} for n in range(4)]
+        for n in range(4):
+            write(tmp_path / f"m/{n}.jpg", photo(n))
+        path = write(tmp_path / "l.jsonl", jsonl(rows))
+        settings = {"source": kind, "input": str(path), "mirror": str(tmp_path / "m"), "columns": ("face_bboxes",)}
+    else:
+        column = pa.array(boxes, pa.list_(pa.list_(pa.float64())))
+        pq.write_table(pa.table({"image": [photo(n) for n in range(4)], "face_bboxes": column}), tmp_path / "0.parquet")
+        settings = {"source": kind, "input": str(tmp_path / "0.parquet"), "columns": ("face_bboxes",)}
+    given: dict[str, Any] = {"blur_column": "face_bboxes", "max_failed_fraction": 1.0, "encode_format": "png"}
+    if fuse:
+        given |= {"fuse": True, "input": settings.pop("input"), **settings}
+    else:
+        download(tmp_path, settings)
+    success = filtered(tmp_path, **given)
+    assert success["reasons"] == {"failed:no_boxes": 1, "failed:bad_boxes": 1}
+    first, second = [sample.read() for sample in Dataset.open(tmp_path / "filter").samples(0)]
+    assert first["format"] == "png" and second["jpg"] == photo(1)
+    pixels = np.asarray(Image.open(io.BytesIO(first["jpg"])), float)
+    before = np.asarray(Image.open(io.BytesIO(photo(0))).convert("RGB"), float)
+    assert np.abs(pixels - before)[:8, :8].mean() > 5 * np.abs(pixels - before)[12:, 12:].mean()
+
+
+def test_a_column_of_boxes_that_is_nowhere_is_an_error(tmp_path: Path) -> None:
+    download(tmp_path, from_webdataset(tmp_path))
+    with pytest.raises(ConfigError, match="blur_column=faces: no sample has a column or field faces; there are"):
+        filtered(tmp_path, blur_column="faces")

@@ -29,10 +29,10 @@ from pipeline.partitions.stage import place_of
 from pipeline.stages import get_stage
 from pipeline.storage import Folder
 from pipeline.training.feed import Picked
-from pipeline.training.logs import read_log
+from pipeline.training.loggers import read_log
 from pipeline.training.loop import train
 from pipeline.training.tasks.base import Keys
-from pipeline.training.tasks.caption import Caption, learned
+from pipeline.training.tasks.caption import Caption
 
 COLOURS = {"red": (220, 20, 20), "green": (20, 200, 30), "blue": (20, 40, 220), "yellow": (230, 220, 30)}
 SPLITS = ("train", "train", "val", "train", "restval", "test")
@@ -112,7 +112,7 @@ def test_training_by_karpathys_split(data: Path, tmp_path: Path) -> None:
     features = features_of(data)
 
     def life(rank: Rank) -> None:
-        task, trained, valid = learned(config, features)
+        task, trained, valid = Caption.from_config(config, features)
         assert isinstance(task, Caption) and isinstance(trained, Picked) and isinstance(valid, Picked)
         seen = {name: numbers(data, part.at) for name, part in (("train", trained), ("valid", valid))}
         assert seen["train"] == {n for n in range(COUNT) if split_of(n) in ("train", "restval")}
@@ -149,19 +149,19 @@ def test_what_does_not_go_together_is_said(data: Path, tmp_path: Path) -> None:
     features = features_of(data)
     file = data / "dataset_flickr30k.json"
     with pytest.raises(ConfigError, match="leave out valid_input=, valid_fraction="):
-        learned(settings(data, f"split_file={file}", "valid_fraction=0.1"), features)
+        Caption.from_config(settings(data, f"split_file={file}", "valid_fraction=0.1"), features)
     other = tmp_path / "other.csv"
     other.write_text("filename,split\n1.jpg,train\n")
-    with pytest.raises(ConfigError, match="puts none of these 24 images into train"):
-        learned(settings(data, f"split_file={other}"), features)
+    with pytest.raises(ConfigError, match="assigns none of these 24 images into train"):
+        Caption.from_config(settings(data, f"split_file={other}"), features)
     with pytest.raises(ConfigError, match="flip=0.5: .*encoder="):
-        learned(replace(settings(data, f"split_file={file}"), flip=0.5), features)
+        Caption.from_config(replace(settings(data, f"split_file={file}"), flip=0.5), features)
 
 
 def test_pictures_of_training_alone_are_augmented(data: Path) -> None:
     shards = Dataset.open(data / "flickr30k/all/shard-mds")
-    plain, _, _ = learned(settings(data, "encoder=embedded"), shards)
-    task, trained, _ = learned(settings(data, "encoder=embedded", "flip=0.5", "crop_scale=0.5"), shards)
+    plain, _, _ = Caption.from_config(settings(data, "encoder=embedded"), shards)
+    task, trained, _ = Caption.from_config(settings(data, "encoder=embedded", "flip=0.5", "crop_scale=0.5"), shards)
     positions = np.arange(6)
     batch = trained.batch(positions)
 
@@ -172,7 +172,7 @@ def test_pictures_of_training_alone_are_augmented(data: Path) -> None:
 
     first = pixels(task, 1, 0)
     assert torch.equal(first, pixels(task, 9, 0))  # of the epoch and the sample, not of the step
-    assert torch.equal(first[2:4], pixels(task, 1, 0, slice(2, 4)))  # nor of those beside it
+    assert torch.equal(first[2:4], pixels(task, 1, 0, slice(2, 4)))  # nor of those next to it
     assert not torch.equal(first, pixels(task, 1, 1))
     assert not torch.equal(first, pixels(plain, 1, 0))
     assert torch.equal(pixels(task, -1, 0), pixels(plain, -1, 0)) and torch.equal(

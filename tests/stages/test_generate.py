@@ -1,4 +1,4 @@
-"""stage=generate with an output: any ranks draw the same pictures, each once; and what is refused."""
+"""stage=generate with an output: any ranks draw the same images, each once; and what is refused."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_a_picture_of_a_seed_is_the_same_whatever_else_is_drawn(trained: Path, t
     assert [(row["caption"], row["seed"]) for row in rows] == [(text, seed) for text in PROMPTS for seed in (7, 3)]
     alone = generate.sample_images(generate.load_painter(trained), [PROMPTS[2]], 3, generate.Manner(2))[0]
     assert np.abs(np.asarray(Image.open(BytesIO(rows[5]["jpg"]))).astype(int) - alone).max() <= 1
-    with pytest.raises(ConfigError, match="seeds=, images_per_prompt=: give one of them"):
+    with pytest.raises(ConfigError, match="seeds=, images_per_prompt=: give only one of them"):
         run_stage("generate", **settings(trained, tmp_path / "both", seeds=[1]))
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import torch
 from fake_stage import rank_of
 from PIL import Image
 from stages.conftest import digests, run_stage
+from tiny_networks import save_autoencoder, save_language_model
 
 from pipeline.config.cli import build
 from pipeline.config.schema import ConfigError, PrecomputeConfig
@@ -29,6 +32,9 @@ from pipeline.latents.encoding import Encoding
 from pipeline.loading import text_storage
 from pipeline.partitions import engine
 from pipeline.partitions.dataset import Dataset
+from pipeline.partitions.finalize import Unbalanced
+from pipeline.partitions.planning import Stale
+from pipeline.partitions.stage import Context
 from pipeline.stages.precompute import Precompute
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -38,7 +44,7 @@ CLIP = "tiny-for-precompute"
 
 @pytest.fixture(scope="module")
 def upstream(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Filtered pictures of all shapes in three partitions; some captions come again, within and across partitions."""
+    """Filtered images of all shapes in three partitions; some captions come again, within and across partitions."""
     root = tmp_path_factory.mktemp("upstream")
     random = np.random.default_rng(0)
     (root / "images").mkdir()
@@ -56,16 +62,7 @@ def upstream(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from diffusers import AutoencoderKL
-
-    torch.manual_seed(0)
-    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
-    model = AutoencoderKL(
-        block_out_channels=(8, 16), latent_channels=4, norm_num_groups=4, scaling_factor=0.5, shift_factor=0.1, **blocks
-    )
-    path = tmp_path_factory.mktemp("vae")
-    model.save_pretrained(path)
-    return path
+    return save_autoencoder(tmp_path_factory.mktemp("vae"), latent_channels=4, scaling_factor=0.5, shift_factor=0.1)
 
 
 @pytest.fixture(scope="module")
@@ -154,17 +151,17 @@ def test_neither_batches_nor_workers_change_what_is_stored(encoded: Callable[...
 def test_a_batch_that_does_not_fit_is_halved_and_that_is_recorded(
     encoded: Callable[..., Dataset], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pipeline.encoders.diffusers import KlAutoencoder
+    from pipeline.encoders.diffusers import DiffusersAutoencoder
 
     before = rows_of(encoded("before"))
-    moments = KlAutoencoder.moments
+    moments = DiffusersAutoencoder.moments
 
-    def small(self: KlAutoencoder, x: torch.Tensor) -> torch.Tensor:
+    def small(self: DiffusersAutoencoder, x: torch.Tensor) -> torch.Tensor:
         if len(x) > 3:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return moments(self, x)
 
-    monkeypatch.setattr(KlAutoencoder, "moments", small)
+    monkeypatch.setattr(DiffusersAutoencoder, "moments", small)
     dataset = encoded("after")
     for key, row in rows_of(dataset).items():
         assert_near(row["latents_64"], before[key]["latents_64"])
@@ -175,7 +172,7 @@ def test_a_batch_that_does_not_fit_is_halved_and_that_is_recorded(
     assert record and record["notes"]["noted"] == halved
     assert json.loads((dataset.root.path / "manifest.json").read_text())["noted"] == halved
     assert Counter(name for event in commits for name in event.get("noted", {})) == halved
-    monkeypatch.setattr(KlAutoencoder, "moments", lambda self, x: small(self, torch.cat([x] * 4)))
+    monkeypatch.setattr(DiffusersAutoencoder, "moments", lambda self, x: small(self, torch.cat([x] * 4)))
     with pytest.raises(ConfigError, match="not even one of the images fits into the memory of cpu"):
         encoded("never")
 
@@ -187,7 +184,16 @@ def test_a_batch_that_does_not_fit_is_halved_and_that_is_recorded(
 def test_the_batch_size_is_found_by_trying(
     monkeypatch: pytest.MonkeyPatch, speeds: dict[int, float], found: int
 ) -> None:
-    encoding = Encoding(torch.device("cuda"), autoencoder("embedded"), {}, None, (64,), False, "dense", "float16")
+    encoding = Encoding(
+        device=torch.device("cuda"),
+        vae=autoencoder("embedded"),
+        texts={},
+        image_encoder=None,
+        resolutions=(64,),
+        moments=False,
+        storage="dense",
+        dtype="float16",
+    )
     monkeypatch.setattr(Encoding, "_speed", lambda self, size: speeds.get(size, 0.0))
     assert encoding.find_batch_size() == found
 
@@ -250,20 +256,39 @@ def test_text_is_encoded_once_for_each_caption_of_a_partition(
 def test_a_latent_that_is_not_finite_is_no_latent(
     encoded: Callable[..., Dataset], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pipeline.encoders.diffusers import KlAutoencoder
+    from pipeline.encoders.diffusers import DiffusersAutoencoder
 
-    moments = KlAutoencoder.moments
+    moments = DiffusersAutoencoder.moments
 
-    def poisoned(self: KlAutoencoder, x: torch.Tensor) -> torch.Tensor:
+    def poisoned(self: DiffusersAutoencoder, x: torch.Tensor) -> torch.Tensor:
         result = moments(self, x)
         result[1:2, 0, 0, 0] = float("nan")
         return result
 
-    monkeypatch.setattr(KlAutoencoder, "moments", poisoned)
+    monkeypatch.setattr(DiffusersAutoencoder, "moments", poisoned)
     dataset = encoded(max_failed_fraction=0.5)
     success = dataset.require_success()
     assert success["counts"]["failed"] == 3 and success["reasons"] == {"failed:not_finite": 3}
     assert len(dataset) == COUNT - 3
+
+
+def test_a_latent_that_its_stored_precision_cannot_hold_says_which_precision_can(
+    encoded: Callable[..., Dataset], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipeline.encoders.diffusers import DiffusersAutoencoder
+
+    moments = DiffusersAutoencoder.moments
+
+    def large(self: DiffusersAutoencoder, x: torch.Tensor) -> torch.Tensor:
+        result = moments(self, x)
+        result[:, : result.shape[1] // 2] += 1e7
+        return result
+
+    monkeypatch.setattr(DiffusersAutoencoder, "moments", large)
+    with pytest.raises(Unbalanced, match="not_finite: .*: save_dtype=float32 helps"):
+        encoded(save_dtype="float16")
+    stored = encoded("wide", save_dtype="float32")
+    assert len(stored) == COUNT and stored.require_success()["reasons"] == {}
 
 
 def test_wrong_settings_are_one_clear_error(encoded: Callable[..., Dataset]) -> None:
@@ -280,13 +305,13 @@ def test_wrong_settings_are_one_clear_error(encoded: Callable[..., Dataset]) -> 
 def test_captions_that_are_not_near_are_forgotten() -> None:
     from collections import OrderedDict
 
-    from pipeline.stages import precompute
+    from pipeline.latents import text_states
 
     known: OrderedDict[str, None] = OrderedDict()
-    many = [str(number) for number in range(precompute._REMEMBERED)]
-    assert precompute._news(known, [*many, "0"]) == (many, [])
-    assert precompute._news(known, ["new", "2", "0"]) == (["new"], ["1"])
-    assert precompute._news(known, ["1"]) == (["1"], ["3"])
+    many = [str(number) for number in range(text_states._REMEMBERED)]
+    assert text_states.news(known, [*many, "0"]) == (many, [])
+    assert text_states.news(known, ["new", "2", "0"]) == (["new"], ["1"])
+    assert text_states.news(known, ["1"]) == (["1"], ["3"])
     assert Precompute.version == 3 and text_storage.kind_of("dedup") == "dense"
 
 
@@ -298,15 +323,14 @@ def test_what_was_begun_early_counts_only_if_it_comes_next(
     stage = Precompute(config, Rank())
     partitions = [expected.partition(index) for index in (0, 2, 1)]
     for partition, following in zip(partitions, [partitions[2], partitions[2], None], strict=True):
-        stage.following = following
-        rows = [outcome.row for outcome in stage.process(partition)]
+        rows = [outcome.row for outcome in stage.process(partition, Context(following=following))]
         assert rows == [stored.read() for stored in expected.samples(partition.index)]
-    stage.following = partitions[1]
-    outcomes = stage.process(partitions[0])
+    outcomes = stage.process(partitions[0], Context(following=partitions[1]))
     next(outcomes)
     outcomes.close()  # as when the rank is stopped
     assert not [thread for thread in threading.enumerate() if thread.name == "ahead"]
-    assert [outcome.row for outcome in stage.process(partitions[1])] == [s.read() for s in expected.samples(2)]
+    last = stage.process(partitions[1], Context(following=partitions[1]))
+    assert [outcome.row for outcome in last] == [s.read() for s in expected.samples(2)]
     stage.close()
     assert not [thread for thread in threading.enumerate() if thread.name == "ahead"]
 
@@ -323,6 +347,28 @@ def test_any_number_of_ranks_stores_the_same_samples_of_the_posterior(
         list(pool.map(engine.run, stages))
     assert digests(tmp_path / "ranks") == digests(alone.root.path)
     rows_of(Dataset.open(tmp_path / "ranks"))
+
+
+@pytest.mark.parametrize("what", ["weights", "template"])
+def test_a_local_model_that_has_changed_is_noticed(upstream: Path, vae: Path, tmp_path: Path, what: str) -> None:
+    place, template = tmp_path / "vae", tmp_path / "template.txt"
+    shutil.copytree(vae, place)
+    template.write_text("a photo of {caption}")
+    text = save_language_model(tmp_path / "text")
+    given = {"vae": str(place), "text_encoder": f"hf:{text}#length=8#template={template}", "image_resolutions": (32,)}
+    run = partial(run_stage, "precompute", input=str(upstream), output=str(tmp_path / "out"), **given)
+    run()
+    (place / "README.md").write_text("for people")
+    run()
+    if what == "template":
+        template.write_text("a drawing of {caption}")
+    else:
+        (weights,) = place.glob("*.safetensors")
+        data = bytearray(weights.read_bytes())
+        data[-1] ^= 1
+        weights.write_bytes(data)
+    with pytest.raises(Stale, match=f"{template.name if what == 'template' else weights.name} was modified since"):
+        run()
 
 
 def test_a_truncated_picture_is_a_row_of_the_ledger(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ def settings(tmp_path: Path) -> dict[str, Any]:
 
 @pytest.fixture
 def line(tmp_path: Path, run: Run, settings: dict[str, Any]) -> Path:
-    """Twelve pictures through download, filter and shard, three to a partition."""
+    """Twelve images through download, filter and shard, three to a partition."""
     (tmp_path / "images").mkdir()
     for number in range(12):
         edge = 24 if number == 5 else 40
@@ -111,7 +111,7 @@ def test_only_the_latents_stay(line: Path, run: Run, settings: dict[str, Any]) -
 def test_who_needs_the_data_is_told_how_to_bring_them_back(line: Path, run: Run, settings: dict[str, Any]) -> None:
     before = digest_of(line / "download")
     release_upstream(line / "filter", Rank(), whole_line=False)
-    with pytest.raises(ConfigError, match="stage=download restore=true brings the data back"):
+    with pytest.raises(ConfigError, match="stage=download restore=true restores the data"):
         run("filter", variant="other", **settings)
     with pytest.raises(Released, match="stage=download restore=true"):
         next(Dataset.open(line / "download").samples(0)).read()

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 from PIL import Image
+from recorded import event, write_events
 
 from pipeline.config.cli import build
 from pipeline.config.schema import STAGES, ReportConfig
@@ -39,13 +41,21 @@ def data(tmp_path: Path) -> Path:
 def test_counts_reasons_pictures_and_captions_are_on_the_page(data: Path) -> None:
     page = report.page(data, 24)
     cells = re.findall(
-        r"<tr><td>[^<]*filter</td>\s*<td>(\d+)</td><td>(\d+)</td><td>(\d+)</td>\s*<td[^>]*>(\d+)</td>", page
+        r"<tr><td>(?:[^<]|<wbr>)*filter</td>\s*<td>(\d+)</td><td>(\d+)</td><td>(\d+)</td>\s*<td[^>]*>(\d+)</td>", page
     )
     assert cells == [("4", "2", "1", "1")]
     assert "too_small" in page
     assert "a large &lt;red&gt; thing" in page  # captions cannot become markup
     assert page.count("data:image/svg+xml") == 2  # sizes and aspect ratios
-    assert page.count("data:image/jpeg") + page.count("data:image/png") == 2
+    assert page.count("data:image/jpeg") + page.count("data:image/png") == 2 + 1  # kept, and dropped
+    (dropped,) = re.findall(r'<img class="thumb" src="data:image/png;base64,[^"]+" alt="([^"]*)">', page)
+    assert dropped == "small-png" and "broken-png" in page  # of a broken one there is but the name
+
+
+def test_a_report_shows_no_images_of_samples_whose_data_are_gone(data: Path) -> None:
+    shutil.rmtree(data / "mine/train/download")
+    page = report.page(data, 24)
+    assert "small-png" in page and 'class="thumb"' not in page
 
 
 def test_the_page_needs_nothing_from_outside(data: Path) -> None:
@@ -68,10 +78,14 @@ def test_a_training_run_shows_curve_samples_and_judgement(data: Path) -> None:
     (run_folder / "fidelity.json").write_text(
         json.dumps({"images": 12, "reference": "/real", "scores": [], "values": {"fid": 31.25, "clip_score": 27.5}})
     )
+    facts = {"cpu": 300.0, "cpus": 4, "peak": 10**9, "node_memory": 16 * 10**9, "job": "7", "step": 29, "of": 29}
+    write_events(run_folder, [event("finish", 0, 1, 1e9, 1e9 + 600, 0, gpu={"use": 0.9, "mean": 0.75}, **facts)])
     page = report.page(data, 4)
     assert "step 29, loss 0.0345" in page
+    assert "took 10 min with 1 rank, CPU 12% of 4 for each rank, GPU 75%" in page
+    assert "memory 1.0 GB a node of 16.0 GB asked; next time: cpus_per_task=1 mem=2G time=00:20:00" in page
     assert 'alt="loss at each quarter of the noise levels"' in page
-    assert "12 pictures against /real" in page and "<td>fid</td><td>31.25</td>" in page
+    assert "12 images against /real" in page and "<td>fid</td><td>31.25</td>" in page
     assert "a small red circle" in page
     assert re.search(r"<td>prompts</td><td>30</td><td>32</td>", page)
 

@@ -31,7 +31,7 @@ SMALL = "pic05-png"  # that filter drops
 
 @pytest.fixture
 def line(tmp_path: Path, run: Run) -> Path:
-    """Twelve pictures through all stages, three to a partition, shuffled."""
+    """Twelve images through all stages, three to a partition, shuffled."""
     (tmp_path / "images").mkdir()
     for number in range(12):
         edge = 24 if number == 5 else 40
@@ -251,7 +251,7 @@ def test_a_rehearsal_changes_nothing(line: Path) -> None:
 
 
 def test_what_is_wrong_is_said_before_anything_is_touched(line: Path) -> None:
-    with pytest.raises(ConfigError, match="there is nothing in it"):
+    with pytest.raises(ConfigError, match="the file is empty"):
         remove(line)
     with pytest.raises(ConfigError, match="no dataset directory below"):
         remove(line / "download/data", KEPT)
@@ -265,6 +265,6 @@ def test_a_stage_whose_upstream_alone_was_taken_down_says_what_to_do(line: Path,
     wanted = line / "wanted.txt"
     wanted.write_text(KEPT)
     takedown(line / "download", wanted, Rank())
-    with pytest.raises(ConfigError, match="run stage=takedown again with the same takedown= on the whole data set"):
+    with pytest.raises(ConfigError, match="run stage=takedown again with the same takedown= on the whole dataset"):
         run("filter", min_image_size=32, data_dir=str(line.parents[1]), dataset="image_folder")
     assert remove(line, KEPT) == {**dict.fromkeys(STAGES, 1), "download": 0}

@@ -62,11 +62,11 @@ def test_a_stop_loses_nothing_and_another_number_of_ranks_goes_on(tmp_path: Path
     stage = get_stage("filter")(config, rank_of(0, 2))
     process, seen = stage.process, []
 
-    def stopping(partition: object) -> object:
+    def stopping(partition: object, context: object) -> object:
         seen.append(partition)
         if len(seen) == 3:
             stage.rank.request_stop("SIGTERM")
-        return process(partition)  # type: ignore[arg-type]
+        return process(partition, context)  # type: ignore[arg-type]
 
     stage.process = stopping  # type: ignore[method-assign, assignment]
     with suppress(Stopped):

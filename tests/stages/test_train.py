@@ -62,7 +62,7 @@ def test_a_refused_command_leaves_a_finished_run_finished_and_more_epochs_extend
 def test_many_tokens_are_warned_of_with_their_cost(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("pipeline.stages.train._MANY_TOKENS", 3)
+    monkeypatch.setattr("pipeline.training.tasks.classify._MANY_TOKENS", 3)
     fit(shards, tmp_path / "run")
     assert "cuts images of 8 px into patches of 4 px: 4 tokens, 0.0 GFLOP" in capsys.readouterr().err
     fit(shards, tmp_path / "other", patch=4)  # as asked for

@@ -18,6 +18,7 @@ from pipeline.config.schema import ConfigError, VerifyConfig
 from pipeline.distributed import Rank
 from pipeline.partitions.dataset import Dataset
 from pipeline.partitions.plan import Partition
+from pipeline.partitions.stage import Context
 from pipeline.samples import content_hash
 from pipeline.stages import verify
 from pipeline.stages.filter import Filter
@@ -55,8 +56,8 @@ def make_filter_with(monkeypatch: pytest.MonkeyPatch, change: Any) -> None:
     """The stage has a defect: it changes what it keeps, and the hashes are those of the changed bytes."""
     process = Filter.process
 
-    def wrong(self: Filter, partition: Partition) -> Any:
-        for outcome in process(self, partition):
+    def wrong(self: Filter, partition: Partition, context: Context) -> Any:
+        for outcome in process(self, partition, context):
             if outcome.row is not None:
                 change(outcome)
             yield outcome
@@ -97,9 +98,9 @@ def test_samples_of_another_partition_are_found(line: Path, run: Run, monkeypatc
     process = Filter.process
     with monkeypatch.context() as patch:
 
-        def swapped(self: Filter, partition: Partition) -> Any:
+        def swapped(self: Filter, partition: Partition, context: Context) -> Any:
             index = {4: 5, 5: 4}.get(partition.index, partition.index)
-            return process(self, self._there.partition(index))
+            return process(self, self._there.partition(index), context)
 
         patch.setattr(Filter, "process", swapped)
         patch.setattr(Filter, "_there", Dataset.open(line / "filter"), raising=False)
@@ -154,8 +155,9 @@ def test_the_way_of_a_sample_leads_from_its_file_to_its_latents(line: Path, tmp_
 def test_the_way_of_a_dropped_sample_ends_where_it_was_dropped(line: Path) -> None:
     done = tell(line, "07-png")
     assert "filter: dropped too_small" in done.stdout and "shard" not in done.stdout
+    assert tell(line, "07.png").stdout == done.stdout, "the path of the file will do"
     done = tell(line, "nobody")
-    assert done.returncode == 1 and "no dataset directory here knows nobody" in done.stdout
+    assert done.returncode == 1 and "no dataset directory in this folder contains nobody" in done.stdout
 
 
 def test_what_is_asked_for_must_be_clear(tmp_path: Path) -> None:
@@ -181,7 +183,7 @@ def broken(tmp_path: Path) -> Path:
 
 
 def test_a_broken_image_that_came_so_is_no_finding(tmp_path: Path) -> None:
-    """The ledger of stage=filter counts it as failed: nothing could ever mend it."""
+    """The ledger of stage=filter counts it as failed: nothing could ever fix it."""
     data = broken(tmp_path)
     assert verify.main(VerifyConfig(data_dir=str(data), deep=True, workers=1)) == 0
     (tmp_path / "images/bad.jpg").write_bytes(b"\xff\xd8\xff" + b"another!" * 9)  # what has changed since is one

@@ -12,7 +12,7 @@ from recorded import event, plan, write_events
 from launch.monitor import accounting
 from launch.monitor.accounting import Accounting, JobUse
 from launch.monitor.queue import Queue
-from launch.monitor.table import render
+from launch.monitor.status_table import render
 from launch.monitor.watch import Watch
 from pipeline.telemetry.efficiency import Efficiency, efficiency
 from pipeline.telemetry.events import Process

@@ -1,4 +1,4 @@
-"""What a rank tells of itself: memory, CPU, bytes, waiting, progress, its GPU."""
+"""What a rank reports about itself: memory, CPU, bytes, waiting, progress, its GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""compile=true: each block is one graph, batches of other sizes make few more, and a life that goes on makes none."""
+"""compile=true: each block is one graph, batches of other sizes make few more, and a life that resumes makes none."""
 
 from __future__ import annotations
 

@@ -72,4 +72,4 @@ def test_what_cannot_be_judged_is_refused(digits: dict[str, Path], tmp_path: Pat
         evaluate.main(build(EvaluateConfig, {"checkpoint": str(tmp_path), "input": str(digits["mds"])}))
     assert ended.value.code == 2
     with pytest.raises(ConfigError, match="classes=3: the data has labels up to 9"):
-        train.learned(run_of(digits, tmp_path / "few", classes=3), Dataset.open(digits["ipc"]))
+        train.task_and_data(run_of(digits, tmp_path / "few", classes=3), Dataset.open(digits["ipc"]))

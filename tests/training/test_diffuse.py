@@ -1,4 +1,4 @@
-"""Text to image: what is drawn for a sample does not depend on who draws it; from training to pictures."""
+"""Text to image: what is drawn for a sample does not depend on who draws it; from training to images."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from pipeline.stages.generate import Manner, load_painter, sample_images
 from pipeline.stages.report import describe_run
 from pipeline.storage import Folder
 from pipeline.training.feed import Chosen, part_size
-from pipeline.training.logs import forward_flops, read_log
+from pipeline.training.loggers import forward_flops, read_log
 from pipeline.training.loop import train
 from pipeline.training.tasks.base import Keys
 from pipeline.training.tasks.diffuse import Diffuse, LatentInfo, Normalisation, draw, posterior_sample
@@ -43,7 +43,7 @@ class Scenes:
     def __len__(self) -> int:
         return len(self._image)
 
-    def batch(self, positions: np.ndarray) -> dict[str, torch.Tensor]:
+    def batch(self, positions: np.ndarray, epochs: np.ndarray | None = None) -> dict[str, torch.Tensor]:
         return {"image_latents": self._image[positions], "caption_latents": self._text[positions]}
 
 

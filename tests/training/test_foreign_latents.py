@@ -73,7 +73,7 @@ def test_settings_that_do_not_fit_are_errors(tmp_path: Path) -> None:
     for given, message in (
         ({"resolution": 512}, "resolution=512: .* known: 64"),
         ({"caption_shape": [77, 32]}, "text states have 2464 bytes per sample, but 77 x 32 of float16 take 4928"),
-        ({"show": 2}, "show=2: .* does not say what its latents are decoded with: give vae="),
+        ({"show": 2}, "show=2: .* does not name the autoencoder of its latents: give vae="),
     ):
         with pytest.raises(ConfigError, match=message):
             train.main(settings(folder, **given))
@@ -81,7 +81,7 @@ def test_settings_that_do_not_fit_are_errors(tmp_path: Path) -> None:
     for shard in index["shards"]:
         shard["column_names"][1] = "text_latents"
     (folder / "index.json").write_text(json.dumps(index))
-    with pytest.raises(ConfigError, match="has no column caption_latents, but caption, text_latents, latents_64"):
+    with pytest.raises(ConfigError, match="has no column caption_latents, only caption, text_latents, latents_64"):
         train.main(settings(folder))
 
 

@@ -32,7 +32,7 @@ from pipeline.training import loop
 from pipeline.training.checkpoint import open_checkpoint
 from pipeline.training.feed import Chosen, Feed, worker_count
 from pipeline.training.images import ImageDataset
-from pipeline.training.logs import read_log
+from pipeline.training.loggers import read_log
 from pipeline.training.loop import NotFinite, Training
 from pipeline.training.staging import Stage, share_of
 from pipeline.training.tasks.base import Task
@@ -72,7 +72,7 @@ class Latents:
     def __len__(self) -> int:
         return len(self.image)
 
-    def batch(self, positions: np.ndarray) -> dict[str, torch.Tensor]:
+    def batch(self, positions: np.ndarray, epochs: np.ndarray | None = None) -> dict[str, torch.Tensor]:
         return {"image_latents": self.image[positions], "caption_latents": self.text[positions]}
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,9 +16,10 @@ import torch
 from tiny_training import Regression, Run
 
 from pipeline.config.schema import TrainConfig
+from pipeline.distributed.environment import free_port
 from pipeline.training.checkpoint import open_checkpoint
 from pipeline.training.ema import Ema
-from pipeline.training.logs import read_log
+from pipeline.training.loggers import read_log
 from pipeline.training.schedule import learning_rate
 
 Runs = Callable[..., Run]
@@ -38,10 +38,10 @@ torch.set_num_threads(1)
 def main(rank, stop_in):
     run = Run(Path(sys.argv[1]), rank)
     batch, steps = run.data.batch, iter(range(1, 100))
-    def counted(positions):
+    def counted(positions, epochs=None):
         if next(steps) == stop_in:
             rank.request_stop("SIGTERM")
-        return batch(positions)
+        return batch(positions, epochs)
     run.data.batch = counted
     run(task=Regression(plain=True))
 
@@ -63,9 +63,7 @@ def test_a_batch_in_parts_gives_the_same_step(run: Runs) -> None:
 
 def start_ranks(path: Path, stops: list[int]) -> list[int]:
     """Exit codes of one process a rank; rank i gets a stop signal in step ``stops[i]`` (0: never)."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     processes = []
     for rank, stop in enumerate(stops):
         place = {

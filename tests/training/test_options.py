@@ -1,4 +1,4 @@
-"""What a run may be asked for beside learning: other precision, compiled, other logs, an upload."""
+"""What a run may be asked for next to learning: other precision, compiled, other logs, an upload."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pipeline.config.schema import ConfigError
 from pipeline.distributed import Stopped
 from pipeline.training.checkpoint import open_checkpoint
 from pipeline.training.export import Uploads, epoch_name
-from pipeline.training.logs import read_log
+from pipeline.training.loggers import read_log
 
 Runs = Callable[..., Run]
 

@@ -1,4 +1,4 @@
-"""Several ranks, workers, accumulation, kills: a run that goes on does so to the bit, or says why it cannot."""
+"""Several ranks, workers, accumulation, kills: a run that resumes does so to the bit, or says why it cannot."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,9 +14,10 @@ from typing import Any
 import pytest
 import torch
 
+from pipeline.distributed.environment import free_port
 from pipeline.storage import Folder
 from pipeline.training.checkpoint import names, open_checkpoint
-from pipeline.training.logs import read_log
+from pipeline.training.loggers import read_log
 
 REPOSITORY = Path(__file__).parents[2]
 ONE_RANK = """
@@ -85,9 +85,7 @@ def life(
         before: code that each rank runs first.
         on_node: ranks of each node, if they are several nodes.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     processes = []
     for rank in range(ranks):
         place = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}

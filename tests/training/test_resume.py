@@ -43,10 +43,10 @@ def stop_in(run: Run, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     batch = run.data.batch
     steps = iter(range(1, 1000))
 
-    def stopping(positions: Any) -> Any:
+    def stopping(positions: Any, epochs: Any = None) -> Any:
         if next(steps) == step:
             run.rank.request_stop("SIGTERM")
-        return batch(positions)
+        return batch(positions, epochs)
 
     monkeypatch.setattr(run.data, "batch", stopping)
 
@@ -194,7 +194,7 @@ def test_of_two_processes_that_train_one_run_the_slower_ends(tmp_path: Path) -> 
     with Folder.open(tmp_path) as folder:
         first, second = (Checkpoints(folder, life, keep=2) for life in ("a", "b"))
         first.save(5, {"by": "first"}, {"model/w": torch.ones(1)})
-        with pytest.raises(Superseded, match="another process trains this run"):
+        with pytest.raises(Superseded, match="another process is training this run"):
             second.save(5, {"by": "second"}, {"model/w": torch.ones(1)})
     assert open_checkpoint(tmp_path).facts == {"by": "first"}
     assert checkpoints(tmp_path) == ["step_000005"]

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from models.test_captioner import BEGIN, END, MARKS, PAD
 from torch import Tensor
 
-from pipeline.metrics.captions import Cider
+from pipeline.metrics.caption_metrics import Cider
 from pipeline.models.captioner import Captioner, CaptionerConfig
-from pipeline.models.decoding import Decoding, write
+from pipeline.models.text_generation import Decoding, write
 from pipeline.training.selfcritical import self_critical_losses
 
 VOCAB = 6

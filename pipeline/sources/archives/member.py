@@ -15,8 +15,8 @@ Wants = Callable[[str, int], int | None]
 class Member:
     """A file in an archive: the bytes that were wanted of it, or why they are not to be had.
 
-    ``name`` has lone surrogates in place of bytes that are not UTF-8. ``offset`` is that of the data in the (unpacked)
-    archive, -1 where it cannot be told.
+    ``name`` has lone surrogates instead of bytes that are not UTF-8. ``offset`` is that of the data in the (unpacked)
+    archive, -1 where it is not known.
     """
 
     name: str

@@ -188,7 +188,8 @@ def _is_header(block: bytes) -> bool:
     field = 8 * ord(" ") - sum(block[148:156])
     if expected == sum(block) + field:
         return True
-    return expected == sum(struct.unpack("148b8x356b", block)) + 8 * ord(" ")
+    found: bool = expected == sum(struct.unpack("148b8x356b", block)) + 8 * ord(" ")
+    return found
 
 
 def _number(field: bytes) -> int:

@@ -184,7 +184,7 @@ def _data_start(file: IO[bytes], entry: _Entry, end: int) -> int:
     local = file.read(_LOCAL.size)
     if len(local) < _LOCAL.size or local[:4] != b"PK\3\4":
         raise damaged("it is not where it should be")
-    start = entry.start + _LOCAL.size + sum(_LOCAL.unpack(local)[-2:])
+    start: int = entry.start + _LOCAL.size + sum(_LOCAL.unpack(local)[-2:])
     if start + entry.packed > end:
         raise damaged("it is longer than the archive")
     return start

@@ -1,6 +1,7 @@
-"""Getting files by HTTP from hosts that nobody vouches for: addresses checked and pinned, sizes and times capped.
+"""Downloads files by HTTP from untrusted hosts: addresses are checked and pinned, sizes and times are limited.
 
-One event loop, aiohttp below; a file goes to a :class:`Sink`, which may have a part of it from before.
+One event loop, aiohttp below; a file goes to a :class:`Sink`, which may have a part of it from before. Objects of
+stores come the same way and within the same limits; threads wait for :mod:`pipeline.stores` then.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ import base64
 import random
 import re
 import ssl
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -21,24 +23,26 @@ from itertools import count
 from typing import Any, Protocol, TypeVar
 
 import aiohttp
-from multidict import MultiMapping
+from multidict import CIMultiDict, MultiMapping
 from yarl import URL
 
 from pipeline.sources.http.manners import Host, Manners
 from pipeline.sources.http.names import Names
-from pipeline.sources.http.target import FetchError, Target
+from pipeline.sources.http.target import FetchError, Target, check
+from pipeline.stores import Store, StoreError, is_url
 
 _REDIRECTS = 5
 _REDIRECT_CODES = (301, 302, 303, 307, 308)
 _CONNECT = 30.0  # seconds to wait for a connection, at most
 _SLOWEST = 1000  # bytes per second, on average over ``timeout`` seconds
 _AT_ONCE = (408, 425, 429, 500, 502, 503, 504)  # worth another try soon
-_LATER = (401, 403)  # worth another try with other credentials, or a URL that is signed anew
+_LATER = (401, 403)  # worth another try with other credentials, or a URL that is signed again
 _BUSY = (429, 503)  # what a whole host says of itself, not of one file
 _LONGEST_PAUSE = 60.0
 _LOOK = 0.5  # seconds between looks whether we are to stop
 _LARGE = 1 << 20  # bytes; of larger bodies only _LARGE_AT_ONCE come at a time
 _LARGE_AT_ONCE = 8
+_THREADS = 32  # requests to object stores at a time
 _STRONG_AGE = 60.0  # seconds between Last-Modified and Date that make the former tell one version from another
 
 T = TypeVar("T")
@@ -127,6 +131,7 @@ class Client:
         self.names = Names(policy.allow_private_hosts)
         self.manners = Manners(policy.connections, policy.per_host, policy.per_second)
         self._large = asyncio.Semaphore(_LARGE_AT_ONCE)
+        self._threads = ThreadPoolExecutor(_THREADS, "stores")
 
     async def __aenter__(self) -> Client:
         self._session = aiohttp.ClientSession(
@@ -144,23 +149,29 @@ class Client:
     async def __aexit__(self, *_: object) -> None:
         await self._session.close()
         await self.names.close()
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def fetch(self, url: str, sink: Sink, headers: Mapping[str, str] | None = None) -> int:
         """Bring ``url`` into ``sink``, trying again where that may help; its size in bytes.
 
-        ``headers`` are for the server of ``url`` alone, as credentials in the URL are.
+        ``headers`` are for the server of ``url`` alone, as credentials in the URL are. Of an object in a store
+        ``If-Match`` counts: the version that it must have.
 
         Raises:
             FetchError: ``bad_url``, ``dns``, ``private_address``, ``too_many_redirects``, ``http_404`` and the like,
-                ``tls``, ``too_many_bytes``, ``truncated``, ``connection``, ``timeout``, ``deadline`` or ``host_down``.
+                ``tls``, ``too_many_bytes``, ``truncated``, ``connection``, ``timeout``, ``deadline`` or ``host_down``;
+                of stores ``missing``, ``denied``, ``changed_since_plan`` or ``store_failed``.
                 Retryable is what the server, a new signature or another setting may mend.
             OSError: the sink's own.
         """
-        target = Target.parse(url)
+        check(url)
+        target = Store(url) if is_url(url) else Target.parse(url)
         budget = _Budget(self.policy.deadline, self.policy.deadline)
         for attempt in count():
             self.policy.step()
             try:
+                if isinstance(target, Store):
+                    return await self._object(target, sink, (headers or {}).get("If-Match", ""), budget)
                 return await self._try(target, sink, dict(headers or {}), budget)
             except FetchError as error:
                 wait = max(error.wait, min(_LONGEST_PAUSE, 0.5 * 2**attempt * random.uniform(0.5, 1.5)))
@@ -189,7 +200,7 @@ class Client:
                     continue
                 if response.status not in (HTTPStatus.OK, HTTPStatus.PARTIAL_CONTENT):
                     raise _refusal(response, host)
-                return await self._copy(response, sink, have, budget)
+                return await self._copy(_head(response, have), lambda: self._received(response, budget), sink)
         raise FetchError("too_many_redirects", f"more than {_REDIRECTS}")
 
     @asynccontextmanager
@@ -213,9 +224,36 @@ class Client:
         async with response:
             yield response
 
-    async def _copy(self, response: aiohttp.ClientResponse, sink: Sink, have: int, budget: _Budget) -> int:
-        """The body into the sink; the size of the whole file."""
-        head = _head(response, have)
+    async def _received(self, response: aiohttp.ClientResponse, budget: _Budget) -> bytes:
+        """The next bytes of a body; none at its end."""
+        async with budget.spending(self.policy.timeout):
+            with _network("truncated"):
+                return await response.content.readany()
+
+    async def _object(self, store: Store, sink: Sink, wanted: str, budget: _Budget) -> int:
+        """An object into the sink, of the version ``wanted`` (empty: any); its size."""
+
+        async def asked(do: Callable[[], T]) -> T:
+            async with budget.spending(self.policy.timeout):
+                return await asyncio.get_running_loop().run_in_executor(self._threads, _of_store, do)
+
+        have, version = sink.have()
+        if wanted and version != wanted:
+            have = 0
+        async with self.manners.turn(store.bucket) as host:
+            try:
+                found, pieces = await asked(lambda: store.get("", have, wanted or (version if have else "")))
+            except FetchError as error:
+                if error.reason != "changed_since_plan" or wanted:
+                    raise
+                have = 0  # what is there is of another version
+                found, pieces = await asked(lambda: store.get("", 0, ""))
+            host.answered()
+            head = Head(have, found.size, found.etag, bool(found.etag), CIMultiDict())
+            return await self._copy(head, lambda: asked(lambda: next(pieces, b"")), sink)
+
+    async def _copy(self, head: Head, read: Callable[[], Awaitable[bytes]], sink: Sink) -> int:
+        """The body, which ``read`` gives piece by piece, into the sink; the size of the whole file."""
         if head.length > self.policy.max_bytes:
             raise FetchError("too_many_bytes", f"{head.length}, more than {self.policy.max_bytes}", retryable=True)
         sink.begin(head)
@@ -225,10 +263,7 @@ class Client:
         try:
             while True:
                 self.policy.step()
-                async with budget.spending(self.policy.timeout):
-                    with _network("truncated"):
-                        data = await response.content.readany()
-                if not data:
+                if not (data := await read()):
                     break
                 size += len(data)
                 if size > self.policy.max_bytes:
@@ -244,6 +279,18 @@ class Client:
         if size < head.length:
             raise FetchError("truncated", f"{size} bytes came, {head.length} were announced", at_once=True)
         return size
+
+
+def _of_store(do: Callable[[], T]) -> T:
+    """What ``do`` returns; what a store refuses becomes a FetchError."""
+    try:
+        return do()
+    except StoreError as error:
+        if error.kind == "changed":
+            raise FetchError("changed_since_plan", "the object is not the version that was planned") from None
+        if error.kind in ("missing", "denied"):
+            raise FetchError(error.kind, error.advice, retryable=error.kind == "denied") from None
+        raise FetchError("store_failed", error.advice, at_once=True) from None
 
 
 class _Pace:
@@ -268,17 +315,17 @@ class _Pace:
 
 def _refusal(response: aiohttp.ClientResponse, host: Host) -> FetchError:
     code = response.status
-    wait = _seconds(response.headers.get("Retry-After", ""))
+    wait = retry_after(response.headers.get("Retry-After", ""))
     if code in _BUSY and 0 < wait <= _LONGEST_PAUSE:
         host.pause(wait)
     if code == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
-        return FetchError("bad_range", "the server does not go on where we ended", at_once=True)
+        return FetchError("bad_range", "the server does not resume where we ended", at_once=True)
     return FetchError(f"http_{code}", retryable=code in _LATER, at_once=code in _AT_ONCE, wait=wait)
 
 
-def _seconds(retry_after: str) -> float:
-    """What a Retry-After header asks for, as a number of seconds or as a date."""
-    text = retry_after.strip()
+def retry_after(header: str) -> float:
+    """Seconds that a Retry-After header asks for, as a number or as a date; 0 if it is empty or neither."""
+    text = header.strip()
     if re.fullmatch(r"[0-9]{1,9}", text):
         return float(text)
     date = _date(text)

@@ -1,4 +1,4 @@
-"""Many small files at a time, from an event loop in a thread of its own; they come back in the order asked for."""
+"""Downloads many small files concurrently, in an event loop in its own thread, and returns them in order."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from urllib.robotparser import RobotFileParser
 from pipeline.samples import SampleError
 from pipeline.sources.http.client import Client, Head, Policy, Sink
 from pipeline.sources.http.target import FetchError, Target
+from pipeline.stores import is_url
 
 _HELD = 256 << 20  # bytes of files that wait in memory until it is their turn; more of them wait on the disk
 _ROBOTS = 512 << 10  # bytes of a robots.txt that are read
@@ -172,6 +173,8 @@ class _Robots:
 
     async def check(self, client: Client, url: str) -> None:
         """Raises FetchError ``robots_txt`` if the host does not want us to ask for ``url``."""
+        if is_url(url):
+            return
         target = Target.parse(url)
         rules = self._known.get(target.origin)
         if rules is None or (rules.done() and not rules.cancelled() and rules.exception()):

@@ -1,4 +1,5 @@
-"""What hosts may expect of us: few requests at a time, pauses when they ask, and no knocking on dead doors."""
+"""Politeness towards hosts: few concurrent requests, pauses on request, and no further requests to hosts that are
+down."""
 
 from __future__ import annotations
 

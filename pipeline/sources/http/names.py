@@ -49,7 +49,7 @@ class Names(AbstractResolver):
         return found
 
     def forget(self, host: str) -> None:
-        """Look ``host`` up anew the next time."""
+        """Look ``host`` up again the next time."""
         self._known.pop(host, None)
 
     async def resolve(self, host: str, port: int = 0, family: Any = socket.AF_INET) -> list[Any]:

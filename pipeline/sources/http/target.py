@@ -1,4 +1,4 @@
-"""Where a request goes: URLs in parts, and which addresses are nobody's business from outside."""
+"""Parts of a URL, and the check that an address is public."""
 
 from __future__ import annotations
 
@@ -7,11 +7,24 @@ import re
 from dataclasses import dataclass, replace
 from urllib.parse import quote, unquote_to_bytes, urljoin, urlsplit
 
+from pipeline import stores
+from pipeline.config.schema import ConfigError
 from pipeline.samples import SampleError
 
 _PORTS = {"http": 80, "https": 443}
 _HOST = re.compile(r"[0-9A-Za-z._:%-]+")
 _URL_SAFE = "/%:;=@!$&'()*+,~?"
+
+
+def check(url: str) -> None:
+    """Raises FetchError ``bad_url`` for what is neither a URL nor an address in an object store."""
+    if not stores.is_url(url):
+        Target.parse(url)
+        return
+    try:
+        stores.canonical(url)
+    except ConfigError as error:
+        raise FetchError("bad_url", str(error)) from None
 
 
 class FetchError(SampleError):
@@ -50,7 +63,9 @@ class Target:
         except ValueError:
             raise FetchError("bad_url", "it cannot be understood") from None
         if scheme not in _PORTS or not _HOST.fullmatch(host):
-            raise FetchError("bad_url", "only http and https URLs with a host are followed")
+            raise FetchError(
+                "bad_url", "only http and https URLs with a host, s3://, gs://, az:// and hf:// are followed"
+            )
         path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         user = parts.netloc.rpartition("@")[0]
         return cls(

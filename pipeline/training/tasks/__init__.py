@@ -1,1 +1,1 @@
-"""What there is to learn: each task owns its model, loss and metrics."""
+"""Training tasks: each owns its model, loss and metrics."""

@@ -1,4 +1,4 @@
-"""The one interface between the training loop and what is learned."""
+"""The interface of a training task, between stage=train and the training loop."""
 
 from __future__ import annotations
 
@@ -7,9 +7,14 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
-import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+
+from pipeline.config.schema import TrainConfig
+from pipeline.loading import Batches
+from pipeline.partitions.dataset import Dataset
+from pipeline.partitions.stage import open_input
 
 Batch = dict[str, Tensor]
 
@@ -26,9 +31,9 @@ class Keys:
 
     seed: int
     step: int
-    slots: np.ndarray
-    positions: np.ndarray
-    epochs: np.ndarray
+    slots: npt.NDArray[Any]
+    positions: npt.NDArray[Any]
+    epochs: npt.NDArray[Any]
 
     def part(self, some: slice) -> Keys:
         """Those of some of the samples."""
@@ -41,6 +46,36 @@ class Task(ABC):
     name: ClassVar[str]
     model: nn.Module
     """The bare network. The loop trains it, or a wrapper around it."""
+
+    @classmethod
+    def input(cls, config: TrainConfig) -> Dataset | None:
+        """The finished dataset directory that is trained on: ``input=``, or by default what stage=precompute made.
+
+        None: the task reads something else, which :meth:`from_config` opens.
+
+        Raises:
+            ConfigError, Unfinished: there is none, or it is not finished.
+        """
+        return open_input(config, "train")
+
+    @classmethod
+    def from_config(
+        cls, config: TrainConfig, dataset: Dataset | None, device: str | torch.device = "cpu"
+    ) -> tuple[Task, Batches, Batches | None]:
+        """The task, what it is trained on, and what it is measured on meanwhile.
+
+        Args:
+            dataset: what :meth:`input` has found.
+            device: where networks compute that are no part of what is trained.
+
+        Raises:
+            ConfigError: the data do not fit the settings.
+        """
+        raise NotImplementedError(f"task={cls.name} cannot be chosen by a setting")
+
+    def remarks(self, config: TrainConfig) -> list[str]:
+        """What a person should know before the training begins, a line each."""
+        return []
 
     on_host: ClassVar[frozenset[str]] = frozenset()
     """What of a prepared batch stays on the CPU."""
@@ -74,7 +109,7 @@ class Task(ABC):
         """What is logged, from the means over the whole validation set."""
         return means
 
-    def pictures(self, network: nn.Module | None) -> np.ndarray | None:
+    def pictures(self, network: nn.Module | None) -> npt.NDArray[Any] | None:
         """What the report shows of an evaluation, uint8 (n, h, w, 3), if anything; of None: what it should be like.
 
         All ranks are asked at once, and get the same.

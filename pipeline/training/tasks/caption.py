@@ -1,33 +1,37 @@
-"""Pictures to texts: next-token prediction given a frozen encoder's features; captions, or answers to questions."""
+"""Images to texts: next-token prediction given a frozen encoder's features; captions, or answers to questions."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from pipeline.config.schema import ConfigError, TrainConfig
+from pipeline.config.schema import CaptionTaskOptions, ConfigError, TrainConfig
 from pipeline.curation.splits import Splits
 from pipeline.encoders.tokenizer import Tokenizer, pretrained, train_bpe
 from pipeline.encoders.vision import VisionEncoder, vision_encoder
 from pipeline.imaging import transform
 from pipeline.loading import Batches, Rows
-from pipeline.metrics.captions import Cider, bleu_counts, bleu_of, rouge_l, words
+from pipeline.metrics.caption_metrics import Cider, bleu_counts, bleu_of, rouge_l, words
 from pipeline.models.captioner import Captioner, CaptionerConfig, captioner_config
-from pipeline.models.decoding import Decoding, Marks, write
+from pipeline.models.text_generation import Decoding, Marks, write
 from pipeline.partitions.dataset import Dataset, RandomAccess
+from pipeline.partitions.stage import open_input, place_of
 from pipeline.randomness import keyed_seed
+from pipeline.registry import tasks
 from pipeline.samples import Row
 from pipeline.training.checkpoint import Checkpoint, finished_run, require_same_network
-from pipeline.training.feed import Chosen, Picked, split
+from pipeline.training.feed import Chosen, ChosenInBuckets, Picked, split
 from pipeline.training.images import Augmentation
 from pipeline.training.selfcritical import self_critical_losses
 from pipeline.training.tasks.base import Batch, Keys, Task
@@ -35,6 +39,14 @@ from pipeline.training.tasks.base import Batch, Keys, Task
 _LEARNED_FROM = 5000  # samples that tell the tokenizer its tokens, and CIDEr how rare words are
 _MEASURED = 256  # samples that texts are written for, where no validation set is kept out
 _COUNTS = (*(f"{what}_{n}" for what in ("matches", "grams") for n in (1, 2, 3, 4)), "length", "nearest_length")
+
+
+def _without_network(encoder: VisionEncoder | None) -> VisionEncoder | None:
+    """A copy that can preprocess images; the network may be on a GPU, which worker processes must not touch."""
+    encoder = copy.copy(encoder)
+    if encoder is not None:
+        encoder.__dict__.pop("model", None)
+    return encoder
 
 
 class CaptionDataset:
@@ -62,11 +74,15 @@ class CaptionDataset:
         self.shape = (encoder.tokens, encoder.width) if encoder else shape
         self.dtype = dtype
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What worker processes get."""
+        return {**self.__dict__, "encoder": _without_network(self.encoder)}
+
     def __len__(self) -> int:
         return len(self.rows)
 
-    def batch(self, positions: np.ndarray) -> Batch:
-        """``features`` (b, m, width) float32, or ``pictures`` uint8 (b, h, w, 3), of which those of ``edges`` (b, 2)
+    def batch(self, positions: npt.NDArray[Any], epochs: npt.NDArray[Any] | None = None) -> Batch:
+        """``features`` (b, m, width) float32, or ``images`` uint8 (b, h, w, 3), of which those of ``edges`` (b, 2)
         count; ``tokens`` (b, c, max_length) int64, all texts of each sample; ``count`` (b,), how many; ``start``
         (b, c), where each text begins behind its question."""
         rows = self.rows.rows([int(position) for position in positions])
@@ -77,25 +93,25 @@ class CaptionDataset:
         tokens = self.tokenizer.encode([text for _, text in filled], self.max_length, asked)
         starts = (tokens == self.tokenizer.answer).argmax(1) + 1 if self.questions else np.ones(len(tokens), np.int64)
         return {
-            **self._pictures(rows),
+            **self._images(rows),
             "tokens": torch.from_numpy(tokens).view(len(rows), most, -1),
             "count": torch.tensor([len(texts) for texts in pairs]),
             "start": torch.from_numpy(starts).view(len(rows), most),
         }
 
-    def _pictures(self, rows: Sequence[Row]) -> Batch:
+    def _images(self, rows: Sequence[Row]) -> Batch:
         if self.encoder is None:
             values = [np.frombuffer(row["features"], self.dtype).reshape(self.shape) for row in rows]
             return {"features": torch.from_numpy(np.stack(values).astype(np.float32))}
         found = [_pixels(row) for row in rows]
-        edges = np.array([picture.shape[:2] for picture in found])
-        pictures = np.zeros((len(found), *edges.max(0), 3), np.uint8)
-        for place, picture in zip(pictures, found, strict=True):
-            place[: picture.shape[0], : picture.shape[1]] = picture
-        return {"pictures": torch.from_numpy(pictures), "edges": torch.from_numpy(edges)}
+        edges = np.array([image.shape[:2] for image in found])
+        images = np.zeros((len(found), *edges.max(0), 3), np.uint8)
+        for place, image in zip(images, found, strict=True):
+            place[: image.shape[0], : image.shape[1]] = image
+        return {"images": torch.from_numpy(images), "edges": torch.from_numpy(edges)}
 
 
-def _pixels(row: Row) -> np.ndarray:
+def _pixels(row: Row) -> npt.NDArray[Any]:
     if "picture" in row:
         return np.asarray(row["picture"])
     return transform.decode(row["jpg"], transform.probe(row["jpg"], transform.Limits()))
@@ -108,6 +124,7 @@ def texts_of(row: Row, questions: bool) -> list[tuple[str, str]]:
     return [("", caption) for caption in row["captions"]] or [("", "")]
 
 
+@tasks.register("caption", CaptionTaskOptions)
 class Caption(Task):
     """A :class:`Captioner`; in each epoch another of a sample's texts is learned.
 
@@ -120,6 +137,65 @@ class Caption(Task):
     name = "caption"
     model: Captioner
     on_host = frozenset({"all", "count", "asked", "asked_until"})
+
+    @classmethod
+    def input(cls, config: TrainConfig) -> Dataset | None:
+        """Features or, with ``encoder=``, images; None: the HDF5 file of captions that stage=feidegger made."""
+        if config.input.endswith(".h5"):
+            return None
+        if config.input:
+            return open_input(config, "train")
+        upstream = "shard" if config.encoder else "features"
+        return open_input(replace(config, input=str(place_of(config, upstream))), "train")
+
+    @classmethod
+    def from_config(
+        cls, config: TrainConfig, dataset: Dataset | None, device: str | torch.device = "cpu"
+    ) -> tuple[Task, Batches, Batches | None]:
+        if dataset is None:
+            return cls._from_file(config, device)
+        questions = config.prompt == "question"
+        dataset.require_columns(
+            "key", "jpg" if config.encoder else "features", "questions" if questions else "captions"
+        )
+        encoder = vision_encoder(config.encoder, config.features, device) if config.encoder else None
+        rows = RandomAccess(dataset)
+        places = _split_by_file(config, dataset, rows) if config.split_file else {"train": np.arange(len(rows))}
+        start = _start(config)
+        known = start.facts["preprocessing"]["tokenizer"] if start else None
+        tokenizer = Tokenizer.from_json(known) if known else tokenizer_of(config, rows, places["train"])
+        data = _data_of(config, dataset, rows, tokenizer, encoder)
+        trained: Batches = Picked(data, places["train"]) if config.split_file else data
+        valid: Chosen | ChosenInBuckets | Picked
+        if "valid" in places:
+            valid = Picked(data, places["valid"])
+        elif config.valid_input:
+            other = Dataset.open(Path(config.valid_input))
+            other.require_success()
+            others = _data_of(config, other, RandomAccess(other), tokenizer, encoder)
+            valid = Chosen(others, config.seed, 0, len(others))
+        elif config.valid_fraction:
+            trained, valid = split(data, config.valid_fraction, config.seed)
+        else:
+            valid = Chosen(data, config.seed, 0, min(_MEASURED, len(data)))
+        about = encoder.describe() if encoder else dataset.header["extra"]["encoder"]
+        documents = _documents(config, rows, places["train"])
+        return cls(config, data, about, _references(valid), documents, start), trained, valid
+
+    @classmethod
+    def _from_file(cls, config: TrainConfig, device: str | torch.device) -> tuple[Task, Batches, Batches | None]:
+        """As :meth:`from_config`, of the HDF5 file that stage=feidegger made."""
+        from pipeline.feidegger import Pictures
+
+        if not config.encoder:
+            raise ConfigError(f"input={config.input} holds pixels: set encoder=")
+        encoder = vision_encoder(config.encoder, config.features, device)
+        train, valid = Pictures(config.input, "train"), Pictures(config.input, "val")
+        data, other = (CaptionDataset(p, train.tokenizer, train.max_length, encoder, False) for p in (train, valid))
+        measured = Chosen(other, config.seed, 0, min(_MEASURED, len(other)))
+        documents = _documents(config, train, np.arange(len(train)))
+        task = cls(config, data, encoder.describe(), _references(measured), documents, _start(config))
+        return task, data, measured if len(other) else None
 
     def __init__(
         self,
@@ -135,12 +211,12 @@ class Caption(Task):
         self.cider, self.documents = Cider(references), Cider(documents)
         self.critical, self.draws = config.objective == "cider", config.draws
         if self.critical and config.draws < 2:
-            raise ConfigError(f"draws={config.draws}: each drawn text is compared with others: at least 2")
+            raise ConfigError(f"draws={config.draws}: each sampled text is compared with others: at least 2")
         self._augmented = Augmentation(config)
         if self._augmented.given and not self.encoder:
             name = self._augmented.given[0]
             raise ConfigError(
-                f"{name}={getattr(config, name)}: stored features cannot be augmented; with encoder= pictures can"
+                f"{name}={getattr(config, name)}: stored features cannot be augmented; with encoder= images can"
             )
         tokens, width = data.shape
         torch.manual_seed(keyed_seed(config.seed, "weights"))
@@ -178,22 +254,20 @@ class Caption(Task):
 
     def for_workers(self) -> Self:
         twin = super().for_workers()
-        if twin.encoder is not None:
-            twin.encoder = copy.copy(twin.encoder)
-            twin.encoder.__dict__.pop("model", None)
+        twin.encoder = _without_network(twin.encoder)
         return twin
 
     def _pixels(self, batch: Batch, keys: Keys) -> Tensor:
-        """What the encoder takes; in training, of augmented pictures."""
+        """What the encoder takes; in training, of augmented images."""
         assert self.encoder is not None
         edges = batch["edges"].tolist()
-        pictures = [picture[:h, :w] for picture, (h, w) in zip(batch["pictures"], edges, strict=True)]
+        images = [image[:h, :w] for image, (h, w) in zip(batch["images"], edges, strict=True)]
         if self._augmented.given and keys.step >= 0:
-            pictures = [
-                self._augmented(picture.permute(2, 0, 1)[None], keys.part(slice(i, i + 1)))[0].permute(1, 2, 0)
-                for i, picture in enumerate(pictures)
+            images = [
+                self._augmented(image.permute(2, 0, 1)[None], keys.part(slice(i, i + 1)))[0].permute(1, 2, 0)
+                for i, image in enumerate(images)
             ]
-        return self.encoder.preprocess([picture.contiguous().numpy() for picture in pictures])
+        return self.encoder.preprocess([image.contiguous().numpy() for image in images])
 
     def losses(self, network: nn.Module, batch: Batch, keys: Keys) -> Tensor:
         """Cross-entropy per token of each sample's text, (b,), with label smoothing while training; with
@@ -242,8 +316,8 @@ class Caption(Task):
         how = Decoding(top_p=1.0, draws=self.draws, max_length=self._room(prompts), seed=self.seed)
         names = [f"{keys.step} {slot}" for slot in keys.slots]
 
-        def reward(picture: int, text: list[int]) -> float:
-            return self.documents.score(words(self.tokenizer.decode([text])[0]), known[picture])
+        def reward(image: int, text: list[int]) -> float:
+            return self.documents.score(words(self.tokenizer.decode([text])[0]), known[image])
 
         marks = marks_of(self.tokenizer)
         self.model.eval()
@@ -279,7 +353,7 @@ class Caption(Task):
         return {"model": self.model.config.to_dict()}
 
     def preprocessing(self) -> dict[str, Any]:
-        """The encoder and the tokenizer: with the weights, all that it takes to write about new pictures."""
+        """The encoder and the tokenizer: with the weights, all that it takes to write about new images."""
         return {"encoder": self.about_encoder, "prompt": self.prompt, "tokenizer": self.tokenizer.to_json()}
 
 
@@ -300,45 +374,7 @@ def marks_of(tokenizer: Tokenizer) -> Marks:
     return Marks(tokenizer.pad, tokenizer.end, (tokenizer.pad, tokenizer.begin, tokenizer.answer))
 
 
-def learned(
-    config: TrainConfig, dataset: Dataset | None, device: str | torch.device = "cpu"
-) -> tuple[Task, Batches, Batches | None]:
-    """The task, what it is trained on, and what it is measured on meanwhile.
-
-    Args:
-        dataset: with features, or (encoder=) with pictures; None: ``config.input`` is what stage=feidegger made.
-        device: where the encoder computes.
-    """
-    if dataset is None:
-        return _learned_from_file(config, device)
-    questions = config.prompt == "question"
-    dataset.require_columns("key", "jpg" if config.encoder else "features", "questions" if questions else "captions")
-    encoder = vision_encoder(config.encoder, config.features, device) if config.encoder else None
-    rows = RandomAccess(dataset)
-    places = _split_by_file(config, dataset, rows) if config.split_file else {"train": np.arange(len(rows))}
-    start = _start(config)
-    known = start.facts["preprocessing"]["tokenizer"] if start else None
-    tokenizer = Tokenizer.from_json(known) if known else tokenizer_of(config, rows, places["train"])
-    data = _data_of(config, dataset, rows, tokenizer, encoder)
-    trained: Batches = Picked(data, places["train"]) if config.split_file else data
-    valid: Chosen | Picked
-    if "valid" in places:
-        valid = Picked(data, places["valid"])
-    elif config.valid_input:
-        other = Dataset.open(Path(config.valid_input))
-        other.require_success()
-        others = _data_of(config, other, RandomAccess(other), tokenizer, encoder)
-        valid = Chosen(others, config.seed, 0, len(others))
-    elif config.valid_fraction:
-        trained, valid = split(data, config.valid_fraction, config.seed)
-    else:
-        valid = Chosen(data, config.seed, 0, min(_MEASURED, len(data)))
-    about = encoder.describe() if encoder else dataset.header["extra"]["encoder"]
-    documents = _documents(config, rows, places["train"])
-    return Caption(config, data, about, _references(valid), documents, start), trained, valid
-
-
-def _split_by_file(config: TrainConfig, dataset: Dataset, rows: RandomAccess) -> dict[str, np.ndarray]:
+def _split_by_file(config: TrainConfig, dataset: Dataset, rows: RandomAccess) -> dict[str, npt.NDArray[Any]]:
     """Where the images of train and valid are; those of test are seen by nobody.
 
     Raises:
@@ -361,21 +397,7 @@ def _data_of(
     return CaptionDataset(rows, tokenizer, config.max_length, encoder, config.prompt == "question", *stored)
 
 
-def _learned_from_file(config: TrainConfig, device: str | torch.device) -> tuple[Task, Batches, Batches | None]:
-    from pipeline.feidegger import Pictures
-
-    if not config.encoder:
-        raise ConfigError(f"input={config.input} holds pixels: name an encoder=")
-    encoder = vision_encoder(config.encoder, config.features, device)
-    train, valid = Pictures(config.input, "train"), Pictures(config.input, "val")
-    data, other = (CaptionDataset(p, train.tokenizer, train.max_length, encoder, False) for p in (train, valid))
-    measured = Chosen(other, config.seed, 0, min(_MEASURED, len(other)))
-    documents = _documents(config, train, np.arange(len(train)))
-    task = Caption(config, data, encoder.describe(), _references(measured), documents, _start(config))
-    return task, data, measured if len(other) else None
-
-
-def tokenizer_of(config: TrainConfig, rows: Rows, places: np.ndarray) -> Tokenizer:
+def tokenizer_of(config: TrainConfig, rows: Rows, places: npt.NDArray[Any]) -> Tokenizer:
     """As named, or learned from the texts of the samples at ``places``."""
     if config.tokenizer != "bpe":
         return pretrained(config.tokenizer)
@@ -384,7 +406,7 @@ def tokenizer_of(config: TrainConfig, rows: Rows, places: np.ndarray) -> Tokeniz
     return train_bpe(texts, config.vocab_size)
 
 
-def _some(rows: Rows, places: np.ndarray) -> Iterator[Row]:
+def _some(rows: Rows, places: npt.NDArray[Any]) -> Iterator[Row]:
     """Samples for what is found out from the texts, spread evenly."""
     chosen = np.unique(np.linspace(0, len(places) - 1, min(len(places), _LEARNED_FROM)).astype(int))
     for place in places[chosen].tolist():
@@ -395,7 +417,7 @@ def _start(config: TrainConfig) -> Checkpoint | None:
     return finished_run(config.start_from, "caption") if config.start_from else None
 
 
-def _documents(config: TrainConfig, rows: Rows, places: np.ndarray) -> list[list[str]]:
+def _documents(config: TrainConfig, rows: Rows, places: npt.NDArray[Any]) -> list[list[str]]:
     """Captions of the training set, where they are needed."""
     if config.objective != "cider":
         return []
@@ -403,7 +425,7 @@ def _documents(config: TrainConfig, rows: Rows, places: np.ndarray) -> list[list
     return [[words(text) for _, text in texts_of(row, questions)] for row in _some(rows, places)]
 
 
-def _references(valid: Chosen | Picked) -> list[list[str]]:
+def _references(valid: Chosen | ChosenInBuckets | Picked) -> list[list[str]]:
     """The captions of the samples that are measured: they say which words are rare."""
     data = valid.data
     assert isinstance(data, CaptionDataset)

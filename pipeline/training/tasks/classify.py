@@ -1,7 +1,8 @@
-"""Which class an image belongs to."""
+"""Image classification."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,18 +10,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.config.schema import ConfigError, TrainConfig
+from pipeline.config.schema import ClassifyOptions, ConfigError, TrainConfig
+from pipeline.loading import Batches
 from pipeline.models.constants import channels
 from pipeline.models.vision_mamba import VisionMamba, vision_mamba_config
+from pipeline.partitions.dataset import Dataset, RandomAccess
+from pipeline.partitions.stage import open_input
 from pipeline.randomness import keyed_seed
+from pipeline.registry import tasks
+from pipeline.training.feed import split
 from pipeline.training.images import Augmentation, ImageDataset, centre, mixes
+from pipeline.training.loggers import forward_flops
 from pipeline.training.tasks.base import Batch, Keys, Task
 
 _MEASURED = 2048  # images that mean and deviation are taken from
+_MANY_TOKENS = 1024
+_RESOLUTION = 224
 _MODEL = ("patch", "stem", "blocks", "mixer", "pool", "depth", "d_state", "d_conv", "expand", "heads")
 """Settings of the model whose empty value, "" or 0, means: as the size has it."""
 
 
+@tasks.register("classify", ClassifyOptions)
 class Classify(Task):
     """A :class:`VisionMamba` that learns labels.
 
@@ -32,6 +42,21 @@ class Classify(Task):
     metric = "valid_accuracy"
     higher_is_better = True
     model: VisionMamba
+
+    @classmethod
+    def input(cls, config: TrainConfig) -> Dataset:
+        """Images with labels; by default what stage=shard made."""
+        return open_input(config, "precompute")
+
+    @classmethod
+    def from_config(
+        cls, config: TrainConfig, dataset: Dataset | None, device: str | torch.device = "cpu"
+    ) -> tuple[Task, Batches, Batches | None]:
+        assert dataset is not None
+        dataset.require_columns("jpg", "label")
+        config = replace(config, resolution=config.resolution or _RESOLUTION)
+        images = ImageDataset(RandomAccess(dataset), round(config.resolution * config.enlarge))
+        return cls(config, images), *split(images, config.valid_fraction, config.seed)
 
     def __init__(self, config: TrainConfig, data: ImageDataset) -> None:
         self.config = config
@@ -47,6 +72,18 @@ class Classify(Task):
         self.model = VisionMamba(vision_mamba_config(config.model, (3, self.size, self.size), self.classes, **settings))
         self._augmented = Augmentation(config, self.size)
         self._mixing = config.mixup > 0 or config.cutmix > 0
+
+    def remarks(self, config: TrainConfig) -> list[str]:
+        """Models of small images on large ones have very many tokens: seldom what was meant."""
+        shape = self.model.config
+        tokens = (shape.height // shape.patch) * (shape.width // shape.patch)
+        if config.patch or tokens <= _MANY_TOKENS:
+            return []
+        return [
+            f"model={config.model} cuts images of {shape.width} px into patches of {shape.patch} px: {tokens} tokens, "
+            f"{3 * forward_flops(self.model, self.example()) / 1e9:.1f} GFLOP for each image and step. patch=16 has "
+            f"{(shape.height // 16) * (shape.width // 16)} tokens; resolution= takes smaller images"
+        ]
 
     def prepare(self, batch: Batch, keys: Keys) -> Batch:
         if keys.step < 0:
@@ -118,7 +155,7 @@ def _mixed(images: Tensor, targets: Tensor, keep: Tensor, box: Tensor) -> tuple[
 def _classes(config: TrainConfig, data: ImageDataset) -> int:
     if data.labels is None:
         if not config.classes:
-            raise ConfigError("classes=...: how many there are; this data set is too large to look at all of it")
+            raise ConfigError("classes=...: how many there are; this dataset is too large to count them")
         return config.classes
     found = int(data.labels.max()) + 1
     if config.classes and config.classes < found:

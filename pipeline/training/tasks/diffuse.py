@@ -1,4 +1,4 @@
-"""Text to image: diffusion on latents."""
+"""Text-to-image generation: diffusion on latents."""
 
 from __future__ import annotations
 
@@ -6,42 +6,33 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from pipeline.config.schema import ConfigError, TrainConfig
+from pipeline.config.schema import ConfigError, DiffuseOptions, TrainConfig
 from pipeline.encoders.base import autoencoder, to_pixels
-from pipeline.loading import Batches, order
+from pipeline.imaging.contact_sheet import on_one_canvas
+from pipeline.loading import Batches
 from pipeline.models.constants import channels
 from pipeline.models.diffusion_process import Process, process_of
 from pipeline.models.dit import DiT, DiTConfig, dit_config, kept_tokens, patchify, take
 from pipeline.models.sampling import sample
+from pipeline.partitions.dataset import Dataset
+from pipeline.partitions.stage import input_folder, open_input
 from pipeline.randomness import generator, keyed_seed, normals
+from pipeline.registry import tasks
+from pipeline.training.feed import Picked, shape_ranges, some, split
+from pipeline.training.stored_latents import LatentInfo as LatentInfo
+from pipeline.training.stored_latents import is_foreign, latents_of
 from pipeline.training.tasks.base import Batch, Keys, Task
 
 _MEASURED = 1024  # samples that the normalisation is measured on
-EVALUATED = 256  # samples that the loss is measured on, where no validation set is kept out
+_EVALUATED = 256  # samples that the loss is measured on, where no validation set is kept out
 _QUARTERS = 4
 _EDGE = 0.005  # what is left out of the distribution of levels at both ends, where a metric is taken
 _CACHED_TOKENS = 2048  # fewer make small matrix products, more fall out of the caches
 _GOLDEN = (5**0.5 - 1) / 2  # multiples of it, modulo 1, are evenly spread
-
-
-@dataclass(frozen=True)
-class LatentInfo:
-    """Where latents come from: what it takes to make new ones of prompts and pictures of them.
-
-    ``data``: content digest of the dataset that they were read from. ``moments``: what is stored are means and
-    deviations, (2c, h, w); ``image_shape`` is that of a sample.
-    """
-
-    autoencoder: str
-    text_encoder: str
-    resolution: int
-    image_shape: tuple[int, int, int]
-    caption_shape: tuple[int, int]
-    data: str = ""
-    moments: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,10 +47,10 @@ class Normalisation:
 
     @classmethod
     def measure(cls, latents: Tensor) -> Normalisation:
-        """Of (n, c, h, w)."""
+        """Of (n, c, ...)."""
         exact = latents.double()
-        mean = exact.mean((0, 2, 3))
-        scale = (exact - mean[None, :, None, None]).square().mean().sqrt()
+        mean = exact.transpose(0, 1).flatten(1).mean(1) if exact.dim() == 3 else exact.mean((0, 2, 3))
+        scale = (exact - mean.view(1, -1, *[1] * (exact.dim() - 2))).square().mean().sqrt()
         return cls(tuple(round(m, 6) for m in mean.tolist()), round(max(float(scale), 1e-6), 6))
 
     def apply(self, latents: Tensor) -> Tensor:
@@ -72,11 +63,29 @@ class Normalisation:
         return channels(self.mean, like.dtype, like.device)
 
 
+@tasks.register("diffuse", DiffuseOptions)
 class Diffuse(Task):
-    """A :class:`DiT` that learns to take the noise from pictures' latents, given text states."""
+    """A :class:`DiT` that learns to take the noise from images' latents, given text states."""
 
     name = "diffuse"
     model: DiT
+
+    @classmethod
+    def input(cls, config: TrainConfig) -> Dataset | None:
+        """Latents; None: a folder of MDS that no stage has made."""
+        return None if is_foreign(input_folder(config, "train")) else open_input(config, "train")
+
+    @classmethod
+    def from_config(
+        cls, config: TrainConfig, dataset: Dataset | None, device: str | torch.device = "cpu"
+    ) -> tuple[Task, Batches, Batches | None]:
+        data, info = latents_of(config, dataset.root.path if dataset else input_folder(config, "train"))
+        task = cls(config, data, info)
+        if config.valid_fraction:
+            return task, *split(data, config.valid_fraction, config.seed)
+        if getattr(data, "stream", None):  # from elsewhere: those of few shards
+            return task, data, Picked(data, np.arange(min(_EVALUATED, len(data))))
+        return task, data, some(data, _EVALUATED, config.seed)
 
     def __init__(self, config: TrainConfig, data: Batches, info: LatentInfo) -> None:
         self.info = info
@@ -86,27 +95,34 @@ class Diffuse(Task):
             | ({"sigma_data": config.sigma_data} if config.process == "edm" else {})
         )
         torch.manual_seed(keyed_seed(config.seed, "weights"))
-        self.model = DiT(dit_config(config.model, info.image_shape, info.caption_shape))
-        self.tokens = self.model.config.tokens
-        self.kept = kept_tokens(self.tokens, config.mask_ratio)
+        network = dit_config(config.model, info.image_shape, info.caption_shape)
+        self.model = DiT(replace(network, size_condition=config.size_condition))
+        self.mask_ratio = config.mask_ratio
+        self.kept = kept_tokens(network.tokens, config.mask_ratio)
+        self.size_condition, self.patch = config.size_condition, network.patch
         if config.start_from:
             self.normalisation = start_from(config.start_from, self.model, self.process)
         else:
-            latents = _first(data, config.seed, _MEASURED)["image_latents"]
-            self.normalisation = Normalisation.measure(latents.chunk(2, 1)[0] if info.moments else latents)
-        self._shown = _first(data, config.seed, config.show) if config.show else {}
+            batches = [batch["image_latents"] for batch in _first(data, config.seed, _MEASURED)]
+            latents = [batch.chunk(2, 1)[0] if info.moments else batch for batch in batches]
+            self.normalisation = Normalisation.measure(latents[0] if len(latents) == 1 else _of_all_shapes(latents))
+        self._shown = _first(data, config.seed, config.show) if config.show else []
 
     def prepare(self, batch: Batch, keys: Keys) -> Batch:
         """``x``: normalised latents (b, c, h, w); of stored moments a sample, which is another one at every step.
-        ``text``, and all that is drawn at random: ``levels``, ``noise``, ``drop``, with a mask ``keep``; see
+        ``text``: as stored, and all that is drawn at random: ``levels``, ``noise``, ``drop``, with a mask ``keep``; see
         :class:`Drawn`. In an evaluation levels are spread as in training, noise is fixed, and nothing is hidden;
         ``quarter`` (b,) is that of the levels, 0 (clean) to 3."""
         latents = batch["image_latents"]
         x = self.normalisation.apply(posterior_sample(latents, keys) if self.info.moments else latents)
         shape = tuple(x.shape[1:])
         prepared = {"x": x, "text": batch["caption_latents"]}
+        if self.size_condition:
+            prepared["sizes"] = self._sizes(batch)
         if keys.step >= 0:
-            drawn = draw(keys, shape, self.drop, self.process, self.tokens, self.kept)
+            tokens = shape[1] * shape[2] // self.patch**2
+            kept = kept_tokens(tokens, self.mask_ratio)
+            drawn = draw(keys, shape, self.drop, self.process, tokens, kept)
             return prepared | drawn.to_dict()
         drawn = draw(keys, shape, 0.0, self.process)
         place = torch.from_numpy((keys.slots * _GOLDEN + 0.5) % 1).clamp(_EDGE, 1 - _EDGE)
@@ -114,10 +130,19 @@ class Diffuse(Task):
         drawn = replace(drawn, levels=levels, drop=torch.zeros_like(drawn.drop))
         return prepared | drawn.to_dict() | {"quarter": (place * _QUARTERS).long()}
 
+    def _sizes(self, batch: Batch) -> Tensor:
+        """Float32 (b, 6), see :class:`pipeline.models.dit.SizeCondition`; square latents count as whole images."""
+        if "size_conditions" in batch:
+            return batch["size_conditions"]
+        edge = float(self.info.resolution)
+        return torch.tensor([edge, edge, 0.0, 0.0, edge, edge]).repeat(len(batch["image_latents"]), 1)
+
     def losses(self, network: nn.Module, batch: Batch, keys: Keys) -> Tensor:
         """Mean squared error of the prediction, (b,), at a random level, some captions dropped, some tokens masked."""
         drawn = Drawn(batch["levels"], batch["noise"], batch["drop"], batch.get("keep"))
-        return diffusion_losses(network, self.process, batch["x"], batch["text"], drawn, self.model.config.patch)
+        text = batch["text"].float()  # on the device
+        patch, sizes = self.model.config.patch, batch.get("sizes")
+        return diffusion_losses(network, self.process, batch["x"], text, drawn, patch, sizes)
 
     def measure(self, network: nn.Module, batch: Batch, keys: Keys) -> dict[str, tuple[Tensor, Tensor]]:
         """``valid_loss``, and ``loss_t1`` ... ``loss_t4``, that of each quarter of the levels, clean to noisy."""
@@ -125,18 +150,28 @@ class Diffuse(Task):
         parts = {f"loss_t{q + 1}": (losses, (batch["quarter"] == q).float()) for q in range(_QUARTERS)}
         return {"valid_loss": (losses, torch.ones_like(losses)), **parts}
 
-    def pictures(self, network: nn.Module | None) -> np.ndarray | None:
+    def pictures(self, network: nn.Module | None) -> npt.NDArray[Any] | None:
         """The first ``show`` samples of the first epoch: as they are stored, or drawn from their texts."""
         if not self._shown:
             return None
-        latents = self._shown["image_latents"]
+        images: list[npt.NDArray[Any]] = []
+        for batch in self._shown:
+            images += list(self._generated(network, batch, len(images)))
+        return on_one_canvas(images)
+
+    def _generated(self, network: nn.Module | None, batch: Batch, first: int) -> npt.NDArray[Any]:
+        """Those of a batch, uint8 (b, h, w, 3); ``first``: number of its first."""
+        latents = batch["image_latents"]
         latents = latents.chunk(2, 1)[0] if self.info.moments else latents
         device = next(self.model.parameters()).device
         vae = autoencoder(self.info.autoencoder, device)
         if network is not None:
-            noise = np.stack([normals(self.info.image_shape, 0, "shown", number) for number in range(len(latents))])
-            text = self._shown["caption_latents"].to(device)
-            drawn = sample(network, torch.from_numpy(noise).to(device), text, guidance=1.5, process=self.process)
+            shape = tuple(latents.shape[1:])
+            noise = np.stack([normals(shape, 0, "shown", first + number) for number in range(len(latents))])
+            text = batch["caption_latents"].to(device).float()
+            sizes = self._sizes(batch).to(device) if self.size_condition else None
+            start = torch.from_numpy(noise).to(device)
+            drawn = sample(network, start, text, guidance=1.5, process=self.process, sizes=sizes)
             latents = self.normalisation.invert(drawn.float())
         return to_pixels(vae.decode(latents.to(device).float()))
 
@@ -147,7 +182,8 @@ class Diffuse(Task):
         model = self.model.config
         image, text = torch.zeros(1, *self.info.image_shape), torch.zeros(1, *self.info.caption_shape)
         keep = torch.arange(self.kept)[None] if self.kept < model.tokens else None
-        return image, torch.zeros(1), text, None, keep
+        sizes = (torch.zeros(1, 6),) if self.size_condition else ()
+        return image, torch.zeros(1), text, None, keep, *sizes
 
     def facts(self) -> dict[str, Any]:
         return {
@@ -178,17 +214,26 @@ class Drawn:
 
 
 def diffusion_losses(
-    network: nn.Module, process: Process, x: Tensor, text: Tensor, drawn: Drawn, patch: int = 2
+    network: nn.Module,
+    process: Process,
+    x: Tensor,
+    text: Tensor,
+    drawn: Drawn,
+    patch: int = 2,
+    sizes: Tensor | None = None,
 ) -> Tensor:
-    """Squared error of what the network predicts for noisy ``x`` (b, c, h, w), mean over elements kept: (b,)."""
+    """Squared error of what the network predicts for noisy ``x`` (b, c, h, w), mean over elements kept: (b,).
+    ``sizes``: (b, 6), for a network with ``size_condition``."""
+    more = {} if sizes is None else {"sizes": sizes}
     inner, time = process.input(process.noisy(x, drawn.noise, drawn.levels), drawn.levels)
     target = process.target(x, drawn.noise, drawn.levels)
     if drawn.keep is None:
-        predicted = network(inner, time, text, drawn.drop)
+        predicted = network(inner, time, text, drawn.drop, **more)
     else:
-        predicted = network(inner, time, text, drawn.drop, drawn.keep)
+        predicted = network(inner, time, text, drawn.drop, drawn.keep, **more)
         target = take(patchify(target, patch), drawn.keep)
-    return (predicted - target).square().flatten(1).mean(1)
+    found: Tensor = (predicted - target).square().flatten(1).mean(1)
+    return found
 
 
 def posterior_sample(moments: Tensor, keys: Keys) -> Tensor:
@@ -216,10 +261,15 @@ def start_from(place: str, model: DiT, process: Process) -> Normalisation:
     return Normalisation(tuple(found.facts["normalisation"]["mean"]), found.facts["normalisation"]["scale"])
 
 
-def _first(data: Batches, seed: int, most: int) -> dict[str, Tensor]:
-    """The first samples of the first epoch: a fixed random choice."""
-    count = min(most, len(data))
-    return data.batch(order(seed, 0, len(data))[np.arange(count)])
+def _first(data: Batches, seed: int, most: int) -> list[Batch]:
+    """A fixed random choice of samples, the first of the first epoch; with buckets some of each, a batch for each."""
+    chosen = some(data, most, seed)
+    return [chosen.batch(np.array(samples)) for samples in shape_ranges(chosen)]
+
+
+def _of_all_shapes(latents: list[Tensor]) -> Tensor:
+    """Latents (n, c, h, w) of several shapes as (1, c, elements)."""
+    return torch.cat([part.transpose(0, 1).flatten(1) for part in latents], 1)[None]
 
 
 def draw(keys: Keys, shape: tuple[int, ...], drop: float, process: Process, tokens: int = 0, kept: int = 0) -> Drawn:

@@ -1,0 +1,1 @@
+"""Captioners: models of transformers, servers with OpenAI's interface, and trained runs."""

@@ -1,0 +1,56 @@
+"""Common code of stages that select samples and write pointers to their images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cached_property
+from typing import Any
+
+from pipeline.partitions.dataset import Dataset, SlotReader
+from pipeline.partitions.planning import last_upstream
+from pipeline.partitions.stage import ConfigT, Stage
+from pipeline.samples import TAKEN, Schema
+
+
+class PointerStage(Stage[ConfigT]):
+    """Its rows are pointers to samples of the upstream, or, where that holds scores, of what the scores are about."""
+
+    @property
+    def format(self) -> str:
+        return "pointer"
+
+    @cached_property
+    def images(self) -> Dataset:
+        """The dataset directory that the pointers lead to."""
+        return images_of(self.upstream)
+
+    def schema(self) -> Schema:
+        return dict(self.images.schema)
+
+    def extra(self) -> dict[str, Any]:
+        return dict(self.images.header["extra"])
+
+    def origin(self) -> str:
+        return str(self.images.root.path)
+
+    def image_places(self, index: int) -> Iterator[int]:
+        """Where the images of the samples of partition ``index`` of the upstream lie, of all that were ever kept there;
+        -1 of those that have been taken down."""
+        if self.images is self.upstream:
+            first = int(self.upstream.places[index])
+            yield from range(first, int(self.upstream.places[index + 1]))
+            return
+        first = int(self.images.places[self.upstream.partition(index).inputs[0].start])
+        columns = ["container", "outcome", "reason", "source_offset"]
+        table = SlotReader(self.upstream, index).ledger(columns)
+        rows = zip(*(table[name].to_pylist() for name in columns), strict=True)
+        for container, outcome, reason, offset in rows:
+            taken = outcome == "dropped" and reason == TAKEN
+            if not container and (outcome == "kept" or taken):
+                yield -1 if taken else first + offset
+
+
+def images_of(dataset: Dataset) -> Dataset:
+    """``dataset``, or, if it holds scores, the dataset directory that they are about."""
+    upstream = last_upstream(dataset) if dataset.format.name == "scores" else None
+    return dataset if upstream is None else Dataset.open(upstream["path"])

@@ -1,0 +1,216 @@
+"""Finds samples with similar content, by the cosine of their embeddings, in bounded memory.
+
+Vectors fall into cells, by the centre that they have the largest inner product with: centres of spherical k-means on a
+sample of them. Each vector is compared with those of its own cell, and of the cells of its next nearest centres
+(`probes`). Pairs whose cosine is at least a threshold are linked, and groups are the connected components of all links
+(:func:`pipeline.curation.duplicates.forest`).
+
+The result is a function of the vectors alone. Products of float16 numbers are multiples of 2^-48, so sums of them are
+exact in float64 for vectors about as long as 1, in whatever order they are added. What float32 leaves undecided (which
+centre is nearest, whether a cosine reaches the threshold) is therefore computed again in float64, and comes out the
+same with any number of threads on any machine.
+
+The work grows as n * sqrt(n): n vectors have about sqrt(probes * n) cells.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+from pipeline.curation.duplicates import NO_LINKS, Links, forest
+
+Vectors = npt.NDArray[np.float16]
+"""(n, d), each about as long as 1."""
+Places = npt.NDArray[np.int64]
+
+EMBEDDING = "embedding"
+"""Column of ``stage=score`` that they come from."""
+ITERATIONS = 10
+PER_CELL = 32
+"""Vectors for each centre that k-means works on."""
+MOST_CELLS = 1 << 16
+_FEW = 4096  # vectors that need no cells: all pairs are compared
+_SURE = 1e-4  # by how much a float32 inner product may be wrong, with a wide margin
+_ROWS, _COLUMNS = 512, 8192  # vectors that are compared at once
+
+
+def cells_for(count: int, probes: int, sampled: int) -> int:
+    """How many cells `count` vectors should have, of which k-means sees `sampled`."""
+    if count <= _FEW:
+        return 1
+    return max(1, min(MOST_CELLS, math.isqrt(probes * count), sampled // 8))
+
+
+def centres(sample: Vectors, count: int) -> Vectors:
+    """Centres (count or fewer, d) of the vectors of `sample`, by spherical k-means (Dhillon and Modha, Machine Learning
+    42, 2001) that begins with the first `count` different ones.
+
+    Centres are rounded to float16. One that no vector is nearest to stays as it was.
+    """
+    _, first = np.unique(sample, axis=0, return_index=True)
+    found: Vectors = sample[np.sort(first)[:count]]
+    if len(found) <= 1:
+        return found
+    for _ in range(ITERATIONS):
+        cell = nearest(sample, found, 1)[:, 0]
+        order = np.argsort(cell, kind="stable")
+        here, starts = np.unique(cell[order], return_index=True)
+        sums = np.empty((len(here), sample.shape[1]))
+        for column in range(0, sample.shape[1], 64):  # float64 of some columns at a time; exact, see above
+            part = sample[order, column : column + 64].astype(np.float64)
+            sums[:, column : column + 64] = np.add.reduceat(part, starts)
+        length = np.sqrt(np.cumsum(sums * sums, axis=1)[:, -1])  # rounded in one order on all machines
+        good = length > 0
+        moved: Vectors = found.copy()
+        moved[here[good]] = sums[good] / length[good, None]
+        if np.array_equal(moved, found):
+            break
+        found = moved
+    return found
+
+
+def nearest(vectors: Vectors, centres: Vectors, count: int) -> npt.NDArray[np.int32]:
+    """Numbers of the `count` centres with the largest inner products, the largest first, of equals the first: (n,
+    count)."""
+    count = min(count, len(centres))
+    found = np.empty((len(vectors), count), np.int32)
+    whole = np.ascontiguousarray(centres.T, np.float32)
+    rows = max(1, (1 << 24) // max(1, len(centres)))
+    for start in range(0, len(vectors), rows):
+        some = vectors[start : start + rows]
+        found[start : start + len(some)] = _nearest(some, centres, some.astype(np.float32) @ whole, count)
+    return found
+
+
+def _nearest(vectors: Vectors, centres: Vectors, near: npt.NDArray[np.float32], count: int) -> npt.NDArray[np.int32]:
+    """Of inner products `near` (n, k) that are right to :data:`_SURE`."""
+    kept = min(count + 1, near.shape[1])
+    best = np.argpartition(near, near.shape[1] - kept, axis=1)[:, near.shape[1] - kept :]
+    values = np.take_along_axis(near, best, 1)
+    order = np.argsort(-values, axis=1)
+    best, values = np.take_along_axis(best, order, 1), np.take_along_axis(values, order, 1)
+    for row in np.flatnonzero((-np.diff(values, axis=1) < _SURE).any(1)):
+        might = np.flatnonzero(near[row] > values[row, count - 1] - _SURE)
+        exact = centres[might].astype(np.float64) @ vectors[row].astype(np.float64)
+        chosen = might[np.lexsort((might, -exact))[:count]]
+        best[row, :count] = chosen
+    return best[:, :count].astype(np.int32)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Vectors that are compared with others.
+
+    Attributes:
+        places: of their samples, (n,).
+        vectors: (n, d).
+        unit: the same in float32, of length 1.
+        squares: of their lengths, (n,), exact.
+    """
+
+    places: Places
+    vectors: Vectors
+    unit: npt.NDArray[np.float32]
+    squares: npt.NDArray[np.float64]
+
+    @classmethod
+    def of(cls, places: Places, vectors: Vectors) -> Block:
+        squares = np.empty(len(vectors))
+        for start in range(0, len(vectors), _COLUMNS):
+            part = vectors[start : start + _COLUMNS].astype(np.float64)
+            squares[start : start + _COLUMNS] = np.einsum("ij,ij->i", part, part)
+        unit = vectors.astype(np.float32)
+        unit /= np.sqrt(squares)[:, None].astype(np.float32)
+        return cls(places, vectors, unit, squares)
+
+
+def linked(left: Block, right: Block, cosine: float) -> Links:
+    """Links between a sample of `left` and one of `right`, or, if these are the same, two of it. Their connected
+    components are those of all pairs with a cosine of at least `cosine`."""
+    same, count = left is right, len(left.places)
+    total = count if same else count + len(right.places)
+    links, group = NO_LINKS, np.arange(total, dtype=np.int32)
+    for row in range(0, count, _ROWS):
+        found = [
+            _of_tile(left, right, row, column, cosine, group)
+            for column in range(row if same else 0, len(right.places), _COLUMNS)
+        ]
+        if any(map(len, found)):
+            links = forest([links, *found])
+            graph = coo_array((np.ones(len(links), np.int8), (links[:, 0], links[:, 1])), (total, total))
+            group = connected_components(graph, directed=False)[1]
+    places = left.places if same else np.concatenate([left.places, right.places])
+    return places[links]
+
+
+def _of_tile(left: Block, right: Block, row: int, column: int, cosine: float, group: npt.NDArray[np.int32]) -> Links:
+    """Of some rows of `left` and some of `right`: links that join two groups, as numbers of samples, those of `right`
+    following those of `left` (or being the same)."""
+    behind = 0 if left is right else len(left.places)
+    high, low = left.unit[row : row + _ROWS], right.unit[column : column + _COLUMNS]
+    above, across = group[row : row + len(high)], group[behind + column : behind + column + len(low)]
+    if (above == across[0]).all() and (across == across[0]).all():
+        return NO_LINKS
+    near = high @ low.T
+    hit = near >= np.float32(cosine - _SURE)
+    hit &= above[:, None] != across
+    rows, columns = np.nonzero(hit)
+    unsure = np.flatnonzero(near[rows, columns] < cosine + _SURE)
+    keep = np.ones(len(rows), bool)
+    for start in range(0, len(unsure), _COLUMNS):
+        some = unsure[start : start + _COLUMNS]
+        keep[some] = _reaches(left, right, rows[some] + row, columns[some] + column, cosine)
+    rows, columns = rows[keep], columns[keep]
+    # all rows that a column is linked with are linked with each other: each with the first of them is enough
+    first = np.full(len(low), -1, np.int64)
+    first[columns[::-1]] = rows[::-1]
+    there = np.flatnonzero(first >= 0)
+    among = np.zeros((len(high), len(high)), bool)
+    among[rows, first[columns]] = True
+    one, other = np.nonzero(among)
+    return np.concatenate(
+        [
+            np.stack([row + first[there], behind + column + there], 1),
+            np.stack([row + one, row + other], 1)[one != other],
+        ]
+    )
+
+
+def _reaches(left: Block, right: Block, rows: Places, columns: Places, cosine: float) -> npt.NDArray[np.bool_]:
+    """Whether the cosines of these pairs are at least `cosine`, exactly."""
+    one, other = (block.vectors[at].astype(np.float64) for block, at in ((left, rows), (right, columns)))
+    lengths = np.sqrt(left.squares[rows] * right.squares[columns])
+    return np.einsum("ij,ij->i", one, other) >= cosine * lengths  # type: ignore[no-any-return]
+
+
+# ---- vectors on disk, sorted by cell
+
+
+@dataclass(frozen=True)
+class Sorted:
+    """Vectors in the order of their cells: of each cell first its own ones, then those that visit it.
+
+    Attributes:
+        starts: where those of each begin, and the end: (2 * cells + 1,).
+        places, vectors: in that order.
+    """
+
+    starts: Places
+    places: Places
+    vectors: Vectors
+
+
+def by_cell(places: Places, vectors: Vectors, chosen: npt.NDArray[np.int32], cells: int) -> Sorted:
+    """Vectors (n, d), each in its own cell and in those that it visits; `chosen` (n, 1 + probes): the nearest ones."""
+    rows, visits = np.indices(chosen.shape)
+    number = (2 * chosen.astype(np.int64) + (visits > 0)).ravel()
+    order = np.lexsort((places[rows.ravel()], number))
+    starts = np.searchsorted(number[order], np.arange(2 * cells + 1))
+    mine = rows.ravel()[order]
+    return Sorted(starts.astype(np.int64), places[mine], vectors[mine])

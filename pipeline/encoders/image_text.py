@@ -1,0 +1,222 @@
+"""The two sides of models that give an image one vector and, where they have a text tower, a caption one in the same
+space: ``embedded``, ``openclip:<model>[:<pretrained>]``, ``hf:<repo or folder>``, ``program:<file>``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+
+from pipeline.config.options import ConfigError
+from pipeline.encoders.base import ImageEncoder, TextTower, image_encoder, sent
+from pipeline.encoders.spec import ModelSpec
+from pipeline.encoders.transformers import Loaded, load_image_model, load_text, preprocessing_of
+from pipeline.registry import image_encoders
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+T = TypeVar("T")
+_IMAGE_PARTS = ("vision_model", "visual_projection")
+_TEXT_PARTS = ("text_model", "text_projection")
+"""What transformers calls the towers of its two-tower models."""
+_POOLER = "pooler"
+_UNMASKED = ("siglip", "siglip2")
+"""Models that were trained on padded texts without an attention mask."""
+_LENGTH = 77
+
+
+def image_tower(spec: str, setting: str, device: str | torch.device = "cpu", dtype: str = "float32") -> ImageEncoder:
+    """The image encoder called ``spec``, see :func:`~pipeline.encoders.base.image_encoder`.
+
+    Args:
+        setting: the setting and its value, for messages.
+        dtype: precision of the network.
+
+    Raises:
+        ConfigError: no such kind, model or weights.
+    """
+    return _for(setting, f"image_encoder={spec}", lambda: image_encoder(spec, device, dtype))
+
+
+def text_tower(spec: str, setting: str, device: str | torch.device = "cpu", dtype: str = "float32") -> TextTower:
+    """The other side of :func:`image_tower`, of a model that has one.
+
+    Raises:
+        ConfigError: the model has no text tower, or there is no such kind, model or weights.
+    """
+    kind, _, place = spec.partition(":")
+    if kind == "openclip" and place:
+        from pipeline.encoders.openclip import OpenClipTextTower
+
+        return _for(setting, f"text_encoder={spec}", lambda: OpenClipTextTower(place, device, dtype))
+    if kind in ("hf", "clip") and place:
+        return HfTextTower(place, setting, device, dtype)
+    raise ConfigError(f"{setting}: this model has no text tower: use openclip:<model>[:<pretrained>] or hf:<a CLIP>")
+
+
+def _for(setting: str, other: str, make: Callable[[], T]) -> T:
+    """What ``make`` gives; its errors name ``setting`` instead of ``other``."""
+    try:
+        return make()
+    except ConfigError as error:
+        raise ConfigError(str(error).replace(other, setting, 1)) from error
+
+
+@image_encoders.register("hf")
+class HfImageEncoder(Loaded, ImageEncoder):
+    """The image side of any model of transformers, of unit length: projected where it has a text side, else the output
+    of its pooler, else the state of its first token.
+
+    Raises:
+        ConfigError: no such repository or folder, no safetensors, or images that are not resized to a square.
+    """
+
+    @classmethod
+    def from_spec(cls, spec: ModelSpec, device: str | torch.device, dtype: str) -> HfImageEncoder:
+        return cls(spec.place, str(spec), device, dtype)
+
+    def __init__(self, place: str, setting: str, device: str | torch.device = "cpu", dtype: str = "float32") -> None:
+        from transformers import AutoImageProcessor, AutoModel
+
+        model, steps, missing = load_image_model(
+            setting,
+            place,
+            AutoModel.from_pretrained,
+            partial(AutoImageProcessor.from_pretrained, use_fast=False),
+            optional=_POOLER,
+        )
+        self._projects = hasattr(model, "get_image_features")
+        self._pools = not missing  # of a checkpoint without a pooler, transformers makes up a random one
+        if missing:
+            setattr(model, _POOLER, None)
+        self.preprocessing, self.resolution = preprocessing_of(steps, setting)
+        super().__init__("hf", _without(model, _TEXT_PARTS), place, device, dtype)
+        self.width = int(self.encode(torch.zeros(1, 3, self.resolution, self.resolution)).shape[1])
+
+    @torch.no_grad()
+    def encode(self, x: Tensor) -> Tensor:
+        """float (b, 3, resolution, resolution) → float32 (b, width)."""
+        x = x.to(self.device, self.dtype)
+        if self._projects:
+            return _unit(self._model.get_image_features(pixel_values=x))
+        said = self._model(pixel_values=x)
+        pooled = getattr(said, "pooler_output", None) if self._pools else None
+        return _unit(said.last_hidden_state[:, 0] if pooled is None else pooled)
+
+    def describe(self) -> dict[str, Any]:
+        said = {"width": self.width, "resolution": self.resolution, "preprocessing": self.preprocessing.describe()}
+        return {**self._said(), **said}
+
+
+class HfClassifier(Loaded):
+    """An image classifier of transformers.
+
+    Attributes:
+        classes: their names.
+
+    Raises:
+        ConfigError: no such repository or folder, no safetensors, no classifier, or images that are not resized to a
+            square.
+    """
+
+    def __init__(self, place: str, setting: str, device: str | torch.device = "cpu", dtype: str = "float32") -> None:
+        from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+        model, steps, _ = load_image_model(
+            setting,
+            place,
+            AutoModelForImageClassification.from_pretrained,
+            partial(AutoImageProcessor.from_pretrained, use_fast=False),
+        )
+        self.preprocessing, self.resolution = preprocessing_of(steps, setting)
+        super().__init__("hf", model, place, device, dtype)
+        names = model.config.id2label
+        self.classes = [str(names[number]) for number in range(model.config.num_labels)]
+
+    @torch.no_grad()
+    def probabilities(self, x: Tensor) -> Tensor:
+        """float (b, 3, resolution, resolution) → float32 (b, classes)."""
+        logits: Tensor = self._model(pixel_values=x.to(self.device, self.dtype)).logits
+        return logits.float().softmax(-1)
+
+    def describe(self) -> dict[str, Any]:
+        return {**self._said(), "preprocessing": self.preprocessing.describe(), "classes": self.classes}
+
+
+class HfTextTower(Loaded, TextTower):
+    """The text side of a two-tower model of transformers (CLIP, SigLIP), of unit length.
+
+    Raises:
+        ConfigError: no such repository or folder, no safetensors, or the model has no text side.
+    """
+
+    def __init__(self, place: str, setting: str, device: str | torch.device = "cpu", dtype: str = "float32") -> None:
+        from transformers import AutoModel, AutoTokenizer
+
+        try:
+            model, self._tokenizer = load_text("hf", place, AutoModel.from_pretrained, AutoTokenizer.from_pretrained)
+        except ConfigError as error:
+            raise ConfigError(str(error).replace(f"text_encoder=hf:{place}", setting, 1)) from error
+        if not hasattr(model, "get_text_features"):
+            raise ConfigError(f"{setting}: this model has no text tower: it is a {type(model).__name__}")
+        text = model.config.get_text_config()
+        self._masked = model.config.model_type not in _UNMASKED
+        self._length = int(getattr(text, "max_position_embeddings", _LENGTH))
+        super().__init__("hf", _without(model.float(), _IMAGE_PARTS), place, device, dtype)
+        self.width = int(self.encode([""]).shape[1])
+
+    @torch.no_grad()
+    def encode(self, captions: Sequence[str]) -> Tensor:
+        """Captions → float32 (b, width), all padded to the length that the model was trained with."""
+        tokens = self._tokenizer(
+            list(captions), padding="max_length", truncation=True, max_length=self._length, return_tensors="pt"
+        )
+        masked = {"attention_mask": sent(tokens["attention_mask"], self.device)} if self._masked else {}
+        return _unit(self._model.get_text_features(input_ids=sent(tokens["input_ids"], self.device), **masked))
+
+    def describe(self) -> dict[str, Any]:
+        return {**self._said(), "width": self.width, "length": self._length}
+
+
+@image_encoders.register("program")
+class ProgramImageEncoder(ImageEncoder):
+    """The mean of the tokens of any network that :func:`~pipeline.encoders.vision.save_program` wrote, of unit length.
+
+    Raises:
+        ConfigError: ``spec`` names no such file.
+    """
+
+    @classmethod
+    def from_spec(cls, spec: ModelSpec, device: str | torch.device, dtype: str) -> ProgramImageEncoder:
+        return _for(str(spec), f"encoder={spec.text}", lambda: cls(spec.text, device, dtype))
+
+    def __init__(self, spec: str, device: str | torch.device = "cpu", dtype: str = "float32") -> None:
+        from pipeline.encoders.vision import vision_encoder
+
+        self._encoder = vision_encoder(spec, "pooled", device, dtype)
+        self.name, self.device = spec, torch.device(device)
+        self.width, self.resolution = self._encoder.width, self._encoder.resolution
+        self.preprocessing = self._encoder.preprocessing
+
+    def encode(self, x: Tensor) -> Tensor:
+        """float (b, 3, resolution, resolution) → float32 (b, width)."""
+        return _unit(self._encoder.encode(x)[:, 0])
+
+    def describe(self) -> dict[str, Any]:
+        return self._encoder.describe()
+
+
+def _without(model: Any, parts: Sequence[str]) -> Any:
+    """``model`` without the modules ``parts``: the other side's weights take memory, and do not matter."""
+    for part in parts:
+        if hasattr(model, part):
+            delattr(model, part)
+    return model
+
+
+def _unit(x: Any) -> Tensor:
+    """Vectors, or what holds them as ``pooler_output``, float32 and of length 1."""
+    return torch.nn.functional.normalize(getattr(x, "pooler_output", x).float(), dim=-1)

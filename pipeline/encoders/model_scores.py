@@ -1,0 +1,229 @@
+"""Scores from models: an image's embedding, how well a caption fits it, and heads and classifiers."""
+
+from __future__ import annotations
+
+import json
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from pipeline.config.options import ConfigError
+from pipeline.encoders.crop import Crop
+from pipeline.registry import scorers
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pipeline.encoders.base import ImageEncoder
+    from pipeline.encoders.image_text import HfClassifier
+
+Vectors = npt.NDArray[np.float16]
+EMBEDDING = "embedding"
+"""Column of the vectors that heads are computed from."""
+
+
+class Models:
+    """Where a scorer gets its networks from.
+
+    Attributes:
+        device, dtype: where networks run, and in which precision.
+        embedding: the model that the column :data:`EMBEDDING` comes from; empty if there is none.
+    """
+
+    def __init__(self, device: str, dtype: str, embedding: str) -> None:
+        self.device = device
+        self.dtype = dtype
+        self.embedding = embedding
+        self._images: dict[str, ImageEncoder] = {}
+
+    def image(self, model: str, setting: str) -> ImageEncoder:
+        """The image tower called ``model``, loaded once."""
+        from pipeline.encoders.image_text import image_tower
+
+        if model not in self._images:
+            self._images[model] = image_tower(model, setting, self.device, self.dtype)
+        return self._images[model]
+
+
+class ModelScorer(ABC):
+    """A scorer that stands in ``scorers=`` with its model: ``<scorer>:<model>``.
+
+    Attributes:
+        columns: those that it fills, with their types.
+        crop: what it takes of an image; None if it takes none.
+        wants_embedding: whether it is computed from the column :data:`EMBEDDING`.
+
+    Args:
+        name: as it stands in ``scorers=``.
+        model: what follows the colon.
+        models: where networks come from.
+    """
+
+    columns: dict[str, str]
+    crop: Crop | None = None
+    wants_embedding = False
+
+    @abstractmethod
+    def __init__(self, name: str, model: str, models: Models) -> None: ...
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """JSON-able: what the values depend on besides the sample."""
+
+    @abstractmethod
+    def score(
+        self, crops: Sequence[npt.NDArray[Any]], captions: Sequence[str], embeddings: Vectors | None
+    ) -> list[list[Any]]:
+        """The values of each column, for b samples.
+
+        Args:
+            crops: uint8 (edge, edge, 3) of each, where :attr:`crop` is set.
+            captions: one of each.
+            embeddings: float16 (b, d), where :attr:`wants_embedding` is set.
+        """
+
+
+def model_scorers(named: dict[str, type[ModelScorer]], device: str, dtype: str) -> dict[str, ModelScorer]:
+    """The scorers, by their names in ``scorers=``, in an order in which each has what it needs.
+
+    Raises:
+        ConfigError: a model cannot be loaded, a scorer needs an embedding and there is none, or two scorers fill the
+            same column.
+    """
+    embeddings = [name for name, scorer in named.items() if scorer is Embedding]
+    if len(embeddings) > 1:
+        raise ConfigError(f"scorers={embeddings[1]}: there can be one embedding; {embeddings[0]} is another")
+    models = Models(device, dtype, model_of(embeddings[0]) if embeddings else "")
+    order = sorted(named, key=lambda name: name not in embeddings)
+    found = {name: named[name](name, model_of(name), models) for name in order}
+    columns = [column for scorer in found.values() for column in scorer.columns]
+    if twice := [column for column in columns if columns.count(column) > 1]:
+        raise ConfigError(f"scorers={','.join(named)}: two of them fill the column {twice[0]}")
+    return found
+
+
+def model_of(name: str) -> str:
+    """What follows the colon of ``<scorer>:<model>``."""
+    return name.partition(":")[2]
+
+
+@scorers.register("embedding")
+class Embedding(ModelScorer):
+    """The vector of an image tower, in float16 and of unit length."""
+
+    def __init__(self, name: str, model: str, models: Models) -> None:
+        self._tower = models.image(model, f"scorers={name}")
+        self.columns = {EMBEDDING: f"vector:{self._tower.width}"}
+        self.crop = self._tower.preprocessing.crop(self._tower.resolution)
+
+    def describe(self) -> dict[str, Any]:
+        return self._tower.describe()
+
+    def score(
+        self, crops: Sequence[npt.NDArray[Any]], captions: Sequence[str], embeddings: Vectors | None
+    ) -> list[list[Any]]:
+        return [list(_encoded(self._tower, crops).cpu().numpy().astype(np.float16))]
+
+
+@scorers.register("clip_similarity")
+class ClipSimilarity(ModelScorer):
+    """Cosine of the vectors of image and caption: CLIP score without its factor (Hessel et al., arXiv:2104.08718)."""
+
+    def __init__(self, name: str, model: str, models: Models) -> None:
+        from pipeline.encoders.image_text import text_tower
+
+        self._texts = text_tower(model, f"scorers={name}", models.device, models.dtype)
+        self._images = models.image(model, f"scorers={name}")
+        self.columns = {"clip_similarity": "float"}
+        self.wants_embedding = model == models.embedding
+        self.crop = None if self.wants_embedding else self._images.preprocessing.crop(self._images.resolution)
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "images": self._images.describe(),
+            "captions": self._texts.describe(),
+            "from": EMBEDDING if self.wants_embedding else "images",
+        }
+
+    def score(
+        self, crops: Sequence[npt.NDArray[Any]], captions: Sequence[str], embeddings: Vectors | None
+    ) -> list[list[Any]]:
+        images = embeddings if embeddings is not None else _encoded(self._images, crops).cpu().numpy()
+        images = images.astype(np.float32)
+        texts = self._texts.encode(captions).cpu().numpy()
+        length = np.maximum(np.linalg.norm(images, axis=1), 1e-12)
+        values = (images * texts).sum(1) / length
+        return [[float(value) if caption else None for value, caption in zip(values, captions, strict=True)]]
+
+
+@scorers.register("head")
+class HeadScorer(ModelScorer):
+    """Linear layers on the embedding, see :func:`pipeline.encoders.heads.load_head`."""
+
+    wants_embedding = True
+
+    def __init__(self, name: str, model: str, models: Models) -> None:
+        from pipeline.encoders.heads import load_head
+
+        if not models.embedding:
+            raise ConfigError(f"scorers={name}: a head is computed from an embedding: add embedding:<model>")
+        self._head = load_head(model, f"scorers={name}")
+        tower = models.image(models.embedding, f"scorers=embedding:{models.embedding}")
+        if self._head.inputs != tower.width:
+            raise ConfigError(f"scorers={name}: takes {self._head.inputs} numbers; the embedding has {tower.width}")
+        stem, outputs = re.sub(r"\W", "_", Path(model.partition("#")[0]).stem), self._head.outputs
+        stem = stem if stem[:1].isalpha() else f"head_{stem}"
+        self.columns = {stem if outputs == 1 else f"{stem}_{number}": "float" for number in range(outputs)}
+        self._embedding = tower.describe()
+
+    def describe(self) -> dict[str, Any]:
+        return {"head": self._head.digest, EMBEDDING: self._embedding}
+
+    def score(
+        self, crops: Sequence[npt.NDArray[Any]], captions: Sequence[str], embeddings: Vectors | None
+    ) -> list[list[Any]]:
+        assert embeddings is not None
+        return self._head(embeddings).T.astype(float).tolist()  # type: ignore[no-any-return]
+
+
+@scorers.register("classifier")
+class Classifier(ModelScorer):
+    """The most probable class of an image classifier in transformers' format, and its probability."""
+
+    def __init__(self, name: str, model: str, models: Models) -> None:
+        from pipeline.encoders.image_text import HfClassifier
+
+        self._model = HfClassifier(model, f"scorers={name}", models.device, models.dtype)
+        self.crop = self._model.preprocessing.crop(self._model.resolution)
+        self.columns = {"class_name": "str", "class_probability": "float"}
+
+    def describe(self) -> dict[str, Any]:
+        return self._model.describe()
+
+    def score(
+        self, crops: Sequence[npt.NDArray[Any]], captions: Sequence[str], embeddings: Vectors | None
+    ) -> list[list[Any]]:
+        probability, number = self._model.probabilities(_prepared(self._model, crops)).max(-1)
+        return [[self._model.classes[index] for index in number.tolist()], probability.tolist()]
+
+
+def _encoded(tower: ImageEncoder, crops: Sequence[npt.NDArray[Any]]) -> Tensor:
+    """Crops uint8 (edge, edge, 3) → float32 (b, width), of unit length."""
+    return tower.encode(_prepared(tower, crops))
+
+
+def _prepared(model: ImageEncoder | HfClassifier, crops: Sequence[npt.NDArray[Any]]) -> Tensor:
+    import torch
+
+    return model.preprocessing.normalise(torch.from_numpy(np.stack(crops)).to(model.device))
+
+
+def fingerprint(described: dict[str, Any]) -> str:
+    """XXH3-128 of what a scorer says of itself."""
+    return xxhash.xxh3_128_hexdigest(json.dumps(described, sort_keys=True).encode())
