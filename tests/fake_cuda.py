@@ -55,21 +55,28 @@ class FakeCuda(Waits):
         self.communicated: WeakValueDictionary[int, CudaTensor] = WeakValueDictionary()
         """By address: what a process group was given, and hands back as it got it, as a tensor of the CPU."""
         self._late: list[Callable[[], None]] = []
-        self.assumed: int | None = None
-        """Where C++ means to make tensors that it says it makes on the CPU."""
-        self._current = threading.local()
+        self._of_thread = threading.local()
         self._lock = threading.Lock()
 
     @property
     def current(self) -> int:
         """Index of this thread's current device; CUDA starts every thread with 0."""
-        return getattr(self._current, "index", 0)
+        return getattr(self._of_thread, "current", 0)
 
     @current.setter
     def current(self, index: int) -> None:
         if not 0 <= index < self.devices:
             raise RuntimeError(f"CUDA error: invalid device ordinal {index}")
-        self._current.index = index
+        self._of_thread.current = index
+
+    @property
+    def assumed(self) -> int | None:
+        """Where C++ means to make tensors that it says it makes on the CPU, in this thread."""
+        return getattr(self._of_thread, "assumed", None)
+
+    @assumed.setter
+    def assumed(self, index: int | None) -> None:
+        self._of_thread.assumed = index
 
     def waited(self, what: str, shape: tuple[int, ...] = ()) -> None:
         """The host waits here, until all copies have arrived."""

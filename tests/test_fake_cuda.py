@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -33,6 +34,13 @@ def test_tensors_say_where_they_are_and_have_the_values_of_a_cpu(cuda: FakeCuda)
     assert on_host.device.type == "cpu" and type(on_host) is torch.Tensor
     assert torch.equal(on_host, torch.arange(6.0).view(2, 3))
     assert x.to("cuda:1").device == torch.device("cuda", 1)
+
+
+def test_what_one_thread_assumes_is_nothing_to_another(cuda: FakeCuda) -> None:
+    cuda.assumed = 1
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(torch.ones, 3).result().device.type == "cpu"
+    assert torch.ones(3).device == torch.device("cuda", 1)
 
 
 @pytest.mark.parametrize(

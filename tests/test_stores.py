@@ -5,7 +5,9 @@ from __future__ import annotations
 import multiprocessing
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -300,3 +302,31 @@ def test_the_cache_stays_within_its_bound_and_open_copies_are_read_to_their_end(
         assert held <= 3000
     with os.fdopen(first, "rb") as file:
         assert file.read() == bytes(1000)
+
+
+def test_a_file_that_is_finished_while_others_are_counted_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Listed under the name that it had on its way, and looked for after it was renamed, it would be missed."""
+    cache = Cache(tmp_path, 30)
+    started, listed = threading.Event(), threading.Event()
+    count = cache._files
+
+    def bring(path: Path) -> None:
+        path.write_bytes(bytes(10))
+        started.set()
+        assert listed.wait(60)
+
+    def counted() -> list[Path]:
+        paths = list(count())
+        listed.set()
+        time.sleep(0.5)  # time enough for the other thread
+        return paths
+
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(cache.file, "first", 10, bring)
+        assert started.wait(60)
+        monkeypatch.setattr(cache, "_files", counted)
+        with pytest.raises(StoreError, match="no room for a file of 25 bytes"):
+            cache.file("second", 25, lambda path: None)
+        assert first.result().stat().st_size == 10
