@@ -1,1 +1,1 @@
-"""Where samples come from: one module per kind of source, chosen by name."""
+"""Readers of samples: one module per kind of source, selected by name."""

@@ -1,7 +1,7 @@
-"""Captions and fields in separate files: read once, stored as a table on disk, looked up by image name.
+"""Captions and fields in separate files, read once into a table on disk and looked up by image name.
 
-A reader turns one published layout into ``(image name, Entry)``; :data:`READERS` has them by the name that a dataset's
-YAML gives as ``annotations=``. The table is SQLite below ``<output>/tables``, so that memory does not grow with it.
+A reader turns one published layout into pairs ``(image name, Entry)``; the keys of :data:`READERS` are the values of
+``annotations=``. The table is an SQLite file in ``<output>/tables``, so memory use does not depend on its size.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ from pipeline.sources.recognition import explained, kind_of
 from pipeline.sources.separated import separated
 from pipeline.sources.text_files import Lines, open_text, skip, small_text
 
-_MOST = 1 << 40  # bytes that a file with annotations may unpack to
-_LARGEST = 4 << 30  # bytes of one JSON document
-_SMALL = 1 << 16  # bytes of a caption's own file
+_MOST = 1 << 40  # maximum bytes of a file with annotations, unpacked
+_LARGEST = 4 << 30  # maximum bytes of a JSON document
+_SMALL = 1 << 16  # bytes read of a file that holds one caption
 _BATCH = 10_000
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """What is known of an image; ``dropped`` is the reason why it is left out."""
+    """Captions and fields of an image; ``dropped`` is the reason why it is dropped, empty if it is not."""
 
     captions: list[str] = field(default_factory=list)
     meta: dict[str, Any] = field(default_factory=dict)
@@ -54,7 +54,7 @@ Found = Iterator[tuple[str, Entry]]
 
 
 class LeftOutRows(Counter[str]):
-    """Entries of a file that could not be used, by reason, and the first of them in words."""
+    """Number of unusable entries of a file by reason, and a description of the first one."""
 
     first: str = ""
 
@@ -66,7 +66,7 @@ class LeftOutRows(Counter[str]):
 Reader = Callable[[IO[bytes], SourceConfig, LeftOutRows], Found]
 
 
-# ---- one function for each published layout
+# ---- one reader for each published layout
 
 
 def _jdb(file: IO[bytes], config: SourceConfig, left_out: LeftOutRows) -> Found:
@@ -88,7 +88,7 @@ def _jdb(file: IO[bytes], config: SourceConfig, left_out: LeftOutRows) -> Found:
 
 
 def _diffusiondb(file: IO[bytes], config: SourceConfig, left_out: LeftOutRows) -> Found:
-    """DiffusionDB: one parquet with prompts, settings and two scores of safety in 0..1 (2: blurred)."""
+    """DiffusionDB: one Parquet file with prompts, settings and two NSFW scores in 0..1 (2: the image is blurred)."""
     fields = ("image_name", "prompt", "image_nsfw", "prompt_nsfw", "seed", "step", "cfg", "sampler", "part_id")
     parquet = parquet_file(file)
     columns = [name for name in fields if name in parquet.schema_arrow.names]
@@ -111,7 +111,7 @@ def _diffusiondb(file: IO[bytes], config: SourceConfig, left_out: LeftOutRows) -
 
 
 def _coco(file: IO[bytes], config: SourceConfig, left_out: LeftOutRows) -> Found:
-    """COCO: a JSON document with ``images`` and ``annotations``, bare or as ``metadata_member`` of a zip."""
+    """COCO: a JSON document with ``images`` and ``annotations``, as a file or as ``metadata_member`` of a zip."""
     document = _object(file, config, "images", "annotations")
     captions: dict[Any, list[str]] = defaultdict(list)
     for number, note in enumerate(document["annotations"]):
@@ -134,7 +134,8 @@ def _coco(file: IO[bytes], config: SourceConfig, left_out: LeftOutRows) -> Found
 
 
 def _textcaps(file: IO[bytes], config: SourceConfig, left_out: LeftOutRows) -> Found:
-    """TextCaps: a JSON document whose ``data`` have ``image_id`` and ``reference_strs``; a row per caption or image."""
+    """TextCaps: a JSON document whose ``data`` is a list with ``image_id`` and ``reference_strs``, one row per caption
+    or per image."""
     captions: dict[str, list[str]] = {}
     for number, row in enumerate(_object(file, config, "data")["data"]):
         place = f"data[{number}]"
@@ -151,7 +152,7 @@ def _textcaps(file: IO[bytes], config: SourceConfig, left_out: LeftOutRows) -> F
 
 def _flickr30k(file: IO[bytes], config: SourceConfig, left_out: LeftOutRows) -> Found:
     """Flickr30k: CSV with ``raw`` (a JSON list of captions), ``filename`` and Karpathy's ``split``; without
-    ``metadata_split=`` all of them."""
+    ``metadata_split=``, all splits are read."""
     stream, mark = open_text(file)
     skip(stream, mark)
     lines = Lines(stream)
@@ -178,7 +179,7 @@ def _flickr30k(file: IO[bytes], config: SourceConfig, left_out: LeftOutRows) -> 
 
 
 def _name(value: Any, place: str, left_out: LeftOutRows) -> str:
-    """The name of an image; empty, and counted, where there is none."""
+    """``value`` if it is a name; otherwise, count it as ``no_image_name`` and return an empty string."""
     if not isinstance(value, str) or not value.strip():
         left_out.note("no_image_name", place)
         return ""
@@ -186,7 +187,7 @@ def _name(value: Any, place: str, left_out: LeftOutRows) -> str:
 
 
 def _noted(value: Any, place: str, left_out: LeftOutRows) -> list[str]:
-    """The captions in ``value``; counted where there are fewer than places for one."""
+    """The captions in ``value``; count it as ``no_caption`` if an item of ``value`` is not a caption."""
     captions = captions_of(value)
     if len(captions) < (len(value) if isinstance(value, list) else 1):
         left_out.note("no_caption", place)
@@ -194,7 +195,7 @@ def _noted(value: Any, place: str, left_out: LeftOutRows) -> list[str]:
 
 
 def _texts(file: IO[bytes], config: SourceConfig, left_out: LeftOutRows) -> Found:
-    """An archive of ``<image name>.txt``, as SAM-LLaVA's captions are."""
+    """An archive of ``<image name>.txt`` files, the layout of SAM-LLaVA's captions."""
 
     def wants(name: str, size: int) -> int | None:
         return min(size, _SMALL) if name.endswith(".txt") and not in_clutter(name) else None
@@ -208,9 +209,9 @@ def _texts(file: IO[bytes], config: SourceConfig, left_out: LeftOutRows) -> Foun
 
 
 def _imagenet(file: IO[bytes], config: SourceConfig, left_out: LeftOutRows) -> Found:
-    """ImageNet's devkit, for the images of its validation set: their numbers, and which WordNet ids they mean.
+    """ImageNet's devkit, for the validation images: their class numbers and the WordNet ids of the classes.
 
-    The label is the place of the id among all classes in order, as in the training set.
+    The label is the position of the WordNet id in the sorted list of all ids, as in the training set.
     """
     wanted = ("meta.mat", "ILSVRC2012_validation_ground_truth.txt")
 
@@ -228,7 +229,7 @@ def _imagenet(file: IO[bytes], config: SourceConfig, left_out: LeftOutRows) -> F
 
 
 def synset_names(meta: IO[bytes] | Path) -> dict[int, str]:
-    """Number → WordNet id, from ``meta.mat`` of ImageNet's devkit."""
+    """Return the WordNet id of each class number, from ``meta.mat`` of ImageNet's devkit."""
     from scipy.io import loadmat
 
     synsets = loadmat(meta, squeeze_me=True)["synsets"]
@@ -247,7 +248,10 @@ READERS: dict[str, Reader] = {
 
 
 def _caltech256(name: str) -> Entry | None:
-    """``…/012.binoculars/012_0001.jpg``: the folder is the class, its number less one the label; 257 is clutter."""
+    """``…/012.binoculars/012_0001.jpg``: the folder is the class, and its number minus 1 the label.
+
+    Class 257 is Caltech's "clutter".
+    """
     found = re.search(r"(?:^|/)(\d{3})\.([^/]+)/[^/]+$", name)
     if not found:
         return None
@@ -261,7 +265,7 @@ def _folders(name: str) -> Entry | None:
 
 
 def _archives(name: str) -> Entry | None:
-    """What all images of an archive have in common is for :meth:`Annotations.enter` to say."""
+    """Always None: :meth:`Annotations.enter` sets the entry that all images of an archive share."""
     return None
 
 
@@ -270,14 +274,14 @@ LAYOUTS: dict[str, tuple[Callable[[str], Entry | None], Schema]] = {
     "folders": (_folders, {}),
     "archives": (_archives, {"label": "int"}),
 }
-"""What the name of an image alone tells, and the columns that come of it."""
+"""Layouts in which the image's name determines its entry, and the columns that they add."""
 
 
-# ---- pieces of files
+# ---- helpers that read files
 
 
 def _lines(file: IO[bytes]) -> Iterator[bytes]:
-    """The lines of the first file of a (compressed) tar, or of the file itself."""
+    """The lines of ``file``, or of its first member if it is a tar; compression is removed."""
     stream = unpacked(file, _MOST)
     start = stream.peek(512)[:512] if hasattr(stream, "peek") else file.read(512)
     if stream is file:
@@ -294,10 +298,10 @@ def _lines(file: IO[bytes]) -> Iterator[bytes]:
 
 
 def _object(file: IO[bytes], config: SourceConfig, *lists: str) -> dict[str, Any]:
-    """The JSON object in a file, bare or as a member of an archive, which has these ``lists``.
+    """The JSON object in a file or in a member of an archive; it must contain ``lists``.
 
     Raises:
-        ConfigError: it is none, or lacks one.
+        ConfigError: it is not an object, or one of ``lists`` is missing.
     """
     try:
         document = json.loads(_document(file, config.metadata_member))
@@ -312,10 +316,10 @@ def _object(file: IO[bytes], config: SourceConfig, *lists: str) -> dict[str, Any
 
 
 def _document(file: IO[bytes], member: str) -> bytes:
-    """The whole file, or a member of it if it is an archive.
+    """The content of a JSON file, or of ``member`` of an archive (empty: of its first ``.json`` file).
 
     Raises:
-        ConfigError: it has no such member.
+        ConfigError: there is no such member.
     """
     stream, mark = open_text(file)
     skip(stream, mark)
@@ -335,7 +339,7 @@ def _document(file: IO[bytes], member: str) -> bytes:
 
 
 class Annotations:
-    """Answers for one dataset what is known of an image by its name."""
+    """Looks up the captions and fields of a dataset's images by image name."""
 
     def __init__(self, config: SourceConfig) -> None:
         self._config = config
@@ -350,7 +354,7 @@ class Annotations:
         self._shared: Entry | None = None
 
     def enter(self, archive: str, classes: list[str]) -> None:
-        """An archive begins; with ``annotations=archives`` it is a class, its place among them the label."""
+        """Start reading ``archive``: with ``annotations=archives``, its index in ``classes`` is the label."""
         if self._config.annotations == "archives":
             name = archive_class(archive)
             self._shared = Entry([name], label=classes.index(name))
@@ -362,7 +366,7 @@ class Annotations:
         return home / "tables" / f"{content_hash(json.dumps(said).encode())}.sqlite"
 
     def prepare(self, home: Path, files: Iterable[tuple[str, IO[bytes]]]) -> None:
-        """Read the files into the table, if it is not there."""
+        """Read the files into the table unless it exists."""
         if not self._read:
             return
         place = self._place(home)
@@ -413,7 +417,7 @@ class Annotations:
             table.commit()
 
     def _judge(self, table: sqlite3.Connection, left_out: LeftOutRows, strange: str) -> None:
-        """Raises ConfigError if less than half of the entries could be used; ``strange`` says what a file is."""
+        """Raise ConfigError if fewer than half of the entries are usable; ``strange`` explains an unsuitable file."""
         listed = table.execute("select count(*) from images").fetchone()[0]
         if left_out["bad_row"] + left_out["no_image_name"] > listed or not listed:
             raise ConfigError(
@@ -425,10 +429,10 @@ class Annotations:
     def open(
         self, home: Path, files: Callable[[], Iterable[tuple[str, IO[bytes]]]], planned: Mapping[str, Any]
     ) -> None:
-        """Be ready to answer; the table is made again if it has been deleted since it was planned.
+        """Open the table for :meth:`of`; rebuild it if it has been deleted since the plan was made.
 
         Raises:
-            ConfigError: what it is made of has changed.
+            ConfigError: the files that it was built from have changed.
         """
         if not self._read or self._table:
             return
@@ -440,7 +444,7 @@ class Annotations:
         self._table = _opened(self._place(home))
 
     def of(self, name: str) -> Entry | None:
-        """What is known of the image called ``name``; None if it is not listed."""
+        """The entry of the image ``name``; None if it is not listed."""
         if self._shared:
             return self._shared
         if self._layout:
@@ -456,7 +460,7 @@ class Annotations:
 
 
 def _opened(place: Path) -> sqlite3.Connection:
-    """Read-only, without locks, which network file systems may not have."""
+    """Open the table read-only and without locks, which network file systems may not support."""
     return sqlite3.connect(f"{place.absolute().as_uri()}?mode=ro&immutable=1", uri=True)
 
 
@@ -473,12 +477,12 @@ _UNREADABLE = (
     sqlite3.Error,
     pa.ArrowException,
 )
-"""What damaged files make Python's and other libraries raise."""
+"""Exceptions that libraries raise for damaged files."""
 
 
 @contextmanager
 def laid_out(layout: str, said: str) -> Iterator[None]:
-    """Context: whatever the reader of a layout raises becomes a ConfigError about the file, ``said`` in words."""
+    """Convert every exception of a layout's reader into a ConfigError about the file that ``said`` describes."""
     try:
         yield
     except (SampleError, ConfigError, *_UNREADABLE) as error:
@@ -487,7 +491,7 @@ def laid_out(layout: str, said: str) -> Iterator[None]:
 
 
 def _with_classes(found: Found, classes: dict[int, str]) -> Found:
-    """``found``, and the names of the classes that are in it."""
+    """Yield ``found``, and store the class names that it contains in ``classes``."""
     for name, entry in found:
         if entry.label is not None and entry.captions:
             classes[entry.label] = entry.captions[0]
@@ -504,7 +508,7 @@ def _plain(name: str) -> str:
 
 
 def _candidates(name: str) -> Iterator[str]:
-    """Names that a list may have the image under: its path, the end of it, its name with and without extension."""
+    """Names under which the image may be listed: path, end of the path, file name with and without extension."""
     path = re.sub(r"^(\.?/)+", "", name)
     parts = path.split("/")
     yield path
@@ -521,10 +525,10 @@ def archive_class(archive: str) -> str:
 
 
 def get_annotations(config: SourceConfig) -> Annotations:
-    """What ``annotations=`` names.
+    """Return the annotations that ``annotations=`` selects.
 
     Raises:
-        ConfigError: there is nothing of that name, or it has nothing to read.
+        ConfigError: the name is unknown, or ``metadata=`` and ``annotations=`` do not fit together.
     """
     from pipeline.config.cli import nearest
 

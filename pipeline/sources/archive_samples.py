@@ -29,11 +29,11 @@ from pipeline.sources.archives.member import Member
 from pipeline.sources.clutter import TEXTS, in_clutter, is_unread
 from pipeline.sources.text_files import small_text
 
-_LONGEST_NAME = 4096  # bytes of a member's name; what a path may have on Linux
-_SHOWN = 200  # characters of a longer one
+_LONGEST_NAME = 4096  # maximum bytes of a member's name: the limit of a path on Linux
+_SHOWN = 200  # characters that are stored of a longer name
 _SIDECARS = {**dict.fromkeys(TEXTS, 1 << 16), "json": 8 << 20, "cls": 64}
-"""Files next to an image that say something of it, and how many bytes of each are read."""
-_GROUP = 16  # members that may belong together, before the first of them are let go
+"""Extensions of files that describe an image next to them, and how many bytes of such a file are read."""
+_GROUP = 16  # maximum members of a group before its first ones are yielded
 
 
 def outcomes(
@@ -44,13 +44,14 @@ def outcomes(
     step: Callable[[], None],
     noted: Counter[str] | None = None,
 ) -> Iterator[Outcome]:
-    """What becomes of the image members of ``file``, an archive that is looked through as a whole first.
+    """Yield the outcome of each image in the archive ``file``, after checking the whole archive.
 
-    ``noted`` counts members that look like data but are no samples: images of kinds that are not read (by extension),
-    clutter, images that the metadata do not list, texts next to no image, any other file.
+    ``noted`` counts members that are not samples: images in unsupported formats (by extension), clutter, images that
+    the metadata do not list, texts without an image, and other files.
 
     Raises:
-        SampleError: it is no archive, not whole, damaged or a bomb; before anything is yielded.
+        SampleError: ``file`` is not an archive, is incomplete or damaged, or is an archive bomb. Raised before the
+        first outcome.
     """
     check(file, config.max_members, step)
     return _outcomes(file, _Reading(archive, config, annotations, Counter() if noted is None else noted))
@@ -58,7 +59,7 @@ def outcomes(
 
 @dataclass(frozen=True, slots=True)
 class _Reading:
-    """An archive that is being read; ``seen`` counts its keys by a hash of each."""
+    """State of an archive that is being read; ``seen`` counts its keys, by hash."""
 
     archive: str
     config: SourceConfig
@@ -95,8 +96,11 @@ def _outcomes(file: IO[bytes], reading: _Reading) -> Iterator[Outcome]:
 
 
 def _groups(found: Iterator[Member], most_bytes: int) -> Iterator[list[Member]]:
-    """Neighbours of the same stem up to the first dot, as WebDataset has them; a name that comes again begins another
-    group. A long group is let go in parts, so that what has the same stem up to the last dot stays together."""
+    """Group consecutive members with the same stem up to the first dot, as WebDataset does.
+
+    A repeated name starts a new group. A long group is yielded in parts; members with the same stem up to the last dot
+    stay together.
+    """
     group: list[Member] = []
     for member in found:
         together = group and _stem(member.name) == _stem(group[0].name)
@@ -119,9 +123,9 @@ def _groups(found: Iterator[Member], most_bytes: int) -> Iterator[list[Member]]:
 
 
 def _beside(image: Member, sidecars: list[Member]) -> dict[str, bytes]:
-    """The sidecars of an image by extension: of each kind the one whose stem has most in common with the image's.
+    """Return the data of an image's sidecars by extension; of several, the one with the longest common stem.
 
-    ``v.1.jpg`` has ``v.1.txt``, else ``v.txt`` or ``v.1.caption.txt``, but not ``v.2.txt``.
+    ``v.1.jpg`` gets ``v.1.txt``, or otherwise ``v.txt`` or ``v.1.caption.txt``, but never ``v.2.txt``.
     """
     found: dict[str, tuple[int, bytes]] = {}
     stem = _whole_stem(image.name)
@@ -136,7 +140,9 @@ def _beside(image: Member, sidecars: list[Member]) -> dict[str, bytes]:
 
 
 def _said(beside: dict[str, bytes], reading: _Reading) -> Entry:
-    """What the sidecars of an image say, of JSON the fields in ``columns=`` (none given: all); the text goes first.
+    """The entry that an image's sidecars describe: the caption of a text file takes precedence over one in JSON.
+
+    Of the JSON fields, those in ``columns=`` are kept (empty: all).
 
     Raises:
         SampleError: ``bad_label``.
@@ -159,7 +165,7 @@ def _object(data: bytes, noted: Counter[str]) -> dict[str, Any]:
 
 
 def _joined(entry: Entry | None, beside: Entry) -> Entry:
-    """What a list says of an image, then what lies next to it."""
+    """Merge two entries of an image: ``entry``, from the metadata, takes precedence over ``beside``."""
     if entry is None:
         return beside
     label = entry.label if entry.label is not None else beside.label
@@ -167,12 +173,12 @@ def _joined(entry: Entry | None, beside: Entry) -> Entry:
 
 
 def _outcome(member: Member, entry: Entry | None, beside: dict[str, bytes], reading: _Reading) -> Outcome:
-    """What becomes of an image of which a list says ``entry``, and its sidecars what is in them."""
+    """The outcome of an image with the metadata ``entry`` and the sidecars ``beside``."""
     key = make_key(f"{reading.archive}/{member.name}")
     short = xxhash.xxh3_64_intdigest(key)
     reading.seen[short] += 1
     if reading.seen[short] > 1:
-        key = f"{key}=={reading.seen[short]}"  # a name that comes again in the archive; no path gives a key like this
+        key = f"{key}=={reading.seen[short]}"  # a repeated name; no path results in such a key
     outcome = Outcome(key, "failed", source=reading.archive, member=_shown(member.name), offset=member.offset)
     outcome.source_bytes = member.size
     if len(member.name.encode("utf-8", "surrogateescape")) > _LONGEST_NAME:
@@ -189,7 +195,7 @@ def _outcome(member: Member, entry: Entry | None, beside: dict[str, bytes], read
 
 
 def settle(outcome: Outcome, data: bytes, format: str, entry: Entry, columns: dict[str, str]) -> None:
-    """Keep the image ``data``, unless what is known of it speaks against that.
+    """Set ``outcome`` to kept, with a row that holds the image ``data``, or to dropped if ``entry`` says so.
 
     Raises:
         SampleError: ``no_label``, ``bad_label``, ``bad_field``.
@@ -209,18 +215,18 @@ def settle(outcome: Outcome, data: bytes, format: str, entry: Entry, columns: di
 
 
 def _shown(name: str) -> str:
-    """A member's name as text that any file can hold."""
+    """A member's name as valid UTF-8, shortened if it is too long."""
     return path_text(name if len(name) <= _LONGEST_NAME else name[:_SHOWN] + "...")
 
 
 def _stem(name: str) -> str:
-    """A name up to the first dot of its last part."""
+    """``name`` up to the first dot of its last component."""
     folder, slash, base = name.rpartition("/")
     return folder + slash + base.partition(".")[0]
 
 
 def _whole_stem(name: str) -> str:
-    """A name up to the last dot of its last part."""
+    """``name`` up to the last dot of its last component."""
     folder, slash, base = name.rpartition("/")
     return folder + slash + (base.rpartition(".")[0] or base)
 

@@ -1,7 +1,7 @@
-"""Arrays of images: which array holds what, by the names that people give them, and what its items are.
+"""Finds the columns of image tables among named arrays, from common naming patterns.
 
-``x_train`` belongs to ``y_train``, ``images.00000`` to ``labels.00000``, ``test/images`` to ``test/captions``: names
-that differ in one part alone. That part is the name of the column.
+``x_train`` belongs to ``y_train``, ``images.00000`` to ``labels.00000``, ``test/images`` to ``test/captions``: these
+names differ in one part only, and that part is the name of the column.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ _SPLITS = {"train": "train", "training": "train", "test": "test"} | dict.fromkey
 
 @dataclass(frozen=True, slots=True)
 class Tables:
-    """Arrays that make up tables: of each array of images, the columns of its table and the arrays that they are."""
+    """Tables made of arrays: ``columns`` maps each array of images to its table's columns and their arrays."""
 
     columns: dict[str, dict[str, str]] = field(default_factory=dict)
     image: dict[str, str] = field(default_factory=dict)
-    """Of each array of images, its own column."""
+    """Column name of each array of images."""
     other_split: list[str] = field(default_factory=list)
     """Arrays of images of another split."""
     unused: list[str] = field(default_factory=list)
-    """Arrays that belong to none."""
+    """Arrays that belong to no table."""
 
     def roles(self, name: str, config: SourceConfig) -> tuple[Roles, dict[str, str]]:
-        """Which columns of the table of ``name`` say what, and which array each column is.
+        """Return the roles of the columns in the table of the image array ``name``, and the array of each column.
 
         Raises:
             SampleError: ``no_column``.
@@ -45,20 +45,20 @@ class Tables:
 
 
 def tables(names: Sequence[str], config: SourceConfig, *, alone: bool = False) -> Tables:
-    """The tables that the arrays ``names`` make up; of those of several splits, the one that ``split=`` names.
+    """Find the tables among the arrays ``names``; if their names contain splits, only those of ``split=``.
 
     Args:
-        alone: where no name says that it is one of images, all are, each by itself.
+        alone: if no name marks an array of images, treat each array as a table of images.
 
     Raises:
-        ConfigError: there are other splits, but not this one.
+        ConfigError: there are other splits but not this one.
     """
     parts = {name: re.split(r"[._\-/ ]+|(?<=[a-z])(?=\d)", name.lower()) for name in names}
     wanted = config.image_column.lower()
     words = (wanted,) if wanted else IMAGES
 
     def place(name: str) -> int:
-        """Which part of a name says that it is of images; -1: none."""
+        """Index of the part of ``name`` that marks an array of images; -1 if there is none."""
         return next((n for n, part in enumerate(parts[name]) if part in words), -1)
 
     exact = [name for name in names if wanted and name.lower() == wanted]
@@ -69,7 +69,7 @@ def tables(names: Sequence[str], config: SourceConfig, *, alone: bool = False) -
     there = set(filter(None, splits.values()))
     split = _SPLITS.get(config.split.lower(), config.split)
     if there and not exact and split not in there and not all(there & {s} for s in splits.values()):
-        there = set()  # some say no split: they are of whichever is asked for
+        there = set()  # some names contain no split: these arrays belong to the requested one
     if there and not exact and split not in there:
         raise ConfigError(f"split={config.split}: there are arrays of images of the splits {', '.join(sorted(there))}")
     found = Tables(other_split=[name for name in images if not exact and splits[name] not in ("", split)])
@@ -87,15 +87,15 @@ def tables(names: Sequence[str], config: SourceConfig, *, alone: bool = False) -
 
 
 def _siblings(one: list[str], other: list[str], at: int) -> bool:
-    """Whether two names differ in the part ``at``, and there alone."""
+    """Whether two names differ in part ``at`` and nowhere else."""
     return len(one) == len(other) and [n for n, part in enumerate(one) if part != other[n]] == [at]
 
 
 def the_table(names: Sequence[str], config: SourceConfig) -> tuple[Roles, dict[str, str]]:
-    """The one table that the arrays of one file make up.
+    """Return the only table among the arrays of a file: its roles, and the array of each column.
 
     Raises:
-        SampleError: ``no_column``: there is none, or there are several.
+        SampleError: ``no_column`` if there is none or more than one.
     """
     try:
         found = tables(names, config)
@@ -110,7 +110,7 @@ def the_table(names: Sequence[str], config: SourceConfig) -> tuple[Roles, dict[s
 
 
 def check_lengths(lengths: Iterable[tuple[str, int]], most: int) -> int:
-    """The number of rows of arrays of these lengths.
+    """Return the number of rows of a table whose arrays have these lengths.
 
     Raises:
         SampleError: ``uneven_arrays``, ``too_many_members``.

@@ -16,31 +16,32 @@ from pipeline.samples import IMAGE_COLUMNS, Outcome, Schema
 
 
 class Source(ABC):
-    """Lists the inputs, and reads them partition by partition."""
+    """Lists inputs and reads them partition by partition."""
 
     rechecks: bool = False
-    """Whether planning again is cheap and asks no server, so that it shows if the inputs have changed."""
+    """Whether planning is cheap and contacts no server, so that it can be repeated to detect changed inputs."""
 
     format: str = "tar"
-    """Storage format of what is brought in."""
+    """Storage format of the samples."""
 
     def __init__(self, config: SourceConfig) -> None:
         self.config = config
         self.home = Path()
-        """The output folder; sources keep what they need besides in ``partial`` and ``tables`` below it."""
+        """The output folder; sources keep temporary downloads and tables in its subfolders ``partial`` and
+        ``tables``."""
         self.left_out = LeftOut()
-        """What the last :meth:`plan` has seen that looks like data but is no sample."""
+        """Files found by the last :meth:`plan` that look like data but are not samples."""
         self.noted: Counter[str] = Counter()
-        """The same of the partition that is being brought in, without examples."""
+        """Counts of such entries in the partition that is being read, without examples."""
         self.check_stop: Callable[[], None] = lambda: None
-        """To be called now and then in long work; raises when the rank was asked to stop."""
+        """To be called regularly during long work; raises if the rank was asked to stop."""
 
     def extra(self) -> dict[str, Any]:
-        """Facts that :meth:`samples` needs and that are stored in the manifest: class names, revisions, ..."""
+        """Facts that :meth:`samples` needs and that are stored in the manifest, such as class names and revisions."""
         return {}
 
     def watched(self) -> dict[str, str]:
-        """Files that samples depend on in addition to the inputs, such as a file of captions: name → state."""
+        """Files that samples depend on in addition to the inputs, such as a file of captions: maps names to states."""
         return {}
 
     def changed(self, file: Input) -> bool:
@@ -65,7 +66,7 @@ class Source(ABC):
         plan."""
 
     def origin(self) -> str:
-        """The folder that references point into; empty if the samples are stored."""
+        """The folder that references point into; empty if the samples themselves are stored."""
         return ""
 
 

@@ -17,9 +17,9 @@ from pipeline.sources.recognition import CAPTIONS, explained, kind_of
 
 
 def normalised(name: str) -> str:
-    """A file's name as it is compared: NFC, with slashes, without a drive or anything that means "here".
+    """Normalize a file name for comparison: NFC, forward slashes, no drive and no leading ``./`` or ``/``.
 
-    Flickr8k and Flickr30k have ``a.jpg#0``, ``a.jpg#1``, ...: the captions of one image.
+    A suffix such as ``#0``, which numbers the captions of an image in Flickr8k and Flickr30k, is removed.
     """
     name = unicodedata.normalize("NFC", repaired(name)).replace("\\", "/")
     return re.sub(r"^([A-Za-z]:)?(\.?/)+|(?<=\w)#\d+$", "", name)
@@ -27,7 +27,7 @@ def normalised(name: str) -> str:
 
 @dataclass(slots=True)
 class Named:
-    """What a file says of one image; ``line`` is where."""
+    """The captions of an image, and the line where they were found."""
 
     name: str
     captions: list[str] = field(default_factory=list)
@@ -35,17 +35,17 @@ class Named:
 
 
 class CaptionFile:
-    """The captions in a ``.json``, ``.jsonl``, ``.csv``, ``.tsv``, ``.txt`` or ``.parquet`` file, packed or not.
+    """The captions in a ``.json``, ``.jsonl``, ``.csv``, ``.tsv``, ``.txt`` or ``.parquet`` file, compressed or not.
 
-    JSON is a mapping of names to captions, or a list of objects; an object or a row has a name and a caption. The
-    annotation files of COCO, TextCaps and Flickr30k are read as they are.
+    JSON is a mapping of names to captions, or a list of objects; each object or row has a name and a caption. The
+    annotation files of COCO, TextCaps and Flickr30k are supported.
 
     Attributes:
-        bad: what is wrong with rows that could not be used, with their lines.
-        reads: what the file is understood as, for :func:`~pipeline.sources.recognition.explained`.
+        bad: descriptions of unusable rows, with their line numbers.
+        reads: the formats that this class accepts, for :func:`~pipeline.sources.recognition.explained`.
 
     Raises:
-        ConfigError: it is none of these, there are no columns for name and caption, or most rows cannot be used.
+        ConfigError: the format is not supported, there are no columns for name and caption, or most rows are unusable.
     """
 
     def __init__(self, path: Path) -> None:
@@ -75,7 +75,7 @@ class CaptionFile:
             raise ConfigError(f"captions={self.path}: none of its {len(self.rows)} rows has a text as caption")
 
     def _note(self, name: str) -> None:
-        """Ends of a row's name under which an image may be found; an empty name where several rows have one end."""
+        """Index the ends of a row's name; an end that several rows share maps to an empty name."""
         parts = name.split("/")
         for count in range(1, min(len(parts), 3) + 1):
             end = "/".join(parts[-count:]).casefold()
@@ -85,7 +85,7 @@ class CaptionFile:
                 self._stems[stem] = "" if stem in self._stems else name
 
     def _annotated(self, layout: str) -> Iterator[Named]:
-        """What a published file of annotations says."""
+        """The captions in an annotation file with a published layout."""
         left_out = _Unusable(self.bad)
         with laid_out(layout, f"captions={self.path}"), self.path.open("rb") as file:
             for name, entry in READERS[layout](file, SourceConfig(), left_out):
@@ -115,16 +115,16 @@ class CaptionFile:
 
     @staticmethod
     def _could(columns: list[str]) -> bool:
-        """Whether rows with these columns can have both."""
+        """Whether ``columns`` contain both a name and a caption."""
         values = dict.fromkeys(columns, "x.jpg")
         name = _name_in(values)
         return _texts_in(values, name) is not None
 
     def find(self, path: str) -> str:
-        """The name of the row about the image at ``path``; empty if there is none, or it is not clear which.
+        """Return the name of the row for the image at ``path``; empty if there is none or more than one candidate.
 
-        In this order: the same path; its end (``b.jpg`` is about any ``a/b.jpg``); the only row with the same end, of
-        up to three parts, whatever the folder before it and whatever the case; the only one with this name without an
+        Tried in this order: the same path; an end of the path (``b.jpg`` matches any ``a/b.jpg``); the only row whose
+        last one to three components match, ignoring case; the only row whose name equals this one without its
         extension.
         """
         wanted = normalised(path)
@@ -139,13 +139,13 @@ class CaptionFile:
         return self._stems.get(stem, "") or self._stems.get(stem.rpartition("/")[2], "")
 
     def of(self, path: str) -> list[str] | None:
-        """The captions of the image at ``path``; None if no row is about it."""
+        """The captions of the image at ``path``; None if there is no row for it."""
         name = self.find(path)
         return self.rows[name].captions if name else None
 
 
 class _Unusable(LeftOutRows):
-    """Notes entries that could not be used in ``bad``; a null caption only says that there is none."""
+    """Appends unusable entries to ``bad``, except missing captions, which are allowed."""
 
     def __init__(self, bad: list[str]) -> None:
         super().__init__()
@@ -157,7 +157,7 @@ class _Unusable(LeftOutRows):
 
 
 def has_captions(path: Path) -> bool:
-    """Whether the first row of a file has a name and a caption."""
+    """Whether the first row of the file contains a name and a caption."""
     try:
         row = next(open_list(path, "a file of captions").rows(), None)
     except ConfigError:
@@ -174,11 +174,11 @@ def _name_in(values: Row) -> str:
 
 
 def _texts_in(values: Row, name: str) -> list[str] | None:
-    """The captions in a row, empty where they are null; None where it has no column for them, or no name."""
+    """The captions in a row, empty if they are null; None if the row has no caption column or no name."""
     if not name:
         return None
     columns = [column for column in caption_columns(values) if column != name]
-    if not columns and name.isdigit():  # without a heading: whatever comes after the name
+    if not columns and name.isdigit():  # without a header: the column after the name
         columns = [column for column in values if column.isdigit() and int(column) > int(name)][:1]
     if not columns:
         return None

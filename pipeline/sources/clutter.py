@@ -16,22 +16,22 @@ UNREAD = frozenset(
         """,
     )
 )
-"""Extensions of images and films that are not read: such files are counted."""
+"""Extensions of unsupported image and video formats: such files are counted."""
 
 TEXTS = ("txt", "caption", "text")
-"""Extensions of a text next to an image that is its caption; the first that is there counts."""
+"""Extensions of caption files next to an image, in order of precedence."""
 
 
 def is_clutter(name: str) -> bool:
-    """Whether a file or folder of this name, one part of a path, is nobody's data: hidden, or a system's own."""
+    """Whether a file or folder (one path component) is not user data: hidden, or created by an operating system."""
     return (name.startswith(".") and name != "." and not name.startswith("..")) or name.lower() in _LEFT_BY_SYSTEMS
 
 
 def in_clutter(path: str) -> bool:
-    """Whether a part of ``path`` is :func:`is_clutter`."""
+    """Whether any component of ``path`` is clutter."""
     return any(map(is_clutter, path.split("/")))
 
 
 def is_unread(name: str) -> bool:
-    """Whether a file's name says that it is an image of a kind that is not read."""
+    """Whether the extension is one of an unsupported image or video format."""
     return "." in name and name.rpartition(".")[2].lower() in UNREAD

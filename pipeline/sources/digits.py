@@ -1,4 +1,4 @@
-"""Embedded data: scikit-learn's 1,797 scanned digits of 8x8 pixels, labelled; split=train or test, always the same."""
+"""Embedded data: scikit-learn's 1,797 labelled digits of 8x8 pixels, with fixed splits ``train`` and ``test``."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _TEST = 450
 
 @sources.register("digits")
 class Digits(Source):
-    """1,347 for training, 450 for the test, chosen at random once for all."""
+    """1,347 training and 450 test images; the random split is fixed."""
 
     rechecks = True
 

@@ -1,4 +1,4 @@
-"""Files that hold many samples (archives, parquet): each is one partition, brought in whole and checked."""
+"""Base class of sources that read files with many samples (archives, Parquet), one partition per file."""
 
 from __future__ import annotations
 
@@ -35,37 +35,37 @@ from pipeline.sources.trees import StoreTree, Tree, get_tree, objects
 from pipeline.stores import Object
 
 _BLOCK = 1 << 20
-_UNPACKED = 1 << 36  # bytes that a file is unpacked to, to check what it holds
+_UNPACKED = 1 << 36  # maximum bytes to unpack when checking the hash of a file's content
 _IDLE, _DEADLINE = 60.0, 86400.0
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a file is: a URL (with headers for its server), or a path here; the hashes that are known of it."""
+    """Location of a file: a URL (with request headers) or a local path, and its known hashes."""
 
     url: str = ""
     path: str = ""
     sha256: str = ""
     md5: str = ""
     unpacked_md5: str = ""
-    """Of what the file unpacks to: of one that was packed again, as distributions do, this must be right instead."""
+    """MD5 of the unpacked content, checked if the hash of the file differs because it has been recompressed."""
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
     span: tuple[int, int] | None = None
-    """Where in the file ``path`` it begins, and its bytes, if it is a part of that file."""
+    """Start and size in bytes, if the file is a part of the file ``path``."""
 
 
 class FileSource(Source):
     """A source whose partitions are files.
 
-    With ``mirror=`` what lies at URLs is taken from a folder, checked against the same hashes; files that are not in it
-    are left out of the plan, and counted.
+    With ``mirror=``, files at URLs are read from a folder and checked against the same hashes; files that are not in
+    the folder are left out of the plan and counted.
     """
 
     _commits: Mapping[str, str] = {}
-    """Of repositories on the Hub, those that the plan was made of."""
+    """Commits of the Hub repositories when the plan was made."""
 
     reads: tuple[str, ...] = ("webdataset", "parquet")
-    """Sources whose files :meth:`read` understands: a message about such a file does not say what it is."""
+    """Sources whose files :meth:`read` accepts; error messages do not explain the format of such files."""
 
     @property
     def rechecks(self) -> bool:  # type: ignore[override]
@@ -73,50 +73,50 @@ class FileSource(Source):
 
     @cached_property
     def mirror(self) -> Mirror | None:
-        """The folder that stands for the network: ``mirror=``, or ``input=`` where that has no other meaning."""
+        """The folder that replaces the network: ``mirror=``, or ``input=`` if :attr:`input_is_mirror`."""
         if self.config.mirror:
             return Mirror(self.config.mirror)
         return Mirror(self.config.input, "input") if self.input_is_mirror else None
 
     @property
     def input_is_mirror(self) -> bool:
-        """Whether ``input=`` is a folder with the publisher's files."""
+        """Whether ``input=`` is a folder that holds the publisher's files."""
         return False
 
     @abstractmethod
     def inputs(self) -> Iterator[Input]:
-        """The files in order, each with a name of its own.
+        """Yield the files in order, each with a unique name.
 
         Raises:
-            ConfigError: a setting is missing, or the input is not there.
+            ConfigError: a setting or the input is missing.
         """
 
     @abstractmethod
     def locate(self, file: Input) -> Place:
-        """Where a planned file is."""
+        """Return the location of a planned file."""
 
     def size_of(self, file: Input) -> int:
-        """Bytes of a planned file; 0 if that is not known."""
+        """Size of a planned file in bytes; 0 if unknown."""
         return max(file.size, 0)
 
     def metadata(self) -> list[tuple[str, Place]]:
-        """Names and places of the files with captions that ``metadata=`` names."""
+        """Names and locations of the files of ``metadata=``."""
         names = self._addresses("metadata", self.config.metadata)
         return [(name, Place(url=name) if "://" in name else Place(path=name)) for name in names]
 
     def watched(self) -> dict[str, str]:
-        """Files with captions on this machine or in a store; those by URL are fetched once."""
+        """States of the metadata files that are local or in a store; those at other URLs are fetched only once."""
         return self._states("metadata", self.metadata())
 
     def _states(self, setting: str, files: Iterable[tuple[str, Place]]) -> dict[str, str]:
-        """What is different when a file of this machine, or in a store, has changed."""
+        """States of local files and store objects; a state changes when its file changes."""
         places = [(name, self._mirrored(place, name)) for name, place in files]
         known = self._known(setting, [place.url for _, place in places])
         states = {name: known[place.url].etag for name, place in places if place.url in known}
         return states | {name: file_state(real_path(place.path)) for name, place in places if place.path}
 
     def _addresses(self, setting: str, given: Iterable[str]) -> list[str]:
-        """``given``, where what stands for several objects of a store is replaced by their addresses."""
+        """Replace patterns in ``given`` with the addresses of the store objects that they match."""
         found: list[str] = []
         for one in given:
             if not stores.is_pattern(one):
@@ -128,7 +128,7 @@ class FileSource(Source):
         return found
 
     def _known(self, setting: str, urls: Iterable[str]) -> dict[str, Object]:
-        """Size and version of those that are objects in a store."""
+        """Size and version of those ``urls`` that are objects in a store."""
         wanted = {url: stores.canonical(url) for url in urls if stores.is_url(url)}
         more = objects(setting, [address for address in wanted.values() if address not in self._objects])
         self._objects.update((o.path, o) for o in more)
@@ -136,7 +136,7 @@ class FileSource(Source):
 
     @cached_property
     def tree(self) -> Tree:
-        """What ``input=`` stands for."""
+        """The files that ``input=`` refers to."""
         tree = get_tree(self.config.input)
         if isinstance(tree, StoreTree):
             self._objects.update((tree.place(name), found) for name, found in tree.found.items())
@@ -144,7 +144,7 @@ class FileSource(Source):
 
     @cached_property
     def _objects(self) -> dict[str, Object]:
-        """What a store has said of objects, by their addresses."""
+        """Cached sizes and versions of store objects, by address."""
         return {}
 
     def changed(self, file: Input) -> bool:
@@ -152,7 +152,7 @@ class FileSource(Source):
         return bool(path) and file.mtime_ns >= 0 and local_input(path, file.path).mtime_ns != file.mtime_ns
 
     def _mirrored(self, place: Place, name: str) -> Place:
-        """``place``, or where it lies in the mirror.
+        """``place``, or its location in the mirror if there is one.
 
         Raises:
             SampleError: ``not_in_mirror``.
@@ -176,7 +176,7 @@ class FileSource(Source):
         return {**self.annotations.extra, **self._found_commits()}
 
     def _found_commits(self) -> dict[str, Any]:
-        """The commits of the repositories on the Hub that files lie in: all ranks read these."""
+        """Commits of the Hub repositories that hold files, so that all ranks read the same version."""
         places = [place for _, place in self.metadata()] + [self.locate(file) for file in self.inputs()]
         roots = {stores.Store(place.url).bucket for place in places if stores.is_hub(place.url)}
         return {"commits": {root: stores.Store(root).commit for root in sorted(roots)}} if roots else {}
@@ -187,16 +187,16 @@ class FileSource(Source):
         files = list(self._available())
         sizes = [self.size_of(file) for file in files]
         known = sum(sizes)
-        largest = max(sizes, default=0)  # an archive lies there until its samples are stored
+        largest = max(sizes, default=0)  # an archive stays on the disk until its samples are stored
         check_space(self.config, self.home, known + largest if known else None)
         for file in files:
             yield Partition((file,))
 
     def _available(self) -> Iterator[Input]:
-        """The files that are there: all, or those in the mirror, with size and time of change, or version in a store.
+        """Yield the available files with their size and modification time, or their version in a store.
 
         Raises:
-            ConfigError: none is.
+            ConfigError: none of the files is in the mirror.
         """
         missing = 0
         there: list[tuple[Input, Place]] = []
@@ -236,7 +236,7 @@ class FileSource(Source):
             except SampleError as error:
                 raise ConfigError(f"metadata: {public(name)}: {error}") from None
 
-    # ---- bringing in
+    # ---- reading samples
 
     def samples(self, partition: Partition, context: Context) -> Iterator[Outcome]:
         (planned,) = partition.inputs
@@ -259,10 +259,10 @@ class FileSource(Source):
         yield container
 
     def read(self, planned: Input, file: IO[bytes], context: Context) -> Iterator[Outcome]:
-        """What becomes of each sample of the file.
+        """Return the outcome of each sample in ``file``.
 
         Raises:
-            SampleError: the file as a whole cannot be used; nothing was yielded then.
+            SampleError: the whole file is unusable. Raised before the first outcome.
         """
         self.annotations.enter(planned.path, context.extra.get("classes", []))
         file.seek(0)
@@ -280,7 +280,7 @@ class FileSource(Source):
     def _fetched(
         self, name: str, place: Place, planned: Input | None = None, scratch: Path | None = None
     ) -> Iterator[tuple[IO[bytes], int, str]]:
-        """The file, its size and its XXH3-128, checked against what is known of it."""
+        """Context manager: the file, its size and its XXH3-128, after checking it against the known hashes."""
         place = self._mirrored(place, name)
         if place.path:
             with self._opened(place, planned) as found:
@@ -308,13 +308,13 @@ class FileSource(Source):
             partial.done()
 
     def _room_for(self, head: Head) -> None:
-        """Raises ConfigError if an archive whose server says how long it is does not fit on the disk."""
+        """Raise ConfigError if an archive of the announced length does not fit on the disk."""
         stored = 0 if getattr(self.config, "fuse", False) else head.length
         require_space(self.config, self.home, head.length - head.offset + stored)
 
     @contextmanager
     def _opened(self, place: Place, planned: Input | None) -> Iterator[tuple[IO[bytes], int, str]]:
-        """A file of this machine."""
+        """:meth:`_fetched` for a local file."""
         try:
             file = Path(real_path(place.path)).open("rb")  # noqa: SIM115 - closed below
         except OSError as error:
@@ -342,7 +342,7 @@ class FileSource(Source):
 
 
 def _unpacks_to(file: IO[bytes], md5: str) -> bool:
-    """Whether this is the MD5 of what the packed ``file`` holds."""
+    """Whether ``md5`` is the MD5 of the unpacked content of ``file``."""
     found = hashlib.md5()
     if md5:
         stream = unpacked(file, _UNPACKED)
@@ -352,7 +352,7 @@ def _unpacks_to(file: IO[bytes], md5: str) -> bool:
 
 
 class _Part(io.RawIOBase):
-    """Some bytes of an open file, as a file of their own."""
+    """A range of bytes of an open file, as a file."""
 
     def __init__(self, fd: int, start: int, size: int) -> None:
         self._fd, self._start, self._size, self._at = fd, start, size, 0
@@ -375,10 +375,10 @@ class _Part(io.RawIOBase):
 
 
 def local_input(path: str, name: str, number: int = 0) -> Input:
-    """A file of this machine, as a plan has it.
+    """Return a local file as an input of a plan.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is no such file.
     """
     try:
         state = Path(path).stat()
@@ -388,7 +388,7 @@ def local_input(path: str, name: str, number: int = 0) -> Input:
 
 
 def policy(config: Any, step: Any) -> Policy:
-    """How large files are fetched."""
+    """Return the download policy for large files."""
     return Policy(
         timeout=config.timeout or _IDLE,
         deadline=config.deadline or _DEADLINE,
@@ -401,12 +401,12 @@ def policy(config: Any, step: Any) -> Policy:
 
 
 def user_agent(contact: str) -> str:
-    """Who asks, and where to complain."""
+    """Return the User-Agent header, with an address for complaints if there is one."""
     return f"latentmill (+{contact})" if contact else "latentmill"
 
 
 def check_settings(config: Any) -> None:
-    """Raises ConfigError for limits that make no sense."""
+    """Raise ConfigError if a limit is out of range."""
     for name in ("max_archive_bytes", "max_members", "max_member_bytes", "connections", "per_host"):
         if not getattr(config, name) > 0:
             raise ConfigError(f"{name}={getattr(config, name)}: must be more than 0")
@@ -418,14 +418,14 @@ def check_settings(config: Any) -> None:
 
 
 def check_space(config: Any, home: Path, known: float | None) -> None:
-    """Raises ConfigError if what a plan is about to bring does not fit on the disk: ``known`` bytes, or what the data
-    set's YAML says."""
+    """Raise ConfigError if the planned download does not fit on the disk: ``known`` bytes, or, if None, the size in the
+    dataset's YAML."""
     if not getattr(config, "fuse", False):
         require_space(config, home, config.expected_gb * 1e9 * config.fraction if known is None else known)
 
 
 def require_space(config: Any, home: Path, expected: float) -> None:
-    """Raises ConfigError if ``expected`` bytes more do not fit on the disk."""
+    """Raise ConfigError if ``expected`` more bytes do not fit on the disk."""
     there = next(path for path in (home, *home.parents) if path.exists())
     free = shutil.disk_usage(there).free
     if config.check_space and expected > free:

@@ -1,4 +1,4 @@
-"""HDF5 files with images: pixels, or encoded images as bytes, in a dataset with one row for each image."""
+"""HDF5 files with images: an HDF5 dataset with one row per image, either pixels or encoded images."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from pipeline.sources.trees import Tree
 from pipeline.sources.webdataset import WebDataset, refuse_own
 
 _ROWS = 32
-"""That a task reads."""
+"""Rows per task."""
 WORKER = "pipeline.sources.hdf5_worker:answer"
 _MEMORY = 4 << 30
 TIMEOUT = 60.0
-"""Seconds that a task may take."""
+"""Seconds until a task is aborted."""
 
 
 @cache
 def _pool(function: str) -> Pool:
-    """The process that reads, which starts when it is first needed."""
+    """The process that reads the files; it starts on first use."""
     return Pool(function, workers=1, timeout=TIMEOUT, memory=_MEMORY, read=understood)
 
 
 @sources.register("hdf5")
 class Hdf5(WebDataset):
-    """Files whose rows are samples, each a partition; read in a process of its own, which a damaged file may crash."""
+    """Files whose rows are samples, one partition per file; read in a separate process that damaged files may crash."""
 
     suffixes = (".h5", ".hdf5", ".he5")
     reads = ("hdf5",)
@@ -45,8 +45,7 @@ class Hdf5(WebDataset):
         return super()._below(tree)
 
     def read(self, planned: Input, file: IO[bytes], context: Context) -> Iterator[Outcome]:
-        """Raises SampleError ``damaged_hdf5``, ``no_column``, ``no_images`` or ``uneven_arrays`` before anything is
-        yielded."""
+        """Raise SampleError ``damaged_hdf5``, ``no_column``, ``no_images`` or ``uneven_arrays`` before any outcome."""
         path = getattr(file, "name", "") or real_path(self._mirrored(self.locate(planned), planned.path).path)
         head, _ = self._asked([{"arrays": path}])[0]
         lengths: dict[str, int] = head["arrays"]
@@ -60,7 +59,7 @@ class Hdf5(WebDataset):
         return row_outcomes(planned.path, rows, roles, self.config, self.annotations.columns)
 
     def _asked(self, tasks: list[dict[str, Any]]) -> list[tuple[dict[str, Any], list[bytes]]]:
-        """Answers to tasks. Raises SampleError if there is none."""
+        """Answers to ``tasks``. Raises SampleError if one fails."""
         found = []
         for _, answer in _pool(WORKER).map(((None, json.dumps(task).encode()) for task in tasks), self.check_stop):
             if isinstance(answer, Lost):

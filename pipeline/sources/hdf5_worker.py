@@ -1,6 +1,6 @@
 """Reads HDF5 files in a separate process, because the HDF5 library can crash on damaged files.
 
-Tasks are JSON, answers are JSON and the bytes of images, as :mod:`pipeline.imaging.worker_pool` asks.
+Tasks are JSON, answers are JSON followed by the bytes of the images, for :mod:`pipeline.imaging.worker_pool`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _LARGEST_ROW = 1 << 30
 
 
 def answer(task: bytes) -> bytes:
-    """Do what ``task`` says, ``{"arrays": path}`` or ``{"rows": [start, stop], ...}``."""
+    """Answer a task: ``{"arrays": path}`` or ``{"rows": [start, stop], ...}``."""
     said = json.loads(task)
     try:
         if "arrays" in said:
@@ -34,12 +34,12 @@ def answer(task: bytes) -> bytes:
         return _packed({"reason": error.reason, "detail": error.detail}, [])
     except MemoryError:
         return _packed({"reason": "too_many_bytes", "detail": "out of memory"}, [])
-    except Exception as error:  # h5py raises nearly everything
+    except Exception as error:  # h5py raises almost any exception
         return _packed({"reason": "damaged_hdf5", "detail": type(error).__name__}, [])
 
 
 def understood(said: bytes | bytearray, task: bytes) -> tuple[dict[str, Any], list[bytes]]:
-    """What ``answer`` said: the JSON, and the images. Raises ValueError if it cannot have said that."""
+    """Parse an answer to ``task`` into its JSON and images. Raises ValueError if it is not a valid answer."""
     if len(said) < _HEAD.size:
         raise ValueError("no answer")
     (length,) = _HEAD.unpack_from(said)
@@ -87,10 +87,10 @@ def _opened(path: str, state: str) -> h5py.File:
 
 
 def _arrays(path: str) -> dict[str, int]:
-    """The arrays of a file, by their paths in it, with their lengths.
+    """Return the lengths of a file's arrays by their paths in the file.
 
     Raises:
-        SampleError: ``other_files``: the data of one lie in a file that it names, which may be any on this machine.
+        SampleError: ``other_files`` if an array refers to data in another file, which could be any local file.
     """
     found: dict[str, int] = {}
 
@@ -107,7 +107,7 @@ def _arrays(path: str) -> dict[str, int]:
 
 
 def _rows(said: dict[str, Any]) -> bytes:
-    """Rows ``start`` to ``stop`` of the arrays ``columns``, one of which, ``image``, has the images."""
+    """Read the rows [start, stop) of the arrays ``columns``; the column ``image`` holds the images."""
     file = _opened(said["path"], said["state"])
     start, stop = said["rows"]
     columns = {column: file[name] for column, name in said["columns"].items()}
@@ -133,7 +133,7 @@ def _rows(said: dict[str, Any]) -> bytes:
 
 
 def _slices(columns: dict[str, Any], start: int, stop: int) -> dict[str, Any]:
-    """All rows at once; nothing if some of them cannot be read."""
+    """Read all rows at once; return an empty dict if some of them cannot be read."""
     try:
         return {column: array[start:stop] for column, array in columns.items()}
     except Exception:
@@ -141,7 +141,7 @@ def _slices(columns: dict[str, Any], start: int, stop: int) -> dict[str, Any]:
 
 
 def _reader(images: Any, most: int) -> Any:
-    """What makes an image file of an item of the dataset ``images``."""
+    """Return a function that converts an item of the HDF5 dataset ``images`` into an image file."""
     if images.ndim == 1 and (kind := h5py.check_vlen_dtype(images.dtype)) is not None and kind == np.uint8:
         return lambda item: np.asarray(item, np.uint8).tobytes()
     if images.ndim == 1 and h5py.check_string_dtype(images.dtype) is not None:
@@ -152,7 +152,7 @@ def _reader(images: Any, most: int) -> Any:
 
 
 def _value(item: Any) -> Any:
-    """As JSON has it. Raises SampleError ``bad_field``."""
+    """Convert ``item`` for JSON. Raises SampleError ``bad_field``."""
     if isinstance(item, bytes):
         return repaired(item.rstrip(b"\0"))
     if isinstance(item, np.ndarray) and item.dtype.kind == "O":

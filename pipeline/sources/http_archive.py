@@ -1,4 +1,4 @@
-"""Archives and parquet files by URL or in a store, given as ``urls=[...]`` or as a list in the file ``input=``."""
+"""Archives and Parquet files at URLs or in a store, given as ``urls=[...]`` or as a list in the file ``input=``."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from pipeline.sources.text_files import Lines, decoded, list_errors, open_text, 
 
 @sources.register("http_archive")
 class HttpArchive(FileSource):
-    """Images of tar (plain, gzip, bzip2, xz), zip and parquet files, with the texts next to them as captions."""
+    """Images in tar (plain, gzip, bzip2, xz), zip and Parquet files; text files next to them are captions."""
 
     @property
     def input_is_mirror(self) -> bool:
@@ -33,10 +33,10 @@ class HttpArchive(FileSource):
 
     @cached_property
     def named(self) -> list[tuple[str, str]]:
-        """A name and the URL of each file: the name that a list gives, else the last part of the path.
+        """Name and URL of each file: the name in the list, or otherwise the last component of the URL's path.
 
         Raises:
-            ConfigError: there are no URLs, one is none, or a setting makes no sense with them.
+            ConfigError: there are no URLs, one of them is invalid, or ``sha256=`` does not fit them.
         """
         config = self.config
         if config.input and not self.input_is_mirror:
@@ -58,7 +58,7 @@ class HttpArchive(FileSource):
         return [(name, url) for name, (_, url) in zip(names, listed, strict=True)]
 
     def _from_input(self, given: str) -> list[tuple[str, str]]:
-        """What the list ``given`` names; in a store it may as well be a pattern, a folder or an archive."""
+        """Files named by the list ``given``; in a store, it can also be a pattern, a folder or an archive."""
         if not stores.is_url(given):
             with list_errors(f"input={given}"), Path(given).open("rb") as file:
                 return _listed(file, f"input={given}")
@@ -82,10 +82,10 @@ class HttpArchive(FileSource):
 
 
 def share(count: int, fraction: float) -> int:
-    """How many of ``count`` files a fraction is; at least one.
+    """Number of files in a fraction of ``count`` files; at least 1.
 
     Raises:
-        ConfigError: it is no fraction.
+        ConfigError: ``fraction`` is out of range.
     """
     if not 0 < fraction <= 1:
         raise ConfigError(f"fraction={fraction}: must be more than 0 and at most 1")
@@ -93,7 +93,7 @@ def share(count: int, fraction: float) -> int:
 
 
 def check_url(url: str) -> None:
-    """Raises ConfigError for what is no URL that we would follow."""
+    """Raise ConfigError if ``url`` is invalid or its scheme is not supported."""
     try:
         check(url)
     except SampleError as error:
@@ -101,12 +101,12 @@ def check_url(url: str) -> None:
 
 
 def _listed(file: IO[bytes], said: str) -> list[tuple[str, str]]:
-    """Names and URLs of a text file: a line is a URL, or a name and a URL with blanks, a tab or a comma between them.
+    """Names and URLs in a text file: a line is a URL, or a name and a URL separated by blanks, a tab or a comma.
 
-    A URL ends at a blank, or at the quotation mark that it began with. Lines without one, as headings, say nothing.
+    A URL ends at a blank or at its closing quotation mark. Lines without a URL, such as headings, are ignored.
 
     Raises:
-        ConfigError: it is no text, or has no URL.
+        ConfigError: the file is not text or contains no URL.
     """
     found = []
     kind = kind_of(file)

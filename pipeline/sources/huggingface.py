@@ -1,7 +1,7 @@
-"""Files of a dataset's repository on the Hugging Face Hub: revision pinned, hashes of the Hub checked.
+"""Files of a dataset repository on the Hugging Face Hub, at a pinned revision and checked against the Hub's hashes.
 
-What there is comes from ``huggingface_hub`` (endpoint and token as it finds them: ``HF_ENDPOINT``, ``HF_TOKEN``, its
-own login); the files themselves by the same client as all archives, so that they are resumed and checked alike.
+``huggingface_hub`` lists the files (with its endpoint and token: ``HF_ENDPOINT``, ``HF_TOKEN``, or its login). They are
+downloaded by the same client as other archives, with the same resuming and checks.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 @sources.register("huggingface")
 class HuggingFace(FileSource):
-    """Tar, zip and parquet files of ``repo=``, those that ``files=`` name."""
+    """The tar, zip and Parquet files of ``repo=`` that ``files=`` selects."""
 
     @property
     def input_is_mirror(self) -> bool:
@@ -44,10 +44,10 @@ class HuggingFace(FileSource):
 
     @cached_property
     def commit(self) -> str:
-        """The commit that ``revision=`` stands for: that of the plan, once there is one.
+        """The commit of ``revision=``; once there is a plan, the commit of the plan.
 
         Raises:
-            ConfigError: repository or revision are not there, or not for us.
+            ConfigError: the repository or revision does not exist or is not accessible.
         """
         config = self.config
         if self.mirror:
@@ -62,7 +62,7 @@ class HuggingFace(FileSource):
         return super().samples(partition, context)
 
     def _asked(self, ask: Callable[[], T]) -> T:
-        """What the Hub answers; raises ConfigError where it does not."""
+        """Call ``ask``, a request to the Hub; its failure becomes a ConfigError."""
         try:
             with hub_explained(f"repo={self.config.repo} revision={self.config.revision}"):
                 return ask()
@@ -70,7 +70,7 @@ class HuggingFace(FileSource):
             raise ConfigError(str(error)) from None
 
     def _found_commits(self) -> dict[str, Any]:
-        return {}  # but that of the repository, which is there already
+        return {}  # extra() adds the commit of the repository
 
     def extra(self) -> dict[str, Any]:
         return {**super().extra(), "repo": self.config.repo, "commit": self.commit}
@@ -96,11 +96,11 @@ class HuggingFace(FileSource):
 
     @cached_property
     def _paths(self) -> list[str]:
-        """Files of the repository in the mirror, as paths in it, or as far as they lie below the mirror."""
+        """Paths of the mirror's files, relative to the mirror."""
         return self.mirror.paths() if self.mirror else []
 
     def _in_mirror(self) -> Iterator[Input]:
-        """The files that patterns name: with a ``*`` those that are there, else all, of which some may be missing."""
+        """Files that ``files=`` selects: existing ones for patterns with wildcards, otherwise even missing ones."""
         chosen: list[str] = []
         for pattern in expand(self.config.files):
             if re.search(r"[*?\[]", pattern):
@@ -114,7 +114,7 @@ class HuggingFace(FileSource):
             yield Input(path, etag=SHA256 + sha256 if sha256 else "")
 
     def _recorded(self, path: str) -> tuple[str, str]:
-        """Commit and SHA-256 of a file, as ``huggingface-cli download --local-dir`` notes them."""
+        """Commit and SHA-256 of a file, as ``huggingface-cli download --local-dir`` records them."""
         assert self.mirror
         note = self.mirror.root / ".cache" / "huggingface" / "download" / f"{path}.metadata"
         try:
@@ -133,7 +133,7 @@ class HuggingFace(FileSource):
 
     @property
     def _root(self) -> str | None:
-        """The folder that all patterns lie in, so that a large repository need not be listed as a whole."""
+        """The common folder of all patterns, so that a large repository is not listed completely."""
         folders = [re.split(r"[*?\[{]", pattern)[0].rpartition("/")[0] for pattern in self.config.files]
         return os.path.commonpath(folders) or None if all(folders) else None
 
@@ -151,5 +151,5 @@ class HuggingFace(FileSource):
         return Place(url, sha256=sha256, headers=headers)
 
     def metadata(self) -> list[tuple[str, Place]]:
-        """Files with captions are in the repository, unless they are URLs."""
+        """Names and locations of the metadata files, in the repository unless they are URLs."""
         return [(name, Place(url=name) if "://" in name else self._place(name)) for name in self.config.metadata]

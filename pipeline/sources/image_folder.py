@@ -1,14 +1,14 @@
-"""A folder of images with any nesting: ``<class>/…/<name>.<ext>``, captions next to them or in one file.
+"""A folder of images, nested to any depth: ``<class>/…/<name>.<ext>``, with captions next to them or in one file.
 
-Captions (``captions=``): ``txt`` is the first line of ``<name>.txt`` (or ``.caption``, ``.text``); ``folder`` the name
-of the image's folder; a file (``captions.json``, ``.jsonl``, ``.csv``, ``.tsv`` or ``.parquet``, or ``metadata.csv``
-and the like, as the Hugging Face library has it) maps file names to one or several captions, and so do a ``.txt`` of
-two columns and the annotation file of COCO, TextCaps or Flickr30k, where the setting names them; ``auto`` takes the
-first of these that is there for an image. An empty ``<name>.txt``, and a null in a file, say that there is no caption.
-Where all images lie in folders, the top folder is the class and gives the label.
+Captions (``captions=``): ``txt`` is the first line of ``<name>.txt`` (or ``.caption``, ``.text``); ``folder`` is the
+name of the image's folder; a file (``captions.json``, ``.jsonl``, ``.csv``, ``.tsv`` or ``.parquet``, or
+``metadata.csv`` and similar names as in the Hugging Face library) maps file names to one or more captions, as do, if
+the setting names them, a ``.txt`` with two columns and annotation files of COCO, TextCaps or Flickr30k; ``auto`` uses
+the first of these that exists for an image. An empty ``<name>.txt`` or a null in a file means no caption.
+If all images are in folders, the top-level folder is the class and determines the label.
 
-Links to folders are followed. What is no sample (hidden files, a system's own) is left out, and what looks like data
-but is not used (images of other kinds, texts and rows about no image, any other file) is counted in the plan.
+Links to folders are followed. Hidden and system files are left out. Other files that are not used (unsupported image
+formats, texts and rows without an image, and so on) are counted in the plan.
 """
 
 from __future__ import annotations
@@ -48,20 +48,20 @@ from pipeline.sources.text_files import small_text, suffix_of
 from pipeline.storage import GONE
 
 _AHEAD = 8
-"""Files that are open before they are read."""
+"""Files that are opened ahead of reading."""
 _CAPTION_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".ndjson", ".parquet")
 _CAPTION_NAMES = ("captions", "metadata")
-"""Suffixes and names of a file of captions in the folder, the second as the Hugging Face library has it; the first that
-is there counts."""
+"""Suffixes and names of a caption file in the folder, in order of precedence; the Hugging Face library uses
+``metadata``."""
 _TEXT = 1 << 16
-"""Bytes of a text next to an image that are read."""
+"""Bytes that are read of a text next to an image."""
 _FEW = 0.5
-"""Of rows or images without a counterpart, a fraction that is worth a warning."""
+"""Fraction of rows or images without a counterpart above which a warning is due."""
 
 
 @sources.register("image_folder")
 class ImageFolder(Source):
-    """Every file below ``input`` whose extension says image; nothing is copied unless ``copy=true``."""
+    """All files below ``input`` with an image extension; they are copied only with ``copy=true``."""
 
     rechecks = True
 
@@ -98,7 +98,7 @@ class ImageFolder(Source):
 
     @cached_property
     def classes(self) -> list[str]:
-        """Names of the top folders in order, the label being the index; none if images lie outside of folders."""
+        """Sorted names of the top-level folders, indexed by label; empty if there are images outside folders."""
         home = _identity(os.stat(self.root))
         entries = sorted((e for e in os.scandir(self.root) if not is_clutter(e.name)), key=lambda e: e.name)
         if any(image_format(e.name) and not _is_folder(e) for e in entries):
@@ -135,7 +135,7 @@ class ImageFolder(Source):
             return True
         return (state.st_size, state.st_mtime_ns) != (file.size, file.mtime_ns)
 
-    # ---- bringing in
+    # ---- reading samples
 
     def samples(self, partition: Partition, context: Context) -> Iterator[Outcome]:
         only = partition.only
@@ -148,7 +148,7 @@ class ImageFolder(Source):
             yield outcome
 
     def _ahead(self, files: Iterable[Input]) -> Iterator[tuple[Input, FileIO | OSError]]:
-        """Each file, opened some files before it is read, so that the system can fetch its bytes meanwhile."""
+        """Yield each file, opened in advance so that the system can read ahead."""
         waiting: deque[tuple[Input, FileIO | OSError]] = deque()
         try:
             for file in files:
@@ -167,7 +167,7 @@ class ImageFolder(Source):
             opened = FileIO(os.path.join(self._prefix, real_path(file.path)), opener=_open_at_once)
         except OSError as error:
             return error
-        with suppress(OSError):  # of what is no file
+        with suppress(OSError):  # for what is not a file
             os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
         return opened
 
@@ -212,7 +212,7 @@ class ImageFolder(Source):
 
     @cached_property
     def _caption_path(self) -> Path | None:
-        """The file with captions that the setting names or that lies in the folder."""
+        """The caption file that the setting names, or the one in the folder; None if there is none."""
         setting = self.config.captions
         if setting in ("txt", "folder", "none"):
             return None
@@ -226,7 +226,7 @@ class ImageFolder(Source):
 
     @cached_property
     def _caption_names(self) -> list[str]:
-        """Files in the folder that may hold captions, the best first."""
+        """Files in the folder that may hold captions, in order of precedence."""
         names = sorted(os.listdir(self.root))
         return [
             name
@@ -243,11 +243,11 @@ class ImageFolder(Source):
 
     @cached_property
     def _owned(self) -> dict[str, bool]:
-        """Whether the image that a row names is there, by the row's name."""
+        """Whether the image that a row names exists, by the row's name."""
         return {}
 
     def _row_of(self, path: str) -> str:
-        """The row of captions about the image at ``path``, unless it names another image that is there."""
+        """The row for the image at ``path``; empty if there is none or it names another existing image."""
         if not self._caption_file:
             return ""
         name = self._caption_file.find(path)
@@ -259,7 +259,7 @@ class ImageFolder(Source):
         return "" if self._owned[name] else name
 
     def captions_of(self, path: str) -> list[str]:
-        """The captions of the image at ``path``, by the setting ``captions``; empty if there are none."""
+        """The captions of the image at ``path``, according to ``captions=``; empty if there are none."""
         setting = self.config.captions
         if setting in ("auto", "txt"):
             text = self._beside(path)
@@ -282,13 +282,13 @@ class ImageFolder(Source):
 
 
 def _first_line(data: bytes) -> str:
-    """The first line of a text that is not blank."""
+    """The first line of a text, ignoring leading blank lines."""
     lines = small_text(data).splitlines()
     return lines[0].strip() if lines else ""
 
 
 class _Matches:
-    """Which rows of a file of captions are about an image."""
+    """Records which rows of a caption file match an image."""
 
     def __init__(self, file: CaptionFile | None) -> None:
         self._file = file
@@ -298,7 +298,7 @@ class _Matches:
         self._shared: dict[str, str] = {}
 
     def add(self, path: str, row: str) -> None:
-        """The image at ``path`` has this row; empty: none."""
+        """Record the row of the image at ``path``; empty if it has none."""
         self._first = self._first or path
         if not row:
             self._without += 1
@@ -308,10 +308,10 @@ class _Matches:
             self._images[row] = path
 
     def judge(self, left_out: LeftOut) -> None:
-        """Count what has no counterpart.
+        """Count rows without an image and other problems in ``left_out``.
 
         Raises:
-            ConfigError: no row is about an image.
+            ConfigError: no row matches an image.
         """
         file = self._file
         if file is None:
@@ -333,7 +333,7 @@ class _Matches:
 
 
 def _open_at_once(path: str, flags: int) -> int:
-    """A pipe must not make us wait for somebody who writes to it."""
+    """Open without blocking, so that a named pipe without a writer does not hang the process."""
     return os.open(path, flags | os.O_NONBLOCK)
 
 
@@ -349,7 +349,7 @@ class Found:
 
 @dataclass(slots=True)
 class _Folder:
-    """A folder that is still to be looked through, and those that it lies in, so that links cannot go in circles."""
+    """A folder to be listed, and the folders above it, to detect cyclic links."""
 
     path: str
     above: frozenset[tuple[int, int]] = field(default_factory=frozenset)
@@ -358,11 +358,11 @@ class _Folder:
 def walk(
     root: Path, left_out: LeftOut | None = None, *, texts: bool = False, known: Collection[str] = ()
 ) -> Iterator[Found]:
-    """The image files below ``root``, relative to it, in byte order folder by folder.
+    """Yield the image files below ``root``, with relative paths, in byte order folder by folder.
 
     Args:
-        left_out: counts what looks like data but is not used.
-        texts: look for a text next to each.
+        left_out: counts files that look like data but are not used.
+        texts: look for a text next to each image.
         known: further files in ``root`` that are used.
     """
     left_out = LeftOut() if left_out is None else left_out
@@ -405,7 +405,7 @@ def _is_text(entry: os.DirEntry[str]) -> bool:
 
 
 def _texts(entries: list[os.DirEntry[str]]) -> dict[str, os.DirEntry[str]]:
-    """The texts in a folder by their stems."""
+    """The texts in a folder, by stem."""
     best = sorted(filter(_is_text, entries), key=lambda e: -TEXTS.index(e.name.rpartition(".")[2].lower()))
     return {_stem(entry.name): entry for entry in best}
 
@@ -413,7 +413,7 @@ def _texts(entries: list[os.DirEntry[str]]) -> dict[str, os.DirEntry[str]]:
 def _found(path: str, entry: os.DirEntry[str], text: os.DirEntry[str] | None) -> Found:
     try:
         state = entry.stat()
-    except OSError:  # a link to nowhere: planned as it is, and failed when it is read
+    except OSError:  # a broken link: it is planned, and fails when it is read
         state = entry.stat(follow_symlinks=False)
     return Found(path, state.st_size, state.st_mtime_ns, f"txt {stamp(text.path)}" if text else "")
 
@@ -421,7 +421,7 @@ def _found(path: str, entry: os.DirEntry[str], text: os.DirEntry[str] | None) ->
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a link that leads to itself
+    except OSError:  # a link to itself
         return False
 
 

@@ -19,13 +19,13 @@ from pipeline.sources.trees import Tree
 from pipeline.sources.webdataset import WebDataset, refuse_own
 
 _STATE = "state.json"
-"""Next to the files that ``save_to_disk`` wrote: names those that count, as caches may lie there, too."""
+"""Written by ``save_to_disk``: lists the data files, as cache files may be in the same folder."""
 _NEXT_TO = (_STATE, "dataset_info.json", "dataset_dict.json")
 
 
 @sources.register("ipc")
 class Ipc(WebDataset):
-    """Files whose rows are samples, each a partition."""
+    """Files whose rows are samples, one partition per file."""
 
     suffixes = (".arrow", ".ipc", ".feather")
     reads = ("ipc",)
@@ -43,15 +43,15 @@ class Ipc(WebDataset):
         return [name for name in found if listed[_folder(name)] is None or name in wanted]
 
     def _used(self) -> set[str]:
-        """What ``save_to_disk`` writes next to its files."""
+        """Files that ``save_to_disk`` writes next to the data."""
         return {name for name in self.tree.ending((".json",)) if name.rpartition("/")[2] in _NEXT_TO}
 
     def read(self, planned: Input, file: IO[bytes], context: Context) -> Iterator[Outcome]:
-        """Raises SampleError ``damaged_arrow`` or ``no_column`` before anything is yielded."""
+        """Raise SampleError ``damaged_arrow`` or ``no_column`` before the first outcome."""
         try:
             batches = _Batches(file)
             roles = roles_of(self.config, batches.names)
-            for batch in batches:  # all of it can be read, before any of it counts
+            for batch in batches:  # read the whole file before yielding anything
                 _check(batch)
                 self.check_stop()
         except (pa.ArrowException, OSError, ValueError, KeyError, MemoryError) as error:
@@ -61,14 +61,16 @@ class Ipc(WebDataset):
 
 
 def _check(batch: pa.RecordBatch) -> None:
-    """Raises ArrowInvalid for offsets and indices that point outside of their buffers: following one can end the
-    process. Whether texts are valid UTF-8 is not checked here, as those that are not are repaired row by row."""
+    """Raise ArrowInvalid for offsets and indices outside their buffers, which could crash the process.
+
+    Texts are not checked for valid UTF-8, since invalid ones are repaired row by row.
+    """
     for column in batch.columns:
         column.cast(_with_bytes(column.type)).validate(full=True)
 
 
 def _with_bytes(kind: pa.DataType) -> pa.DataType:
-    """The same type, with bytes instead of texts."""
+    """``kind`` with all text types replaced by binary types."""
     if pa.types.is_string(kind):
         return pa.binary()
     if pa.types.is_large_string(kind):
@@ -87,7 +89,7 @@ def _with_bytes(kind: pa.DataType) -> pa.DataType:
 
 
 class _Batches:
-    """The record batches of a file in either of Arrow's two layouts; it can be gone through again."""
+    """The record batches of an Arrow file or stream; can be iterated repeatedly."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
@@ -112,12 +114,12 @@ class _Batches:
 
 
 def _folder(name: str) -> str:
-    """``a/b/`` of ``a/b/c``; empty of ``c``."""
+    """``a/b/`` for ``a/b/c``; empty for ``c``."""
     return name[: name.rfind("/") + 1]
 
 
 def _listed(tree: Tree, folder: str) -> list[str] | None:
-    """The files that count in a folder of ``save_to_disk``; None for any other folder."""
+    """The data files in a folder written by ``save_to_disk``; None for any other folder."""
     try:
         files = json.loads(tree.read(folder + _STATE))["_data_files"]
         return [folder + str(file["filename"]).rpartition("/")[2] for file in files]

@@ -1,7 +1,7 @@
-"""Lists in files (txt, csv, tsv, json, jsonl, parquet; packed or not), read in ranges of rows without holding them.
+"""Reads lists from files (txt, csv, tsv, json, jsonl, Parquet, compressed or not) in ranges of rows.
 
-Everything that is given as a list goes through here: URLs, captions, keys, labels, splits. A row that makes no sense
-comes with its line and the reason, a file that makes none is a ConfigError that names it.
+All lists are read here: URLs, captions, keys, labels, splits. An invalid row is yielded with its line and the reason;
+an invalid file raises a ConfigError that names it.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from pipeline.sources.text_files import Lines, decoded, list_errors, open_text, 
 
 URL_COLUMNS = ("url", "image_url", "img_url", "link")
 NAME_COLUMNS = ("file_name", "filename", "image", "img_path", "image_path", "image_name", "path", "file", "key", "name")
-"""Names of columns that say which image a row is about."""
+"""Names of columns that identify the image of a row."""
 KNOWN_COLUMNS = frozenset((*URL_COLUMNS, *CAPTION_COLUMNS, *TITLE_COLUMNS, *NAME_COLUMNS, "uid", "split", "label"))
 SUFFIXES = (".txt", ".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet")
 _LARGEST_JSON = 2 << 30
 _BATCH = 8192
-_LOOKED_AT = 20  # rows that say how many columns there are without a heading
+_LOOKED_AT = 20  # rows that determine the number of columns if there is no header
 
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Rows ``start:stop`` of a list, beginning at byte ``offset`` where it is a text."""
+    """Rows [start, stop) of a list; in a text file, they begin at byte ``offset``."""
 
     start: int
     stop: int
@@ -48,9 +48,9 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class ListRow:
-    """A row by the names of its columns; ``error`` says what is wrong with one that makes no sense.
+    """A row as a mapping of column names to values; ``error`` describes what is wrong with an invalid one.
 
-    ``line`` is where it begins in a text that was read from its beginning, else 0.
+    ``line`` is its first line number in a text that was read from its beginning, otherwise 0.
     """
 
     values: Row = field(default_factory=dict)
@@ -59,19 +59,19 @@ class ListRow:
 
 
 class List(ABC):
-    """One file with rows."""
+    """A file with rows."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     @property
     def columns(self) -> list[str]:
-        """Names of the columns, as far as the file has a heading."""
+        """Names of the columns; empty if the file has none."""
         return []
 
     @abstractmethod
     def spans(self, size: int) -> Iterator[Span]:
-        """All rows, ``size`` at a time.
+        """Yield all rows as spans of ``size`` rows.
 
         Raises:
             ConfigError: the file cannot be read.
@@ -79,7 +79,7 @@ class List(ABC):
 
     @abstractmethod
     def rows(self, span: Span | None = None) -> Iterator[ListRow]:
-        """The rows of a span, or all.
+        """Yield the rows of a span, or all rows.
 
         Raises:
             ConfigError: the file cannot be read.
@@ -87,7 +87,7 @@ class List(ABC):
 
 
 class _Text(List):
-    """A text file with a row a line, or nearly so."""
+    """A text file with one row per line, apart from quoted line breaks."""
 
     def spans(self, size: int) -> Iterator[Span]:
         start = number = 0
@@ -107,7 +107,7 @@ class _Text(List):
 
     @contextmanager
     def _lines(self, offset: int = 0) -> Iterator[Lines]:
-        """The lines from the row at ``offset`` on; 0: from the first row on."""
+        """The lines from the row at byte ``offset``; 0: from the first row."""
         with list_errors(self.path), self.path.open("rb") as file:
             stream, mark = open_text(file)
             skip(stream, max(offset, mark))
@@ -117,7 +117,7 @@ class _Text(List):
             yield lines
 
     def _pass_heading(self, lines: Lines) -> None:
-        """Take what comes before the first row."""
+        """Skip the header, if there is one."""
 
     def _parsed(self, lines: Lines) -> Iterator[ListRow]:
         while line := lines.take():
@@ -144,7 +144,7 @@ def _row_of(value: Any, number: int) -> ListRow:
 
 
 class _Table(_Text):
-    """CSV, TSV and the like; a first row with a URL or the name of an image in it is no heading."""
+    """CSV, TSV and similar formats; a first row that contains a URL or an image name is not a header."""
 
     def __init__(self, path: Path, usual: str, heading: bool | None) -> None:
         super().__init__(path)
@@ -157,7 +157,7 @@ class _Table(_Text):
 
     @cached_property
     def _head(self) -> tuple[list[str], str, bool]:
-        """The names of the columns, what separates them, and whether there is a heading."""
+        """The column names, the separator, and whether there is a header."""
         with list_errors(self.path), self.path.open("rb") as file:
             stream, mark = open_text(file)
             skip(stream, mark)
@@ -166,7 +166,7 @@ class _Table(_Text):
             rows = [fields for _, fields in islice(separated(lines, separator), _LOOKED_AT)]
         names = [name.strip() for name in rows[0]] if rows else []
         if not (_is_heading(names) if self._heading is None else self._heading):
-            # the least that rows have: a text with separators in it makes more of one
+            # the minimum over the rows: unquoted separators in texts add columns
             width = max(min(map(len, rows), default=0), min(len(names), 2))
             return [str(number) for number in range(width)], separator, False
         seen: dict[str, int] = {}
@@ -186,7 +186,7 @@ class _Table(_Text):
         for number, fields in separated(lines, separator):
             error = ""
             if len(fields) > len(names) and names:
-                if texts:  # a text with separators in it, that nobody has put into quotation marks
+                if texts:  # an unquoted text that contains separators
                     fields = [*fields[: len(names) - 1], separator.join(fields[len(names) - 1 :])]
                 else:
                     error = f"{len(fields)} fields in place of {len(names)}"
@@ -194,14 +194,14 @@ class _Table(_Text):
 
 
 def _is_heading(names: list[str]) -> bool:
-    """Whether a first row names columns."""
+    """Whether the first row is a header."""
     if any("://" in name or image_format(name.partition("#")[0]) for name in names):
         return False
     return any(name.lower() in KNOWN_COLUMNS for name in names) or all(names)
 
 
 class _Json(List):
-    """A JSON list of objects, or a mapping of names to values; it is held in memory as a whole."""
+    """A JSON list of objects, or a mapping of names to values; it is loaded into memory."""
 
     @cached_property
     def _all(self) -> list[ListRow]:
@@ -219,7 +219,7 @@ class _Json(List):
         except (ValueError, RecursionError) as error:
             lines = list(_JsonLines(self.path).rows()) if b"\n" in data.strip() else []
             if lines and not lines[0].error and sum(bool(row.error) for row in lines) * 2 < len(lines):
-                return lines  # JSON lines under another name
+                return lines  # JSON lines with the wrong suffix
             said = str(error) if isinstance(error, ValueError) else "nested too deeply"
             raise ConfigError(f"{self.path}: no JSON: {said}") from None
         if isinstance(value, dict):
@@ -238,7 +238,7 @@ class _Json(List):
 
 
 _FEW = 8
-"""A JSON object of fewer keys, one of which has a list of objects, is a frame around that list."""
+"""A JSON object with fewer keys, one of which holds a list of objects, only wraps that list."""
 
 
 class _Parquet(List):
@@ -278,7 +278,12 @@ class _Parquet(List):
 
 
 def parquet_file(file: IO[bytes]) -> pq.ParquetFile:
-    """``file`` as parquet. Raises pyarrow's exceptions, and SampleError for a pointer of Git LFS."""
+    """Open ``file`` as Parquet.
+
+    Raises:
+        SampleError: it is not a Parquet file, or it is a Git LFS pointer.
+        pyarrow.ArrowException: it is damaged.
+    """
     start = file.read(64)
     file.seek(0)
     if start and not start.startswith(b"PAR1"):
@@ -288,8 +293,10 @@ def parquet_file(file: IO[bytes]) -> pq.ParquetFile:
 
 
 def batch_rows(batch: pa.RecordBatch) -> Iterator[ListRow]:
-    """The rows of a batch. Where one has what Python cannot hold, texts that are not UTF-8 are repaired, and a row with
-    anything else of the kind (a time in the year 20,000) comes with an error."""
+    """Yield the rows of a batch; invalid UTF-8 is repaired.
+
+    A row with another value that Python cannot represent, such as a time in the year 20,000, is yielded with an error.
+    """
     try:
         rows = batch.to_pylist()
     except (ValueError, OverflowError, pa.ArrowException):
@@ -317,16 +324,15 @@ def _even(count: int, size: int) -> Iterator[Span]:
 
 
 def open_list(path: Path, what: str = "a list", heading: bool | None = None, table: bool = False) -> List:
-    """The list at ``path``, by its suffix, which ``.gz``, ``.bz2`` or ``.xz`` may follow.
+    """Return the list at ``path``, in the format of its suffix, which ``.gz``, ``.bz2`` or ``.xz`` may follow.
 
     Args:
-        what: the list in words, for the error.
-        heading: whether a table begins with the names of its columns; None: as its first row suggests. Without names
-            columns have numbers.
-        table: a ``.txt`` is a table as well, not a list with a value on each line.
+        what: description of the list, for error messages.
+        heading: whether a table begins with a header; None: detect it. Without one, column names are numbers.
+        table: whether a ``.txt`` is a table too, not a list with one value per line.
 
     Raises:
-        ConfigError: it has another one.
+        ConfigError: the suffix is not supported.
     """
     match suffix_of(path):
         case ".txt" if not table:
@@ -347,11 +353,11 @@ def open_list(path: Path, what: str = "a list", heading: bool | None = None, tab
 
 
 def is_list(name: str) -> bool:
-    """Whether a file's name is that of a list."""
+    """Whether a file has the suffix of a list."""
     return suffix_of(name) in SUFFIXES and not (suffix_of(name) == ".parquet" and not name.lower().endswith(".parquet"))
 
 
 def first_column(names: list[str], usual: tuple[str, ...]) -> str:
-    """The first of the ``usual`` names, in lower case, that is among ``names``; empty if none is."""
+    """The column in ``names`` that matches the first of the ``usual`` names, ignoring case; empty if none does."""
     lower = {name.lower(): name for name in names}
     return next((lower[name] for name in usual if name in lower), "")

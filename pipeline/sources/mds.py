@@ -1,4 +1,4 @@
-"""Folders that MDSWriter of mosaicml-streaming wrote (``index.json`` and shards), by anybody: samples with images."""
+"""Samples with images in MDS folders (``index.json`` and shards), as mosaicml-streaming's MDSWriter writes them."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from pipeline.sources.webdataset import WebDataset, refuse_own
 
 _INDEX = "index.json"
 _CODECS = {"zstd": "zstd", "gz": "gzip", "bz2": "bz2", "br": "brotli"}
-"""By the end of a compressed shard's name, what pyarrow calls its compression."""
+"""pyarrow's names of compression formats, by the suffix of the shard."""
 _LARGEST_INDEX = 1 << 30
-_LARGEST_SHARD = 1 << 32  # bytes; offsets in it have 32 bits
+_LARGEST_SHARD = 1 << 32  # maximum bytes: offsets have 32 bits
 _BLOCK = 1 << 20
 
 
 @sources.register("mds")
 class Mds(WebDataset):
-    """Shards whose rows are samples, each shard a partition; in the order of the index.
+    """Shards whose rows are samples, one partition per shard, in the order of the index.
 
-    A folder of such folders, as several writers leave it before their indexes are merged, is read as one.
+    A folder of such folders, as several writers create before their indexes are merged, is read as one dataset.
     """
 
     suffixes = (".mds", *(f".mds.{end}" for end in _CODECS))
@@ -53,12 +53,12 @@ class Mds(WebDataset):
         return set(_indexes(self.tree))
 
     def watched(self) -> dict[str, str]:
-        """The indexes too: they say which shards there are, and in which order."""
+        """Includes the indexes, which determine the shards and their order."""
         indexes = _indexes(self.tree) if self.config.input and self.tree.is_folder else []
         return super().watched() | {index: self.tree.state(index) for index in indexes}
 
     def read(self, planned: Input, file: IO[bytes], context: Context) -> Iterator[Outcome]:
-        """Raises SampleError ``damaged_mds`` or ``no_column`` before anything is yielded."""
+        """Raise SampleError ``damaged_mds`` or ``no_column`` before the first outcome."""
         shard = Shard(_unpacked(planned.path, file, self.config.max_archive_bytes), self.config.max_members)
         roles = roles_of(self.config, list(shard.columns))
         rows = shard.rows(roles.wanted)
@@ -72,10 +72,10 @@ def _indexes(tree: Tree) -> list[str]:
 
 
 def _shards(tree: Tree, name: str) -> list[str]:
-    """The files that an index names, all of which must be there.
+    """Return the files that an index names, all of which must exist.
 
     Raises:
-        ConfigError: one is missing, or it is no index of MDS.
+        ConfigError: a file is missing, or the index is not a valid MDS index.
     """
     index, folder = tree.place(name), name.removesuffix(_INDEX)
     try:
@@ -101,7 +101,7 @@ def _shards(tree: Tree, name: str) -> list[str]:
 
 
 def _unpacked(name: str, file: IO[bytes], most: int) -> IO[bytes]:
-    """A shard as it was before it was compressed; raises SampleError if it is damaged or larger than ``most``."""
+    """Decompress a shard. Raises SampleError if it is damaged or unpacks to more than ``most`` bytes."""
     codec = _CODECS.get(name.rpartition(".")[2])
     if not codec:
         return file
@@ -118,9 +118,9 @@ def _unpacked(name: str, file: IO[bytes], most: int) -> IO[bytes]:
 
 
 class Shard:
-    """An MDS shard: the number of samples, where each begins (uint32), the columns as JSON, the samples.
+    """An MDS shard: the number of samples, their offsets (uint32), the columns as JSON, and the samples.
 
-    A sample is the sizes (uint32) of its columns of no fixed size, then all columns one after the other.
+    A sample consists of the sizes (uint32) of its variable-size columns, followed by the data of all columns.
     See https://docs.mosaicml.com/projects/streaming/en/stable/preparing_datasets/dataset_format.html.
 
     Raises:
@@ -153,7 +153,7 @@ class Shard:
             raise SampleError("damaged_mds", str(error)[:100], retryable=True) from None
 
     def rows(self, wanted: list[str]) -> Iterator[ListRow]:
-        """All rows, of their columns those that are ``wanted``; one that makes no sense comes with an error."""
+        """Yield all rows with the ``wanted`` columns; an invalid row is yielded with an error."""
         for start, stop in zip(self._offsets[:-1].tolist(), self._offsets[1:].tolist(), strict=True):
             self._file.seek(start)
             data = self._file.read(stop - start)
@@ -183,7 +183,7 @@ class Shard:
 
 
 def _decoded(kind: str, data: bytes) -> Any:
-    """A value of the encoding ``kind``. Raises ValueError: it is none, or of an encoding that is not read here."""
+    """Decode a value of the encoding ``kind``. Raises ValueError if it is invalid or the encoding is not supported."""
     base = kind.partition(":")[0]
     if base in _NUMBERS:
         if len(data) != np.dtype(_NUMBERS[base]).itemsize:
@@ -199,7 +199,10 @@ def _decoded(kind: str, data: bytes) -> Any:
 
 
 def _png(data: bytes) -> bytes:
-    """The encoding ``pil``: width, height and length of the mode's name (uint32 each), the name, the pixels."""
+    """Convert the encoding ``pil`` to PNG.
+
+    It consists of width, height and length of the mode's name (uint32 each), the name, and the pixels.
+    """
     from PIL import Image
 
     if len(data) < 12:

@@ -1,4 +1,4 @@
-"""Images in memory: PIL images, arrays and tensors, brought upright and into a mode that files can store."""
+"""Images in memory: converts PIL images, arrays and tensors to upright images in a mode that files can store."""
 
 from __future__ import annotations
 
@@ -14,25 +14,26 @@ from PIL import Image, ImageOps
 from pipeline.samples import SampleError, in_words
 
 _KEPT = ("1", "L", "LA", "RGB", "RGBA", "I;16")
-"""Modes whose pixels are stored as they are."""
+"""Modes whose pixels are stored unchanged."""
 _CHANNELS = (1, 3, 4)
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """``image`` turned as its EXIF orientation says: what is stored has no EXIF that could say it.
+    """Rotate ``image`` according to its EXIF orientation, as stored images have no EXIF data.
 
     Raises:
-        SampleError: ``bad_image``: its file turns out to be damaged.
+        SampleError: ``bad_image`` if its file is damaged.
     """
     try:
         return ImageOps.exif_transpose(image)
-    except Exception as error:  # a lazy image decodes only now, and decoders raise nearly everything
+    except Exception as error:  # lazy images are decoded here, and decoders raise almost any exception
         raise SampleError("bad_image", in_words(error)) from None
 
 
 def storable(image: Image.Image) -> Image.Image:
-    """``image`` upright, and as RGB (RGBA where it has transparency) if its mode is one that PNG cannot hold, or whose
-    numbers are no colours: CMYK, YCbCr, HSV, LAB, palettes. Greys of 32 bits stay.
+    """Rotate ``image`` upright, and convert modes that PNG cannot store (CMYK, YCbCr, HSV, LAB) and palettes to RGB.
+
+    Images with transparency become RGBA. 32-bit greyscale images keep their mode.
 
     Raises:
         SampleError: ``bad_image``.
@@ -44,11 +45,12 @@ def storable(image: Image.Image) -> Image.Image:
 
 
 def pixels_of(value: Any, *, numbers: bool = False) -> npt.NDArray[Any]:
-    """Pixels (h, w) or (h, w, c) of an array (h, w[, c]), or of a tensor (c, h, w) as torch has them. Booleans are
-    black and white, or with ``numbers`` 0 and 1.
+    """Return the pixels, (h, w) or (h, w, c), of an array (h, w[, c]) or of a tensor ([c, ]h, w).
+
+    Booleans become 0 and 255, or, with ``numbers``, 0 and 1.
 
     Raises:
-        SampleError: ``no_image`` for what has another shape.
+        SampleError: ``no_image`` for other shapes.
     """
     if hasattr(value, "detach"):
         array = value.detach().cpu().numpy()
@@ -64,7 +66,7 @@ def pixels_of(value: Any, *, numbers: bool = False) -> npt.NDArray[Any]:
 
 
 def png(pixels: npt.NDArray[Any] | Image.Image) -> bytes:
-    """Pixels uint8 (h, w) or (h, w, c), or an image, as a PNG file, quickly and without loss."""
+    """Encode pixels, uint8 (h, w) or (h, w, c), or an image as PNG, with fast compression."""
     image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(np.ascontiguousarray(pixels))
     file = io.BytesIO()
     image.save(file, "PNG", compress_level=1)
@@ -72,11 +74,13 @@ def png(pixels: npt.NDArray[Any] | Image.Image) -> bytes:
 
 
 def image_reader(shape: tuple[int, ...], dtype: np.dtype[Any], most: int) -> Callable[[npt.NDArray[Any]], bytes]:
-    """What makes an image file of an item of an array of images: (n, h, w), (n, h, w, c) or (n, c, h, w) of uint8 or
-    bool become PNG, bytes stay what they are.
+    """Return a function that converts an item of an array of images into an image file.
+
+    Items of (n, h, w), (n, h, w, c) or (n, c, h, w) arrays of uint8 or bool become PNG files; bytes are unchanged.
 
     Raises:
-        SampleError: ``no_images``: the array holds something else; ``too_many_bytes``: more than ``most`` an item.
+        SampleError: ``no_images`` if the array holds something else; ``too_many_bytes`` if an item has more than
+            ``most``.
     """
     if len(shape) == 1 and dtype.kind in "SV" and dtype.names is None:
         return lambda item: bytes(item)

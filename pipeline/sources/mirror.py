@@ -1,4 +1,4 @@
-"""A folder with a publisher's files, instead of the network: ``mirror=``."""
+"""A folder with a publisher's files that replaces the network: ``mirror=``."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from pipeline.config.schema import ConfigError
 
 
 class Mirror:
-    """Finds in a folder what lies at a URL, or at a path in a repository.
+    """Finds the local copy of a URL, or of a path in a repository.
 
-    The file may lie below the folder under the URL's whole path (with or without the host) or any end of it, down to
-    its name alone: the longest end that is there counts. Else it is the one file of its name in any folder below,
-    or what is left of a packed one when it has been unpacked.
+    The file may be at the URL's path (with or without the host), or at any trailing part of the path, in the folder;
+    the longest existing one is used. Otherwise, it is the only file of this name in any subfolder. If there is none,
+    the same is tried without the compression suffix, for files that have been unpacked.
 
     Raises:
         ConfigError: there is no such folder.
@@ -30,7 +30,7 @@ class Mirror:
             raise ConfigError(f"{self.said}: {'a file, not a folder' if self.root.is_file() else 'no such folder'}")
 
     def find(self, place: str) -> Path | None:
-        """The file that stands for ``place``; None if there is none."""
+        """The local copy of ``place``; None if there is none."""
         path = place
         if "://" in place:
             parts = urlsplit(place)
@@ -47,12 +47,12 @@ class Mirror:
             try:
                 if file.is_file():
                     return file
-            except OSError:  # a name longer than a file system takes
+            except OSError:  # the name is too long for the file system
                 continue
         return self._elsewhere(names)
 
     def _elsewhere(self, names: list[str]) -> Path | None:
-        """The file of this name anywhere below the folder, if there is just one whose path has most in common."""
+        """The file of this name in any subfolder whose path has most in common with ``names``; None if not unique."""
 
         def common(path: str) -> int:
             pairs = zip(reversed(path.split("/")), reversed(names), strict=False)
@@ -71,6 +71,6 @@ class Mirror:
         return named
 
     def paths(self) -> list[str]:
-        """All files below the folder, relative to it, in order; hidden ones are left out."""
+        """Sorted paths of all files below the folder, relative to it, without hidden ones."""
         found = (path.relative_to(self.root) for path in self.root.rglob("*") if path.is_file())
         return sorted(str(path) for path in found if not any(part.startswith(".") for part in path.parts))

@@ -1,4 +1,4 @@
-"""Arrays of images that numpy has saved: ``.npy`` files next to each other, or together in an ``.npz``."""
+"""Arrays of images saved by NumPy: separate ``.npy`` files, or one ``.npz`` with several arrays."""
 
 from __future__ import annotations
 
@@ -30,34 +30,37 @@ from pipeline.sources.trees import Tree
 from pipeline.sources.webdataset import WebDataset, refuse_own
 
 _IN_MEMORY = 1 << 30
-"""Bytes of an array that has to be in memory as a whole: one in an ``.npz``, or in Fortran's order."""
+"""Maximum bytes of an array that is loaded into memory: one in an ``.npz``, or in Fortran order."""
 _ALONE, _TOGETHER = ".npy", ".npz"
 
 
 @sources.register("npy")
 class Npy(WebDataset):
-    """Each array of images is a partition; its labels, captions and other columns are arrays of the same name but for
-    one part of it, such as ``y_train.npy`` next to ``x_train.npy``. Pickled objects are never read."""
+    """One partition per array of images.
+
+    Labels, captions and other columns are arrays whose names differ in one part, such as ``y_train.npy`` next to
+    ``x_train.npy``. Pickled objects are never read.
+    """
 
     suffixes = (_ALONE, _TOGETHER)
     reads = ("npy",)
 
     @cached_property
     def every(self) -> dict[str, str]:
-        """Name → URL or path of each file, those next to the images included; names tell the folder, too."""
+        """URL or path of each file by name, including arrays that do not hold images; names include the folder."""
         if self.config.urls or not self.config.input:
             return super().places
         return {path_text(name): self.tree.place(name) for name in self._below(self.tree)}
 
     @cached_property
     def tables(self) -> Tables:
-        """The tables of the ``.npy`` files, by their names without the suffix."""
+        """The tables of the ``.npy`` files; arrays are named without the suffix."""
         names = [name[: -len(_ALONE)] for name in self.every if name.lower().endswith(_ALONE)]
         return tables(names, self.config, alone=True)
 
     @cached_property
     def places(self) -> dict[str, str]:
-        """Name → URL or path of each file that is a partition.
+        """URL or path, by name, of each file that is a partition.
 
         Raises:
             ConfigError: there are none.
@@ -87,12 +90,12 @@ class Npy(WebDataset):
         self.left_out.add("array_without_images", *(f"{name}{_ALONE}" for name in self.tables.unused))
 
     def watched(self) -> dict[str, str]:
-        """The arrays next to the images, too."""
+        """Includes the arrays of the other columns."""
         beside = dict.fromkeys(file for name in self.tables.columns for file in self._beside(name).values())
         return super().watched() | self._states(self._setting, [(file, self._place(file)) for file in beside])
 
     def _beside(self, name: str) -> dict[str, str]:
-        """Column → file of what is read next to the images ``name``; nothing where a column is missing."""
+        """Files of the other columns that belong to the images ``name``, by column; empty if a column is missing."""
         try:
             roles, columns = self.tables.roles(name, self.config)
         except SampleError:
@@ -107,8 +110,7 @@ class Npy(WebDataset):
         return Place(url=place) if "://" in place else Place(path=place)
 
     def read(self, planned: Input, file: IO[bytes], context: Context) -> Iterator[Outcome]:
-        """Raises SampleError ``damaged_npy``, ``no_column``, ``no_images`` or ``uneven_arrays`` before anything is
-        yielded."""
+        """Raise SampleError ``damaged_npy``, ``no_column``, ``no_images`` or ``uneven_arrays`` before any outcome."""
         if planned.path.lower().endswith(_TOGETHER):
             roles, arrays = self._together(file)
             return self._outcomes(planned.path, roles, arrays, ExitStack())
@@ -122,7 +124,7 @@ class Npy(WebDataset):
             return self._outcomes(planned.path, roles, arrays, stack.pop_all())
 
     def _together(self, file: IO[bytes]) -> tuple[Roles, dict[str, Array]]:
-        """The arrays of an ``.npz``, unpacked into memory."""
+        """The roles and arrays of an ``.npz``, loaded into memory."""
         most, limit = self.config.max_archive_bytes, self.config.max_members
         nothing: Wants = lambda name, size: 0  # noqa: E731
         names = [member.name.removesuffix(_ALONE) for member in zip_members(file, limit, most, nothing)]
@@ -160,10 +162,10 @@ class Npy(WebDataset):
 
 
 class Array:
-    """The items of a ``.npy`` file, one after the other.
+    """Reads the items of a ``.npy`` file one by one.
 
     Raises:
-        SampleError: ``damaged_npy``, ``pickled``; ``too_many_bytes`` for a large array in Fortran's order.
+        SampleError: ``damaged_npy``, ``pickled``; ``too_many_bytes`` for a large array in Fortran order.
     """
 
     def __init__(self, file: IO[bytes]) -> None:
@@ -176,9 +178,9 @@ class Array:
                 (2, 0): np.lib.format.read_array_header_2_0,
             }
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # that the file was written by Python 2
+                warnings.simplefilter("ignore")  # a warning about files written by Python 2
                 self.shape, fortran, self.dtype = header[version](file)
-        except Exception as error:  # numpy's parser of the header raises nearly everything
+        except Exception as error:  # NumPy's header parser raises almost any exception
             raise SampleError("damaged_npy", f"no header: {type(error).__name__}", retryable=True) from None
         if self.dtype.hasobject:
             raise SampleError("pickled", "an array of Python objects, which are not read: they can run code")
@@ -198,7 +200,7 @@ class Array:
         return int(self.shape[0])
 
     def next(self) -> Any:
-        """The next item: an array, or one of its scalars. Raises EOFError if the file has become shorter."""
+        """Return the next item, an array or a scalar. Raises EOFError if the file has become shorter."""
         data = self._file.read(self._size)
         if len(data) < self._size:
             raise EOFError(f"{len(data)} bytes for an item of {self._size}")

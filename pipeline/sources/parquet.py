@@ -1,4 +1,4 @@
-"""Parquet files with images in them, by URL or on this machine."""
+"""Parquet files that contain images, at URLs or local."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pipeline.sources.webdataset import WebDataset, refuse_own
 
 @sources.register("parquet")
 class Parquet(WebDataset):
-    """Files whose rows are samples, each a partition."""
+    """Files whose rows are samples, one partition per file."""
 
     suffixes = (".parquet",)
 

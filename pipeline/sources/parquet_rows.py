@@ -1,4 +1,4 @@
-"""Rows of a parquet file with images in it, as the Hugging Face Hub's datasets have them, as samples."""
+"""Converts table rows that contain images into samples, as in Parquet datasets on the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from pipeline.sources.lists import ListRow, batch_rows, parquet_file
 
 IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "img", "image_bytes", "images")
 LABEL_COLUMNS = ("label", "cls", "fine_label", "class")
-_BATCH = 64  # rows with images in memory at a time
+_BATCH = 64  # rows in memory at a time
 
 
 @dataclass(frozen=True, slots=True)
 class Roles:
-    """Which columns say what; the first caption column that has a text for a row counts."""
+    """Roles of columns; a row's captions come from the first caption column with a text."""
 
     image: str
     captions: tuple[str, ...]
@@ -39,15 +39,15 @@ class Roles:
 
 
 def outcomes(name: str, file: IO[bytes], config: SourceConfig, columns: Schema) -> Iterator[Outcome]:
-    """What becomes of each row; the image is bytes, or ``{bytes, path}``.
+    """Yield the outcome of each row; an image is bytes, or ``{bytes, path}``.
 
     Raises:
-        SampleError: ``damaged_parquet``, ``no_column``; before anything is yielded.
+        SampleError: ``damaged_parquet``, ``no_column``; before the first outcome.
     """
     try:
         parquet = parquet_file(file)
         roles = roles_of(config, parquet.schema_arrow.names)
-        for group in range(parquet.num_row_groups):  # all of it can be read, before any of it counts
+        for group in range(parquet.num_row_groups):  # read the whole file before yielding anything
             for _ in parquet.iter_batches(_BATCH, row_groups=[group], columns=roles.wanted):
                 pass
     except (pa.ArrowException, OSError, ValueError, KeyError) as error:
@@ -57,11 +57,11 @@ def outcomes(name: str, file: IO[bytes], config: SourceConfig, columns: Schema) 
 
 
 def roles_of(config: SourceConfig, names: list[str], image: str = "", labels: tuple[str, ...] = LABEL_COLUMNS) -> Roles:
-    """Which of the columns ``names`` say what.
+    """Assign roles to the columns ``names``.
 
     Args:
-        image: the column with images, where that is known.
-        labels: what a column with labels may be called.
+        image: the column with images; empty: find it.
+        labels: possible names of the label column.
 
     Raises:
         SampleError: ``no_column``.
@@ -82,7 +82,7 @@ def roles_of(config: SourceConfig, names: list[str], image: str = "", labels: tu
 def row_outcomes(
     name: str, rows: Iterable[ListRow], roles: Roles, config: SourceConfig, columns: Schema
 ) -> Iterator[Outcome]:
-    """What becomes of each row of the file ``name``, by the columns that ``roles`` names."""
+    """Yield the outcome of each row of the file ``name``, read from the columns in ``roles``."""
     for number, row in enumerate(rows):
         outcome = Outcome(make_key(f"{name}/{number:09d}"), "failed", source=name, offset=number)
         try:
@@ -93,7 +93,7 @@ def row_outcomes(
 
 
 def _settle(outcome: Outcome, row: ListRow, roles: Roles, config: SourceConfig, columns: Schema) -> None:
-    """Keep the image of a row. Raises SampleError or ImageError for what speaks against it."""
+    """Set the outcome of a row. Raises SampleError or ImageError if the row cannot be used."""
     if row.error:
         raise SampleError("bad_row", row.error)
     values = row.values
@@ -112,7 +112,11 @@ def _settle(outcome: Outcome, row: ListRow, roles: Roles, config: SourceConfig, 
 
 
 def _column(setting: str, usual: tuple[str, ...], names: list[str], option: str) -> str:
-    """The column that a setting names, else the first of the usual ones."""
+    """The column that a setting names, or otherwise the first of the usual ones.
+
+    Raises:
+        SampleError: ``no_column``.
+    """
     lower = {name.lower(): name for name in names}
     found = setting if setting in names else "" if setting else next((lower[n] for n in usual if n in lower), "")
     if not found:
@@ -121,7 +125,7 @@ def _column(setting: str, usual: tuple[str, ...], names: list[str], option: str)
 
 
 def _image(value: Any) -> tuple[bytes, str]:
-    """The bytes of an image, and the name it had. Raises SampleError for several images."""
+    """The bytes and the original name of an image. Raises SampleError for several images."""
     if isinstance(value, list) and len(value) > 1:
         raise SampleError("several_images", f"{len(value)} images in a row; a sample has one")
     if isinstance(value, list) and value:
@@ -134,7 +138,7 @@ def _image(value: Any) -> tuple[bytes, str]:
 
 
 def _from_base64(value: Any) -> bytes:
-    """The image that a text holds, with or without ``data:image/…;base64,`` before it; nothing if it holds none."""
+    """Decode a base64 image, with or without the prefix ``data:image/…;base64,``; empty if ``value`` is not one."""
     if not isinstance(value, str):
         return b""
     try:
@@ -146,7 +150,7 @@ def _from_base64(value: Any) -> bytes:
 
 
 def _kind(value: Any) -> str:
-    """What is instead of an image, in words."""
+    """Describe a value that is not an image."""
     if isinstance(value, dict):
         return "a path without bytes" if value.get("path") else "neither bytes nor path"
     if isinstance(value, str):

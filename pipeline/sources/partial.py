@@ -1,9 +1,8 @@
 """Partially downloaded files, from which the next download resumes.
 
-A partial file is named by the hash of where it comes from and of the strong validator that the server gave, and only
-ever written at explicit offsets, from one that is there already: however many processes write it, each byte is that of
-one version of the file. A mark next to it says how much has reached the disk. Without a strong validator there is
-nothing to go on with.
+The name of a partial file is a hash of its origin and of the strong validator that the server sent, so all processes
+that write to it write the same bytes at the same offsets. A mark file next to it records how many bytes are on the
+disk. Without a strong validator, a download cannot be resumed.
 """
 
 from __future__ import annotations
@@ -24,20 +23,20 @@ import xxhash
 from pipeline.samples import SampleError, content_hash
 from pipeline.sources.http import Head
 
-_SYNC = 64 << 20  # bytes between two marks
+_SYNC = 64 << 20  # bytes between updates of the mark
 _BLOCK = 1 << 20
 MARK = ".json"
 
 
 class Partial:
-    """Where one file goes. A context; the file is gone at its end if :meth:`done` was called.
+    """The sink of a download. As a context manager, it deletes the file on exit if :meth:`done` was called.
 
     Args:
-        folder: survives a crash.
-        scratch: does not; for files without a strong validator.
-        name: where the file comes from, without secrets.
-        sha256, md5: what it should be; empty: not known.
-        accept: asked before anything is written; raises if the file is not to come.
+        folder: persistent folder for files that can be resumed.
+        scratch: temporary folder for files without a strong validator.
+        name: origin of the file, without secrets.
+        sha256, md5: expected hashes; empty if unknown.
+        accept: called before anything is written; raises to reject the file.
     """
 
     def __init__(
@@ -73,10 +72,10 @@ class Partial:
             with contextlib.suppress(OSError):
                 self._sync()
             self._file.close()
-        if self._done or kind is SampleError:  # what is wrong now would be wrong again
+        if self._done or kind is SampleError:  # resuming would give the same error
             self.forget()
 
-    # ---- as a sink
+    # ---- the interface of a sink
 
     def have(self) -> tuple[int, str]:
         try:
@@ -84,7 +83,7 @@ class Partial:
             validator, synced = str(said["validator"]), int(said["synced"])
             whole = synced == said["length"]
             if synced > 0 and self._place(validator).stat().st_size >= synced:
-                return synced - whole, validator  # a range that begins at the end would be refused
+                return synced - whole, validator  # servers reject a range that begins at the end
         except (OSError, ValueError, KeyError, TypeError):
             pass
         return 0, ""
@@ -118,7 +117,7 @@ class Partial:
         return self._folder / f"{self._name}.{content_hash(validator.encode())}"
 
     def _sync(self) -> None:
-        """Say how much is on the disk, after it is."""
+        """Flush the file to disk, then update the mark."""
         if self._path is None or self._file is None or self._size <= self._synced:
             return
         os.fdatasync(self._file.fileno())
@@ -128,10 +127,10 @@ class Partial:
         attempt.write_text(json.dumps(mark))
         os.replace(attempt, self._mark)
 
-    # ---- afterwards
+    # ---- after the download
 
     def whole(self) -> tuple[IO[bytes], str]:
-        """The file, from its beginning, and its XXH3-128, all of it read and compared with the hashes that are known.
+        """Verify the known hashes; return the file, at its beginning, and its XXH3-128.
 
         Raises:
             SampleError: ``wrong_hash``.
@@ -154,11 +153,11 @@ class Partial:
         return file, content.hexdigest()
 
     def done(self) -> None:
-        """It is not needed any more."""
+        """Mark the file as no longer needed."""
         self._done = True
 
     def forget(self) -> None:
-        """Begin again the next time."""
+        """Delete the file, so that the next download starts from the beginning."""
         for path in (self._mark, self._path):
             if path is not None:
                 path.unlink(missing_ok=True)

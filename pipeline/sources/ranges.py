@@ -1,4 +1,4 @@
-"""Ranges of numbers in names of files: ``part-{0000..0099}.tar``."""
+"""Number ranges in file names: ``part-{0000..0099}.tar``."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _MOST = 1_000_000
 
 
 def expand(patterns: Sequence[str]) -> list[str]:
-    """``a-{08..11}.tar`` → ``a-08.tar``, ``a-09.tar``, …; several ranges in one pattern make all combinations.
+    """Expand ``a-{08..11}.tar`` to ``a-08.tar``, ``a-09.tar``, …; several ranges in a pattern give all combinations.
 
     Raises:
-        ConfigError: a range is empty, or they are too many.
+        ConfigError: a range is empty, or there are too many names.
     """
     found: list[str] = []
     for pattern in patterns:

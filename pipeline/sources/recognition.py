@@ -1,4 +1,4 @@
-"""What a file is that was given where another was expected, and which setting takes it: for messages."""
+"""Recognizes files that were given in the wrong place, so that error messages can name the setting that takes them."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from pipeline.sources.separated import separator_of
 from pipeline.sources.text_files import MOST, is_pointer, small_text
 
 _HEAD = 1 << 16
-_FARTHEST = 1 << 30  # bytes of a JSON document in which a key is looked for
-_FEW = 20  # lines or members that tell what a file is
+_FARTHEST = 1 << 30  # bytes of a JSON document that are searched for a key
+_FEW = 20  # lines or members that are examined
 
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """What a file is.
+    """A kind of file.
 
     Attributes:
-        name: in words, with an article.
+        name: description, with an article.
         advice: what to do with it.
-        source: the source that reads it; :data:`CAPTIONS` of tables of captions.
-        annotations: the layout of captions that it has, as ``annotations=`` calls it.
+        source: the source that reads it; :data:`CAPTIONS` for tables of captions.
+        annotations: its layout of captions, as a value of ``annotations=``.
         text: whether it is text.
     """
 
@@ -57,7 +57,7 @@ class Kind:
 
 
 CAPTIONS = "captions"
-"""In place of a source: what ``captions=`` takes."""
+"""Stands for a source in :class:`Kind`: a file for ``captions=``."""
 _UNPACK = "unpack it, or pack the images as tar or zip"
 _BEGINNINGS: tuple[tuple[bytes, Kind], ...] = (
     (b"\x89HDF\r\n\x1a\n", Kind("an HDF5 file", source="hdf5")),
@@ -77,13 +77,13 @@ _IMAGE = re.compile(
     rb"\xff\xd8\xff|\x89PNG\r\n|GIF8[79]a|RIFF.{4}WEBP|BM.{4}\0\0\0\0|II\*\0|MM\0\*|.{4}ftyp(avif|heic|mif1)", re.DOTALL
 )
 _SAID = ("lfs_pointer", "empty")
-"""Reasons that say what a file is."""
+"""Reasons that already describe the file."""
 _PICKLED = Kind("a Python pickle", "pickles are never read, as they can run code")
 _URLS = Kind("a list of URLs", source="url_list", text=True)
 
 
 def kind_of(file: IO[bytes] | Path) -> Kind | None:
-    """What a file is, by its content; None if it is nothing that has a name here, or cannot be read."""
+    """Recognize a file by its content; None if its kind is unknown or it cannot be read."""
     with suppress(OSError, SampleError, ValueError, LookupError, pa.ArrowException):
         if isinstance(file, Path):
             with file.open("rb") as opened:
@@ -94,11 +94,11 @@ def kind_of(file: IO[bytes] | Path) -> Kind | None:
 
 @contextmanager
 def explained(file: IO[bytes] | Path, name: str = "", reads: Collection[str] = ()) -> Iterator[None]:
-    """Context: an error says what the file is as well.
+    """Context manager that adds a description of the file to errors.
 
     Args:
-        name: what the message calls the file; empty: by its name.
-        reads: sources and layouts of annotations; nothing is added for a file that one of them is for.
+        name: how the message refers to the file; empty: by its name.
+        reads: accepted sources and annotation layouts; files of these kinds are not described.
     """
     try:
         yield
@@ -203,7 +203,7 @@ def _json(text: str, rest: IO[bytes]) -> Kind | None:
 
 
 def _mentions(stream: IO[bytes], word: bytes) -> bool:
-    """Whether ``word`` is in the rest of a stream."""
+    """Whether the rest of a stream contains ``word``."""
     before = b""
     for _ in range(_FARTHEST // (1 << 20)):
         data = stream.read(1 << 20)

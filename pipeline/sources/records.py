@@ -11,12 +11,12 @@ from pipeline.samples import SampleError, plain
 from pipeline.samples.captions import caption_columns, captions_of, shown_names
 from pipeline.sources.lists import URL_COLUMNS, List, ListRow, Row, first_column
 
-_LOOKED_AT = 1_000  # rows that say which column has the URLs
+_LOOKED_AT = 1_000  # rows examined to find the column with URLs
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What a list says of an image; ``error`` is what is wrong with the row."""
+    """The fields of an image in a list; ``error`` describes what is wrong with the row."""
 
     url: str
     captions: list[str] = field(default_factory=list)
@@ -28,17 +28,17 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Columns:
-    """Which columns of a list say what; empty: by the row."""
+    """Roles of the columns of a list."""
 
     url: str = ""
     captions: tuple[str, ...] = ()
 
 
 def columns_of(rows: List, config: SourceConfig) -> Columns | None:
-    """Which columns of a list the settings name, or its names and first rows suggest; None for a list without rows.
+    """Find the columns of a list from the settings, or from its column names and first rows; None if it has no rows.
 
     Raises:
-        ConfigError: it lacks a column that the settings name, or none of the first thousand rows has a URL.
+        ConfigError: a column that the settings name is missing, or none of the first 1,000 rows has a URL.
     """
     first = list(islice(rows.rows(), _LOOKED_AT))
     if not first:
@@ -59,7 +59,7 @@ def columns_of(rows: List, config: SourceConfig) -> Columns | None:
     if said and not any("://" in text for text in said):
         raise ConfigError(f"url_column={url}: no row of {place} has a URL there, the first has {said[0][:200]!r}")
     captions = (config.caption_column,) if config.caption_column else tuple(caption_columns(names))
-    if not captions:  # without a heading: whatever is next to the URL
+    if not captions:  # without a header: the first other column
         captions = tuple(name for name in names if name.isdigit() and name != url)[:1]
     return Columns(url, captions)
 
@@ -70,7 +70,7 @@ def _with_url(rows: Iterable[ListRow]) -> str:
 
 
 def record(row: ListRow, columns: Columns, config: SourceConfig) -> Record:
-    """What ``row`` says."""
+    """Extract the fields of ``row``."""
     values = row.values
     if row.error:
         return Record("", error=row.error)

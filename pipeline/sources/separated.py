@@ -1,4 +1,4 @@
-"""Rows of CSV, TSV and their kin: the separator found, quotes understood where they are quotes, no row swallowed."""
+"""Parses CSV, TSV and similar formats: detects the separator, and keeps all rows despite stray quotation marks."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from pipeline.sources.text_files import LONGEST, Lines, decoded
 csv.field_size_limit(1 << 30)
 
 SEPARATORS = (",", "\t", ";", "|")
-_LOOKED_AT = 20  # lines that tell the separator
-_MOST_LINES = 1_000  # of one row
+_LOOKED_AT = 20  # lines examined to find the separator
+_MOST_LINES = 1_000  # maximum lines of a row
 _OPEN = "unexpected end of data"
-"""What csv says of a quotation mark that is not closed."""
+"""Part of csv's message about an unclosed quotation mark."""
 
 
 def separator_of(lines: Sequence[str], usual: str, known: Collection[str]) -> str:
-    """What separates the columns of a table that begins with ``lines``.
+    """Detect the column separator of a table that begins with ``lines``.
 
-    ``known`` are names of columns, in lower case: a separator that gives some is the one. Else the ``usual`` one of the
-    file's suffix if the first line has it, else the one that cuts all lines into equally many columns.
+    A separator that splits the first line into ``known`` column names (lower case) is preferred; then the ``usual`` one
+    of the file's suffix, if the first line contains it; then one that splits all lines into the same number of columns.
     """
     if not lines:
         return usual
@@ -41,7 +41,7 @@ def separator_of(lines: Sequence[str], usual: str, known: Collection[str]) -> st
 
 
 def first_lines(lines: Lines) -> list[str]:
-    """Some lines, to look at; they are put back."""
+    """The first non-blank lines, without consuming them."""
     taken: list[bytes] = []
     while len(taken) < _LOOKED_AT and (line := lines.take()):
         taken.append(line)
@@ -50,11 +50,11 @@ def first_lines(lines: Lines) -> list[str]:
 
 
 def separated(lines: Lines, separator: str) -> Iterator[tuple[int, list[str]]]:
-    """The number of the first line of each row, and the row's fields.
+    """Yield each row's first line number and fields.
 
-    A field in quotation marks may hold separators and line breaks. A quotation mark that is never closed, or closed in
-    the middle of a field, is one of the text: the row ends with its line then, and swallows none of the next. In
-    tables with tabs all quotation marks are of the text, as captions begin with them and tabs need none.
+    A quoted field may contain separators and line breaks. A quotation mark that is never closed, or closed in the
+    middle of a field, is literal: the row then ends with its line, so that no other rows are lost. In tab-separated
+    tables, all quotation marks are literal, because captions may begin with them and tabs need no quoting.
     """
     while line := lines.take():
         first = lines.number
@@ -72,7 +72,7 @@ def separated(lines: Lines, separator: str) -> Iterator[tuple[int, list[str]]]:
 
 
 def _quoted(text: str, separator: str, lines: Lines) -> tuple[list[str] | None, list[bytes]]:
-    """The fields of a row with quotation marks, None if they make no sense; the lines that it took after the first."""
+    """The fields of a row with quotation marks (None if they are invalid), and the further lines that were read."""
     more: list[bytes] = []
     size = len(text)
     while True:
@@ -93,7 +93,7 @@ def _quoted(text: str, separator: str, lines: Lines) -> tuple[list[str] | None, 
 
 
 def _literal(text: str, separator: str) -> list[str]:
-    """The fields of one line whose quotation marks are not those of CSV, as ``"a" b,c`` or ``a,"b``."""
+    """The fields of a line whose quotation marks are not valid CSV, such as ``"a" b,c`` or ``a,"b``."""
     reader = csv.reader([text + "\n", "\n"], delimiter=separator)
     try:
         fields = next(reader)

@@ -1,4 +1,4 @@
-"""Embedded data: captioned scenes of one or two objects, drawn as asked for; needs nothing from outside."""
+"""Embedded data: captioned scenes of one or two objects, rendered on demand; needs no external files."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pipeline.sources.shapes_scene import caption, questions, render, sample_sce
 
 @sources.register("shapes")
 class Shapes(Source):
-    """``count`` scenes whose shorter edge has ``image_size`` pixels; scene number i depends on the seed and i alone."""
+    """``count`` scenes whose shorter edge has ``image_size`` pixels; scene i depends only on the seed and i."""
 
     rechecks = True
 
@@ -76,7 +76,7 @@ class Shapes(Source):
 
 
 def canvas_size(canvas: str, shorter: int) -> tuple[int, int]:
-    """Height and width of a canvas ``width:height`` whose shorter edge has this many pixels.
+    """Height and width of a canvas ``width:height`` whose shorter edge has ``shorter`` pixels.
 
     Raises:
         ConfigError: ``canvas`` is not of this form.

@@ -4,8 +4,8 @@ A scene has one object with a size ("a small red circle") or two with a relation
 The only relations are "above" and "left of", with the upper or left object named first, so that each caption has one
 meaning and each meaning one caption ("A below B" would say the same as "B above A").
 
-Shapes are drawn from their signed distances with numpy alone, so that images are the same on every platform and do
-not change with the version of a drawing library. Small and large shapes of all kinds cover the same area.
+Shapes are rendered from their signed distances with NumPy only, so that images are the same on every platform and do
+not depend on the version of a drawing library. Small and large shapes of all kinds cover the same area.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ RELATIONS = ("above", "left of")
 BACKGROUND = (244, 244, 240)
 
 HOLDOUT = (("purple", "circle"), ("orange", "square"), ("blue", "triangle"))
-"""Pairs of colour and shape left out of training data, to test combinations that were never seen. Each colour and each
-shape occurs in other pairs."""
+"""Pairs of colour and shape left out of training data, to test unseen combinations. Each colour and each shape occurs
+in other pairs."""
 
 # Lengths are fractions of the image's shorter edge. ``radius`` is that of the circle of the same area.
 _RADIUS = {"small": (0.14, 0.16), "large": (0.235, 0.255), "": (0.11, 0.13)}
-_JITTER = 6 / 64  # of the position of a single object, in both directions
+_JITTER = 6 / 64  # maximum displacement of a single object in each direction
 _PAIR_OFFSET, _PAIR_JITTER = 0.22, 0.03
 _SQUARE = math.sqrt(math.pi) / 2  # half edge of the square with the area of the unit circle
 _TRIANGLE = math.sqrt(4 * math.pi / (3 * math.sqrt(3)))  # circumradius of the equilateral triangle with that area
@@ -73,7 +73,7 @@ class Scene:
 
 
 def sample_scene(seed: int, index: int, objects: int = 1, holdout: bool = True) -> Scene:
-    """The scene number ``index`` of the dataset ``seed``; it depends on the arguments alone.
+    """Scene ``index`` of the dataset ``seed``; it depends only on the arguments.
 
     Args:
         objects: 1, 2, or 0 for one or two with equal chances.
@@ -101,12 +101,12 @@ def sample_scene(seed: int, index: int, objects: int = 1, holdout: bool = True) 
 
 
 def all_pairs() -> list[tuple[str, str]]:
-    """Every (colour, shape)."""
+    """All pairs (colour, shape)."""
     return [(colour, shape) for colour in COLOURS for shape in SHAPES]
 
 
 def seen_pairs() -> list[tuple[str, str]]:
-    """Every (colour, shape) that is not held out."""
+    """All pairs (colour, shape) that are not held out."""
     return [pair for pair in all_pairs() if pair not in HOLDOUT]
 
 
@@ -143,7 +143,7 @@ def questions(scene: Scene) -> list[list[str]]:
 
 
 def parse_caption(text: str) -> Scene | None:
-    """The scene that ``text`` describes (places and radii unknown), or None if it is not of this grammar."""
+    """The scene that ``text`` describes (without positions and radii); None if it does not match the grammar."""
     found = _CAPTION.fullmatch(" ".join(text.lower().split()))
     if found is None:
         return None
@@ -158,9 +158,9 @@ def single_captions(held_out: bool) -> list[str]:
 
 
 def fixed_prompts(count: int = 32, objects: int = 1) -> list[str]:
-    """Fixed prompts for judging a model: every single object that training data has, then again from the start.
+    """Fixed prompts for evaluating a model: every single object in the training data, repeated as needed.
 
-    With two objects: different captions, drawn as those of training data.
+    With two objects: distinct captions, sampled like those of the training data.
     """
     if objects == 2:
         drawn = (caption(sample_scene(-1, index, 2)) for index in range(16 * count))
@@ -170,7 +170,7 @@ def fixed_prompts(count: int = 32, objects: int = 1) -> list[str]:
 
 
 def unseen_prompts(objects: int = 1) -> list[str]:
-    """Prompts with combinations that training data never have: of two objects, one is held out."""
+    """Prompts with combinations that never occur in training data; of two objects, one is held out."""
     singles = single_captions(held_out=True)
     if objects == 1:
         return singles
@@ -203,9 +203,9 @@ def coverage(
 
     Args:
         cx, cy: centroid in pixels from the upper left corner of the image.
-        radius: of the circle of the same area, in pixels.
+        radius: radius of the circle of the same area, in pixels.
         shape_px: (h, w).
-        soft: width of the edge in pixels; 1 is antialiasing, more looks blurred.
+        soft: width of the edge in pixels; 1 is antialiasing, larger values blur the edge.
     """
     x = (np.arange(shape_px[1]) + 0.5 - cx)[None, :]
     y = (np.arange(shape_px[0]) + 0.5 - cy)[:, None]
@@ -213,7 +213,7 @@ def coverage(
         inside = radius - np.sqrt(x * x + y * y)
     elif shape == "square":
         inside = radius * _SQUARE - np.maximum(np.abs(x), np.abs(y))
-    elif shape == "triangle":  # point up; the centroid is 1/2 circumradius away from all three edges
+    elif shape == "triangle":  # pointing up; the centroid is half the circumradius from each edge
         slanted = math.sqrt(3) / 2 * np.abs(x) - 0.5 * y
         inside = radius * _TRIANGLE / 2 - np.maximum(y, slanted)
     else:

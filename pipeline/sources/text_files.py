@@ -1,4 +1,4 @@
-"""Text files with any compression and byte order mark, as numbered lines of UTF-8."""
+"""Reads text files with any compression and byte order mark as numbered lines of UTF-8."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from pipeline.samples.captions import repaired
 from pipeline.sources.archives.compression import unpacked
 
 MOST = 1 << 40
-"""Bytes that a list may unpack to."""
+"""Maximum unpacked bytes of a list."""
 LONGEST = 64 << 20
-"""Bytes of a line."""
+"""Maximum bytes of a line."""
 PACKED = (".gz", ".bz2", ".xz")
 _CHUNK = 1 << 16
 _MARKS = (
     (codecs.BOM_UTF8, ""),
-    (codecs.BOM_UTF32_LE, "utf-32-le"),  # before UTF-16's, with which it begins
+    (codecs.BOM_UTF32_LE, "utf-32-le"),  # must precede UTF-16's mark, with which it begins
     (codecs.BOM_UTF32_BE, "utf-32-be"),
     (codecs.BOM_UTF16_LE, "utf-16-le"),
     (codecs.BOM_UTF16_BE, "utf-16-be"),
@@ -34,7 +34,7 @@ _POINTER = b"version https://git-lfs.github.com/spec/"
 
 @contextmanager
 def list_errors(path: Path | str) -> Iterator[None]:
-    """What is wrong with a file as a whole becomes a ConfigError that names it."""
+    """Convert errors that concern a whole file into a ConfigError that names it."""
     try:
         yield
     except SampleError as error:
@@ -49,23 +49,23 @@ def list_errors(path: Path | str) -> Iterator[None]:
 
 
 def suffix_of(path: Path | str) -> str:
-    """The suffix that says what is in a file, in lower case: ``.csv`` of ``a.CSV.gz``."""
+    """The lower-case suffix of a file, ignoring compression: ``.csv`` for ``a.CSV.gz``."""
     path = Path(path)
     return Path(path.stem).suffix.lower() if path.suffix.lower() in PACKED else path.suffix.lower()
 
 
 def is_pointer(start: bytes) -> bool:
-    """Whether a file that begins like this stands for another one in Git LFS."""
+    """Whether a file that begins with ``start`` is a Git LFS pointer."""
     return start.startswith(_POINTER)
 
 
 def open_text(file: IO[bytes]) -> tuple[IO[bytes], int]:
-    """The text in ``file`` as a stream of UTF-8, and how many bytes of it are a byte order mark.
+    """Return the text in ``file`` as a UTF-8 stream, and the size of its byte order mark in bytes.
 
-    The stream can seek if ``file`` holds plain UTF-8; see :func:`skip`.
+    The stream is seekable if ``file`` is uncompressed UTF-8; see :func:`skip`.
 
     Raises:
-        SampleError: it is a pointer of Git LFS.
+        SampleError: it is a Git LFS pointer.
     """
     stream = unpacked(file, MOST)
     if stream is file:
@@ -81,13 +81,13 @@ def open_text(file: IO[bytes]) -> tuple[IO[bytes], int]:
                 return stream, len(mark)
             skip(stream, len(mark))
             return io.BufferedReader(_Transcoded(stream, encoding), _CHUNK), 0
-    if b"\r" in start and b"\n" not in start:  # lines as the first Macintosh ended them
+    if b"\r" in start and b"\n" not in start:  # line ends of classic Mac OS
         return io.BufferedReader(_Transcoded(stream, "utf-8", "\r"), _CHUNK), 0
     return stream, 0
 
 
 def skip(stream: IO[bytes], count: int) -> None:
-    """Go forward by ``count`` bytes in a stream that may be unable to seek."""
+    """Skip ``count`` bytes of a stream that need not be seekable."""
     if stream.seekable():
         stream.seek(count, io.SEEK_CUR)
         return
@@ -96,7 +96,7 @@ def skip(stream: IO[bytes], count: int) -> None:
 
 
 class _Transcoded(io.RawIOBase):
-    """Text in another encoding, or with other ends of lines, as UTF-8."""
+    """Converts text in another encoding, or with other line ends, to UTF-8."""
 
     def __init__(self, stream: IO[bytes], encoding: str, end: str = "\n") -> None:
         self._stream = stream
@@ -120,11 +120,11 @@ class _Transcoded(io.RawIOBase):
 
 
 class Lines:
-    """The lines of a stream, with their numbers; some may be put back.
+    """Reads numbered lines from a stream; lines can be put back.
 
     Attributes:
-        at: bytes that were taken.
-        number: of the line that was taken last, from 1 on.
+        at: number of bytes taken.
+        number: number of the last line taken, from 1.
     """
 
     def __init__(self, stream: IO[bytes], at: int = 0, number: int = 0) -> None:
@@ -134,7 +134,7 @@ class Lines:
         self.number = number
 
     def take(self) -> bytes:
-        """The next line with its end; nothing at the end of the stream.
+        """Return the next line with its line end; empty at the end of the stream.
 
         Raises:
             SampleError: ``line_too_long``.
@@ -147,7 +147,7 @@ class Lines:
         return line
 
     def put_back(self, lines: list[bytes]) -> None:
-        """Take these lines again."""
+        """Put ``lines`` back, to be taken again."""
         for line in reversed(lines):
             self._back.append(line)
             self.at -= len(line)
@@ -155,10 +155,10 @@ class Lines:
 
 
 def lines_of(path: Path) -> Iterator[str]:
-    """The lines of a text file that are not blank, without blanks at their ends.
+    """Yield the non-blank lines of a text file, stripped.
 
     Raises:
-        ConfigError: it cannot be read, or is no UTF-8.
+        ConfigError: the file cannot be read or is not UTF-8.
     """
     with list_errors(path), path.open("rb") as file:
         stream, mark = open_text(file)
@@ -170,12 +170,12 @@ def lines_of(path: Path) -> Iterator[str]:
 
 
 def decoded(line: bytes) -> str:
-    """A line as text without its end; what is not UTF-8 becomes U+FFFD, NULs go."""
+    """Decode a line without its line end; invalid UTF-8 becomes U+FFFD, and NULs are removed."""
     return line.decode("utf-8", "replace").replace("\0", "").rstrip("\r\n")
 
 
 def small_text(data: bytes) -> str:
-    """The text of a small file, in UTF-8 or in what its byte order mark says, without blanks at its ends."""
+    """The stripped text of a small file in UTF-8, or in the encoding of its byte order mark."""
     for mark, encoding in ((b"\xff\xfe", "utf-16-le"), (b"\xfe\xff", "utf-16-be")):
         if data.startswith(mark):
             return data.removeprefix(mark).decode(encoding, "replace").strip()

@@ -34,14 +34,14 @@ _IMAGES = ("image", "jpg", "img", "pixel_values")
 _LABELS = ("label", "cls", "target")
 _NAME = "torch_dataset"
 _OWN = frozenset(("labels", "partition_size"))
-"""Settings that have an effect here, next to those of every source and stage."""
+"""Settings that have an effect here, in addition to those of every source and stage."""
 _ELSEWHERE = frozenset(("source", "input", "seed", "expect_world_size", "rank_offset", "world_size", "hang_timeout"))
-"""Settings that say where other data are, or how a process that was launched finds its rank."""
-_LOOKED_AT = 10  # items that say whether there are labels
+"""Settings that select other data, or that tell a launched process its rank."""
+_LOOKED_AT = 10  # items examined for labels
 
 
 class MapDataset(Protocol):
-    """A map-style dataset of PyTorch."""
+    """A map-style PyTorch dataset."""
 
     def __len__(self) -> int: ...
 
@@ -65,7 +65,7 @@ class TorchDataset(Source):
         size, total = self.config.partition_size, len(self._dataset)
         if size < 1:
             raise ConfigError(f"partition_size={size}: must be at least 1")
-        fingerprint = getattr(self._dataset, "_fingerprint", "")  # of the Hugging Face library's datasets
+        fingerprint = getattr(self._dataset, "_fingerprint", "")  # of Hugging Face datasets
         state = fingerprint if isinstance(fingerprint, str) else ""
         for start in range(0, total, size):
             stop = min(start + size, total)
@@ -89,13 +89,13 @@ class TorchDataset(Source):
             settle(outcome, data, sniff(data), entry, self.schema())
         except (ImageError, SampleError) as error:
             outcome.reason, outcome.detail = error.reason, error.detail
-        except Exception as error:  # whatever a foreign dataset raises is about one item
+        except Exception as error:  # any exception of a user's dataset concerns one item only
             outcome.reason, outcome.detail, outcome.retryable = "item_failed", in_words(error), True
         return outcome
 
 
 def _parts(item: Any) -> tuple[Any, Entry]:
-    """The image of an item, and its other fields.
+    """Split an item into its image and the other fields.
 
     Raises:
         SampleError: ``no_image``, ``bad_item``, ``bad_label``.
@@ -141,7 +141,7 @@ def _has_labels(dataset: MapDataset) -> bool:
 
 
 def _require_items(dataset: Any) -> None:
-    """Raises ConfigError for what is no map-style dataset."""
+    """Raise ConfigError if ``dataset`` is not a map-style dataset."""
     said = f"import_dataset: {type(dataset).__name__}"
     if isinstance(dataset, Mapping):
         raise ConfigError(f"{said} is a mapping of {shown_names(dataset)}: give one of its datasets")
@@ -163,8 +163,8 @@ def import_dataset(dataset: MapDataset, /, rank: Rank | None = None, **settings:
     Integer targets are used as labels, unless ``labels=False``. Further ``settings`` are those of stage=download.
 
     Raises:
-        ConfigError, StorageError: As for stage=download, for a setting that has no effect for a Dataset, and for an
-            object that is no map-style dataset.
+        ConfigError, StorageError: As for stage=download, for a setting that has no effect here, and for an object
+        that is not a map-style dataset.
     """
     _require_items(dataset)
     known = [field.name for field in fields(DownloadConfig)]

@@ -1,4 +1,4 @@
-"""The small labelled sets that torchvision knows, from their published files, without torchvision or pickles."""
+"""Small labelled datasets known from torchvision, read from their published files without torchvision or pickle."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _LARGEST = 1 << 30
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One file of a set: its name and MD5, which member of it to read, and the file with its labels."""
+    """A file of a dataset: its name and MD5, the name and MD5 of its label file, and the members to read."""
 
     name: str
     md5: str
@@ -46,13 +46,13 @@ _UNPACKED = {
     "bef4ecab320f06d8554ea6380940ec79": "8181f5470baa50b63fa0f6fddb340f0a",
     "bb300cfdad3c16e7a12a480ee83cd310": "15d484375f8d13e6eb1aabb0c3f46965",
 }
-"""MD5 of a published file → MD5 of what it unpacks to. Debian's dataset-fashion-mnist has the same data behind
-headers without name and time."""
+"""Maps the MD5 of a published file to that of its unpacked content. Debian's dataset-fashion-mnist has the same content
+with gzip headers that lack name and time."""
 
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """A set as it is published; its files lie at ``url``."""
+    """A published dataset; ``url`` is the folder of its files."""
 
     url: str
     splits: dict[str, tuple[Part, ...]]
@@ -81,7 +81,7 @@ _CIFAR100 = tuple(
 
 
 def _idx(train: tuple[str, str], test: tuple[str, str]) -> dict[str, tuple[Part, ...]]:
-    """The four files that MNIST and its followers have; MD5s of images and labels."""
+    """The four files of MNIST-like datasets, with the MD5s of images and labels."""
     return {
         split: (Part(f"{name}-images-idx3-ubyte.gz", md5s[0], (f"{name}-labels-idx1-ubyte.gz", md5s[1])),)
         for split, name, md5s in (("train", "train", train), ("test", "t10k", test))
@@ -133,7 +133,7 @@ SETS: dict[str, Published] = {
 
 @sources.register("torchvision")
 class Torchvision(FileSource):
-    """``files=[cifar10]`` and the like; images become PNG, without loss, and class names captions."""
+    """Reads ``files=[cifar10]`` and others; images become PNG files, and class names captions."""
 
     @property
     def input_is_mirror(self) -> bool:
@@ -141,10 +141,10 @@ class Torchvision(FileSource):
 
     @property
     def published(self) -> Published:
-        """The set that is asked for.
+        """The dataset that ``files=`` names.
 
         Raises:
-            ConfigError: there is none of that name.
+            ConfigError: there is no dataset of that name.
         """
         from pipeline.config.cli import nearest
 
@@ -180,10 +180,10 @@ class Torchvision(FileSource):
         return Place(f"{base.rstrip('/')}/{name}", md5=md5, unpacked_md5=_UNPACKED.get(md5, ""))
 
     def watched(self) -> dict[str, str]:
-        """Files with labels that come from a folder; those with images are the inputs.
+        """States of label files in a mirror; image files are inputs.
 
         Raises:
-            ConfigError: the folder lacks one.
+            ConfigError: the mirror lacks one.
         """
         found = super().watched()
         for name, md5 in (part.labels for part in self.parts if part.labels[0] and self.mirror):
@@ -207,7 +207,7 @@ class Torchvision(FileSource):
         return self._outcomes(planned.path, ((f"{n:05d}", image, int(label)) for n, (image, label) in enumerate(pairs)))
 
     def _cifar(self, part: Part, file: IO[bytes]) -> Labelled:
-        """Records of label bytes (the last is the fine one) and three planes of pixels."""
+        """Yield records that consist of label bytes (the last one is the fine label) and three planes of pixels."""
         published = self.published
         record = published.label_bytes + 3 * published.edge**2
 
@@ -235,16 +235,16 @@ class Torchvision(FileSource):
 
     @property
     def _most(self) -> int | None:
-        """Of a set of one file, a fraction is one of its images."""
+        """Maximum number of images per input for ``fraction=``; None for all."""
         total = 10_000 if self.config.split == "test" else 50_000 if self.published.edge else 60_000
         return share(total, self.config.fraction) if self.config.fraction < 1 else None
 
 
 def idx(file: IO[bytes], dimensions: int) -> Pixels:
-    """The array of an IDX file of bytes, gzipped or not.
+    """Return the array of an IDX file of bytes, gzipped or not.
 
     Raises:
-        SampleError: it is none, or not whole.
+        SampleError: it is not an IDX file, or it is incomplete.
     """
     try:
         data = unpacked(file, _LARGEST).read()

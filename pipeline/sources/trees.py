@@ -19,7 +19,7 @@ from pipeline.stores import Object, Store, StoreError
 
 @contextmanager
 def _named(setting: str) -> Iterator[None]:
-    """What a store refuses for good becomes a ConfigError that names the setting."""
+    """Convert permanent errors of a store into a ConfigError that names the setting."""
     try:
         yield
     except StoreError as error:
@@ -31,10 +31,10 @@ def _named(setting: str) -> Iterator[None]:
 
 
 def objects(setting: str, addresses: Iterable[str]) -> list[Object]:
-    """The objects that addresses with ranges and patterns stand for, with whole addresses as their paths.
+    """Return the objects that match addresses with ranges and patterns; their paths are full addresses.
 
     Raises:
-        ConfigError: one stands for nothing, or may not be read.
+        ConfigError: an address matches nothing or is not readable.
         StoreError: the store does not answer.
     """
     with _named(setting):
@@ -42,10 +42,10 @@ def objects(setting: str, addresses: Iterable[str]) -> list[Object]:
 
 
 class Tree(ABC):
-    """Files by their names relative to the folder; names are in the order of their parts.
+    """Files by name relative to the folder; names are sorted by component.
 
     Attributes:
-        is_folder: whether it is a folder, not a file or a pattern.
+        is_folder: whether the tree is a folder, not a file or a pattern.
     """
 
     is_folder: bool
@@ -55,44 +55,44 @@ class Tree(ABC):
 
     @abstractmethod
     def ending(self, suffixes: Sequence[str]) -> list[str]:
-        """Names of the files that end with one of ``suffixes`` in any case; of one file or a pattern, all."""
+        """Names of files with one of ``suffixes``, ignoring case; for a single file or a pattern, all names."""
 
     @abstractmethod
     def has(self, name: str) -> bool:
-        """Whether there is such a file."""
+        """Whether the file ``name`` exists."""
 
     @abstractmethod
     def has_folder(self, name: str) -> bool:
-        """Whether there is such a folder."""
+        """Whether the folder ``name`` exists."""
 
     @abstractmethod
     def size(self, name: str) -> int:
-        """Bytes of a file."""
+        """Size of a file in bytes."""
 
     @abstractmethod
     def read(self, name: str) -> bytes:
-        """All bytes of a small file.
+        """Read a small file.
 
         Raises:
-            OSError: it cannot be read; FileNotFoundError: it is not there.
+            OSError: it cannot be read; FileNotFoundError: it does not exist.
         """
 
     @abstractmethod
     def place(self, name: str) -> str:
-        """The path or the address of a file."""
+        """The path or address of a file."""
 
     @abstractmethod
     def state(self, name: str) -> str:
-        """What is different when a file has changed."""
+        """State of a file; it changes when the file changes."""
 
 
 def _of_pattern(given: str) -> str:
-    """What to say of a pattern that names no file of this machine."""
+    """A hint for the message if ``given`` is a pattern that matches no local file."""
     return ": patterns are for object stores; give the folder" if re.search(r"[*?{]", given) else ""
 
 
 class LocalTree(Tree):
-    """A folder or file of this machine."""
+    """A local folder or file."""
 
     def __init__(self, given: str) -> None:
         super().__init__(given)
@@ -110,7 +110,7 @@ class LocalTree(Tree):
         return [str(path.relative_to(self._root)) for path in found]
 
     def has(self, name: str) -> bool:
-        return os.path.isfile(self._root / name)  # False, too, for names that no file can have
+        return os.path.isfile(self._root / name)  # also False for invalid file names
 
     def has_folder(self, name: str) -> bool:
         return os.path.isdir(self._root / name)
@@ -129,7 +129,7 @@ class LocalTree(Tree):
 
 
 class StoreTree(Tree):
-    """A prefix of an object store, one object, or a pattern.
+    """A prefix in an object store, a single object, or a pattern.
 
     Attributes:
         found: the objects by name, listed once.
@@ -196,10 +196,10 @@ class StoreTree(Tree):
 
 
 def get_tree(given: str) -> Tree:
-    """The files that ``input=given`` stands for.
+    """Return the files that ``input=given`` refers to.
 
     Raises:
-        ConfigError: there is nothing, or it may not be read.
+        ConfigError: there is nothing, or it is not readable.
         StoreError: the store does not answer.
     """
     return StoreTree(given) if stores.is_url(given) else LocalTree(given)

@@ -1,4 +1,4 @@
-"""Images by URL from lists of any size: thousands of requests at a time, politely, each with its own outcome."""
+"""Images from lists of URLs of any size, fetched with many concurrent requests and limits per host."""
 
 from __future__ import annotations
 
@@ -38,15 +38,15 @@ from pipeline.sources.recognition import explained
 from pipeline.sources.records import Columns, Record, columns_of, record
 from pipeline.sources.trees import get_tree, objects
 
-_LARGEST = 64 << 20  # bytes of an image
-_LONGEST_URL, _SHOWN = 4096, 200  # characters of a URL in the ledger, and of a longer one
+_LARGEST = 64 << 20  # maximum bytes of an image
+_LONGEST_URL, _SHOWN = 4096, 200  # characters of a URL in the ledger, and of a URL longer than that
 _IDLE, _DEADLINE = 10.0, 60.0
 _HASHES = {32: "md5", 40: "sha1", 64: "sha256"}
 
 
 @sources.register("url_list")
 class UrlList(Source):
-    """Rows of txt, csv, tsv, json, jsonl or parquet lists: a file or folder ``input=``, or fetched from ``urls=``.
+    """Reads txt, csv, tsv, json, jsonl or Parquet lists from the file or folder ``input=``, or from ``urls=``.
 
     Lists, and the images that they name, may be in an object store. Images from ``mirror=`` are inputs of the plan.
     """
@@ -57,11 +57,11 @@ class UrlList(Source):
 
     @cached_property
     def mirror(self) -> Mirror | None:
-        """The folder that stands for the network, for lists and for images."""
+        """The folder that replaces the network, for both lists and images."""
         return Mirror(self.config.mirror) if self.config.mirror else None
 
     def watched(self) -> dict[str, str]:
-        """The lists, which take too long to read for a plan to be made again."""
+        """States of the lists, since planning takes too long to be repeated."""
         if self.config.urls and not self.mirror and not any(map(stores.is_url, self.config.urls)):
             return {}
         return {path.name: self._versions.get(path) or file_state(path) for path in self.lists}
@@ -83,7 +83,7 @@ class UrlList(Source):
             raise ConfigError(f"two lists are called {next(name for name in names if names.count(name) > 1)}")
         for path in self.lists:
             planned = local_input(str(path), path.name)
-            if path in self._versions:  # the copy's time of change says nothing
+            if path in self._versions:  # the modification time of a copy is meaningless
                 planned = replace(planned, mtime_ns=-1)
             yield from self._spans(path, planned)
 
@@ -114,11 +114,11 @@ class UrlList(Source):
 
     @cached_property
     def _columns(self) -> dict[Path, Columns | None]:
-        """Which columns of a list say what."""
+        """Roles of the columns of each list."""
         return {}
 
     def _rows(self, rows: List, span: Span, columns: Columns) -> tuple[int, list[Input]]:
-        """How many rows of a span are wanted, and the images of the mirror that they name."""
+        """Number of wanted rows in a span, and the images in the mirror that they refer to."""
         if not self.config.split_column and not self.mirror:
             return span.stop - span.start, []
         wanted = [said for said in (record(row, columns, self.config) for row in rows.rows(span)) if self._wanted(said)]
@@ -126,7 +126,7 @@ class UrlList(Source):
             return len(wanted), []
         images: dict[str, Input] = {}
         for said in wanted:
-            with suppress(SampleError, OSError):  # it becomes a row of the ledger
+            with suppress(SampleError, OSError):  # reported later, in the ledger
                 check(said.url)
                 if found := self.mirror.find(said.url):
                     name, state = self._image_name(self.mirror, found), found.stat()
@@ -142,7 +142,7 @@ class UrlList(Source):
 
     @cached_property
     def lists(self) -> list[Path]:
-        """The files with rows, in order; those by URL are fetched once and stay below the output."""
+        """The list files in order; those at URLs are fetched once and kept below the output."""
         config = self.config
         if config.urls:
             return list(self._fetched(expand(config.urls)))
@@ -182,11 +182,11 @@ class UrlList(Source):
 
     @cached_property
     def _versions(self) -> dict[Path, str]:
-        """Of copies of objects in a store, by their paths."""
+        """Versions of copied store objects, by path of the copy."""
         return {}
 
     def _copied(self, url: str, version: str, setting: str) -> Path:
-        """The copy of a list below the output, of the ``version`` that a store has; fetched if it is not there."""
+        """The copy below the output of a list (in a store: of its ``version``); fetched if it does not exist."""
         name = unquote(urlsplit(url).path).rpartition("/")[2] or "list.txt"
         said = f"{public(url)} {version}".rstrip()
         digest = hashlib.sha256(said.encode()).hexdigest()[:16]
@@ -211,7 +211,7 @@ class UrlList(Source):
             raise ConfigError(f"{setting}: {public(url)}: {error}") from None
         return place
 
-    # ---- bringing in
+    # ---- reading samples
 
     def samples(self, partition: Partition, context: Context) -> Iterator[Outcome]:
         planned, *images = partition.inputs
@@ -323,7 +323,7 @@ def _matches(data: bytes, expected: str) -> bool:
 
 
 class ImageSink:
-    """Holds one small file; refuses it when its headers say that it is not meant for us."""
+    """Holds a small file in memory; rejects it if a header opts out of its use."""
 
     def __init__(self, limit: int, refused: frozenset[str]) -> None:
         self._limit = limit
@@ -344,10 +344,10 @@ class ImageSink:
         self._parts.append(data)
 
     def data(self) -> bytes:
-        """The file; unpacked, if the server has packed it although nobody asked for that.
+        """The file, decompressed if the server has compressed it without being asked.
 
         Raises:
-            SampleError: it unpacks to more than the limit, or is damaged.
+            SampleError: it unpacks to more than the limit or is damaged.
         """
         data = b"".join(self._parts)
         self._parts = []
@@ -361,7 +361,7 @@ class ImageSink:
 
 
 def opt_out(headers: MultiMapping[str], refused: frozenset[str], agent: str = "latentmill") -> str:
-    """The directive of X-Robots-Tag, for all or for ``agent``, that refuses us; empty if there is none."""
+    """The first directive of X-Robots-Tag in ``refused`` that applies to ``agent`` or to all; empty if none does."""
     values = (
         headers.getall("X-Robots-Tag", []) if isinstance(headers, MultiMapping) else [headers.get("X-Robots-Tag", "")]
     )

@@ -1,4 +1,4 @@
-"""WebDataset tars, by URL, in a store or here: ``urls=[part-{0000..0099}.tar]``, or a folder of tars as ``input=``."""
+"""WebDataset tars, local, at URLs or in a store: ``urls=[part-{0000..0099}.tar]``, or a folder ``input=``."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ _INSIDE = "inside "
 
 @sources.register("webdataset")
 class WebDataset(FileSource):
-    """Tar files whose neighbours of one stem are a sample: image, ``.txt``, ``.json``, ``.cls``.
+    """Tar files in which consecutive members with the same stem form a sample: image, ``.txt``, ``.json``, ``.cls``.
 
-    With ``annotations=archives`` each tar is a class, and a tar of such tars is as good as a folder of them.
+    With ``annotations=archives``, each tar is a class, and a tar of tars is read like a folder of tars.
     """
 
     suffixes: tuple[str, ...] = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".zip")
 
     @cached_property
     def places(self) -> dict[str, str]:
-        """Name → URL or path of each file, in order.
+        """URL or path of each file by name, in order.
 
         Raises:
-            ConfigError: there are none, or two have one name.
+            ConfigError: there are none, or two have the same name.
         """
         config = self.config
         if config.urls:
@@ -60,7 +60,7 @@ class WebDataset(FileSource):
         return names
 
     def _below(self, tree: Tree) -> list[str]:
-        """Names of the files that count, in order."""
+        """Names of the data files, in order."""
         found = tree.ending(self.suffixes)
         if not found:
             raise ConfigError(f"{tree.said}: no {', '.join(self.suffixes)} files in it")
@@ -71,7 +71,7 @@ class WebDataset(FileSource):
         self.left_out.add("other_file", *map(path_text, self._others()))
 
     def _others(self) -> list[str]:
-        """Files of the folder ``input=`` that are not read, but for clutter and what writers of such files add."""
+        """Files in the folder ``input=`` that are not used, except clutter and the writers' own files."""
         if self.config.urls or not self.tree.is_folder:
             return []
         used = {
@@ -87,7 +87,7 @@ class WebDataset(FileSource):
         ]
 
     def _used(self) -> set[str]:
-        """Further files of the folder that are read."""
+        """Names of other files in the folder that are used."""
         return set()
 
     def inputs(self) -> Iterator[Input]:
@@ -107,7 +107,7 @@ class WebDataset(FileSource):
         return found
 
     def _inside(self, file: Input, place: str) -> list[Input]:
-        """The tars in a tar that holds nothing else, by name: where each begins and ends in it."""
+        """The tars in a tar that contains nothing else, sorted by name, with their positions in it."""
         nothing: Wants = lambda name, size: 0  # noqa: E731
         found = []
         try:
@@ -136,7 +136,7 @@ class WebDataset(FileSource):
 
 
 def refuse_own(tree: Tree) -> None:
-    """Raises ConfigError for a dataset directory: ledgers and plans lie among its samples."""
+    """Raise ConfigError for a dataset directory, which contains plans and ledgers in addition to samples."""
     if tree.is_folder and tree.has_folder("plan"):
         raise ConfigError(
             f"{tree.said}: this is a dataset directory: no source reads it, it can be the input= of the other stages"

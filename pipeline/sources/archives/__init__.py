@@ -1,4 +1,5 @@
-"""Reading archives member by member, never extracting: regular files only, sizes and numbers capped, the end seen."""
+"""Reads archives member by member without extracting them: only regular files, with limited sizes and counts, and up
+to the end marker."""
 
 from __future__ import annotations
 
@@ -13,16 +14,16 @@ from pipeline.sources.archives.zip import zip_members
 
 __all__ = ["Member", "Wants", "check", "members"]
 
-_RATIO = 200  # unpacked bytes per packed byte, beyond a first GiB, that we take for honest
+_RATIO = 200  # plausible unpacked bytes per packed byte, beyond the first _HONEST bytes
 _HONEST = 1 << 30
 
 
 def members(file: IO[bytes], max_members: int, wants: Wants) -> Iterator[Member]:
-    """The members of a tar (plain, gzip, bzip2, xz) or zip file that are wanted, in the archive's order.
+    """Yield the wanted members of a tar (plain, gzip, bzip2, xz) or zip file, in the archive's order.
 
     Raises:
         SampleError: ``not_an_archive``, ``truncated_archive``, ``damaged_archive``, ``too_many_members``,
-            ``archive_bomb``; after :func:`check` found nothing, none of them.
+            ``archive_bomb``. Never raised after :func:`check` has succeeded.
         OSError: ``file`` cannot be read.
     """
     most = max(_HONEST, file.seek(0, io.SEEK_END) * _RATIO)
@@ -33,10 +34,10 @@ def members(file: IO[bytes], max_members: int, wants: Wants) -> Iterator[Member]
 
 
 def check(file: IO[bytes], max_members: int, step: Callable[[], None]) -> None:
-    """Go through the archive once without taking anything, so that it counts as a whole or not at all.
+    """Read the archive once without yielding members, so that a damaged one is rejected as a whole.
 
-    Of a plain tar only the headers are read, of a zip the directory; what is compressed as a whole must be unpacked.
-    ``step`` is called for each file, and may raise.
+    Of an uncompressed tar, only the headers are read, of a zip only the central directory; a compressed tar is
+    unpacked. ``step`` is called for each file and may raise.
     """
 
     def nothing(name: str, size: int) -> None:

@@ -1,4 +1,5 @@
-"""Unpacking gzip, bzip2 and xz while reading: what they unpack to is bounded, and their check sums are seen."""
+"""Decompresses gzip, bzip2 and xz while reading, with a limit on the unpacked size and with their checksums
+verified."""
 
 from __future__ import annotations
 
@@ -13,12 +14,12 @@ from typing import IO, Protocol
 from pipeline.sources.archives.member import bomb, damaged, truncated
 
 _CHUNK = 1 << 16
-_PIECE = 1 << 20  # most bytes to unpack at a time, whatever was asked for
-_XZ_MEMORY = 256 << 20  # a file can ask for a dictionary of 4 GiB
+_PIECE = 1 << 20  # maximum bytes to unpack at a time, whatever was requested
+_XZ_MEMORY = 256 << 20  # otherwise, a file could demand a dictionary of 4 GiB
 
 
 class Decoder(Protocol):
-    """What bz2 and lzma call a decompressor."""
+    """The decompressor interface of bz2 and lzma."""
 
     @property
     def eof(self) -> bool: ...
@@ -33,7 +34,7 @@ class Decoder(Protocol):
 
 
 class Inflate:
-    """zlib's decompressor in the manner of the others. ``wbits``: 31 for gzip, -15 for bare deflate."""
+    """zlib's decompressor with the interface of bz2 and lzma. ``wbits``: 31 for gzip, -15 for raw deflate."""
 
     def __init__(self, wbits: int) -> None:
         self._zlib = zlib.decompressobj(wbits)
@@ -54,11 +55,11 @@ _KINDS: list[tuple[re.Pattern[bytes], Callable[[], Decoder]]] = [
     (re.compile(rb"\xfd7zXZ\0"), lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=_XZ_MEMORY)),
 ]
 MAGIC_BYTES = 10
-"""Bytes that tell the kind of a file."""
+"""Bytes needed to recognize a compression format."""
 
 
 def unpacked(file: IO[bytes], most: int) -> IO[bytes]:
-    """``file`` (read from its beginning) as it is, or a stream of at most ``most`` bytes that it unpacks to."""
+    """Return ``file`` itself if it is not compressed, otherwise a stream of its unpacked bytes, at most ``most``."""
     file.seek(0)
     magic = file.read(MAGIC_BYTES)
     file.seek(0)
@@ -69,7 +70,7 @@ def unpacked(file: IO[bytes], most: int) -> IO[bytes]:
 
 
 class _Unpacking(io.RawIOBase):
-    """One compressed stream, or several after one another; what follows them is no concern of ours."""
+    """One or several consecutive compressed streams; other bytes after them are ignored."""
 
     def __init__(self, file: IO[bytes], magic: re.Pattern[bytes], make: Callable[[], Decoder], most: int) -> None:
         self._file = file
@@ -92,7 +93,7 @@ class _Unpacking(io.RawIOBase):
         return len(data)
 
     def _decode(self, size: int) -> bytes:
-        """Some bytes, at most ``size``; none at the end."""
+        """Return up to ``size`` bytes, none at the end."""
         while True:
             if self._decoder.eof and not self._next():
                 return b""
@@ -104,7 +105,7 @@ class _Unpacking(io.RawIOBase):
                 raise truncated("the compressed data end too early")
 
     def _next(self) -> bool:
-        """Begin with the next compressed stream, if there is one."""
+        """Start the next compressed stream; return whether there is one."""
         rest = self._decoder.unused_data
         rest += self._file.read(MAGIC_BYTES) if len(rest) < MAGIC_BYTES else b""
         self._end = not self._magic.match(rest)
@@ -116,8 +117,8 @@ class _Unpacking(io.RawIOBase):
 
 
 def decode(decoder: Decoder, packed: bytes, size: int) -> bytes:
-    """One step of ``decoder``, whose errors are the archive's."""
+    """Run ``decoder`` once; its exceptions become ``damaged_archive`` errors."""
     try:
         return decoder.decompress(packed, size)
-    except (zlib.error, lzma.LZMAError, OSError) as error:  # OSError: bz2's way to say it
+    except (zlib.error, lzma.LZMAError, OSError) as error:  # bz2 raises OSError
         raise damaged(f"the compressed data are damaged ({type(error).__name__})") from None

@@ -1,4 +1,4 @@
-"""What archives of every kind are read into: one member at a time."""
+"""A member of an archive, and the errors that all archive readers raise."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from pipeline.samples import SampleError
 
 Wants = Callable[[str, int], int | None]
-"""Asked for each file of an archive with its name and size: how many bytes of it to read; None: not even its name."""
+"""Called with the name and size of each file in an archive; returns how many bytes to read, None to skip the file."""
 
 
 @dataclass(slots=True)
 class Member:
-    """A file in an archive: the bytes that were wanted of it, or why they are not to be had.
+    """A file in an archive: the requested bytes, or the reason why they cannot be read.
 
-    ``name`` has lone surrogates instead of bytes that are not UTF-8. ``offset`` is that of the data in the (unpacked)
-    archive, -1 where it is not known.
+    Bytes of ``name`` that are not UTF-8 become lone surrogates. ``offset`` is the position of the data in the
+    (unpacked) archive, -1 if unknown.
     """
 
     name: str
@@ -27,7 +27,7 @@ class Member:
 
 
 def damaged(detail: str) -> SampleError:
-    """The archive's structure makes no sense; the server may have a better one another day."""
+    """The archive's structure is invalid; retryable because the server may replace the file."""
     return SampleError("damaged_archive", detail, retryable=True)
 
 
@@ -37,10 +37,10 @@ def truncated(detail: str) -> SampleError:
 
 
 def too_many(members: int) -> SampleError:
-    """More than ``max_members``, which may be raised for another try."""
+    """More than ``max_members`` members; retryable with a higher limit."""
     return SampleError("too_many_members", f"more than {members}", retryable=True)
 
 
 def bomb(detail: str) -> SampleError:
-    """The archive is out to exhaust us."""
+    """The archive is built to exhaust resources."""
     return SampleError("archive_bomb", detail)

@@ -1,7 +1,7 @@
-"""Tar as a stream of members: ustar, pax and GNU headers, each of bounded size, and nothing kept from one to the next.
+"""Reads tar files as a stream: ustar, pax and GNU headers of limited size; memory does not grow with the members.
 
-Not :mod:`tarfile`, which keeps every header, follows headers recursively, reads a header of any claimed size into
-memory, and takes a damaged header for the end.
+:mod:`tarfile` is not used because it keeps every header, processes headers recursively, reads headers of any claimed
+size into memory, and treats a damaged header as the end of the archive.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from pipeline.sources.archives.member import Member, Wants, bomb, damaged, too_m
 BLOCK = 512
 _ZEROS = bytes(BLOCK)
 _CHUNK = 1 << 20
-_LONGEST_HEADER = 1 << 20  # bytes of one extension header; a name and some attributes
-_EXTENSIONS = 32  # most extension headers of one member
+_LONGEST_HEADER = 1 << 20  # maximum bytes of an extension header, which holds a name and some attributes
+_EXTENSIONS = 32  # maximum extension headers of a member
 
 _REGULAR = b"0\x007"
-_WITHOUT_DATA = b"123456"  # links, devices, directories, pipes: no data follow, whatever size they claim
+_WITHOUT_DATA = b"123456"  # links, devices, directories, pipes: no data, whatever size they claim
 _SOLARIS, _PAX, _PAX_GLOBAL, _LONG_NAME, _LONG_LINK, _SPARSE, _DIRECTORY = b"XxgLKS5"
 
 
 @dataclass(slots=True)
 class _Entry:
-    """A member's header, with what extension headers before it say."""
+    """A member's header, including the values of its extension headers."""
 
     name: bytes
     size: int
@@ -45,7 +45,7 @@ class _Entry:
 
 
 class _Reader:
-    """Reads a stream from beginning to end, and knows where it is."""
+    """Reads a stream sequentially and tracks its position."""
 
     def __init__(self, stream: IO[bytes]) -> None:
         self._stream = stream
@@ -80,9 +80,9 @@ class _Reader:
 
 
 def tar_members(stream: IO[bytes], max_members: int, wants: Wants) -> Iterator[Member]:
-    """The files of a tar that are wanted, in order; seeks if ``stream`` can, and reads up to its end.
+    """Yield the wanted files of a tar in order; read ``stream`` to its end, seeking if possible.
 
-    What follows an end marker is read too if it is a tar again, as ``cat a.tar b.tar`` makes them.
+    Another tar after an end marker is read too (``cat a.tar b.tar``).
 
     Raises:
         SampleError: ``not_an_archive``, ``truncated_archive``, ``damaged_archive``, ``too_many_members``,
@@ -107,7 +107,7 @@ def tar_members(stream: IO[bytes], max_members: int, wants: Wants) -> Iterator[M
 
 
 def _member(entry: _Entry, reader: _Reader, wants: Wants) -> Iterator[Member]:
-    """The member, if it is wanted; the reader stands behind it then."""
+    """Yield the member if it is wanted, and skip to its end."""
     start, stored = reader.position, 0 if entry.kind in _WITHOUT_DATA else entry.size
     name = entry.name.decode("utf-8", "surrogateescape")
     wanted = None if entry.is_folder else wants(name, entry.size)
@@ -122,12 +122,12 @@ def _member(entry: _Entry, reader: _Reader, wants: Wants) -> Iterator[Member]:
 
 
 def _after_end(reader: _Reader) -> bytes:
-    """The first block after the zeros of an end marker if it is a header; else nothing, and all is read."""
+    """The next header after an end marker; empty, with the stream read to its end, if there is none."""
     while (block := reader.some(BLOCK)) == _ZEROS:
         pass
     if _is_header(block):
         return block
-    while reader.some(_CHUNK):  # a compressed stream has its check sum at the end
+    while reader.some(_CHUNK):  # verifies the checksum at the end of a compressed stream
         pass
     return b""
 
@@ -136,13 +136,13 @@ def _after_end(reader: _Reader) -> bytes:
 
 
 def _entry(block: bytes, reader: _Reader) -> _Entry:
-    """The header in ``block``, or that of the member that it and those after it are an extension of."""
+    """The header in ``block``; for an extension header, the member's header after it, with extensions applied."""
     said: dict[bytes, bytes] = {}
     for _ in range(_EXTENSIONS):
         entry = _parse(block)
         if entry.kind not in (_LONG_NAME, _LONG_LINK, _PAX, _SOLARIS, _PAX_GLOBAL):
             more = entry.kind == _SPARSE and block[482]
-            while more:  # the map of an old GNU sparse file goes on
+            while more:  # the map of an old GNU sparse file continues
                 more = reader.exactly(BLOCK)[504]
             return _completed(entry, said)
         if entry.size > _LONGEST_HEADER:
@@ -172,13 +172,13 @@ def _parse(block: bytes) -> _Entry:
         raise damaged("a header is damaged")
     name = block[:100].partition(b"\0")[0]
     prefix = block[345:500].partition(b"\0")[0]
-    if prefix and block[257:263] == b"ustar\0":  # GNU's headers have other things there
+    if prefix and block[257:263] == b"ustar\0":  # GNU headers store other fields there
         name = prefix + b"/" + name
     return _Entry(name, _number(block[124:136]), block[156])
 
 
 def _is_header(block: bytes) -> bool:
-    """Whether the check sum, which old programs take of signed bytes, is right."""
+    """Whether the checksum is correct; some old programs compute it from signed bytes."""
     if len(block) != BLOCK:
         return False
     try:
@@ -193,7 +193,7 @@ def _is_header(block: bytes) -> bool:
 
 
 def _number(field: bytes) -> int:
-    """Octal digits, or where they do not suffice a binary number with the highest bit set."""
+    """Parse octal digits or, for larger values, a binary number whose highest bit is set."""
     if field[0] & 0x80:
         if field[0] & 0x40:
             raise damaged("a negative number in a header")
@@ -207,7 +207,7 @@ def _number(field: bytes) -> int:
 
 
 def _records(data: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """Keys and values of a pax header: ``<length> <key>=<value>\\n``, the length being that of all of it."""
+    """Keys and values of a pax header: ``<length> <key>=<value>\\n``, where the length covers the whole record."""
     at = 0
     data = data.rstrip(b"\0")
     while at < len(data):

@@ -1,6 +1,6 @@
-"""Zip by its central directory, read as a stream: nothing kept from one member to the next.
+"""Reads zip files by streaming the central directory; memory does not grow with the number of members.
 
-Not :mod:`zipfile`, which keeps every entry, and refuses the whole archive for one name that is not UTF-8.
+:mod:`zipfile` is not used because it keeps every entry and rejects the whole archive if one name is not UTF-8.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ _END64 = struct.Struct("<4sQ2H2L4Q")
 _ENTRY = struct.Struct("<4s6H3L5H2L")
 _LOCAL = struct.Struct("<4s5H3L2H")
 _LONGEST_COMMENT = 0xFFFF
-_ELSEWHERE = 0xFFFFFFFF  # the number is in zip64's field
+_ELSEWHERE = 0xFFFFFFFF  # the value is in the zip64 extra field
 _CHUNK = 1 << 16
 
 _ENCRYPTED, _UTF8 = 0x1, 0x800
 _STORED, _DEFLATED, _BZIP2 = 0, 8, 12
-_UNIX = (3, 19)  # systems (Unix, macOS) that keep a file's mode
+_UNIX = (3, 19)  # systems (Unix, macOS) that store a file's mode
 _REGULAR_MODES = (0, 0o10)  # not set, regular
 
 
@@ -47,7 +47,7 @@ class _Entry:
 
     @property
     def error(self) -> SampleError | None:
-        """Why it is not read."""
+        """Why the member cannot be read; None if it can."""
         if self.flags & _ENCRYPTED:
             return SampleError("encrypted")
         if self.mode not in _REGULAR_MODES:
@@ -59,7 +59,7 @@ class _Entry:
 
 @dataclass(frozen=True, slots=True)
 class _Directory:
-    """Where the central directory lies, and how many entries are said to be in it (the last digits, in base 65536)."""
+    """Position of the central directory and its declared number of entries (possibly modulo 65,536)."""
 
     start: int
     size: int
@@ -67,7 +67,7 @@ class _Directory:
 
 
 def zip_members(file: IO[bytes], max_members: int, most: int, wants: Wants) -> Iterator[Member]:
-    """The files of a zip that are wanted, in the order of its directory; all of them unpack to ``most`` bytes at most.
+    """Yield the wanted files of a zip in the order of its directory; all files may unpack to at most ``most`` bytes.
 
     Raises:
         SampleError: ``truncated_archive``, ``damaged_archive``, ``too_many_members``, ``archive_bomb``.
@@ -93,7 +93,7 @@ def zip_members(file: IO[bytes], max_members: int, most: int, wants: Wants) -> I
 
 
 def _directory(file: IO[bytes], end: int) -> _Directory:
-    """Find the central directory by the record at the end of the file, or the one of zip64 before it."""
+    """Find the central directory from the end record of the file, or from the zip64 end record before it."""
     tail_start = max(0, end - _END.size - _LONGEST_COMMENT)
     file.seek(tail_start)
     tail = file.read()
@@ -115,7 +115,7 @@ def _directory(file: IO[bytes], end: int) -> _Directory:
 
 
 def _entries(file: IO[bytes], directory: _Directory) -> Iterator[_Entry]:
-    """The entries of the central directory; others may seek in ``file`` between two."""
+    """Yield the entries of the central directory; the caller may seek in ``file`` between entries."""
     position, stop = directory.start, directory.start + directory.size
     while position < stop:
         file.seek(position)
@@ -141,7 +141,7 @@ def _entry(fields: tuple[int, ...], text: bytes, extra: bytes) -> _Entry:
 
 
 def _long(values: tuple[int, int, int], extra: bytes) -> tuple[int, int, int]:
-    """Those that do not fit in 32 bits replaced by what zip64's extra field says, in this order."""
+    """Replace values that do not fit into 32 bits by those of the zip64 extra field, in this order."""
     at = 0
     numbers: list[int] = []
     while at + 4 <= len(extra):
@@ -159,7 +159,7 @@ def _long(values: tuple[int, int, int], extra: bytes) -> tuple[int, int, int]:
 
 
 def _name(text: bytes, flags: int) -> str:
-    """UTF-8 with or without the flag that says so; else, without it, the old code page of MS-DOS."""
+    """Decode a name: UTF-8 with or without the UTF-8 flag; otherwise, without the flag, MS-DOS code page 437."""
     try:
         return text.decode("utf-8")
     except UnicodeDecodeError:
@@ -179,7 +179,7 @@ def _member(file: IO[bytes], entry: _Entry, wanted: int, end: int) -> Member:
 
 
 def _data_start(file: IO[bytes], entry: _Entry, end: int) -> int:
-    """Where the member's data begin: after its local header, and so that they end before ``end``."""
+    """Position of the member's data, after its local header; the data must end before ``end``."""
     file.seek(min(entry.start, end))
     local = file.read(_LOCAL.size)
     if len(local) < _LOCAL.size or local[:4] != b"PK\3\4":
@@ -191,7 +191,7 @@ def _data_start(file: IO[bytes], entry: _Entry, end: int) -> int:
 
 
 def _read(file: IO[bytes], entry: _Entry, wanted: int) -> bytes:
-    """The first ``wanted`` bytes of a member; if these are all, its check sum must be right."""
+    """The first ``wanted`` bytes of a member; the checksum is verified if that is the whole member."""
     if entry.method == _STORED:
         data = file.read(min(wanted, entry.packed))
     else:

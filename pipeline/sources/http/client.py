@@ -1,7 +1,7 @@
-"""Downloads files by HTTP from untrusted hosts: addresses are checked and pinned, sizes and times are limited.
+"""Downloads files from untrusted hosts: addresses are checked and pinned, sizes and times are limited.
 
-One event loop, aiohttp below; a file goes to a :class:`Sink`, which may have a part of it from before. Objects of
-stores come the same way and within the same limits; threads wait for :mod:`pipeline.stores` then.
+Uses aiohttp in one event loop. A file is written to a :class:`Sink`, which may already hold a part of it. Objects in
+stores follow the same path and limits; :mod:`pipeline.stores` reads them in threads.
 """
 
 from __future__ import annotations
@@ -33,27 +33,28 @@ from pipeline.stores import Store, StoreError, is_url
 
 _REDIRECTS = 5
 _REDIRECT_CODES = (301, 302, 303, 307, 308)
-_CONNECT = 30.0  # seconds to wait for a connection, at most
+_CONNECT = 30.0  # maximum seconds to wait for a connection
 _SLOWEST = 1000  # bytes per second, on average over ``timeout`` seconds
-_AT_ONCE = (408, 425, 429, 500, 502, 503, 504)  # worth another try soon
-_LATER = (401, 403)  # worth another try with other credentials, or a URL that is signed again
-_BUSY = (429, 503)  # what a whole host says of itself, not of one file
+_AT_ONCE = (408, 425, 429, 500, 502, 503, 504)  # retried soon
+_LATER = (401, 403)  # retryable with other credentials or a newly signed URL
+_BUSY = (429, 503)  # concerns the host, not one file
 _LONGEST_PAUSE = 60.0
-_LOOK = 0.5  # seconds between looks whether we are to stop
-_LARGE = 1 << 20  # bytes; of larger bodies only _LARGE_AT_ONCE come at a time
+_LOOK = 0.5  # seconds between checks whether to stop
+_LARGE = 1 << 20  # bytes; only _LARGE_AT_ONCE larger bodies are received at a time
 _LARGE_AT_ONCE = 8
-_THREADS = 32  # requests to object stores at a time
-_STRONG_AGE = 60.0  # seconds between Last-Modified and Date that make the former tell one version from another
+_THREADS = 32  # concurrent requests to object stores
+_STRONG_AGE = 60.0  # seconds from Last-Modified to Date that make the former a strong validator
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """What a file may cost and where it may come from.
+    """Limits of a download, and where it may come from.
 
-    ``timeout`` is seconds with (almost) no byte, ``deadline`` seconds of work in all, waiting for one's turn left out;
-    ``retries`` come on top of the first try; ``per_second`` 0 is any. ``step`` is called often, and may raise.
+    ``timeout``: seconds with (almost) no data; ``deadline``: seconds in total, without waiting for a slot; ``retries``:
+    number of tries after the first one; ``per_second``: requests per host, 0 for no limit; ``step``: called often, may
+    raise.
     """
 
     timeout: float = 60.0
@@ -70,10 +71,10 @@ class Policy:
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """What an answer says before its body.
+    """The header of a response.
 
-    ``offset``: where the body begins in the file; ``length``: bytes of the whole file, -1 if not said; ``validator``:
-    ETag or else Last-Modified; ``strong``: it is never the same for two versions of the file.
+    ``offset``: position of the body in the file; ``length``: bytes of the whole file, -1 if unknown; ``validator``:
+    ETag or otherwise Last-Modified; ``strong``: whether ``validator`` is unique to this version of the file.
     """
 
     offset: int
@@ -84,28 +85,28 @@ class Head:
 
 
 class Sink(Protocol):
-    """Where a file goes."""
+    """Receives the bytes of a file."""
 
     def have(self) -> tuple[int, str]:
-        """How many bytes are there from an earlier try, and of which (strong) version; 0 for none."""
+        """Number of bytes that an earlier try has stored, and the (strong) validator of their version."""
 
     def begin(self, head: Head) -> None:
-        """An answer begins, ``head.offset`` being 0 or what :meth:`have` said."""
+        """Start a response; ``head.offset`` is 0 or the number of bytes that :meth:`have` returned."""
 
     def write(self, data: bytes, /) -> object:
-        """The next bytes."""
+        """Append ``data``."""
 
 
 @dataclass(slots=True)
 class _Budget:
-    """Seconds that are left for a file; only those in :meth:`spending` and :meth:`spend` count."""
+    """Seconds left for a file; only time within :meth:`spending` counts, and retry delays."""
 
     left: float
     deadline: float
 
     @asynccontextmanager
     async def spending(self, most: float) -> AsyncIterator[None]:
-        """Raises FetchError ``timeout`` after ``most`` seconds, ``deadline`` when no time is left at all."""
+        """Raise FetchError ``timeout`` after ``most`` seconds, or ``deadline`` when no time is left."""
         time = asyncio.get_running_loop().time
         begin = time()
         last = self.left <= most
@@ -124,7 +125,7 @@ class _Budget:
 
 
 class Client:
-    """Fetches any number of files at a time. An async context, within one event loop."""
+    """Fetches any number of files concurrently. An async context manager for one event loop."""
 
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
@@ -152,17 +153,17 @@ class Client:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def fetch(self, url: str, sink: Sink, headers: Mapping[str, str] | None = None) -> int:
-        """Bring ``url`` into ``sink``, trying again where that may help; its size in bytes.
+        """Download ``url`` into ``sink``, retrying transient errors, and return its size in bytes.
 
-        ``headers`` are for the server of ``url`` alone, as credentials in the URL are. Of an object in a store
-        ``If-Match`` counts: the version that it must have.
+        ``headers`` and credentials in the URL are sent only to the server of ``url``. For an object in a store, only
+        ``If-Match``, the required version, is used.
 
         Raises:
             FetchError: ``bad_url``, ``dns``, ``private_address``, ``too_many_redirects``, ``http_404`` and the like,
                 ``tls``, ``too_many_bytes``, ``truncated``, ``connection``, ``timeout``, ``deadline`` or ``host_down``;
-                of stores ``missing``, ``denied``, ``changed_since_plan`` or ``store_failed``.
-                Retryable is what the server, a new signature or another setting may mend.
-            OSError: the sink's own.
+                for stores ``missing``, ``denied``, ``changed_since_plan`` or ``store_failed``.
+                Retryable if the server, a new signature or another setting may fix it.
+            OSError: the sink cannot be written.
         """
         check(url)
         target = Store(url) if is_url(url) else Target.parse(url)
@@ -183,7 +184,7 @@ class Client:
         raise AssertionError("unreachable")
 
     async def _try(self, start: Target, sink: Sink, headers: dict[str, str], budget: _Budget) -> int:
-        """Follow redirects by hand, checking each address, until there is a body."""
+        """Follow redirects, checking each address, and download the body."""
         target = start
         for _ in range(_REDIRECTS + 1):
             have, version = sink.have()
@@ -207,7 +208,7 @@ class Client:
     async def _answer(
         self, target: Target, headers: Mapping[str, str], host: Host, budget: _Budget
     ) -> AsyncIterator[aiohttp.ClientResponse]:
-        """Ask for ``target``; the response once its headers are there."""
+        """Request ``target`` and yield the response once its headers have arrived."""
         if target.credentials:
             headers = {**headers, "Authorization": f"Basic {base64.b64encode(target.credentials).decode()}"}
         try:
@@ -225,13 +226,13 @@ class Client:
             yield response
 
     async def _received(self, response: aiohttp.ClientResponse, budget: _Budget) -> bytes:
-        """The next bytes of a body; none at its end."""
+        """The next bytes of a body; empty at its end."""
         async with budget.spending(self.policy.timeout):
             with _network("truncated"):
                 return await response.content.readany()
 
     async def _object(self, store: Store, sink: Sink, wanted: str, budget: _Budget) -> int:
-        """An object into the sink, of the version ``wanted`` (empty: any); its size."""
+        """Download an object of the version ``wanted`` (empty: any) into the sink and return its size."""
 
         async def asked(do: Callable[[], T]) -> T:
             async with budget.spending(self.policy.timeout):
@@ -246,14 +247,14 @@ class Client:
             except FetchError as error:
                 if error.reason != "changed_since_plan" or wanted:
                     raise
-                have = 0  # what is there is of another version
+                have = 0  # the stored bytes belong to another version
                 found, pieces = await asked(lambda: store.get("", 0, ""))
             host.answered()
             head = Head(have, found.size, found.etag, bool(found.etag), CIMultiDict())
             return await self._copy(head, lambda: asked(lambda: next(pieces, b"")), sink)
 
     async def _copy(self, head: Head, read: Callable[[], Awaitable[bytes]], sink: Sink) -> int:
-        """The body, which ``read`` gives piece by piece, into the sink; the size of the whole file."""
+        """Copy the body, which ``read`` returns piece by piece, to the sink; return the size of the whole file."""
         if head.length > self.policy.max_bytes:
             raise FetchError("too_many_bytes", f"{head.length}, more than {self.policy.max_bytes}", retryable=True)
         sink.begin(head)
@@ -282,7 +283,7 @@ class Client:
 
 
 def _of_store(do: Callable[[], T]) -> T:
-    """What ``do`` returns; what a store refuses becomes a FetchError."""
+    """Call ``do`` and convert its StoreError into a FetchError."""
     try:
         return do()
     except StoreError as error:
@@ -294,7 +295,7 @@ def _of_store(do: Callable[[], T]) -> T:
 
 
 class _Pace:
-    """Raises when hardly anything comes for ``timeout`` seconds."""
+    """Raises when almost no data arrive for ``timeout`` seconds."""
 
     def __init__(self, timeout: float) -> None:
         self._timeout = timeout
@@ -324,7 +325,7 @@ def _refusal(response: aiohttp.ClientResponse, host: Host) -> FetchError:
 
 
 def retry_after(header: str) -> float:
-    """Seconds that a Retry-After header asks for, as a number or as a date; 0 if it is empty or neither."""
+    """Seconds that a Retry-After header requests, as a number or date; 0 if it is neither."""
     text = header.strip()
     if re.fullmatch(r"[0-9]{1,9}", text):
         return float(text)
@@ -355,7 +356,7 @@ def _head(response: aiohttp.ClientResponse, have: int) -> Head:
 
 
 def _is_strong(headers: MultiMapping[str]) -> bool:
-    """RFC 9110, 8.8.1 and 8.8.2.2."""
+    """Whether the validator is strong (RFC 9110, sections 8.8.1 and 8.8.2.2)."""
     if etag := headers.get("ETag"):
         return etag.startswith('"')
     modified, date = _date(headers.get("Last-Modified", "")), _date(headers.get("Date", ""))
@@ -364,7 +365,7 @@ def _is_strong(headers: MultiMapping[str]) -> bool:
 
 @contextmanager
 def _network(broken: str) -> Any:
-    """What goes wrong with the network, as what becomes of the file; ``broken`` is the reason when it just ends."""
+    """Convert network exceptions into FetchError; ``broken`` is the reason for those without one of their own."""
     try:
         yield
     except aiohttp.ServerTimeoutError:
@@ -385,7 +386,7 @@ def _tls() -> ssl.SSLContext:
 
 
 def fetch(url: str, sink: Sink, policy: Policy, headers: Mapping[str, str] | None = None) -> int:
-    """:meth:`Client.fetch`, of one file, from outside of any event loop."""
+    """:meth:`Client.fetch` for one file, called from outside an event loop."""
 
     async def alone() -> int:
         async with Client(policy) as client:
@@ -395,7 +396,7 @@ def fetch(url: str, sink: Sink, policy: Policy, headers: Mapping[str, str] | Non
 
 
 async def watched(work: Coroutine[Any, Any, T], step: Callable[[], None]) -> T:
-    """The result of ``work``, which is cancelled when ``step``, called now and then, raises."""
+    """Await ``work`` and return its result; call ``step`` regularly, and cancel ``work`` if it raises."""
     task = asyncio.ensure_future(work)
     try:
         while not task.done():

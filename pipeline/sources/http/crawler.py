@@ -18,24 +18,24 @@ from pipeline.sources.http.client import Client, Head, Policy, Sink
 from pipeline.sources.http.target import FetchError, Target
 from pipeline.stores import is_url
 
-_HELD = 256 << 20  # bytes of files that wait in memory until it is their turn; more of them wait on the disk
-_ROBOTS = 512 << 10  # bytes of a robots.txt that are read
+_HELD = 256 << 20  # maximum bytes of results that wait in memory; others wait on disk
+_ROBOTS = 512 << 10  # maximum bytes read of a robots.txt
 _MOST_ROBOTS = 10_000
-_LOOK = 0.5  # seconds between looks whether we are to stop
+_LOOK = 0.5  # seconds between checks whether to stop
 
 
 _Done = tuple[int, bytes | BaseException]
 
 
 class SmallSink(Sink, Protocol):
-    """A sink that holds the file."""
+    """A sink that holds the file in memory."""
 
     def data(self) -> bytes:
-        """All of it, once it is there; may raise SampleError."""
+        """The complete file, once it has arrived; may raise SampleError."""
 
 
 class Crawler:
-    """Keeps its connections, and what it knows of hosts, from one call to the next."""
+    """Downloads lists of URLs; connections and the state of hosts are kept between calls."""
 
     def __init__(self, policy: Policy, *, robots_txt: bool = False) -> None:
         self._robots = _Robots(policy.user_agent.partition(" ")[0]) if robots_txt else None
@@ -49,7 +49,7 @@ class Crawler:
     def fetch_all(
         self, jobs: Sequence[tuple[str, SmallSink]], step: Callable[[], None], scratch: Path | None
     ) -> Iterator[bytes | SampleError]:
-        """What comes of each URL, in order; ``step`` is called now and then, and may raise."""
+        """Yield the file or error of each URL in order; ``step`` is called regularly and may raise."""
         done: queue.SimpleQueue[_Done] = queue.SimpleQueue()
         work = asyncio.run_coroutine_threadsafe(self._all(jobs, done), self._loop)
         shelf = _Shelf(scratch)
@@ -83,7 +83,7 @@ class Crawler:
                 await client.fetch(url, sink)
                 done.put((number, sink.data()))
             except SampleError as error:
-                error.__traceback__ = None  # it would hold on to what has come
+                error.__traceback__ = None  # it would keep the received bytes in memory
                 done.put((number, error))
             except Exception as error:
                 done.put((number, error))
@@ -109,7 +109,7 @@ async def _end(loop: asyncio.AbstractEventLoop, clients: list[Client]) -> None:
 
 
 class _Shelf:
-    """Results that wait for their turn: some in memory, the rest in a file."""
+    """Results that wait to be yielded in order: some in memory, the rest in a file."""
 
     def __init__(self, scratch: Path | None) -> None:
         self._scratch = scratch
@@ -165,14 +165,14 @@ class _Text:
 
 
 class _Robots:
-    """What robots.txt (RFC 9309) of each host allows; asked for once."""
+    """The rules in each host's robots.txt (RFC 9309), fetched once."""
 
     def __init__(self, agent: str) -> None:
         self._agent = agent
         self._known: dict[tuple[str, str, int], asyncio.Future[RobotFileParser]] = {}
 
     async def check(self, client: Client, url: str) -> None:
-        """Raises FetchError ``robots_txt`` if the host does not want us to ask for ``url``."""
+        """Raise FetchError ``robots_txt`` if the host disallows ``url``."""
         if is_url(url):
             return
         target = Target.parse(url)

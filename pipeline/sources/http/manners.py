@@ -1,5 +1,4 @@
-"""Politeness towards hosts: few concurrent requests, pauses on request, and no further requests to hosts that are
-down."""
+"""Rate limits for hosts: few concurrent requests, pauses on request, and no requests to hosts that are down."""
 
 from __future__ import annotations
 
@@ -10,14 +9,14 @@ from dataclasses import dataclass, field
 
 from pipeline.sources.http.target import FetchError
 
-_DOWN_AFTER = 10  # failures to get any answer, in a row
+_DOWN_AFTER = 10  # consecutive requests without any response
 _DOWN_FOR = 300.0  # seconds
-_MOST_HOSTS = 20_000  # to remember while they have nothing to do
+_MOST_HOSTS = 20_000  # remembered hosts before idle ones are dropped
 
 
 @dataclass(slots=True)
 class Host:
-    """How we stand with one host. Times are the event loop's."""
+    """State of a host. Times are those of the event loop's clock."""
 
     slots: asyncio.Semaphore
     users: int = 0
@@ -29,17 +28,17 @@ class Host:
         self.failures = 0
 
     def silent(self) -> None:
-        """It could not be reached, or said nothing."""
+        """Record that the host could not be reached or did not respond."""
         self.failures += 1
         self.last_failure = asyncio.get_running_loop().time()
 
     def pause(self, seconds: float) -> None:
-        """It asks for a pause: nobody asks it for anything meanwhile."""
+        """Send no request to the host for ``seconds``, as it has asked."""
         self.not_before = max(self.not_before, asyncio.get_running_loop().time() + seconds)
 
 
 class Manners:
-    """Turns at hosts: at most ``connections`` in all, ``per_host`` at each, ``per_second`` begun at each (0: any)."""
+    """Limits requests: ``connections`` in total, ``per_host`` at each host, ``per_second`` per host (0: no limit)."""
 
     def __init__(self, connections: int, per_host: int, per_second: float) -> None:
         self._connections = asyncio.Semaphore(connections)
@@ -49,10 +48,10 @@ class Manners:
 
     @asynccontextmanager
     async def turn(self, name: str) -> AsyncIterator[Host]:
-        """Wait until ``name`` may be asked for something.
+        """Wait until a request to the host ``name`` is allowed.
 
         Raises:
-            FetchError: ``host_down``, without asking: the last requests have not been answered.
+            FetchError: ``host_down``, without a request, if the host has not answered the last ones.
         """
         host = self._hosts.get(name)
         if host is None:

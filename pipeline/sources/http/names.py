@@ -1,4 +1,4 @@
-"""Host names to addresses: remembered, checked, and used for the connection as they are."""
+"""Resolves host names: addresses are cached, checked, and used for the connection unchanged."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from aiohttp.abc import AbstractResolver
 
 from pipeline.sources.http.target import FetchError, is_internal
 
-_REMEMBERED = 300.0  # seconds that an answer counts, a failure too
-_MOST = 100_000  # names to remember
-_LOOKUPS = 32  # at a time; the system's resolver blocks
+_REMEMBERED = 300.0  # seconds that a result, or a failure, is cached
+_MOST = 100_000  # cached names
+_LOOKUPS = 32  # concurrent lookups; the system's resolver blocks
 
 
 class Names(AbstractResolver):
-    """Looks each name up once for a while, in threads; refuses those that have an internal address."""
+    """Looks up names in threads and caches the results; rejects names with an internal address."""
 
     def __init__(self, allow_private: bool) -> None:
         self._allow_private = allow_private
@@ -25,7 +25,7 @@ class Names(AbstractResolver):
         self._threads = ThreadPoolExecutor(_LOOKUPS, "names")
 
     async def addresses(self, host: str) -> list[str]:
-        """The addresses of ``host``; looking up again at once gives the same.
+        """The addresses of ``host``; the connection that follows uses the same ones.
 
         Raises:
             FetchError: ``dns`` if there is none, ``private_address`` if one is not globally routable.
@@ -36,7 +36,7 @@ class Names(AbstractResolver):
             if len(self._known) >= _MOST:
                 self._known.clear()
             answer = asyncio.ensure_future(self._look_up(host))
-            answer.add_done_callback(lambda done: done.cancelled() or done.exception())  # seen, even if nobody waits
+            answer.add_done_callback(lambda done: done.cancelled() or done.exception())  # retrieve the exception
             self._known[host] = loop.time() + _REMEMBERED, answer
         return await asyncio.shield(answer)
 
@@ -49,11 +49,11 @@ class Names(AbstractResolver):
         return found
 
     def forget(self, host: str) -> None:
-        """Look ``host`` up again the next time."""
+        """Remove ``host`` from the cache."""
         self._known.pop(host, None)
 
     async def resolve(self, host: str, port: int = 0, family: Any = socket.AF_INET) -> list[Any]:
-        """What aiohttp connects to."""
+        """Called by aiohttp to get the addresses to connect to."""
         return [
             {
                 "hostname": host,
@@ -71,7 +71,7 @@ class Names(AbstractResolver):
 
 
 def _lookup(host: str) -> list[str]:
-    """The addresses of ``host``, none if it is not known."""
+    """The addresses of ``host``; empty if it cannot be resolved."""
     try:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError):

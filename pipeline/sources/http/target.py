@@ -1,4 +1,4 @@
-"""Parts of a URL, and the check that an address is public."""
+"""Parsing of URLs, and the check whether an IP address is public."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _URL_SAFE = "/%:;=@!$&'()*+,~?"
 
 
 def check(url: str) -> None:
-    """Raises FetchError ``bad_url`` for what is neither a URL nor an address in an object store."""
+    """Raise FetchError ``bad_url`` unless ``url`` is an HTTP URL or an address in an object store."""
     if not stores.is_url(url):
         Target.parse(url)
         return
@@ -28,7 +28,7 @@ def check(url: str) -> None:
 
 
 class FetchError(SampleError):
-    """``at_once``: another try soon may help, after ``wait`` seconds if the server asks for them."""
+    """A failed download. ``at_once``: retrying soon may succeed, after ``wait`` seconds if the server asks for that."""
 
     def __init__(
         self, reason: str, detail: str = "", *, retryable: bool = False, at_once: bool = False, wait: float = 0.0
@@ -40,7 +40,7 @@ class FetchError(SampleError):
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A URL in parts, each as it goes over the wire."""
+    """A parsed URL; each part is encoded as it is sent."""
 
     scheme: str
     host: str
@@ -50,13 +50,13 @@ class Target:
 
     @classmethod
     def parse(cls, url: str) -> Target:
-        """The parts of ``url``.
+        """Parse ``url``.
 
         Raises:
             FetchError: ``bad_url``.
         """
         try:
-            url.encode()  # no lone surrogates, from a command line that is not UTF-8: they could not be stored
+            url.encode()  # rejects lone surrogates (from a command line that is not UTF-8)
             parts = urlsplit(url)
             scheme, port = parts.scheme, parts.port
             host = (parts.hostname or "").encode("idna").decode("ascii") if parts.hostname else ""
@@ -83,16 +83,16 @@ class Target:
 
     @property
     def url(self) -> str:
-        """The URL without credentials, quoted as it goes over the wire."""
+        """The URL without credentials, quoted as it is sent."""
         return f"{self.scheme}://{self.netloc}{self.path}"
 
     @property
     def origin(self) -> tuple[str, str, int]:
-        """What tells one server from another."""
+        """Identifies the server."""
         return self.scheme, self.host, self.port
 
     def follow(self, location: str) -> Target:
-        """Where a redirect leads. Credentials go to the server that they were meant for, and to no other."""
+        """The target of a redirect. Credentials are kept only if the origin stays the same."""
         try:
             there = urljoin(self.url, location.encode("utf-8", "surrogateescape").decode("utf-8", "replace"))
         except ValueError:
@@ -104,12 +104,12 @@ class Target:
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 _INTERNAL = tuple(
     ipaddress.ip_network(network)
-    for network in ("192.0.0.0/24", "192.88.99.0/24", "168.63.129.16/32", "fec0::/10")  # the third is Azure's own
+    for network in ("192.0.0.0/24", "192.88.99.0/24", "168.63.129.16/32", "fec0::/10")  # the third belongs to Azure
 )
 
 
 def is_internal(address: str) -> bool:
-    """Whether an address is of this host or its network, or leads there: not what a URL from outside may point to."""
+    """Whether an address belongs to this host or its network, or maps to such an address; URLs must not point there."""
     ip = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(ip, ipaddress.IPv6Address):
         inner = (
