@@ -1,6 +1,6 @@
-"""The order in which the images of a partition are encoded and stored: bucket by bucket.
+"""Orders the images of a partition by bucket, for encoding and storage.
 
-So batches are full and of one shape, and a few numbers say which samples of a partition are in which bucket.
+Thus batches are full and of one shape, and a few numbers record which samples of a partition are in which bucket.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from pipeline.partitions.dataset import Stored
 from pipeline.samples import SampleError
 
 HEADER = "pipeline.imaging.worker_protocol:header_size"
-"""What workers run."""
+"""Function that the workers run."""
 Sizes = tuple[Size, ...]
-"""The bucket of a sample at each resolution; empty where it has none, or its size is not known."""
+"""A sample's bucket at each resolution; empty if it has none or its size is unknown."""
 
 
 def by_bucket(
@@ -26,11 +26,13 @@ def by_bucket(
     buckets: Sequence[Buckets],
     headers: Pool | None,
 ) -> list[tuple[Stored, Sizes, Size | None]]:
-    """``samples`` in the order of their buckets, and of their places within a bucket; with the buckets and the size of
-    the image, which is None where it is not known. Those without a bucket come first.
+    """Sort ``samples`` by bucket, keeping their order within a bucket; samples without a bucket come first.
 
     Args:
         headers: :func:`header_pool`, if the samples have no columns ``width`` and ``height``.
+
+    Returns:
+        (sample, buckets, image size) triples; the size is None if unknown.
     """
     found = _stored_sizes(samples) if headers is None else _sizes_in_headers(samples, headers)
     placed = [(stored, _buckets_of(size, buckets), size) for stored, size in found]
@@ -53,7 +55,7 @@ def _stored_sizes(samples: Iterable[Stored]) -> Iterator[tuple[Stored, Size | No
 
 
 def header_pool(workers: int, limits: WorkerLimits) -> Pool:
-    """Processes that read the headers of images."""
+    """Worker processes that read image headers."""
     return Pool(HEADER, workers=workers, timeout=limits.timeout, memory=limits.memory, read=read_size, largest=SMALL)
 
 

@@ -1,9 +1,9 @@
 """Common code of stages that encode images in batches, with decoding, encoding and writing overlapped.
 
-Three threads work at once: one reads rows and has images decoded (by processes, where there are some), one encodes, and
-the engine's own writes. The first two go on with the partition that follows while one is written and committed. Batches
-never reach over partitions, and nothing depends on what a rank did before: so results do not depend on who does which
-partition.
+Three threads work in parallel: one reads rows and has images decoded (by worker processes, if any), one encodes, and
+the engine's own thread writes. The first two continue with the next partition while one is written and committed.
+Batches never span partitions, and nothing depends on what a rank did before, so that results do not depend on which
+rank processes which partition.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from pipeline.samples import Outcome, Row, SampleError, content_hash
 if TYPE_CHECKING:
     from torch import Tensor
 
-AHEAD = 2  # batches that are being decoded, and encoded ones that a CPU's writer may leave
-_IN_FLIGHT = AHEAD + 3  # and those that wait for the encoder, or are there
+AHEAD = 2  # batches being decoded, and encoded batches that may wait for the writer on a CPU
+_IN_FLIGHT = AHEAD + 3  # plus batches that wait for the encoder or are being encoded
 
 
 @dataclass(slots=True)
 class Job:
-    """A sample on its way.
+    """A sample in progress.
 
     Attributes:
-        sizes: height and width of what is cut of its image, for each crop that differs between images.
+        sizes: height and width of each crop whose size differs between images.
     """
 
     outcome: Outcome
@@ -50,17 +50,17 @@ class Job:
 
     @property
     def good(self) -> bool:
-        """Whether it has pixels."""
+        """Whether the image was decoded."""
         return self.image is not None and not self.image.reason
 
 
 @dataclass
 class Work:
-    """A batch of samples on its way.
+    """A batch of samples in progress.
 
     Attributes:
-        region: which of the decoders' memory it has.
-        more: what the stage wants to know of the batch.
+        region: index of the decoder memory that the batch occupies.
+        more: additional data of the stage.
     """
 
     jobs: list[Job]
@@ -69,7 +69,7 @@ class Work:
     free: SimpleQueue[int] = field(default_factory=SimpleQueue)
 
     def copied(self) -> None:
-        """Its region may be used again."""
+        """Release the region for reuse."""
         self.free.put(self.region)
 
 
@@ -77,60 +77,68 @@ EncodingT = TypeVar("EncodingT", bound=EncodingConfig | CaptionConfig, covariant
 
 
 class EncodingStage(Stage[EncodingT]):
-    """Reads, decodes, encodes and writes; the subclass says what is encoded, and how."""
+    """Reads, decodes, encodes and writes images; subclasses define what to encode, and how."""
 
     writes_to_stores = True
     _line: _Line | None = None
     planned_extra: Mapping[str, Any] = {}
-    """What :meth:`extra` said when the plan was made, once a partition is processed."""
+    """The result of :meth:`extra` at planning; available while partitions are processed."""
     reads: tuple[str, ...] | None = None
-    """Columns of the upstream that rows are made of, next to ``jpg``; None: all."""
+    """Upstream columns to read in addition to ``jpg``; None: all."""
 
     @property
     @abstractmethod
     def slot(self) -> Layout:
-        """What is cut of each image."""
+        """The crops taken of each image."""
 
     @property
     @abstractmethod
     def batch_size(self) -> int:
-        """Images that are encoded at once."""
+        """Number of images encoded at once."""
 
     @abstractmethod
     def encode(self, work: Work, slots: Tensor) -> Any:
-        """What :meth:`finish` gets of the batch; in a thread of its own. ``slots``: uint8 (n, bytes), as :attr:`slot`
-        says; on a GPU always of ``batch_size`` images. Calls ``work.copied`` when they may be used again."""
+        """Encode a batch; runs in its own thread. The result is passed to :meth:`finish`.
+
+        Must call ``work.copied`` as soon as ``slots`` may be overwritten.
+
+        Args:
+            slots: uint8 (n, bytes), laid out as :attr:`slot`; on a GPU, n is padded to :meth:`padded`.
+        """
 
     @abstractmethod
     def finish(self, work: Work, encoded: Any) -> Iterator[Outcome]:
-        """The outcomes of the batch's jobs, in order; may wait for the device."""
+        """Yield the outcomes of the batch's jobs, in order; may wait for the device."""
 
     def prepare(self) -> None:
-        """Load the models: libraries cannot do that in several threads at once."""
+        """Load the models before threads start, as libraries cannot load them concurrently."""
         return
 
     def allow_tf32(self) -> None:
-        """Matrix products of float32 networks on a GPU are as precise as their convolutions."""
+        """On a GPU, use TF32 for float32 matrix products, as convolutions do by default."""
         if self.on_gpu:
             import torch
 
             torch.set_float32_matmul_precision("high")
 
     def batches(self, rows: Iterator[Job], size: int) -> Iterator[tuple[list[Job], Any]]:
-        """A partition's samples in batches of up to ``size``, each with what :attr:`Work.more` is to be."""
+        """Split a partition's samples into batches of up to ``size``, each with a value for :attr:`Work.more`."""
         for batch in of_one_shape(rows, size):
             yield batch, None
 
     def begin(self) -> Any:
-        """What :meth:`lap_done` is given: of a partition that begins."""
+        """Called when a partition begins; the result is passed to :meth:`lap_done`."""
         return None
 
     def lap_done(self, lap: Lap, busy: float, images: int, notes: dict[str, Any]) -> None:
-        """A partition is through; ``busy``: seconds of the device, ``images``: that were encoded.
+        """Called when a partition is complete; records its speed in ``notes``.
 
-        Leaves for the events how fast it went and where the time went. ``idle``: share of the time in which the device
-        had nothing to do; ``starved``: in which the encoder waited for images; ``writing``: in which rows were made,
-        written and committed.
+        Recorded are images per second and fractions of the elapsed time: ``idle``: the device had nothing to do;
+        ``starved``: the encoder waited for images; ``writing``: rows were built, written and committed.
+
+        Args:
+            busy: seconds that the device was busy.
+            images: number of images encoded.
         """
         notes["speed"] = {
             "images_per_second": round(images / lap.seconds, 3),
@@ -156,7 +164,7 @@ class EncodingStage(Stage[EncodingT]):
         return decoders
 
     def decoding_processes(self) -> int:
-        """Of this rank: one CPU is left for the rank itself."""
+        """Number of decoder processes of this rank; by default, one CPU is left for the rank itself."""
         given = int(self.config.workers)
         if given >= 0:
             return given
@@ -184,7 +192,7 @@ class EncodingStage(Stage[EncodingT]):
         self.lap_done(line.lap(), busy, images, context.notes)
 
     def _line_for(self, partition: Partition, following: Partition | None) -> _Line:
-        """The threads, with ``partition`` as their next, and at work on the one that follows it afterwards."""
+        """The threads, with ``partition`` at the head of their queue and ``following`` behind it."""
         if self._line is not None and self._line.queued[:1] != [partition]:
             self._end_line()
         if self._line is None:
@@ -195,7 +203,7 @@ class EncodingStage(Stage[EncodingT]):
         return self._line
 
     def _begin_line(self) -> _Line:
-        """All that the threads share is made before they start."""
+        """Create what the threads share before they start."""
         if self.on_gpu:
             import torch
 
@@ -217,11 +225,11 @@ class EncodingStage(Stage[EncodingT]):
 
     @property
     def depth(self) -> int:
-        """Encoded batches that may wait for being written."""
+        """Number of encoded batches that may wait to be written."""
         return AHEAD
 
     def begin_thread(self) -> None:
-        """What a thread calls must not depend on the main thread's settings of torch."""
+        """Apply the settings of torch that are per thread."""
         import torch
 
         torch.set_num_threads(self.config.threads)
@@ -229,7 +237,7 @@ class EncodingStage(Stage[EncodingT]):
             torch.cuda.set_device(self.rank.device)
 
     def encoded(self, batches: Ahead[Work | None]) -> Iterator[tuple[Work, Any] | None]:
-        """Each batch with what came of it, None after each partition; in a thread of its own."""
+        """Yield each batch with its result, and None after each partition; runs in its own thread."""
         import torch
 
         self.begin_thread()
@@ -249,15 +257,15 @@ class EncodingStage(Stage[EncodingT]):
 
     @property
     def pads(self) -> bool:
-        """Whether all batches have the same shape: kernels and graphs are chosen by it."""
+        """Whether all batches are padded to one shape, as kernels and graphs are chosen by shape."""
         return self.on_gpu or bool(getattr(self.config, "compile", False))
 
     def padded(self, count: int) -> int:
-        """Of how many images a batch of ``count`` is made one, where :attr:`pads`."""
+        """Number of images that a batch of ``count`` is padded to, if :attr:`pads`."""
         return self.batch_size
 
     def decoded(self, partitions: SimpleQueue[Partition | None]) -> Iterator[Work | None]:
-        """The partitions' samples in batches, None after each partition; in a thread of its own."""
+        """Yield the partitions' samples in batches, and None after each partition; runs in its own thread."""
         self.begin_thread()
         free: SimpleQueue[int] = SimpleQueue()
         for region in range(_IN_FLIGHT):
@@ -290,11 +298,11 @@ class EncodingStage(Stage[EncodingT]):
                 yield read(stored, columns)
 
     def samples(self, index: int) -> Iterator[Stored]:
-        """Those of partition ``index`` of the upstream, with their images."""
+        """The samples of partition ``index`` of the upstream, with their images."""
         return self.upstream.samples(index)
 
     def _ready(self, work: Work) -> Work:
-        """``work``, once all of its images are decoded."""
+        """Return ``work`` once all its images are decoded."""
         for job in work.jobs:
             image, outcome = job.image, job.outcome
             if image is None:
@@ -307,11 +315,11 @@ class EncodingStage(Stage[EncodingT]):
 
 @dataclass(frozen=True)
 class Lap:
-    """Seconds between the ends of two partitions, and those of them in which somebody had to wait.
+    """Seconds between the ends of two partitions, and how much of it was spent waiting.
 
     Attributes:
-        starved: the encoder for images.
-        waited: the writer for results.
+        starved: seconds that the encoder waited for images.
+        waited: seconds that the writer waited for results.
     """
 
     seconds: float
@@ -326,7 +334,7 @@ class _Line:
     """The threads that read, decode and encode: partitions go in, encoded batches come out in order.
 
     Attributes:
-        queued: partitions that went in and have not come out whole.
+        queued: partitions that went in and are not yet complete.
     """
 
     def __init__(self, stage: EncodingStage[EncodingConfig | CaptionConfig]) -> None:
@@ -341,7 +349,7 @@ class _Line:
         self._partitions.put(partition)
 
     def batches(self) -> Iterator[tuple[Work, Any]]:
-        """Those of the first partition."""
+        """The batches of the first queued partition."""
         for item in self._encoded:
             if item is None:
                 self.queued.pop(0)
@@ -357,20 +365,21 @@ class _Line:
         return Lap(perf_counter(), self._decoded.waited, self._encoded.waited)
 
     def close(self) -> None:
-        """Give up what is queued; wait for the threads' end."""
+        """Discard queued work and wait for the threads to end."""
         self._partitions.put(None)
         self._encoded.close()
 
 
 def of_one_shape(rows: Iterator[Job], size: int) -> Iterator[list[Job]]:
-    """``rows`` in batches of up to ``size``; all of a batch have the same :attr:`Job.sizes`."""
+    """Split ``rows`` into batches of up to ``size`` in which all jobs have the same :attr:`Job.sizes`."""
     for _, group in groupby(rows, key=lambda job: job.sizes):
         while batch := list(islice(group, size)):
             yield batch
 
 
 def read(stored: Stored, columns: Sequence[str] | set[str] | None) -> Job:
-    """A sample as it is stored; of its columns only these (None: all). What cannot be read has no row, and says why."""
+    """Read a stored sample, only these of its columns (None: all); if that fails, its row is empty and its outcome has
+    the reason."""
     outcome = Outcome(stored.key, "failed", source=stored.source, offset=stored.offset)
     try:
         row = stored.read(columns)

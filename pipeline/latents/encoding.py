@@ -1,9 +1,9 @@
-"""Encodes batches of cropped images and captions into the bytes that are stored, on one device.
+"""Encodes batches of cropped images and captions into stored bytes, on one device.
 
-On a GPU nothing here waits for it: images are copied on a stream of their own while the batch before is encoded, and
-results are on their way back when :meth:`Encoding.encode` returns; :meth:`Encoded.wait` is for whoever writes them.
-Batches of images have always the same shape there, whatever their number: kernels and compiled graphs are chosen by
-shape, so that a sample's bytes do not depend on how many others came with it.
+On a GPU, nothing here waits for the device: images are copied on a separate stream while the previous batch is encoded,
+and :meth:`Encoding.encode` returns while results are still being copied back; :meth:`Encoded.wait` waits for them.
+Image batches always have the same shape there, however many images they hold: kernels and compiled graphs are chosen by
+shape, so that a sample's bytes do not depend on the size of its batch.
 """
 
 from __future__ import annotations
@@ -30,24 +30,24 @@ from pipeline.latents.transfers import Transfers, Transit, out_of_memory
 from pipeline.loading import text_storage
 
 _TOKENS = 16_384
-"""Tokens of captions that are encoded at once."""
+"""Maximum number of tokens encoded at once."""
 _AUTO = (8, 128)
 _GAIN = 1.05
 _ELEMENTS = 2**31
-"""Kernels of 32-bit indices hold fewer elements in a tensor."""
+"""Tensors must have fewer elements, as some kernels use 32-bit indices."""
 Result = TypeVar("Result")
 log = logging.getLogger("pipeline")
 
 
 @dataclass
 class Batch:
-    """What is encoded at once.
+    """Input that is encoded at once.
 
     Attributes:
-        slots: uint8 (n, bytes), as :attr:`Encoding.slot` says; on a GPU pinned, of the same n each time.
-        captions: to be encoded along with the images; not theirs.
-        copied: called when ``slots`` may be used again.
-        sizes: with buckets, those of all images of the batch, for each resolution; empty: its slots hold no images.
+        slots: uint8 (n, bytes), laid out as :attr:`Encoding.slot`; on a GPU pinned, with the same n each time.
+        captions: to encode along with the images; not necessarily theirs.
+        copied: called when ``slots`` may be overwritten.
+        sizes: with buckets, (height, width) of all images of the batch at each resolution; empty: slots hold no images.
     """
 
     slots: Tensor
@@ -58,14 +58,14 @@ class Batch:
 
 @dataclass
 class Encoded:
-    """Stored bytes on their way to the host; there after :meth:`wait`.
+    """Encoded bytes that are being copied to the host; valid after :meth:`wait`.
 
     Attributes:
-        columns: by name, uint8 (n, bytes).
-        finite: bool (n, 2), whether all values of the image's columns are: as computed, and as stored.
-        texts: by column, uint8 (captions, bytes), in the order of the captions.
-        texts_finite: bool (captions, 2).
-        cuts: by column of which padding is not stored, what makes a caption's stored bytes of its packed ones.
+        columns: name → uint8 (n, bytes).
+        finite: bool (n, 2), whether all values of an image's columns are finite, as computed and as stored.
+        texts: column → uint8 (captions, bytes), in the order of the captions.
+        texts_finite: bool (captions, 2), the same for captions.
+        cuts: column → function that removes padding from a caption's packed bytes, if padding is not stored.
     """
 
     columns: dict[str, Tensor]
@@ -76,7 +76,7 @@ class Encoded:
     cuts: dict[str, Callable[[npt.NDArray[Any], int], npt.NDArray[Any]]] = field(default_factory=dict)
 
     def text(self, column: str, packed: npt.NDArray[Any], number: int) -> bytes:
-        """The bytes to store of caption ``number``, whose row of ``texts[column]`` is ``packed``."""
+        """The bytes to store for caption ``number``, whose row of ``texts[column]`` is ``packed``."""
         cut = self.cuts.get(column)
         return (packed if cut is None else cut(packed, number)).tobytes()
 
@@ -89,10 +89,10 @@ class TextEncoding:
     """Text encoders and how their results are stored.
 
     Attributes:
-        texts: by column.
-        dtype: of what is stored.
-        pooled: columns of pooled text embeddings, by the column of the encoder's states.
-        notes: counts of batches that had to be halved because the memory did not suffice.
+        texts: column → encoder.
+        dtype: stored dtype.
+        pooled: column of an encoder's states → column of its pooled embeddings.
+        notes: counts of batches that were halved because memory ran out.
     """
 
     device: torch.device
@@ -108,12 +108,12 @@ class TextEncoding:
 
     @torch.inference_mode()
     def encode_captions(self, captions: Sequence[str]) -> Encoded:
-        """Raises ConfigError where not even one caption fits into the memory."""
+        """Encode captions; raises ConfigError if not even one fits into memory."""
         self.transfers.begin()
         return self._encoded({}, torch.ones((0, 2), dtype=torch.bool), captions)
 
     def _encoded(self, columns: dict[str, Tensor], finite: Tensor, captions: Sequence[str]) -> Encoded:
-        """What is computed of images already, with the text states of ``captions``, on its way to the host."""
+        """Start the copy to the host of computed image columns and of the text states of ``captions``."""
         transfers = self.transfers
         texts: dict[str, Tensor] = {}
         text_flags = [self._encode_texts(name, captions, texts) for name in self.texts]
@@ -127,8 +127,8 @@ class TextEncoding:
         )
 
     def _encode_texts(self, name: str, captions: Sequence[str], texts: dict[str, Tensor]) -> Tensor:
-        """Put packed states (and what is pooled), uint8 (b, bytes), into ``texts``; which captions are finite, bool
-        (b, 2). Captions of like lengths are encoded together."""
+        """Put packed states and pooled embeddings, uint8 (b, bytes), into ``texts``; returns which captions are finite,
+        bool (b, 2). Captions of similar length are encoded together."""
         encoder, pooled = self.texts[name], self.pooled.get(name)
         lengths = encoder.lengths(captions) if captions else []
         order = np.argsort(lengths, kind="stable")
@@ -157,12 +157,12 @@ class TextEncoding:
 
     def _cut(self, name: str, captions: Sequence[str]) -> Callable[[npt.NDArray[Any], int], npt.NDArray[Any]]:
         encoder = self.texts[name]
-        tokens = encoder.tokens(captions) if captions else []  # here, as tokenizers are not safe for use by two threads
+        tokens = encoder.tokens(captions) if captions else []  # not in the lambda: tokenizers are not thread-safe
         shape = (encoder.length, encoder.width)
         return lambda packed, number: text_storage.cut(packed, tokens[number], shape, *self._how)
 
     def _packed(self, states: Tensor) -> list[Tensor]:
-        """Stored bytes of states (b, l, d), uint8 (b, bytes), and which are finite, bool (b, 2)."""
+        """Stored bytes of states (b, l, d), uint8 (b, bytes), and whether they are finite, bool (b, 2)."""
         dense = text_storage.kind_of(self.storage) == "dense"
         stored = states.to(getattr(torch, self.dtype)) if dense else states
         return [text_storage.pack(states, *self._how), flags(states, stored)]
@@ -177,7 +177,7 @@ class TextEncoding:
     # ---- memory
 
     def _in_parts(self, what: str, function: Callable[[slice], Result], count: int) -> list[Result]:
-        """``function`` of parts of ``range(count)``: of all at once, unless the memory did not suffice before."""
+        """Apply ``function`` to slices of ``range(count)``: to all at once unless memory has run out, else in parts."""
         parts: list[Result] = []
         at = 0
         while at < count:
@@ -207,11 +207,12 @@ class TextEncoding:
 
 @dataclass(kw_only=True)
 class Encoding(TextEncoding):
-    """All encoders and how their results are stored.
+    """Image and text encoders and how their results are stored.
 
     Attributes:
-        seed: of the noise that makes latents samples of their posterior; None: they are none.
-        buckets: for each resolution; none: squares. What is cut at a random place is keyed by ``crop_seed``.
+        seed: of the noise with which latents are sampled from their posterior; None: they are not sampled.
+        buckets: one for each resolution; empty: images are square.
+        crop_seed: keys random crop positions, with buckets.
     """
 
     vae: Autoencoder
@@ -230,7 +231,7 @@ class Encoding(TextEncoding):
             self._most["images"] = self.largest_batch()
 
     def _slot(self) -> Layout:
-        """What decoding leaves in an image's slot."""
+        """The layout of a decoded image's slot."""
         mode = self.vae.preprocessing.mode
         crops: list[Crop | BucketCrop] = [BucketCrop(buckets, self.crop_seed, mode) for buckets in self.buckets]
         crops = crops or [self.vae.preprocessing.crop(resolution) for resolution in self.resolutions]
@@ -248,12 +249,12 @@ class Encoding(TextEncoding):
         return Noise(seed, buckets.resolution, shape, downsample)
 
     def largest_batch(self) -> int:
-        """Images whose activations at the largest resolution have fewer than 2^31 elements."""
+        """Largest batch whose activations at the largest resolution have fewer than 2^31 elements."""
         return max(1, (_ELEMENTS - 1) // (self.vae.widest * max(self.resolutions) ** 2))
 
     @torch.inference_mode()
     def encode(self, batch: Batch) -> Encoded:
-        """Raises ConfigError where not even one image fits into the memory."""
+        """Encode a batch; raises ConfigError if not even one image fits into memory."""
         transfers, count = self.transfers, len(batch.slots) if batch.sizes or not self.buckets else 0
         (slots,) = transfers.upload([batch.slots], batch.copied)
         transfers.begin()
@@ -268,7 +269,7 @@ class Encoding(TextEncoding):
     # ---- encoding
 
     def _encode_images(self, slots: Tensor, sizes: tuple[Size, ...]) -> tuple[dict[str, Tensor], Tensor]:
-        """Columns, uint8 (n, bytes), and which images are finite, bool (n, 2), of slots, uint8 (n, bytes)."""
+        """From slots, uint8 (n, bytes): columns, uint8 (n, bytes), and which images are finite, bool (n, 2)."""
         values: dict[str, Tensor] = {}
         sizes = sizes or tuple((resolution, resolution) for resolution in self.resolutions)
         for place, (resolution, size) in enumerate(zip(self.resolutions, sizes, strict=True)):
@@ -289,7 +290,7 @@ class Encoding(TextEncoding):
         return {name: tensor.contiguous().flatten(1).view(torch.uint8) for name, tensor in stored.items()}, finite
 
     def _pixels(self, slots: Tensor, place: int, size: Size) -> Tensor:
-        """uint8 (n, h, w, 3)."""
+        """Pixels of crop ``place``, uint8 (n, h, w, 3)."""
         start, (height, width) = self._starts[place], size
         found: Tensor = slots[:, start : start + 3 * height * width].unflatten(1, (height, width, 3))
         return found
@@ -302,7 +303,7 @@ class Encoding(TextEncoding):
     # ---- memory
 
     def find_batch_size(self) -> int:
-        """How many images at once: doubled while that makes a GPU faster and fits into its memory; 32 on a CPU."""
+        """Find a batch size: doubled as long as this makes a GPU faster and fits into its memory; 32 on a CPU."""
         if self.device.type != "cuda":
             return 32
         most = min(_AUTO[1], self.largest_batch())
@@ -318,7 +319,7 @@ class Encoding(TextEncoding):
 
     @torch.inference_mode()
     def _speed(self, size: int) -> float:
-        """Images per second of the autoencoder with batches of ``size``, the second time; 0 if they do not fit."""
+        """Images per second of the autoencoder with batches of ``size``, after one warm-up; 0 if memory runs out."""
         largest = max(self.resolutions)
         largest -= largest % self.vae.downsample
         seconds = math.inf
@@ -341,12 +342,12 @@ class Encoding(TextEncoding):
 
 
 def flags(values: Tensor, stored: Tensor) -> Tensor:
-    """bool (b, 2): whether all of each row is finite, as computed (b, ...) and as stored."""
+    """Whether all values of each row are finite, as computed (b, ...) and as stored: bool (b, 2)."""
     return torch.stack([torch.isfinite(tensor).flatten(1).all(1) for tensor in (values, stored)], 1)
 
 
 def _by_tokens(order: npt.NDArray[Any], lengths: Sequence[int]) -> list[list[int]]:
-    """Cut ``order``, by rising length, into parts whose longest caption times their number stays within ``_TOKENS``."""
+    """Split ``order``, sorted by length, into parts whose longest caption times their count is at most ``_TOKENS``."""
     parts: list[list[int]] = []
     for place in order.tolist():
         if not parts or (len(parts[-1]) + 1) * lengths[place] > _TOKENS:

@@ -1,8 +1,8 @@
 """Decodes and crops images in worker processes, into memory that is shared, reused and, for a GPU, pinned.
 
-A slot of the memory holds all that a network takes of one image: its crops, and the noise of its samples. So its size
-does not depend on the image's, and nothing of an image but a few numbers comes through the sockets of
-:mod:`pipeline.imaging.worker_pool`, whose limits hold here as well.
+A slot of the memory holds the network's input for one image: its crops, and the noise to sample its latents with. Its
+size does not depend on the image's, and only a few numbers per image pass through the sockets of
+:mod:`pipeline.imaging.worker_pool`, whose limits apply here as well.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ from pipeline.imaging.worker_protocol import SMALL, read_reason, reason_bytes
 from pipeline.randomness import normals
 
 FILL = "pipeline.latents.image_decoding:fill"
-"""What workers run."""
+"""Function that the workers run."""
 _ALIGNED = 64  # bytes
-_DEPTH = 8  # images that a worker has: small ones take it less than a millisecond
+_DEPTH = 8  # images queued per worker: small ones take it less than a millisecond
 _SIZE = struct.Struct("<II")  # width, height
 _EDGE = 2**31
 Said = tuple[int, int, str, str]
-"""Of an image: width and height (upright, before it was cut), reason and detail of what is wrong."""
+"""Width and height of the image (upright, before cropping), and reason and detail of a failure."""
 
 
 @dataclass(frozen=True)
 class Noise:
-    """Standard normal float32 of ``shape``, keyed by (seed, "posterior", the sample's key, resolution).
+    """Standard normal float32 noise of ``shape``, keyed by (seed, "posterior", the sample's key, resolution).
 
     Attributes:
-        downsample: with buckets, pixels per latent along an edge: the noise has the shape of the image's own bucket,
-            and ``shape`` is only as large as that of the largest.
+        downsample: with buckets, pixels per latent along an edge: the noise has the shape of the image's bucket, and
+            ``shape`` is that of the largest bucket.
     """
 
     seed: int
@@ -52,20 +52,20 @@ class Noise:
         return 4 * int(np.prod(self.shape))
 
     def shape_for(self, size: tuple[int, int]) -> tuple[int, ...]:
-        """Of the noise for pixels of this height and width."""
+        """Shape of the noise for a crop of this height and width in pixels."""
         return (self.shape[0], *(edge // self.downsample for edge in size)) if self.downsample else self.shape
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What lies in a slot, in this order."""
+    """The content of a slot, in this order."""
 
     crops: tuple[Crop | BucketCrop, ...]
     noises: tuple[Noise, ...] = ()
 
     @property
     def starts(self) -> list[int]:
-        """Where each part starts, and at last the slot's size; in bytes."""
+        """Byte offset of each part, followed by the size of the slot."""
         starts = [0]
         parts: tuple[Crop | BucketCrop | Noise, ...] = (*self.crops, *self.noises)
         for part in parts:
@@ -73,7 +73,7 @@ class Layout:
         return starts
 
     def fill(self, slot: npt.NDArray[Any], data: bytes, key: str) -> Said:
-        """Decode ``data`` and fill ``slot``, uint8 (bytes,); with zeros where that cannot be done."""
+        """Decode ``data`` into ``slot``, uint8 (bytes,); if that fails, fill it with zeros."""
         width = height = 0
         starts = self.starts
         try:
@@ -98,13 +98,13 @@ class Layout:
 
 
 def fill(slot: npt.NDArray[Any], data: bytes, key: str, layout: Layout) -> bytes:
-    """:meth:`Layout.fill`, for a worker."""
+    """:meth:`Layout.fill` for workers, with its result as bytes."""
     width, height, reason, detail = layout.fill(slot, data, key)
     return _SIZE.pack(width, height) + (reason_bytes(reason, detail) if reason else b"")
 
 
 def read_filled(said: bytes | bytearray, data: bytes) -> Said:
-    """What `fill` said; raises ValueError if it cannot have said that."""
+    """Parse the result of `fill`; raises ValueError if it is malformed."""
     if len(said) < _SIZE.size:
         raise ValueError("no answer")
     width, height = _SIZE.unpack_from(said)
@@ -116,11 +116,11 @@ def read_filled(said: bytes | bytearray, data: bytes) -> Said:
 
 @dataclass(slots=True)
 class Decoded:
-    """An image on its way; it is in its slot, and what follows is known, once :meth:`Decoders.wait` has returned.
+    """An image being decoded; its slot and the attributes below are valid after :meth:`Decoders.wait`.
 
     Attributes:
-        width, height: of the source, upright.
-        reason, detail, retryable: why there are no pixels; empty if there are. Then the slot is zeros.
+        width, height: of the upright source image.
+        reason, detail, retryable: why decoding failed; ``reason`` is empty if it succeeded, else the slot is zeros.
     """
 
     task: Task
@@ -136,12 +136,12 @@ class Decoded:
 
 
 class Decoders:
-    """Fills slots with what ``layout`` says of images.
+    """Decodes images into slots that are laid out as ``layout``.
 
     Args:
-        workers: processes; none: images are decoded at once, here, unprotected.
-        slots: how many images the memory holds.
-        limits: what a worker may take for one image.
+        workers: number of processes; 0: images are decoded in this process, without isolation.
+        slots: number of images that the memory holds.
+        limits: of a worker, per image.
 
     Attributes:
         memory: uint8 (slots, bytes).
@@ -164,7 +164,7 @@ class Decoders:
         self._unpin: Callable[[], object] = lambda: None
 
     def pin(self) -> None:
-        """Make the memory such that a GPU can copy from it by itself; of the calling thread's current device."""
+        """Pin the memory for asynchronous copies to the calling thread's current GPU."""
         import torch
 
         address, cudart = self.memory.ctypes.data, torch.cuda.cudart()
@@ -173,17 +173,17 @@ class Decoders:
 
     @property
     def pids(self) -> list[int]:
-        """Process ids of the workers that run."""
+        """Process ids of the running workers."""
         return self._pool.pids
 
     def submit(self, data: bytes, slot: int, key: str = "") -> Decoded:
-        """Have ``data`` decoded into ``slot``, which must not be in use."""
+        """Start decoding ``data`` into ``slot``, which must not be in use."""
         image = Decoded(self._pool.submit(data, slot, key))
         self._pool.push()
         return image
 
     def wait(self, image: Decoded) -> None:
-        """Until ``image`` is decoded."""
+        """Wait until ``image`` is decoded."""
         found = self._pool.wait(image.task)
         if isinstance(found, Lost):
             image.reason, image.detail, image.retryable = f"decoder_{found.reason}", found.detail, True
@@ -191,11 +191,11 @@ class Decoders:
             image.width, image.height, image.reason, image.detail = found
 
     def drain(self) -> None:
-        """Forget what waits, and wait for what is being decoded."""
+        """Discard queued images, and wait for those being decoded."""
         self._pool.drain()
 
     def close(self) -> None:
-        """End the workers; the memory is pinned no longer."""
+        """Stop the workers and unpin the memory."""
         self._pool.close()
         self._unpin()
         self._slots.close()

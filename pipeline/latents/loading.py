@@ -1,4 +1,4 @@
-"""The loader of latents, under its public name."""
+"""Public import path of the latent loader."""
 
 from pipeline.loading.latents import build_streaming_latents_dataloader
 

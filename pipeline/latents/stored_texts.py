@@ -1,4 +1,4 @@
-"""What stage=texts has stored, joined with the images of the same samples, for stage=precompute."""
+"""The output of stage=texts, joined with the images of the same samples, for stage=precompute."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _MANIFEST = ("text_encoder", "text_encoders", "text_storage", SOURCES)
 
 
 def images_of(dataset: Dataset) -> Dataset:
-    """The dataset with the images of ``dataset``: itself, or what stage=texts has made it from.
+    """The dataset with the images of ``dataset``: itself, or the upstream of stage=texts.
 
     Raises:
-        Unfinished: the texts are not those of all samples that there are now.
+        Unfinished: the texts do not cover all current samples.
     """
     if dataset.stage != STAGE:
         return dataset
@@ -40,19 +40,19 @@ def images_of(dataset: Dataset) -> Dataset:
 
 
 def sources_of(dataset: Dataset, images: Dataset, index: int) -> dict[str, Stored]:
-    """The samples with the images of partition ``index`` of ``dataset``, by key."""
+    """The samples that partition ``index`` of ``dataset`` was made from, with their images, by key."""
     number = index if images is dataset else dataset.partition(index).inputs[0].start
     return {sample.key: sample for sample in images.samples(number)}
 
 
 @dataclass(frozen=True, slots=True)
 class WithImage(Stored):
-    """A sample of stage=texts together with the one that has its image.
+    """A sample of stage=texts joined with the sample that has its image.
 
     Attributes:
-        columns: what is taken from the texts.
-        shared: whether text states may lie in an earlier row.
-        kept: the kept samples of the partition; this one is number ``place``.
+        columns: those read from the texts.
+        shared: whether text states may be stored in an earlier row.
+        kept: the kept samples of the partition; this one is ``kept[place]``.
     """
 
     image: Stored
@@ -62,7 +62,7 @@ class WithImage(Stored):
     place: int
 
     def read(self, columns: Collection[str] | None = None) -> Row:
-        """Text states, where they lie if it only refers to them, and of the other sample what is not here."""
+        """Text columns, with shared states from their earlier row; all other columns from the image's sample."""
         texts = [name for name in self.columns if columns is None or name in columns]
         found = Stored.read(self, [*texts, BACK] if self.shared else texts) if texts else {}
         row = self.image.read(None if columns is None else [name for name in columns if name not in self.columns])
@@ -86,16 +86,16 @@ def with_images(texts: Dataset, images: Dataset, index: int) -> Iterator[Stored]
 
 
 def columns_of(texts: Dataset) -> list[str]:
-    """Captions and their states."""
+    """Columns with captions and their states."""
     return [name for name in texts.schema if name not in ("key", BACK)]
 
 
 class StoredTextStates(TextStates):
-    """Text states that stage=texts has computed: nothing is encoded.
+    """Text states that stage=texts has computed; nothing is encoded.
 
     Args:
-        config: must say the same of texts as that of the stage that computed them.
-        texts: gives its result, as it is now.
+        config: text settings, which must equal those of the stage that computed the states.
+        texts: returns the current output of that stage.
     """
 
     encodes = False

@@ -1,7 +1,7 @@
-"""Text states of samples' captions: which captions are encoded, which columns they become, and how these are stored.
+"""Text states of captions: which captions are encoded, into which columns, and how these are stored.
 
-stage=precompute encodes captions along with images. stage=texts encodes captions alone, for stage=precompute to put
-their states next to latents (:mod:`pipeline.latents.stored_texts`). Both write the same bytes.
+stage=precompute encodes captions along with images. stage=texts encodes captions alone, and stage=precompute then
+stores their states with the latents (:mod:`pipeline.latents.stored_texts`). Both write the same bytes.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ if TYPE_CHECKING:
 
 BACK = "caption_back"
 WINDOW = 512
-"""Rows that are read ahead, so that captions of like length can be encoded together."""
+"""Rows that are read ahead, so that captions of similar length can be encoded together."""
 PER_SAMPLE = 4
-"""Captions of a sample that are counted with, where all are encoded."""
+"""Assumed number of captions per sample, if all are encoded."""
 _REMEMBERED = 2048
-"""Captions of a partition whose states are kept for the next sample that has the same."""
+"""Captions of a partition whose states are kept for later samples with the same caption."""
 _MEASURED = 32
-"""Captions that storage is measured with."""
+"""Captions that storage is measured on."""
 
 
 class TextStates:
-    """Text states that are computed.
+    """Text states that are computed here.
 
     Args:
-        config: which encoders, which captions, and how they are stored.
-        upstream: gives the samples with the captions, as they are now.
+        config: encoders, captions to encode, and storage.
+        upstream: returns the current dataset with the captions.
         dtype: of the networks.
     """
 
@@ -62,7 +62,7 @@ class TextStates:
 
     @cached_property
     def encoders(self) -> dict[str, TextEncoder]:
-        """By column."""
+        """Encoders by the column of their states."""
         specs = self.config.text_encoder
         if not specs:
             raise ConfigError("text_encoder=[]: name at least one")
@@ -83,7 +83,7 @@ class TextStates:
 
     @cached_property
     def shapes(self) -> dict[str, list[int]]:
-        """Of each column: (l, d) of states, (d,) of pooled embeddings."""
+        """Shape of each column: (l, d) for states, (d,) for pooled embeddings."""
         shapes = {name: [text.length, text.width] for name, text in self.encoders.items()}
         return shapes | {pooled: [self.encoders[name].pooled_width] for name, pooled in self.pooled.items()}
 
@@ -94,12 +94,12 @@ class TextStates:
 
     @property
     def shared(self) -> bool:
-        """Whether rows refer to states that an earlier row has."""
+        """Whether a row may refer to states stored in an earlier row."""
         return str(self.config.text_storage).endswith("dedup")
 
     @property
     def reads(self) -> tuple[str, ...]:
-        """Columns of the upstream that are needed, where they are there."""
+        """Upstream columns to read, if they exist."""
         return ("caption", "captions", SOURCES) if self.several else ("caption",)
 
     def captions_of(self, row: Row) -> list[str]:
@@ -108,7 +108,7 @@ class TextStates:
 
     @cached_property
     def token_bytes(self) -> dict[str, int]:
-        """Bytes of a token in each column of states whose padding is not stored."""
+        """Bytes per token in each column of states whose padding is not stored."""
         from pipeline.loading import text_storage
 
         storage, dtype = self.config.text_storage, self.config.save_dtype
@@ -117,13 +117,13 @@ class TextStates:
         return {name: text_storage.token_bytes(shape[1], storage, dtype) for name, shape in shapes.items()}
 
     def of_several(self) -> Schema:
-        """Columns that there are where all captions of a sample are encoded."""
+        """Additional columns if all captions of a sample are encoded."""
         if not self.several:
             return {}
         return {"captions": "json", SOURCES: "json"} | dict.fromkeys(map(tokens_column, self.token_bytes), "bytes")
 
     def validate(self) -> None:
-        """Raises ConfigError for settings that cannot be carried out."""
+        """Raises ConfigError for settings that cannot be combined."""
         if self.several and self.shared:
             raise ConfigError(
                 f"text_storage={self.config.text_storage}: with encode_captions=all each sample has the states of its "
@@ -131,7 +131,7 @@ class TextStates:
             )
 
     def extra(self) -> dict[str, Any]:
-        """What the manifest says of them."""
+        """Facts about text states for the manifest."""
         encoders = {name: text.describe() for name, text in self.encoders.items()}
         extra: dict[str, Any] = {
             "text_encoder": encoders["caption_latents"],
@@ -143,7 +143,7 @@ class TextStates:
         return extra
 
     def _describe_storage(self) -> dict[str, Any]:
-        """How states are stored, and what that costs: measured on the first captions."""
+        """How states are stored, with bytes per caption and rounding error measured on the first captions."""
         from pipeline.loading import text_storage
 
         storage, dtype = self.config.text_storage, self.config.save_dtype
@@ -160,7 +160,7 @@ class TextStates:
 
     @cached_property
     def first_captions(self) -> list[str]:
-        """Up to 32 different ones."""
+        """Up to 32 distinct captions."""
         captions: dict[str, None] = {}
         for stored in islice(self.upstream.samples(0), 8 * _MEASURED):
             try:
@@ -172,7 +172,7 @@ class TextStates:
         return list(captions) or [""]
 
     def rows(self) -> TextRows:
-        """What makes the text columns of a partition's rows."""
+        """A builder of the text columns of one partition's rows."""
         return TextRows(self)
 
 
@@ -181,7 +181,7 @@ def _pooled(column: str) -> str:
 
 
 def news(known: OrderedDict[str, None], captions: list[str]) -> tuple[list[str], list[str]]:
-    """Of the next ``captions``, those that are not ``known``, each once; and what to forget when they are through."""
+    """Those of ``captions`` that are not in ``known``, without repetition, and captions to forget afterwards."""
     new = []
     for caption in captions:
         if caption not in known:
@@ -193,10 +193,10 @@ def news(known: OrderedDict[str, None], captions: list[str]) -> tuple[list[str],
 
 
 class TextRows:
-    """The text columns of a partition's rows: knows states of captions that may come again, and where they are stored.
+    """Builds the text columns of a partition's rows; remembers states of captions that may recur, and their rows.
 
     Attributes:
-        captions: how many were encoded.
+        captions: number of captions encoded.
     """
 
     def __init__(self, states: TextStates) -> None:
@@ -209,7 +209,7 @@ class TextRows:
         self._kept = 0
 
     def learn(self, captions: Sequence[str], encoded: Encoded) -> None:
-        """The states of ``captions`` are there."""
+        """Add the states of newly encoded ``captions``."""
         self.captions += len(captions)
         flags = encoded.texts_finite.tolist()
         texts = {name: values.numpy() for name, values in encoded.texts.items()}
@@ -222,13 +222,13 @@ class TextRows:
             del self._states[caption]
 
     def of(self, row: Row) -> tuple[Row, str]:
-        """The text columns of the sample ``row``, and what is wrong with its states; empty if nothing is."""
+        """The text columns of the sample ``row``, and what is wrong with its states; empty if nothing."""
         found = [self._states[caption] for caption in self._captions_of(row)]
         fault = next((fault for _, fault in found if fault), "")
         return self._joined(row, [states for states, _ in found]), fault
 
     def _joined(self, row: Row, states: list[Row]) -> Row:
-        """The states of a sample's captions, one after the other."""
+        """Concatenate the states of a sample's captions."""
         if self._widths is None:
             return states[0]
         joined: Row = {name: b"".join(each[name] for each in states) for name in states[0]}
@@ -239,7 +239,7 @@ class TextRows:
         return joined | {"captions": captions, SOURCES: known if len(known) == len(captions) else [ORIGINAL]}
 
     def kept(self, row: Row, texts: Row) -> Row:
-        """What is stored of ``texts`` in the row of the sample ``row``, which is the next that is kept."""
+        """The part of ``texts`` to store with the sample ``row``, which must be the next kept sample."""
         if not self._shared:
             return texts
         back = self._kept - self._stored.setdefault(row["caption"], self._kept)
@@ -248,7 +248,7 @@ class TextRows:
 
 
 def fault_of(computed: bool, stored: bool) -> str:
-    """What to say of values that are not all finite, as computed or as stored; empty if they are."""
+    """The fault of values that are not all finite, as computed or as stored; empty if they are."""
     if not computed:
         return "a latent is NaN or infinite; model_dtype=float32 may help"
     return "" if stored else "a latent is too large for the precision that it is stored in: save_dtype=float32 helps"

@@ -1,7 +1,7 @@
-"""Asynchronous copies between host and device, and measurement of the time that the device is busy.
+"""Asynchronous copies between host and device, and measurement of the device's busy time.
 
-On a GPU uploads have a stream of their own, so that they run while the batch before is computed; downloads arrive in
-pinned memory when :meth:`Transit.wait` has returned. On a CPU nothing is copied.
+On a GPU, uploads use a separate stream, so that they overlap with the previous batch's computation; downloads are in
+pinned memory when :meth:`Transit.wait` returns. On a CPU, nothing is copied.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from torch import Tensor
 
 @dataclass
 class Transit:
-    """Results on their way to the host; there after :meth:`wait`.
+    """Results that are being copied to the host; valid after :meth:`wait`.
 
     Attributes:
-        seconds: that the device was busy with them (a GPU: measured by itself).
+        seconds: that the device was busy with them; on a GPU, measured by events.
     """
 
     seconds: float = 0.0
@@ -33,7 +33,7 @@ class Transit:
 
 
 class Transfers:
-    """To and from ``device``."""
+    """Copies to and from ``device``."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -43,9 +43,9 @@ class Transfers:
         self._first: torch.cuda.Event | None = None
 
     def upload(self, values: Sequence[Tensor], copied: Callable[[], None] = lambda: None) -> list[Tensor]:
-        """``values``, of pinned memory, on the device; ``copied`` is called when that memory may be used again.
+        """Copy ``values`` from pinned memory to the device; calls ``copied`` when that memory may be overwritten.
 
-        Waits for the copies alone, not for what the device computes. On a CPU ``copied`` is left to the caller.
+        Waits only for the copies, not for computation on the device. On a CPU, the caller has to call ``copied``.
         """
         if not self.on_gpu:
             return list(values)
@@ -64,21 +64,21 @@ class Transfers:
         return there
 
     def download(self, values: Tensor) -> Tensor:
-        """``values`` in host memory: there once the :class:`Transit` that :meth:`end` gives has been waited for."""
+        """Copy ``values`` to the host; valid once the :class:`Transit` returned by :meth:`end` has been waited for."""
         if values.device.type != "cuda":
             return values
         host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
         return host.copy_(values, non_blocking=True)
 
     def begin(self) -> None:
-        """The device begins with the next results."""
+        """Mark the start of the computation of the next results."""
         self._begun = perf_counter()
         if self.on_gpu:
             self._first = torch.cuda.Event(enable_timing=True)
             self._first.record()
 
     def end(self) -> Transit:
-        """All of them are computed and on their way."""
+        """Mark the end of the computation; returns a handle to wait for the results."""
         if self._first is None:
             return Transit(perf_counter() - self._begun)
         last = torch.cuda.Event(enable_timing=True)
@@ -87,6 +87,6 @@ class Transfers:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether a GPU's memory did not suffice: CUDA's libraries say so in errors of their own."""
+    """Whether ``error`` means that a GPU ran out of memory; some CUDA libraries raise errors of their own for it."""
     said = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "DEVICE_ALLOCATION_FAILED", "out of memory")
     return isinstance(error, torch.OutOfMemoryError) or any(name in str(error) for name in said)

@@ -1,8 +1,8 @@
 """Checks that stored latents match their images and captions, which hashes cannot show.
 
-Of each partition all rows are read, and a few (always the same ones) compared with their sources: decoded, they must
-look like the image; encoded again, image and caption must give what is stored. Where they do not, the usual
-mistakes are tried one by one, to say which it was.
+All rows of a partition are read, and a few (always the same ones) are compared with their sources: decoded latents must
+look like the image, and encoding image and caption again must give what is stored. If they do not, the usual mistakes
+are tried one by one to find the cause.
 """
 
 from __future__ import annotations
@@ -39,23 +39,25 @@ from pipeline.samples import Row, SampleError
 from pipeline.samples.captions import ORIGINAL, SOURCES
 from pipeline.samples.captions import sources_of as caption_sources
 
-_COMPARED = 4  # samples of a partition
-_COUNTED = 64  # samples that a partition's statistics are of
-_FEWEST = 6  # samples whose statistics say something: a retry may have made a partition of one
-_OTHERS = 8  # partitions that another is compared with
-_ERROR = 0.1  # relative, root mean square; bfloat16 costs 0.03
-_MARGIN = 3.0  # dB that stored latents may decode worse than fresh ones
+_COMPARED = 4  # samples per partition
+_COUNTED = 64  # samples per partition that statistics are computed from
+_FEWEST = 6  # samples required for statistics: after a retry, a partition may have only one
+_OTHERS = 8  # partitions that a partition is compared with
+_ERROR = 0.1  # relative root mean square error; bfloat16 alone causes 0.03
+_MARGIN = 3.0  # dB by which stored latents may decode worse than fresh ones
 _COSINE = 0.02
-_MEAN, _SPREAD = 1.0, 3.0  # deviations that a partition's mean may be off, and factor of its deviation
+_MEAN, _SPREAD = 1.0, 3.0  # allowed offset of a partition's mean, in deviations, and allowed ratio of deviations
 log = logging.getLogger("pipeline")
 
 
 def validate(dataset: Dataset, index: int, decoder: ImageDecoder) -> Iterator[Finding]:
-    """What is wrong inside partition ``index`` of a finished dataset of latents.
+    """Yield the problems in the contents of partition ``index`` of a finished dataset of latents.
 
-    ``decoder`` decodes the images of its input. Without its input, latents are checked for themselves alone. What
-    concerns the whole dataset is said with the
-    first partition.
+    If the dataset's input is gone, latents are not compared with their sources. Problems of the dataset as a whole are
+    reported with the first partition.
+
+    Args:
+        decoder: decodes the images of the input.
 
     Raises:
         ConfigError: an encoder cannot be loaded.
@@ -72,14 +74,14 @@ def _validator(path: str, digest: str) -> Validator:
 
 @dataclass(frozen=True)
 class Statistics:
-    """Mean and deviation of each channel of a column, float64 (c,)."""
+    """Mean and standard deviation of each channel of a column, float64 (c,)."""
 
     mean: npt.NDArray[Any]
     deviation: npt.NDArray[Any]
 
 
 class Validator:
-    """Checks partitions of one dataset; keeps its encoders."""
+    """Checks partitions of one dataset, and keeps its encoders loaded."""
 
     def __init__(self, dataset: Dataset) -> None:
         self.dataset = dataset
@@ -103,7 +105,7 @@ class Validator:
 
     @cached_property
     def upstream(self) -> Dataset | None:
-        """What the partitions were made from."""
+        """The dataset that the partitions were made from; None if it is gone."""
         path = Path(self.dataset.header["upstream"]["path"])
         if not (path / "plan").is_dir():
             log.warning("%s does not exist: latents are not compared with their sources", path)
@@ -112,7 +114,7 @@ class Validator:
 
     @cached_property
     def images(self) -> Dataset | None:
-        """The samples with images and captions; None where they are gone."""
+        """The samples with images and captions; None if they are gone."""
         if self.upstream is None:
             return None
         try:
@@ -126,7 +128,7 @@ class Validator:
         return images
 
     def sources(self, index: int) -> dict[str, Stored]:
-        """The samples that those of partition ``index`` were made from, by key; of those with images and captions."""
+        """The samples with images and captions that partition ``index`` was made from, by key."""
         assert self.upstream is not None and self.images is not None
         return sources_of(self.upstream, self.images, self.dataset.partition(index).inputs[0].start)
 
@@ -158,14 +160,14 @@ class Validator:
     # ---- every row
 
     def _sizes_in_ledger(self, stored: Sequence[Stored]) -> dict[str, Size]:
-        """Height and width of the images that the samples were made of, by key."""
+        """Height and width of the source images according to the ledger, by key."""
         if not stored:
             return {}
         table = stored[0].reader.ledger(["key", "height", "width"]).to_pydict()
         return dict(zip(table["key"], zip(table["height"], table["width"], strict=True), strict=True))
 
     def _bucket_faults(self, row: Row, ledger: dict[str, Size]) -> Iterator[str]:
-        """Is a sample in the bucket, and cut at the place, that the rule gives for its image?"""
+        """Check that a sample has the bucket and crop position that its image size implies."""
         if not self.layout.buckets:
             return
         height, width = source = tuple(int(row[name]) for name in ORIGINAL_COLUMNS)
@@ -200,7 +202,7 @@ class Validator:
         """The bytes of the text states of each of a sample's captions.
 
         Raises:
-            ValueError: Their number of bytes does not fit the number of captions.
+            ValueError: the number of bytes does not match the number of captions.
         """
         data, layout = row[column], self.layout
         if not layout.sources:
@@ -245,14 +247,14 @@ class Validator:
                 yield f"{column} has {stored} tokens, its caption has {expected}"
 
     def tokens(self, column: str, caption: str) -> int:
-        """How many tokens the encoder of ``column`` makes of a caption."""
+        """Number of tokens that the encoder of ``column`` makes of a caption."""
         return self.texts[column].tokens([caption])[0]
 
     def _values(self, column: str, data: bytes, size: Size | None = None) -> Tensor:
-        """Stored bytes as float32 (channels, h, w), of a bucket's ``size``, or (l, d).
+        """Stored bytes as float32 (channels, h, w), for buckets with ``size`` in pixels, or (l, d).
 
         Raises:
-            ValueError: they are not those of whole tokens.
+            ValueError: the bytes are not a whole number of tokens.
         """
         stored = np.frombuffer(data, np.uint8)
         if column in self.text_columns and text_storage.is_ragged(self.layout.storage):
@@ -264,7 +266,7 @@ class Validator:
             return self.layout.text(raw, column)[0].float()
         return self.layout.stored_image(raw, column, size)[0].float()
 
-    # ---- partitions among each other
+    # ---- comparison of partitions
 
     def _check_drift(self, index: int) -> Iterator[Finding]:
         count = self.dataset.partitions
@@ -303,7 +305,7 @@ class Validator:
         return self._statistics[index]
 
     def _measured(self, rows: Sequence[Row], column: str) -> Statistics | None:
-        """None where no row has as many bytes as it should."""
+        """Statistics of a column; None if no row has the expected number of bytes."""
         sized = [(row[column], self.layout.size_in(row, column)) for row in rows]
         good = [self._values(column, *one) for one in sized if len(one[0]) == self.layout.bytes_of(column, one[1])]
         if not good:
@@ -328,7 +330,7 @@ class Validator:
         ]
 
     def _check_encoders(self) -> Iterator[Finding]:
-        """Are they those that made the latents, and does the autoencoder bring back what it is given?"""
+        """Check that the encoders made these latents, and that the autoencoder reconstructs a smooth image."""
         for changed in self._changed_encoders():
             yield Finding(-1, f"cannot be compared with its sources: {changed}")
         if not self.columns:
@@ -344,7 +346,7 @@ class Validator:
                 f"{self.vae.floor:.0f}: its weights, its scaling or its input are wrong",
             )
 
-    # ---- a few samples and their sources
+    # ---- comparison with sources
 
     def _compare(self, index: int, stored: Sequence[Stored], decoder: ImageDecoder) -> Iterator[Finding]:
         sources = self.sources(index)
@@ -372,17 +374,17 @@ class Validator:
                 yield Finding(index, what, sample.file, sample.key)
 
     def _compare_texts(self, index: int, stored: Sequence[Stored]) -> Iterator[Finding]:
-        """Has every sample the captions of its source, each from where it says?"""
+        """Check that every sample has the captions of its source, with the same caption sources."""
         assert self.images is not None
         columns = [name for name in ("key", "captions", SOURCES) if name in self.images.schema]
         sources: dict[str, Row] = {}
         for source in self.sources(index).values():
-            with suppress(SampleError):  # taken down meanwhile, or gone
+            with suppress(SampleError):  # removed by a takedown, or gone
                 sources[source.key] = source.read(columns)
         for sample in stored:
             before = sources.get(sample.key)
             if before is None:
-                continue  # told of below
+                continue  # reported by `_compare`
             row = sample.read()
             expected = list(zip(before["captions"], caption_sources(before), strict=True)) or [("", ORIGINAL)]
             if list(zip(row["captions"], row[SOURCES], strict=True)) != expected:
@@ -446,7 +448,7 @@ class Validator:
             )
 
     def _cut(self, pixels: npt.NDArray[Any], column: str, key: str) -> Tensor:
-        """An image uint8 (h, w, 3) as the autoencoder gets it, (1, 3, h, w)."""
+        """An image, uint8 (h, w, 3), as the autoencoder's input, (1, 3, h, w)."""
         resolution, buckets = int(column[len(_IMAGE) :]), self.layout.buckets.get(column)
         return self.vae.preprocess_for(pixels, resolution, buckets, self.config["seed"], key)
 
@@ -456,7 +458,7 @@ class Validator:
     def _reason(
         self, found: Tensor, x: Tensor, noise: Tensor | None, expected: Tensor, others: dict[str, Tensor]
     ) -> str:
-        """Which of the usual mistakes explains ``found``."""
+        """The usual mistake that explains ``found``, if one does."""
         mistakes = {
             "images were given in [0, 1] instead of [-1, 1]": self._encoded((x + 1) / 2, noise),
             "red and blue were swapped": self._encoded(x.flip(1), noise),
@@ -489,13 +491,13 @@ def _rows(stored: Sequence[Stored]) -> Iterator[Row]:
 
 
 def _places(count: int, most: int, index: int) -> list[int]:
-    """Up to ``most`` places in a partition of ``count`` samples: the same in every run."""
+    """Up to ``most`` positions in a partition of ``count`` samples, the same in every run."""
     order = Permutation(count, keyed_seed(0, "validate", index))
     return sorted(order[place] for place in range(min(most, count)))
 
 
 def _smooth(edge: int) -> npt.NDArray[Any]:
-    """A image uint8 (edge, edge, 3) of slow waves, different in each colour."""
+    """A smooth image, uint8 (edge, edge, 3), with different waves in each colour channel."""
     y, x = np.meshgrid(*[np.linspace(0, 1, edge)] * 2, indexing="ij")
     waves = [np.sin(3 * x + phase) * np.cos(2 * y - phase) for phase in (0.0, 1.0, 2.5)]
     found: npt.NDArray[Any] = (127.5 + 100 * np.stack(waves, -1)).astype(np.uint8)
@@ -503,7 +505,7 @@ def _smooth(edge: int) -> npt.NDArray[Any]:
 
 
 def psnr(a: Tensor, b: Tensor) -> float:
-    """Of images in [-1, 1], in dB."""
+    """Peak signal-to-noise ratio of images in [-1, 1], in dB."""
     return float(10 * torch.log10(4 / (a - b).square().mean().clamp(min=1e-10)))
 
 
@@ -512,7 +514,7 @@ def _error(found: Tensor, expected: Tensor) -> float:
 
 
 def _cosine_error(states: Tensor, expected: Tensor) -> float:
-    """Mean over tokens of 1 - cosine; tokens that are zero in both agree."""
+    """Mean of 1 - cosine similarity over tokens, without tokens that are zero in both."""
     there = (states.abs().amax(1) > 0) | (expected.abs().amax(1) > 0)
     if not bool(there.any()):
         return 0.0
@@ -520,6 +522,6 @@ def _cosine_error(states: Tensor, expected: Tensor) -> float:
 
 
 def _channel_order(found: Tensor, expected: Tensor) -> list[int]:
-    """For each channel of ``found`` (c, h, w), the channel of ``expected`` that it is like most."""
+    """For each channel of ``found`` (c, h, w), the most similar channel of ``expected``."""
     distance = (found[:, None] - expected[None]).square().flatten(2).mean(2)
     return [int(at) for at in distance.argmin(1)]

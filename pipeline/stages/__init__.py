@@ -1,4 +1,4 @@
-"""The stages of the main line and the tools around it; each is a program: ``python -m pipeline.stages.<name>``."""
+"""The pipeline's stages and the tools around them; each is a program: ``python -m pipeline.stages.<name>``."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 
 def get_stage(name: str) -> type[AnyStage]:
-    """The class of the stage with partitions that is called ``name``.
+    """Return the class of the stage ``name``, which must be one that writes partitions.
 
     Raises:
-        ConfigError: there is no such stage, or it has no partitions.
+        ConfigError: there is no such stage, or it does not write partitions.
     """
     found = stages.get(name)
     if not isinstance(found, type):
@@ -25,7 +25,10 @@ def get_stage(name: str) -> type[AnyStage]:
 
 
 def stage_that_made(dataset: Dataset, rank: Rank, *, lenient: bool) -> AnyStage:
-    """The stage that made ``dataset``, with its settings, to work on it again; ``lenient``: whatever part failed."""
+    """Recreate the stage that made ``dataset``, with its settings.
+
+    ``lenient``: accept any fraction of failed samples.
+    """
     from dataclasses import replace
     from typing import Any
 

@@ -1,7 +1,7 @@
-"""stage=caption: describe images with a trained run.
+"""stage=caption: caption images with a trained run.
 
-``image_path=`` takes a file, a folder, a URL or a dataset directory, and gives JSON lines and a page. Without it a
-whole dataset is captioned again, as a stage with partitions: its samples, and a column with the new texts.
+``image_path=`` takes a file, a folder, a URL or a dataset directory, and writes JSON lines and a page. Without it, the
+stage captions a whole dataset in partitions: its samples, with a column for the new texts.
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ _URL_BYTES = 2**26
 
 
 def decoding_of(config: CaptionConfig, writer: CaptionWriter, questions: Sequence[str]) -> Decoding:
-    """The settings of writing answers to ``questions`` (none: captions), checked.
+    """Check and return the decoding settings for answers to ``questions`` (none: captions).
 
     Raises:
-        ConfigError: they do not fit together, or not the model.
+        ConfigError: the settings contradict each other or do not suit the model.
     """
     if config.question and writer.prompt != "question":
         raise ConfigError(
@@ -77,14 +77,14 @@ def decoding_of(config: CaptionConfig, writer: CaptionWriter, questions: Sequenc
 
 
 def checkpoint_of(config: CaptionConfig) -> str:
-    """Raises ConfigError if there is none at the place."""
+    """Path of the checkpoint or run; raises ConfigError if it does not exist."""
     place = config.checkpoint or str(run_folder(config, config.name or "caption").absolute())
     if not Path(place).is_dir():
         raise ConfigError(f"checkpoint={place}: there is no such training run")
     return place
 
 
-# ---- a dataset again
+# ---- captioning a dataset
 
 
 @stages.register("caption", CaptionConfig)
@@ -128,7 +128,7 @@ class Caption(EncodingStage[CaptionConfig]):
         evaluate(self.writer, self.transfers)
 
     def encode(self, work: Work, slots: torch.Tensor) -> list[str]:
-        """The texts of those images that there are."""
+        """Captions of the images that were decoded."""
         places = [place for place, job in enumerate(work.jobs) if job.good]
         (there,) = self.transfers.upload([slots], work.copied)
         crop, encoder = self.slot.crops[0], self.writer.encoder
@@ -153,26 +153,26 @@ class Caption(EncodingStage[CaptionConfig]):
             yield job.outcome
 
 
-# ---- some images
+# ---- captioning single images
 
 
 @dataclass(frozen=True)
 class Found:
-    """A image to write about; ``references`` are what a dataset says of it, or the answer to ``question``."""
+    """An image to caption; ``references`` are captions from the dataset, or the answer to ``question``."""
 
     name: str
     data: bytes
     references: tuple[str, ...] = ()
     question: str = ""
     questions: tuple[tuple[str, str], ...] = ()
-    """What a dataset asks about it, with the answers."""
+    """Pairs of question and answer from the dataset."""
 
 
 def to_write(config: CaptionConfig, writer: CaptionWriter) -> Iterator[Found]:
-    """The images at ``image_path``, those of ``split`` if a file tells; each once for each question about it.
+    """The images at ``image_path`` (with ``split_file``, those of ``split``), once for each question about them.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there are no images, or they come without the questions that the run answers.
     """
     found = find_images(config.image_path)
     if config.split_file:
@@ -201,10 +201,10 @@ def _of_split(found: Iterator[Found], splits: Splits, config: CaptionConfig) -> 
 
 
 def find_images(path: str) -> Iterator[Found]:
-    """The images at ``image_path``.
+    """The images in the file, folder, URL or dataset directory ``path``.
 
     Raises:
-        ConfigError: nothing is there.
+        ConfigError: there is no such file or folder, or it contains no images.
     """
     place = Path(path)
     if path.startswith(("http://", "https://")):
@@ -247,7 +247,10 @@ def _fetched(url: str) -> bytes:
 def batches_about(
     config: CaptionConfig, writer: CaptionWriter, thumbnails: list[str] | None = None
 ) -> Iterator[tuple[Decoding, list[dict[str, Any]]]]:
-    """Caption what ``image_path`` names, a batch at a time: how, and a line for each image (see :func:`write_about`).
+    """Caption the images at ``image_path`` in batches.
+
+    Yields:
+        The decoding settings, and a line for each image (see :func:`write_about`).
 
     Raises:
         ConfigError: there are no images.
@@ -265,9 +268,9 @@ def batches_about(
 
 
 def print_about(config: CaptionConfig, device: torch.device) -> int:
-    """Print the caption of each image that ``image_path`` names; 1 if one could not be read.
+    """Print the caption of each image at ``image_path``; returns 1 if an image could not be read, else 0.
 
-    A single image's caption stands alone on its line, those of several behind the image's name and a tab.
+    For a single image, only the caption is printed; for several, the image's name, a tab and the caption.
     """
     single = Path(config.image_path).is_file() or "://" in config.image_path
     failed = 0
@@ -283,10 +286,12 @@ def print_about(config: CaptionConfig, device: torch.device) -> int:
 
 
 def write_about(config: CaptionConfig, device: torch.device) -> tuple[Path, list[dict[str, Any]], dict[str, float]]:
-    """Caption what ``image_path`` names: where, what, and (if there are references) scores.
+    """Caption the images at ``image_path`` and write ``captions.jsonl`` and ``gallery.html`` to ``output=``.
 
-    captions.jsonl in ``output=`` has a line for each image: ``image``, ``caption`` (or ``error``), ``references``;
-    gallery.html shows them.
+    A line of ``captions.jsonl`` has ``image``, ``caption`` (or ``error``) and ``references``.
+
+    Returns:
+        The output folder, the lines, and scores if there are references.
     """
     writer = load_writer(checkpoint_of(config), device, config.precision)
     place = Path(config.output)
@@ -345,7 +350,7 @@ def _thumbnail(pixels: npt.NDArray[Any]) -> str:
 
 
 def _scores(lines: Sequence[dict[str, Any]], tokenization: str) -> dict[str, float]:
-    """Of those that have references; also the share that equals one."""
+    """Scores of the captions that have references, including the fraction that equals a reference exactly."""
     judged = [line for line in lines if line.get("references") and "error" not in line]
     if not judged:
         return {}

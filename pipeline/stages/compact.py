@@ -1,6 +1,6 @@
 """stage=compact: pack the ledgers and records of finished partitions into a few files, to save inodes.
 
-Everything goes on with packed outputs as before: readers, later stages, reruns, verify, trace, takedown, repair, gc.
+Packed outputs work as before with readers, later stages, reruns, verify, trace, takedown, repair and gc.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ def compact_below(folder: Path, rank: Rank) -> Iterator[tuple[Path, int | None]]
     """Pack this rank's share of all dataset directories at and below ``folder``.
 
     Yields:
-        Each with the number of files that are there no more; None if it is not finished, and left as it is.
+        The path of each dataset directory and the number of files removed; None if it is unfinished and was skipped.
 
     Raises:
         Unfinished: there is no dataset directory.
-        StorageError: something is damaged, or the disk refuses something.
+        StorageError: a file is damaged, or reading or writing failed.
     """
     try:
         datasets = find_datasets(folder)

@@ -16,20 +16,21 @@ if TYPE_CHECKING:
     from pipeline.models.dit import DiT
 
 PEAKS = {"a100": 312e12, "h100": 989e12, "h200": 989e12, "b200": 2250e12}
-"""Dense bfloat16 operations per second, by the vendors' data sheets."""
-_STATE_BYTES = 20  # float32 weight, gradient, both moments of AdamW, average
+"""Peak dense bfloat16 throughput in FLOP/s, from the vendors' data sheets."""
+_STATE_BYTES = 20  # per parameter: float32 weight, gradient, both AdamW moments, moving average
 _ACTIVATION_BYTES = 2
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What one phase takes.
+    """Estimated cost of one training phase.
 
     Attributes:
-        tokens: of an image, that go through the backbone.
-        flops: of training on one image: forward, and twice that backward.
-        memory: bytes on each GPU, without the allocator's waste.
-        hours: of all GPUs together, at ``speed`` images per second and GPU.
+        tokens: tokens per image that pass through the backbone.
+        flops: FLOPs per image of a training step: a forward pass, and a backward pass at twice its cost.
+        memory: bytes on each GPU, without allocator overhead.
+        speed: images per second and GPU.
+        hours: GPU hours in total.
     """
 
     phase: str
@@ -64,10 +65,10 @@ def main(config: CostConfig) -> None:
 
 
 def costs(config: CostConfig) -> Iterator[Cost]:
-    """The phases' costs, in order.
+    """Yield the cost of each phase, in order.
 
     Raises:
-        ConfigError: an unknown recipe or phase, or settings that do not fit it.
+        ConfigError: the recipe or phase is unknown, or the settings do not suit it.
     """
     every = cli.phases_of(config.recipe) or [""]
     if config.phase and config.phase not in every:
@@ -82,7 +83,7 @@ def costs(config: CostConfig) -> Iterator[Cost]:
 
 
 def cost_of(phase: str, settings: TrainConfig, config: CostConfig, measured: float) -> Cost:
-    """Of one phase; ``measured``: images per second of one GPU, 0 if that is not known."""
+    """Cost of one phase; ``measured``: images per second on one GPU, 0 if unknown."""
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -98,7 +99,7 @@ def cost_of(phase: str, settings: TrainConfig, config: CostConfig, measured: flo
         model = DiT(shape)
     with FakeTensorMode(
         allow_non_fake_inputs=True
-    ):  # as on a CPU, where attention keeps no weights for the backward pass, nor do GPUs' kernels
+    ):  # as on a CPU, where attention, like the GPU kernels, saves no weights for the backward pass
         model.to_empty(device="cpu")
         operations, saved = _measure(model, kept if kept < shape.tokens else 0)
     parameters = sum(p.numel() for p in model.parameters())
@@ -121,7 +122,7 @@ def cost_of(phase: str, settings: TrainConfig, config: CostConfig, measured: flo
 
 
 def _measure(model: DiT, kept: int) -> tuple[int, int]:
-    """Operations of a forward pass of one image, and elements that it keeps for the backward pass."""
+    """FLOPs of a forward pass on one image, and the number of elements it saves for the backward pass."""
     import torch
 
     from pipeline.training.loggers import flop_counter
@@ -138,13 +139,13 @@ def _measure(model: DiT, kept: int) -> tuple[int, int]:
     saved: dict[int, int] = {}
 
     def save(tensor: torch.Tensor) -> torch.Tensor:
-        base = tensor if tensor._base is None else tensor._base  # views share what they are views of
+        base = tensor if tensor._base is None else tensor._base  # views share storage with their base
         if id(base) not in weights:
             saved[id(base)] = base.numel()
             alive.append(base)
         return tensor
 
-    alive: list[torch.Tensor] = []  # or a number might be given twice
+    alive: list[torch.Tensor] = []  # keeps tensors alive, so that no id is reused
     with (
         flop_counter() as counter,
         torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor),
@@ -154,7 +155,7 @@ def _measure(model: DiT, kept: int) -> tuple[int, int]:
 
 
 def table(phases: list[Cost], config: CostConfig) -> str:
-    """For people."""
+    """Format the costs as a text table."""
     how = "as measured" if config.images_per_second else f"at {config.mfu:.0%} of the peak"
     lines = [
         f"{config.recipe} on {config.gpus} x {config.gpu}, {how}: {phases[0].parameters / 1e9:.2f} billion parameters",

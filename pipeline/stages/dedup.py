@@ -1,7 +1,7 @@
 """stage=dedup: keep one image of each group of duplicates. Optional, between filter and shard.
 
-It reads the ledgers of ``filter`` (``method=hash``) or the embeddings that ``score`` has stored (``method=semantic``),
-and writes ledgers and pointers: the images stay where they are. The ranks share the search
+Reads the ledgers of ``filter`` (``method=hash``) or the embeddings stored by ``score`` (``method=semantic``), and
+writes ledgers and pointers; images are not copied. The ranks share the search
 (:mod:`pipeline.curation.search`).
 """
 
@@ -40,7 +40,7 @@ class Dedup(PointerStage[DedupConfig]):
         return open_input(config, self.name)
 
     def identity(self) -> dict[str, Any]:
-        """Of the scores, what their embeddings were made with counts, not where they lie."""
+        """Scores are identified by what their embeddings were computed with, not by their path."""
         if self.config.method != SEMANTIC:
             return super().identity()
         from pipeline.curation.semantic_search import fingerprint_of, scores_of
@@ -72,7 +72,7 @@ class Dedup(PointerStage[DedupConfig]):
                 yield outcome
 
     def _search(self, index: int) -> Search:
-        """The search that decides on partition ``index`` of the upstream: among all that was there when it came."""
+        """The search that decides partition ``index`` of the upstream, over samples up to its generation."""
         ends = self._ends
         generation = bisect.bisect_right(ends, index)
         if generation not in self._searches:
@@ -93,7 +93,7 @@ class Dedup(PointerStage[DedupConfig]):
 
     @property
     def _ends(self) -> list[int]:
-        """How many partitions the upstream had at each generation that brought samples."""
+        """Number of upstream partitions at each generation that added samples."""
         plans = Dataset.open(self.output).plans
         return sorted({plan.header["upstream"]["partitions"] for plan in plans if plan.header.get("upstream")})
 

@@ -30,7 +30,7 @@ _RENDERS = 500
 _PROMPTS = 32
 _SHUFFLES = 8
 Draw = Callable[[list[str], int], npt.NDArray[Any]]
-"""(prompts, seed) → images uint8 (n, h, w, 3)."""
+"""(prompts, seed) → images, uint8 (n, h, w, 3)."""
 
 
 @stages.register("evaluate", EvaluateConfig)
@@ -51,10 +51,10 @@ def main(config: EvaluateConfig) -> None:
 
 
 def metric_of(checkpoint: str | Path) -> str:
-    """What a run can be judged by, if that is not said.
+    """The default metric for a run's task.
 
     Raises:
-        ConfigError: it depends on the data.
+        ConfigError: the task has no default metric.
     """
     from pipeline.training.checkpoint import open_checkpoint
 
@@ -70,7 +70,7 @@ def _evaluate_classes(config: EvaluateConfig, run: Path) -> dict[str, Any]:
 
 
 def evaluate_shapes(config: EvaluateConfig, run: Path) -> dict[str, Any]:
-    """Judge images of fixed prompts and of combinations that training never saw; and how reliable the judge is."""
+    """Evaluate images of fixed prompts and of combinations held out from training; also how reliable the judge is."""
     from pipeline.stages.generate import Manner, load_painter, sample_images
 
     painter = load_painter(config.checkpoint or run, Rank(device=config.device).device, precision=config.precision)
@@ -108,7 +108,7 @@ def evaluate_shapes(config: EvaluateConfig, run: Path) -> dict[str, Any]:
 
 
 def evaluate_fidelity(config: EvaluateConfig, run: Path) -> dict[str, Any]:
-    """FID and KID between two dataset directories of images, and the CLIP score of the drawn ones."""
+    """FID and KID between two dataset directories of images, and the CLIP score of the generated images."""
     from pipeline.metrics.fidelity import clip_score, distances
 
     if not config.generated:
@@ -156,7 +156,7 @@ _METRICS: dict[str, Callable[[EvaluateConfig, Path], dict[str, Any]]] = {
 
 
 def judge_scores(painter: Painter, size: tuple[int, int], objects: int = 1) -> list[dict[str, Any]]:
-    """How far the judge can be trusted: on real renders of this ``size``, and on some that went through the
+    """How reliable the judge is: its scores on real renders of this ``size``, and on renders reconstructed by the
     autoencoder."""
     import torch
 
@@ -176,7 +176,7 @@ def judge_scores(painter: Painter, size: tuple[int, int], objects: int = 1) -> l
 
 
 def _shuffled(prompts: list[str]) -> Iterator[list[str]]:
-    """The prompts in random orders: of an image's 15 pairs of colour and shape, one is right by chance."""
+    """The prompts in random orders, to estimate chance level: one of 15 colour and shape pairs is right by chance."""
     for seed in range(_SHUFFLES):
         yield [prompts[place] for place in Permutation(len(prompts), seed)]
 

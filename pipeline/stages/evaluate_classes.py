@@ -1,4 +1,4 @@
-"""stage=evaluate of a classifier: numbers as JSON, plots as PNG, and a page with the worst mistakes."""
+"""stage=evaluate for classifiers: metrics as JSON, plots as PNG, and a page with the worst mistakes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from pipeline.training.parallel import autocast
 from pipeline.training.tasks.classify import normalised
 
 _BATCH = 256
-_SHOWN = 24  # mistakes, and as many other samples
+_SHOWN = 24  # mistakes, and the same number of other samples
 _INK, _WARM = "#3b6ea5", "#c8553d"
 
 
@@ -47,13 +47,13 @@ class Classifier:
     std: list[float]
     size: int
     margin: float
-    """Images are brought to this multiple of ``size``, and their middle is taken."""
+    """Images are resized to ``margin * size`` and center-cropped to ``size``."""
     step: int
     precision: str = "float32"
 
     @torch.inference_mode()
     def probabilities(self, images: torch.Tensor) -> npt.NDArray[Any]:
-        """float32 (b, classes)."""
+        """Class probabilities, float32 (b, classes)."""
         device = next(self.model.parameters()).device
         with autocast(self.precision, device):
             logits = self.model(normalised(sent(images, device), self.mean, self.std))
@@ -64,10 +64,10 @@ class Classifier:
 def load_classifier(
     checkpoint: str | Path, device: str | torch.device = "cpu", precision: str = "float32"
 ) -> Classifier:
-    """The averaged weights of ``checkpoint`` (of a run's folder, the best).
+    """Load the EMA weights of ``checkpoint``; for a run's folder, of its best checkpoint.
 
     Raises:
-        ConfigError: no checkpoint there, or one of another task.
+        ConfigError: there is no checkpoint, or it is of another task.
     """
     found = open_checkpoint(checkpoint, "best", parts=("ema",))
     if found.facts["task"] != "classify":
@@ -88,8 +88,8 @@ def load_classifier(
 
 
 def evaluate_classes(config: EvaluateConfig, run: Path) -> dict[str, Any]:
-    """Judge a run on the test set (``input=``, else split=test of the dataset); write the page into ``output=``, else
-    into ``evaluation/`` of the run."""
+    """Evaluate a run on the test set (``input=``, else split=test of the dataset); write the page to ``output=``, else
+    to the run's ``evaluation/``."""
     classifier = load_classifier(config.checkpoint or run, Rank(device=config.device).device, config.precision)
     dataset = test_set(config)
     dataset.require_columns("jpg", "label")
@@ -102,7 +102,7 @@ def _evaluated(classifier: Classifier, data: ImageDataset, dataset: Dataset, out
     parts = [data.batch(np.arange(i, min(i + _BATCH, len(data)))) for i in range(0, len(data), _BATCH)]
     probabilities = np.concatenate([classifier.probabilities(part["images"]) for part in parts])
     labels = np.concatenate([part["labels"].numpy() for part in parts])
-    judged = np.flatnonzero(labels >= 0)  # others are images that cannot be decoded: left out, and said so
+    judged = np.flatnonzero(labels >= 0)  # images that cannot be decoded have label -1: they are excluded and reported
     if not len(judged) or len(judged) + len(data.failed) != len(labels):
         raise ConfigError(f"input={dataset.root.path}: has no images that can be decoded, or labels below 0")
     probabilities, labels = probabilities[judged], labels[judged]
@@ -125,7 +125,7 @@ def _evaluated(classifier: Classifier, data: ImageDataset, dataset: Dataset, out
 
 
 def test_set(config: EvaluateConfig) -> Dataset:
-    """``input=``, or the shards of split=test of the dataset."""
+    """The dataset at ``input=``, else the shards of ``split`` of the dataset."""
     if config.input:
         return open_input(config, "precompute")
     if not config.data_dir or not config.dataset:

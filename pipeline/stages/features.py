@@ -29,7 +29,7 @@ _COPIED = ("key", "caption", "captions", "questions")
 
 @dataclass
 class Described:
-    """Features, uint8 (n, bytes), and which of them are finite, bool (n,): there once ``transit`` is waited for."""
+    """Features, uint8 (n, bytes), and whether each is finite, bool (n,); valid once ``transit`` has been waited for."""
 
     features: Tensor
     finite: Tensor

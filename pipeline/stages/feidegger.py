@@ -1,7 +1,7 @@
-"""stage=feidegger: dresses with German captions (github.com/zalandoresearch/feidegger), ready for a sequence model.
+"""stage=feidegger: prepare FEIDEGGER, dresses with German captions (github.com/zalandoresearch/feidegger).
 
-A thin chain: download and filter fetch and check every image, once and with retries, into ``<output_dir>/work``; then
-all is brought to one size and into one file. The same command resumes where it stopped.
+Runs download and filter in ``<output_dir>/work``, which fetch and check each image once, with retries; then resizes
+all images to one size and packs them into one file. Running the same command again resumes.
 
     images/<split>/<key>.png             the processed images
     feidegger_mamba_dataset.h5           pixels once per image (n, h, w, 3) uint8; tokens per caption; splits
@@ -46,7 +46,7 @@ _SMALLEST = 32  # pixels: smaller images are dropped
 
 @dataclass
 class DressImage:
-    """A image that was kept: where it is, and what group it is split with."""
+    """A kept image; images with equal ``content`` are put in the same split."""
 
     stored: Stored
     content: str
@@ -64,10 +64,10 @@ def main(config: FeideggerConfig) -> None:
 
 
 def check(config: FeideggerConfig) -> None:
-    """Refuse settings that cannot be.
+    """Check that the settings fit together.
 
     Raises:
-        ConfigError: names them.
+        ConfigError: names the settings that do not.
     """
     if config.valid_fraction + config.test_fraction >= 1:
         raise ConfigError(
@@ -75,11 +75,11 @@ def check(config: FeideggerConfig) -> None:
         )
 
 
-# ---- the stages before
+# ---- download and filter
 
 
 def fetch(config: FeideggerConfig) -> Path:
-    """Download and filter all images; the finished dataset directory."""
+    """Download and filter all images; returns the finished dataset directory."""
     work = Path(config.output_dir).absolute() / "work"
     lists = f"urls=[{config.data_path}]" if "://" in config.data_path else f"input={Path(config.data_path).absolute()}"
     hosts = [f"allow_private_hosts={str(config.allow_private_hosts).lower()}"]
@@ -115,12 +115,16 @@ def _stage(name: str, arguments: list[str]) -> None:
         raise SystemExit(done.returncode)
 
 
-# ---- one file
+# ---- packing
 
 
 def pack(filtered: str | Path, config: FeideggerConfig) -> dict[str, object]:
-    """Bring the images of a finished dataset directory into ``output_dir``. Memory holds one batch of pixels, and the
-    captions. What was there is replaced, each file as a whole.
+    """Write the images of a finished dataset directory to ``output_dir``, replacing each existing file atomically.
+
+    Memory holds one batch of pixels and all captions.
+
+    Returns:
+        Number of images in each split, number of captions, and the path of the HDF5 file.
 
     Raises:
         ConfigError: there are no images with captions.
@@ -162,7 +166,7 @@ def find(filtered: str | Path) -> Iterator[DressImage]:
 
 
 def divide(images: list[DressImage], config: FeideggerConfig) -> None:
-    """Give each image its split, keyed by seed and content: the same image twice is in one split."""
+    """Assign each image a split, keyed by seed and content, so that copies of an image are in the same split."""
     contents = sorted({p.content for p in images}, key=lambda content: digest(config.seed, "split", content))
     test, valid = (round(len(contents) * f) for f in (config.test_fraction, config.valid_fraction))
     split_of = {c: "test" if i < test else "val" if i < test + valid else "train" for i, c in enumerate(contents)}
@@ -171,7 +175,7 @@ def divide(images: list[DressImage], config: FeideggerConfig) -> None:
 
 
 def tokenizer_of(images: list[DressImage], config: FeideggerConfig) -> Tokenizer:
-    """As named, or learned from the captions of the training set alone."""
+    """The pretrained tokenizer that the settings name, or a BPE trained on the captions of the training split."""
     from pipeline.encoders.tokenizer import pretrained, train_bpe
 
     if config.language_model != "bpe":

@@ -1,4 +1,4 @@
-"""stage=filter: convert every image to an upright RGB image of limited size, or record why it is left out."""
+"""stage=filter: convert each image to an upright RGB image of limited size, or record why it is dropped."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from pipeline.stages import release
 
 _KEY_LISTS = ("keep_keys", "deny_keys")
 _LOOKED_AT, _SPREAD = 500, 200
-"""Samples that say which columns and fields there are: the first, and some of all."""
+"""Samples that are read to find out which columns and fields exist: the first ones, and some spread over the rest."""
 _NOT_TAKEN = ("svg",)
-"""Reasons that are no failure of the data: kinds of file that we do not take."""
+"""Reasons that count as dropped, not failed: file types that are valid but not supported."""
 _Judgement = transform.Result | transform.ImageError | transform.Dropped | Lost
 
 
@@ -46,7 +46,7 @@ class Filter(Stage[FilterConfig]):
 
     @property
     def writes_to_stores(self) -> bool:  # type: ignore[override]
-        return self.reads_upstream  # else its source keeps there what it has fetched in part
+        return self.reads_upstream  # otherwise the source keeps partial downloads there
 
     @property
     def rechecks(self) -> bool:  # type: ignore[override]
@@ -54,7 +54,7 @@ class Filter(Stage[FilterConfig]):
 
     @cached_property
     def source(self) -> Source:
-        """Where samples come from, with ``fuse=true``."""
+        """The source that samples are read from with ``fuse=true``."""
         return get_source(self.config.source_config(), self.output, self.rank.check_stop)
 
     def schema(self) -> Schema:
@@ -112,11 +112,11 @@ class Filter(Stage[FilterConfig]):
         return [rules.score(text) for text in self.config.scores]
 
     def identity(self) -> dict[str, Any]:
-        """Of lists of keys, what is in them counts, not where they lie."""
+        """Key lists are identified by their contents, not by their path."""
         return super().identity() | {name: key_digest(getattr(self.config, name)) for name in _KEY_LISTS}
 
     def _require_planned_lists(self, planned: Mapping[str, Any]) -> None:
-        """Raises ConfigError if a list of keys is not the one that was planned with; it is looked at once."""
+        """Raises ConfigError if a key list has changed since planning; checked once."""
         if "key_checks" in self.__dict__ or not planned:
             return
         for name in _KEY_LISTS:
@@ -125,7 +125,7 @@ class Filter(Stage[FilterConfig]):
 
     @cached_property
     def key_checks(self) -> list[rules.KeyCheck]:
-        """Raises ConfigError if a list cannot be read."""
+        """Checks built from the key lists; raises ConfigError if a list cannot be read."""
         checks = {"keep_keys": rules.kept_by, "deny_keys": rules.denied_by}
         return [checks[name](keys) for name, keys in self.key_lists.items()]
 
@@ -142,7 +142,7 @@ class Filter(Stage[FilterConfig]):
         return self.source.plan() if self.config.fuse else follow_upstream(self.upstream, since)
 
     def _check_columns(self) -> None:
-        """Raises ConfigError if a setting names a column that is nowhere among the first samples."""
+        """Raises ConfigError if a setting names a column that none of the sampled rows has."""
         config = self.config
         wanted = [(f"scores={text}", rules.score_column(text)) for text in config.scores]
         for setting in ("key_column", "blur_column"):
@@ -155,14 +155,14 @@ class Filter(Stage[FilterConfig]):
         elif config.columns or "meta" not in known:
             known += config.columns
         else:
-            return  # what the source brings is not there yet
+            return  # the source has not delivered any rows yet
         for setting, column in wanted:
             if column.lower() not in (name.lower() for name in known):
                 shown = ", ".join(name for name in dict.fromkeys(known) if name not in ("jpg", "meta"))
                 raise ConfigError(f"{setting}: no sample has a column or field {column}; there are {shown}")
 
     def _first_rows(self) -> Iterator[Row]:
-        """Columns of some samples, without their images."""
+        """Columns of some samples, without the images."""
         access = RandomAccess(self.upstream)
         columns = [name for name in self.upstream.schema if name != "jpg"]
         spread = range(0, len(access), max(1, len(access) // _SPREAD))
@@ -171,10 +171,10 @@ class Filter(Stage[FilterConfig]):
                 yield access.row(position, columns)
 
     def remarks(self, success: dict[str, Any]) -> list[str]:
-        """Also of denied keys that no sample has: a mistyped one would be denied to nobody."""
+        """Also report denied keys that match no sample: a mistyped key would otherwise go unnoticed."""
         said = super().remarks(success)
         if "key_lists" not in self.__dict__:
-            return said  # no sample was judged by us
+            return said  # this process has not judged any sample
         if "deny_keys" in self.key_lists:
             listed, found = len(self.key_lists["deny_keys"]), success["reasons"].get("dropped:key_denied", 0)
             if found < listed:
@@ -194,7 +194,7 @@ class Filter(Stage[FilterConfig]):
             context.notes["noted"] = {reason: count for reason, count in self.source.noted.items() if count}
 
     def _images(self, partition: Partition, context: Context) -> Iterator[tuple[tuple[Outcome, Row], bytes | None]]:
-        """Outcomes so far, the rest of their rows, and the images, None where there is none to judge."""
+        """Yield (preliminary outcome, remaining columns) and the image to judge, or None if there is none."""
         if self.config.fuse:
             self.source.noted.clear()
             arrived = (self._arrived(outcome) for outcome in self.source.samples(partition, context))
@@ -214,13 +214,13 @@ class Filter(Stage[FilterConfig]):
                 yield (outcome, row), task
 
     def _task(self, row: Row) -> bytes:
-        """What a worker gets of a sample. Raises ImageError if its boxes are none."""
+        """The payload that a worker receives for a sample. Raises ImageError if its boxes are invalid."""
         column = self.config.blur_column
         data: bytes = row["jpg"]
         return blur.packed(blur.boxes_of(rules.column_value(row, column)), data) if column else data
 
     def _read(self, stored: Stored) -> tuple[Outcome, Row | None]:
-        """A sample's outcome so far, and its row; None where it cannot be read, or need not."""
+        """A sample's preliminary outcome and its row; None if the row cannot be read or does not have to be."""
         outcome = Outcome(stored.key, "failed", source=stored.source, offset=stored.offset)
         if not self._listed(outcome):
             return outcome, None
@@ -233,19 +233,19 @@ class Filter(Stage[FilterConfig]):
         return outcome, row if self._listed(outcome, row) else None
 
     def _arrived(self, outcome: Outcome) -> tuple[Outcome, Row | None]:
-        """The same of what a source has brought in."""
+        """Like :meth:`_read`, for a sample delivered by a source."""
         row, outcome.row = outcome.row, None
         if row is not None:
-            outcome.status = "failed"  # until it is judged
+            outcome.status = "failed"  # until the image has been judged
             if not self._listed(outcome, row):
                 return outcome, None
         return outcome, row
 
     def _listed(self, outcome: Outcome, row: Row | None = None) -> bool:
-        """Whether the sample's key, or what is in its column ``key_column``, is one that the lists of keys allow."""
+        """Whether the key lists accept the sample's key, or the value of its ``key_column`` if set."""
         column = self.config.key_column
         if column and row is None:
-            return True  # to be asked again when its columns are known
+            return True  # checked again once its columns are known
         value = rules.column_value(row, column) if column and row else outcome.key
         key = "" if value is None else str(value)
         reason = next(filter(None, (check(key) for check in self.key_checks)), "")
@@ -254,7 +254,7 @@ class Filter(Stage[FilterConfig]):
         return not reason
 
     def _described(self, outcome: Outcome, row: Row) -> bool:
-        """Clean the captions; whether they, and the score columns, are such that the image is worth looking at."""
+        """Clean the captions; whether captions and score columns pass, so that the image has to be judged."""
         captions = [clean_caption(caption, self.config.max_caption_length) for caption in row["captions"]]
         good, reason = rules.good_captions(captions, self.caption_checks)
         row |= caption_fields([caption for caption in good if caption])
@@ -277,7 +277,7 @@ class Filter(Stage[FilterConfig]):
             case Lost() as lost:
                 outcome.reason, outcome.detail, outcome.retryable = f"decoder_{lost.reason}", lost.detail, True
             case None:
-                pass  # decided before it was looked at
+                pass  # decided without judging the image
         return outcome
 
     def _row(self, row: Row, result: transform.Result) -> Row:

@@ -1,7 +1,7 @@
 """stage=generate: generate images for prompts with a trained run.
 
-Without ``output=`` a few, with a grid of them, into ``samples/`` of the run's folder. With it, any number by any number
-of ranks into a dataset directory, as every other stage writes it: exactly once, and the same bytes whoever draws.
+Without ``output=``, writes a few images and a grid of them to ``samples/`` in the run's folder. With it, writes any
+number of images to a dataset directory: exactly once, with the same bytes for any number of ranks.
 """
 
 from __future__ import annotations
@@ -44,16 +44,20 @@ from pipeline.training.tasks.diffuse import Normalisation
 
 _BATCH = 32
 _DEFAULT_PROMPTS = 16
-_RUNS = ("diffuse", "classify")  # names that runs have by default
+_RUNS = ("diffuse", "classify")  # default names of runs
 _SIZE = re.compile(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})")
-_TXT = re.compile(r"^\S+\.txt$")  # no caption, but a file
-_LOOKED_AT = 400  # samples whose captions the default prompts are taken from
+_TXT = re.compile(r"^\S+\.txt$")  # not a prompt but the name of a file
+_LOOKED_AT = 400  # samples from whose captions the default prompts are taken
 
 
 @dataclass(frozen=True)
 class Painter:
-    """All that it takes to turn prompts into images; ``step`` of training that the weights are from; ``precision`` of
-    the network."""
+    """The model and encoders that turn prompts into images.
+
+    Attributes:
+        step: training step of the weights.
+        precision: in which the network computes.
+    """
 
     model: DiT
     process: Process
@@ -66,7 +70,7 @@ class Painter:
 
 @dataclass(frozen=True)
 class Manner:
-    """How to sample; see :func:`pipeline.models.sampling.sample`."""
+    """Sampling settings; see :func:`pipeline.models.sampling.sample`."""
 
     steps: int = 20
     guidance: float = 1.5
@@ -82,10 +86,10 @@ _DEFAULT = Manner()
 
 @dataclass(frozen=True)
 class Wanted:
-    """The images that are requested: ``each`` of every prompt, or one from each of the ``seeds``; of these ``sizes``,
-    one for each prompt or for all (none: that which the run was trained on).
+    """The images to generate: ``each`` images per prompt, or one per prompt and seed if ``seeds`` are given.
 
-    Image number n starts from noise keyed by (seed, n); with ``seeds``, by its own seed alone.
+    ``sizes`` are (height, width) in pixels, one per prompt or one for all; empty: the size that the run was trained on.
+    Image number n starts from noise keyed by (seed, n); with ``seeds``, by its seed alone.
     """
 
     prompts: Sequence[str]
@@ -96,10 +100,10 @@ class Wanted:
 
     @classmethod
     def of(cls, config: GenerateConfig) -> Wanted:
-        """As the settings say.
+        """Build from the settings.
 
         Raises:
-            ConfigError: that is none.
+            ConfigError: the settings are invalid.
         """
         if config.seeds and config.images_per_prompt > 1:
             raise ConfigError("seeds=, images_per_prompt=: give only one of them: each seed gives one image")
@@ -117,25 +121,25 @@ class Wanted:
         return self.prompts[number // self.each]
 
     def size(self, number: int) -> Size | None:
-        """Height and width of an image; None: as the run was trained."""
+        """Height and width of image ``number`` in pixels; None: the size that the run was trained on."""
         return self.sizes[number // self.each % len(self.sizes)] if self.sizes else None
 
     def start(self, number: int) -> tuple[int, int]:
-        """What the noise of an image is keyed by: ``seed=`` and number of an image that starts from the same."""
+        """The (seed, number) pair that keys the noise of image ``number``."""
         return (self.seeds[number % self.each], 0) if self.seeds else (self.seed, number)
 
 
 def load_painter(
     checkpoint: str | Path, device: str | torch.device = "cpu", vae: str = "", precision: str = "float32"
 ) -> Painter:
-    """The averaged weights of ``checkpoint`` (of a run's folder, the newest), and the encoders it was trained with.
+    """Load the EMA weights of ``checkpoint`` (for a run's folder, of the newest) and the encoders it was trained with.
 
     Args:
-        vae: another autoencoder to decode with, whose latents are alike.
+        vae: another autoencoder to decode with; its latents must be compatible.
         precision: of the network on a GPU, "bfloat16" or "float32".
 
     Raises:
-        ConfigError: no checkpoint there, or one of another task; an autoencoder with latents of another shape.
+        ConfigError: there is no checkpoint, it is of another task, or the autoencoder's latents have another shape.
     """
     loaded = open_checkpoint(checkpoint)
     if loaded.facts["task"] != "diffuse":
@@ -166,7 +170,7 @@ def load_painter(
 
 
 def _require_encoders(checkpoint: str | Path, latents: dict[str, Any], vae: str) -> None:
-    """Raises ConfigError where a run on latents of others does not know what it takes to draw."""
+    """Raises ConfigError if a run trained on latents without a manifest lacks an autoencoder or text encoder."""
     if not (vae or latents["autoencoder"]):
         raise ConfigError(f"checkpoint={checkpoint}: it was trained on latents without a manifest: give vae=")
     if not latents["text_encoder"]:
@@ -179,21 +183,21 @@ def _require_encoders(checkpoint: str | Path, latents: dict[str, Any], vae: str)
 def sample_images(
     painter: Painter, prompts: Sequence[str], seed: int = 0, manner: Manner = _DEFAULT, size: Size | None = None
 ) -> npt.NDArray[Any]:
-    """Images uint8 (n, h, w, 3), one for each prompt; number i starts from noise keyed by (seed, i).
+    """Generate one image for each prompt, uint8 (n, h, w, 3); image i starts from noise keyed by (seed, i).
 
-    ``size``: height and width in pixels; None: as the run was trained.
+    ``size``: height and width in pixels; None: the size that the run was trained on.
 
     Raises:
-        ConfigError: there are no prompts.
+        ConfigError: there are no prompts, or the run cannot generate images of this size.
     """
     return np.stack(drawn(painter, Wanted(prompts, seed=seed, sizes=(size,) if size else ()), manner))
 
 
 def drawn(painter: Painter, wanted: Wanted, manner: Manner) -> list[npt.NDArray[Any]]:
-    """All of them, uint8 (h, w, 3) each.
+    """Generate all images, uint8 (h, w, 3) each.
 
     Raises:
-        ConfigError: there are none, or a size is not one that the run can draw.
+        ConfigError: there are no prompts, or the run cannot generate a requested size.
     """
     if not wanted.prompts:
         raise ConfigError("prompts=: there is nothing to draw")
@@ -202,17 +206,17 @@ def drawn(painter: Painter, wanted: Wanted, manner: Manner) -> list[npt.NDArray[
 
 
 def _batches(wanted: Wanted, numbers: Sequence[int], most: int) -> Iterator[list[int]]:
-    """Numbers of images that are drawn together: neighbours of one size."""
+    """Batches of up to ``most`` consecutive numbers whose images have the same size."""
     for _, group in groupby(numbers, key=wanted.size):
         while batch := list(islice(group, most)):
             yield batch
 
 
 def _shape(painter: Painter, size: Size | None) -> tuple[int, int, int]:
-    """Of the latents of an image, (c, h, w).
+    """Shape of an image's latents, (c, h, w).
 
     Raises:
-        ConfigError: the run cannot draw images of this size.
+        ConfigError: the run cannot generate images of this size.
     """
     config = painter.model.config
     if size is None:
@@ -225,10 +229,10 @@ def _shape(painter: Painter, size: Size | None) -> tuple[int, int, int]:
 
 
 def _batch(painter: Painter, wanted: Wanted, numbers: Sequence[int], manner: Manner) -> npt.NDArray[Any]:
-    """Those of these numbers, which have one size, drawn together: uint8 (n, h, w, 3)."""
+    """Generate the images ``numbers``, which must have the same size, as one batch: uint8 (n, h, w, 3)."""
     shape = _shape(painter, wanted.size(numbers[0]))
     sizes = None
-    if painter.model.config.size_condition:  # whole images of this size
+    if painter.model.config.size_condition:  # uncropped images of this size
         height, width = (edge * painter.autoencoder.downsample for edge in shape[1:])
         sizes = torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32)
     device = next(painter.model.parameters()).device
@@ -244,7 +248,7 @@ def _batch(painter: Painter, wanted: Wanted, numbers: Sequence[int], manner: Man
 
 @stages.register("generate", GenerateConfig)
 class Generate(Stage[GenerateConfig]):
-    """Images of prompts as a dataset directory; a partition is a range of images."""
+    """Images for prompts as a dataset directory; a partition is a range of images."""
 
     name = "generate"
     reads_upstream = False
@@ -279,7 +283,7 @@ class Generate(Stage[GenerateConfig]):
             yield Partition((Input(self.checkpoint.name, start, stop, etag=self._digest(start, stop)),), stop - start)
 
     def _digest(self, start: int, stop: int) -> str:
-        """Of the weights and the prompts that these images depend on."""
+        """Digest of the weights and prompts that images ``start`` to ``stop`` depend on."""
         prompts = [f"{self.wanted.prompt(n)}{_said(self.wanted.size(n))}" for n in range(start, stop)]
         return content_hash((self._weights + "\n".join(prompts)).encode())
 
@@ -289,7 +293,7 @@ class Generate(Stage[GenerateConfig]):
             return folder.digest_of(RECORD)
 
     def process(self, partition: Partition, context: Context) -> Iterator[Outcome]:
-        """Batches never reach over partitions, so that the result does not depend on who does which of them."""
+        """Batches never span partitions, so that results do not depend on which rank generates which partition."""
         set_threads(self.config.threads)
         (images,) = partition.inputs
         if images.etag != self._digest(images.start, images.stop):
@@ -325,7 +329,7 @@ def main(rank: Rank, config: GenerateConfig) -> None:
 
 
 def _sizes(config: GenerateConfig) -> tuple[Size, ...]:
-    """As ``size=`` or ``sizes=`` say."""
+    """Heights and widths from ``size=`` or ``sizes=``."""
     if config.size:
         height, width = config.size
         return ((height, width),)
@@ -341,10 +345,10 @@ def _said(size: Size | None) -> str:
 
 
 def run_of(config: GenerateConfig | EvaluateConfig) -> Path:
-    """The folder of the run that is asked for.
+    """The folder of the run that the settings name.
 
     Raises:
-        ConfigError: it is not there.
+        ConfigError: it does not exist.
     """
     if config.checkpoint:
         checkpoint = Path(config.checkpoint).absolute()
@@ -358,8 +362,8 @@ def run_of(config: GenerateConfig | EvaluateConfig) -> Path:
 
 
 def set_precision(precision: str, device: str | torch.device) -> str:
-    """What the networks on ``device`` compute in: as asked for on a GPU, where bfloat16 goes with TF32 for the rest;
-    float32 on a CPU."""
+    """Set and return the precision of networks on ``device``: on a GPU as requested, where bfloat16 enables TF32 for
+    the other matrix products; on a CPU float32."""
     device = torch.device(device)
     set_matmul_precision(precision, device)
     return precision if device.type == "cuda" else "float32"
@@ -373,7 +377,7 @@ def prompts_of(config: GenerateConfig) -> list[str]:
     """The prompts as given, the lines of a file, or some captions of the dataset.
 
     Raises:
-        ConfigError: the file is not there, is empty, or is no text.
+        ConfigError: the file does not exist, is empty or is not text.
     """
     given = list(config.prompts)
     if len(given) == 1 and (
@@ -399,8 +403,8 @@ def _lines(path: str) -> list[str]:
 
 
 def write_samples(run: Path, wanted: Wanted, images: Sequence[npt.NDArray[Any]]) -> Path:
-    """Put images, a grid of them (a row for each prompt, if it has several) and a listing into ``samples/`` of the
-    run, in place of earlier ones."""
+    """Write the images, a grid of them (with a row per prompt if there are several each) and ``samples.json`` to the
+    run's ``samples/``, replacing earlier ones."""
     attempt = f".samples.{uuid.uuid4().hex}"
     with Folder.open(run) as folder:
         folder.mkdir(attempt)

@@ -44,17 +44,17 @@ from pipeline.sources.memory_images import pixels_of, storable, upright
 from pipeline.sources.text_files import suffix_of
 
 _PARTITIONS = 32
-"""As many at least, so that processes share the work evenly, as long as partitions are of the least size."""
+"""Minimum number of partitions, so that ranks share the work evenly, unless partitions would become too small."""
 _LEAST_BYTES, _MOST_BYTES = 32 << 20, 256 << 20
-"""Of a partition: commits are paid for often, or much is lost when a process is killed."""
+"""Target size of a partition: smaller ones add commit overhead, larger ones lose more work when a rank is killed."""
 _ITEM_BYTES = 128 << 10
-"""Of an item of a Dataset, as long as nothing is known about them."""
+"""Assumed size of a Dataset's item until one has been measured."""
 _HEADER_COLUMNS: Schema = {"width": "int", "height": "int", "mode": "str"}
 _OF_A_DATASET = ("plan", "data", "claims", "events")
 
 
 def is_image_folder(path: str) -> bool:
-    """Whether ``path`` is a folder that no stage has made."""
+    """Whether ``path`` is a folder of files that was not written by a stage."""
     folder = Path(path)
     if not path or not folder.is_dir() or (folder / "plan").is_dir():
         return False
@@ -62,45 +62,45 @@ def is_image_folder(path: str) -> bool:
 
 
 class Items(ABC):
-    """Samples in an order of their own, and how they are cut into partitions."""
+    """An ordered collection of input samples that can be cut into partitions."""
 
     def __init__(self, config: ShardConfig) -> None:
         self.config = config
 
     @abstractmethod
     def schema(self) -> Schema:
-        """Columns of the rows."""
+        """Names and types of the rows' columns."""
 
     def extra(self) -> dict[str, Any]:
-        """What the manifest should say of them."""
+        """Facts about the samples for the manifest."""
         return {}
 
     def watched(self) -> dict[str, str]:
-        """Files besides the inputs that samples depend on: name → state."""
+        """Files other than the inputs that samples depend on: name → state."""
         return {}
 
     def left_out(self) -> LeftOut:
-        """What looks like data but is no sample of the last plan."""
+        """Files that look like data but were not samples of the last plan."""
         return LeftOut()
 
     def changed(self, file: Input) -> bool:
-        """Whether a planned input is not what it was."""
+        """Whether a planned input has changed."""
         return True
 
     @abstractmethod
     def plan(self, since: int, sample_bytes: int) -> Iterator[Partition]:
-        """Even cuts; ``sample_bytes`` is what one sample will take, 0 if that is not known."""
+        """Partitions of even size, from upstream partition ``since`` on; ``sample_bytes``: per sample, 0 if unknown."""
 
     @abstractmethod
     def outcomes(self, partition: Partition, context: Context) -> Iterator[Outcome]:
-        """What becomes of each sample of the partition; ``context.extra`` has what :meth:`extra` said."""
+        """The outcome of each sample of the partition; ``context.extra`` is what :meth:`extra` returned at planning."""
 
     @abstractmethod
     def some(self) -> Iterator[Row]:
-        """Good samples from the first on, to learn of what kind they are."""
+        """Valid samples, starting with the first, from which types and sizes are inferred."""
 
     def cuts(self, total: int, sample_bytes: float) -> Iterator[tuple[int, int]]:
-        """Even ranges of ``total`` samples of about this size."""
+        """Ranges of even size over ``total`` samples of ``sample_bytes`` bytes each."""
         sample_bytes = max(sample_bytes, 1)
         wanted = min(max(total * sample_bytes / _PARTITIONS, _LEAST_BYTES), _MOST_BYTES)
         size = self.config.partition_size or max(1, int(wanted / sample_bytes))
@@ -109,7 +109,7 @@ class Items(ABC):
             yield total * number // count, total * (number + 1) // count
 
     def order(self, positions: npt.NDArray[Any], total: int, *key: int) -> npt.NDArray[Any]:
-        """``positions`` of ``range(total)`` as they are, or through the permutation that the seed and ``key`` give."""
+        """``positions``; with ``shuffle``, mapped by a permutation of ``range(total)`` keyed by seed and ``key``."""
         if not self.config.shuffle:
             return positions
         return Permutation(total, keyed_seed(self.config.seed, "shard", *key))[positions]
@@ -129,7 +129,7 @@ class Upstream(Items):
         return dict(self.dataset.header["extra"])
 
     def plan(self, since: int, sample_bytes: int) -> Iterator[Partition]:
-        """What the upstream gained later is cut and shuffled by itself."""
+        """Samples that the upstream gained since are partitioned and shuffled separately."""
         starts = self.dataset.places
         first, total = int(starts[since]), int(starts[-1] - starts[since])
         counts = self.dataset.require_success()["counts"]
@@ -160,7 +160,7 @@ class Upstream(Items):
 
 
 class Folder(Items):
-    """Images in a folder, read where they lie."""
+    """Images in a folder, read in place."""
 
     @cached_property
     def source(self) -> ImageFolder:
@@ -170,7 +170,7 @@ class Folder(Items):
 
     @cached_property
     def labels(self) -> dict[str, str]:
-        """Image's file name → class, from the file that the setting names."""
+        """File name → class, read from the file ``labels``."""
         return read_labels(Path(self.config.labels)) if self.config.labels else {}
 
     @cached_property
@@ -238,16 +238,16 @@ class Folder(Items):
 
 
 Collate = Callable[[list[Any]], list[Row]]
-"""Turns items of a Dataset into rows with ``image`` and whatever else there is; see :func:`rows_of`."""
+"""Turns items of a Dataset into rows with ``image`` and optional further columns; see :func:`rows_of`."""
 
 
 class Objects(Items):
     """The items of a map-style Dataset.
 
     Args:
-        dataset: anything with ``__len__`` and ``__getitem__``.
-        collate: items → rows.
-        batch_size: items that ``collate`` gets at once.
+        dataset: an object with ``__len__`` and ``__getitem__``.
+        collate: turns a list of items into rows.
+        batch_size: number of items that ``collate`` receives at once.
     """
 
     def __init__(self, config: ShardConfig, dataset: Any, collate: Collate, batch_size: int) -> None:
@@ -311,7 +311,7 @@ class Objects(Items):
     def _item(self, position: int) -> Any:
         try:
             return self.dataset[position]
-        except Exception as error:  # a user's Dataset raises anything; it concerns this sample alone
+        except Exception as error:  # a user's Dataset may raise anything; only this sample fails
             return SampleError("dataset_raised", in_words(error))
 
 
@@ -334,10 +334,11 @@ def _failed(outcome: Outcome, error: SampleError) -> Outcome:
 
 
 def rows_of(items: list[Any]) -> list[Row]:
-    """Rows of items: ``(image, label)``, ``(image, mask)``, an image, or a mapping with ``image`` and other columns.
+    """Turn items into rows. An item is ``(image, label)``, ``(image, mask)``, an image, or a mapping with ``image``
+    and other columns.
 
-    An image or mask is the bytes or the path of a file, a PIL image, an array (h, w[, c]) or a tensor (c, h, w). A
-    label is an integer; a text or a list of texts are captions.
+    An image or mask is the bytes or path of a file, a PIL image, an array (h, w[, c]) or a tensor (c, h, w). An integer
+    is a label; a string or a list of strings are captions.
     """
     return [_row(item) for item in items]
 
@@ -368,7 +369,7 @@ def _name_of(target: Any) -> str:
 
 
 def completed(key: str, row: Row) -> Row:
-    """``row`` with the columns that every sample has, its values as they are stored."""
+    """``row`` with the columns that every sample has, and values in their stored form."""
     row = dict(row)
     data, kind = file_of(row.pop("image") if "image" in row else row[IMAGE])
     first = row.pop("caption", [])
@@ -392,9 +393,9 @@ def completed(key: str, row: Row) -> Row:
 
 
 def file_of(value: Any, *, numbers: bool = False) -> tuple[bytes, str]:
-    """The bytes of an image file and its format; of what is no file yet, one without loss.
+    """The bytes of an image file and its format; anything else than a file is encoded losslessly.
 
-    ``numbers``: its values are no colours, those of a palette stay indices.
+    ``numbers``: values are numbers, not colours, so palette indices are kept.
     """
     if isinstance(value, (bytes, bytearray, memoryview)):
         data = bytes(value)
@@ -416,7 +417,7 @@ def file_of(value: Any, *, numbers: bool = False) -> tuple[bytes, str]:
 
 
 def header_columns(data: bytes) -> Row:
-    """Format, size and mode as the image's header says, whatever its name promises."""
+    """Format, size and mode according to the image's header, regardless of the file name."""
     try:
         header = transform.probe(data)
     except transform.ImageError as error:
@@ -443,7 +444,7 @@ def _plain(value: Any) -> Any:
 
 
 def kind_of(value: Any) -> str:
-    """The type of a column that holds values like this one."""
+    """The column type for values like this one."""
     if isinstance(value, bytes):
         return "bytes"
     return "int" if isinstance(value, int) else "str" if isinstance(value, str) else "json"
@@ -453,10 +454,10 @@ def kind_of(value: Any) -> str:
 
 
 def read_classes(path: Path) -> list[str]:
-    """Names in the order of their numbers, from a converted dataset, a folder of class folders, ``.json`` or ``.txt``.
+    """Class names in label order, from a converted dataset, a folder of class folders, ``.json`` or ``.txt``.
 
     Raises:
-        ConfigError: it is none of these.
+        ConfigError: ``path`` is none of these or names no classes.
     """
     try:
         if (path / "plan").is_dir():
@@ -469,7 +470,7 @@ def read_classes(path: Path) -> list[str]:
             found = [words[0] for line in path.read_text().splitlines() if (words := line.split())]
     except (OSError, ValueError) as error:
         raise ConfigError(f"classes={path}: cannot be read: {error}") from None
-    if isinstance(found, dict):  # of names to numbers
+    if isinstance(found, dict):  # name → label
         found = sorted(found, key=lambda name: found[name])
     if not found:
         raise ConfigError(f"classes={path}: names no classes")
@@ -477,12 +478,15 @@ def read_classes(path: Path) -> list[str]:
 
 
 def read_labels(path: Path) -> dict[str, str]:
-    """File name → class: a list of two columns (ImageNet's ``LOC_val_solution.csv``: the first word counts), a
-    ``.json`` mapping, ``.txt`` with a pair on each line, or ``ILSVRC2012_validation_ground_truth.txt`` of ImageNet's
-    devkit, whose numbers are not in WordNet order: ``meta.mat`` next to it, or above it, says what they mean.
+    """Read a mapping of file name to class.
+
+    Accepts a list with two columns (in ImageNet's ``LOC_val_solution.csv``, the first word of the second counts), a
+    ``.json`` mapping, a ``.txt`` with a pair on each line, or ``ILSVRC2012_validation_ground_truth.txt`` of ImageNet's
+    devkit. The numbers in the latter are not in WordNet order; ``meta.mat`` in its folder or one above maps them to
+    names.
 
     Raises:
-        ConfigError: it cannot be read.
+        ConfigError: the file cannot be read.
     """
     try:
         if path.name.endswith("validation_ground_truth.txt"):
@@ -497,14 +501,14 @@ def read_labels(path: Path) -> dict[str, str]:
 
 
 def _named_labels(path: Path) -> dict[str, str]:
-    """The pairs of a list: a name, and a class, of several words the first."""
+    """Pairs of name and class from a list; if the class is several words, the first is used."""
     labels: dict[str, str] = {}
     for number, row in enumerate(open_list(path, "a file of labels", heading=False).rows(), 1):
         values = [str(value) for value in row.values.values() if isinstance(value, str | int)]
         pair = values[0].split(None, 1) if suffix_of(path) == ".txt" else values
         words = pair[1].split() if len(pair) > 1 else []
         if number == 1 and pair and pair[0].strip().lower() in ("imageid", *NAME_COLUMNS):
-            continue  # the heading
+            continue  # the header row
         if row.error or not words or not pair[0].strip():
             raise ConfigError(f"{path}: row {number}: {row.error or 'expected a name and a class'}")
         labels[pair[0].strip()] = words[0]

@@ -42,13 +42,13 @@ if TYPE_CHECKING:
     from pipeline.latents.encoding import Encoded, Encoding
 
 _PATCH = 2
-"""Edge of the patches of latents that are a token of :mod:`pipeline.models.dit`, and of most other models."""
-_BUFFER = 2**28  # bytes of results of a GPU that may wait for a disk that writes in bursts
+"""Edge in latents of a patch that becomes one token in :mod:`pipeline.models.dit` and in most other models."""
+_BUFFER = 2**28  # bytes of GPU results that may wait for a disk with bursty writes
 
 
 @dataclass(frozen=True)
 class Captions:
-    """Of a batch: captions that are encoded along with it, and those that are not needed after it."""
+    """Captions that are encoded with a batch, and those that can be forgotten after it."""
 
     new: list[str]
     forget: list[str]
@@ -77,7 +77,7 @@ class Precompute(EncodingStage[PrecomputeConfig]):
         return schema | ({"jpg": "jpeg"} if self.config.save_images else {})
 
     def extra(self) -> dict[str, Any]:
-        """Shapes, dtype and encoders: what a reader needs to make tensors of the bytes and to decode them."""
+        """Shapes, dtype and encoders: what a reader needs to turn bytes into tensors and decode them."""
         shapes: dict[str, list[int | None]] = {name: [*shape] for name, shape in self.texts.shapes.items()}
         for resolution in self.config.image_resolutions:
             edges = [None, None] if self.buckets else self.vae.latent_shape(resolution)[1:]
@@ -106,7 +106,7 @@ class Precompute(EncodingStage[PrecomputeConfig]):
 
     @cached_property
     def buckets(self) -> tuple[Buckets, ...]:
-        """For each resolution; empty: squares."""
+        """Buckets for each resolution; empty: images are square."""
         config = self.config
         if config.aspect == "square":
             return ()
@@ -116,7 +116,7 @@ class Precompute(EncodingStage[PrecomputeConfig]):
 
     @property
     def _size_columns(self) -> list[str]:
-        """What is stored of how an image became its bucket."""
+        """Columns that record how an image was fitted to its bucket."""
         if not self.buckets:
             return []
         own = (f"{name}_{each.resolution}" for each in self.buckets for name in BUCKET_COLUMNS)
@@ -131,7 +131,7 @@ class Precompute(EncodingStage[PrecomputeConfig]):
 
     @cached_property
     def texts(self) -> TextStates:
-        """Computed here, or by stage=texts."""
+        """Text states, computed here or by stage=texts."""
         if self.upstream.stage == TEXTS:
             return StoredTextStates(self.config, lambda: self.upstream)
         return TextStates(self.config, lambda: self.upstream, self.rank.device, self._dtype)
@@ -150,9 +150,9 @@ class Precompute(EncodingStage[PrecomputeConfig]):
         from pipeline.latents.encoding import Encoding
 
         config = self.config
-        evaluate(self._ideal)  # compiled networks cannot be counted
+        evaluate(self._ideal)  # before compiling, as FLOPs of compiled networks cannot be counted
         if config.compile:
-            allow_graphs(8 + sum(len(each.sizes) for each in self.buckets))  # one for each shape
+            allow_graphs(8 + sum(len(each.sizes) for each in self.buckets))  # one graph per shape
             self.vae.compile()
             for text in self.texts.encoders.values():
                 text.compile()
@@ -173,7 +173,7 @@ class Precompute(EncodingStage[PrecomputeConfig]):
 
     @cached_property
     def _ideal(self) -> tuple[float, float]:
-        """Seconds that the device would need at its peak for an image, and for a caption; 0 where that is not known."""
+        """Seconds per image and per caption at the device's peak throughput; 0 if unknown."""
         if not self.on_gpu:
             return 0.0, 0.0
         import torch
@@ -200,7 +200,7 @@ class Precompute(EncodingStage[PrecomputeConfig]):
 
     @property
     def batch_size(self) -> int:
-        """As given; of ``auto`` what the rank that made the plan has found out, the same for all."""
+        """The given batch size; for ``auto``, the one that the planning rank measured, so that all ranks agree."""
         given = self.config.batch_size
         if given == "auto":
             known = self.planned_extra.get("batch_size")
@@ -215,10 +215,10 @@ class Precompute(EncodingStage[PrecomputeConfig]):
 
     @cached_property
     def upstream(self) -> Dataset:
-        """What stage=texts has written, if it has, with captions encoded; else samples with images.
+        """The output of stage=texts, if it was run and has encoded captions; else samples with images.
 
         Raises:
-            Unfinished: it is missing or not complete, or texts are not those of all samples that there are now.
+            Unfinished: it is missing or incomplete, or its texts do not cover all current samples.
         """
         upstream = open_input(self.config, self.name)
         images_of(upstream)
@@ -278,8 +278,8 @@ class Precompute(EncodingStage[PrecomputeConfig]):
                 yield batch, Captions(new if number == 1 else [], forget if number == len(window) else [])
 
     def padded(self, count: int) -> int:
-        """Each bucket of a partition ends with a batch that is not full: so powers of two are sizes of batches, too,
-        unless each would be compiled for itself."""
+        """Batch size for ``count`` samples. With buckets, which leave partial batches in each partition, powers of two
+        are also used, unless compiling, where each size would need its own graph."""
         if not self.buckets or self.config.compile:
             return self.batch_size
         return min(self.batch_size, 1 << (count - 1).bit_length())
@@ -338,7 +338,7 @@ class Precompute(EncodingStage[PrecomputeConfig]):
 
 
 class _Memory:
-    """Makes rows of encoded batches."""
+    """Turns encoded batches into rows."""
 
     def __init__(self, stage: Precompute) -> None:
         self.texts = stage.texts.rows()

@@ -1,6 +1,6 @@
 """stage=publish: copy a finished dataset directory to an object store, completely or not at all.
 
-Any number of ranks share the work. Killed at any moment, the same command resumes without sending again what is there.
+Ranks share the work. If interrupted, the same command resumes without sending finished files again.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from pipeline.stores import Store
 
 
 def publish(config: PublishConfig, rank: Rank) -> str:
-    """Publish ``config.input`` at ``config.to``; a line that says what was done.
+    """Publish ``config.input`` at ``config.to``; returns a summary line.
 
     Raises:
-        ConfigError: the dataset is not finished, or the place holds something else.
-        StorageError: the store refuses or fails, or a file is damaged.
+        ConfigError: the dataset is not finished, or the target holds something else.
+        StorageError: the store rejects a request or fails, or a file is damaged.
     """
     dataset = Dataset.open(Path(config.input).absolute())
     if config.to.startswith("hf://"):
@@ -44,7 +44,7 @@ def publish(config: PublishConfig, rank: Rank) -> str:
 
 
 def _to_hub(config: PublishConfig, dataset: Dataset, rank: Rank) -> str:
-    """The Hub takes one commit at a time: one rank does it all."""
+    """The Hub takes one commit at a time, so rank 0 does all the work."""
     from pipeline.partitions.publish_hub import HubPublication
 
     publication = HubPublication(dataset, config.to, rank.check_stop)

@@ -1,8 +1,8 @@
-"""stage=recaption: write further captions with a vision-language model; no image is copied.
+"""stage=recaption: write additional captions with a vision-language model; images are not copied.
 
-The result has a pointer to each sample of the upstream and four columns instead of its captions: ``captions``, all of
-them, ``caption``, the first, ``caption_sources``, where each is from, and ``recaptions``, what was written again with
-the model and the prompt.
+The result has a pointer to each upstream sample and four columns that replace its captions: ``captions`` (all of
+them), ``caption`` (the first), ``caption_sources`` (where each is from), and ``recaptions`` (the new ones, with model
+and prompt).
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Recaption(Stage[RecaptionConfig]):
         return {**self.upstream.schema, "caption": "str", "captions": "json", SOURCES: "json", WRITTEN: "json"}
 
     def _check_source(self) -> None:
-        """Raises ConfigError if the name of the new captions is that of others."""
+        """Raises ConfigError if the name for the new captions is empty or already used."""
         name, known = self.config.caption_source, self.upstream.header["extra"].get("caption_sources", [ORIGINAL])
         if not name or name in known:
             raise ConfigError(
@@ -80,7 +80,7 @@ class Recaption(Stage[RecaptionConfig]):
         return self.input
 
     def identity(self) -> dict[str, Any]:
-        """Of a server, the model counts, not where it runs."""
+        """A server is identified by its model, not by its address."""
         kind = self.config.captioner.partition(":")[0]
         return super().identity() | ({"captioner": kind} if kind == "openai" else {})
 
@@ -99,7 +99,7 @@ class Recaption(Stage[RecaptionConfig]):
     def plan(self, since: int = 0) -> Iterator[Partition]:
         return follow_upstream(self.upstream, since)
 
-    # ---- what there is to work with
+    # ---- captioner and prompts
 
     @cached_property
     def captioner(self) -> Captioner:
@@ -107,7 +107,7 @@ class Recaption(Stage[RecaptionConfig]):
 
     @cached_property
     def prompts(self) -> list[str]:
-        """One for each caption of a sample, before its fields are filled in."""
+        """A prompt template for each caption of a sample."""
         given = self.config.caption_prompt or (DEFAULT_PROMPT,)
         return [
             prompt
@@ -121,7 +121,7 @@ class Recaption(Stage[RecaptionConfig]):
 
     @cached_property
     def own(self) -> Dataset:
-        """The output, as it was when the work began."""
+        """The output dataset, as it was when work began."""
         return Dataset.open(self.output)
 
     def close(self) -> None:
@@ -131,17 +131,17 @@ class Recaption(Stage[RecaptionConfig]):
             if hasattr(made, "close"):
                 made.close()
 
-    # ---- paid answers
+    # ---- paid responses
 
     _journal: tuple[int, Journal] | None = None
 
     @cached_property
     def _spent(self) -> dict[int, int]:
-        """Tokens by partition, of those that are committed."""
+        """Tokens spent on each committed partition."""
         return {}
 
     def _open_journal(self, index: int) -> Journal | None:
-        """What a server was paid for is kept; what is computed here can be computed again."""
+        """A journal of the server's responses, which cost money; local models have none, as they can compute again."""
         if not self.config.captioner.startswith("openai:"):
             return None
         self._forget_journal()
@@ -149,7 +149,7 @@ class Recaption(Stage[RecaptionConfig]):
         return self._journal[1]
 
     def _forget_journal(self) -> None:
-        """Of the last partition, if it is committed."""
+        """Discard the last partition's journal if the partition is committed."""
         if self._journal is not None:
             index, journal = self._journal
             if self.own.root.in_place() and self.own.root.exists(self.own.path_of(index)):
@@ -157,7 +157,7 @@ class Recaption(Stage[RecaptionConfig]):
             self._journal = None
 
     def _count_budget(self) -> None:
-        """Tell the captioner what was spent for all partitions that are committed."""
+        """Report to the captioner the tokens spent on all committed partitions."""
         if not self.config.token_budget:
             return
         for index in range(self.own.partitions):
@@ -185,7 +185,7 @@ class Recaption(Stage[RecaptionConfig]):
 
         captions = 0
         for written in self.captioner.write(questions(), journal, self.rank.check_stop):
-            yield from ready()  # those about which nothing is asked
+            yield from ready()  # samples without questions
             waiting[0].written.append(written)
             captions += not written.reason
             _add(total, written)
@@ -257,7 +257,7 @@ class Recaption(Stage[RecaptionConfig]):
         return str(self.config.served_model or self.config.captioner)
 
     def _note(self, notes: dict[str, Any], total: Written, captions: int, seconds: float) -> None:
-        """Leave for the events what was written, how fast, and what it cost."""
+        """Record for the events what was written, how fast and at what cost."""
         config = self.config
         told = {
             "captions": captions,

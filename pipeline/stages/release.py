@@ -1,7 +1,7 @@
-"""Removes data that are no longer needed, once the output made from them is verified; ledgers and records are kept.
+"""Remove data that are no longer needed once the output made from them is verified; ledgers and records are kept.
 
-A generation of kind ``release`` has each partition committed again with its ledger, and a record that still reports
-the data files; then what it replaces is deleted. The content digest stays as it is, so that nothing becomes stale.
+A generation of kind ``release`` commits each partition again with its ledger and a record that still lists the data
+files; then the replaced partition is deleted. The content digest does not change, so that nothing becomes stale.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from pipeline.stages.verify import findings_in
 from pipeline.storage import StorageError
 
 _ELSEWHERE = ("reference", "pointer")
-"""Formats whose rows lie outside of the dataset directory."""
+"""Formats whose data lie outside the dataset directory."""
 
 
 def main(
     make: Callable[[Any, Rank], AnyStage], config: Any, rank: Rank, *, release_raw: bool, whole_line: bool
 ) -> None:
-    """The body of the ``main`` of a stage whose upstream's data may go when it is done, if ``release_raw``."""
+    """The body of a stage's ``main``; with ``release_raw``, removes the upstream's data when the stage is done."""
     stage = make(config, rank)
     with engine.expected_errors(rank):
         if stage.reads_upstream:
-            finish_release(input_folder(config, stage.name), rank)  # that an earlier life may have left half done
+            finish_release(input_folder(config, stage.name), rank)  # that an earlier life may have left unfinished
     engine.main(make, config, rank)
     if release_raw and stage.reads_upstream and rank.is_main:
         with engine.expected_errors(rank):
@@ -41,9 +41,9 @@ def main(
 
 
 def release_upstream(made: Path, rank: Rank, *, whole_line: bool) -> None:
-    """Remove the data that ``made`` was made from, or (``whole_line``) those of all stages before it.
+    """Remove the data that ``made`` was made from; with ``whole_line``, those of all stages before it.
 
-    Data that something unfinished or stale was made from stay. Interrupted, it is to be called again.
+    Data from which something unfinished or stale was made are kept. If interrupted, call it again.
 
     Raises:
         StorageError: something that was made from the data is damaged.
@@ -57,10 +57,10 @@ def release_upstream(made: Path, rank: Rank, *, whole_line: bool) -> None:
 
 
 def release(place: Path, rank: Rank) -> None:
-    """Remove the data of the finished dataset directory at ``place``. Interrupted, it is to be called again.
+    """Remove the data of the finished dataset directory ``place``. If interrupted, call it again.
 
     Raises:
-        StorageError: the disk refuses something.
+        StorageError: files cannot be removed.
     """
     try:
         _release(place, rank)
@@ -82,7 +82,7 @@ def _release(place: Path, rank: Rank) -> None:
 
 
 def finish_release(place: Path, rank: Rank) -> None:
-    """Bring a release to its end that was begun at ``place``, if there is one."""
+    """Complete a release of ``place`` that was interrupted, if there is one."""
     if (place / "plan").is_dir():
         dataset = Dataset.open(place)
         if dataset.success is None and dataset.plans[-1].header["kind"] == RELEASE:
@@ -90,7 +90,7 @@ def finish_release(place: Path, rank: Rank) -> None:
 
 
 def _line(dataset: Dataset, rank: Rank) -> Iterator[tuple[Dataset, Dataset]]:
-    """A dataset directory and what it was made from, the last ones first."""
+    """Pairs of (a dataset directory, the dataset it was made from), from ``dataset`` back to the first stage."""
     while upstream := dataset.header.get("upstream"):
         place = Path(upstream["path"])
         if not (place / "plan").is_dir():
@@ -101,7 +101,7 @@ def _line(dataset: Dataset, rank: Rank) -> Iterator[tuple[Dataset, Dataset]]:
 
 
 def _may_go(dataset: Dataset, after: Dataset, verified: set[Path], rank: Rank) -> bool:
-    """Whether ``after`` and all else that was made from ``dataset`` and lies next to it is finished and sound."""
+    """Whether ``after`` and all neighbouring datasets made from ``dataset`` are finished and sound."""
     digest = dataset.require_success()["content_digest"]
     found = {made.root.path: made for made in (after, *find_datasets(dataset.root.path.parent))}
     for made in found.values():

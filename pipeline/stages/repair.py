@@ -24,7 +24,7 @@ from pipeline.stages.verify import findings_in
 from pipeline.storage import Folder, StorageError
 
 Maker = Callable[[Dataset, Rank, bool], AnyStage]
-"""The stage to do partitions again with; the last argument: whatever part of the samples failed."""
+"""(dataset, rank, lenient) → the stage to redo partitions with; ``lenient``: accept any fraction of failed samples."""
 
 
 def repair(
@@ -35,20 +35,20 @@ def repair(
     make: Maker | None = None,
     limits: WorkerLimits = DEFAULT_WORKER_LIMITS,
 ) -> dict[str, Any] | None:
-    """Redo the partitions that :func:`verify` finds fault with, and finish the dataset again.
+    """Redo the partitions in which :func:`verify` finds faults, and finish the dataset again.
 
     Args:
-        deep: look inside of partitions whose bytes are those that were written; what is redone may come out different.
-        workers: processes that look (0: one for each CPU).
-        make: the stage, where its settings do not say all.
+        deep: also check the content of partitions whose bytes are as written; redone data may then differ.
+        workers: number of verifying processes; 0: one per CPU.
+        make: creates the stage if its settings alone do not define it.
         limits: of the processes that decode images, with ``deep``.
 
     Returns:
-        What ``_SUCCESS`` says afterwards; None if there was nothing to mend.
+        The content of ``_SUCCESS`` afterwards; None if there was nothing to repair.
 
     Raises:
-        ConfigError: there is no dataset directory, or its input is not what it was.
-        StorageError: the plan is damaged beyond repair, or the content came out different from before.
+        ConfigError: there is no dataset directory, or its input has changed.
+        StorageError: the plan is damaged beyond repair, or the redone content differs from before.
     """
     try:
         return _repair(folder, rank, deep, workers, make or _by_settings, limits)
@@ -104,7 +104,7 @@ def _repair_at(
 
 
 def _expected(dataset: Dataset) -> str:
-    """The content digest that should come out; empty if the dataset was never finished."""
+    """The expected content digest; empty if the dataset was never finished."""
     if dataset.success is not None:
         return str(dataset.success["content_digest"])
     newest = dataset.plans[-1].header  # an earlier repair may have been interrupted
@@ -112,7 +112,7 @@ def _expected(dataset: Dataset) -> str:
 
 
 def _to_redo(dataset: Dataset, findings: list[Finding]) -> set[int]:
-    """Partitions to be done again. Those that were never committed are not among them: the stage just does them."""
+    """Partitions to redo. Uncommitted partitions are not included: the stage processes them anyway."""
     bad = {finding.partition for finding in findings if finding.partition >= 0}
     if dataset.success is None:
         bad = {index for index in bad if dataset.root.exists(dataset.path_of(index))}

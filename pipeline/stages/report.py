@@ -34,12 +34,12 @@ from pipeline.telemetry.efficiency import Efficiency, efficiency
 from pipeline.telemetry.events import EventReader
 from pipeline.telemetry.host_stats import Hosts, HostStatus
 
-_LEDGERS = 50  # partitions whose ledgers the histograms are drawn from, evenly spread
-_HOSTS = 20  # the most that are listed
+_LEDGERS = 50  # evenly spread partitions whose ledgers the histograms are computed from
+_HOSTS = 20  # maximum number listed
 _THUMBNAIL = 160  # pixels
 _STRIPS = 10  # evaluations whose images are shown
-_REASONS = 4  # that the funnel names of each stage
-_EXAMPLES = 3  # samples that are named for each reason
+_REASONS = 4  # reasons shown for each stage in the funnel
+_EXAMPLES = 3  # samples shown for each reason
 _LEVELS = ("loss_t1", "loss_t2", "loss_t3", "loss_t4")
 _MEASURED = ("valid_loss", "valid_accuracy", "cider", "bleu_4", "rouge_l", "exact")
 _INK = "#3b6ea5"
@@ -62,7 +62,7 @@ def main(config: ReportConfig) -> None:
 
 
 def pages_below(folder: Path, output: Path) -> Iterator[tuple[str, str]]:
-    """Other pages about what is in ``folder``: what they are, and where they lie as seen from ``output``."""
+    """Other pages about the content of ``folder``: (title, path relative to ``output``)."""
     patterns = {
         "evaluation": "runs/*/evaluation/evaluation.html",
         "captions": "*/gallery.html",
@@ -75,7 +75,7 @@ def pages_below(folder: Path, output: Path) -> Iterator[tuple[str, str]]:
 
 
 def page(folder: Path, samples: int, price: float = 0.0, links: Mapping[str, str] | None = None) -> str:
-    """The HTML text about all dataset directories and training runs below ``folder``; ``price`` of a GPU hour."""
+    """The HTML page about all dataset directories and training runs below ``folder``; ``price``: of a GPU hour."""
     environment = Environment(loader=PackageLoader("pipeline.stages", "templates"), autoescape=True)
     found = find_datasets(folder)
     filtered = {dataset.root.path.parent for dataset in found if dataset.stage == "filter"}
@@ -92,7 +92,7 @@ def page(folder: Path, samples: int, price: float = 0.0, links: Mapping[str, str
     )
 
 
-# ---- what there is
+# ---- training runs
 
 
 def find_runs(folder: Path) -> list[Path]:
@@ -106,12 +106,12 @@ def find_runs(folder: Path) -> list[Path]:
 
 
 def shows_images(dataset: Dataset, filtered: set[Path]) -> bool:
-    """Whether the page has a contact sheet of this dataset: of the filtered samples, else of the shards."""
+    """Whether the page has a contact sheet of this dataset: filtered samples, or shards if there are none."""
     return dataset.stage == "filter" or (dataset.stage == "shard" and dataset.root.path.parent not in filtered)
 
 
 def describe(dataset: Dataset, samples: int, sheet: bool) -> dict[str, Any]:
-    """What the page says of a dataset directory."""
+    """What the page shows of a dataset directory."""
     facts: dict[str, Any] = {"path": dataset.root.path, "stage": dataset.stage, "partitions": dataset.partitions}
     facts["efficiency"] = _efficiency(dataset.root)
     success = dataset.success
@@ -151,7 +151,7 @@ def describe(dataset: Dataset, samples: int, sheet: bool) -> dict[str, Any]:
 
 
 def score_facts(dataset: Dataset) -> dict[str, Any]:
-    """What the page says of scores: quantiles, histograms, correlations, and images along each score."""
+    """What the page shows of scores: quantiles, histograms, correlations, and images along each score."""
     found = scores.read_scores(dataset, spread(dataset.partitions, _LEDGERS))
     place = Path(dataset.header["upstream"]["path"])
     images = Dataset.open(place) if (place / "plan").is_dir() else None
@@ -180,7 +180,7 @@ def score_facts(dataset: Dataset) -> dict[str, Any]:
 
 
 def captioning(dataset: Dataset) -> dict[str, float]:
-    """What writing captions took, all partitions together."""
+    """Tokens, seconds and cost of writing captions, summed over all partitions, and the mean rate."""
     total: Counter[str] = Counter()
     for record in records(dataset):
         told = record["notes"].get("captioning", {})
@@ -190,19 +190,19 @@ def captioning(dataset: Dataset) -> dict[str, float]:
 
 
 def recaptioned(dataset: Dataset, most: int) -> Iterator[dict[str, Any]]:
-    """Some images with all of their captions, each with its source."""
+    """Some images with all their captions and the sources of these."""
     for _, stored in spread_samples(dataset, most):
         try:
             row = stored.read()
             image = transform.decode(row["jpg"], transform.probe(row["jpg"], transform.Limits()))
         except (SampleError, transform.ImageError, ValueError, Released):
-            continue  # told of among the samples that failed, or removed on purpose
+            continue  # listed among the failed samples, or removed on purpose
         captions = list(zip(sources_of(row), row["captions"], strict=True))
         yield {"key": stored.key, "captions": captions, "image": embed(image)}
 
 
 def left_out(dataset: Dataset) -> list[tuple[str, int, str]]:
-    """What looked like data but became no sample: reason, how often, examples; most of all first."""
+    """Files that look like data but are not samples: (reason, count, examples), most frequent first."""
     planned = dataset.header.get("left_out") or {}
     rows = [(reason, found["count"], ", ".join(found["examples"])) for reason, found in planned.items()]
     manifest = dataset.root.read_json("manifest.json") or {}
@@ -212,12 +212,12 @@ def left_out(dataset: Dataset) -> list[tuple[str, int, str]]:
 
 
 def spread(total: int, most: int) -> list[int]:
-    """At most ``most`` numbers of ``range(total)``, evenly spread."""
+    """At most ``most`` evenly spread numbers of ``range(total)``."""
     return sorted({int(i) for i in np.linspace(0, total - 1, min(total, most))}) if total else []
 
 
 def spread_samples(dataset: Dataset, most: int) -> Iterator[tuple[int, Stored]]:
-    """Evenly spread kept samples, with the numbers of their partitions."""
+    """Evenly spread kept samples with the indices of their partitions."""
     opened: dict[int, list[Stored]] = {}
     for position in spread(len(dataset), most):
         index = int(np.searchsorted(dataset.starts, position, "right")) - 1
@@ -227,7 +227,7 @@ def spread_samples(dataset: Dataset, most: int) -> Iterator[tuple[int, Stored]]:
 
 
 def hosts(dataset: Dataset) -> list[HostStatus]:
-    """How the servers of most images did, of samples that came by URL."""
+    """Download statistics of the hosts with the most images, for samples fetched by URL."""
     found = Hosts()
     for index in spread(dataset.partitions, _LEDGERS):
         table = SlotReader(dataset, index).ledger(["outcome", "reason", "member"]).to_pydict()
@@ -237,7 +237,7 @@ def hosts(dataset: Dataset) -> list[HostStatus]:
 
 
 def not_kept(dataset: Dataset) -> Iterator[dict[str, str]]:
-    """A few samples for each reason for which some were dropped or failed: names, and images that came to the stage."""
+    """A few dropped or failed samples for each reason: their names, and the images that the stage received."""
     told: Counter[tuple[str, str]] = Counter()
     top = dataset.header["upstream"] is None
     before = (
@@ -259,7 +259,7 @@ def not_kept(dataset: Dataset) -> Iterator[dict[str, str]]:
 
 
 def thumbnail(dataset: Dataset, partition: str, key: str) -> str:
-    """The image of a sample of ``partition`` as a data URL; empty if there is none, or none that can be decoded."""
+    """The image of a sample of ``partition`` as a data URL; empty if it does not exist or cannot be decoded."""
     number = partition.rpartition("/")[2]
     if dataset.released or not number.isdigit() or int(number) >= dataset.partitions:
         return ""
@@ -268,7 +268,7 @@ def thumbnail(dataset: Dataset, partition: str, key: str) -> str:
         data = found.read().get("jpg") if found else None
         return embed(transform.decode(data, transform.probe(data, transform.Limits()))) if data else ""
     except (SampleError, transform.ImageError, ValueError, OSError):
-        return ""  # it is the reason why such samples failed
+        return ""  # may be the very reason why the sample failed
 
 
 def size_histograms(dataset: Dataset) -> list[str]:
@@ -291,8 +291,8 @@ def size_histograms(dataset: Dataset) -> list[str]:
 
 
 def bucket_facts(dataset: Dataset) -> Iterator[dict[str, Any]]:
-    """Of each resolution of latents with buckets: how many samples each bucket has, and which part of the images'
-    pixels was cut off; ``square``: which part square crops would have cut off."""
+    """For each resolution with buckets: number of samples in each bucket, the fraction of image pixels cropped off
+    (``cut``), and the fraction that square crops would have cut off (``square``)."""
     buckets = buckets_in(dataset.header["extra"])
     sources: list[tuple[int, int]] = []
     for index in spread(dataset.partitions, _LEDGERS) if buckets else ():
@@ -325,7 +325,7 @@ def contact_sheet(dataset: Dataset, most: int) -> Iterator[dict[str, str]]:
 
 
 def decoded_latents(dataset: Dataset, most: int) -> Iterator[dict[str, Any]]:
-    """Latents of the largest resolution, decoded, next to the image that they were made from."""
+    """Decoded latents of the largest resolution, next to the images they were made from."""
     import torch
 
     from pipeline.encoders.base import autoencoder, to_pixels
@@ -342,7 +342,7 @@ def decoded_latents(dataset: Dataset, most: int) -> Iterator[dict[str, Any]]:
     for index, stored in spread_samples(dataset, most):
         if index not in sources:
             sources = {index: {s.key: s for s in upstream.samples(dataset.partition(index).inputs[0].start)}}
-        if stored.key not in sources[index]:  # its input has been made again since
+        if stored.key not in sources[index]:  # its input has been rebuilt since
             continue
         row = stored.read()
         source = sources[index][stored.key].read()["jpg"]
@@ -372,7 +372,7 @@ def psnr(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> float:
 
 
 def describe_run(run: Path, price: float = 0.0) -> dict[str, Any]:
-    """What the page says of a training run: its curve, its cost, its samples, what they were judged."""
+    """What the page shows of a training run: loss curve, cost, samples, evaluations."""
     facts: dict[str, Any] = {"path": run, "curve": "", "samples": [], "evaluation": None, "fidelity": None}
     facts["shown"] = list(shown_over_training(run))
     with Folder.open(run) as root:
@@ -404,7 +404,7 @@ def _efficiency(root: Folder) -> Efficiency | None:
 
 
 def _varied(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The samples in rounds: one of each prompt, then another of each."""
+    """The samples reordered so that prompts alternate: the first of each prompt, then the second of each."""
     seen: Counter[str] = Counter()
     rounds = []
     for number, sample in enumerate(samples):
@@ -414,7 +414,7 @@ def _varied(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def cost(run: Path, lines: list[dict[str, Any]], price: float) -> dict[str, Any] | None:
-    """What all steps of a run take at the speed that it was measured at: hours of all ranks together, and money."""
+    """Cost of all steps of a run at its measured speed: GPU hours over all ranks, and money."""
     checkpoints = sorted((run / "checkpoints").glob("step_*/checkpoint.json"))
     speeds = [line["samples_per_second"] for line in lines if line.get("samples_per_second")]
     if not checkpoints or not speeds:
@@ -428,7 +428,7 @@ def cost(run: Path, lines: list[dict[str, Any]], price: float) -> dict[str, Any]
 
 
 def shown_over_training(run: Path) -> Iterator[dict[str, str]]:
-    """What a run has shown at some of its evaluations, evenly spread, and then what it should be like."""
+    """Images from evenly spread evaluations of a run, followed by the real ones."""
     strips = sorted((run / "shown").glob("step_*.png"))
     real = run / "shown" / "real.png"
     for path in [*(strips[i] for i in spread(len(strips), _STRIPS)), *([real] if real.is_file() else [])]:
@@ -437,7 +437,7 @@ def shown_over_training(run: Path) -> Iterator[dict[str, str]]:
 
 
 def training_log(run: Path, number: str = "loss") -> Iterator[dict[str, Any]]:
-    """The lines of a run's log that have this number, by step; where lives overlap, the later one's."""
+    """Lines of a run's log that have the metric ``number``, by step; where lives overlap, the later one counts."""
     steps: dict[int, dict[str, Any]] = {}
     for path in sorted((run / "logs").glob("*.jsonl"), key=lambda p: p.stat().st_mtime):
         for text in path.read_text().splitlines():
@@ -454,7 +454,7 @@ def training_log(run: Path, number: str = "loss") -> Iterator[dict[str, Any]]:
 
 
 def embed(pixels: npt.NDArray[Any]) -> str:
-    """A uint8 (h, w, 3) image as a data URL, at most a thumbnail's size."""
+    """A uint8 (h, w, 3) image as a data URL, downscaled to thumbnail size if it is larger."""
     image = Image.fromarray(pixels)
     if max(image.size) > _THUMBNAIL:
         image.thumbnail((_THUMBNAIL, _THUMBNAIL))
@@ -502,7 +502,7 @@ def _bars(names: list[str], counts: npt.NDArray[Any]) -> str:
 
 
 def _heat_map(names: list[str], matrix: npt.NDArray[np.float64]) -> str:
-    """Correlations as coloured squares with their numbers; empty if there are none."""
+    """A correlation matrix as coloured squares with numbers; empty with fewer than two scores."""
     if len(names) < 2:
         return ""
     import matplotlib
@@ -538,7 +538,7 @@ def _curve(lines: list[dict[str, Any]]) -> str:
 
 
 def _measure(lines: list[dict[str, Any]], name: str) -> str:
-    """How something that is measured on the validation set went, if it was."""
+    """Plot of a validation metric over steps; empty if it was not measured."""
     if not lines:
         return ""
     figure, axes = _figure()
@@ -549,7 +549,7 @@ def _measure(lines: list[dict[str, Any]], name: str) -> str:
 
 
 def _levels(lines: list[dict[str, Any]]) -> str:
-    """What is measured at each quarter of the noise levels, if it was."""
+    """Plot of the loss at each quarter of the noise levels; empty if it was not measured."""
     if not lines:
         return ""
     figure, axes = _figure()

@@ -1,5 +1,5 @@
-"""What the report shows of scores, so that a person can choose thresholds by looking: how each is distributed, which
-of them go together, and images from its smallest values to its largest.
+"""Statistics of scores in the report, to choose thresholds by: the distribution of each score, correlations between
+scores, and images from the lowest to the highest values.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from pipeline.partitions.dataset import Dataset, SlotReader
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 SHOWN = (0.01, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99)
 """Quantiles whose images are shown."""
-_PARTITIONS = 50  # evenly spread, that scores are read of
-_ROWS = 100_000  # the most that are read of them
-_WORDS = 8  # values of a text that are listed
+_PARTITIONS = 50  # evenly spread partitions whose scores are read
+_ROWS = 100_000  # maximum number of rows read from them
+_WORDS = 8  # text values that are listed
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores of some samples: ``columns`` (n,), ``keys`` and the number of each one's partition of the upstream."""
+    """Scores of some samples: ``columns`` (n,) each, ``keys``, and each sample's upstream partition."""
 
     columns: dict[str, npt.NDArray[Any]]
     keys: list[str]
@@ -33,12 +33,12 @@ class Scores:
 
     @property
     def numbers(self) -> dict[str, npt.NDArray[np.float64]]:
-        """The columns of numbers, with NaN where there is no value."""
+        """The numeric columns, with NaN for missing values."""
         return {name: values for name, values in self.columns.items() if values.dtype != object}
 
 
 def read_scores(dataset: Dataset, spread: list[int]) -> Scores:
-    """Scores of the samples in the partitions ``spread`` of a result of stage=score."""
+    """Scores of the samples in the partitions ``spread`` of an output of stage=score."""
     names = [name for name, kind in dataset.schema.items() if name != "key" and not kind.startswith(VECTOR)]
     texts = {name for name in names if dataset.schema[name] == "str"}
     found: dict[str, list[npt.NDArray[Any]]] = {name: [] for name in names}
@@ -64,7 +64,7 @@ def read_scores(dataset: Dataset, spread: list[int]) -> Scores:
 
 
 def quantile_rows(scores: Scores) -> Iterator[tuple[str, int, list[float]]]:
-    """Of each score of numbers: its name, how many samples have none, and its quantiles."""
+    """For each numeric score: its name, the number of samples without it, and its quantiles."""
     for name, values in scores.numbers.items():
         there = values[~np.isnan(values)]
         if len(there):
@@ -72,15 +72,15 @@ def quantile_rows(scores: Scores) -> Iterator[tuple[str, int, list[float]]]:
 
 
 def common_values(scores: Scores) -> Iterator[tuple[str, list[tuple[str, int]]]]:
-    """Of each score of texts: its name, and its most common values."""
+    """For each text score: its name and its most common values."""
     for name, values in scores.columns.items():
         if values.dtype == object:
             yield name, [(str(value or ""), count) for value, count in Counter(values.tolist()).most_common(_WORDS)]
 
 
 def examples(scores: Scores) -> Iterator[tuple[str, list[tuple[float, int, float]]]]:
-    """Of each score of numbers: its name, and for each quantile of :data:`SHOWN` the quantile, the position of the
-    sample whose value is nearest to it, and the value. No sample is named twice for one score."""
+    """For each numeric score: its name, and for each quantile in :data:`SHOWN` the quantile, the position of the sample
+    with the nearest value, and the value. A sample appears only once per score."""
     for name, values in scores.numbers.items():
         order = np.argsort(values, kind="stable")[: int((~np.isnan(values)).sum())]
         positions = dict.fromkeys(int(order[round(q * (len(order) - 1))]) for q in SHOWN) if len(order) else {}
@@ -90,8 +90,8 @@ def examples(scores: Scores) -> Iterator[tuple[str, list[tuple[float, int, float
 
 
 def correlations(scores: Scores) -> tuple[list[str], npt.NDArray[np.float64]]:
-    """Spearman's rank correlation of each pair of scores (n, n), over the samples that have both; NaN where one of them
-    does not vary. With their names."""
+    """Names of the scores, and Spearman's rank correlation of each pair, (n, n), over the samples that have both; NaN
+    where a score is constant."""
     numbers = {name: values for name, values in scores.numbers.items() if len(np.unique(values[~np.isnan(values)])) > 1}
     names = list(numbers)
     matrix = np.full((len(names), len(names)), np.nan)
@@ -105,7 +105,7 @@ def correlations(scores: Scores) -> tuple[list[str], npt.NDArray[np.float64]]:
 
 
 def _ranks(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Ranks from 0 on; equal values share the mean of theirs."""
+    """Ranks from 0; equal values get the mean of their ranks."""
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     ends = np.cumsum(counts)
     return ((ends - counts + ends - 1) / 2)[inverse]

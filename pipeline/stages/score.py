@@ -1,8 +1,8 @@
-"""stage=score: compute scores of each sample from its pixels, its caption or a model; no image is copied.
+"""stage=score: compute scores of each sample from its pixels, its caption or a model; images are not copied.
 
-The result has a row of scores for each sample that could be read, in the partitions of the upstream. Scores that
-another result for the same samples has are taken from there (``reuse=true``), so that a scorer that is added later
-costs only itself. The bytes of the result are the same as if they had been computed.
+The result has a row of scores for each readable sample, in the partitions of the upstream. Scores that exist in another
+result for the same samples are copied from it (``reuse=true``), so that adding a scorer costs only that scorer. The
+bytes of the result are the same either way.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from pipeline.samples import Outcome, Row, SampleError, Schema, content_hash
 
 @dataclass
 class Job:
-    """A sample on its way: its outcome so far, its scores so far, its caption."""
+    """A sample in progress: its outcome and scores so far, and its caption."""
 
     outcome: Outcome
     scores: Row
@@ -47,7 +47,7 @@ class Job:
 
 @dataclass
 class Known:
-    """Of a sample, what an earlier result has: scores (none of one that failed), and columns of its ledger."""
+    """What an earlier result has for a sample: scores (none if it failed) and ledger columns."""
 
     scores: Row
     ledger: dict[str, Any]
@@ -68,12 +68,12 @@ class Score(Stage[ScoreConfig]):
 
     @cached_property
     def scorers(self) -> dict[str, Any]:
-        """Scorers by name: functions, and the classes of those with a model."""
+        """Scorers by name: functions, and classes of scorers with a model."""
         return get_scorers(self.config.scorers)
 
     @cached_property
     def models(self) -> dict[str, ModelScorer]:
-        """Scorers with models, in the order in which they are asked."""
+        """Scorers with models, in the order in which they run."""
         named = {name: scorer for name, scorer in self.scorers.items() if not isinstance(scorer, Scorer)}
         if not named:
             return {}
@@ -81,7 +81,7 @@ class Score(Stage[ScoreConfig]):
         return model_scorers(named, str(self.rank.device), self.config.model_dtype if on_gpu else "float32")
 
     def columns_of(self, name: str) -> Schema:
-        """The columns that the scorer called ``name`` fills, with their types."""
+        """Columns that the scorer ``name`` fills, with their types."""
         return self.models[name].columns if name in self.models else {name: self.scorers[name].type}
 
     def schema(self) -> Schema:
@@ -91,7 +91,7 @@ class Score(Stage[ScoreConfig]):
         }
 
     def extra(self) -> dict[str, Any]:
-        """What each scorer's values depend on, by its name."""
+        """Fingerprints of the scorers by name, covering all that their values depend on."""
         return {"scorers": self._fingerprints, "looks": self._looks}
 
     def model_files(self) -> dict[str, str]:
@@ -99,7 +99,7 @@ class Score(Stage[ScoreConfig]):
 
     @cached_property
     def _looks(self) -> bool:
-        """Whether any scorer, reused or not, looks at the image: then one that cannot be decoded has no scores."""
+        """Whether any scorer, reused or not, needs the image: then samples that cannot be decoded have no scores."""
         return any(scorer.kind == "pixels" for scorer in self.scorers.values() if isinstance(scorer, Scorer)) or any(
             model.crop is not None for model in self.models.values()
         )
@@ -135,7 +135,7 @@ class Score(Stage[ScoreConfig]):
 
     @property
     def _functions(self) -> list[Scorer]:
-        """Scorers without a model whose values are computed."""
+        """Scorers without a model whose values have to be computed."""
         return [
             scorer for name, scorer in self.scorers.items() if isinstance(scorer, Scorer) and name not in self._reused
         ]
@@ -154,14 +154,14 @@ class Score(Stage[ScoreConfig]):
 
     @cached_property
     def _crops(self) -> dict[str, Any]:
-        """Of each model that takes images: how they are cut; each way once."""
+        """The distinct crops that the models need."""
         return {repr(model.crop): model.crop for model in self._asked.values() if model.crop is not None}
 
-    # ---- scores that are there
+    # ---- reused scores
 
     @cached_property
     def _reused(self) -> dict[str, Dataset]:
-        """Scorers whose values another result for the same samples has, with that result."""
+        """For each scorer whose values another result for the same samples has, that result."""
         if not self.config.reuse:
             return {}
         found: dict[str, Dataset] = {}
@@ -175,7 +175,7 @@ class Score(Stage[ScoreConfig]):
         return found
 
     def _others(self) -> Iterator[Dataset]:
-        """Results that say of each sample what we would say of it."""
+        """Other results for the same upstream content, computed under equal conditions and without transient errors."""
         content = self.upstream.require_success()["content_digest"]
         for dataset in find_datasets(self.output.parent):
             if dataset.root.path == self.output or dataset.stage != self.name or dataset.released:
@@ -189,7 +189,7 @@ class Score(Stage[ScoreConfig]):
                 yield dataset
 
     def _known(self, index: int) -> dict[str, Known]:
-        """What is reused, by the key of the samples of partition ``index`` of the upstream."""
+        """Reused scores of the samples in partition ``index`` of the upstream, by key."""
         known: dict[str, Known] = {}
         for path in dict.fromkeys(str(dataset.root.path) for dataset in self._reused.values()):
             mine = [name for name in self.scorers if (found := self._reused.get(name)) and str(found.root.path) == path]
@@ -225,7 +225,7 @@ class Score(Stage[ScoreConfig]):
             yield from map(self._finished, batch)
 
     def _tasks(self, samples: Iterator[Stored], known: dict[str, Known]) -> Iterator[tuple[Job, bytes | None]]:
-        """Jobs, with the images that have to be looked at."""
+        """Jobs, with the image if a scorer needs it."""
         looks = bool(self._from_pixels or self._crops)
         columns = [name for name in self.upstream.schema if name in ("key", "captions", *(("jpg",) if looks else ()))]
         for stored in samples:
@@ -235,7 +235,7 @@ class Score(Stage[ScoreConfig]):
             for name, value in earlier.ledger.items():
                 setattr(outcome, name, value)
             if outcome.reason:
-                yield job, None  # it failed, and would again
+                yield job, None  # failed in the earlier result, and would fail again
                 continue
             try:
                 row = stored.read(columns)
@@ -278,7 +278,7 @@ class Score(Stage[ScoreConfig]):
             return Lost("crash", f"the worker gave {error}")
 
     def _ask(self, batch: list[Job]) -> None:
-        """Have the models score a batch; samples that could not be read take no part."""
+        """Score a batch with the models, skipping samples that could not be read."""
         good = [job for job in batch if job.outcome.status == "kept"]
         if not good:
             return

@@ -1,9 +1,9 @@
-"""stage=select: keep samples by their scores; no image is copied.
+"""stage=select: keep samples by their scores; images are not copied.
 
-It reads what ``stage=score`` wrote (or any folder of images, for lists of keys, captions and sizes alone) and writes a
-ledger with the first condition that each sample left out does not meet, and pointers to the images of the others. What
-depends on all samples (clusters, percentiles, counts of concepts, caps, a sample of n) is settled once, when the work
-is planned, and stands in the plan: what comes later is judged by the same values.
+Reads the output of ``stage=score`` (or any dataset directory with images, if only key lists, captions and sizes are
+used), and writes a ledger with the first condition that each dropped sample fails, and pointers to the images of the
+others. Values that depend on all samples (clusters, percentiles, concept counts, caps, a sample of n) are computed once
+at planning and stored in the plan; samples added later are judged by the same values.
 """
 
 from __future__ import annotations
@@ -43,28 +43,28 @@ from pipeline.samples import TAKEN, Outcome, SampleError
 from pipeline.storage import Folder, HashedFile
 
 _LEDGER_COLUMNS = ("width", "height", "source_bytes")
-"""Columns of the upstream's ledger that conditions can be about as well."""
+"""Columns of the upstream's ledger that conditions may use as well."""
 _KEY_LISTS = ("keep_keys", "deny_keys")
 _CLUSTER = "cluster"
-"""Column of the number of a sample's cluster."""
+"""Column with the index of a sample's cluster."""
 _CAP = re.compile(r"([^\W\d]\w*):(\d+)")
 _UID = re.compile(r"[0-9a-f]{32}")
-_LOOKED_AT = 100  # samples, for a column that is named
+_LOOKED_AT = 100  # samples that are searched for a named column
 _CACHED = 1 << 22
-"""Samples up to which planning reads the columns once and keeps them in memory; of more it reads them for each pass."""
+"""Up to this many samples, planning reads the columns once and keeps them in memory; beyond, it reads them per pass."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """The kept samples of a partition of the upstream.
+    """The kept samples of an upstream partition.
 
     Attributes:
         keys: (n,).
-        draws: a number of each key, the same for the same seed, (n,): the smallest are chosen.
-        columns: (n,) each.
-        listed: what lists of keys call them: the keys, or their values of ``key_column``, (n,).
-        matches: the concepts that their captions name.
-        unreadable: why captions could not be read, by the sample's number.
+        draws: random numbers keyed by seed and sample key, (n,); samples with the smallest are chosen.
+        columns: values of each column, (n,).
+        listed: names to look up in key lists: the keys or the values of ``key_column``, (n,).
+        matches: concepts that occur in the captions.
+        unreadable: errors from reading captions, by the sample's index.
     """
 
     keys: list[str]
@@ -77,14 +77,14 @@ class Part:
 
 @dataclass
 class Settled:
-    """What depends on all samples.
+    """Values that depend on all samples.
 
     Attributes:
         centres: of the clusters, (clusters, d).
-        thresholds: by their names.
-        concepts: how many samples name a concept, of those that more than ``per_concept`` do.
-        caps: of each column that is capped, and each value that too many samples have: the largest draw that is chosen.
-        sample: the largest draw that is chosen; None where all are.
+        thresholds: by name.
+        concepts: number of samples that name a concept, for concepts that more than ``per_concept`` samples name.
+        caps: column → value → largest draw that is kept, for values that more samples have than the cap allows.
+        sample: the largest draw that is kept; None if all are.
     """
 
     centres: Vectors | None = None
@@ -94,7 +94,7 @@ class Settled:
     sample: int | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """As the plan has it."""
+        """The values as stored in the plan."""
         said = {name: getattr(self, name) for name in ("thresholds", "concepts", "caps", "sample")}
         if self.centres is not None:
             said["centres"] = [len(self.centres), b64encode(self.centres.tobytes()).decode()]
@@ -111,7 +111,7 @@ class Settled:
 
 @dataclass(frozen=True)
 class Verdicts:
-    """Of each sample, the number of what is said of it, (n,): 0 if it goes on, else a reason and its details."""
+    """Each sample's verdict: ``numbers`` (n,) are indices into ``said``, (reason, detail) pairs; 0: still selected."""
 
     numbers: npt.NDArray[np.int32]
     said: list[tuple[str, str]] = field(default_factory=lambda: [("", "")])
@@ -122,7 +122,7 @@ class Verdicts:
         return going
 
     def leave(self, where: npt.NDArray[np.bool_], reason: str, detail: str) -> None:
-        """Leave out the samples ``where`` (n,) that would have gone on."""
+        """Drop those samples of ``where``, (n,), that are still selected."""
         self.numbers[where & self.going] = len(self.said)
         self.said.append((reason, detail))
 
@@ -136,7 +136,7 @@ class Select(PointerStage[SelectConfig]):
     version = 1
 
     def identity(self) -> dict[str, Any]:
-        """Of lists of keys and concepts, what is in them counts, not where they lie."""
+        """Key and concept lists are identified by their contents, not by their paths."""
         files = {name: key_digest(getattr(self.config, name)) for name in (*_KEY_LISTS, "concepts")}
         return super().identity() | files
 
@@ -155,11 +155,11 @@ class Select(PointerStage[SelectConfig]):
     def plan(self, since: int = 0) -> Iterator[Partition]:
         return follow_upstream(self.upstream, since)
 
-    # ---- what is asked for
+    # ---- requested conditions
 
     @cached_property
     def conditions(self) -> list[Condition]:
-        """Raises ConfigError for what is not an expression, or does not fit the columns that there are."""
+        """Raises ConfigError if ``where`` is not a valid expression or does not fit the columns."""
         found = parse(self.config.where)
         for condition in found:
             for column in condition.columns:
@@ -173,7 +173,7 @@ class Select(PointerStage[SelectConfig]):
 
     @cached_property
     def caps(self) -> dict[str, int]:
-        """Most samples of each value of these columns."""
+        """Maximum number of samples per value, for each capped column."""
         found = {}
         for text in self.config.cap:
             match = _CAP.fullmatch(text)
@@ -196,7 +196,7 @@ class Select(PointerStage[SelectConfig]):
         return Concepts(self.config.concepts)
 
     def _check_clusters(self) -> None:
-        """Raises ConfigError if there is nothing to make clusters of, or nothing that asks for them."""
+        """Raises ConfigError if clusters cannot be computed or are not used."""
         if not self.config.clusters:
             return
         setting = f"clusters={self.config.clusters}"
@@ -221,7 +221,7 @@ class Select(PointerStage[SelectConfig]):
 
     @cached_property
     def _types(self) -> dict[str, str]:
-        """Columns that there are, with their types."""
+        """Available columns and their types."""
         clusters = {_CLUSTER: "int"} if self.config.clusters else {}
         return dict.fromkeys(_LEDGER_COLUMNS, "int") | self._scores | clusters
 
@@ -242,7 +242,7 @@ class Select(PointerStage[SelectConfig]):
 
     @cached_property
     def _read(self) -> dict[str, Part]:
-        """What this rank has planned with, by the folders of the upstream's partitions."""
+        """Parts that this rank read at planning, by the path of the upstream partition."""
         return {}
 
     @cached_property
@@ -250,7 +250,7 @@ class Select(PointerStage[SelectConfig]):
         return list(dict.fromkeys([*(name for one in self.conditions for name in one.columns), *self.caps]))
 
     def part(self, index: int, centres: Vectors | None) -> Part:
-        """What is needed of partition ``index`` of the upstream."""
+        """Read what is needed of partition ``index`` of the upstream."""
         reader = SlotReader(self.upstream, index)
         ledger = reader.ledger(["key", "container", "outcome", "file", *_LEDGER_COLUMNS])
         kept = pc.and_(pc.equal(ledger["outcome"], "kept"), pc.invert(ledger["container"]))
@@ -269,7 +269,7 @@ class Select(PointerStage[SelectConfig]):
         return Part(keys, self._draws(keys), columns, self._listed_names(index, keys), matches, unreadable)
 
     def _named(self, index: int, keys: list[str]) -> tuple[Matches | None, dict[int, SampleError]]:
-        """The concepts that the captions of the samples ``keys`` of partition ``index`` name."""
+        """Concepts named in the captions of the samples ``keys`` of partition ``index``, and errors by sample index."""
         if self.concepts is None:
             return None, {}
         unreadable: dict[int, SampleError] = {}
@@ -285,14 +285,14 @@ class Select(PointerStage[SelectConfig]):
         return self.concepts.matches(captions()), unreadable
 
     def _images_of(self, index: int, keys: list[str]) -> Iterator[Stored]:
-        """Where the images of the samples ``keys`` of partition ``index`` of the upstream lie."""
+        """The stored samples with images for the samples ``keys`` of partition ``index`` of the upstream."""
         same = self.images is self.upstream
         samples = self.images.samples(index if same else self.upstream.partition(index).inputs[0].start)
         known = {stored.key: stored for stored in samples}
         return (known[key] for key in keys)
 
     def _listed_names(self, index: int, keys: list[str]) -> list[str]:
-        """What lists of keys call the samples ``keys`` of partition ``index`` of the upstream."""
+        """Names to look up in key lists for the samples ``keys`` of partition ``index`` of the upstream."""
         column = self.config.key_column
         if not (column and self.key_lists):
             return keys
@@ -303,7 +303,7 @@ class Select(PointerStage[SelectConfig]):
         draws = (xxhash.xxh3_64_intdigest(key, seed) for key in keys)
         return np.fromiter(draws, np.uint64, len(keys))
 
-    # ---- what depends on all samples
+    # ---- values that depend on all samples
 
     def _settled(self) -> Settled:
         settled = Settled(self._centres() if self.config.clusters else None)
@@ -323,7 +323,7 @@ class Select(PointerStage[SelectConfig]):
         return settled
 
     def _pieces(self, centres: Vectors | None) -> Pieces:
-        """All samples, as often as they are asked for."""
+        """A function that iterates over all samples, and can be called once per pass."""
 
         def pieces() -> Iterator[Part]:
             for index in range(self.upstream.partitions):
@@ -337,7 +337,7 @@ class Select(PointerStage[SelectConfig]):
         return pieces
 
     def _centres(self) -> Vectors:
-        """Of the clusters: k-means on the samples with the smallest draws."""
+        """Cluster centres: k-means on the samples with the smallest draws."""
         width = int(self._score_columns[EMBEDDING].removeprefix(VECTOR))
         draws, vectors = np.empty(0, np.uint64), np.empty((0, width), np.float16)
         most = PER_CELL * self.config.clusters
@@ -357,7 +357,7 @@ class Select(PointerStage[SelectConfig]):
         return centres(vectors, self.config.clusters)
 
     def _settled_concepts(self, concepts: Concepts, pieces: Pieces, settled: Settled) -> dict[str, int]:
-        """How many of the samples that meet the conditions name each concept, where these are too many."""
+        """Number of selected samples that name each concept, for concepts named more than ``per_concept`` times."""
         counts = np.zeros(len(concepts), np.int64)
         for part in pieces():
             assert part.matches is not None
@@ -367,7 +367,7 @@ class Select(PointerStage[SelectConfig]):
         return {concepts.names[number]: int(counts[number]) for number in common}
 
     def _settled_cap(self, column: str, most: int, pieces: Pieces, settled: Settled) -> dict[str, int]:
-        """Of each value that more than ``most`` samples have: the largest draw of those that are chosen."""
+        """The largest draw that is kept, for each value that more than ``most`` samples have."""
         smallest: dict[str, npt.NDArray[np.uint64]] = {}
         full: set[str] = set()
         for part in pieces():
@@ -384,7 +384,7 @@ class Select(PointerStage[SelectConfig]):
         return {name: int(smallest[name].max()) if most else -1 for name in sorted(full)}
 
     def _settled_sample(self, pieces: Pieces, settled: Settled) -> int | None:
-        """The largest draw of those that are chosen; None where all are."""
+        """The largest draw that is kept; None if all are."""
         wanted = self.config.sample
         total: list[int] = []
 
@@ -398,7 +398,7 @@ class Select(PointerStage[SelectConfig]):
     # ---- verdicts
 
     def _conditional(self, part: Part, settled: Settled) -> Verdicts:
-        """By lists of keys and the conditions."""
+        """Verdicts from key lists and conditions alone."""
         verdicts = Verdicts(np.zeros(len(part.keys), np.int32))
         if not part.keys:
             return verdicts
@@ -475,7 +475,7 @@ class Select(PointerStage[SelectConfig]):
                 yield outcome
 
     def _stored(self, index: int) -> tuple[list[str], list[bool]]:
-        """Keys of the samples that were ever kept in partition ``index`` of the upstream, and which are there still."""
+        """Keys of all samples ever kept in partition ``index`` of the upstream, and whether each still exists."""
         table = SlotReader(self.upstream, index).ledger(["key", "container", "outcome", "reason"])
         kept = pc.equal(table["outcome"], "kept")
         taken = pc.and_(pc.equal(table["outcome"], "dropped"), pc.equal(table["reason"], TAKEN))
@@ -483,7 +483,7 @@ class Select(PointerStage[SelectConfig]):
         return table["key"].filter(ever).to_pylist(), kept.filter(ever).to_pylist()
 
     def _judge_by(self, said: Mapping[str, Any]) -> Settled:
-        """The plan's values, read once for each plan."""
+        """The plan's values, parsed once per plan."""
         if self._judged is None or self._judged[0] is not said:
             self._judged = said, Settled.from_json(said)
         return self._judged[1]
@@ -497,12 +497,12 @@ _LISTED = {"keep_keys": ("key_not_kept", "not in keep_keys"), "deny_keys": ("key
 def _array(column: pa.ChunkedArray) -> Column:
     if pa.types.is_string(column.type):
         return np.array(column.to_pylist(), object)
-    found: Column = column.cast(pa.float64()).to_numpy().astype(np.float64)  # nulls as NaN
+    found: Column = column.cast(pa.float64()).to_numpy().astype(np.float64)  # nulls become NaN
     return found
 
 
 def _clusters(vectors: Vectors, there: npt.NDArray[np.bool_], centres: Vectors) -> npt.NDArray[np.float64]:
-    """The number of each sample's cluster, (n,); NaN of those without an embedding."""
+    """Index of each sample's cluster, (n,); NaN for samples without an embedding."""
     found = np.full(len(vectors), np.nan)
     if len(centres) and there.any():
         found[there] = nearest(vectors[there], centres, 1)[:, 0]
@@ -510,22 +510,22 @@ def _clusters(vectors: Vectors, there: npt.NDArray[np.bool_], centres: Vectors) 
 
 
 def _grouped(values: npt.NDArray[Any]) -> Iterator[tuple[Any, npt.NDArray[np.int64]]]:
-    """Each value, with the places (m,) where it stands in ``values`` (n,)."""
+    """Each distinct value, with its positions (m,) in ``values`` (n,)."""
     order = np.argsort(values, kind="stable")
     found, starts = np.unique(values[order], return_index=True)
     return zip(found.tolist(), np.split(order, starts[1:]), strict=False)
 
 
 def _names(column: Column) -> npt.NDArray[np.str_]:
-    """Values as the plan, which is JSON, has them as keys."""
+    """Values as strings, as they are used for keys in the plan's JSON."""
     return np.array(["" if value is None else str(value) for value in column.tolist()], str)
 
 
-# ---- lists of keys
+# ---- key lists
 
 
 def listed_names(dataset: Dataset, samples: Iterable[Stored], column: str) -> Iterator[str]:
-    """What ``samples`` of ``dataset`` have in the column or field ``column``; "" of one that has none or is damaged."""
+    """Values of ``samples`` in the column or field ``column``; "" for a sample that lacks it or is damaged."""
     columns = [name for name in dataset.schema if name != "jpg"]
     for stored in samples:
         try:
@@ -536,16 +536,16 @@ def listed_names(dataset: Dataset, samples: Iterable[Stored], column: str) -> It
 
 
 def export_keys(dataset: Dataset, path: Path, column: str = "") -> int:
-    """Write the keys that ``dataset`` kept, in order: as lines, or (.npy) as sorted pairs of uint64, DataComp's form.
+    """Write the keys that ``dataset`` kept, in order: as lines, or (.npy) as sorted pairs of uint64, as DataComp does.
 
     Args:
-        column: write what the samples have in this column or field instead of their keys.
+        column: write the values of this column or field instead of keys.
 
     Returns:
-        How many.
+        Number of keys written.
 
     Raises:
-        ConfigError: the file is .npy, and a key is not a uid; or a sample has no such column.
+        ConfigError: the file is .npy and a key is not a uid, or a sample does not have the column.
     """
     parts = range(dataset.partitions)
     keys: Iterable[str]

@@ -1,7 +1,7 @@
 """stage=shard: pack all kept samples, optionally shuffled, into partitions of equal size in a storage format.
 
-The input is a dataset directory (any format, so that any converts into any other) or a folder of images. Flexible
-formats keep the bytes, unless ``shape=``, ``im_mode=`` or ``encode=`` ask for others; those of fixed size hold pixels.
+The input is a dataset directory in any format, or a folder of images. Flexible formats keep the original bytes unless
+``shape=``, ``im_mode=`` or ``encode=`` change them; fixed-size formats hold pixels.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Shard(Stage[ShardConfig]):
 
     @cached_property
     def items(self) -> Items:
-        """What there is to convert."""
+        """The input to convert."""
         return Upstream(self.config, self.upstream) if self.reads_upstream else Folder(self.config)
 
     def forget_upstream(self) -> None:
@@ -98,7 +98,7 @@ class Shard(Stage[ShardConfig]):
 
     @cached_property
     def size(self) -> tuple[int, int] | None:
-        """(height, width) that was asked for."""
+        """Requested (height, width); None: unchanged."""
         shape = self.config.shape
         if len(shape) not in (0, 2) or min(shape, default=1) < 1:
             raise ConfigError(f"shape={list(shape)}: expected [height,width] in pixels")
@@ -106,7 +106,7 @@ class Shard(Stage[ShardConfig]):
 
     @cached_property
     def _first_image(self) -> dict[str, Any]:
-        """Shape, dtype and mode that all images of a fixed format have: as asked for, else the first one's."""
+        """Shape, dtype and mode of all images in a fixed-size format: as requested, else those of the first image."""
         for row in self.items.some():
             try:
                 mode = self.config.im_mode or _mode_of(row)
@@ -127,7 +127,7 @@ class Shard(Stage[ShardConfig]):
             raise ConfigError(f"compression={config.compression}: only format=hdf5 supports it")
 
     def _to_pixels(self, row: Row, source: str, first: dict[str, Any]) -> None:
-        """Put arrays instead of the files of image and mask; all of a fixed format have the first one's shape."""
+        """Replace the files of image and mask by arrays, which must have the shape and mode of the first image."""
         natural = _mode_of(row)
         if not self.config.im_mode and natural != first["mode"]:
             raise ConfigError(
@@ -156,7 +156,7 @@ class Shard(Stage[ShardConfig]):
         return values
 
     def _encode(self, row: Row) -> None:
-        """New files of image and mask, as ``encode=`` says."""
+        """Encode image and mask again as ``encode=`` requests."""
         array = to_array(row[IMAGE], self.config.im_mode or _encodable(_mode_of(row), self.config.encode), self.size)
         kind = self.config.encode
         if kind == "png":
@@ -212,7 +212,7 @@ def _kind(array: npt.NDArray[Any]) -> dict[str, Any]:
 
 
 def _with_channels(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Masks have an axis of channels, so that a file of them is (n, h, w, c)."""
+    """Add a channel axis to masks, so that a file of them is (n, h, w, c)."""
     return values[:, :, None] if values.ndim == 2 else values
 
 
@@ -221,14 +221,14 @@ def _encodable(mode: str, encode: str) -> str:
 
 
 def to_format(array: npt.NDArray[Any]) -> str:
-    """The file that a row of a fixed format gives: ``png``, or ``npy`` where a PNG cannot hold it."""
+    """File format for rows read from a fixed-size format: ``png``, or ``npy`` if PNG cannot represent the array."""
     channels = array.shape[2] if array.ndim == 3 else 1
     png = (array.dtype == np.uint8 and channels <= 4) or (array.dtype == np.uint16 and channels == 1)
     return "png" if png else "npy"
 
 
 def natural_mode_of(array: npt.NDArray[Any]) -> str:
-    """Pillow's mode of an array's pixels; of what Pillow cannot hold, the dtype."""
+    """Pillow's mode for an array of pixels; the dtype if Pillow has no such mode."""
     channels = array.shape[2] if array.ndim == 3 else 1
     if array.dtype == np.uint8 and channels <= 4:
         return ("L", "LA", "RGB", "RGBA")[channels - 1]

@@ -1,7 +1,7 @@
 """stage=takedown: permanently remove samples from every finished dataset directory in a folder, and prove it.
 
-Upstream first: each dataset directory gets a generation in which the partitions that held a sample are written again
-without it; then what they replace is deleted. The rows stay in the ledgers as ``dropped: takedown``, with the key only.
+Upstream first: each dataset directory gets a generation in which the partitions that held a sample are rewritten
+without it; then the replaced partitions are deleted. Ledger rows stay as ``dropped: takedown``, with the key only.
 """
 
 from __future__ import annotations
@@ -28,27 +28,27 @@ from pipeline.storage import StorageError
 
 @dataclass
 class Taken:
-    """What a takedown did."""
+    """Result of a takedown."""
 
     removed: dict[str, int]
-    """How many samples were removed from each dataset directory."""
+    """Number of samples removed from each dataset directory."""
     lines: list[Wanted]
-    """The list, with what became of each line."""
+    """The lines of the list, each with its result."""
 
     @property
     def complete(self) -> bool:
-        """Whether every line of the list named a sample that is gone now."""
+        """Whether every line of the list identified a sample that is now removed."""
         return all(line.fate not in ("not found", "ambiguous") for line in self.lines)
 
 
 def takedown(folder: Path, wanted: Path, rank: Rank, count_only: bool = False) -> Taken:
-    """Remove the samples that the file ``wanted`` lists from all dataset directories below ``folder``.
+    """Remove the samples listed in the file ``wanted`` from all dataset directories below ``folder``.
 
-    Interrupted, it is to be run again with the same list.
+    If interrupted, run it again with the same list.
 
     Raises:
-        ConfigError: the list cannot be read or has nothing in it, or there is no dataset directory.
-        StorageError: one of them is not finished, damaged, or not made from what its upstream holds now.
+        ConfigError: the list cannot be read or is empty, or there is no dataset directory.
+        StorageError: a dataset is unfinished, damaged, or not made from the current content of its upstream.
     """
     lines = read_list(wanted)
     try:
@@ -92,7 +92,7 @@ def _takedown(folder: Path, lines: list[Wanted], rank: Rank, count_only: bool) -
 
 
 def _resumed(opened: Dataset, rank: Rank) -> Dataset:
-    """The dataset, after a takedown that was interrupted has been brought to its end."""
+    """The dataset, after completing a takedown that was interrupted."""
     dataset = Dataset(opened.root)
     if dataset.success is None:
         engine.run(stage_that_made(dataset, rank, lenient=True))
@@ -100,7 +100,7 @@ def _resumed(opened: Dataset, rank: Rank) -> Dataset:
 
 
 def _further_up(datasets: list[Dataset]) -> list[Dataset]:
-    """What the datasets were made from, outside of the folder: only there the ledgers name files and URLs."""
+    """Upstream datasets outside the folder, whose ledgers are needed to look up files and URLs."""
     known = {str(dataset.root.path) for dataset in datasets}
     found: list[Dataset] = []
     for dataset in datasets:
@@ -134,12 +134,12 @@ def _digest(dataset: Dataset) -> str:
 
 
 def _digest_known(dataset: Dataset) -> str:
-    """Content digest of the upstream when the newest generation was planned."""
+    """The upstream's content digest when the newest generation was planned."""
     return next(str(p.header["upstream"]["content_digest"]) for p in reversed(dataset.plans) if p.header["upstream"])
 
 
 def _require_sound_state(dataset: Dataset) -> None:
-    """Raises StorageError unless the dataset is finished, or left by a takedown, and its upstream has not moved on."""
+    """Raises StorageError unless the dataset is finished or amid a takedown, and up to date with its upstream."""
     if dataset.success is None and not is_takedown(dataset):
         raise StorageError(f"{dataset.root.path} is not finished: run stage={dataset.stage} to its end, or delete it")
     upstream = _upstream_of(dataset)
@@ -153,9 +153,9 @@ def _require_sound_state(dataset: Dataset) -> None:
 
 
 def _prove(dataset: Dataset, keys: set[str]) -> None:
-    """Raises StorageError if anything of the samples is left in a partition, or a partition that no longer counts is.
+    """Raises StorageError if a partition still has one of the samples, or a replaced partition still exists.
 
-    Data files hold what the ledgers say they hold: their hashes stand in the records, and stage=verify compares them.
+    Checking ledgers suffices: records hold the hashes of the data files, and stage=verify compares them.
     """
     for index in range(dataset.partitions):
         left = {stored.key for stored in SlotReader(dataset, index).stored()} & keys

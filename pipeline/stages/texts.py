@@ -1,7 +1,7 @@
-"""stage=texts: text-encoder states of captions alone, for stage=precompute to store with latents; as MDS.
+"""stage=texts: encode captions alone, as MDS, for stage=precompute to store the text states with latents.
 
-A text encoder of billions of parameters and an autoencoder need not fit into a GPU together then, and latents of
-several resolutions or autoencoders share the states of one run. No image is read.
+Then a text encoder with billions of parameters and an autoencoder need not fit on a GPU together, and latents at
+several resolutions or from several autoencoders can share the states of one run. Images are not read.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from pipeline.latents.encoding import Encoded, TextEncoding
 
 Window = tuple[list[tuple[Outcome, Row]], list[str], "Encoded", list[str]]
-"""Samples with their rows, captions that are encoded with them, their states, and captions not needed afterwards."""
+"""Samples with their rows, newly encoded captions, their states, and captions that can be forgotten afterwards."""
 
 
 @stages.register(STAGE, TextsConfig)
@@ -90,7 +90,7 @@ class Texts(Stage[TextsConfig]):
     # ---- work
 
     def process(self, partition: Partition, context: Context) -> Iterator[Outcome]:
-        evaluate(self.encoding)  # libraries cannot load models in several threads at once
+        evaluate(self.encoding)  # before starting threads, as libraries cannot load models concurrently
         begin, busy, rows = perf_counter(), 0.0, self.texts.rows()
         with closing(Ahead(self._encoded(partition), 1)) as windows:
             for jobs, new, encoded, forget in windows:
@@ -117,8 +117,8 @@ class Texts(Stage[TextsConfig]):
             context.notes["noted"] = dict(noted)
 
     def _encoded(self, partition: Partition) -> Iterator[Window]:
-        """The partition's samples with the states of their captions; in a thread of its own, which encodes the next
-        ones while rows are written."""
+        """Windows of samples with the states of their captions; runs in a thread of its own, which encodes the next
+        window while rows are written."""
         import torch
 
         torch.set_num_threads(self.config.threads)
@@ -132,7 +132,7 @@ class Texts(Stage[TextsConfig]):
             yield window, new, self.encoding.encode_captions(new), forget
 
     def _rows(self, partition: Partition) -> Iterator[tuple[Outcome, Row]]:
-        """Samples with their captions; what cannot be read has no row, and says why."""
+        """Samples with their captions; for an unreadable sample, an empty row and an outcome with the reason."""
         columns = [name for name in self.texts.reads if name in self.upstream.schema]
         for stored in self.upstream.samples(partition.inputs[0].start):
             if not partition.wants(stored.key):

@@ -1,4 +1,4 @@
-"""The path of one sample through the stages: its source, its outcome and position in each stage, and how it looks."""
+"""Trace a sample through the stages: its source, its outcome and position in each stage, and its image."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from pipeline.samples.captions import sources_of
 if TYPE_CHECKING:
     from PIL import Image
 
-_PANEL = 256  # edge of one image, in pixels
+_PANEL = 256  # edge of a panel in pixels
 _TEXT = 15
 
 
 @dataclass(frozen=True)
 class Station:
-    """The newest row of a sample in the ledger of one dataset directory."""
+    """A sample's newest row in the ledger of one dataset directory."""
 
     dataset: Dataset
     partition: int
     row: dict[str, Any]
 
     def facts(self) -> dict[str, Any]:
-        """What there is to say of it; JSON-able."""
+        """What is known about the sample here, as JSON-serialisable values."""
         dataset, row = self.dataset, self.row
         facts = {
             "folder": str(dataset.root.path),
@@ -59,7 +59,7 @@ class Station:
         return facts
 
     def _buckets(self) -> dict[str, str]:
-        """Of latents with buckets, what was cut of the image for each resolution."""
+        """For latents with buckets, the crop at each resolution."""
         found = {}
         for column, buckets in buckets_in(self.dataset.header["extra"]).items():
             source = (self.row["height"], self.row["width"])
@@ -71,7 +71,7 @@ class Station:
         return found
 
     def read(self) -> Row | None:
-        """The sample as it is stored here; None where it is not kept (any more), or what it refers to is gone."""
+        """The stored sample; None if it is not or no longer kept, or if what it points to is gone."""
         kept = {stored.key: stored for stored in SlotReader(self.dataset, self.partition).stored()}
         try:
             return kept[self.row["key"]].read() if self.row["key"] in kept else None
@@ -80,9 +80,9 @@ class Station:
 
 
 def stations(datasets: list[Dataset], key: str) -> list[Station]:
-    """Where ``key`` is known, in the order of ``datasets``.
+    """The datasets that know ``key``, in the order of ``datasets``.
 
-    A row names the upstream's partition, so that mostly only the last dataset directory of a line has to be searched.
+    A ledger row names the upstream's partition, so usually only the last dataset directory of a pipeline is searched.
     """
     found: dict[str, Station] = {}
     by_path = {str(dataset.root.path): dataset for dataset in datasets}
@@ -99,7 +99,7 @@ def stations(datasets: list[Dataset], key: str) -> list[Station]:
 
 
 def _search(dataset: Dataset, key: str, partitions: Any) -> Station | None:
-    """The newest row of ``key`` in some partitions, newest first."""
+    """The newest row of ``key`` in ``partitions``, which are searched in the order given."""
     for index in partitions:
         if not dataset.root.exists(dataset.path_of(index)):
             continue
@@ -112,14 +112,14 @@ def _search(dataset: Dataset, key: str, partitions: Any) -> Station | None:
 
 
 def tell(places: list[Path], key: str, show: str, as_json: bool) -> int:
-    """Print the way of ``key``, and draw it to the file ``show``; 1 if nobody knows the key.
+    """Print the trace of ``key``, and draw it to the file ``show``; returns 1 if no dataset knows the key, else 0.
 
     Raises:
         ConfigError: the image cannot be written.
     """
     datasets = [Dataset.open(place) for place in places]
     way = stations(datasets, key)
-    if not way and make_key(key) != key:  # the path of a file is what people have at hand
+    if not way and make_key(key) != key:  # users often give a file's path
         way = stations(datasets, make_key(key))
     if as_json:
         print(json.dumps([station.facts() for station in way], indent=1))
@@ -143,7 +143,7 @@ def tell(places: list[Path], key: str, show: str, as_json: bool) -> int:
 
 
 def image_of(way: list[Station]) -> Image.Image:
-    """The sample at each stage that kept it, side by side, with its caption."""
+    """The sample's image at each stage that kept it, side by side, with its caption."""
     from PIL import Image, ImageDraw, ImageFont
 
     font = ImageFont.load_default(_TEXT)
@@ -184,7 +184,7 @@ def _panels(station: Station) -> Iterator[tuple[str, Image.Image]]:
 
 
 def _placard(text: str) -> Image.Image:
-    """A grey panel that says why there is no image."""
+    """A grey panel with a text that explains why there is no image."""
     from PIL import Image, ImageDraw, ImageFont
 
     font = ImageFont.load_default(_TEXT)
@@ -204,7 +204,7 @@ def _panel(title: str, image: Image.Image) -> tuple[str, Image.Image]:
 
 
 def _decoded(dataset: Dataset, row: Row, name: str) -> Any:
-    """The image, uint8 (h, w, 3), that a stored latent stands for."""
+    """Decode a stored latent to an image, uint8 (h, w, 3)."""
     import torch
 
     from pipeline.encoders.base import autoencoder, to_pixels

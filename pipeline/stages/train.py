@@ -52,7 +52,7 @@ def main(rank: Rank, config: TrainConfig) -> None:
         for remark in task.remarks(config):
             rank.log.warning("%s", remark)
     about = _about(config, dataset)
-    training = Training(task, data, config, rank, run, valid, about)  # what refuses the command leaves the run as it is
+    training = Training(task, data, config, rank, run, valid, about)  # before the run changes
     rank.now = {"of": config.steps}
     try:
         with Events(run, rank).around():
@@ -64,9 +64,9 @@ def main(rank: Rank, config: TrainConfig) -> None:
 
 
 def _about(config: TrainConfig, dataset: Dataset | None) -> dict[str, Any]:
-    """What the model card says of the data."""
+    """Facts about the data for the model card."""
     published: dict[str, Any] = {}
-    with suppress(ConfigError):  # a dataset that is only a name
+    with suppress(ConfigError):  # the name of a dataset without settings
         published = cli.dataset_settings(config.dataset).get("about") or {}
     about: dict[str, Any] = {name: str(published[name]) for name in ("title", "home", "terms") if name in published}
     digest = {"digest": dataset.require_success()["content_digest"]} if dataset else {}
@@ -76,10 +76,10 @@ def _about(config: TrainConfig, dataset: Dataset | None) -> dict[str, Any]:
 def task_and_data(
     config: TrainConfig, dataset: Dataset | None, device: str | torch.device = "cpu"
 ) -> tuple[Task, Batches, Batches | None]:
-    """The task, what it is trained on, and what it is measured on meanwhile.
+    """The task, its training data and its validation data.
 
     Args:
-        device: where encoders compute that are no part of what is trained.
+        device: of encoders that are used but not trained.
     """
     if config.start_from and not Path(config.start_from).exists():
         config = replace(config, start_from=str(run_folder(config, config.start_from)))

@@ -1,4 +1,4 @@
-"""stage=verify: check dataset directories. Prints the problems, and exits with code 1 if there are any."""
+"""stage=verify: check dataset directories. Prints problems and exits with code 1 if there are any."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from pipeline.samples import Row, SampleError, content_hash
 from pipeline.stages import trace
 from pipeline.storage import StorageError
 
-_ENCODED = ("precompute", "texts")  # what encoders have computed can be computed again
-_SPAN = 8  # partitions that a worker looks at in one go
+_ENCODED = ("precompute", "texts")  # stages whose results can be validated by encoding again
+_SPAN = 8  # partitions per task of a worker
 
 
 def findings_of(
     folder: str | Path, deep: bool = False, workers: int = 1, limits: WorkerLimits = DEFAULT_WORKER_LIMITS
 ) -> tuple[int, Iterator[Finding]]:
-    """How many partitions the dataset directory has, and what is wrong with it.
+    """Number of partitions in the dataset directory, and an iterator over its problems.
 
     Raises:
         Unfinished: there is no dataset directory.
@@ -54,9 +54,9 @@ def findings_in(
     step: Callable[[], None] = lambda: None,
     limits: WorkerLimits = DEFAULT_WORKER_LIMITS,
 ) -> Iterator[Finding]:
-    """What is wrong with ``dataset``; ``workers`` processes look at its partitions (0: one for each CPU).
+    """Problems of ``dataset``, found by ``workers`` processes (0: one per CPU).
 
-    ``step`` is called after each partition, and may raise. ``limits``: of the processes that decode images (deep).
+    ``step`` is called after each partition and may raise. ``limits`` apply to processes that decode images (``deep``).
     """
 
     def partitions() -> Iterator[list[Finding]]:
@@ -68,12 +68,12 @@ def findings_in(
 
 
 def _partitions(dataset: Dataset, deep: bool, workers: int, limits: WorkerLimits) -> Iterator[list[Finding]]:
-    """What is wrong with each partition, in order."""
+    """Problems of each partition, in order."""
     spans = [range(start, min(start + _SPAN, dataset.partitions)) for start in range(0, dataset.partitions, _SPAN)]
     path = str(dataset.root.path)
     workers = min(workers or available_cpus(), len(spans))
     gpus = _gpus() if deep and dataset.stage in _ENCODED else 0
-    if gpus:  # each worker loads the networks: one for each GPU
+    if gpus:  # one worker per GPU, as each loads the networks
         workers = min(workers, gpus)
     if workers <= 1:
         with closing(Checker(dataset, deep, limits)) as checker:
@@ -98,7 +98,7 @@ def _gpus() -> int:
 
 
 def _take_gpu(numbers: Any) -> None:
-    """Of a worker process, before its first task: the next GPU is its own."""
+    """Initializer of worker processes: each takes the next GPU."""
     import torch
 
     with numbers.get_lock():
@@ -112,12 +112,12 @@ def _check(path: str, deep: bool, limits: WorkerLimits, span: range) -> list[lis
 
 @lru_cache(maxsize=1)
 def _checker(path: str, deep: bool, limits: WorkerLimits) -> Checker:
-    """Of a worker process, which lives for one dataset directory."""
+    """A worker process serves only one dataset directory."""
     return Checker(Dataset.open(path), deep, limits)
 
 
 class Checker:
-    """Looks at partitions of one dataset, one by one; ``deep``: also for what hashes cannot tell."""
+    """Checks partitions of a dataset; ``deep``: also checks content that hashes do not cover."""
 
     def __init__(self, dataset: Dataset, deep: bool, limits: WorkerLimits = DEFAULT_WORKER_LIMITS) -> None:
         self.dataset = dataset
@@ -125,12 +125,12 @@ class Checker:
         self.decoder = ImageDecoder(limits)
 
     def close(self) -> None:
-        """End the process that decodes images."""
+        """Stop the decoder process."""
         self.decoder.close()
 
     @cached_property
     def upstream(self) -> Dataset | None:
-        """What the partitions were made from, if it is there."""
+        """The dataset that the partitions were made from, if it exists."""
         path = Path((self.dataset.header.get("upstream") or {}).get("path") or "nothing")
         return Dataset.open(path) if (path / "plan").is_dir() else None
 
@@ -158,7 +158,7 @@ class Checker:
             yield Finding(index, str(error))
 
     def _faults(self, samples: Iterable[Stored]) -> Iterator[tuple[Stored, str]]:
-        """Each sample with what is wrong with it, empty if nothing is."""
+        """Each sample with its fault, empty if it has none."""
         for (sample, row, fault), found in self.decoder.sizes(map(_read, samples)):
             if isinstance(found, ImageError):
                 fault = f"does not decode: {found}"
@@ -170,7 +170,7 @@ class Checker:
             yield sample, fault
 
     def _came_so(self, sample: Stored, source_hash: str) -> bool:
-        """Whether a broken image is what its source gave: stage=download keeps bytes as they are."""
+        """Whether a broken image came that way from its source: stage=download keeps bytes unchanged."""
         if self.dataset.stage != "download":
             return False
         try:
@@ -179,7 +179,7 @@ class Checker:
             return False
 
     def _compare_keys(self, index: int) -> Iterator[Finding]:
-        """Does the partition account for just the samples that its plan took from one partition of the upstream?"""
+        """Check that the ledger has exactly the samples that the plan takes from the upstream partition."""
         partition = self.dataset.partition(index)
         if self.upstream is None or [span.path for span in partition.inputs] != ["partition"]:
             return
@@ -193,7 +193,7 @@ class Checker:
             yield Finding(index, f"{self.upstream.root.path} has no such sample", LEDGER, key)
 
     def _compare_captions(self, reader: SlotReader, index: int) -> Iterator[Finding]:
-        """Do the samples still have the captions that they had, each with its source, and those that were written?"""
+        """Check that samples still have their earlier captions, each with its source, and the written ones."""
         before: dict[str, Row] = {}
         if self.upstream is not None and not self.upstream.released:
             columns = [name for name in ("captions", "caption_sources") if name in self.upstream.schema]
@@ -203,17 +203,17 @@ class Checker:
             try:
                 fault = fault_of(sample.read(), before.get(sample.key))
             except (SampleError, Released):
-                continue  # told of already, or removed on purpose
+                continue  # reported already, or removed on purpose
             if fault:
                 yield Finding(index, fault, sample.file, sample.key)
 
 
 def _read(sample: Stored) -> tuple[tuple[Stored, Row, str], bytes | None]:
-    """A sample, the size that its row says, what is wrong with it so far, and the image to decode."""
+    """A sample, the size in its row, its fault so far, and the image to decode."""
     try:
         row = sample.read()
     except Released:
-        return (sample, {}, ""), None  # of a dataset that the sample refers to
+        return (sample, {}, ""), None  # the sample points to a dataset whose data were removed
     except SampleError as error:
         return (sample, {}, f"does not decode: {error}"), None
     size: Row = {name: row[name] for name in ("width", "height") if name in row}
@@ -222,7 +222,7 @@ def _read(sample: Stored) -> tuple[tuple[Stored, Row, str], bytes | None]:
     return (sample, size, ""), row.get("jpg")
 
 
-# ---- the program
+# ---- command line
 
 
 @stages.register("verify", VerifyConfig)
@@ -235,10 +235,10 @@ def main(config: VerifyConfig) -> int:
 
 
 def places_of(config: VerifyConfig) -> list[Path]:
-    """The dataset directories that are meant, upstream first.
+    """The dataset directories to check, upstream first.
 
     Raises:
-        ConfigError: none is, or there is none.
+        ConfigError: the settings do not name a dataset directory, or there is none.
     """
     if bool(config.input) == bool(config.data_dir):
         raise ConfigError("give input=<a dataset directory>, or data_dir=<a folder that contains some>")
