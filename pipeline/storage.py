@@ -1,9 +1,10 @@
 """Files and folders that appear whole or not at all: the one module that commits, replaces, deletes and probes.
 
-Everything goes through a :class:`Folder`, an *open* directory. A process that was left behind (its output was moved
-aside while it slept) still holds the old directory and writes there: it cannot reach what has taken its place.
+Everything goes through a :class:`Folder`, an *open* directory. A process whose output was moved aside while it slept
+still holds the old directory and writes there: it cannot reach the new directory of the same name.
 
-Every operation passes :func:`interposed`, where tests kill, pause, or answer as a stale or full disk would.
+Every operation passes through :func:`interposed`, where tests kill or pause the process, or simulate a stale handle or
+a full disk.
 """
 
 from __future__ import annotations
@@ -26,19 +27,19 @@ import xxhash
 T = TypeVar("T")
 BLOCK = 4 << 20  # bytes per block hash
 _BUFFER = 1 << 20
-_PIECES = 512  # that one call writes; systems take 1,024
-_AHEAD = 4 << 20  # bytes after which writing back to the disk is started
+_PIECES = 512  # buffers per writev call; systems accept 1,024
+_AHEAD = 4 << 20  # bytes after which write-back to disk is started
 _DIGEST = re.compile(rb'\n "digest": "[0-9a-f]{32}"(,?)')  # of the outermost object: inner ones are indented further
 GONE = (errno.ENOENT, errno.ESTALE)
 TAKEN = (errno.ENOTEMPTY, errno.EEXIST)
 TRASH = ".trash."
 
-# Called as interpose(operation, path, do) instead of do(); set by tests alone.
+# Called as interpose(operation, path, do) instead of do(); set only by tests.
 interpose: Callable[[str, str, Callable[[], Any]], Any] | None = None
 
 
 class StorageError(RuntimeError):
-    """The file system cannot hold what we promise, or holds something that we did not put there."""
+    """The file system failed, lacks a required guarantee, or contains something unexpected."""
 
 
 def interposed(operation: str, path: str, do: Callable[[], T]) -> T:
@@ -46,10 +47,10 @@ def interposed(operation: str, path: str, do: Callable[[], T]) -> T:
 
 
 class Folder:
-    """An open directory; names are relative to it. ``path`` is where it was when opened, for messages."""
+    """An open directory; names are relative to it. ``path`` is its path when it was opened, for messages."""
 
     links = False
-    """Whether what was committed names the attempt whose folder holds it, instead of a rename."""
+    """Whether a commit stores the name of the attempt's folder instead of renaming that folder."""
 
     def __init__(self, fd: int, path: Path) -> None:
         self.fd = fd
@@ -60,14 +61,14 @@ class Folder:
         """Open ``path``; with ``create``, make it and its parents first.
 
         Raises:
-            FileNotFoundError, NotADirectoryError, PermissionError: as the system says.
+            FileNotFoundError, NotADirectoryError, PermissionError: as reported by the system.
         """
         path = Path(path).absolute()
         if create:
             interposed("makedirs", str(path), lambda: os.makedirs(path, exist_ok=True))
         return cls(os.open(path, os.O_RDONLY | os.O_DIRECTORY), path)
 
-    def close(self, _close: Callable[[int], None] = os.close) -> None:  # the module may be gone before its last object
+    def close(self, _close: Callable[[int], None] = os.close) -> None:  # at exit, os may be gone before this object
         if self.fd >= 0:
             _close(self.fd)
             self.fd = -1
@@ -89,7 +90,7 @@ class Folder:
     # ---- looking
 
     def in_place(self) -> bool:
-        """Whether ``path`` still leads here: nobody has moved or removed this folder."""
+        """Whether ``path`` still leads to this folder, which means that nobody has moved or removed it."""
         here = os.fstat(self.fd)
         try:
             there = interposed("stat", str(self.path), lambda: os.stat(self.path))
@@ -100,13 +101,13 @@ class Folder:
         return (here.st_dev, here.st_ino) == (there.st_dev, there.st_ino)
 
     def folder(self, name: str) -> Folder:
-        """Open the folder ``name`` in this one."""
+        """Open the subfolder ``name``."""
         path = self.path / name
         flags = os.O_RDONLY | os.O_DIRECTORY
         return Folder(interposed("open", str(path), lambda: os.open(name, flags, dir_fd=self.fd)), path)
 
     def listdir(self) -> list[str]:
-        """Names in this folder, sorted."""
+        """The names in this folder, sorted."""
         return sorted(interposed("listdir", str(self.path), lambda: os.listdir(self.fd)))
 
     def exists(self, name: str) -> bool:
@@ -122,7 +123,7 @@ class Folder:
         return interposed("stat", str(self.path / name), lambda: os.stat(name, dir_fd=self.fd))
 
     def open_file(self, name: str) -> int:
-        """A descriptor of the file ``name``, for reading; the caller closes it."""
+        """Open the file ``name`` for reading and return its descriptor, which the caller closes."""
         return interposed(
             "read", str(self.path / name), lambda: os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=self.fd)
         )
@@ -140,10 +141,10 @@ class Folder:
         return whole.hexdigest()
 
     def read_json(self, name: str) -> dict[str, Any] | None:
-        """The JSON object in the file ``name``; None where there is no such file.
+        """The JSON object in the file ``name``; None if there is no such file.
 
         Raises:
-            StorageError: the file is no JSON object.
+            StorageError: the file does not contain a JSON object.
         """
         text = self._read_if_there(name)
         return None if text is None else self._parsed(name, text)
@@ -160,10 +161,10 @@ class Folder:
         return _parsed(text, self.path / name)
 
     def read_sealed(self, name: str) -> dict[str, Any] | None:
-        """The object that :func:`seal` made the file ``name`` of; None where there is no such file.
+        """The object in the file ``name``, which :func:`seal` wrote; None if there is no such file.
 
         Raises:
-            StorageError: a byte of it has changed.
+            StorageError: the file has changed since it was written.
         """
         text = self._read_if_there(name)
         return None if text is None else unsealed(text, self.path / name)
@@ -178,21 +179,21 @@ class Folder:
                 raise
 
     def create(self, name: str) -> HashedFile:
-        """A new file, written once from start to end; hashed while it is written, on disk when closed."""
+        """Create a file, which is written once from start to end, hashed while written, and on disk when closed."""
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         path = str(self.path / name)
         return HashedFile(interposed("create", path, lambda: os.open(name, flags, 0o666, dir_fd=self.fd)), name, path)
 
     def write_new(self, name: str, data: bytes) -> None:
-        """A new small file that need not survive a power cut; FileExistsError if the name is taken."""
+        """Write a new small file that need not survive a power cut; FileExistsError if the name is taken."""
         self._write_small(name, data, os.O_EXCL)
 
     def append(self, name: str, data: bytes) -> None:
-        """Add ``data`` to the end of a file in one write, creating it."""
+        """Append ``data`` to a file in one write; creates the file if needed."""
         self._write_small(name, data, os.O_APPEND)
 
     def overwrite(self, name: str, data: bytes) -> None:
-        """Put ``data`` at the start of a small file, creating it; readers may see it half written."""
+        """Write ``data`` at the start of a small file; creates it if needed. Readers may see it half written."""
         self._write_small(name, data, 0)
 
     def _write_small(self, name: str, data: bytes, flag: int) -> None:
@@ -206,11 +207,11 @@ class Folder:
         interposed("write_small", str(self.path / name), do)
 
     def write_atomic(self, name: str, data: bytes) -> None:
-        """Replace the file ``name`` by ``data``: readers see the old or the new bytes, nothing between."""
+        """Replace the file ``name`` with ``data``; readers see either the old or the new bytes."""
         self.write_stream(name, (data,))
 
     def write_stream(self, name: str, parts: Iterable[bytes]) -> str:
-        """Like :meth:`write_atomic`, piece by piece; the digest of the whole."""
+        """Like :meth:`write_atomic`, from several parts. Returns the digest of the file."""
 
         def write(file: HashedFile) -> None:
             for part in parts:
@@ -219,7 +220,7 @@ class Folder:
         return self.write_stream_by(name, write)
 
     def write_stream_by(self, name: str, write: Callable[[HashedFile], None]) -> str:
-        """Like :meth:`write_atomic`, by a function that fills the new file; the digest of the whole."""
+        """Like :meth:`write_atomic`, with a function that writes the new file. Returns the digest of the file."""
         temporary = f".{name}.{uuid.uuid4().hex}"
         try:
             with self.create(temporary) as file:
@@ -243,9 +244,9 @@ class Folder:
         )
 
     def replace(self, name: str, new_name: str, expected: str) -> None:
-        """Let the file ``name``, with the digest ``expected``, be ``new_name``, instead of what had that name.
+        """Rename the file ``name``, whose digest is ``expected``, to ``new_name``, replacing an existing file.
 
-        A rename that succeeded can still report ENOENT after an NFS retransmission: then the content tells.
+        A rename that succeeded can still report ENOENT after an NFS retransmission: the digest shows whether it did.
         """
         try:
             self.rename(name, new_name)
@@ -261,12 +262,12 @@ class Folder:
                 raise
 
     def sync(self) -> None:
-        """Bring the names in this folder to the disk."""
+        """Flush the entries of this folder to disk."""
         interposed("fsync", str(self.path), lambda: os.fsync(self.fd))
 
     def commit(self, attempt: str, final: str, proof: str) -> bool:
-        """See :func:`commit`: here, one rename. One that succeeded can still report ENOENT after an NFS retransmission,
-        and then the proof tells."""
+        """See :func:`commit`: here, one rename. A rename that succeeded can still report ENOENT after an NFS
+        retransmission: the proof shows whether it did."""
         try:
             with self.folder(attempt) as folder:
                 mine = folder.read(proof)
@@ -293,7 +294,7 @@ class Folder:
         return True
 
     def place(self, name: str) -> str:
-        """Where the files of the folder ``name`` lie, as a path below this one."""
+        """The path, relative to this folder, at which the files of the folder ``name`` are stored."""
         return name
 
     def probe(self) -> None:
@@ -301,7 +302,7 @@ class Folder:
         _probe(self)
 
     def trash(self, name: str) -> bool:
-        """Move ``name`` aside under a name that counts for nothing, then delete it. False: it was gone already."""
+        """Rename ``name`` to a name that is ignored everywhere, then delete it. False if it was already gone."""
         aside = f"{TRASH}{uuid.uuid4().hex}"
         try:
             self.rename(name, aside)
@@ -313,7 +314,7 @@ class Folder:
         return True
 
     def delete(self, name: str) -> None:
-        """Delete the tree ``name``, which nobody counts any more; what cannot be deleted now is left to ``gc``."""
+        """Delete the tree ``name``, which must no longer be in use; what cannot be deleted now is left to ``gc``."""
 
         def do() -> None:
             if os.path.isdir(f"/proc/self/fd/{self.fd}/{name}"):
@@ -331,7 +332,7 @@ class Folder:
 class HashedFile:
     """A file being written from start to end, with its XXH3-128 as a whole and per block of 4 MiB.
 
-    It has what libraries that write to file objects ask for: ``write``, ``tell``, ``flush``, ``close``, ``closed``.
+    It has what libraries need to write to a file object: ``write``, ``tell``, ``flush``, ``close``, ``closed``.
     """
 
     def __init__(self, fd: int, name: str, path: str) -> None:
@@ -339,9 +340,9 @@ class HashedFile:
         self.path = path
         self.bytes = 0
         self._fd = fd
-        self._started = 0  # bytes that the system brings to the disk
+        self._started = 0  # bytes whose write-back to disk was started
         self._pieces: list[memoryview] = []  # not written yet
-        self._waiting = 0  # bytes in them
+        self._waiting = 0  # bytes in _pieces
         self._whole = xxhash.xxh3_128()
         self._block = xxhash.xxh3_128()
         self._block_left = BLOCK
@@ -353,7 +354,7 @@ class HashedFile:
         self._hash(view)
         self.bytes += size
         large = size > _BUFFER
-        # what waits must not change: a read-only view may be of memory that its owner uses again
+        # buffered data must not change: even the memory behind a read-only view may be reused by its owner
         self._pieces.append(view if large or isinstance(data, bytes) else memoryview(bytes(view)))
         self._waiting += size
         if large or self._waiting > _BUFFER or len(self._pieces) == _PIECES:
@@ -409,7 +410,7 @@ class HashedFile:
         return self._fd < 0
 
     def close(self) -> None:
-        """Write what is left, bring it to the disk, close."""
+        """Write the rest, flush it to disk and close the file."""
         if self._fd < 0:
             return
         try:
@@ -420,7 +421,7 @@ class HashedFile:
             self._fd = -1
 
     def discard(self) -> None:
-        """Close without the promise that anything is on disk."""
+        """Close the file without making sure that anything is on disk."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
@@ -446,7 +447,7 @@ class HashedFile:
 
     @property
     def blocks(self) -> list[str]:
-        """XXH3-128 of each block of 4 MiB, the last one as long as it is."""
+        """XXH3-128 of each block of 4 MiB; the last block may be shorter."""
         return (
             [*self._blocks, self._block.hexdigest()] if self._block_left < BLOCK or not self._blocks else self._blocks
         )
@@ -457,19 +458,19 @@ _WRITE = 2  # SYNC_FILE_RANGE_WRITE
 
 
 def _start_writing(fd: int, start: int, length: int) -> None:
-    """Let the system begin to bring these bytes to the disk, so that fsync has to wait for few."""
+    """Start writing these bytes back to disk, so that fsync has less to wait for."""
     if _sync_file_range is not None:
         _sync_file_range(fd, ctypes.c_int64(start), ctypes.c_int64(length), _WRITE)
 
 
 def commit(parent: Folder, attempt: str, final: str, proof: str) -> bool:
-    """Let the folder ``attempt`` be ``final``, in the same parent, which exactly one attempt wins.
+    """Commit the folder ``attempt`` as ``final``, in the same parent; of several attempts, exactly one succeeds.
 
     Args:
-        proof: a file in the attempt whose content no other attempt has: it holds the attempt's id.
+        proof: a file in the attempt whose content is unique because it contains the attempt's id.
 
     Returns:
-        True if this attempt is the one that counts; False if another was first or this one was removed.
+        True if this attempt was committed; False if another one was first or this one was removed.
     """
     return parent.commit(attempt, final, proof)
 
@@ -480,15 +481,15 @@ def json_bytes(value: Any) -> bytes:
 
 
 def seal(value: dict[str, Any]) -> bytes:
-    """Canonical JSON of ``value`` with a digest of itself, so that a changed byte is noticed."""
+    """Canonical JSON of ``value`` with its own digest, so that a changed byte is detected."""
     return json_bytes({**value, "digest": digest(json_bytes(value))})
 
 
 def unsealed(text: bytes, path: Path) -> dict[str, Any]:
-    """The object that :func:`seal` made ``text`` of; ``path`` is for the message.
+    """The object in ``text``, which :func:`seal` made; ``path`` is for the error message.
 
     Raises:
-        StorageError: a byte of it has changed.
+        StorageError: ``text`` has changed since it was made.
     """
     value = _parsed(text, path)
     if value.pop("digest", None) != _digest_sealed(text):
@@ -507,12 +508,12 @@ def _parsed(text: bytes, path: Path) -> dict[str, Any]:
 
 
 def _digest_sealed(text: bytes) -> str:
-    """What the digest in a sealed ``text`` must be: taken without parsing, which costs 20 times as much."""
+    """The digest that a sealed ``text`` must contain, computed without parsing, which would take 20 times as long."""
     match = _DIGEST.search(text)
     if match is None:
         return ""
     before, after = text[: match.start()], text[match.end() :]
-    if not match[1]:  # the last of several: the comma before it goes with it
+    if not match[1]:  # the last entry: the comma before it is removed too
         before = before.removesuffix(b",")
     return digest(before + after)
 
@@ -523,11 +524,11 @@ def digest(data: bytes) -> str:
 
 
 def probe(folder: Folder) -> None:
-    """Check that the file system under ``folder`` keeps what a commit needs.
+    """Check that the file system under ``folder`` has the guarantees that a commit needs.
 
     Raises:
-        StorageError: a folder can be renamed onto a full one, a rename is not seen, or folders cannot be synced
-            (flat object stores mounted as a file system).
+        StorageError: a folder can be renamed onto a non-empty one, a rename is not visible, or folders cannot be
+            synced (flat object stores mounted as a file system).
     """
     folder.probe()
 
@@ -553,7 +554,7 @@ def _probe(folder: Folder) -> None:
                 try:
                     inside.rename("a", "c")
                 except OSError as error:
-                    if error.errno not in GONE or not inside.exists("c"):  # else it succeeded, whatever it says
+                    if error.errno not in GONE or not inside.exists("c"):  # otherwise it succeeded despite the error
                         raise
                 inside.sync()
                 with inside.folder("c") as moved:

@@ -1,4 +1,4 @@
-"""One try at one partition, in its own folder, up to the rename that commits it."""
+"""One attempt at one partition, in its own folder, up to the rename that commits it."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ from pipeline.storage import GONE, Folder, HashedFile, StorageError, commit, sea
 
 
 class Superseded(RuntimeError):
-    """The output was removed or moved aside while we worked on it: what we do there is worth nothing."""
+    """The output was removed or moved aside while this process worked on it: its work no longer counts."""
 
 
 class AttemptRemoved(RuntimeError):
-    """Somebody took the attempt's folder away (``gc``, or the whole output was): the work is to be done again."""
+    """The attempt's folder was removed, by ``gc`` or with the whole output: the partition must be tried again."""
 
 
 def require_output(root: Folder) -> None:
-    """Raises Superseded unless the output is where it was."""
+    """Raises Superseded if the output was removed or moved."""
     if not (root.in_place() and root.exists("plan/plan.json")):
         raise Superseded(f"{root.path} was removed or overwritten while we ran")
 
 
 @contextmanager
 def unless_removed(root: Folder) -> Iterator[None]:
-    """Context: whatever is wrong with an output that is no longer there, it was removed or overwritten."""
+    """Context: errors from an output that no longer exists at its path become Superseded."""
     try:
         yield
     except (OSError, StorageError, ConfigError) as error:
@@ -54,7 +54,7 @@ def _name(file: dict[str, Any]) -> str:
 
 
 class Attempt:
-    """Writes the outcomes of partition ``index`` and commits them. A context: left early, nothing remains."""
+    """Context that writes the outcomes of partition ``index`` and commits them; without a commit, nothing remains."""
 
     def __init__(self, dataset: Dataset, index: int) -> None:
         self.index = index
@@ -93,7 +93,7 @@ class Attempt:
 
     @property
     def scratch(self) -> Path:
-        """Where the stage may put files that it needs for a while; they go with the attempt."""
+        """Folder for temporary files of the stage, which are deleted with the attempt."""
         assert self._folder is not None
         return Path(f"/proc/self/fd/{self._folder.fd}")
 
@@ -110,12 +110,15 @@ class Attempt:
         step: Callable[[], None],
         adapted: Callable[[Writer], Writer] = lambda writer: writer,
     ) -> dict[str, Any] | None:
-        """Write all ``outcomes``, check that they balance, commit; ``step`` is called after each, and may raise.
+        """Write all ``outcomes``, check that they balance, and commit them.
 
-        ``adapted`` may put something in front of the format's writer.
+        Args:
+            shard_bytes: size of data files in bytes.
+            step: called after each outcome; may raise.
+            adapted: may wrap the format's writer.
 
         Returns:
-            The record, or None if another attempt was first.
+            The record, or None if another attempt was committed first.
 
         Raises:
             LedgerError: the outcomes do not add up.
@@ -129,9 +132,9 @@ class Attempt:
         return self._committed(work)
 
     def without_data(self, ledger: bytes, counted: Mapping[str, Any]) -> dict[str, Any] | None:
-        """Commit what the partition was, with this ledger and no data files; returns and raises as :meth:`run`.
+        """Commit the partition with this ledger and without its data files; returns and raises as :meth:`run`.
 
-        The record lists them as before (except ``counted``), so that the content digest is that of the data.
+        The record still lists the data files, so that the content digest covers them; ``counted`` replaces its counts.
         """
 
         def work() -> dict[str, Any]:
@@ -154,12 +157,12 @@ class Attempt:
         return record if self._won else None
 
     def _read(self, outcomes: Iterable[Outcome]) -> Iterator[Outcome]:
-        """Tell a failure of the input from one of the output."""
+        """Distinguish an error of the input from one of the output."""
         try:
             yield from outcomes
         except OSError as error:
             if error.errno in GONE and not self._bucket.exists(self._name):
-                raise  # the scratch folder went with the attempt
+                raise  # the scratch folder was removed with the attempt
             raise StorageError(
                 f"{self._dataset.root.path}: cannot read the input of partition {self.index}: {error}"
             ) from error
@@ -186,7 +189,7 @@ class Attempt:
         return self._recorded(self._record(locations))
 
     def _recorded(self, record: dict[str, Any]) -> dict[str, Any]:
-        """Write the record, the last file of all."""
+        """Write the record, which is the last file of an attempt, and check that the folder contains nothing else."""
         assert self._folder is not None
         with self._folder.create(RECORD) as file:
             file.write(seal(record))

@@ -1,7 +1,7 @@
-"""Which samples of a finished dataset of latents are in which bucket: ``buckets.parquet``.
+"""``buckets.parquet``: the bucket of each sample of a finished dataset of latents.
 
-Samples lie bucket by bucket in each partition, so that a few rows of the index say it for a partition of any size: a
-loader plans epochs of all samples without opening a shard.
+The samples of a partition are ordered by bucket, so that a few rows of the index describe a partition of any size, and
+a loader plans epochs over all samples without opening a shard.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from pipeline.imaging.buckets import Size
 
 NAME = "buckets.parquet"
 _ROWS = 1 << 16
-"""Rows that are written at once."""
+"""Rows per write."""
 
 
 def write(file: Any, columns: Iterable[str], records: Iterable[Mapping[str, Any]]) -> None:
-    """Write the index of partitions with these ``records``, in the order of their samples.
+    """Write the index of the partitions with these ``records``, in the order of their samples.
 
-    A row is a run of samples of the same buckets: ``partition``, ``count``, and for each of the ``columns`` of latents,
-    ``latents_R``, its bucket in pixels, ``height_R`` and ``width_R``.
+    A row describes a run of samples with the same buckets: ``partition``, ``count``, and for each column ``latents_R``
+    of ``columns`` its bucket in pixels as ``height_R`` and ``width_R``.
     """
     edges = [f"{edge}_{column.rpartition('_')[2]}" for column in columns for edge in ("height", "width")]
     fields = [("partition", pa.int64()), ("count", pa.int64()), *((edge, pa.int32()) for edge in edges)]
@@ -53,9 +53,9 @@ class BucketIndex:
     """The buckets of one column of latents.
 
     Attributes:
-        sizes: of the buckets that hold samples, height and width in pixels, in ascending order.
-        starts: first sample of each run of samples of one bucket, and the number of all at the end: int64 (runs + 1,).
-        owners: which of ``sizes`` each run is of: int32 (runs,).
+        sizes: height and width in pixels of the buckets that contain samples, in ascending order.
+        starts: first sample of each run of samples of one bucket, then the number of samples: int64 (runs + 1,).
+        owners: index into ``sizes`` of each run: int32 (runs,).
     """
 
     sizes: tuple[Size, ...]
@@ -64,7 +64,7 @@ class BucketIndex:
 
     @classmethod
     def parse(cls, data: bytes, column: str) -> BucketIndex:
-        """Of the bytes of ``buckets.parquet``.
+        """The index of one ``column`` of latents, from the bytes of ``buckets.parquet``.
 
         Raises:
             ValueError: the file has no such column.
@@ -78,7 +78,7 @@ class BucketIndex:
         counts, heights, widths = (table[name].to_numpy() for name in names)
         pairs, owners = np.unique(np.stack([heights, widths], 1), axis=0, return_inverse=True)
         owners = owners.reshape(-1)
-        first = np.flatnonzero(np.diff(owners, prepend=-1))  # neighbours of one bucket become one run
+        first = np.flatnonzero(np.diff(owners, prepend=-1))  # adjacent rows of one bucket become one run
         counts = np.add.reduceat(counts, first) if len(first) else counts
         sizes = tuple((int(height), int(width)) for height, width in pairs.tolist())
         starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
@@ -86,17 +86,17 @@ class BucketIndex:
 
     @classmethod
     def of_one(cls, size: Size, samples: int) -> BucketIndex:
-        """That of samples which all have the same size."""
+        """The index of samples that all have the same size."""
         return cls((size,), np.array([0, samples], np.int64), np.zeros(1, np.int32))
 
     def __len__(self) -> int:
-        """Samples."""
+        """The number of samples."""
         return int(self.starts[-1])
 
     def counts(self) -> npt.NDArray[Any]:
-        """Samples in each bucket: int64 (sizes,)."""
+        """Number of samples in each bucket: int64 (sizes,)."""
         return np.bincount(self.owners, np.diff(self.starts), len(self.sizes)).astype(np.int64)
 
     def size_at(self, sample: int) -> Size:
-        """The bucket of a sample, by its position."""
+        """The bucket of the sample at this position."""
         return self.sizes[self.owners[np.searchsorted(self.starts, sample, "right") - 1]]

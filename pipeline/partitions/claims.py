@@ -1,7 +1,7 @@
 """Claims: which rank works on which partition, so that work is rarely done twice. Correctness never depends on them.
 
-A claim is a small file with its owner's name and a counter that the owner's heartbeat moves. It is stale when the
-counter stood still for ``lease`` seconds of the observer's own clock, or when its owner, on this host, is dead.
+A claim is a small file with its owner's id and a counter that the owner's heartbeat increments. It is stale if the
+counter has not changed for ``lease`` seconds of the observer's clock, or if its owner ran on this host and is dead.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def _boot() -> str:
 
 
 def _started(pid: int) -> str | None:
-    """When process ``pid`` started, in clock ticks since boot; None if it is not there."""
+    """Start time of process ``pid``, in clock ticks since boot; None if it is not running."""
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -61,7 +61,7 @@ class Claims:
             self.release(name)
 
     def take(self, name: str) -> bool:
-        """Claim ``name`` (a path below claims/); False while another process seems to be at it."""
+        """Claim ``name`` (a path below ``claims/``); False if another process holds a fresh claim on it."""
         path = f"claims/{name}"
         for attempt in range(2):
             try:
@@ -85,7 +85,7 @@ class Claims:
         return True
 
     def fresh(self, name: str) -> bool:
-        """Whether the claim ``name`` exists and its owner has shown life within the lease, as far as we saw."""
+        """Whether the claim ``name`` exists and its owner was alive within the lease, as far as this process knows."""
         try:
             text = self._root.read(f"claims/{name}").decode("utf-8", "replace")
         except OSError as error:
@@ -110,7 +110,7 @@ class Claims:
         with self._lock:
             self._held.discard(name)
             self._seen.pop(name, None)
-            with suppress(OSError):  # left behind, it grows stale
+            with suppress(OSError):  # if it cannot be removed, it becomes stale
                 self._root.unlink(f"claims/{name}", missing_ok=True)
 
     def _text(self) -> bytes:
@@ -121,10 +121,10 @@ class Claims:
             try:
                 self._move()
             except OSError:
-                continue  # a full or removed file system: the worker itself finds that out
+                continue  # a full or removed file system: the worker will notice
 
     def _move(self) -> None:
         with self._lock:
             self._counter += 1
             for name in self._held:
-                self._root.overwrite(f"claims/{name}", self._text())  # the counter grows: never shorter than before
+                self._root.overwrite(f"claims/{name}", self._text())  # the counter grows, so the text never shrinks

@@ -1,7 +1,7 @@
-"""Finished partitions with fewer files: their ledgers and records go into one pack for each bucket of 1,000.
+"""Reduces the number of files: ledgers and records move into one pack for each bucket of 1,000 finished partitions.
 
-A partition then takes two inodes instead of four. Interrupted at any moment, every small file is in its folder, in a
-pack, or in both: it is removed from its folder only when the pack that has it was written, synced and read back.
+A partition then takes two inodes instead of four. Whenever packing is interrupted, every small file is in its folder,
+in a pack, or in both: it is removed from its folder only after the pack was written, synced and read back.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def buckets_of(dataset: Dataset) -> range:
 
 
 def uncompacted(dataset: Dataset) -> list[int]:
-    """Buckets that are not packed, as far as their marks say."""
+    """Buckets without the mark that says they are packed."""
     marked: set[str] = set()
     try:
         with dataset.root.folder("claims") as claims:
@@ -41,17 +41,17 @@ def _mark(dataset: Dataset, bucket: int) -> str:
 
 
 def compact(dataset: Dataset, buckets: Iterable[int], step: Callable[[], None] = _nothing) -> int:
-    """Pack some buckets of a finished dataset; several processes may do it at a time.
+    """Pack some buckets of a finished dataset; several processes may do so at the same time.
 
     Args:
         step: called for each partition; may raise.
 
     Returns:
-        The number of files that are there no more.
+        The number of files removed.
 
     Raises:
         Unfinished: the dataset is not finished.
-        StorageError: a record or ledger is damaged, or the disk refuses something.
+        StorageError: a record or ledger is damaged, or a file operation failed.
     """
     dataset.require_success()
     removed = 0
@@ -72,7 +72,7 @@ def _compact_bucket(dataset: Dataset, folder: Folder, bucket: int, step: Callabl
         digest = folder.write_stream_by(str(name), lambda file: write_pack(file, _members(dataset, span, step)))
         if folder.digest_of(str(name)) != digest:
             raise StorageError(f"{folder.path / str(name)} was not read back as it was written")
-    if _is_superseded(dataset.root, name):  # by a process that knows of more generations than we
+    if _is_superseded(dataset.root, name):  # by a process that knows of a later generation
         folder.trash(str(name))
         return 0
     removed = 0
@@ -93,7 +93,7 @@ def _is_superseded(root: Folder, name: PackName) -> bool:
 
 
 def _is_whole(dataset: Dataset, name: PackName, span: Iterable[int]) -> bool:
-    """Whether the pack is there with all that it is to have; what its members hold, verify checks."""
+    """Whether the pack exists and is complete; the content of its members is checked by ``verify``."""
     try:
         members = set(Pack(dataset.root, name).members)
     except OSError as error:
@@ -117,9 +117,9 @@ def _members(dataset: Dataset, span: Iterable[int], step: Callable[[], None]) ->
 
 
 def _strip(dataset: Dataset, index: int) -> int:
-    """Remove from a partition's folder what the pack has; the number of files.
+    """Remove the packed files from a partition's folder; returns their number.
 
-    A folder without data files keeps its record: a late attempt could be renamed onto an empty one.
+    A folder without data files keeps its record, because a late attempt could be renamed onto an empty folder.
     """
     path, removed = dataset.path_of(index), 0
     record = dataset.record(index) or {"files": []}
@@ -136,7 +136,7 @@ def _strip(dataset: Dataset, index: int) -> int:
 
 
 def stale_packs(dataset: Dataset) -> list[PackName]:
-    """Packs that hold partitions which do not count any more, or all of whose partitions are in a newer pack."""
+    """Packs that contain replaced partitions, or whose bucket has a newer pack."""
     found = []
     newest: dict[int, int] = {}
     for name in list_packs(dataset.root):

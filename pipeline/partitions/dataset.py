@@ -40,7 +40,7 @@ class Unfinished(ConfigError):
 
 
 class Released(StorageError):
-    """The data were removed on purpose, as what was made from them is there."""
+    """The data were removed on purpose, because the output made from them is complete."""
 
     def __init__(self, root: Path, stage: str) -> None:
         super().__init__(
@@ -50,10 +50,10 @@ class Released(StorageError):
 
 
 def open_root(path: str | Path) -> Folder:
-    """The folder of a dataset directory, here or in an object store.
+    """Open the root folder of a dataset directory, on disk or in an object store.
 
     Raises:
-        Unfinished: there is none.
+        Unfinished: there is no such folder.
         StoreError: the store cannot be reached.
     """
     try:
@@ -66,13 +66,14 @@ def open_root(path: str | Path) -> Folder:
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A kept sample of a dataset directory: how to find it, and how to get its bytes.
+    """A kept sample of a dataset directory: how to find it, and how to read it.
 
     Attributes:
-        source: the partition, as path ``data/BBB/PPPPP`` below the dataset's root.
-        offset: its place among the samples that were ever kept there. Unlike a position in bytes, this outlasts a
-            repair or takedown of the partition.
-        file, start, length: where its bytes lie in the partition's folder; ``number`` is its row in the file.
+        source: the partition, as the path ``data/BBB/PPPPP`` relative to the dataset's root.
+        offset: its position among all samples ever kept in the partition. Unlike a position in bytes, it stays the
+            same after a repair or takedown of the partition.
+        file, start, length: data file in the partition's folder, first byte and number of bytes.
+        number: its row in the file.
     """
 
     key: str
@@ -85,10 +86,11 @@ class Stored:
     reader: SlotReader
 
     def read(self, columns: Collection[str] | None = None) -> Row:
-        """The sample as its format holds it; of its columns only these (None: all).
+        """The sample's row, with only these columns (None: all).
 
         Raises:
-            SampleError: what it refers to, outside of the dataset directory, is gone or has changed.
+            SampleError: a file that it refers to, outside the dataset directory, is gone or has changed; or the sample
+                was taken down.
             StorageError: the dataset directory is damaged.
         """
         if not self.file:
@@ -99,7 +101,11 @@ class Stored:
             raise self._damaged(error) from error
 
     def copied(self) -> Row:
-        """The row as the format's writer takes it, to write the same bytes again; raises StorageError as above."""
+        """The row in the form that the format's writer accepts, to write the same bytes again.
+
+        Raises:
+            StorageError: the dataset directory is damaged.
+        """
         try:
             return self.reader.open(self.file).copied(self.number, self.start, self.length)
         except DAMAGE as error:
@@ -113,7 +119,7 @@ DAMAGE = (ValueError, KeyError, IndexError, OSError)
 
 
 def damaged(root: Path, source: str, key: str, error: Exception) -> StorageError:
-    """What is wrong with the bytes of a sample, with its name and that of its file."""
+    """The error to raise for a damaged sample, which names its key and its file."""
     return StorageError(
         f"{root}: sample {key} in {source} is damaged ({type(error).__name__}: {error}): run stage=repair on {root}"
     )
@@ -121,26 +127,26 @@ def damaged(root: Path, source: str, key: str, error: Exception) -> StorageError
 
 @dataclass(frozen=True, slots=True)
 class Index:
-    """Where the kept samples of a partition lie, in order: a few bytes each, so that those of many may stay."""
+    """Locations of the kept samples of a partition, in order; small enough to keep those of many samples in memory."""
 
     names: list[str]
     """Data files."""
     files: npt.NDArray[Any]
-    """Which of them, int16 (n,)."""
+    """Each sample's file, as an index into ``names``, int16 (n,)."""
     numbers: npt.NDArray[Any]
-    """Row in its file, int32 (n,)."""
+    """Row in the file, int32 (n,)."""
     offsets: npt.NDArray[Any]
-    """First byte in its file, int64 (n,)."""
+    """First byte in the file, int64 (n,)."""
     lengths: npt.NDArray[Any]
-    """Bytes, int64 (n,)."""
+    """Number of bytes, int64 (n,)."""
 
 
 class SlotReader:
-    """Reads rows out of one committed partition; data files stay open between reads.
+    """Reads rows of one committed partition; data files stay open between reads.
 
     Args:
         verify: when blocks of data files are checked against their hashes, see :class:`BlockFile`.
-        seen: a byte for each block of all files, in the record's order; those of checked blocks are not 0.
+        seen: one byte for each block of all files, in the record's order; not 0 if the block has been checked.
     """
 
     def __init__(self, dataset: Dataset, index: int, verify: Verify = "first", seen: memoryview | None = None) -> None:
@@ -160,11 +166,11 @@ class SlotReader:
 
     @cached_property
     def record(self) -> dict[str, Any]:
-        """What record.json says."""
+        """The content of record.json."""
         return unsealed(self.record_bytes(), self.root / self.path / RECORD)
 
     def record_bytes(self) -> bytes:
-        """The file record.json; raises StorageError if there is none."""
+        """The bytes of record.json; raises StorageError if there is none."""
         data = self._dataset.small_file(self._index, RECORD)
         if data is None:
             raise StorageError(f"{self.root / self.path} is damaged: run stage=repair on {self.root}")
@@ -178,7 +184,7 @@ class SlotReader:
         """The reader of a data file.
 
         Raises:
-            KeyError, OSError, ValueError: there is none, or it is damaged.
+            KeyError, OSError, ValueError: the file does not exist or is damaged.
             Released: it was removed on purpose.
         """
         if file not in self._readers:
@@ -199,10 +205,10 @@ class SlotReader:
         return BlockFile(fd, f"{self.path}/{file}", entry["bytes"], entry["blocks"], self._verify, seen, place)
 
     def stored(self, taken: bool = False) -> list[Stored]:
-        """The kept samples of the partition, in order; with ``taken`` also those that were, and have been taken down.
+        """The kept samples of the partition, in order; with ``taken``, also those that were taken down later.
 
         Raises:
-            StorageError: record or ledger are damaged.
+            StorageError: the record or the ledger is damaged.
         """
         columns = ["key", "container", "outcome", "reason", "file", "offset", "length"]
         table = self.ledger(columns).to_pydict()
@@ -217,7 +223,7 @@ class SlotReader:
         return stored if taken else [sample for sample in stored if sample.file]
 
     def index(self) -> Index:
-        """Where the kept samples lie; raises StorageError if record or ledger are damaged."""
+        """The locations of the kept samples; raises StorageError if the record or the ledger is damaged."""
         table = self._kept(["file", "offset", "length"])
         encoded = table["file"].combine_chunks().dictionary_encode()
         files = np.asarray(encoded.indices.to_numpy(zero_copy_only=False), np.int16)
@@ -244,15 +250,15 @@ class SlotReader:
         return table.filter(kept).select(columns)
 
     def ledger(self, columns: list[str] | None = None) -> pa.Table:
-        """The ledger, checked first: a changed byte in it could change a key or hide a sample without a sign.
+        """The ledger, after a check of its hash: a changed byte could silently change a key or hide a sample.
 
         Raises:
-            StorageError: record or ledger are damaged.
+            StorageError: the record or the ledger is damaged.
         """
         return parse_ledger(self.ledger_bytes(), columns)
 
     def ledger_bytes(self) -> bytes:
-        """The file of the ledger; raises StorageError if it is not what the record says."""
+        """The bytes of the ledger; raises StorageError if they do not match the record."""
         try:
             data = self._dataset.small_file(self._index, LEDGER)
         except OSError as error:
@@ -270,7 +276,7 @@ class Dataset:
     """An opened dataset directory with at least one plan.
 
     Raises:
-        Unfinished: there is no plan at the place.
+        Unfinished: the folder has no plan.
     """
 
     def __init__(self, root: Folder, generations: int | None = None) -> None:
@@ -310,7 +316,7 @@ class Dataset:
 
     @cached_property
     def origin(self) -> Folder | None:
-        """The folder outside that rows refer to, if this dataset holds references."""
+        """The folder outside this dataset that its rows refer to, if its format stores references."""
         try:
             return Folder.open(self.header["origin"]) if self.header.get("origin") else None
         except OSError:
@@ -318,17 +324,17 @@ class Dataset:
 
     @cached_property
     def taken(self) -> dict[str, tuple[int, str]]:
-        """Keys that were taken down → the partition of the newest row, and the reason that it has."""
+        """Keys that were taken down → the partition of the key's newest row, and the reason in that row."""
         return {key: tuple(row) for plan in self.plans for key, row in plan.header.get("taken", {}).items()}
 
     @cached_property
     def released(self) -> frozenset[int]:
-        """Partitions of which there are ledger and record alone."""
+        """Partitions of which only the ledger and the record are left."""
         numbers: set[int] = set()
         for plan in self.plans:
             if plan.header["kind"] == RELEASE:
                 numbers |= plan.redo
-            elif plan.header["kind"] != TAKEDOWN:  # which leaves them as they are
+            elif plan.header["kind"] != TAKEDOWN:  # a takedown does not restore data
                 numbers -= plan.redo
         return frozenset(numbers)
 
@@ -343,12 +349,12 @@ class Dataset:
         return self.plans[bisect.bisect_right(self._firsts, index) - 1]
 
     def counts_by(self, index: int) -> Plan:
-        """The newest generation that (re)does partition ``index``: the one whose record counts."""
+        """The newest generation that makes partition ``index``, again or for the first time: its record counts."""
         redone = [plan for plan in self.plans if index in plan.redo]
         return redone[-1] if redone else self.planned_by(index)
 
     def slot(self, index: int) -> str:
-        """Name of the partition's folder in its bucket; a name is never used again for other content."""
+        """Name of the partition's folder in its bucket; a name is never reused for different content."""
         plan = self.counts_by(index)
         return f"{index:05d}" if plan is self.planned_by(index) else f"{index:05d}.{plan.generation}"
 
@@ -356,7 +362,7 @@ class Dataset:
         return f"{index // BUCKET:03d}"
 
     def partition_path(self, index: int) -> str:
-        """Name of the partition in ledgers: its folder's path as long as it is not done again."""
+        """Name of the partition in ledgers: the path of its folder before any repair or takedown."""
         return f"data/{self.bucket(index)}/{index:05d}"
 
     def path_of(self, index: int) -> str:
@@ -370,7 +376,7 @@ class Dataset:
         """The record of the committed partition; None if it is not committed.
 
         Raises:
-            StorageError: the slot holds something that is not of this plan.
+            StorageError: the slot holds a partition of another plan.
         """
         path = self.path_of(index)
         data = self.small_file(index, RECORD)
@@ -395,17 +401,17 @@ class Dataset:
 
     @cached_property
     def success(self) -> dict[str, Any] | None:
-        """What ``_SUCCESS`` says, if it speaks of all the generations that are planned; else None."""
+        """The content of ``_SUCCESS`` if it covers all planned generations; otherwise None."""
         try:
             marker = self.root.read_sealed(SUCCESS)
         except StorageError:
-            return None  # finishing again writes it again
+            return None  # finishing the dataset again rewrites it
         if marker is None or marker.get("plans") != [plan.digest for plan in self.plans]:
             return None
         return marker
 
     def require_success(self) -> dict[str, Any]:
-        """Raises Unfinished, saying what to run, if the dataset is not complete."""
+        """The content of ``_SUCCESS``; raises Unfinished, saying what to run, if the dataset is not complete."""
         if self.success is None:
             raise Unfinished(
                 f"{self.root.path} is not finished (no valid _SUCCESS): run stage={self.stage} again to its end first"
@@ -427,22 +433,22 @@ class Dataset:
         """Kept samples per partition, int64 (partitions,).
 
         Raises:
-            StorageError: the manifest is not the one that ``_SUCCESS`` speaks of.
+            StorageError: the manifest is not the one that ``_SUCCESS`` refers to.
         """
         return self._manifest_column("kept")
 
     @cached_property
     def places(self) -> npt.NDArray[Any]:
-        """Position of each partition's first sample among all that were ever kept, and their number at the end.
+        """Position of each partition's first sample among all samples ever kept, then their total number.
 
-        int64 (partitions + 1,). Unlike :attr:`starts`, it stays the same when samples are taken down: plans use it.
+        int64 (partitions + 1,). Unlike :attr:`starts`, it does not change when samples are taken down: plans use it.
         """
         taken = self._manifest_column("taken") if self.require_success()["counts"].get("taken") else 0
         found: npt.NDArray[Any] = np.concatenate([[0], np.cumsum(self.kept + taken)]).astype(np.int64)
         return found
 
     def blocks(self) -> npt.NDArray[Any]:
-        """Number of the first block of each partition's files, counted through, and of all: int64 (partitions + 1,)."""
+        """Blocks of data files before each partition, then the total number of blocks: int64 (partitions + 1,)."""
         files = self._manifest("files")
         counts = blocks_of(files.values.field("bytes").to_numpy())
         found: npt.NDArray[Any] = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)[files.offsets.to_numpy()]
@@ -466,26 +472,26 @@ class Dataset:
 
     @cached_property
     def starts(self) -> npt.NDArray[Any]:
-        """Position of each partition's first kept sample, and the total at the end: int64 (partitions + 1,)."""
+        """Position of each partition's first kept sample, then the total number: int64 (partitions + 1,)."""
         found: npt.NDArray[Any] = np.concatenate([[0], np.cumsum(self.kept)]).astype(np.int64)
         return found
 
     def __len__(self) -> int:
-        """Kept samples in all."""
+        """Total number of kept samples."""
         return int(self.starts[-1])
 
     def samples(self, index: int) -> Iterator[Stored]:
-        """What stages read: the samples that were ever kept in partition ``index``, in order.
+        """All samples ever kept in partition ``index``, in order: the input of the next stage.
 
-        To read one that was taken down raises SampleError.
+        Reading one that was taken down raises SampleError.
         """
         yield from SlotReader(self, index).stored(taken=True)
 
 
 def before_redone(dataset: Dataset, index: int) -> Dataset:
-    """``dataset`` as it was before the generation that does partition ``index`` again."""
+    """``dataset`` as it was before the generation that makes partition ``index`` again."""
     before = Dataset(dataset.root, dataset.counts_by(index).generation)
-    before.packs = dataset.packs  # open already
+    before.packs = dataset.packs  # already open
     return before
 
 
@@ -494,16 +500,16 @@ def _opened(path: str, verify: Verify, open_files: int, taken: bool) -> RandomAc
 
 
 class RandomAccess:
-    """Kept samples of a finished dataset by position. Nothing in it minds a fork.
+    """Access to the kept samples of a finished dataset by position. Safe to use after a fork.
 
     Args:
         verify: when blocks of data files are checked against their hashes, see :class:`BlockFile`.
-        open_files: data files that stay open; those used last.
-        taken: positions are those of :attr:`Dataset.places`, of all samples that were ever kept (:meth:`stored` alone).
+        open_files: number of data files that stay open; the least recently used ones are closed.
+        taken: positions are those of :attr:`Dataset.places`, among all samples ever kept (only for :meth:`stored`).
     """
 
     most_samples = 1 << 25
-    """Samples whose places are kept in memory, at 22 bytes each; beyond, those of partitions used last."""
+    """Samples whose locations are kept in memory, at 22 bytes each. Beyond that, the oldest partitions are evicted."""
 
     def __init__(self, dataset: Dataset, verify: Verify = "first", open_files: int = 256, taken: bool = False) -> None:
         self.dataset = dataset
@@ -518,7 +524,7 @@ class RandomAccess:
         self._keys: OrderedDict[int, list[str]] = OrderedDict()
         self._blocks: list[int] = []
         self._seen: memoryview | None = None
-        if verify == "first":  # shared with processes that are forked from now on: a block is checked once by all
+        if verify == "first":  # shared with processes forked later, so that each block is checked only once
             self._blocks = dataset.blocks().tolist()
             self._seen = memoryview(mmap.mmap(-1, max(1, self._blocks[-1])))
         self._stored: OrderedDict[int, list[Stored]] = OrderedDict()
@@ -528,11 +534,11 @@ class RandomAccess:
         return self._starts[-1]
 
     def __reduce__(self) -> Any:
-        """For worker processes, which open the dataset themselves."""
+        """Pickle for worker processes, which open the dataset themselves."""
         return _opened, (str(self.dataset.root.path), self._verify, self._most_files, self._taken)
 
     def _place(self, position: int) -> tuple[int, int, Index]:
-        """Partition of the sample at ``position``, its place in it, and the partition's index."""
+        """Partition of the sample at ``position``, its position there, and the partition's :class:`Index`."""
         if not 0 <= position < self._starts[-1]:
             raise IndexError(f"there is no sample {position}: {self.dataset.root.path} has {self._starts[-1]}")
         number = bisect.bisect_right(self._starts, position) - 1
@@ -556,7 +562,7 @@ class RandomAccess:
         reader = self._readers.get(key)
         if reader is not None:
             return reader
-        # a fresh slot for each file: it goes, and closes what it has open, when the file is the one used longest ago
+        # a separate slot for each file: its files are closed when the least recently used file is evicted
         slot = self._opened(number)
         return _recent(self._readers, key, self._most_files, lambda: slot.open(index.names[file]))
 
@@ -566,7 +572,7 @@ class RandomAccess:
         return _recent(self._keys, number, 64, lambda: self._slot(number).keys())[local]
 
     def require(self, positions: Iterable[int]) -> None:
-        """Begin to bring the files that hold these samples here, where the dataset lies in an object store."""
+        """Start to download the files that contain these samples, if the dataset is in an object store."""
         root = self.dataset.root
         if isinstance(root, stores.StoreFolder):
             for number in sorted({bisect.bisect_right(self._starts, position) - 1 for position in positions}):
@@ -583,17 +589,17 @@ class RandomAccess:
         return samples[position - self._starts[number]]
 
     def row(self, position: int, columns: Collection[str] | None = None) -> Row:
-        """The sample at ``position``; of its columns only these (None: all).
+        """The row of the sample at ``position``, with only these columns (None: all).
 
         Raises:
             IndexError: there is no such sample.
-            SampleError: what it refers to, outside of the dataset directory, is gone or has changed.
-            StorageError: the dataset directory is damaged; names file and sample.
+            SampleError: a file that it refers to, outside the dataset directory, is gone or has changed.
+            StorageError: the dataset directory is damaged; the message names the file and the sample.
         """
         return self._take(position, lambda reader, number, start, size: reader.row(number, start, size, columns))
 
     def view(self, position: int, target: str = "") -> tuple[npt.NDArray[Any] | bytes, Any]:
-        """The image's bytes, without a copy where the format allows it, and the value of the column ``target``."""
+        """The image's bytes, without a copy if the format allows it, and the value of the column ``target``."""
 
         def take(reader: FileReader, number: int, start: int, size: int) -> tuple[npt.NDArray[Any] | bytes, Any]:
             row = reader.row(number, start, size, (target,)) if target else {}
@@ -602,15 +608,15 @@ class RandomAccess:
         return self._take(position, take)
 
     def array(self, position: int) -> npt.NDArray[Any]:
-        """Pixels of a sample in a format of fixed size, (h, w) or (h, w, c); raises what :meth:`row` raises."""
+        """Pixels of a sample in a fixed-size format, (h, w) or (h, w, c); raises what :meth:`row` raises."""
         return self._take(position, lambda reader, *place: reader.array(*place))
 
     def mask(self, position: int) -> npt.NDArray[Any]:
-        """The dense label of a sample in a format of fixed size, (h, w, c); raises what :meth:`row` raises."""
+        """Dense label of a sample in a fixed-size format, (h, w, c); raises what :meth:`row` raises."""
         return self._take(position, lambda reader, number, *_: reader.mask(number))
 
     def _take(self, position: int, take: Callable[[FileReader, int, int, int], Value]) -> Value:
-        """What ``take`` gets from the reader of the sample's file; it is told the sample's number, offset, length."""
+        """Call ``take`` with the reader of the sample's file and the sample's row number, offset and length in it."""
         number, local, index = self._place(position)
         try:
             reader = self._reader(number, index, index.files.item(local))
@@ -624,12 +630,12 @@ class RandomAccess:
         return damaged(self.dataset.root.path, source, self.key(position), error)
 
     def rows(self, positions: Iterable[int], columns: Collection[str] | None = None) -> list[Row]:
-        """The samples at ``positions``, decoded from their storage format."""
+        """The rows of the samples at ``positions``."""
         return [self.row(int(position), columns) for position in positions]
 
 
 def _recent(cache: OrderedDict[Any, Value], key: Any, most: int, make: Callable[[], Value]) -> Value:
-    """The value of ``key``, made if it is not there; the values used last stay."""
+    """The value of ``key``, made if it is missing; ``cache`` keeps the ``most`` most recently used values."""
     if key not in cache:
         cache[key] = make()
         if len(cache) > most:
@@ -639,7 +645,7 @@ def _recent(cache: OrderedDict[Any, Value], key: Any, most: int, make: Callable[
 
 
 def find_datasets(folder: Path) -> list[Dataset]:
-    """Dataset directories below ``folder``, in the order of the main line; their insides are not searched."""
+    """Dataset directories below ``folder``, in the order of the stages; their subfolders are not searched."""
     found = []
     for place, folders, _ in os.walk(folder):
         if (Path(place) / "plan" / "plan.json").is_file():

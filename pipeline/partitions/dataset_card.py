@@ -1,6 +1,6 @@
-"""``README.md`` of a finished dataset, with which the Hugging Face library can load it: ``load_dataset(<folder>)``.
+"""``README.md`` of a finished dataset, which lets Hugging Face's ``load_dataset(<folder>)`` load it.
 
-Without it, that library would take ledgers, plans and the manifest for samples. What it needs is a block of YAML
+Without it, ``load_dataset`` would take ledgers, plans and the manifest for samples. It reads only the YAML block
 (https://huggingface.co/docs/datasets/repository_structure); the rest is for people.
 """
 
@@ -16,16 +16,16 @@ from pipeline.storage import Folder
 
 NAME = "README.md"
 _MARK = "<!-- Written by Latentmill. Without this line the file is yours: it will not be replaced. -->"
-_SPLIT = re.compile(r"\w+(\.\w+)*")  # what may be the name of a split there
-_LARGEST = 1 << 20  # bytes of a file that may be looked at for our mark
+_SPLIT = re.compile(r"\w+(\.\w+)*")  # split names that the library accepts
+_LARGEST = 1 << 20  # leading bytes of a file in which the mark is searched for
 
 
 def card(dataset: Dataset, kept: int, files: Iterator[str]) -> str:
-    """The text; empty for storage formats that the library does not read, and where all data were released.
+    """The text of ``README.md``; empty if the library does not read the storage format or all data were released.
 
     Args:
-        kept: samples.
-        files: paths of all data files below the root; asked for where a pattern would find replaced ones too.
+        kept: number of samples.
+        files: relative paths of all data files; used if a pattern would also match files that were replaced.
     """
     pattern = dataset.format.pattern
     if not pattern or len(dataset.released) == dataset.partitions:
@@ -73,7 +73,7 @@ samples = load_dataset("path/of/this/folder")
 
 
 def is_ours(root: Folder) -> bool:
-    """Whether the ``README.md`` in ``root`` may be replaced: there is none, or it is as we have written it."""
+    """Whether the ``README.md`` in ``root`` may be replaced: it does not exist, or still has our mark."""
     if not root.exists(NAME):
         return True
     return _MARK.encode() in root.read(NAME)[:_LARGEST]

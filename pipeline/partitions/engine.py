@@ -29,25 +29,27 @@ from pipeline.telemetry.events import BEAT, Events
 from pipeline.telemetry.host_stats import Hosts
 
 _POLL = 0.01  # seconds between looks at what others have claimed; grows to a quarter of the lease
-_LOOKUPS = 20  # times that a planned bucket may be not to be seen, before we believe that it is gone
-_HOSTS = 20  # that a rank's events report
-_LOOKS = 8  # buckets that an idle rank lists between two pauses, so that a thousand of them are no storm
-_WATCHED = 8  # claims in a bucket that it looks at: others look at others
-_COST = 24  # file operations after which it pauses
+_LOOKUPS = 20  # failed lookups of a planned bucket before it is reported as missing
+_HOSTS = 20  # hosts that a rank's events report
+_LOOKS = 8  # buckets that an idle rank lists between two pauses, so that a thousand ranks do not flood the file system
+_WATCHED = 8  # claims in a bucket that an idle rank checks; different ranks check different claims
+_COST = 24  # file operations after which an idle rank pauses
 
 
 def run(stage: AnyStage, planned: Callable[[], None] = lambda: None) -> dict[str, Any]:
-    """Bring the stage's output to its end, together with whoever else works on it.
+    """Run the stage until its output is finished, together with all other ranks that work on it.
 
-    ``planned`` is called when there is a plan.
+    Args:
+        planned: called once the plan exists.
 
     Returns:
-        What ``_SUCCESS`` says.
+        The content of ``_SUCCESS``.
 
     Raises:
-        ConfigError: settings, upstream or output do not fit together.
-        StorageError, Superseded: the output cannot be written, or was moved aside.
-        Stopped: a signal asked us to stop.
+        ConfigError: settings, upstream and output do not match.
+        StorageError: the output cannot be written.
+        Superseded: the output was moved aside.
+        Stopped: a signal asked this process to stop.
     """
     try:
         dataset = open_or_plan(stage)
@@ -91,7 +93,7 @@ def _run(stage: AnyStage, dataset: Dataset) -> dict[str, Any]:
 
 
 class Worker:
-    """One process at work on one dataset."""
+    """The work of one process on one dataset."""
 
     def __init__(self, stage: AnyStage, dataset: Dataset, events: Events) -> None:
         self.stage = stage
@@ -106,7 +108,7 @@ class Worker:
         self._full: set[int] = set()
         self._missing: set[int] = set()
         self._lookups: Counter[int] = Counter()
-        self._cost = 0  # file operations of the present look around
+        self._cost = 0  # file operations since the last pause
         self._watches = uuid.uuid4().int
 
     def close(self) -> None:
@@ -118,7 +120,7 @@ class Worker:
     # ---- which partition next
 
     def work(self) -> None:
-        """Commit partitions until none is left: the own range first, then wherever there is something to do."""
+        """Commit partitions until none is left: first this rank's own range, then any that are open."""
         for bucket in buckets(self.own_range()):
             self._work_on(bucket, self.own_range())
         order = list(range(-(-self.dataset.partitions // BUCKET)))
@@ -140,7 +142,7 @@ class Worker:
             self._sleep(max(pause, pace.spend(self._cost)) if idle else 0)
 
     def own_range(self) -> range:
-        """The contiguous partitions that are this rank's by number."""
+        """The contiguous range of partitions assigned to this rank."""
         total, rank, world = self.dataset.partitions, self.rank.rank, self.rank.world_size
         return range(total * rank // world, total * (rank + 1) // world)
 
@@ -148,7 +150,7 @@ class Worker:
         return range(bucket * BUCKET, min((bucket + 1) * BUCKET, self.dataset.partitions))
 
     def _known_full(self) -> set[int]:
-        """Buckets that somebody has seen fully committed; only an economy, finish() looks for itself."""
+        """Buckets that some rank has marked as fully committed. Only an optimization: finish() checks all records."""
         try:
             with self.dataset.root.folder("claims") as claims:
                 names = claims.listdir()
@@ -160,8 +162,9 @@ class Worker:
         return {int(name[: -len(mine)]) for name in names if name.endswith(mine)}
 
     def _work_on(self, bucket: int, span: range, helping: bool = False) -> bool:
-        """Try every open partition of ``span`` in ``bucket``, of those that others have claimed only some when
-        ``helping``; whether anything was committed by us.
+        """Try every open partition of ``span`` in ``bucket``; when ``helping``, only some of those that others claimed.
+
+        Returns whether this process committed anything.
         """
         self._cost += 2
         present = self._committed(bucket)
@@ -192,7 +195,7 @@ class Worker:
         return progress
 
     def _unclaimed_first(self, bucket: int, todo: list[int]) -> list[int]:
-        """Partitions that nobody has claimed, then some of those that somebody has: each rank watches others."""
+        """The unclaimed partitions of ``todo``, then some of the claimed ones, which differ from rank to rank."""
         self._cost += 2
         try:
             with self.dataset.root.folder(f"claims/{bucket:03d}") as folder:
@@ -207,11 +210,11 @@ class Worker:
         return free + (taken[start:] + taken[:start])[:_WATCHED]
 
     def _committed(self, bucket: int) -> set[str] | None:
-        """Names of the slots in ``bucket``, whose records the engine believes; None if it is not to be seen just now.
+        """Names of the committed slots in ``bucket``; None if the bucket is not visible at the moment.
 
         Raises:
             Superseded: the output was removed.
-            StorageError: the bucket, or the record of a slot, is gone.
+            StorageError: the bucket or the record of a slot is missing.
         """
         place = f"data/{bucket:03d}"
         try:
@@ -221,7 +224,7 @@ class Worker:
             if error.errno not in GONE:
                 raise
             require_output(self.dataset.root)
-            self._lookups[bucket] += 1  # a look-up may be stale for a while
+            self._lookups[bucket] += 1  # network file systems may return stale lookups for a while
             if self._lookups[bucket] > _LOOKUPS:
                 raise StorageError(f"{self.dataset.root.path / place} is missing, although it is in the plan") from None
             return None
@@ -242,20 +245,20 @@ class Worker:
     # ---- one partition
 
     def _attempt(self, index: int, following: int | None) -> bool:
-        """Try to commit partition ``index``, before ``following``; whether this attempt is the one that counts."""
+        """Try to commit partition ``index``; ``following`` is probably next. Returns whether this attempt succeeded."""
         record = None
         self.rank.now["partition"] = index
         try:
             with Attempt(self.dataset, index) as attempt:
                 record = self._work_in(attempt, following)
         except AttemptRemoved:
-            require_output(self.dataset.root)  # else by gc: another try will do
+            require_output(self.dataset.root)  # if the output exists, gc removed the attempt: it is tried again
         self._now(-1, self.events.totals["in"])
         if record is not None:
             self._done.add(index)
             self._tell(record)
             return True
-        if self.dataset.record(index) is not None:  # raises if what won is of another plan
+        if self.dataset.record(index) is not None:  # raises if the winning attempt belongs to another plan
             self._done.add(index)
         self.events.totals["lost"] += 1
         self.events.emit("lost", partition=index)
@@ -269,7 +272,7 @@ class Worker:
             return attempt.run(outcomes, self.stage.shard_bytes, self.rank.check_stop, self.stage.adapted)
 
     def _to_process(self, index: int | None) -> Partition | None:
-        """Partition ``index``, if it is the stage that has to do it."""
+        """Partition ``index`` if :meth:`Stage.process` will be called for it; otherwise None."""
         if index is None or index in self.dataset.released:
             return None
         return None if self.dataset.counts_by(index).header["kind"] == TAKEDOWN else self.dataset.partition(index)
@@ -309,7 +312,7 @@ class Worker:
             )
 
     def _now(self, partition: int, done: int) -> None:
-        """What each event tells from here on."""
+        """Set what every event reports from here on."""
         hosts = self.hosts.said(_HOSTS)
         self.rank.now = {"partition": partition, "done": done, **({"hosts": hosts} if hosts else {})}
 
@@ -319,7 +322,7 @@ class Worker:
     # ---- the end
 
     def finish(self) -> dict[str, Any]:
-        """Finish the dataset, or wait until somebody else has."""
+        """Finish the dataset, or wait until another process has finished it."""
         pause = _POLL
         while True:
             self.rank.check_stop()
@@ -342,7 +345,7 @@ class Worker:
                 pause = min(pause * 1.5, max(_POLL, self.config.lease / 4))
 
     def compact(self) -> None:
-        """Pack the finished dataset's small files, together with the other ranks, a bucket at a time."""
+        """Pack the small files of the finished dataset, one bucket at a time, together with the other ranks."""
         dataset = Dataset(self.dataset.root)
         pause = _POLL
         while left := uncompacted(dataset):
@@ -357,9 +360,9 @@ class Worker:
                 pause = min(pause * 1.5, max(_POLL, self.config.lease / 4))
 
     def _reopen(self, current: Dataset, missing: list[int]) -> None:
-        """Partitions were missing although all seemed committed: forget what we believed, and work on."""
+        """Continue with ``missing`` partitions that seemed committed: forget that they were done."""
         if len(current.plans) != len(self.dataset.plans):
-            self.stage.forget_upstream()  # it may have gained what the new generation is about
+            self.stage.forget_upstream()  # the new generation may need a newer state of it
         self.dataset = current
         self._done -= set(missing)
         self._missing = set(missing)
@@ -379,12 +382,12 @@ class Worker:
 
 
 def buckets(span: range) -> range:
-    """The buckets that a range of partitions lies in."""
+    """The buckets that a range of partitions touches."""
     return range(span.start // BUCKET, -(-span.stop // BUCKET)) if len(span) else range(0)
 
 
 def main(make: Callable[[Any, Rank], AnyStage], config: Any, rank: Rank) -> None:
-    """The body of a stage's ``main``: print the settings, run, print what came out."""
+    """The body of a stage's ``main``: log the settings, run the stage, log the result."""
     if rank.is_main:
         rank.log.info("%s\n%s", type(config).__name__, cli.dump(config))
     stage = make(config, rank)
@@ -401,7 +404,10 @@ def main(make: Callable[[Any, Rank], AnyStage], config: Any, rank: Rank) -> None
 
 @contextmanager
 def expected_errors(rank: Rank) -> Iterator[None]:
-    """What a person can mend is one line, not a traceback. (ConfigError and Stopped are so already.)"""
+    """Context: log errors that a person can fix as one line instead of a traceback, and exit.
+
+    ConfigError and Stopped are handled elsewhere.
+    """
     try:
         yield
     except (StorageError, Superseded) as error:

@@ -1,4 +1,4 @@
-"""Finishes a dataset whose partitions are committed: checks counts, writes the manifest, the index and ``_SUCCESS``."""
+"""Finishes a dataset whose partitions are all committed: checks counts, writes manifest, index and ``_SUCCESS``."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _SOFTWARE = ("latentmill", "numpy", "pyarrow", "pillow", "simplejpeg", "torch", 
 
 
 class Incomplete(RuntimeError):
-    """Some partitions are not committed; ``missing`` has the first of them."""
+    """Some partitions are not committed; ``missing`` lists them."""
 
     def __init__(self, missing: list[int]) -> None:
         super().__init__(f"not committed: partitions {missing[:10]}")
@@ -46,7 +46,7 @@ class Incomplete(RuntimeError):
 
 
 class Overtaken(RuntimeError):
-    """Somebody else finishes the dataset, or it has gained a generation: look again."""
+    """Another process is finishing the dataset, or it has gained a generation: open it again."""
 
 
 class Unbalanced(StorageError):
@@ -55,7 +55,7 @@ class Unbalanced(StorageError):
 
 @cache
 def software() -> dict[str, str]:
-    """Versions of what results may depend on."""
+    """Versions of the software that results may depend on."""
     versions = {"python": platform.python_version()}
     for name in _SOFTWARE:
         try:
@@ -69,7 +69,7 @@ def records(dataset: Dataset) -> Iterator[dict[str, Any]]:
     """The records of all partitions in order.
 
     Raises:
-        Incomplete: after all of them were looked at, if some are missing.
+        Incomplete: some are missing; raised at the end, after all of them were checked.
     """
     missing: list[int] = []
     for index in range(dataset.partitions):
@@ -83,10 +83,10 @@ def records(dataset: Dataset) -> Iterator[dict[str, Any]]:
 
 
 class Tally:
-    """Sums and the content digest, taken while the records pass by once.
+    """Totals and the content digest, computed in one pass over the records.
 
-    The content digest covers the names, sizes and hashes of data files and ledgers in partition order, and nothing of
-    attempts, hosts or times: equal work gives an equal digest.
+    The content digest covers the names, sizes and hashes of data files and ledgers in partition order, and does not
+    depend on attempts, hosts or times: equal work gives an equal digest.
     """
 
     def __init__(self, dataset: Dataset) -> None:
@@ -117,7 +117,7 @@ class Tally:
             self._hash.update(f"{index} {file['name']} {file['bytes']} {file['xxh3']}\n")
 
     def close_generations(self, index: int) -> None:
-        """Note the digest and kept count as they stand before partition ``index``, for each generation ended there."""
+        """Store the digest and the kept count before partition ``index`` for each generation that ends there."""
         while len(self.generations) < len(self._stops) and self._stops[len(self.generations)] <= index:
             self.generations.append(
                 {
@@ -132,7 +132,7 @@ class Tally:
         return str(self.generations[-1]["content_digest"])
 
     def totals(self) -> dict[str, int]:
-        """Every key counted once, by its newest row."""
+        """The counts, in which every key counts once, by its newest row."""
         counts = self.counts
         rare = {"taken": counts["taken"], "released": self.released}
         return {
@@ -150,16 +150,16 @@ class Tally:
 def finalize(dataset: Dataset, max_failed_fraction: float = 1.0) -> dict[str, Any]:
     """Finish the dataset if all partitions are committed. Idempotent; any process may do it.
 
-    All is written into a folder of its own and put in place at the end, ``_SUCCESS`` last: a process that slept
-    through a later generation can no longer put an old index next to its ``_SUCCESS``.
+    All files are written into a temporary folder and moved into place at the end, ``_SUCCESS`` last. A process that
+    was paused while a later generation was finished cannot overwrite that generation's files with older ones.
 
     Returns:
-        What ``_SUCCESS`` says.
+        The content of ``_SUCCESS``.
 
     Raises:
         Incomplete: partitions are missing.
         Unbalanced: in ≠ kept + dropped + failed, or more failed than ``max_failed_fraction`` allows.
-        Overtaken: another process finishes the dataset, or it has gained a generation.
+        Overtaken: another process is finishing the dataset, or it has gained a generation.
     """
     root = dataset.root
     made = uuid.uuid4().hex
@@ -190,9 +190,9 @@ def finalize(dataset: Dataset, max_failed_fraction: float = 1.0) -> dict[str, An
 
 
 def _fence(root: Folder, attempt: str) -> None:
-    """Take away what other finishers have prepared, so that none of them can replace anything from now on.
+    """Remove the temporary folders of other finishing processes, so that they can no longer replace anything.
 
-    One that sleeps may have seen fewer generations than we. One that comes later finds our ``_SUCCESS``, or fences us.
+    A paused process may know fewer generations. One that starts later finds our ``_SUCCESS``, or removes our folder.
     """
     for name in root.listdir():
         if name.startswith(FINISH) and name != attempt:
@@ -202,10 +202,13 @@ def _fence(root: Folder, attempt: str) -> None:
 def _write(
     dataset: Dataset, folder: Folder, max_failed_fraction: float, attempt: str
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """Write what a finished dataset has at its root into ``folder``; what ``_SUCCESS`` says, all digests in order."""
+    """Write the files at the root of a finished dataset into ``folder``.
+
+    Returns the content of ``_SUCCESS``, and the digest of each file in the order in which to move them into place.
+    """
     tally = Tally(dataset)
     digests: dict[str, str] = {}
-    unchecked: dict[str, str] = {}  # people may change it: it is not part of what is verified
+    unchecked: dict[str, str] = {}  # files that people may change, which are not verified
     with folder.create(MANIFEST) as file:
         _write_manifest(dataset, tally, file)
     digests[MANIFEST] = file.digest
@@ -248,7 +251,7 @@ def _write(
     with folder.create("manifest.json") as file:
         file.write(json_bytes(manifest))
     digests["manifest.json"] = file.digest
-    success["headers"] = [plan.header for plan in dataset.plans]  # to mend a damaged plan.json with
+    success["headers"] = [plan.header for plan in dataset.plans]  # to restore a damaged plan.json from
     success["digests"] = dict(digests)
     success |= {"attempt": attempt} if dataset.root.links else {}
     with folder.create(SUCCESS) as file:
@@ -280,7 +283,7 @@ def _write_manifest(dataset: Dataset, tally: Tally, file: Any) -> None:
 
 
 def manifest_rows(folder: Folder) -> Iterator[dict[str, Any]]:
-    """The rows of the manifest in ``folder``, in partition order, a bucket's worth in memory at a time."""
+    """The rows of the manifest in ``folder``, in partition order, with one bucket in memory at a time."""
     with os.fdopen(folder.open_file(MANIFEST), "rb") as file:
         parquet = pq.ParquetFile(file)
         for group in range(parquet.metadata.num_row_groups):
@@ -298,7 +301,7 @@ def _index_entries(dataset: Dataset, folder: Folder) -> Iterable[dict[str, Any]]
 
 
 def check_balance(dataset: Dataset, totals: dict[str, int], max_failed_fraction: float) -> None:
-    """Raises Unbalanced unless every input sample is accounted for once, and few enough failed."""
+    """Raises Unbalanced unless every input sample is accounted for once and at most ``max_failed_fraction`` failed."""
     place = dataset.root.path
     if totals["in"] != totals["kept"] + totals["dropped"] + totals["failed"]:
         raise Unbalanced(f"{place}: {totals['in']} samples came in, but kept + dropped + failed differ: {totals}")
@@ -322,7 +325,7 @@ def check_balance(dataset: Dataset, totals: dict[str, int], max_failed_fraction:
 
 
 def _check_samples(dataset: Dataset, totals: dict[str, int], tally: Tally) -> None:
-    """Raises Unbalanced if archives could be read, but none has a sample: they are others than were meant."""
+    """Raises Unbalanced if archives were read but none contains a sample: they are probably the wrong ones."""
     whole = totals["containers"] - totals["containers_failed"]
     if whole and not totals["in"]:
         noted = ", ".join(f"{reason}: {count}" for reason, count in sorted(tally.noted.items()))
@@ -335,7 +338,7 @@ _SHOWN = 3  # reasons in a message
 
 
 def common_failures(dataset: Dataset) -> str:
-    """The most common reasons of failures in what is committed, with their counts and an example of each."""
+    """The most common reasons for failures in committed partitions, with the count and an example of each."""
     counts: Counter[str] = Counter()
     where: dict[str, int] = {}
     for index in range(dataset.partitions):
@@ -356,7 +359,7 @@ def _failure(dataset: Dataset, index: int, reason: str, count: int) -> str:
         rows = []
     for row in rows:
         if row["outcome"] == "failed" and row["reason"] == reason:
-            upstream = row["source"].startswith("data/")  # a partition there, which says less than the key
+            upstream = row["source"].startswith("data/")  # a partition of the upstream: the key is more useful
             place = "" if upstream else "/".join(filter(None, (row["source"], row["member"])))
             detail = f": {row['detail']}" if row["detail"] else ""
             return f"{reason}{detail}, {count} time{'s' * (count > 1)} (for example {place or row['key']})"

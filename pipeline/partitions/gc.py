@@ -17,15 +17,15 @@ from pipeline.stores import Store, StoreFolder
 from pipeline.stores.folder import FINISH
 
 PARTIAL = "partial"
-"""Where a stage keeps what it has fetched of its inputs; of no use once it has finished."""
+"""Folder in which a stage keeps partly fetched inputs; not needed once the stage has finished."""
 _SLOT = re.compile(r"(\d+)(?:\.(\d+))?")
-_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}")  # .<name>.<uuid>: an attempt, a temporary file or something trashed
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}")  # .<name>.<uuid>: an attempt, a temporary file or trash
 
 
 def collect(dataset: Dataset, older_than: float) -> Iterator[Path]:
-    """Delete, and yield the path of, everything that counts for nothing and has not changed for ``older_than`` seconds.
+    """Delete leftovers that have not changed for ``older_than`` seconds, and yield their paths.
 
-    Whoever still writes to an attempt that is removed finds out at its commit, and does the work again.
+    A process that still writes to a deleted attempt notices this at its commit, and does the work again.
 
     Raises:
         StorageError: something cannot be deleted.
@@ -33,7 +33,7 @@ def collect(dataset: Dataset, older_than: float) -> Iterator[Path]:
     try:
         yield from _collect_all(dataset, older_than)
     except OSError as error:
-        if error.errno not in GONE:  # else the whole output was removed
+        if error.errno not in GONE:  # otherwise the whole output was removed
             raise StorageError(f"{dataset.root.path}: {error}") from error
 
 
@@ -57,9 +57,9 @@ def _collect_all(dataset: Dataset, older_than: float) -> Iterator[Path]:
 
 
 def _collect_in_store(dataset: Dataset, store: Store) -> Iterator[Path]:
-    """Objects of attempts that can win no more, as another was committed, and of partitions that were done again.
+    """Delete objects of attempts that lost against a committed one, and of partitions that were made again.
 
-    What an attempt has stored that may still win is never deleted, however old: its commit asks nobody.
+    Objects of an attempt that may still be committed are never deleted, however old: a commit does not check for them.
     """
     buckets, _ = store.children("data")
     for at in ("", *(f"data/{bucket}" for bucket in buckets)):
@@ -75,7 +75,7 @@ def _collect_in_store(dataset: Dataset, store: Store) -> Iterator[Path]:
                 store.delete([found.path for found in store.objects(f"{prefix}{name}")])
                 yield dataset.root.path / f"{prefix}{name}"
     names, _ = store.children("")
-    current = Dataset.open(store.url)  # looked at after the attempts were: none of them can still replace its _SUCCESS
+    current = Dataset.open(store.url)  # read after the attempts were listed: none of them can still replace _SUCCESS
     if current.success is not None:
         for name in names:
             if name.startswith(FINISH) and name != f"{FINISH}{current.success.get('attempt', '')}":
@@ -84,7 +84,7 @@ def _collect_in_store(dataset: Dataset, store: Store) -> Iterator[Path]:
 
 
 def _collect_packs(dataset: Dataset, packed: Folder, older_than: float) -> Iterator[Path]:
-    """Packs that hold partitions which do not count any more; what counts in them is packed again first."""
+    """Delete outdated packs; what is still valid in them is packed again first."""
     stale = stale_packs(dataset) if dataset.success is not None else []
     for name in stale:
         try:
@@ -99,7 +99,7 @@ def _collect_packs(dataset: Dataset, packed: Folder, older_than: float) -> Itera
 
 
 def _collect_moved_aside(root: Folder, older_than: float) -> Iterator[Path]:
-    """What overwriting runs that died have moved out of the way of ``root``, next to it."""
+    """Delete outputs next to ``root`` that runs with ``overwrite`` moved aside before they died."""
     names = re.compile(rf"\.(trash|{re.escape(root.path.name)})\.[0-9a-f]{{32}}")
     with suppress(FileNotFoundError), Folder.open(root.path.parent) as parent:
         if root.in_place():
@@ -107,9 +107,9 @@ def _collect_moved_aside(root: Folder, older_than: float) -> Iterator[Path]:
 
 
 def _redone(dataset: Dataset, folder: Folder) -> dict[int, int]:
-    """Partitions in this folder that were done again, with the generation that counts now.
+    """Partitions in this folder that were made again → the generation that counts now.
 
-    Before they are committed again, what they replace is still needed: a takedown copies it.
+    Until a partition is committed again, its old data are still needed: a takedown copies them.
     """
     slots = {int(slot[1]) for name in folder.listdir() if (slot := _SLOT.fullmatch(name))}
     redone = {index for index in slots if any(index in plan.redo for plan in dataset.plans)}
@@ -118,7 +118,7 @@ def _redone(dataset: Dataset, folder: Folder) -> dict[int, int]:
 
 
 def _replaced(name: str, redone: dict[int, int]) -> bool:
-    """Whether the slot ``name`` is of an earlier generation. (A later one than we know of is not ours to judge.)"""
+    """Whether the slot ``name`` is of an earlier generation; False for later ones, which this process may not know."""
     slot = _SLOT.fullmatch(name)
     return slot is not None and int(slot[2] or 0) < redone.get(int(slot[1]), 0)
 
@@ -144,7 +144,7 @@ def _collect(
 
 
 def _newest(folder: Folder, name: str) -> float:
-    """When ``name``, or a file directly in it, was last changed (seconds since the epoch)."""
+    """When ``name`` or a file directly in it was last modified, in seconds since the epoch."""
     state = folder.stat(name)
     if not stat.S_ISDIR(state.st_mode):
         return state.st_mtime

@@ -1,4 +1,4 @@
-"""The ledger: one row per input sample of a partition, and one per container (archive) that held some."""
+"""The ledger: one row per input sample of a partition, and one per container (archive) that was read."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ SCHEMA = pa.schema(
 )
 
 LOOKS = (pa.field("source_pixels", pa.int64()), pa.field("phash", pa.string()))
-"""More columns of the ledgers of stages that look at pixels: width times height of the original, perceptual hash."""
+"""Additional columns of stages that decode images: width times height of the original, and its perceptual hash."""
 
 
 class LedgerError(RuntimeError):
-    """The outcomes of a partition do not add up: a defect of the stage, never of the data."""
+    """The outcomes of a partition do not add up: a bug in the stage, never bad data."""
 
 
 _PLACE = {"file": pa.string(), "offset": pa.int64(), "length": pa.int64()}
@@ -63,10 +63,11 @@ _CHUNK = 8192
 class Ledger:
     """Collects the outcomes of one partition, checks that they balance, and writes them.
 
-    Outcomes are packed as they come: an archive may hold millions.
+    Outcomes are converted to Arrow as they arrive, since an archive may contain millions.
 
     Args:
-        with_rows: whether kept outcomes bring their rows.
+        expected: planned number of samples; -1 if unknown.
+        with_rows: whether kept outcomes include their rows.
     """
 
     def __init__(self, partition: int, expected: int, *, with_rows: bool = True) -> None:
@@ -96,7 +97,7 @@ class Ledger:
             raise LedgerError(f"partition {self._partition}: {outcome.key!r} is {outcome.status} and has {has}")
         if outcome.row is not None and outcome.row.get("key") != outcome.key:
             raise LedgerError(f"partition {self._partition}: {outcome.key!r} has the row of {outcome.row.get('key')!r}")
-        outcome.row = None  # the bytes are with the writer; keep only what the ledger tells
+        outcome.row = None  # the writer has the bytes; keep only what the ledger stores
         self._keep(outcome)
         kind = "containers_" if outcome.container else ""
         self.counts[kind + outcome.status] += 1
@@ -136,11 +137,11 @@ class Ledger:
             if row.status == "kept" and not row.complete:
                 raise LedgerError(f"partition {self._partition}: {row.key!r} counts as read, but its end was not seen")
             if row.status == "failed" and row.retryable and samples:
-                # it is tried again as a whole: what it gave now would then be there twice
+                # it is read again as a whole: samples from this attempt would then exist twice
                 raise LedgerError(f"partition {self._partition}: {row.key!r} is to be tried again, but gave samples")
 
     def write(self, file: HashedFile | IO[bytes], locations: Sequence[tuple[str, int, int]]) -> None:
-        """Write all rows; ``locations`` (file, offset, length) belong to the kept samples in order."""
+        """Write all rows; ``locations`` contains (file, offset, length) of each kept sample, in order."""
         self._pack()
         table = pa.Table.from_batches(self._packed, _PACKED).combine_chunks()
         kept = pc.and_(pc.equal(table["outcome"], "kept"), pc.invert(table["container"])).to_pylist()
@@ -159,15 +160,16 @@ class Ledger:
 
 
 def read_ledger(folder: Folder, columns: list[str] | None = None) -> pa.Table:
-    """The ledger of the partition in ``folder``; dictionary columns come as plain strings."""
+    """The ledger of the partition in ``folder``; dictionary columns are decoded to strings."""
     return parse_ledger(folder.read(FILE), columns)
 
 
 def parse_ledger(data: bytes, columns: list[str] | None = None) -> pa.Table:
-    """The ledger in the bytes of its file; dictionary columns come as plain strings."""
+    """The ledger from the bytes of its file; dictionary columns are decoded to strings."""
     table = pq.ParquetFile(pa.BufferReader(data)).read(
         columns, use_threads=False
-    )  # no threads: a process may fork, end
+    )  # no threads: the process may fork or exit
+
     plain = pa.schema(
         [pa.field(f.name, pa.string() if pa.types.is_dictionary(f.type) else f.type) for f in table.schema]
     )

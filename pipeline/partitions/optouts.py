@@ -1,4 +1,4 @@
-"""Lists of samples to remove: which sample each line names, and its outcome.
+"""Lists of samples to remove: which samples each line names, and what became of them.
 
 A line is a sample's key, the XXH3-128 hash of its source file, the URL that it was downloaded from, or a file name:
 the image's path below the folder that was read (or its end, if that is unique), or ``<archive>/<member>``.
@@ -20,7 +20,7 @@ from pipeline.samples import content_hash, make_key
 _HASH = re.compile(r"[0-9a-fA-F]{32}")
 _OTHER_HASH = re.compile(r"[0-9a-fA-F]{40}|[0-9a-fA-F]{64}")
 REQUESTS = "requests"
-"""In a takedown's plan: the hash of a line → keys that it named. The ledgers know only the key of a removed sample."""
+"""Field of a takedown's plan: hash of a line → keys that it named. Ledgers keep only the key of a removed sample."""
 
 
 @dataclass
@@ -28,21 +28,21 @@ class Wanted:
     """A line of the list."""
 
     number: int
-    """Of the line, from 1."""
+    """Line number, from 1."""
     text: str
     keys: set[str] = field(default_factory=set)
-    """Samples that it names."""
+    """Keys of the samples that it names."""
     likely: dict[str, str] = field(default_factory=dict)
-    """Samples whose file name ends in it → that name."""
+    """Keys of samples whose file name ends in the line → that name."""
     fate: str = "not found"
 
     @property
     def digest(self) -> str:
-        """What stays known of the line when its sample is gone."""
+        """Hash of the line, which is kept after its sample was removed."""
         return content_hash(self.text.encode("utf-8", "surrogateescape"))
 
     def describe(self) -> str:
-        """The line, what became of it, and what it named if it is not the key itself."""
+        """The line's fate, its text, and the keys that it named unless it is itself the key."""
         keys = sorted(self.keys - {self.text})
         named = f" ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})" if keys else ""
         return f"{self.fate}: line {self.number}: {self.text}{named}{self._hint()}"
@@ -57,10 +57,10 @@ class Wanted:
 
 
 def read_list(path: Path) -> list[Wanted]:
-    """The lines of a text file in UTF-8 that are not empty; a line that comes again counts once.
+    """The non-empty lines of a UTF-8 text file; repeated lines count once.
 
     Raises:
-        ConfigError: it cannot be read, or there is nothing in it.
+        ConfigError: the file cannot be read or is empty.
     """
     found: dict[str, Wanted] = {}
     try:
@@ -96,13 +96,13 @@ def resolve(wanted: Iterable[Wanted], datasets: Iterable[Dataset]) -> None:
 
 
 def _folders_of(dataset: Dataset) -> tuple[str, ...]:
-    """Where the files lay that the ledger names relative to it."""
+    """The folder to which the file names in the ledger are relative; empty if it is not known."""
     place = str(dataset.header["config"].get("input") or "")
     return (f"{Path(place).absolute()}/",) if place else ()
 
 
 class _Lines:
-    """The lines of a list by what they may be."""
+    """The lines of a list, indexed by what they may name: a key, a hash, a URL or a file."""
 
     def __init__(self, wanted: Iterable[Wanted]) -> None:
         self._all = list(wanted)
@@ -117,7 +117,7 @@ class _Lines:
                 self._by_name[line.text.rpartition("/")[2]].append(line)
 
     def remember(self, dataset: Dataset) -> None:
-        """Take what earlier takedowns of ``dataset`` knew of these lines."""
+        """Add the keys that these lines named in earlier takedowns of ``dataset``."""
         known: dict[str, list[str]] = {}
         for plan in dataset.plans:
             known |= plan.header.get(REQUESTS) or {}
@@ -128,7 +128,7 @@ class _Lines:
             line.keys |= {key for key in (line.text, make_key(line.text)) if key in dataset.taken}
 
     def match(self, key: str, source_hash: str, source: str = "", member: str = "", *, folders: Iterable[str]) -> None:
-        """Note the row of a sample for each line that names it."""
+        """Add a sample's key to each line that names it."""
         for line in (self._by_text.get(key), self._by_hash.get(source_hash) if source_hash else None):
             if line:
                 line.keys.add(key)
@@ -144,7 +144,7 @@ class _Lines:
                 line.likely[key] = full
 
     def settle(self) -> None:
-        """A line that names nothing in full names the only file whose name ends in it."""
+        """Let a line without an exact match name the only file whose name ends in it; several make it ambiguous."""
         for line in self._all:
             if not line.keys and len(line.likely) == 1:
                 line.keys = set(line.likely)
@@ -153,13 +153,13 @@ class _Lines:
 
 
 def requests(wanted: Iterable[Wanted], taken: Mapping[str, Any]) -> dict[str, list[str]]:
-    """What a plan that removes the samples ``taken`` remembers of the lines that named them, but of keys."""
+    """Field :data:`REQUESTS` of the plan that removes the samples ``taken``, without lines that are keys."""
     found = {line.digest: sorted(line.keys & taken.keys()) for line in wanted if line.keys != {line.text}}
     return {digest: keys for digest, keys in found.items() if keys}
 
 
 def account(wanted: Iterable[Wanted], removed: Iterable[str], datasets: Iterable[Dataset], verb: str) -> None:
-    """Fill :attr:`Wanted.fate`: ``verb`` (removed), removed before, ambiguous, or not found."""
+    """Set :attr:`Wanted.fate` to ``verb`` ("removed") or "removed before"; other lines keep theirs."""
     now = set(removed)
     before = {key for dataset in datasets for key in dataset.taken}
     for line in wanted:
@@ -170,7 +170,7 @@ def account(wanted: Iterable[Wanted], removed: Iterable[str], datasets: Iterable
 
 
 def report(wanted: list[Wanted]) -> Iterator[str]:
-    """Every line with its fate, those that named nothing at the end, and how many there are of each."""
+    """All lines with their fates, those that named nothing last, then the number of lines by fate."""
     fates = defaultdict(list)
     for line in wanted:
         fates[line.fate].append(line)

@@ -1,4 +1,4 @@
-"""How often an idle rank may look at the file system."""
+"""Limits how often an idle rank accesses the file system."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Callable
 
 
 class Pace:
-    """Allows ``burst`` operations at once, and ``rate`` a second in the long run.
+    """Allows ``burst`` operations at once, and ``rate`` operations per second in the long run.
 
     Args:
-        clock: seconds that grow.
+        clock: a monotonic clock in seconds; default: ``time.monotonic``.
     """
 
     def __init__(self, rate: float = 1.5, burst: int = 500, clock: Callable[[], float] | None = None) -> None:

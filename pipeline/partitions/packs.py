@@ -1,8 +1,8 @@
 """Ledgers and records of finished partitions, packed into one file for each bucket of 1,000 partitions.
 
-A pack is an uncompressed zip file, ``packed/BBB.G.zip``. Of every partition in bucket ``BBB`` as it counts in
-generation ``G`` it holds the very bytes of ``<slot>/record.json`` and ``<slot>/ledger.parquet``. The partition's folder
-stays, with its data files. A slot's name is never used again for other content: it does not matter which copy is read.
+A pack is an uncompressed zip file, ``packed/BBB.G.zip``. For every partition of bucket ``BBB``, in its state as of
+generation ``G``, it contains unchanged copies of ``<slot>/record.json`` and ``<slot>/ledger.parquet``. The data files
+stay in the partition's folder. The name of a slot is never reused for different content, so either copy may be read.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _TIME = (1980, 1, 1, 0, 0, 0)
 
 @dataclass(frozen=True)
 class PackName:
-    """Which bucket a pack is of, as of which generation."""
+    """Name of a pack: its bucket, and the generation as of which it was made."""
 
     bucket: int
     generation: int
@@ -38,7 +38,7 @@ class PackName:
 
 
 def list_packs(root: Folder) -> list[PackName]:
-    """The packs of a dataset directory, for each bucket the newest first."""
+    """The packs of a dataset directory by bucket, the newest first."""
     try:
         with root.folder(FOLDER) as folder:
             names = folder.listdir()
@@ -51,10 +51,10 @@ def list_packs(root: Folder) -> list[PackName]:
 
 
 class Pack:
-    """An open pack. It may be read by several threads and processes at a time.
+    """An open pack, which several threads and processes may read at the same time.
 
     Raises:
-        OSError: it is not there.
+        OSError: it does not exist.
         StorageError: it is damaged.
     """
 
@@ -70,11 +70,11 @@ class Pack:
 
     @property
     def members(self) -> Iterable[str]:
-        """``<slot>/<file>``."""
+        """Names of the members: ``<slot>/<file>``."""
         return self._members.keys()
 
     def read(self, member: str) -> bytes | None:
-        """The bytes of a member as they are, whoever checks them; None if there is none of this name."""
+        """The bytes of a member, unchecked; None if there is no member of this name."""
         if member not in self._members:
             return None
         start, size = self._members[member]
@@ -92,7 +92,7 @@ def write_pack(file: HashedFile, members: Iterator[tuple[str, bytes]]) -> None:
 
 
 class Packs:
-    """Finds the small files of partitions, in their folders or in packs, which are opened when they are needed."""
+    """Finds the small files of partitions in their folders or in packs, which are opened when needed."""
 
     def __init__(self, root: Folder) -> None:
         self._root = root
@@ -100,7 +100,7 @@ class Packs:
         self._names: dict[int, list[PackName]] | None = None
 
     def _of(self, bucket: int, again: bool = False) -> list[PackName]:
-        """Packs of a bucket, the newest first; they are listed once, or ``again``."""
+        """Packs of a bucket, the newest first; ``again`` lists the folder again instead of using the cached names."""
         if self._names is None or again:
             names: dict[int, list[PackName]] = {}
             for name in list_packs(self._root):
@@ -109,7 +109,7 @@ class Packs:
         return self._names.get(bucket, [])
 
     def read(self, bucket: int, slot: str, file: str) -> bytes | None:
-        """What a slot held in the file of this name: from its folder, or from a pack; None if neither has it.
+        """The content of a slot's ``file``, from its folder or from a pack; None if neither has it.
 
         Raises:
             StorageError: it may have been in a pack that is damaged.
@@ -151,6 +151,6 @@ class Packs:
             except OSError as error:
                 if error.errno not in GONE:
                     raise
-                return None  # a newer one has taken its place
+                return None  # replaced by a newer pack
         found = self._opened[name]
         return None if isinstance(found, StorageError) else found

@@ -1,8 +1,8 @@
 """The plan of a stage: its partitions with their inputs, fixed before the work begins and committed as one folder.
 
-Generation 0 lies in ``plan/``; what is added to a finished dataset (retries, samples that the upstream gained, repairs)
-in ``plan.1/``, ``plan.2/`` …, each committed in the same way. A folder holds ``plan.parquet``, a row per new partition,
-and ``plan.json`` with everything that says which run this is a plan of.
+Generation 0 is in ``plan/``; additions to a finished dataset (retries, samples that the upstream gained, repairs) are
+in ``plan.1/``, ``plan.2/`` …, each committed in the same way. A folder contains ``plan.parquet``, with one row per new
+partition, and ``plan.json``, which describes the run that was planned.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ FORMAT_VERSION = 1
 BUCKET = 1000
 PARTITIONS = "plan.parquet"
 TAKEDOWN = "takedown"
-"""Kind of a generation that writes partitions again without some of their samples."""
+"""Kind of a generation that rewrites partitions without some of their samples."""
 RELEASE = "release"
-"""Kind of a generation that leaves of partitions their ledgers and records alone."""
-_GROUP_INPUTS = 50_000  # inputs in a row group of plan.parquet, so that a rank reads little beyond its own range
+"""Kind of a generation that keeps only the ledgers and records of partitions."""
+_GROUP_INPUTS = 50_000  # inputs per row group of plan.parquet, so that a rank reads little beyond its own range
 
 _INPUT = pa.struct(
     [
@@ -56,10 +56,10 @@ _SCHEMA = pa.schema(
 
 
 class LeftOut(dict[str, dict[str, Any]]):
-    """What looks like data but is no sample of the plan: reason → count, and some examples."""
+    """Files that look like data but are not samples of the plan: reason → count and some examples."""
 
     def add(self, reason: str, *examples: str) -> None:
-        """Count these."""
+        """Count ``examples``, and keep the first few."""
         if examples:
             entry = self.setdefault(reason, {"count": 0, "examples": []})
             entry["count"] += len(examples)
@@ -74,7 +74,7 @@ _EXAMPLES = 3
 
 
 def stamp(path: str | Path) -> str:
-    """Size and time of change of a file; empty if it is not there."""
+    """Size and modification time of a file; empty if it does not exist."""
     try:
         state = os.stat(path)
     except OSError:
@@ -83,8 +83,7 @@ def stamp(path: str | Path) -> str:
 
 
 def file_state(path: str | Path) -> str:
-    """What says whether a file has changed: the hash of one of up to 64 MiB, else size and time of change; empty if it
-    is not there."""
+    """State of a file, to detect changes: hash up to 64 MiB, :func:`stamp` above; empty if it does not exist."""
     try:
         if os.path.getsize(path) > _HASHED:
             return stamp(path)
@@ -94,12 +93,12 @@ def file_state(path: str | Path) -> str:
         return ""
 
 
-_HASHED = 64 << 20  # bytes of a file that is read to see whether it has changed
+_HASHED = 64 << 20  # size in bytes up to which a file is hashed
 
 
 @dataclass(frozen=True, slots=True)
 class Input:
-    """One thing to read: a file, a URL, or a range ``start:stop`` of an upstream's positions."""
+    """One input: a file, a URL, or a range ``start:stop`` of the upstream's positions."""
 
     path: str = ""
     start: int = 0
@@ -114,11 +113,11 @@ class Partition:
     """The unit of work and of commit.
 
     Attributes:
-        inputs: what to read, in order.
-        count: samples in it; -1 where only reading tells (archives).
-        only: take just these keys (a retry of what failed); None: all.
-        supersedes: sample rows of earlier generations that the rows of this one replace.
-        index: its number, given by the engine.
+        inputs: the inputs to read, in order.
+        count: number of samples; -1 if it is only known after reading (archives).
+        only: the keys to process (a retry of failures); None: all.
+        supersedes: number of sample rows of earlier generations that the rows of this partition replace.
+        index: its number, assigned by the engine.
     """
 
     inputs: tuple[Input, ...]
@@ -128,13 +127,20 @@ class Partition:
     index: int = -1
 
     def wants(self, key: str) -> bool:
-        """Whether the sample ``key`` is to be taken."""
+        """Whether the sample ``key`` is to be processed."""
         return self.only is None or key in self.only
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One committed generation. ``header`` is plan.json; partitions ``first … stop - 1`` are new in it."""
+    """One committed generation.
+
+    Attributes:
+        folder: name of its folder.
+        header: content of plan.json.
+        digest: digest of plan.json.
+        redo: earlier partitions that this generation makes again. Partitions ``first … stop - 1`` are new.
+    """
 
     folder: str
     header: dict[str, Any]
@@ -159,7 +165,7 @@ def folder_name(generation: int) -> str:
 
 
 def generations(names: Iterable[str]) -> int:
-    """How many generations a root folder with these names has; they are numbered without gaps."""
+    """Number of generations in a root folder that contains these names; they are numbered without gaps."""
     found = {0 if name == "plan" else int(name[5:]) for name in names if re.fullmatch(r"plan(\.\d+)?", name)}
     return next(n for n in itertools.count() if n not in found)
 
@@ -175,7 +181,7 @@ def read_plans(root: Folder) -> list[Plan]:
 
 
 def spans(numbers: Iterable[int]) -> list[int | list[int]]:
-    """``numbers`` in order, neighbours as ``[start, stop]``: as :attr:`Plan.redo` stands in a header."""
+    """``numbers`` in order, with runs as ``[start, stop]``: how :attr:`Plan.redo` is stored in a header."""
     found: list[int | list[int]] = []
     for _, group in itertools.groupby(enumerate(sorted(set(numbers))), lambda pair: pair[1] - pair[0]):
         run = [number for _, number in group]
@@ -192,12 +198,12 @@ def read_header(root: Folder, name: str) -> dict[str, Any]:
     """plan.json of the generation in the folder ``name``.
 
     Raises:
-        StorageError: it is damaged, or of another format version.
+        StorageError: it is missing, damaged, or of another format version.
     """
     try:
         header = root.read_sealed(f"{name}/plan.json")
     except StorageError:
-        header = root.read_json(f"{name}/plan.json")  # another version may seal in another way
+        header = root.read_json(f"{name}/plan.json")  # another format version may be sealed differently
         if header is None or header.get("format_version") == FORMAT_VERSION:
             raise
     if header is None:
@@ -211,10 +217,10 @@ def read_header(root: Folder, name: str) -> dict[str, Any]:
 
 
 def commit_plan(root: Folder, header: dict[str, Any], partitions: Iterable[Partition]) -> bool:
-    """Write a generation and let it count; False if another one of this number was first, or ``gc`` removed this one.
+    """Write and commit a generation; False if another one with this number was first, or ``gc`` removed this one.
 
-    ``header`` needs ``generation``, ``first`` and ``kind``; counts, an id and a digest are added here. Buckets of
-    ``data/`` are made before the plan can be seen, because nobody else may make them.
+    ``header`` needs ``generation``, ``first`` and ``kind``; counts, an id and a digest are added here. The buckets of
+    ``data/`` are created before the plan becomes visible, because nothing else may create them.
     """
     name = folder_name(header["generation"])
     made = uuid.uuid4().hex
@@ -239,7 +245,7 @@ def commit_plan(root: Folder, header: dict[str, Any], partitions: Iterable[Parti
 
 
 def write_partitions(folder: Folder, first: int, partitions: Iterable[Partition]) -> dict[str, Any]:
-    """Write plan.parquet into ``folder``, numbering from ``first``; its counts and digests for the header."""
+    """Write plan.parquet into ``folder``, numbered from ``first``; returns its counts and digests for the header."""
     count = 0
     expected = 0
     known = True
@@ -263,7 +269,7 @@ def write_partitions(folder: Folder, first: int, partitions: Iterable[Partition]
 
 
 def inputs_digest(partitions: Iterable[Partition]) -> str:
-    """XXH3-128 of what partitions say: unlike that of plan.parquet, it does not depend on pyarrow's version."""
+    """XXH3-128 of the content of partitions: unlike that of plan.parquet, it does not depend on pyarrow's version."""
     content = xxhash.xxh3_128()
     for group in _groups(partitions):
         _hash(group, content)
@@ -326,7 +332,7 @@ def _make_buckets(root: Folder, partitions: int) -> None:
 
 
 class PartitionReader:
-    """Reads partitions from plan.parquet, a row group at a time; ranks ask in order, so the last group is kept."""
+    """Reads partitions from plan.parquet by row group; the last group is kept, since ranks read in order."""
 
     def __init__(self, root: Folder, plan: Plan) -> None:
         self._root = root
@@ -353,7 +359,7 @@ class PartitionReader:
         try:
             row = self._row(index)
         except (OSError, IndexError, ValueError, TypeError, pa.ArrowException) as error:
-            if isinstance(error, OSError) and error.errno not in (*GONE, None):  # pyarrow's own have no number
+            if isinstance(error, OSError) and error.errno not in (*GONE, None):  # pyarrow's own errors have no errno
                 raise
             raise StorageError(
                 f"{self._root.path}: {self._plan.folder}/{PARTITIONS} is missing or damaged ({type(error).__name__} at "

@@ -1,4 +1,4 @@
-"""Before the work: adopt an existing plan, make one, or add a generation to a finished dataset."""
+"""Planning: adopts an existing plan, makes one, or adds a generation to a finished dataset."""
 
 from __future__ import annotations
 
@@ -33,26 +33,26 @@ from pipeline.storage import GONE, Folder, StorageError, probe
 
 _POLL = 0.2
 _HEAD_START = 3.0
-"""Seconds in which rank 0 alone may begin to plan, so that ranks that start together do not compete."""
+"""Seconds in which only rank 0 may begin to plan, so that ranks that start together do not compete."""
 _LOOK = 5.0
-"""Seconds after which a rank looks again whether the one that plans still shows life, at most."""
+"""Maximum seconds between two checks of whether the planning rank is still alive."""
 _CURE = "choose another output= or variant=, or overwrite=true"
 _OURS = ("plan", "data", "claims", "events", "packed", "partial", "tables")
 
 
 class Stale(ConfigError):
-    """The output was made with other settings, inputs or code than asked for now."""
+    """The existing output was made with other settings, inputs or code than those of this run."""
 
 
 def open_or_plan(stage: AnyStage) -> Dataset:
-    """The dataset to work on: with a plan that agrees with the stage's settings, and all generations asked for.
+    """The dataset to work on, with a plan that matches the stage's settings and all requested generations.
 
-    Rank 0 plans if it is there; another rank does so if rank 0 has not begun after a few seconds, or has stopped for a
-    lease while it planned.
+    Rank 0 makes the plan; another rank does so if rank 0 has not begun after a few seconds, or has shown no sign of
+    life for a lease while planning.
 
     Raises:
         Unfinished: the upstream is not complete.
-        Stale: the plan that is there is of something else.
+        Stale: the existing plan was made with other settings, inputs or code.
         ConfigError, StorageError: the output cannot be used.
     """
     upstream = _upstream_state(stage)
@@ -66,16 +66,16 @@ def open_or_plan(stage: AnyStage) -> Dataset:
 
 
 def _extended(stage: AnyStage, dataset: Dataset, upstream: dict[str, Any] | None, ours: bool) -> Dataset:
-    """``dataset``, if it fits, with the generation that is asked for or that the upstream has gained.
+    """``dataset`` with the requested generation, or with one for what the upstream has gained; Stale if it differs.
 
-    ``ours``: we have just made its plan of what there is.
+    ``ours``: this process has just made the plan, from the current inputs.
     """
     require_same(dataset, stage.name, stage.version_with(stage.config), stage.identity())
     if stage.rank.is_main:
         _check_watched(stage, dataset)
     try:
         append = _check_upstream(stage, dataset, upstream)
-    except Stale:  # unless rank 0 has looked later than we, and seen more
+    except Stale:  # rank 0 may have planned from a newer state of the upstream: open it again
         stage.forget_upstream()
         upstream = _upstream_state(stage)
         append = _check_upstream(stage, dataset, upstream)
@@ -101,7 +101,7 @@ def _planned(root: Folder) -> bool:
 
 
 def _open_root(stage: AnyStage) -> Folder:
-    """Open the output, made or (with ``overwrite``) moved aside and made again, once per run."""
+    """Open the output folder, created if needed; with ``overwrite``, an existing one is moved aside once per run."""
     output = stage.output
     if stores.is_url(output):
         return _open_in_store(stage)
@@ -149,7 +149,7 @@ def _open_in_store(stage: AnyStage) -> Folder:
 
 
 def _move_aside(stage: AnyStage, output: Path) -> None:
-    """Take away what an earlier run has left, unless it is an earlier life of this very run."""
+    """Move aside and delete the output of an earlier run, unless it belongs to an earlier life of this same run."""
     header = _header_at(output)
     if header is None or _is_ours(stage, header):
         return
@@ -162,7 +162,7 @@ def _move_aside(stage: AnyStage, output: Path) -> None:
             if moved.get("id") == header.get("id"):
                 parent.trash(aside)
                 return
-            # while we slept, another life has done it, and begun (or even finished) what we have just taken away
+            # in the meantime, another life of this run replaced the output: what was just moved aside is its new one
             parent.rename(aside, output.name)
     except OSError as error:
         if error.errno not in GONE:
@@ -170,7 +170,7 @@ def _move_aside(stage: AnyStage, output: Path) -> None:
 
 
 def _header_at(output: Path) -> dict[str, Any] | None:
-    """plan.json at ``output``, empty if it is damaged; None if nothing is planned there."""
+    """plan.json at ``output``; empty if it is damaged, None if there is no plan."""
     try:
         with Folder.open(output) as root:
             return root.read_json("plan/plan.json") or {} if _planned(root) else None
@@ -185,7 +185,7 @@ def _is_ours(stage: AnyStage, header: dict[str, Any]) -> bool:
 
 
 def _await_own_plan(stage: AnyStage, output: Path) -> Folder:
-    """Ranks other than 0 of an overwriting run: wait for the plan of this run, not of the one that it replaces."""
+    """On ranks other than 0 with ``overwrite``: wait for the plan of this run, not that of the run it replaces."""
     while True:
         try:
             root = Folder.open(output)
@@ -206,7 +206,7 @@ def _pause(stage: AnyStage) -> None:
 
 
 def _make_first_plan(stage: AnyStage, root: Folder, upstream: dict[str, Any] | None) -> bool:
-    """Make the plan, or wait for it; whether the one that counts is ours."""
+    """Make the plan, or wait until another rank has; returns whether this process made it."""
     try:
         claims = Claims(root, stage.config.lease)
     except OSError as error:
@@ -223,7 +223,7 @@ def _make_first_plan(stage: AnyStage, root: Folder, upstream: dict[str, Any] | N
                         return True
                 finally:
                     claims.release("plan")
-            else:  # another rank plans: a thousand that look at its claim all the time would slow it down
+            else:  # another rank plans: a thousand ranks that poll its claim would slow it down
                 again = time.monotonic() + min(_LOOK, lease / 6)
         return False
     finally:
@@ -243,7 +243,7 @@ def _plan(stage: AnyStage, root: Folder, upstream: dict[str, Any] | None) -> boo
             said = f"; left out: {told}" if told else ""
             raise ConfigError(f"stage {stage.name}: there is nothing to do: the input has no samples{said}")
         header = {**_header(stage, upstream), "generation": 0, "first": 0, "kind": "plan"}
-        left_out = header["left_out"] = stage.left_out()  # it is complete when the last partition has been planned
+        left_out = header["left_out"] = stage.left_out()  # complete once the last partition has been planned
         won = commit_plan(root, header, chain([first], partitions))
         for line in left_out.told():
             stage.rank.log.warning("left out of the plan: %s", line)
@@ -253,7 +253,7 @@ def _plan(stage: AnyStage, root: Folder, upstream: dict[str, Any] | None) -> boo
 
 
 def _partitions(stage: AnyStage, since: int = 0) -> Iterator[Partition]:
-    """The stage's plan; to walk through millions of files takes a while, and a signal may come meanwhile."""
+    """The stage's planned partitions, with a check for signals: listing millions of files may take a while."""
     for partition in stage.partitions(since):
         stage.rank.check_stop()
         yield partition
@@ -277,7 +277,7 @@ def _header(stage: AnyStage, upstream: dict[str, Any] | None) -> dict[str, Any]:
 
 
 def _upstream_state(stage: AnyStage) -> dict[str, Any] | None:
-    """What the plan remembers of the upstream; None where the stage reads none."""
+    """What the plan stores about the upstream; None if the stage reads no upstream."""
     if not stage.reads_upstream:
         return None
     success = stage.upstream.require_success()
@@ -290,7 +290,7 @@ def _upstream_state(stage: AnyStage) -> dict[str, Any] | None:
     }
 
 
-# ---- does the plan that is there fit?
+# ---- checks of an existing plan
 
 
 def require_same(dataset: Dataset, stage: str, version: int, identity: dict[str, Any]) -> None:
@@ -336,19 +336,19 @@ def _check_upstream(stage: AnyStage, dataset: Dataset, upstream: dict[str, Any] 
 
 
 def last_upstream(dataset: Dataset) -> dict[str, Any] | None:
-    """What the newest plan knows of the upstream."""
+    """What the newest plan that has an upstream stores about it; None if there is no such plan."""
     return next((p.header["upstream"] for p in reversed(dataset.plans) if p.header.get("upstream")), None)
 
 
 def _recheck(stage: AnyStage, dataset: Dataset) -> None:
-    """Plan again and compare: raises Stale if the inputs are not those that were planned."""
+    """Plan again and compare; raises Stale if the inputs differ from the planned ones."""
     if dataset.header["config"].get("mirror", "") != getattr(stage.config, "mirror", ""):
-        return  # the same files from elsewhere
+        return  # the same files from another server
     if inputs_digest(_partitions(stage)) == dataset.header["inputs_digest"]:
         return
     planned = (file for index in range(dataset.planned_by(0).stop) for file in dataset.partition(index).inputs)
     if "watched" not in dataset.header and not any(map(stage.changed, planned)):
-        return  # planned by an earlier version, which chose files by other rules: those that it chose are the same
+        return  # planned by an earlier version, which chose files by other rules: the files it chose are unchanged
     planned = (file for index in range(dataset.planned_by(0).stop) for file in dataset.partition(index).inputs)
     now = (file for partition in _partitions(stage) for file in partition.inputs)
     raise Stale(
@@ -356,11 +356,11 @@ def _recheck(stage: AnyStage, dataset: Dataset) -> None:
     )
 
 
-_WINDOW = 10_000  # inputs to look ahead, to find out whether one was added or removed
+_WINDOW = 10_000  # inputs to look ahead, to tell whether an input was added or removed
 
 
 def first_difference(planned: Iterator[Input], now: Iterator[Input]) -> str:
-    """The first input that is not as it was planned, and what has become of it."""
+    """The first difference between the planned and the current inputs, as text for a message."""
     for before, after in zip_longest(planned, now):
         if before == after:
             continue
@@ -376,8 +376,10 @@ def first_difference(planned: Iterator[Input], now: Iterator[Input]) -> str:
 
 
 def _check_watched(stage: AnyStage, dataset: Dataset) -> None:
-    """Raises Stale if a file that the result depends on is not as it was planned with. A plan of an earlier version
-    does not say what it depends on."""
+    """Raises Stale if a file that the output depends on has changed since it was planned.
+
+    Plans of earlier versions do not list these files, and are not checked.
+    """
     for kind, state in (("watched", stage.watched), ("model_files", stage.model_files)):
         before: dict[str, str] | None = dataset.header.get(kind)
         if before is None:
@@ -393,13 +395,13 @@ def _check_watched(stage: AnyStage, dataset: Dataset) -> None:
 
 
 def _append(stage: AnyStage, dataset: Dataset, upstream: dict[str, Any] | None) -> None:
-    """Add a generation with what the upstream has gained."""
+    """Add a generation for what the upstream has gained."""
     since = (last_upstream(dataset) or {})["partitions"]
     _add(stage, dataset, "append", upstream, lambda: _partitions(stage, since))
 
 
 def _retry(stage: AnyStage, dataset: Dataset) -> None:
-    """Add a generation that tries the retryable failures again, once per run and only to a finished dataset."""
+    """Add a generation that tries the retryable failures again; once per run, and only to a finished dataset."""
     newest = dataset.plans[-1].header
     if newest["kind"] == "retry" and stage.config.run_id and newest["run_id"] == stage.config.run_id:
         return
@@ -418,7 +420,7 @@ def _retry(stage: AnyStage, dataset: Dataset) -> None:
 
 
 def _restore(stage: AnyStage, dataset: Dataset) -> None:
-    """Add a generation that brings back data that were removed on purpose."""
+    """Add a generation that restores data that were removed on purpose."""
     if dataset.success is None:
         stage.rank.log.info("%s is not finished: finishing it first, then run restore=true again", dataset.root.path)
     elif dataset.released:
@@ -438,7 +440,7 @@ def _add(
 
 
 def _commit_generation(dataset: Dataset, header: dict[str, Any], partitions: Callable[[], Iterable[Partition]]) -> bool:
-    """Add the next generation to ``dataset``; False if somebody else has added one of that number."""
+    """Add the next generation to ``dataset``; False if another process has added one with the same number."""
     generation = len(dataset.plans)
     while not commit_plan(dataset.root, {**header, "generation": generation}, partitions()):
         if dataset.root.exists(folder_name(generation)):
@@ -447,9 +449,9 @@ def _commit_generation(dataset: Dataset, header: dict[str, Any], partitions: Cal
 
 
 def retries(dataset: Dataset) -> list[Partition]:
-    """Partitions of the inputs whose newest outcome is a retryable failure, one for each partition that has some.
+    """New partitions for the inputs whose newest outcome is a retryable failure, one per affected partition.
 
-    A failed archive is tried again as a whole; of other partitions, just the failed keys.
+    A failed archive is read again as a whole; in other partitions, only the failed keys.
 
     Raises:
         Incomplete: not all partitions are committed.
@@ -462,9 +464,9 @@ def retries(dataset: Dataset) -> list[Partition]:
         for index, record in enumerate(records(dataset))
         if record["counts"].get("retryable") or _is_retry(dataset, index)
     ]
-    for index in reversed(concerned):  # the newest first
+    for index in reversed(concerned):  # newest first
         partition = dataset.partition(index)
-        inputs = partition.inputs  # a retry has the inputs of the partition that it stems from
+        inputs = partition.inputs  # a retry has the same inputs as the original partition
         keys, archive = _failed_keys(dataset, index)
         keys -= keys_redone[inputs]
         if archive and inputs not in archives_redone:
@@ -482,14 +484,14 @@ def _is_retry(dataset: Dataset, index: int) -> bool:
 
 
 def _failed_keys(dataset: Dataset, index: int) -> tuple[set[str], bool]:
-    """Keys that failed retryably in partition ``index``, and whether its container did."""
+    """Keys with a retryable failure in partition ``index``, and whether a container in it has one."""
     table = SlotReader(dataset, index).ledger(["key", "container", "outcome", "retryable"]).to_pylist()
     failed = [row for row in table if row["outcome"] == "failed" and row["retryable"]]
     return {row["key"] for row in failed if not row["container"]}, any(row["container"] for row in failed)
 
 
 def _await_generation(stage: AnyStage, dataset: Dataset) -> None:
-    """Ranks other than 0: wait until rank 0 has added the generation, or found that there is nothing to add."""
+    """On ranks other than 0: wait until rank 0 has added the generation or found that there is nothing to add."""
     if dataset.success is None or (len(dataset.plans) > 1 and _is_ours(stage, dataset.plans[-1].header)):
         return
     stage.rank.log.info("%s: waiting up to lease=%g s for rank 0 to plan", dataset.root.path, stage.config.lease)
@@ -517,12 +519,12 @@ def commit_takedown(
     requests: dict[str, list[str]],
     upstream: Dataset | None,
 ) -> bool:
-    """Add a generation that writes partitions again without some samples; False if another was first.
+    """Add a generation that rewrites partitions without some samples; False if another generation was added first.
 
     Args:
-        taken: key → partition of its newest row, and the reason that this row gets.
-        requests: hashes of the lines of the list that named them otherwise than by key → keys.
-        upstream: what ``dataset`` was made from, free of these samples.
+        taken: key → the partition with its newest row, and the reason that this row will have.
+        requests: hash of each line of the list that named samples by something other than the key → their keys.
+        upstream: the dataset that ``dataset`` was made from, from which these samples were already removed.
     """
     last = last_upstream(dataset)
     if last is not None and upstream is not None:
@@ -540,15 +542,15 @@ def commit_takedown(
 
 
 def _again(dataset: Dataset) -> dict[str, Any]:
-    """Header of a generation that adds no partition, but for what it is about."""
+    """Common header fields of a generation that adds no partitions."""
     same = {name: value for name, value in dataset.header.items() if name not in ("id", "format_version")}
     return {**same, "first": dataset.partitions}
 
 
 def commit_repair(dataset: Dataset, redo: Iterable[int], content_digest: str) -> bool:
-    """Add a generation that does the partitions ``redo`` again, under new names; what they replace counts no more.
+    """Add a generation that makes the partitions ``redo`` again, in new folders that replace the old ones.
 
-    ``content_digest`` is what should come out (empty: unknown). False if another run was first.
+    ``content_digest`` is the expected digest of the result (empty: unknown). False if another run was first.
     """
     header = {
         **_again(dataset),
@@ -561,7 +563,7 @@ def commit_repair(dataset: Dataset, redo: Iterable[int], content_digest: str) ->
 
 
 def commit_release(dataset: Dataset) -> bool:
-    """Add a generation that leaves of all partitions their ledgers and records alone; False if another was first."""
+    """Add a generation that keeps only the ledgers and records of all partitions; False if another was first."""
     redo = set(range(dataset.partitions)) - dataset.released
     header = {**_again(dataset), "upstream": last_upstream(dataset), "kind": RELEASE, "redo": spans(redo)}
     return _commit_generation(dataset, header, list)

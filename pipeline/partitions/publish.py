@@ -1,10 +1,10 @@
-"""Copies a finished dataset directory to an object store, where it is complete or does not count as finished.
+"""Copies a finished dataset directory to an object store, where it counts as finished only once it is complete.
 
-Objects have the names that the files have here. Data files, ledgers and records go first, in units of a few partitions;
-each unit ends with a receipt below ``.publish/``, from which ranks see what is left. When all receipts are there,
-plans, indexes and the manifest follow and, last of all by a conditional write, ``_SUCCESS``. Before that nothing there
-counts as finished. A data file's name is never used again for other content, so that a second publication of an
-extended, repaired or reduced dataset adds objects and replaces only the small files at the top.
+Objects have the names of the local files. Data files, ledgers and records are sent first, in units of a few partitions;
+each unit ends with a receipt below ``.publish/``, which shows the other ranks what is left. When all receipts exist,
+plans, indexes and the manifest follow, and last ``_SUCCESS``, by a conditional write; until then the copy does not
+count as finished. The name of a data file is never reused for different content, so that publishing an extended,
+repaired or reduced dataset again adds objects and replaces only the small files at the top.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _POLL = 0.2
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """A file to publish; ``data`` is its content where that does not lie in a file of its own."""
+    """A file to publish; ``data`` is its content if that is already in memory."""
 
     path: str
     size: int
@@ -47,16 +47,16 @@ class Item:
 
     @property
     def requests(self) -> int:
-        """Requests that it takes to send it: parts, and the begin and end of a multipart upload."""
+        """Requests needed to send it: one, or the parts plus the start and end of a multipart upload."""
         return 1 if self.size <= PART else -(-self.size // PART) + 2
 
 
 class Contents:
-    """What there is to publish of a finished dataset.
+    """The files of a finished dataset that are to be published.
 
     Args:
-        place: where to, for messages.
-        step: called often, and may raise.
+        place: destination, for messages.
+        step: called often; may raise.
 
     Raises:
         Unfinished: the dataset is not complete.
@@ -77,7 +77,7 @@ class Contents:
         self._marker = dataset.root.read(SUCCESS)
 
     def partition_items(self, index: int) -> Iterator[Item]:
-        """The files of a partition, its record last."""
+        """The files of a partition, the record last."""
         dataset, path = self.dataset, self.dataset.path_of(index)
         record = dataset.record(index)
         content = dataset.small_file(index, RECORD)
@@ -89,7 +89,7 @@ class Contents:
         yield Item(f"{path}/{RECORD}", len(content), digest(content), content)
 
     def top_items(self) -> Iterator[Item]:
-        """Plans, manifest and indexes: all other files of the dataset but ``_SUCCESS``."""
+        """Plans, manifest and indexes: all files outside partitions, except ``_SUCCESS``."""
         root = self.dataset.root
         expected = self.success["digests"]
         for name in root.listdir():
@@ -104,7 +104,7 @@ class Contents:
                 yield Item(each, len(data), digest(data), data)
 
     def items(self) -> Iterator[Item]:
-        """Everything but receipts, ``_SUCCESS`` last."""
+        """All files of the dataset, ``_SUCCESS`` last."""
         for index in range(self.dataset.partitions):
             yield from self.partition_items(index)
         yield from self.top_items()
@@ -114,10 +114,10 @@ class Contents:
         return Item(SUCCESS, len(self._marker), digest(self._marker), self._marker)
 
     def _pieces(self, item: Item) -> Iterator[bytes]:
-        """The bytes of a file, which must be those that its record has the hash of.
+        """The bytes of a file in pieces, checked against the hash in its record.
 
         Raises:
-            StorageError: they are not; raised before the last of them, so that nothing is stored.
+            StorageError: the hash differs; raised before the last piece, so that nothing is stored.
         """
         root = self.dataset.root
         if item.data is not None:
@@ -142,14 +142,15 @@ class Contents:
 
 
 class Publication(Contents):
-    """One dataset on its way to one place.
+    """The publication of one dataset to one object store.
 
     Args:
-        connections: files that are sent at a time.
-        step: called often, and may raise.
+        connections: number of files sent at the same time.
+        step: called often; may raise.
 
     Attributes:
-        sent, there: files and bytes that this process has sent, and that were there already.
+        sent: ``files`` and ``bytes`` that this process has sent.
+        there: ``files`` and ``bytes`` that the store already had.
 
     Raises:
         Unfinished: the dataset is not complete.
@@ -172,7 +173,7 @@ class Publication(Contents):
         return range(-(-self.dataset.partitions // UNIT))
 
     def estimate(self) -> Counter[str]:
-        """``files``, ``bytes`` and ``requests`` that are still to be sent, and how many files are there already."""
+        """``files``, ``bytes`` and ``requests`` still to be sent, and in ``there`` the files that the store has."""
         there = {found.path: found.size for found in self.store.objects()}
         counts: Counter[str] = Counter(requests=len(self.units) + 2, there=0)
         for item in self.items():
@@ -185,12 +186,12 @@ class Publication(Contents):
     # ---- sending
 
     def claim_target(self, overwrite: bool = False, is_main: bool = True) -> None:
-        """Make sure that the place is empty, or holds an earlier state of this dataset.
+        """Make sure that the destination is empty or contains an earlier state of this dataset.
 
-        With ``overwrite`` the main rank makes it so, and the others wait for that.
+        With ``overwrite``, the main rank clears the destination, and the others wait for it.
 
         Raises:
-            ConfigError: something else is there.
+            ConfigError: the destination contains something else.
         """
         if overwrite and is_main:
             if self._occupied():
@@ -210,7 +211,7 @@ class Publication(Contents):
         return json_bytes({"plan": self.dataset.plans[0].digest, "stage": self.dataset.stage})
 
     def _occupied(self) -> str:
-        """What else is at the place; empty if nothing is."""
+        """What the destination contains that prevents publication, for a message; empty if nothing."""
         found = next(iter(self.store.objects()), None)
         if found is not None and not any(o.path == TARGET for o in self.store.objects(RECEIPTS)):
             return f"something else ({found.path} ...)"
@@ -223,7 +224,7 @@ class Publication(Contents):
         return ""
 
     def _published(self) -> tuple[bytes, str] | None:
-        """``_SUCCESS`` that is there, and its version."""
+        """The published ``_SUCCESS`` and its version; None if there is none."""
         if not any(found.path == SUCCESS for found in self.store.children()[1]):
             return None
         return self.store.versioned(SUCCESS)
@@ -234,7 +235,7 @@ class Publication(Contents):
         return {int(PurePosixPath(o.path).stem) for o in found}
 
     def send_unit(self, unit: int) -> None:
-        """Send what is missing of a unit's partitions, then its receipt."""
+        """Send the missing files of a unit's partitions, then its receipt."""
         span = range(unit * UNIT, min((unit + 1) * UNIT, self.dataset.partitions))
         receipt: dict[str, list[object]] = {}
         self._list(span)
@@ -250,7 +251,7 @@ class Publication(Contents):
         return f"{self._receipts}/{unit:06d}.json"
 
     def _list(self, span: range) -> None:
-        """Look at what is there of these partitions' groups; once for each group."""
+        """List the published objects of these partitions' groups, once for each group."""
         groups = {f"data/{self.dataset.bucket(index)}" for index in span}
         self._listed = {
             group: self._listed.get(group) or {o.path: o for o in self.store.objects(group)} for group in groups
@@ -261,7 +262,7 @@ class Publication(Contents):
         return self._listed.get(group, {}).get(path)
 
     def _send(self, item: Item) -> str:
-        """Send a file unless it is there; the object's version."""
+        """Send a file unless the store has it. Returns the object's version."""
         self._step()
         found = self._found(item.path)
         if found is not None and found.size == item.size:
@@ -274,10 +275,10 @@ class Publication(Contents):
         return etag
 
     def run(self, claims: Claims, rank: int, world_size: int) -> None:
-        """Send everything, together with the other ranks; returns when it is published, by whomever.
+        """Send everything, together with the other ranks. Returns once the dataset is published, by any of them.
 
         Raises:
-            StoreError: the store refuses or fails.
+            StoreError: the store refuses a request or fails.
             StorageError: a file is damaged.
         """
         name = f"publish.{digest(self.store.url.encode())[:8]}"
@@ -289,7 +290,7 @@ class Publication(Contents):
             for unit in left:
                 if claims.take(f"{name}.{unit}"):
                     try:
-                        if not self.store.exists(self._receipt(unit)):  # by who had the claim before us
+                        if not self.store.exists(self._receipt(unit)):  # a previous owner of the claim may have sent it
                             self.send_unit(unit)
                     finally:
                         claims.release(f"{name}.{unit}")
@@ -326,10 +327,10 @@ class Publication(Contents):
         self._step()
         time.sleep(_POLL)
 
-    # ---- what should not be there any more
+    # ---- outdated objects
 
     def unnamed(self, everything: bool) -> list[str]:
-        """Objects that the manifest does not name: those of partitions that a takedown has rewritten, or all."""
+        """Objects that the dataset no longer contains: of partitions rewritten by a takedown, or ``everything``."""
         dataset = self.dataset
         taken = {i for plan in dataset.plans if plan.header["kind"] == TAKEDOWN for i in plan.redo}
         if everything:

@@ -1,8 +1,8 @@
 """Copies a finished dataset directory to a dataset repository on the Hugging Face Hub, with a dataset card.
 
-Data files go first, some in each commit; the last commit brings manifest, index, card and ``_SUCCESS`` at once. The Hub
-keeps a file under the hash of its content: what is there is not sent again, nor what a killed process has sent before
-its commit.
+Data files are sent first, in several commits; the last commit adds manifest, index, card and ``_SUCCESS`` at once. The
+Hub stores files by the hash of their content, so that files it already has, including those that a killed process
+uploaded before its commit, are not sent again.
 """
 
 from __future__ import annotations
@@ -28,25 +28,26 @@ from pipeline.stores import HUB, StoreError, hub_api, hub_explained
 
 SHEET = "samples.png"
 _PLAN = "plan/plan.json"
-_FILES = 64  # in a commit
+_FILES = 64  # files per commit
 _THEIRS = (".gitattributes", dataset_card.NAME)
 _SHOWN, _EDGE = 16, 128  # sample images on the card, and their edge
 _ADVICE = "uploaded files are not sent again"
 
 
 class HubPublication(Contents):
-    """One dataset on its way to one repository, by one process.
+    """The publication of one dataset to one repository, by one process.
 
     Args:
         to: ``hf://datasets/<owner>/<name>``.
-        step: called often, and may raise.
+        step: called often; may raise.
 
     Attributes:
-        sent, there: files and bytes that were sent, and that were there already.
+        sent: ``files`` and ``bytes`` that were sent.
+        there: ``files`` and ``bytes`` that the repository already had.
 
     Raises:
         Unfinished: the dataset is not complete.
-        ConfigError: the address is wrong, the dataset refers to files outside of it, or the Hub would not show it.
+        ConfigError: the address is wrong, the dataset refers to files outside of it, or the Hub cannot display it.
     """
 
     def __init__(self, dataset: Dataset, to: str, step: Callable[[], None] = lambda: None) -> None:
@@ -64,7 +65,7 @@ class HubPublication(Contents):
         self._api = hub_api()
 
     def estimate(self) -> Counter[str]:
-        """``files``, ``bytes`` and ``requests`` that are still to be sent, and how many files are there already."""
+        """``files``, ``bytes`` and ``requests`` still to be sent, and in ``there`` the files that the Hub has."""
         known = self._listed(missing_ok=True)
         counts: Counter[str] = Counter(there=0)
         for item in self.items():
@@ -76,11 +77,15 @@ class HubPublication(Contents):
         return counts
 
     def run(self, overwrite: bool = False, delete: bool = False) -> int:
-        """Send what is missing; how many files that the dataset does not name were deleted.
+        """Send what is missing. Returns the number of deleted files that are not part of the dataset.
+
+        Args:
+            overwrite: replace other content of the repository.
+            delete: delete all files that are not part of the dataset.
 
         Raises:
-            ConfigError: something else is in the repository.
-            StorageError: the Hub refuses or fails, or a file is damaged.
+            ConfigError: the repository contains something else.
+            StorageError: the Hub refuses a request or fails, or a file is damaged.
         """
         with self._explained():
             self._api.create_repo(self.repo, repo_type="dataset", exist_ok=True)
@@ -94,7 +99,7 @@ class HubPublication(Contents):
         return self._finish(known, delete)
 
     def _finish(self, known: dict[str, tuple[int, str]], delete: bool) -> int:
-        """The last commit: all other files, and what is to go."""
+        """The last commit: adds all other files, and deletes outdated ones."""
         items = [i for i in (*self.top_items(), self.success_item()) if i.path not in (dataset_card.NAME, _PLAN)]
         sheet = self._sheet()
         added = [Item(dataset_card.NAME, 0, "", self.card(sheet is not None).encode())]
@@ -112,10 +117,10 @@ class HubPublication(Contents):
             self._commit("Finished by Latentmill", operations)
         return len(gone)
 
-    # ---- what is there
+    # ---- the repository
 
     def _listed(self, missing_ok: bool = False) -> dict[str, tuple[int, str]]:
-        """Files of the repository: size, and SHA-256 or the id that git has for the content."""
+        """Files of the repository: path → size, and SHA-256 or git's id of the content."""
         from huggingface_hub.hf_api import RepoFile
 
         try:
@@ -128,7 +133,7 @@ class HubPublication(Contents):
         return {f.path: (f.size, f.lfs.sha256 if f.lfs else f.blob_id) for f in tree if isinstance(f, RepoFile)}
 
     def _check(self, known: dict[str, tuple[int, str]], overwrite: bool) -> None:
-        """Raises ConfigError unless the repository is empty or holds this dataset."""
+        """Raises ConfigError unless the repository is empty or contains this dataset."""
         if overwrite or not set(known) - set(_THEIRS):
             return
         plan = next(item for item in self.top_items() if item.path == _PLAN)
@@ -163,7 +168,7 @@ class HubPublication(Contents):
         self.sent.update(files=1, bytes=item.size)
         if item.data is not None:
             return CommitOperationAdd(item.path, item.data)
-        for _ in self._pieces(item):  # raises if it is damaged
+        for _ in self._pieces(item):  # raises if the file is damaged
             self._step()
         return CommitOperationAdd(item.path, str(self.dataset.root.path / item.path))
 
@@ -174,7 +179,7 @@ class HubPublication(Contents):
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
-        """What goes wrong is a StoreError that says what to do, without the token."""
+        """Context: turn errors into a StoreError that says what to do and does not contain the token."""
         try:
             with hub_explained(self.place):
                 yield
@@ -212,7 +217,7 @@ class HubPublication(Contents):
         return "\n".join(parts)
 
     def _sheet(self) -> bytes | None:
-        """A PNG of some images; None where there are none to be shown."""
+        """A PNG with some of the images; None if there are none to show."""
         if "jpg" not in self.dataset.schema or not len(self.dataset):
             return None
         access = RandomAccess(self.dataset)
@@ -233,7 +238,7 @@ class HubPublication(Contents):
 
 
 def _about(name: str) -> dict[str, str]:
-    """What is known of a dataset, of the name that ``dataset=`` had."""
+    """The ``about`` section of the dataset's configuration; ``name`` is the value of ``dataset=``."""
     try:
         found = dataset_settings(name).get("about") or {} if name else {}
     except ConfigError:  # only a name
@@ -242,7 +247,7 @@ def _about(name: str) -> dict[str, str]:
 
 
 def _size(samples: int) -> str:
-    """The Hub's name of how many there are."""
+    """The Hub's size category for this number of samples."""
     steps = [(10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (10**7, "1M<n<10M")]
     return next((name for limit, name in steps if samples < limit), "10M<n<100M" if samples < 10**8 else "100M<n<1B")
 

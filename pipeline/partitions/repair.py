@@ -1,6 +1,6 @@
 """Restores damaged plans. Their digests are known, so only identical bytes are accepted.
 
-What plan.json said stands in ``_SUCCESS`` too; plan.parquet comes out again by planning again.
+plan.json is restored from the copy in ``_SUCCESS``, and plan.parquet by planning again.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from pipeline.storage import Folder, StorageError, digest, seal
 
 
 def repair_headers(root: Folder) -> list[str]:
-    """Write each plan.json again that is damaged or gone; their paths.
+    """Rewrite every plan.json that is damaged or missing; returns their paths.
 
     Raises:
-        StorageError: ``_SUCCESS`` does not know what it said.
+        StorageError: ``_SUCCESS`` has no copy of it.
     """
     mended = []
     for generation in range(generations(root.listdir())):
@@ -58,7 +58,7 @@ def _mend_header(root: Folder, generation: int, error: StorageError) -> None:
 
 
 def redo_partitions(stage: AnyStage, dataset: Dataset, plan: Plan) -> None:
-    """Write plan.parquet of a generation again.
+    """Rewrite plan.parquet of a generation.
 
     Raises:
         StorageError: planning again gives a different plan, because the input or the software has changed.

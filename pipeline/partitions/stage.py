@@ -1,7 +1,7 @@
 """The interface of a stage: how its work is divided into partitions, and the outcome of each input.
 
-Everything else (who works on what, files, commits, resumption, the balance) is the engine's, so that a stage cannot get
-it wrong.
+The engine does everything else (assignment, files, commits, resumption, the balance), so that a stage cannot get it
+wrong.
 """
 
 from __future__ import annotations
@@ -191,8 +191,7 @@ AnyStage = Stage[StageConfig]
 
 
 def evaluate(*properties: object) -> None:
-    """Have properties computed that are kept from then on, so that what is wrong with them is raised at once, and not
-    by several threads."""
+    """Evaluate cached properties early, so that their errors are raised at once and not in several threads."""
 
 
 _NEARLY_ALL = 0.999
@@ -209,10 +208,10 @@ def one_sided(success: dict[str, Any]) -> list[str]:
 
 
 def input_folder(config: Any, stage: str) -> Path:
-    """The folder that ``stage`` reads: ``input=``, or the upstream's place below ``data_dir``.
+    """The folder that ``stage`` reads: ``input=``, or the upstream's folder below ``data_dir``.
 
     Raises:
-        ConfigError: it is not known, or there are several.
+        ConfigError: no input is known, or there are several.
     """
     if config.input:
         return Path(config.input) if stores.is_url(config.input) else Path(config.input).absolute()
@@ -223,11 +222,13 @@ def input_folder(config: Any, stage: str) -> Path:
 
 
 def place_of(config: Any, *upstreams: str) -> Path:
-    """Where the result of one of the stages ``upstreams`` lies: of those that are there, the one that was made from all
-    others, directly or by stages in between; else that of the last stage, whatever its variant.
+    """The folder with the newest result of the stages ``upstreams``.
+
+    Of the existing results, it is the one that was made from all others, directly or through other stages. If there
+    is none, it is the result of the last stage in any variant.
 
     Raises:
-        ConfigError: two are there, and neither was made from the other; or several variants are there.
+        ConfigError: there are two results of which neither was made from the other, or several variants.
     """
     there = [place for stage in upstreams if (place := stage_folder(config, stage).absolute()).exists()]
     if there:
@@ -243,7 +244,7 @@ def place_of(config: Any, *upstreams: str) -> Path:
 
 
 def _last_of(places: list[Path]) -> Path:
-    """Of results of one dataset the one that was made from the others; the first as long as it has no plan."""
+    """The one of several results of a dataset that was made from the others; the first if that has no plan yet."""
     made_from = {place: _ancestors(place) for place in places}
     if made_from[places[0]] is None:
         return places[0]
@@ -257,9 +258,9 @@ def _last_of(places: list[Path]) -> Path:
 
 
 def _ancestors(place: Path) -> set[Path] | None:
-    """What a dataset directory was made from, what that was made from, and so on; None if it has no plan.
+    """All dataset directories that ``place`` was made from, directly or indirectly; None if it has no plan.
 
-    One of the same name that lies next to what was made from it is taken for it: both may have been moved.
+    A folder of the upstream's name next to ``place`` is taken for the upstream, since both may have been moved.
     """
     from pipeline.partitions.dataset import Unfinished
 

@@ -1,7 +1,7 @@
-"""Permanent removal of samples: finds the partitions that hold them, and rewrites these without them.
+"""Permanent removal of samples: finds the partitions that contain them, and rewrites these without them.
 
-A generation of kind ``takedown`` has its partitions written again from what they held, not from the stage's input,
-which may be gone. A removed sample's row stays in the ledger with its key and nothing else.
+The partitions of a ``takedown`` generation are rewritten from their own data, not from the stage's input, which may be
+gone. The row of a removed sample stays in the ledger, with only its key and the reason.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from pipeline.samples import TAKEN, TAKEN_UNKEPT, Outcome, Row
 _BACK, _TEXT = "caption_back", "caption_latents"
 
 Taken = dict[str, tuple[int, str]]
-"""Key → the partition that its newest row is in, and the reason that this row will have."""
+"""Key → the partition with its newest row, and the reason that this row will have."""
 
 
 def find(dataset: Dataset, keys: Set[str]) -> Taken:
-    """Look for samples with these keys in all ledgers of ``dataset``.
+    """Find the samples with these keys in all ledgers of ``dataset``.
 
-    Those that were taken down before are not looked for.
+    Samples that were taken down before are skipped.
 
     Raises:
         StorageError: a ledger is damaged.
@@ -39,9 +39,9 @@ def find(dataset: Dataset, keys: Set[str]) -> Taken:
 
 
 def without_taken(dataset: Dataset, index: int, outcome: Outcome) -> Outcome:
-    """``outcome`` in partition ``index``, or what stands in its place if its sample was taken down, here or upstream.
+    """``outcome`` in partition ``index``, or its replacement if the sample was taken down, here or upstream.
 
-    The older rows of a sample that failed at first and was tried again hold nothing and stay as they are.
+    The older rows of a sample that failed and was tried again contain no data and stay as they are.
     """
     if outcome.container:
         return outcome
@@ -54,10 +54,10 @@ def without_taken(dataset: Dataset, index: int, outcome: Outcome) -> Outcome:
 
 
 def rewritten(dataset: Dataset, index: int) -> Iterator[Outcome]:
-    """The outcomes of partition ``index`` as they were before it was to be written again, without what is taken down.
+    """The outcomes of partition ``index`` before the newest takedown, without the samples that it removes.
 
     Raises:
-        StorageError: what it held is damaged.
+        StorageError: the old data of the partition are damaged.
     """
     shared = SharedText() if _BACK in dataset.schema else None
     before = SlotReader(before_redone(dataset, index), index)
@@ -83,7 +83,7 @@ def rewritten(dataset: Dataset, index: int) -> Iterator[Outcome]:
                 container=row["container"],
                 count=row["count"],
                 complete=row["complete"],
-                source_pixels=row.get("source_pixels", 0),  # which not every ledger has
+                source_pixels=row.get("source_pixels", 0),  # not in every ledger
                 phash=row.get("phash", ""),
             ),
         )
@@ -95,10 +95,10 @@ def rewritten(dataset: Dataset, index: int) -> Iterator[Outcome]:
 
 
 def released_ledger(dataset: Dataset, index: int) -> tuple[bytes, dict[str, Any]]:
-    """The ledger of partition ``index``, of whose data nothing is to stay, and what the record is to say otherwise.
+    """The ledger of a released partition ``index``, and the fields of its record that change.
 
     Raises:
-        StorageError: it is damaged.
+        StorageError: the ledger is damaged.
     """
     before = SlotReader(before_redone(dataset, index), index)
     if dataset.counts_by(index).header["kind"] != TAKEDOWN:
@@ -116,9 +116,9 @@ def released_ledger(dataset: Dataset, index: int) -> tuple[bytes, dict[str, Any]
 
 
 class SharedText:
-    """Text states that several rows share go to the first of them that stays.
+    """Moves text states that several rows share to the first of these rows that is kept.
 
-    A row with ``caption_back`` has none of its own, but those of the row so many rows before.
+    ``caption_back`` is the distance in rows to the row that contains the text states; 0 if they are in the row itself.
     """
 
     def __init__(self) -> None:
@@ -127,7 +127,7 @@ class SharedText:
         self._removed: dict[int, Row] = {}
 
     def moved(self, row: Row, stays: bool) -> Row:
-        """The next row of a partition as it is to be written, if it ``stays``."""
+        """Convert the next row of a partition; the result is written only if the row ``stays``."""
         self._old += 1
         home = self._old - row[_BACK]
         if not stays:
@@ -141,5 +141,5 @@ class SharedText:
 
 
 def is_takedown(dataset: Dataset) -> bool:
-    """Whether the newest generation is a takedown, which a dataset that is not finished may have been left with."""
+    """Whether the newest generation is a takedown, which may be unfinished."""
     return bool(dataset.plans[-1].header["kind"] == TAKEDOWN)

@@ -1,4 +1,4 @@
-"""Checks a dataset directory against its records and lists what is wrong, by partition."""
+"""Checks a dataset directory against its records and lists what is wrong in each partition."""
 
 from __future__ import annotations
 
@@ -21,9 +21,11 @@ from pipeline.storage import BLOCK, GONE, Folder, StorageError, digest
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """Something that is not as it should be; ``partition`` is -1 where it concerns the dataset as a whole.
+    """Something that is wrong in a dataset directory.
 
-    ``inside``: the bytes are those that were written, but what they say is wrong.
+    Attributes:
+        partition: -1 if it concerns the dataset as a whole.
+        inside: the bytes are those that were written, but their content is wrong.
     """
 
     partition: int
@@ -41,12 +43,12 @@ class Finding:
 
 
 def verify(dataset: Dataset, partitions: Iterator[list[Finding]] | None = None) -> Iterator[Finding]:
-    """Check records, listings, sizes, hashes and counts of every partition, then the totals.
+    """Check records, folder contents, sizes, hashes and counts of every partition, then the totals.
 
-    Unfinished datasets are checked as far as they are committed, and said to be unfinished.
+    Of an unfinished dataset, the committed partitions are checked; that it is unfinished is one of the findings.
 
     Args:
-        partitions: what is wrong with each of them in order, if somebody else looks at them.
+        partitions: the findings of each partition in order, if they are computed elsewhere.
     """
     success = dataset.success
     if success is None:
@@ -75,7 +77,7 @@ def _verify_digest(root: Folder, name: str, expected: str) -> Iterator[Finding]:
 
 
 def verify_partition(dataset: Dataset, index: int) -> Iterator[Finding]:
-    """What is wrong with one partition."""
+    """Check one partition."""
     path = dataset.path_of(index)
     try:
         record = dataset.record(index)
@@ -101,7 +103,7 @@ def verify_partition(dataset: Dataset, index: int) -> Iterator[Finding]:
 
 
 def _verify_ledger_bytes(dataset: Dataset, index: int, file: dict[str, object]) -> Iterator[Finding]:
-    """Is the ledger, in its folder or in a pack, what the record says?"""
+    """Check that the ledger, in its folder or in a pack, matches the record."""
     try:
         data = dataset.small_file(index, LEDGER)
     except OSError as error:
@@ -147,7 +149,7 @@ def _verify_file(
 
 
 def _keys_in(dataset: Dataset, index: int, name: str, blocks: list[int]) -> list[str]:
-    """Keys of the samples that lie, in part, in damaged blocks of a data file."""
+    """Keys of the samples that overlap damaged ``blocks`` of a data file."""
     try:
         table = SlotReader(dataset, index).ledger(["key", "file", "offset", "length"]).to_pylist()
     except (OSError, StorageError, pa.ArrowException):
@@ -162,7 +164,7 @@ def _keys_in(dataset: Dataset, index: int, name: str, blocks: list[int]) -> list
 
 
 def _verify_ledger(dataset: Dataset, index: int, counts: dict[str, int]) -> Iterator[Finding]:
-    """Do the ledger's rows agree with the record, and does the first row that each file holds decode?"""
+    """Check that the ledger's rows agree with the record, and that the first kept sample decodes."""
     table = SlotReader(dataset, index).ledger().to_pylist()
     samples = [row for row in table if not row["container"]]
     for outcome in ("kept", "dropped", "failed"):
@@ -181,7 +183,7 @@ def _verify_ledger(dataset: Dataset, index: int, counts: dict[str, int]) -> Iter
                     index, f"holds {row['key']} where the ledger says {first['key']}", first["file"], first["key"]
                 )
         except Released:
-            return  # of a dataset that the rows refer to
+            return  # the dataset that the rows refer to was released
         except (ValueError, SampleError) as error:
             yield Finding(index, f"does not decode: {error}", first["file"], first["key"])
 

@@ -1,11 +1,11 @@
-"""Object stores: S3 and what speaks its protocol, Google Cloud Storage, Azure Blob Storage; and the Hub, for reading.
+"""Object stores: S3 and compatible stores, Google Cloud Storage, Azure Blob Storage; and the Hub, for reading.
 
-The only package that uses them. The client is obstore (Rust's object_store, of the Apache Arrow project). It was
-preferred to fsspec with s3fs, gcsfs and adlfs because one library without further dependencies serves all stores with
-conditional writes, retries and parallel multipart uploads, and needs no event loop in the processes that use it.
+No other package accesses them. The client is obstore (Rust's object_store, of the Apache Arrow project). It was
+preferred to fsspec with s3fs, gcsfs and adlfs because one library without further dependencies supports conditional
+writes, retries and parallel multipart uploads for all stores, and needs no event loop in the processes that use it.
 
-Credentials and endpoints come from the environment and the files that the stores' own tools use: ``AWS_*`` and
-``~/.aws``, ``GOOGLE_*`` and application default credentials, ``AZURE_*``, ``HF_*``. They are never part of a URL here.
+Credentials and endpoints are read from the same environment variables and files as by the stores' own tools: ``AWS_*``
+and ``~/.aws``, ``GOOGLE_*`` and application default credentials, ``AZURE_*``, ``HF_*``. They are never part of a URL.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from pipeline.config.schema import ConfigError, public_text
 
 SCHEMES = ("s3", "gs", "az", "hf")
 HUB = "hf://datasets/"
-_URL = re.compile(rf"({'|'.join(SCHEMES)}):/+([^/?#]+)/*([^?#]*)")  # one slash is left where a path was made of it
+_URL = re.compile(rf"({'|'.join(SCHEMES)}):/+([^/?#]+)/*([^?#]*)")  # a conversion to Path removes one slash
 _REPOSITORY = re.compile(r"([\w.-]+/[\w.-]+)(?:@(refs/(?:convert|pr)/[^/@]+|[^/@]+))?(?:/+(.*))?", re.DOTALL)
 
 
@@ -25,10 +25,10 @@ def is_hub(place: str | Path) -> bool:
 
 
 def canonical(place: str | Path) -> str:
-    """``scheme://bucket/prefix``, also of what was a :class:`Path` meanwhile; without a slash at its end.
+    """``place`` as ``scheme://bucket/prefix`` without a trailing slash, even if it was converted to a :class:`Path`.
 
     Raises:
-        ConfigError: it is no address in an object store.
+        ConfigError: ``place`` is not an address in an object store.
     """
     match = _URL.fullmatch(str(place))
     shapes = [f"{scheme}://bucket/prefix" for scheme in SCHEMES if scheme != "hf"]
@@ -48,7 +48,7 @@ def canonical(place: str | Path) -> str:
 
 
 def split(address: str) -> tuple[str, str]:
-    """The bucket (of the Hub: the repository and its revision) of a canonical address, and the path in it."""
+    """The bucket (on the Hub: the repository and its revision) of a canonical address, and the path in it."""
     scheme, _, rest = address.partition("://")
     if scheme == "hf":
         match = _REPOSITORY.fullmatch(rest.removeprefix("datasets/"))
@@ -59,13 +59,13 @@ def split(address: str) -> tuple[str, str]:
 
 
 def repository(root: str) -> tuple[str, str]:
-    """``owner/name`` and the revision (empty if none is named) of the first part of :func:`split`."""
+    """``owner/name`` and the revision (empty if none is named) in the first part that :func:`split` returns."""
     name, _, revision = root.removeprefix(HUB).partition("@")
     return name, revision
 
 
 def pinned(address: str, commits: Mapping[str, str]) -> str:
-    """An address on the Hub, of the commit that ``commits`` has for its repository and revision; any other as it is."""
+    """``address`` on the Hub at the commit that ``commits`` has for its repository; other addresses unchanged."""
     if not is_hub(address):
         return address
     root, path = split(canonical(address))
@@ -75,5 +75,5 @@ def pinned(address: str, commits: Mapping[str, str]) -> str:
 
 
 def is_pattern(address: str) -> bool:
-    """Whether an address stands for whatever is there that matches."""
+    """Whether an address is a pattern that may match several objects."""
     return is_url(address) and (address.endswith("/") or "*" in address or "?" in address)

@@ -1,4 +1,4 @@
-"""The client of a bucket, with the settings and keys of the stores' own tools."""
+"""Makes the client of a bucket from the settings and keys of the stores' own tools."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _TIMEOUT = 60.0
 
 
 def _aws_files() -> dict[str, str]:
-    """Keys, region and endpoint of the profile in ``~/.aws``; what the environment has is left to it."""
+    """Keys, region and endpoint of the profile in ``~/.aws``, without those that the environment sets."""
     profile = os.environ.get("AWS_PROFILE", "default")
     found: dict[str, str] = {}
     for variable, name, section in (
@@ -57,7 +57,7 @@ def client_of(root: str) -> Any:
     """The client of the bucket ``scheme://bucket``, or of a repository on the Hub.
 
     Raises:
-        ConfigError: the settings for the store make no sense.
+        ConfigError: the settings for the store are invalid.
     """
     return _client(root, id(obstore()))
 
@@ -75,7 +75,7 @@ def _client(root: str, _library: int) -> Any:
         endpoint = os.environ.get("AZURE_STORAGE_ENDPOINT") or os.environ.get("AZURE_ENDPOINT", "")
     else:
         endpoint = os.environ.get("GOOGLE_BASE_URL", "")
-        if not endpoint and (emulator := os.environ.get("STORAGE_EMULATOR_HOST")):  # as Google's own libraries have it
+        if not endpoint and (emulator := os.environ.get("STORAGE_EMULATOR_HOST")):  # read by Google's libraries too
             endpoint = emulator if "://" in emulator else f"http://{emulator}"
             options = {"base_url": endpoint, "skip_signature": True}
     hide(*(value for name, value in os.environ.items() if name.startswith(_PREFIXES) and _SECRETS.search(name)))

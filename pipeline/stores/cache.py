@@ -19,27 +19,28 @@ from pipeline.stores.store import Object, Store
 
 FOLDER, LIMIT = "LATENTMILL_CACHE", "LATENTMILL_CACHE_BYTES"
 _BYTES = 64 << 30
-_LOCKS = 4096  # files, so that their number does not grow
-_SILENT = 3600.0  # seconds after which a file that nobody has locked is one that a killed process has left
-_TRIES = 3  # of what others may evict between two steps
+_LOCKS = 4096  # lock files, which several cached files share
+_SILENT = 3600.0  # seconds after which an unlocked temporary file counts as left by a killed process
+_TRIES = 3  # attempts to open a file that other processes may evict
 
 
 def cache_folder(given: str | Path = "") -> Path:
-    """Where files go: as given, as the environment says, else below the system's temporary folder."""
+    """The cache folder: ``given``, else ``LATENTMILL_CACHE``, else a folder in the system's temporary folder."""
     return Path(given or os.environ.get(FOLDER) or Path(tempfile.gettempdir(), f"latentmill-{os.geteuid()}"))
 
 
 class Cache:
-    """Files below a local folder. Those used longest ago go first; who has one open reads on.
+    """Files in a local folder, of which the least recently used are evicted; open files stay readable.
 
-    A file appears whole, and only one process brings it. A killed process leaves nothing that counts.
+    A file appears only once it is complete, and only one process fetches it. Leftovers of killed processes are ignored.
 
     Args:
-        folder: by default that of :func:`cache_folder`.
-        most_bytes: of all files in it, those on their way counted whole; 0: as the environment says, else 64 GiB.
+        folder: default: :func:`cache_folder`.
+        most_bytes: limit for all files in it, including those being fetched; 0: ``LATENTMILL_CACHE_BYTES``, else
+            64 GiB.
 
     Raises:
-        ConfigError: ``LATENTMILL_CACHE_BYTES`` is no number of bytes.
+        ConfigError: ``LATENTMILL_CACHE_BYTES`` is not a number of bytes.
     """
 
     def __init__(self, folder: str | Path = "", most_bytes: int = 0) -> None:
@@ -50,14 +51,14 @@ class Cache:
         self.most_bytes = most_bytes or int(given)
 
     def file(self, name: str, size: int, bring: Callable[[Path], None]) -> Path:
-        """The local file ``name``, a path below the folder, which ``bring`` makes where it is not there.
+        """The path of the cached file ``name``, relative to the folder; ``bring`` fetches it if it is missing.
 
         Args:
-            size: bytes that it will have; ``bring`` may take as many on the way.
-            bring: fills an empty file.
+            size: its size in bytes.
+            bring: called with the path of a temporary file of this size, to write the content.
 
         Raises:
-            StorageError: there is no room; and what ``bring`` raises.
+            StorageError: there is no room. Exceptions of ``bring`` are passed on.
         """
         path = self.folder / name
         if self._used(path, size):
@@ -69,26 +70,26 @@ class Cache:
         return path
 
     def opened(self, name: str, size: int, bring: Callable[[Path], None]) -> int:
-        """A descriptor of :meth:`file`, which others may evict at any time."""
+        """An open descriptor of :meth:`file`, which stays readable if other processes evict the file."""
         for _ in range(_TRIES):
             with suppress(FileNotFoundError):
                 return os.open(self.file(name, size, bring), os.O_RDONLY | os.O_CLOEXEC)
         raise self.full(size)
 
     def open(self, store: Store, found: Object) -> int:
-        """A descriptor of a copy of an object, for reading; brings it here first if it is not."""
+        """A descriptor of a local copy of an object, for reading; downloads the object first if needed."""
         name = hashlib.sha256(f"{store.name(found.path)}\0{found.etag}\0{found.size}".encode()).hexdigest()
         return self.opened(f"objects/{name[:2]}/{name}", found.size, lambda path: store.download(found, path))
 
     def full(self, size: int) -> StorageError:
-        """What to say where files are evicted as soon as they come."""
+        """The error for files that do not fit or are evicted as soon as they arrive."""
         return StoreError(
             f"{self.folder}: no room for a file of {size} bytes among those in use: set cache_limit= or {LIMIT} to "
             f"more than {self.most_bytes}"
         )
 
     def _used(self, path: Path, size: int) -> bool:
-        """Whether the file is there whole; it is then the one used last."""
+        """Whether the file is complete; if so, marks it as the most recently used."""
         try:
             if os.stat(path).st_size != size:
                 return False
@@ -107,7 +108,7 @@ class Cache:
         try:
             with self._reserved(attempt, size):
                 bring(attempt)
-                with locked(self._lock("room")):  # whoever counts meets it under one of its names
+                with locked(self._lock("room")):  # so that _make_room counts it exactly once
                     os.replace(attempt, path)
         except OSError as error:
             raise StoreError(f"{self.folder}: no place for {path.name}: {error}") from error
@@ -116,7 +117,7 @@ class Cache:
 
     @contextmanager
     def _reserved(self, attempt: Path, size: int) -> Iterator[None]:
-        """Context: an empty file that counts as one of ``size`` bytes; its lock tells that somebody fills it."""
+        """Context: a temporary file that counts as ``size`` bytes; its lock shows that a process is writing it."""
         with locked(self._lock("room")):
             self._make_room(size)
             fd = os.open(attempt, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
@@ -128,7 +129,7 @@ class Cache:
             os.close(fd)
 
     def _make_room(self, size: int) -> None:
-        """Delete what was used longest ago, and what killed processes have left, until ``size`` bytes fit."""
+        """Delete leftovers of killed processes and the least recently used files until ``size`` bytes fit."""
         total, entries = size, []
         for path in self._files():
             with suppress(OSError):
@@ -155,12 +156,15 @@ class Cache:
 
 
 def hash_of(name: str) -> int:
-    """A number that is the same in all processes."""
+    """A hash that is the same in all processes, in [0, 2^32)."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "little")
 
 
 def _abandoned(path: Path) -> bool:
-    """Whether nobody fills this file any more. (Who does may have put another in its place, without a lock.)"""
+    """Whether no process writes this temporary file any more.
+
+    Its age is checked too, because a writer may replace the file by another one, which is not locked.
+    """
     if time.time() - path.stat().st_mtime < _SILENT:
         return False
     with path.open("rb") as file:
@@ -173,7 +177,10 @@ def _abandoned(path: Path) -> bool:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Alone among all threads and processes of this machine that lock ``path``; a lock dies with its process."""
+    """Context: holds an exclusive lock on ``path`` among all threads and processes of this machine.
+
+    The lock of a process that dies is released.
+    """
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX)

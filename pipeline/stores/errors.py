@@ -15,16 +15,16 @@ from pipeline.storage import StorageError, interposed
 from pipeline.stores.library import obstore
 
 NOT_THERE = "not there"
-CUTS = 6  # tries of what was cut off
+CUTS = 6  # attempts at a request whose response was cut off
 T = TypeVar("T")
 
 
 class StoreError(StorageError):
-    """An object store refused or failed; says what to do.
+    """An object store refused a request or failed; the message says what to do.
 
     Attributes:
         kind: missing, changed, denied, cut or failed.
-        advice: what to do, without anything that differs from one request to the next; empty if nothing is known.
+        advice: what to do, without any part that differs from one request to the next; empty if unknown.
     """
 
     def __init__(self, message: str, kind: str = "failed", advice: str = "") -> None:
@@ -34,7 +34,7 @@ class StoreError(StorageError):
 
     @property
     def not_there(self) -> bool:
-        """Whether the store is there, but not the object."""
+        """Whether the store exists but the object does not."""
         return self.kind == "missing" and self.advice == NOT_THERE
 
 
@@ -42,12 +42,12 @@ _secrets: set[str] = set()
 
 
 def hide(*values: str | None) -> None:
-    """Let no message hold these keys and tokens, which some stores send back."""
+    """Keep these keys and tokens out of messages, since some stores repeat them in their responses."""
     _secrets.update(value for value in values if value)
 
 
 def first_line(error: BaseException) -> str:
-    """What the library says, in one line without secrets: of an answer in XML, its code and message alone."""
+    """The library's message in one line without secrets; of a response in XML, only its code and message."""
     text = str(error).split("\n\nDebug source")[0].replace("\n", " ")
     text = _XML.sub(lambda body: ": ".join(filter(None, map(_element(body[0]), ("Code", "Message")))), text)
     for secret in sorted(_secrets, key=len, reverse=True):
@@ -67,7 +67,7 @@ def _element(text: str) -> Callable[[str], str]:
     return found
 
 
-_CAUSES = (  # words of the answer, kind, what to do
+_CAUSES = (  # words in the response, kind, what to do
     (("TimeTooSkewed", "RequestTimeTooSkewed"), "denied", "the clock of this machine is wrong: set it"),
     (
         ("ExpiredToken", "TokenRefreshRequired", "expired"),
@@ -95,7 +95,7 @@ _CAUSES = (  # words of the answer, kind, what to do
 
 @contextmanager
 def explained(place: str, action: str) -> Iterator[None]:
-    """What goes wrong is a StoreError that says where, why, and what to do."""
+    """Context: turn errors into a StoreError that says where and why it failed, and what to do."""
     exceptions = obstore().exceptions
     try:
         yield
@@ -117,7 +117,7 @@ def explained(place: str, action: str) -> Iterator[None]:
 
 
 def retried(place: str, action: str, do: Callable[[], T]) -> T:
-    """What ``do`` returns; it is done again where an answer was cut off, which the client does not retry itself."""
+    """Call ``do`` and return its result; repeat it if a response was cut off, which the client does not retry."""
     for attempt in range(CUTS):
         try:
             with explained(place, action):

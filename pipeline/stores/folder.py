@@ -16,7 +16,7 @@ from pipeline.storage import Folder, StorageError
 from pipeline.stores.cache import Cache
 from pipeline.stores.store import Object, Store
 
-_AT_ONCE = 4  # files that are brought beforehand
+_AT_ONCE = 4  # files prefetched at the same time
 
 
 def absent(place: str) -> FileNotFoundError:
@@ -24,12 +24,12 @@ def absent(place: str) -> FileNotFoundError:
 
 
 class StoreFolder(Folder):
-    """A folder in an object store, to be read as a local one; files come into the cache when they are opened.
+    """A folder in an object store that is read like a local one; files are cached when they are opened.
 
-    Listings are kept per folder: what is looked at is what was there when it was first looked at. Where a folder was
-    committed in the store itself, it holds its proof alone, which names the attempt whose folder has the other files
-    (see :mod:`pipeline.stores.output`): these are found as if they lay next to it. So are those of the attempt that
-    ``_SUCCESS`` names, before what has their names at the root.
+    The listing of a folder is cached, and shows its state at the first access. A folder that was committed in the store
+    contains only its proof, which names the attempt whose folder has the other files (see
+    :mod:`pipeline.stores.output`): they are found as if they were next to the proof. Likewise, the files of the attempt
+    that ``_SUCCESS`` names take precedence over those of the same name at the root.
 
     Args:
         store: the root of the dataset directory.
@@ -51,7 +51,7 @@ class StoreFolder(Folder):
         return True
 
     def _below(self, name: str) -> str:
-        """The path of ``name`` below the root."""
+        """The path of ``name`` relative to the root."""
         return "/".join(filter(None, (self.at, name)))
 
     def _inside(self, path: str) -> StoreFolder:
@@ -60,7 +60,7 @@ class StoreFolder(Folder):
         return inner
 
     def _children(self, path: str) -> dict[str, Object | None]:
-        """What lies in a folder: an object or, of a folder, None; by name."""
+        """Contents of a folder: name → the object, or None for a subfolder."""
         if path not in self._folders:
             found = self._listed(path)
             proofs = [name for name in found if name in PROOFS]
@@ -111,14 +111,14 @@ class StoreFolder(Folder):
         return self._cache.open(self.store, self._find(name))
 
     def fetch(self, names: Callable[[], list[str]]) -> None:
-        """Begin to fetch files into the cache and return at once; errors are raised when a file is opened."""
+        """Start fetching files into the cache and return at once; errors are raised when a file is opened."""
         if self._fetching is None or self._fetching[0] != os.getpid():  # threads do not survive a fork
             self._fetching = os.getpid(), ThreadPoolExecutor(_AT_ONCE, "fetch")
 
         def bring() -> None:
             with suppress(OSError, StorageError):
                 for name in names():
-                    if threading.main_thread().is_alive():  # else the program ends
+                    if threading.main_thread().is_alive():  # otherwise the program is ending
                         os.close(self.open_file(name))
 
         self._fetching[1].submit(bring)
@@ -134,13 +134,13 @@ class StoreFolder(Folder):
 
 SUCCESS = "_SUCCESS"
 FINISH = ".final."
-"""Begin of the name of a folder with what an attempt to finish a dataset has written for its root."""
+"""Prefix of folders with the files that an attempt to finish a dataset has written for its root."""
 PROOFS = ("record.json", "plan.json")
-"""Files by which folders are committed; they hold the id of their attempt."""
+"""Files that commit a folder; they contain the id of its attempt."""
 
 
 def attempt_folder(path: str, proof: bytes) -> str:
-    """Where the attempt's other files lie that the folder ``path`` was committed from.
+    """The folder of the attempt from which the folder ``path`` was committed.
 
     Raises:
         StorageError: the proof is damaged.
@@ -155,16 +155,16 @@ def attempt_folder(path: str, proof: bytes) -> str:
 
 
 def finish_folder(success: bytes) -> str:
-    """Where the files lie that ``_SUCCESS`` speaks of, where it was written in the store; empty if at the root."""
+    """The folder with the files that ``_SUCCESS`` refers to, if it was written in the store; empty if at the root."""
     try:
         attempt = json.loads(success).get("attempt", "")
     except (ValueError, AttributeError):
-        return ""  # who reads it says that it is damaged
+        return ""  # its reader reports the damage
     return f"{FINISH}{attempt}" if attempt else ""
 
 
 def open_folder(url: str | Path) -> StoreFolder:
-    """A dataset directory in a store, for reading.
+    """Open a dataset directory in a store for reading.
 
     Raises:
         FileNotFoundError: there are no objects below ``url``.

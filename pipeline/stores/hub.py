@@ -1,8 +1,8 @@
 """Dataset repositories on the Hugging Face Hub, read like an object store.
 
-What there is comes from ``huggingface_hub`` (endpoint and token as it finds them: ``HF_ENDPOINT``, ``HF_TOKEN``, its
-own login). The bytes come by the client library of all other stores, so that they are retried, resumed and checked
-alike, from the address that the Hub has for a file of one commit.
+Files are listed by ``huggingface_hub``, with the endpoint and token that it finds (``HF_ENDPOINT``, ``HF_TOKEN`` or its
+login). Their bytes are read with the client library of the other stores, so that they are retried, resumed and checked
+in the same way, from the URL that the Hub has for a file of a commit.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from pipeline.stores.errors import NOT_THERE, StoreError, first_line, hide, retr
 from pipeline.stores.library import obstore
 
 SHA256 = "sha256:"
-"""Begin of the version of a file whose SHA-256 the Hub knows."""
-_BUSY = (408, 425, 429)  # and all from 500 on: worth another try soon
+"""Prefix of the version of a file whose SHA-256 the Hub knows."""
+_BUSY = (408, 425, 429)  # status codes worth retrying soon, as are all from 500 on
 _LOGIN = "give a token that may do this as HF_TOKEN or by `huggingface-cli login`"
 
 T = TypeVar("T")
@@ -43,10 +43,10 @@ def hub_api() -> Any:
 
 @contextmanager
 def hub_explained(place: str) -> Iterator[None]:
-    """What goes wrong with the Hub is a StoreError that says what to do; of kind ``cut`` if it may pass."""
+    """Context: turn errors of the Hub into a StoreError that says what to do, of kind ``cut`` if it is transient."""
     from huggingface_hub import constants, errors
 
-    # the last are those of the library that it uses for HTTP
+    # the bases of HfHubHTTPError are errors of the HTTP library that huggingface_hub uses
     network: tuple[type[BaseException], ...] = (OSError, ValueError, RuntimeError, *errors.HfHubHTTPError.__bases__)
     if constants.HF_HUB_OFFLINE:
         said = "HF_HUB_OFFLINE=1 forbids to ask the Hub: unset it, or give a folder of this machine"
@@ -86,7 +86,7 @@ def hub_explained(place: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Answer:
-    """What the library's ``get`` returns, for a file of a repository."""
+    """The result of the client library's ``get``, for a file of a repository."""
 
     meta: Mapping[str, Any]
     body: Any
@@ -100,13 +100,13 @@ class _Answer:
 
 
 class HubClient:
-    """One revision of a repository, with those methods of the library's stores that read.
+    """One revision of a repository, with the reading methods of the client library's stores.
 
-    A branch stands for the commit that it had when it was first asked for, so that all that is read belongs together.
+    A branch is resolved to a commit once, at the first request, so that everything read comes from the same commit.
 
     Args:
         root: ``hf://datasets/<owner>/<name>`` or ``…@<revision>``.
-        options: of the library's clients.
+        options: options of the client library.
     """
 
     def __init__(self, root: str, **options: Any) -> None:
@@ -120,7 +120,7 @@ class HubClient:
 
     @property
     def commit(self) -> str:
-        """The commit that the revision stands for."""
+        """The commit to which the revision was resolved."""
         with self._lock:
             if not self._commit:
                 revision = unquote(self._revision) or None
@@ -128,7 +128,7 @@ class HubClient:
             return self._commit
 
     def _asked(self, path: str, ask: Callable[[], T]) -> T:
-        """What the Hub answers, asked again where it is busy or out of reach."""
+        """The Hub's response to ``ask``, retried if the Hub is busy or cannot be reached."""
         place = f"{self._root}/{path}".rstrip("/")
 
         def once() -> T:
@@ -138,11 +138,11 @@ class HubClient:
         try:
             return retried(place, "read", once)
         except StoreError as error:
-            error.kind = "failed" if error.kind == "cut" else error.kind  # nobody need try again
+            error.kind = "failed" if error.kind == "cut" else error.kind  # callers must not retry again
             raise
 
     def look_again(self) -> None:
-        """A branch stands for its newest commit from now on."""
+        """Resolve a branch again, to its newest commit, at the next request."""
         with self._lock:
             self._commit = ""
             self.__dict__.pop("_files", None)
@@ -150,7 +150,7 @@ class HubClient:
 
     @cached_property
     def _files(self) -> Any:
-        """Where the files of the commit lie."""
+        """The HTTP store with the files of the commit."""
         options = {**self._options, "client_options": {**self._options["client_options"]}}
         if self._api.token:
             options["client_options"]["default_headers"] = {"Authorization": f"Bearer {self._api.token}"}
@@ -172,7 +172,7 @@ class HubClient:
         except StoreError as error:
             if not error.not_there:
                 raise
-            return []  # as in a store, where there are no folders
+            return []  # as in an object store, which has no folders
 
     def _meta(self, file: Any) -> dict[str, Any]:
         self._known[file.path] = file
@@ -180,14 +180,14 @@ class HubClient:
         return {"path": file.path, "size": file.size, "e_tag": version}
 
     def list(self, prefix: str | None = None, *, offset: str | None = None) -> Iterator[Sequence[dict[str, Any]]]:
-        """Size and version of all files below ``prefix`` whose paths come after ``offset``, in one page."""
+        """Size and version of all files below ``prefix`` with paths after ``offset``, as a single page."""
         from huggingface_hub.hf_api import RepoFile
 
         found = [self._meta(entry) for entry in self._tree(prefix, recursive=True) if isinstance(entry, RepoFile)]
         yield sorted((o for o in found if offset is None or o["path"] > offset), key=lambda o: str(o["path"]))
 
     def list_with_delimiter(self, prefix: str | None = None) -> dict[str, Sequence[Any]]:
-        """What lies directly in the folder ``prefix``."""
+        """Files and folders directly in the folder ``prefix``."""
         from huggingface_hub.hf_api import RepoFile
 
         entries = self._tree(prefix, recursive=False)
@@ -211,7 +211,7 @@ class HubClient:
         return self._meta(self._known[path])
 
     def get(self, path: str, *, options: Mapping[str, Any] | None = None) -> _Answer:
-        """A file or a part of it; with ``if_match`` only of that version."""
+        """A file or a part of it; with ``if_match``, only if it has that version."""
         wanted = dict(options or {})
         meta = self._file(path)
         if wanted.pop("if_match", meta["e_tag"]) != meta["e_tag"]:

@@ -1,8 +1,8 @@
-"""The client library, also in processes that were forked from one that has used it.
+"""Loads the client library so that it also works in processes forked from one that has used it.
 
-Its requests run in threads of a runtime that is part of the loaded library. Threads do not survive a fork, and a
-request of the child would wait for them forever. So the child loads the library once more, from a copy of the file:
-under the same name the system would hand out the one that is there.
+Its requests run in threads of a runtime that is part of the loaded library. Threads do not survive a fork, so that a
+request in the child would wait for them forever. The child therefore loads the library a second time, from a copy of
+the file: under the same name, the system would return the library that is already loaded.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 _NATIVE = "obstore._obstore"
 _lock = threading.Lock()
 _forked = False
-_left: list[ModuleType] = []  # of processes before the fork: to take them down could wait for their threads
+_left: list[ModuleType] = []  # modules loaded before the fork: destroying them could wait for their threads
 
 
 def _after_fork() -> None:
@@ -33,7 +33,7 @@ os.register_at_fork(after_in_child=_after_fork)
 
 
 def obstore() -> Any:
-    """The package, with a runtime of this very process."""
+    """The ``obstore`` package, with a runtime that belongs to this process."""
     global _forked
     with _lock:
         if _forked:
@@ -56,5 +56,5 @@ def _load_copy() -> None:
         assert spec is not None
         sys.modules[_NATIVE] = module_from_spec(spec)
         loader.exec_module(sys.modules[_NATIVE])
-        # what lies in memory stays when the file is removed; a later fork copies the original again
+        # the library stays in memory when the copy is removed; a later fork copies the original again
         sys.modules[_NATIVE].__file__ = origin

@@ -1,14 +1,15 @@
-"""A dataset directory that is written in an object store, without a file system that its writers share.
+"""Writes a dataset directory in an object store, without a file system that its writers share.
 
-The commit is one conditional create, which exactly one writer wins: that of the proof, ``data/BBB/PPPPP/record.json``
-or ``plan/plan.json``. It names its attempt, whose other files are objects below ``data/BBB/.PPPPP.<attempt>/``, stored
-before it. So does ``_SUCCESS``, which is replaced only in the version that its writer has seen before it looked at the
-plans: manifest and index are those of ``.final.<attempt>/``. For other readers there are copies of them at the root,
-which are replaced in the same way, before ``_SUCCESS``. Nothing else that counts is ever deleted or replaced, so it
-does no harm if the store carries out a request late, or twice, or answers with an error what it has done.
+The commit is the conditional creation of one object, the proof, at which exactly one writer succeeds:
+``data/BBB/PPPPP/record.json`` or ``plan/plan.json``. The proof names its attempt, whose other files were stored before
+it as objects below ``data/BBB/.PPPPP.<attempt>/``. In the same way, ``_SUCCESS`` names the attempt whose manifest and
+index, in ``.final.<attempt>/``, are valid; it is replaced only if its version is still the one that the writer saw
+before it read the plans. Copies of manifest and index at the root, for other readers, are replaced in the same way
+before ``_SUCCESS``. No other valid object is ever deleted or replaced, so that it does no harm if the store executes a
+request late or twice, or executes it and still responds with an error.
 
-An attempt is written to a local folder first, of the system's temporary ones; the objects of one that may still win are
-never deleted. ``stage=gc`` deletes those of attempts that have lost.
+An attempt is first written to a local temporary folder. Objects of an attempt that may still be committed are never
+deleted; ``stage=gc`` deletes those of attempts that have lost.
 """
 
 from __future__ import annotations
@@ -38,15 +39,15 @@ Value = TypeVar("Value")
 
 @dataclass
 class _Staging:
-    """What one process has not committed yet: local folders by their paths in the store."""
+    """The uncommitted attempts of one process: local folders by their paths in the store."""
 
     home: Path
     folders: dict[str, Path] = field(default_factory=dict)
     seen: dict[str, dict[str, str]] = field(default_factory=dict)
-    """Of an attempt at files of the root: the versions that were there before, by name."""
+    """Attempt at files of the root → versions of these files when it began, by name."""
     appended: dict[str, bytes] = field(default_factory=dict)
     links: dict[str, str] = field(default_factory=dict)
-    """Committed folder → that of its attempt."""
+    """Committed folder → folder of its attempt."""
 
     @classmethod
     def make(cls) -> _Staging:
@@ -59,7 +60,7 @@ class _Staging:
         return staging
 
     def local(self, path: str) -> Path | None:
-        """The local place of what lies in an attempt of this process."""
+        """The local path of a file or folder in an attempt of this process; None if there is no such attempt."""
         for attempt, folder in self.folders.items():
             if path == attempt or path.startswith(f"{attempt}/"):
                 return folder / path[len(attempt) + 1 :] if path != attempt else folder
@@ -67,7 +68,7 @@ class _Staging:
 
 
 def _locked_folder() -> tuple[Path, int]:
-    """A new temporary folder, and a file descriptor whose lock says that its process lives."""
+    """A new temporary folder, and a file descriptor whose lock shows that the process is alive."""
     while True:
         home = Path(tempfile.mkdtemp(prefix=_PREFIX))
         with suppress(FileNotFoundError):
@@ -76,7 +77,7 @@ def _locked_folder() -> tuple[Path, int]:
             if home.exists():
                 return home, fd
             os.close(fd)
-        # another process took it for abandoned before it was locked
+        # another process deleted it as abandoned before it was locked
 
 
 def _end(home: Path, fd: int, pid: int) -> None:
@@ -86,7 +87,7 @@ def _end(home: Path, fd: int, pid: int) -> None:
 
 
 def _delete_abandoned(folder: Path) -> None:
-    """Delete what a killed process has left; whoever lives has locked it."""
+    """Delete the folder of a killed process; those of living processes are locked."""
     with suppress(OSError):
         fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
@@ -98,7 +99,7 @@ def _delete_abandoned(folder: Path) -> None:
 
 @contextmanager
 def _as_os_error() -> Iterator[None]:
-    """What does not matter enough to end the work fails as on a disk."""
+    """Context: turn a StoreError into an OSError, which callers of unimportant writes ignore as for a disk."""
     try:
         yield
     except StoreError as error:
@@ -106,7 +107,7 @@ def _as_os_error() -> Iterator[None]:
 
 
 class StoreOutput(StoreFolder):
-    """A folder of a dataset directory that is being written. Nothing but commits is kept in memory."""
+    """A folder of a dataset directory that is being written. Only commits are cached in memory."""
 
     links = True
 
@@ -132,7 +133,7 @@ class StoreOutput(StoreFolder):
         return self._looked_up(name, self._head)
 
     def _looked_up(self, name: str, look: Callable[[str], Value | None]) -> Value:
-        """What ``look`` finds at the path of a file, or at that of the attempt that it was committed from."""
+        """The result of ``look`` for the path of a file, or for its path in the attempt that was committed."""
         path = self._below(name)
         parent, _, last = path.rpartition("/")
         finish = finish_folder(self._read_object(SUCCESS) or b"{}") if not parent and last != SUCCESS else ""
@@ -204,7 +205,7 @@ class StoreOutput(StoreFolder):
     # ---- writing
 
     def mkdir(self, name: str, *, exist_ok: bool = False) -> None:
-        """Begin an attempt, if the name says so; other folders need not be made."""
+        """Begin an attempt if ``name`` starts with a dot; other folders need not be created."""
         path = self._below(name)
         if path.rpartition("/")[2].startswith("."):
             local = self._staging.home / uuid.uuid4().hex
@@ -224,7 +225,7 @@ class StoreOutput(StoreFolder):
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), self.store.name(self._below(name)))
 
     def append(self, name: str, data: bytes) -> None:
-        """Add to what this process has appended before: nobody else writes a file that is appended to."""
+        """Store what this process has appended so far, plus ``data``; no other process writes to such a file."""
         path = self._below(name)
         whole = self._staging.appended.get(path, b"") + data
         with _as_os_error():
@@ -250,10 +251,10 @@ class StoreOutput(StoreFolder):
         return
 
     def replace(self, name: str, new_name: str, expected: str) -> None:
-        """Put a file of an attempt at the root in place, unless another process has done so since it was begun.
+        """Move a file of an attempt to the root, unless another process has replaced it since the attempt began.
 
         Raises:
-            FileNotFoundError: another has; the attempt is over.
+            FileNotFoundError: another process has replaced it; the attempt is discarded.
         """
         attempt = name.partition("/")[0]
         local = self._local(name)
@@ -290,7 +291,7 @@ class StoreOutput(StoreFolder):
                 sent.append(f"{source}/{path.name}")
         if self.store.put_new(f"{target}/{proof}", mine):
             return True
-        self.store.delete(sent)  # another has won for good
+        self.store.delete(sent)  # another attempt was committed
         return False
 
     def trash(self, name: str) -> bool:
@@ -300,7 +301,7 @@ class StoreOutput(StoreFolder):
         self._forget(self._below(name))
 
     def _forget(self, path: str) -> bool:
-        """Delete what is local of an attempt."""
+        """Delete the local folder of an attempt; returns whether there was one."""
         local = self._staging.folders.pop(path, None)
         self._staging.seen.pop(path, None)
         if local is not None:
@@ -308,7 +309,7 @@ class StoreOutput(StoreFolder):
         return local is not None
 
     def probe(self) -> None:
-        """Raises StorageError if the store does not keep conditional writes."""
+        """Raises StorageError if the store does not support conditional writes."""
         name = f".probe.{uuid.uuid4().hex}"
         try:
             if not (self.store.put_new(name, b"a") and not self.store.put_new(name, b"b")):
@@ -330,5 +331,5 @@ def _pieces(path: Path) -> Callable[[], Iterator[bytes]]:
 
 
 def open_output(url: str | Path) -> StoreOutput:
-    """A dataset directory in a store, to be written and read as it is at each moment."""
+    """Open a dataset directory in a store for writing; reads return its current state."""
     return StoreOutput(Store(url), Cache())

@@ -1,4 +1,4 @@
-"""Objects that an address with a pattern stands for."""
+"""Objects that match an address with a pattern."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from pipeline.stores.address import canonical, is_pattern
 from pipeline.stores.store import Object, Store
 
 _WILD = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
-_HEADS = 32  # objects to look at at a time
+_HEADS = 32  # objects requested at the same time
 
 
 def matching(addresses: Iterable[str]) -> list[Object]:
-    """The objects that ``addresses`` stand for, in order; their paths are whole addresses.
+    """The objects that match ``addresses``, in order; their paths are complete addresses.
 
-    One with ``*`` (anything but a slash), ``**`` (anything) or ``?`` (one character) stands for all that match, one
-    that ends with ``/`` for everything below it, both sorted; any other for itself.
+    An address with ``*`` (anything but a slash), ``**`` (anything) or ``?`` (one character) matches objects by pattern,
+    one that ends with ``/`` everything below it, both sorted; any other address names one object.
 
     Raises:
-        ConfigError: there are none.
-        StoreError: an object is not there, or the store cannot be asked.
+        ConfigError: an address matches nothing.
+        StoreError: an object does not exist, or the store cannot be reached.
     """
     addresses = list(addresses)
     with ThreadPoolExecutor(_HEADS, "stores") as threads:

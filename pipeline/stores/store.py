@@ -1,4 +1,4 @@
-"""Objects below an address: listed, read, written whole, and created by exactly one writer."""
+"""Lists, reads and writes the objects below an address; conditional writes let exactly one writer create an object."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from pipeline.stores.errors import CUTS, StoreError, explained, retried
 
 HASH = "latentmill_xxh3"
 """Name of the metadata with the XXH3-128 of an object that we wrote."""
-PART = 8 << 20  # bytes of a part of a multipart upload, and of a read
-_MOST_PARTS = 9000  # stores take 10,000
-_PARTS_AT_ONCE = 4  # of one object that is downloaded
+PART = 8 << 20  # bytes per part of a multipart upload or download
+_MOST_PARTS = 9000  # stores accept 10,000
+_PARTS_AT_ONCE = 4  # parallel requests when an object is downloaded
 
 
 @dataclass(frozen=True, slots=True)
 class Object:
-    """An object as a listing has it; ``path`` is relative to the place that was listed."""
+    """An object in a listing; ``path`` is relative to the :class:`Store`."""
 
     path: str
     size: int
@@ -31,21 +31,21 @@ class Object:
 
 
 class Store:
-    """A place in an object store; paths are relative to it.
+    """An address in an object store; paths are relative to it.
 
     Args:
         url: ``s3://bucket/prefix``, ``gs://…`` or ``az://…``; ``hf://datasets/owner/name[@revision]/prefix`` can only
             be read.
 
     Raises:
-        ConfigError: it is no such address, or the settings for the store make no sense.
+        ConfigError: ``url`` is not such an address, or the settings for the store are invalid.
     """
 
     def __init__(self, url: str | Path) -> None:
         self.url = canonical(url)
         self._root, prefix = split(self.url)
         self._prefix = f"{prefix}/" if prefix else ""
-        self._raw  # noqa: B018 - complains now
+        self._raw  # noqa: B018 - raises errors in the settings now
 
     @property
     def _raw(self) -> Any:
@@ -56,7 +56,7 @@ class Store:
 
     @property
     def bucket(self) -> str:
-        """``scheme://bucket``; of the Hub the repository."""
+        """``scheme://bucket``; on the Hub, the repository."""
         return self._root
 
     @property
@@ -66,11 +66,11 @@ class Store:
 
     @property
     def commit(self) -> str:
-        """The commit of a repository that is read; empty for other stores, which have none."""
+        """The commit of the repository that is read; empty for other stores."""
         return retried(self.url, "read", lambda: self._raw.commit) if is_hub(self.url) else ""
 
     def look_again(self) -> None:
-        """Read the newest commit of a repository from now on, not that which was the newest at first."""
+        """Read the newest commit of a repository from now on, instead of the one that was the newest before."""
         if is_hub(self.url):
             self._raw.look_again()
 
@@ -84,7 +84,7 @@ class Store:
     # ---- reading
 
     def objects(self, path: str = "") -> Iterator[Object]:
-        """All objects in the folder ``path`` and below, in the order of their names."""
+        """All objects in the folder ``path`` and its subfolders, ordered by name."""
         start = self._at(path).rstrip("/") or None
         last: str | None = None
         cuts = 0
@@ -98,7 +98,7 @@ class Store:
                         last = found["path"]
                         yield Object(last.removeprefix(self._prefix), found["size"], found["e_tag"] or "")
                 return
-            except StoreError as error:  # goes on after the last name that came
+            except StoreError as error:  # the next request continues after the last name received
                 cuts = cuts + 1 if last == before else 0
                 if error.kind != "cut" or cuts == CUTS:
                     raise
@@ -116,11 +116,11 @@ class Store:
         return folders, objects
 
     def head(self, path: str = "") -> Object:
-        """Size and version of an object; raises StoreError, ``missing`` if there is none."""
+        """Size and version of an object; raises StoreError, of kind ``missing`` if it does not exist."""
         return self.described(path)[0]
 
     def described(self, path: str = "") -> tuple[Object, str]:
-        """An object, and the XXH3-128 that it was stored with; empty if there is none."""
+        """An object, and the XXH3-128 in its metadata; empty if it has none."""
         got = retried(self.name(path), "read", lambda: self._raw.get(self._at(path), options={"head": True}))
         return Object(path, got.meta["size"], got.meta["e_tag"] or ""), str(got.attributes.get(HASH, ""))
 
@@ -148,27 +148,27 @@ class Store:
         return retried(self.name(path), "read", do)
 
     def chunks(self, path: str = "", start: int = 0, etag: str = "") -> Iterator[bytes]:
-        """The bytes of an object from ``start`` on, piece by piece.
+        """The bytes of an object from ``start`` on, in pieces.
 
         Args:
             etag: the version that it must have (empty: any).
 
         Raises:
-            StoreError: ``missing``, ``changed``, or it does not come.
+            StoreError: the object does not exist, has another version, or cannot be read.
         """
         return self.get(path, start, etag)[1]
 
     def get(self, path: str = "", start: int = 0, etag: str = "") -> tuple[Object, Iterator[bytes]]:
-        """Size and version of an object, and its bytes as :meth:`chunks` has them, by one request."""
+        """Size and version of an object, and its bytes as from :meth:`chunks`, with a single request."""
         got = retried(self.name(path), "read", lambda: self._asked(path, start, etag))
         found = Object(path, got.meta["size"], got.meta["e_tag"] or "")
         return found, self._pieces(found, start, got)
 
     def download(self, found: Object, path: Path) -> None:
-        """Write the bytes of an object to a file that is there, by several requests at a time.
+        """Write the bytes of an object to an existing file, with several parallel requests.
 
         Raises:
-            StoreError: ``missing``, ``changed``, or it does not come.
+            StoreError: the object does not exist, has changed, or cannot be read.
         """
         os.truncate(path, found.size)
         spans = [(start, min(start + PART, found.size)) for start in range(0, found.size, PART)]
@@ -185,7 +185,7 @@ class Store:
                 list(pool.map(part, spans))
 
     def _span(self, found: Object, start: int, stop: int) -> Any:
-        """Bytes ``start`` to ``stop`` of an object, by one request."""
+        """Bytes ``start`` to ``stop`` of an object, with one request."""
 
         def do() -> Any:
             data = self._asked(found.path, start, found.etag, stop).bytes()
@@ -202,7 +202,7 @@ class Store:
         return self._raw.get(self._at(path), options=options)
 
     def _pieces(self, found: Object, start: int, got: Any) -> Iterator[bytes]:
-        """The bytes of the answer ``got``, and of further ones where it is cut off."""
+        """The bytes of the response ``got``, and of further requests if it is cut off."""
         path, cuts = found.path, 0
         while start < found.size:
             before = start
@@ -229,21 +229,21 @@ class Store:
     # ---- writing
 
     def put(self, path: str, data: bytes, *, hashed: str = "") -> str:
-        """Store a small object whole, instead of what is there; its version."""
+        """Store a small object, replacing an existing one; returns its version."""
         return self._put(path, data, hashed, "overwrite")
 
     def put_new(self, path: str, data: bytes) -> bool:
-        """Store a small object unless there is one already, which exactly one writer can do.
+        """Create a small object if it does not exist; of several writers, exactly one succeeds.
 
         Returns:
-            True if the object there is ``data``: put by this call, or by an earlier try whose answer was lost.
+            True if the object contains ``data``: from this call, or from an earlier attempt whose response was lost.
         """
         return self._conditional(path, data, "create")
 
     def replace(self, path: str, data: bytes, etag: str) -> bool:
-        """Store a small object instead of the version ``etag``; returns as :meth:`put_new`."""
+        """Replace a small object if it still has the version ``etag``; returns as :meth:`put_new`."""
         mode: dict[str, str | None] = {"e_tag": etag}
-        if self._root.startswith("gs:"):  # whose writes know generations only
+        if self._root.startswith("gs:"):  # Google's conditional writes only support generations
             found = retried(self.name(path), "read", lambda: self._raw.head(self._at(path)))
             if found["e_tag"] != etag:
                 return self._is(path, data)
@@ -261,13 +261,13 @@ class Store:
         return self._is(path, data)
 
     def _is(self, path: str, data: bytes) -> bool:
-        """Whether an object is there and holds ``data``."""
+        """Whether an object exists and contains ``data``."""
         try:
             return self.read(path) == data
         except StoreError as error:
             if not error.not_there:
                 raise
-            return False  # it was deleted meanwhile, but was there
+            return False  # it existed, but was deleted in the meantime
 
     def _put(self, path: str, data: bytes, hashed: str, mode: Any) -> str:
         attributes: Any = {HASH: hashed} if hashed else None
@@ -279,10 +279,10 @@ class Store:
         return result["e_tag"] or ""
 
     def upload(self, path: str, pieces: Callable[[], Iterable[bytes]], size: int, hashed: str) -> str:
-        """Store ``size`` bytes by parallel parts, whole or not at all; its version.
+        """Store ``size`` bytes in parallel parts, completely or not at all; returns the version of the object.
 
-        Requests are signed with the SHA-256 of what they carry where the store has that (S3 and its kin): it refuses
-        other bytes. An exception of ``pieces``, which may be called again, leaves nothing.
+        S3 and compatible stores get requests signed with the SHA-256 of their body, and refuse other bytes. ``pieces``
+        may be called again; if it raises an exception, nothing is stored.
         """
         if size <= PART:
             return self._put(path, b"".join(pieces()), hashed, "overwrite")
@@ -296,7 +296,7 @@ class Store:
         return result["e_tag"] or ""
 
     def delete(self, paths: list[str]) -> None:
-        """Delete objects; those that are not there do no harm."""
+        """Delete objects; missing ones are ignored."""
         if paths:
             names = [self._at(path) for path in paths]
             try:
