@@ -1,7 +1,7 @@
-"""Random numbers keyed by what they are for, never by the clock, the rank or the order of arrival.
+"""Random numbers keyed by their purpose, never by the clock, the rank or the order of arrival.
 
-A key is a seed and any number of parts (texts and integers). Equal keys give equal numbers, on any machine, in any
-order and under any number of ranks; different keys give independent streams.
+A key is a seed and any number of parts (strings and integers). Equal keys give equal numbers, on any machine, in any
+order and with any number of ranks; different keys give independent streams.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ _MIX = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))  # splitmi
 
 
 def digest(seed: int, *parts: Part, size: int = 16) -> bytes:
-    """``size`` bytes (at most 64) that depend on the whole key and on nothing else."""
+    """``size`` bytes (at most 64) that depend only on the key."""
     text = json.dumps([int(seed), *(part if isinstance(part, str) else int(part) for part in parts)])
     return hashlib.blake2b(text.encode(), digest_size=size).digest()
 
 
 def keyed_seed(seed: int, *parts: Part) -> int:
-    """A seed in [0, 2^63) for generators that take one number."""
+    """A seed in [0, 2^63) for generators that are seeded with one integer."""
     return int.from_bytes(digest(seed, *parts, size=8), "little") >> 1
 
 
@@ -36,27 +36,27 @@ def _philox(seed: int, parts: tuple[Part, ...]) -> np.random.Philox:
 
 
 def generator(seed: int, *parts: Part) -> np.random.Generator:
-    """A generator of its own for this key (about 10 us)."""
+    """A generator for this key; takes about 10 µs to make."""
     return np.random.Generator(_philox(seed, parts))
 
 
 def uniforms(count: int, seed: int, *parts: Part) -> npt.NDArray[Any]:
-    """``count`` float64 in [0, 1) from the raw bits, so that no change of numpy's distributions can change them."""
+    """``count`` float64 in [0, 1), made from raw bits so that they do not depend on numpy's distributions."""
     raw = np.asarray(_philox(seed, parts).random_raw(count), dtype=np.uint64)
     return (raw >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def normals(shape: tuple[int, ...], seed: int, *parts: Part) -> npt.NDArray[Any]:
-    """Standard normal float32 of ``shape``."""
+    """Standard normal float32 values of ``shape``."""
     return generator(seed, *parts).standard_normal(shape, dtype=np.float32)
 
 
 class Permutation:
     """A pseudo-random permutation of ``range(n)`` that is computed, not stored.
 
-    An alternating Feistel network permutes the next power of two; results outside of ``range(n)`` are sent through
-    again until they fall inside ("cycle walking", Black and Rogaway, CT-RSA 2002). That is at most a few times,
-    because n is more than half of the power of two (tiny n aside, where all is quick).
+    An alternating Feistel network permutes the next power of two; results outside ``range(n)`` are permuted again
+    until they fall inside ("cycle walking", Black and Rogaway, CT-RSA 2002). This takes few rounds, because n is more
+    than half of the power of two, except for tiny n, where it is fast anyway.
 
     Args:
         n: number of elements, at most 2^62.
@@ -82,10 +82,10 @@ class Permutation:
     def __getitem__(self, index: npt.NDArray[Any]) -> npt.NDArray[Any]: ...
 
     def __getitem__(self, index: int | npt.NDArray[Any]) -> int | npt.NDArray[Any]:
-        """Where ``index`` goes: an int for an int, int64 of the same shape for an integer array.
+        """The permuted ``index``: an int for an int, int64 of the same shape for an integer array.
 
         Raises:
-            IndexError: an index outside of [0, n).
+            IndexError: an index is outside [0, n).
         """
         given = np.asarray(index)
         if given.size and (given.min() < 0 or given.max() >= self._n):
@@ -117,7 +117,7 @@ class Permutation:
 
 
 def mix(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Spread every bit of uint64 ``values`` over all bits (the finaliser of splitmix64)."""
+    """Mix uint64 ``values`` so that every bit affects all bits (the finalizer of splitmix64)."""
     values = (values ^ (values >> np.uint64(30))) * _MIX[0]
     values = (values ^ (values >> np.uint64(27))) * _MIX[1]
     found: npt.NDArray[Any] = values ^ (values >> np.uint64(31))

@@ -47,9 +47,9 @@ class Builtin:
 
     module: str
     options: str = ""
-    """``module:class`` of its options, in a module that is quick to import; empty: it has none of its own."""
+    """``module:class`` of its options, in a module that is quick to import; empty if it has no options of its own."""
     usage: str = ""
-    """How it is written where its name alone is not enough: ``clip:<repo or folder>``."""
+    """How the value is written if the name alone is not enough: ``clip:<repo or folder>``."""
 
 
 @dataclass(frozen=True)
@@ -70,15 +70,15 @@ class Traits:
     partitioned: bool = False
     """It writes a dataset directory, partition by partition; any number of ranks may share the work."""
     single: bool = False
-    """It runs as one process, whatever number of ranks is asked for ..."""
+    """It runs as a single process, whatever number of ranks is requested, unless ``partitioned_with`` is set."""
     partitioned_with: str = ""
-    """... unless this option is set: with it, the stage is partitioned."""
+    """Option that makes the stage partitioned."""
     lockstep: bool = False
     """Its ranks wait for each other, so that all of them must run at the same time."""
     gpus: bool = False
-    """It computes on GPUs where there are any."""
+    """It computes on GPUs if there are any."""
     reads_run: bool = False
-    """It uses a finished training run, and does not read what the stage before it in a command has written."""
+    """It uses a finished training run, and does not read the output of the preceding stage in a command."""
 
 
 class Registry(Generic[T]):
@@ -143,7 +143,7 @@ class Registry(Generic[T]):
         """Return the dataclass of the options of ``name``; None if it has none.
 
         Raises:
-            ConfigError: as :meth:`get`.
+            ConfigError: There is no such name, or its module cannot be imported.
         """
         known = self.builtin.get(name)
         if known is None or name in self.added:
@@ -174,7 +174,7 @@ class Registry(Generic[T]):
         return name in self.builtin or name in self.added or name in _points(self.group)
 
     def __iter__(self) -> Iterator[str]:
-        yield from self.builtin  # installed packages are looked for only if it is none of these
+        yield from self.builtin  # installed packages are searched only for other names
         yield from [name for name in dict.fromkeys((*self.added, *_points(self.group))) if name not in self.builtin]
 
     def installed(self) -> list[str]:
@@ -219,7 +219,7 @@ class Registry(Generic[T]):
 
 
 def _definition(found: Any) -> Any:
-    """The class or function that ``found`` is or wraps, or whose instance it is."""
+    """The class or function that ``found`` is, wraps, or is an instance of."""
     found = inspect.unwrap(found)
     return found if inspect.isclass(found) or inspect.isfunction(found) else type(found)
 
@@ -229,7 +229,7 @@ def _points(group: str) -> dict[str, EntryPoint]:
     """Entry points of the installed packages: name → entry point.
 
     Raises:
-        ConfigError: two packages have one of the same name.
+        ConfigError: two packages have an entry point of the same name.
     """
     found: dict[str, EntryPoint] = {}
     for point in _all_points().select(group=group):
@@ -242,7 +242,7 @@ def _points(group: str) -> dict[str, EntryPoint]:
 
 @cache
 def _all_points() -> Any:
-    """Of all installed packages: a file of each is opened, so only once."""
+    """Entry points of all installed packages; cached, because a file of each package is opened."""
     return entry_points()
 
 
@@ -369,7 +369,7 @@ stages: Registry[Any] = Registry(
         "report": _stage("report", "tools:ReportConfig"),
     },
 )
-"""Subclasses of :class:`pipeline.partitions.stage.Stage`, or the function that a tool runs."""
+"""Subclasses of :class:`pipeline.partitions.stage.Stage`, or functions for tools."""
 
 
 def _scorers(module: str, *names: str) -> dict[str, Builtin]:
@@ -409,4 +409,4 @@ captioners: Registry[Any] = Registry(
         "checkpoint": Builtin("pipeline.captioning.trained_captioner"),
     },
 )
-"""Makers of :class:`pipeline.captioning.base.Captioner`: ``make(place, config, rank)``."""
+"""Functions ``make(place, config, rank)`` that return a :class:`pipeline.captioning.base.Captioner`."""

@@ -5,17 +5,17 @@
 
     main(config)        # the same call on a laptop, under torchrun, accelerate launch and srun
 
-- ``place``: rank and world size from the environment of the launcher
-- ``device``: its GPU, or the CPU, and why not
-- ``signals``: SIGTERM and SIGUSR2 become a flag, read at safe boundaries
-- ``life``: what a rank tells the job script that started it
-- ``watchdog``: a rank that is stuck says where, and ends
-- ``peers``: how ranks wait for each other, and learn that one of them failed
-- ``output``: what a rank prints never ends it
-- ``rank``: what a stage sees of all this
-- ``run``: the decorator; how a rank ends, and its exit code
+- ``environment``: rank and world size, from the launcher's environment variables
+- ``device``: the rank's GPU or the CPU, and why a GPU cannot be used
+- ``signals``: SIGTERM and SIGUSR2 set a flag, which is read at safe boundaries; exit codes
+- ``progress``, ``watchdog``: a rank that is stuck logs where, and ends
+- ``peers``: barriers and broadcasts between ranks, and notification of failures
+- ``flight``: torch's recording of collectives, written when a rank fails
+- ``standard_output``: a log that cannot be written does not end a rank
+- ``rank``: the interface of all this for stages
+- ``entry``, ``ending``: the decorator, and how a rank ends with which exit code
 
-Nothing here imports torch before a device, a barrier, a broadcast or a reduction is asked for.
+Nothing here imports torch before a device, a barrier, a broadcast or a reduction is requested.
 """
 
 from pipeline.distributed.entry import distributed

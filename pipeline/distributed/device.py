@@ -1,7 +1,7 @@
 """The device of a rank: its GPU, or the CPU if it has none or with ``device=cpu``.
 
-A rank that was given GPUs and cannot use them must not fall back to the CPU: it would take days instead of minutes,
-under settings (``model_dtype=bfloat16``) that promise something else.
+A rank that was allocated GPUs but cannot use them must not fall back to the CPU: it would take days instead of minutes,
+with settings such as ``model_dtype=bfloat16`` that are meant for GPUs.
 """
 
 from __future__ import annotations
@@ -24,10 +24,12 @@ def choose_device(wanted: str, local_rank: int, node: str, environment: Mapping[
     """The device of the rank with number ``local_rank`` on its node.
 
     Args:
-        wanted: ``auto``, ``cpu`` or ``cuda``, as the option ``device=`` has it.
+        wanted: ``auto``, ``cpu`` or ``cuda``: the value of the option ``device=``.
+        node: name of the node, for the error message.
+        environment: environment variables of the launcher.
 
     Raises:
-        ConfigError: GPUs were given or asked for, and torch sees none.
+        ConfigError: GPUs were allocated or requested, but torch sees none.
     """
     import torch
 
@@ -35,7 +37,7 @@ def choose_device(wanted: str, local_rank: int, node: str, environment: Mapping[
         return torch.device("cpu")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if count:
-        return torch.device("cuda", local_rank % count)  # `srun --gpus-per-task=1` shows each task one GPU only
+        return torch.device("cuda", local_rank % count)  # with `srun --gpus-per-task=1`, each task sees only one GPU
     given = "device=cuda needs a GPU" if wanted == "cuda" else gpus_given(environment)
     if given:
         raise ConfigError(
@@ -45,7 +47,7 @@ def choose_device(wanted: str, local_rank: int, node: str, environment: Mapping[
 
 
 def isolation_cost(visible: int, local_world_size: int) -> str:
-    """What it costs that each rank of a node sees one GPU only; empty if that is not so.
+    """A warning if each rank of a node sees only one GPU, which makes NCCL slower; otherwise empty.
 
     Args:
         visible: GPUs that this rank sees.
@@ -60,7 +62,7 @@ def isolation_cost(visible: int, local_world_size: int) -> str:
 
 
 def gpus_given(environment: Mapping[str, str]) -> str:
-    """Who gave this process GPUs, as the beginning of a sentence; empty if nobody did."""
+    """What allocated GPUs to this process, as the beginning of a sentence; empty if it has none."""
     count = environment.get("SLURM_GPUS_ON_NODE", "")
     if count not in ("", "0"):
         return f"SLURM gave this job {count} GPU{'s' * (count != '1')}"

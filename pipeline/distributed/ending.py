@@ -12,7 +12,7 @@ from pipeline.distributed.flight import write_recording
 
 
 def hard_exit(code: int) -> NoReturn:
-    """End this process now. Threads that linger, and communicators that wait for dead peers, cannot keep it."""
+    """End this process at once, even if threads still run or communicators wait for dead peers."""
     if multiprocessing := sys.modules.get("multiprocessing"):
         for child in multiprocessing.active_children():
             child.kill()

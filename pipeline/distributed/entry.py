@@ -1,5 +1,4 @@
-"""The decorator that turns a function of a rank into a program, and reports how it ended to other ranks and the
-launcher."""
+"""The decorator that runs a function as one rank, and reports to the other ranks and the launcher how it ended."""
 
 from __future__ import annotations
 
@@ -42,21 +41,21 @@ def distributed(
 
 
 def distributed(function: Callable[..., Any] | None = None, *, timeout: float = TIMEOUT) -> Callable[..., Any]:
-    """Run ``function(rank, config, …)`` as one rank of however many were started; call it as ``function(config, …)``.
+    """Run ``function(rank, config, …)`` as one of any number of ranks; call it as ``function(config, …)``.
 
-    The config (first argument, or ``config=``) may have ``expect_world_size``, ``rank_offset`` and ``world_size``; see
-    :func:`find_place`; ``hang_timeout``, see :class:`Watchdog`; and ``device``, see :func:`choose_device`. While the
-    function runs, signals are a flag (:attr:`Rank.stopping`) and the package's log goes to stderr with the rank before
-    each line, from the level ``LATENTMILL_LOG`` (INFO) on.
+    The config (first argument, or ``config=``) may have ``expect_world_size``, ``rank_offset`` and ``world_size`` (see
+    :func:`find_place`), ``hang_timeout`` (see :class:`Watchdog`) and ``device`` (see :func:`choose_device`). While the
+    function runs, signals only set a flag (:attr:`Rank.stopping`), and the package logs to stderr from the level
+    ``LATENTMILL_LOG`` (INFO) on, with the rank at the beginning of each line.
 
-    A process that a launcher started ends here if the function raises. Its exit code: that of ``SystemExit``; 2 for a
-    :class:`ConfigError` (one line); 130 for Ctrl-C; :data:`EXIT_STOPPED` for :class:`Stopped`; :data:`EXIT_PEER` if it
-    ended because another rank failed; :data:`EXIT_HUNG` if it was stuck; :data:`EXIT_STORAGE` if the file system
-    refuses to be written; :data:`EXIT_ENVIRONMENT` if a module is missing; else 1, with the traceback. A single process
-    raises, as any function does, and ends with the same codes if nobody catches it.
+    A process that a launcher started ends here if the function raises. Its exit code is that of ``SystemExit``; 2 for a
+    :class:`ConfigError` (logged as one line); 130 for Ctrl-C; :data:`EXIT_STOPPED` for :class:`Stopped`;
+    :data:`EXIT_PEER` if another rank failed; :data:`EXIT_HUNG` if it was stuck; :data:`EXIT_STORAGE` if the file system
+    cannot be written; :data:`EXIT_ENVIRONMENT` if a module is missing; otherwise 1, with the traceback. In a single
+    process, the exception is raised as by any function; if it is not caught, the process ends with the same codes.
 
     Args:
-        timeout: seconds after which waiting for other ranks is given up.
+        timeout: maximum seconds to wait for other ranks.
     """
     if function is None:
         return functools.partial(distributed, timeout=timeout)
@@ -88,7 +87,7 @@ def distributed(function: Callable[..., Any] | None = None, *, timeout: float = 
 
 
 def _watched(rank: Rank, timeout: float) -> Watchdog:
-    """Only a process that a launcher started may be ended when it is stuck: not somebody's notebook."""
+    """The watchdog of this process; only processes that a launcher started are ended when stuck, not notebooks."""
     if not rank.launched:
         timeout = 0.0
     else:
@@ -98,7 +97,7 @@ def _watched(rank: Rank, timeout: float) -> Watchdog:
 
 @contextlib.contextmanager
 def log_as(rank: Rank) -> Iterator[None]:
-    """Context in which the loggers of the package write to stderr, each line naming the rank if there are several."""
+    """Context in which the package logs to stderr, with the rank in each line if a launcher started the process."""
     logger = logging.getLogger("pipeline")
     handler = logging.StreamHandler(sys.stderr)
     prefix = f"[{rank!r}] " if rank.launched else ""
@@ -123,7 +122,7 @@ def _level() -> int:
 
 
 def _end(rank: Rank, error: BaseException) -> None:
-    """Say why, tell the others, and if a launcher waits for this process, end it. Else the caller raises the error."""
+    """Log the error, report it to the other ranks, and end this process if a launcher started it; otherwise return."""
     code, message = _verdict(rank, error)
     if not rank.launched:
         rank.close()
@@ -145,7 +144,7 @@ def _say_ended(rank: Rank, code: int, reason: str = "") -> None:
 
 
 def _verdict(rank: Rank, error: BaseException) -> tuple[int, str]:
-    """The exit code for an error, and what to say of it."""
+    """The exit code for an error, and the message to log."""
     if isinstance(error, Stopped):
         return EXIT_STOPPED, str(error)
     if isinstance(error, SystemExit):
@@ -168,7 +167,7 @@ def _verdict(rank: Rank, error: BaseException) -> tuple[int, str]:
 
 
 def _refused(error: BaseException | None) -> OSError | None:
-    """The refusal of a file system that an error comes from, if it does."""
+    """The OSError by which a file system refused to be written, if it caused ``error``; otherwise None."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in _REFUSED:
             return error
@@ -177,9 +176,9 @@ def _refused(error: BaseException | None) -> OSError | None:
 
 
 def _end_if_uncaught(error: BaseException, code: int) -> None:
-    """A single process may be a test or a notebook that handles the error: act only if nobody does.
+    """End this process with ``code`` if nothing catches ``error``, as a test or a notebook may.
 
-    Python asks ``sys.excepthook`` just then, and would afterwards wait for threads that linger.
+    Python then calls ``sys.excepthook``, and would wait for running threads afterwards.
     """
     previous = sys.excepthook
 

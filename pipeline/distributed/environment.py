@@ -16,7 +16,7 @@ from pipeline.config.schema import ConfigError
 Launcher = Literal["torchrun", "slurm", "kubernetes", "array", "single"]
 
 _BATCH_STEP = ("batch", str(2**32 - 5))  # what SLURM calls the step in which a batch script itself runs
-_PORTS = range(12_000, 28_000)  # below those that Linux gives out to clients
+_PORTS = range(12_000, 28_000)  # below the ports that Linux assigns to outgoing connections
 
 
 def _hostname() -> str:
@@ -24,13 +24,13 @@ def _hostname() -> str:
 
 
 def free_port() -> int:
-    """A port of this machine on which no process listens, for ranks that are about to be started here.
+    """A free port of this machine, for ranks that are about to be started here.
 
-    It is drawn from a range that Linux does not use for outgoing connections: one of those could take the port
-    before rank 0 listens on it.
+    It is chosen from a range that Linux does not use for outgoing connections, one of which could otherwise take the
+    port before rank 0 listens on it.
 
     Raises:
-        OSError: no port of that range is free.
+        OSError: no port in that range is free.
     """
     for port in random.SystemRandom().sample(_PORTS, len(_PORTS)):
         with socket.socket() as probe, suppress(OSError):
@@ -41,34 +41,34 @@ def free_port() -> int:
 
 @dataclass(frozen=True)
 class Place:
-    """The place of one process among those that were started with it. Without arguments: a single process."""
+    """Rank and world size of one process, and how it reaches the others. Without arguments: a single process."""
 
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
-    """Rank among the processes of this node."""
+    """Rank among the processes on this node."""
     local_world_size: int = 1
     node: str = field(default_factory=_hostname)
     launcher: Launcher = "single"
     address: str = ""
-    """Host where rank 0 (or the launcher, if ``hosted``) listens; empty: these processes cannot talk to each other."""
+    """Host where rank 0 (or the launcher, if ``hosted``) listens; empty: these processes cannot communicate."""
     port: int = 0
     life: str = ""
-    """Tells this run apart from an earlier one of the same job, whose processes may live on unseen by the launcher."""
+    """Distinguishes this run from an earlier one of the same job, whose processes may still run unnoticed."""
     hosted: bool = False
-    """The launcher itself listens at ``address``, for as long as any rank lives."""
+    """Whether the launcher listens at ``address``, as long as any rank lives."""
 
 
 def find_place(
     environment: Mapping[str, str], *, expect_world_size: int = 0, rank_offset: int = 0, world_size: int = 0
 ) -> Place:
-    """Find the place of this process: torchrun (and accelerate) first, then a SLURM step, then an indexed Job of
-    Kubernetes, else it is alone.
+    """Find rank and world size of this process from the variables of, in this order, torchrun or accelerate, a SLURM
+    step, or an indexed Job of Kubernetes; without any, it is a single process.
 
     Args:
-        expect_world_size: how many processes must have been started together (of an array: by one element); 0: any.
-        rank_offset: array elements: added to the rank.
-        world_size: array elements: the ranks of all elements together.
+        expect_world_size: required number of processes started together (by one element of an array); 0: any.
+        rank_offset: for elements of an array: added to the rank.
+        world_size: for elements of an array: the number of ranks of all elements together.
 
     Raises:
         ConfigError: the environment contradicts itself or ``expect_world_size``, or an element exceeds its array.
@@ -84,21 +84,21 @@ def find_place(
     if rank_offset < 0 or rank_offset + place.world_size > world_size:
         last = rank_offset + place.world_size - 1
         raise ConfigError(f"rank_offset={rank_offset} makes ranks {rank_offset} to {last}, but world_size={world_size}")
-    # elements start and end when they like: they have no rank 0 to meet at
+    # elements of an array start and end independently: they have no common rank 0 to connect to
     return replace(
         place, rank=place.rank + rank_offset, world_size=world_size, launcher="array", address="", port=0, hosted=False
     )
 
 
 def _advice(place: Place, environment: Mapping[str, str], wanted: int) -> str:
-    """The launcher's setting that says how many processes to start."""
+    """How to tell the launcher to start ``wanted`` processes."""
     if place.launcher == "slurm" or (place.launcher == "single" and "SLURM_JOB_ID" in environment):
         return f"start it with srun --ntasks={wanted}"
     if place.launcher == "kubernetes":
         return f"set completions: {wanted} of the Job, and WORLD_SIZE to the same"
     accelerate = f"accelerate launch needs --multi_gpu (also on CPUs) --num_processes {wanted}"
     if any(name.startswith("ACCELERATE_") for name in environment):
-        return accelerate  # without GPUs and this flag it starts a single process, and says nothing
+        return accelerate  # without GPUs, it silently starts a single process unless this flag is set
     return f"{accelerate}; torchrun, --nproc-per-node and --nnodes whose product is {wanted}"
 
 
@@ -121,7 +121,7 @@ def _from_torchrun(environment: Mapping[str, str]) -> Place | None:
 
 
 def _from_slurm(environment: Mapping[str, str]) -> Place | None:
-    # a batch script has SLURM_PROCID=0 and the job's SLURM_NTASKS, but is one process: only srun makes a step
+    # a batch script has SLURM_PROCID=0 and the job's SLURM_NTASKS but is a single process: only srun starts a step
     if not {"SLURM_PROCID", "SLURM_STEP_ID", "SLURM_STEP_NUM_TASKS"} <= environment.keys():
         return None
     if environment["SLURM_STEP_ID"] in _BATCH_STEP:
@@ -136,14 +136,14 @@ def _from_slurm(environment: Mapping[str, str]) -> Place | None:
         node=environment.get("SLURMD_NODENAME") or _hostname(),
         launcher="slurm",
         address=environment.get("MASTER_ADDR") or _first_node(environment),
-        # a requeued job meets at another port than the zombies of its earlier life, which may be on the same node
+        # a requeued job uses another port than processes left from its earlier life, perhaps on the same node
         port=_number(environment, "MASTER_PORT", _PORTS[(7 * job + 101 * step + 1009 * life) % len(_PORTS)]),
         life=f"{job}.{step}.{life}",
     )
 
 
 def _from_kubernetes(environment: Mapping[str, str]) -> Place | None:
-    """A pod of an indexed Job (docs/kubernetes/stage.yaml). Kubernetes says which it is, but not of how many."""
+    """A pod of an indexed Job (docs/kubernetes/stage.yaml). Kubernetes sets its index, but not the number of pods."""
     if "JOB_COMPLETION_INDEX" not in environment:
         return None
     if not environment.get("WORLD_SIZE"):
@@ -168,7 +168,7 @@ def _first_node(environment: Mapping[str, str]) -> str:
 
 
 def tasks_on_node(environment: Mapping[str, str]) -> int:
-    """``SLURM_STEP_TASKS_PER_NODE`` is a list like ``2(x3),1``, in the order of the nodes."""
+    """Tasks on this node, from ``SLURM_STEP_TASKS_PER_NODE``: a list like ``2(x3),1`` in the order of the nodes."""
     text = environment.get("SLURM_STEP_TASKS_PER_NODE", "1")
     counts: list[int] = []
     for part in text.split(","):
@@ -195,7 +195,7 @@ def expand_nodes(text: str) -> list[str]:
     """Expand a SLURM node list: ``a[01-03,7]-x,b`` is ``a01-x a02-x a03-x a7-x b``.
 
     Raises:
-        ConfigError: brackets that do not match, or a range that is none.
+        ConfigError: brackets do not match, or a range is invalid.
     """
     names: list[str] = []
     for part in re.findall(r"(?:\[[^\]]*\]|[^,])+", text):

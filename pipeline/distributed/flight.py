@@ -1,9 +1,9 @@
-"""torch's recording of the collectives of a rank, written when the rank fails: who waited for whom, and where.
+"""Writes torch's recording of a rank's collectives when the rank fails: which rank waited for which, and where.
 
 torch's flight recorder keeps the last collectives of a process. NCCL writes its recording itself when a collective
-times out; for gloo, and when something else ends the rank, this does. The files are named by the rank and by torch's
-own variable ``TORCH_FR_DUMP_TEMP_FILE``, which slurm/job.sh and launch/local.py set; the files are read by
-``launch/monitor/flight_report.py``.
+times out; this module writes it for gloo, and when something else ends the rank. The files are named after torch's
+variable ``TORCH_FR_DUMP_TEMP_FILE``, which slurm/job.sh and launch/local.py set, and the rank;
+``launch/monitor/flight_report.py`` reads them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _PATIENCE = 5.0  # seconds; the recorder's lock may be held by a thread that han
 
 
 def write_recording() -> None:
-    """Write this rank's recording, if there is one and a place for it. Never fails, never takes more than seconds."""
+    """Write this rank's recording if it has one and the variable is set. Never fails; takes at most a few seconds."""
     if os.environ.get("TORCH_FR_DUMP_TEMP_FILE") and "torch.distributed" in sys.modules:
         thread = threading.Thread(target=_write, name="latentmill-flight", daemon=True)
         thread.start()
@@ -38,9 +38,9 @@ def _write() -> None:
         dumps[f"{dist.get_rank()}"] = "_dump_nccl_trace"
     for name, dump in dumps.items():
         path = Path(os.environ["TORCH_FR_DUMP_TEMP_FILE"] + name)
-        if hasattr(c10d, dump) and not path.exists():  # NCCL has written its own at the time-out, which is closer to it
-            with suppress(OSError, RuntimeError, TypeError):  # the work does not depend on it
-                # torch takes seconds to look up stacks, and the log has them
+        if hasattr(c10d, dump) and not path.exists():  # NCCL may have written its own earlier, at the timeout
+            with suppress(OSError, RuntimeError, TypeError):  # the recording is not essential
+                # torch takes seconds to collect stacks, which the log contains anyway
                 path.write_bytes(
                     getattr(c10d, dump)(includeCollectives=True, includeStackTraces=False, onlyActive=False)
                 )

@@ -1,17 +1,17 @@
 """Barriers and small messages between ranks, and notifications that a rank has failed.
 
-All of it goes through one key-value store (torch's TCPStore) that rank 0, or the launcher, serves:
+All of them use one key-value store (torch's TCPStore) that rank 0 or the launcher serves:
 
-    seen/<rank>      where that rank is, and the last barrier that it reached
-    arrivals         arrivals at barriers, all ranks and barriers together: nobody can arrive at the next barrier before
-                     everybody arrived at this one, so barrier n is complete at n × world_size; no key is ever deleted
-    broadcast/<0|1>  what was broadcast last and last but one: a rank that still reads the last but one has not yet
-                     arrived at the barrier that the writer of the next must pass
-    left, left/<rank>    how many ranks have ended, and how
-    failure          what the first rank that failed had to say
+    seen/<rank>      node of that rank, and the last barrier that it reached
+    arrivals         number of arrivals at barriers, of all ranks and barriers: no rank can arrive at the next barrier
+                     before all arrived at this one, so barrier n is complete at n × world_size; no key is ever deleted
+    broadcast/<0|1>  the last two broadcasts: a rank that still reads the older one has not yet arrived at the barrier
+                     that the writer of the next one must pass
+    left, left/<rank>    number of ranks that have ended, and how each ended
+    failure          reason given by the first rank that failed
 
-A blocked collective of torch cannot be interrupted, nor does it notice a failure elsewhere before its own time-out. So
-every rank has a thread that looks for ``failure`` and ends the process when the main thread does not do so itself.
+A blocked collective of torch cannot be interrupted, and does not notice a failure elsewhere before its own timeout.
+Every rank therefore has a thread that checks for ``failure`` and ends the process if the main thread does not.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ from pipeline.distributed.signals import Stopped
 if TYPE_CHECKING:
     from torch.distributed import Store
 
-FINISHED, STOPPED = "finished", "stopped"  # how a rank can leave, besides by failing
-MAX_BROADCAST = 4 * 2**20  # the store refuses more than 8 MiB, by closing the connection
-LINGER = 30.0  # seconds for which rank 0 serves the store after its own end, if others need it
-_WATCH = 1.0  # seconds between two looks for a failure elsewhere
-_GRACE = 3.0  # seconds for the main thread to end by itself after one
-_NAMED = 16  # ranks that a message names
+FINISHED, STOPPED = "finished", "stopped"  # how a rank can end without failing
+MAX_BROADCAST = 4 * 2**20  # above 8 MiB, the store closes the connection
+LINGER = 30.0  # seconds for which rank 0 serves the store after its own end, if other ranks need it
+_WATCH = 1.0  # seconds between two checks for a failure of another rank
+_GRACE = 3.0  # seconds for the main thread to end by itself after such a failure
+_NAMED = 16  # maximum number of ranks in a message
 
 
 class BarrierTimeout(TimeoutError):
-    """Some ranks did not arrive in time: the message names them."""
+    """Some ranks did not arrive in time; the message and ``missing`` name them."""
 
     def __init__(self, message: str, missing: list[int]) -> None:
         super().__init__(message)
@@ -52,16 +52,16 @@ class BarrierTimeout(TimeoutError):
 
 
 class PeerFailed(RuntimeError):
-    """Another rank failed or is gone, so that waiting for it is useless."""
+    """Another rank failed or is gone, so that waiting for it will not help."""
 
 
 class Peers:
-    """The other ranks, as this one sees them.
+    """Communication of this rank with all others.
 
     Args:
-        place: the place of this process; it must have an address.
+        place: rank and world size of this process; must have an address.
         timeout: seconds to wait for rank 0, and for other ranks at a barrier.
-        die: ends the process at once; for when its main thread is stuck.
+        die: ends the process at once; called if the main thread is stuck.
 
     Raises:
         ConnectionError: rank 0 does not listen at its address.
@@ -85,8 +85,8 @@ class Peers:
         """Wait until every rank has called this.
 
         Raises:
-            BarrierTimeout: some did not; it says which, and where they were seen last.
-            PeerFailed: one of them has failed or ended meanwhile.
+            BarrierTimeout: some did not; the message says which, and where they were last seen.
+            PeerFailed: one of them has failed or ended in the meantime.
             Stopped: one of them was stopped by a signal.
         """
         if self._broken:
@@ -100,14 +100,14 @@ class Peers:
         except (BarrierTimeout, PeerFailed) as error:
             self._broken = str(error)
             raise
-        except RuntimeError as error:  # torch's own: the connection broke
+        except RuntimeError as error:  # raised by torch: the connection broke
             self._broken = f"barrier {name!r}: lost contact with rank 0 at {self.place.address}:{self.place.port}"
             raise PeerFailed(self._broken) from error
 
     def _wait(self, name: str, timeout: float) -> None:
         complete = self._barriers * self.place.world_size
         for _ in _pauses(timeout):
-            left = self.store.add("left", 0)  # before the arrivals: the last to arrive may end at once
+            left = self.store.add("left", 0)  # read before the arrivals: the last rank to arrive may end at once
             if self.store.add("arrivals", 0) >= complete:
                 return
             if failure := self.failure():
@@ -118,7 +118,7 @@ class Peers:
         raise BarrierTimeout(f"barrier {name!r}: after {timeout:g} s still without {self._describe(missing)}", missing)
 
     def _raise_in_vain(self, name: str) -> None:
-        """Some ranks have ended and cannot arrive any more. If a signal stopped them, it is meant for us as well."""
+        """Raise because ranks have ended and cannot arrive: Stopped if a signal stopped one, since it concerns all."""
         missing = self._missing()
         message = f"barrier {name!r}: {self._describe(missing)} cannot arrive any more"
         stopped = any(self._read(f"left/{rank}")["how"] == STOPPED for rank in missing)
@@ -133,7 +133,7 @@ class Peers:
         return [rank for rank in ranks if self._read(f"seen/{rank}")["barriers"] < self._barriers]
 
     def _describe(self, ranks: list[int]) -> str:
-        """``rank 1 on node1 (last at barrier 'plan'), rank 2 (never joined)``."""
+        """The ranks as text: ``rank 1 on node1 (last at barrier 'plan'), rank 2 (never joined)``."""
         words = []
         for rank in ranks[:_NAMED]:
             seen, left = self._read(f"seen/{rank}"), self._read(f"left/{rank}")
@@ -148,10 +148,10 @@ class Peers:
         return nothing | (json.loads(self.store.get(key)) if self.store.check([key]) else {})
 
     def broadcast(self, value: Any, source: int) -> Any:
-        """Give every rank the JSON-able ``value`` of rank ``source``. All wait for each other.
+        """Return the JSON-able ``value`` of rank ``source`` on every rank. Waits for all ranks, as :meth:`barrier`.
 
         Raises:
-            ValueError: it is too large for this way: put it into a file.
+            ValueError: the value is larger than :data:`MAX_BROADCAST`: pass it in a file.
         """
         key = f"broadcast/{self._broadcasts % 2}"
         self._broadcasts += 1
@@ -166,17 +166,17 @@ class Peers:
     # ---- failures
 
     def failure(self) -> str:
-        """What the rank that failed first had to say; empty if none failed."""
+        """The reason given by the rank that failed first; empty if none failed."""
         return self.store.get("failure").decode() if self.store.check(["failure"]) else ""
 
     def fail(self, reason: str) -> None:
-        """Tell the others that this rank failed; without effect if another was first."""
+        """Report to the other ranks that this rank failed; without effect if another rank failed first."""
         self.store.compare_set("failure", "", f"rank {self.place.rank} on {self.place.node} failed: {reason}")
 
     def leave(self, how: str, linger: float) -> None:
-        """Say how this rank ended. Rank 0 serves the store on until all have left, for at most ``linger`` seconds."""
+        """Report how this rank ended. Rank 0 then serves the store until all have left, at most ``linger`` seconds."""
         self._ended.set()
-        with contextlib.suppress(RuntimeError):  # torch's own: rank 0 has served long enough, nobody asks any more
+        with contextlib.suppress(RuntimeError):  # raised by torch: rank 0 has already stopped serving the store
             self.store.set(f"left/{self.place.rank}", json.dumps({"how": how}))
             self.store.add("left", 1)
             for _ in _pauses(linger if self._serves else 0):
@@ -185,13 +185,13 @@ class Peers:
 
     def _watch(self) -> None:
         try:
-            store = _connect(self.place, self.timeout, serve=False)  # one client cannot serve two threads at once
+            store = _connect(self.place, self.timeout, serve=False)  # two threads cannot share one client
             while not store.check(["failure"]):
                 if self._ended.wait(_WATCH):
                     return
             failure = store.get("failure").decode()
         except (RuntimeError, OSError):
-            return  # the store is gone, and rank 0 with it: whoever waits for that rank will see it
+            return  # the store is gone, and rank 0 with it: ranks that wait for rank 0 will notice
         if self._ended.wait(_GRACE):
             return
         self.log.error("%s; this rank was stuck here:\n%s", failure, _stack_of_main_thread())
@@ -210,7 +210,7 @@ def _connect(place: Place, timeout: float, *, serve: bool) -> Store:
             place.port,
             is_master=serve,
             timeout=timedelta(seconds=timeout),
-            wait_for_workers=False,  # a barrier says who is missing; this would only say that someone is
+            wait_for_workers=False,  # unlike a barrier, this would not say which ranks are missing
         )
     except RuntimeError as error:
         advice = "; is the port taken? MASTER_PORT sets another" if serve else ""
@@ -219,7 +219,7 @@ def _connect(place: Place, timeout: float, *, serve: bool) -> Store:
 
 
 def _await_listener(place: Place, timeout: float) -> None:
-    """Wait for rank 0 with plain sockets: torch's own waiting prints pages of stack frames."""
+    """Wait for rank 0 with plain sockets, because torch prints pages of stack frames while it waits."""
     reason: OSError | None = None
     for _ in _pauses(timeout):
         try:
@@ -243,7 +243,7 @@ def somebody_listens(place: Place) -> bool:
 
 
 def _pauses(timeout: float) -> Iterator[None]:
-    """Yield at once and then after growing pauses, for the last time when ``timeout`` seconds are over."""
+    """Yield at once and then after growing pauses, for the last time when ``timeout`` seconds have passed."""
     end = time.monotonic() + timeout
     pause = 0.002
     yield
@@ -259,5 +259,5 @@ def _stack_of_main_thread() -> str:
 
 
 def quiet_torch() -> None:
-    """Before torch is imported: a lost connection shall not print pages of C++ frames on every rank."""
+    """Keep a lost connection from printing pages of C++ frames on every rank. Call before torch is imported."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")

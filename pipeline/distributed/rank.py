@@ -27,15 +27,15 @@ Value = TypeVar("Value", "torch.Tensor", float)
 Operation = Literal["sum", "mean", "max", "min"]
 
 TIMEOUT = 600.0  # seconds; torch's own defaults are 30 minutes for gloo and 10 for NCCL
-_FAREWELL = 5.0  # seconds for which a rank 0 that failed lets the others read why
+_FAREWELL = 5.0  # seconds for which a failed rank 0 keeps the store open, so that the others can read the reason
 
 
 class Rank:
-    """One rank. ``Rank()`` is a single process; a stage gets its own from ``@distributed``.
+    """One rank. ``Rank()`` is a single process; a stage receives its rank from ``@distributed``.
 
     Args:
-        place: which rank of how many, see :func:`pipeline.distributed.find_place`.
-        timeout: seconds after which waiting for other ranks is given up.
+        place: rank and world size, see :func:`pipeline.distributed.find_place`.
+        timeout: maximum seconds to wait for other ranks.
         device: ``auto``, ``cpu`` or ``cuda``, see :func:`pipeline.distributed.device.choose_device`.
     """
 
@@ -47,21 +47,21 @@ class Rank:
         self.log = logging.getLogger("pipeline")
         self.life = Life(self.place.rank)
         self.steps = 0
-        """Safe boundaries that were reached so far."""
+        """Number of safe boundaries reached so far."""
         self.begin = time.monotonic()
         self.waited = 0.0
-        """Seconds that were spent in :meth:`waiting`."""
+        """Seconds spent in :meth:`waiting`."""
         self.now: dict[str, Any] = {}
-        """What the rank is at, for those who watch it: goes into each of its events."""
+        """What the rank is currently doing, for monitoring: added to each of its events."""
         self.on_hang: Callable[[], None] = lambda: None
-        """Called, in another thread, when the watchdog has found this rank stuck and is about to end it."""
+        """Called in another thread when the watchdog has found this rank stuck and is about to end it."""
         self._peers: Peers | None = None
         self._group: ProcessGroup | None = None
 
     def __repr__(self) -> str:
         return f"rank {self.rank}/{self.world_size} {self.node}"
 
-    # ---- where
+    # ---- rank and node
 
     @property
     def rank(self) -> int:
@@ -73,7 +73,7 @@ class Rank:
 
     @property
     def local_rank(self) -> int:
-        """Rank among the processes of this node."""
+        """Rank among the processes on this node."""
         return self.place.local_rank
 
     @property
@@ -95,7 +95,7 @@ class Rank:
 
     @property
     def launched(self) -> bool:
-        """Whether a launcher started this process as a rank, so that it is not somebody's notebook or test."""
+        """Whether a launcher started this process as a rank; False for example in a notebook or a test."""
         return self.launcher != "single" or self.world_size > 1
 
     @cached_property
@@ -103,13 +103,13 @@ class Rank:
         """This rank's GPU, or the CPU.
 
         Raises:
-            ConfigError: GPUs were given or asked for, and torch sees none.
+            ConfigError: GPUs were allocated or requested, but torch sees none.
         """
         return choose_device(self._device, self.local_rank, self.node)
 
     @property
     def environment(self) -> dict[str, str]:
-        """torchrun's variables, for libraries that read them (SLURM and a single process don't set them)."""
+        """torchrun's variables, for libraries that read them (SLURM and a single process do not set them)."""
         place = self.place
         variables = {
             "RANK": str(place.rank),
@@ -123,30 +123,30 @@ class Rank:
 
     @property
     def stopping(self) -> bool:
-        """Whether SIGTERM, SIGUSR2 or SIGINT came: stop at the next safe boundary, by :meth:`check_stop` for example.
+        """Whether SIGTERM, SIGUSR2 or SIGINT was received, so that the rank must stop at the next safe boundary.
 
-        Signals reach ranks at different times: where all must stop at the same step, reduce this by ``"max"`` first.
-        To ask is what the watchdog takes for progress: ask after each sample or step.
+        Signals reach ranks at different times: where all must stop at the same step, reduce this with ``"max"`` first.
+        Each access counts as progress for the watchdog: read it, or call :meth:`check_stop`, after each sample or step.
         """
         self.steps += 1
         return bool(self.signals.received)
 
     def request_stop(self, reason: str = "request") -> None:
-        """As if a signal had come."""
+        """Stop at the next safe boundary, as after a signal."""
         self.signals.received = self.signals.received or reason
 
     def check_stop(self) -> None:
-        """At a safe boundary.
+        """Stop here, at a safe boundary, if requested.
 
         Raises:
-            Stopped: a signal came.
+            Stopped: a signal was received.
         """
         if self.stopping:
             raise Stopped(f"{self.signals.received}: stopped at a safe boundary; the same command resumes")
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Context: there is nothing to compute, as other ranks or the data are not ready yet."""
+        """Context: counts the time as waiting for other ranks or for data."""
         begin = time.monotonic()
         try:
             yield
@@ -154,17 +154,17 @@ class Rank:
             self.waited += time.monotonic() - begin
 
     def saved(self) -> None:
-        """Something was done for good, a commit or a checkpoint: a job that gets this far is worth starting again."""
+        """Report lasting progress, such as a commit or a checkpoint: a job that makes some is worth restarting."""
         self.life.saved()
 
-    # ---- the others
+    # ---- the other ranks
 
     @property
     def peers(self) -> Peers:
-        """The other ranks; joined at the first use, which imports torch.
+        """The connection to the other ranks, made at the first use, which imports torch.
 
         Raises:
-            ConnectionError: there is no way to reach them.
+            ConnectionError: they cannot be reached.
         """
         if self._peers is None:
             if not self.place.address or not self.place.port:
@@ -178,24 +178,24 @@ class Rank:
 
         Args:
             name: for messages.
-            timeout: seconds; the rank's own by default.
+            timeout: seconds; default: the rank's ``timeout``.
 
         Raises:
-            BarrierTimeout: some did not arrive in time; the message (and ``missing``) names them.
-            PeerFailed: one of them failed or ended meanwhile.
+            BarrierTimeout: some did not arrive in time; the message and ``missing`` name them.
+            PeerFailed: one of them failed or ended in the meantime.
         """
         if self.world_size > 1:
             with self.waiting():
                 self.peers.barrier(name, timeout)
 
     def broadcast(self, value: Any = None, src: int = 0) -> Any:
-        """Give every rank the ``value`` of rank ``src``: anything that JSON can say, up to 4 MiB. Waits for all."""
+        """Return the ``value`` of rank ``src`` on every rank: anything JSON-able up to 4 MiB. Waits for all ranks."""
         return self.peers.broadcast(value, src) if self.world_size > 1 else value
 
     def all_reduce(self, value: Value, op: Operation = "sum") -> Value:
-        """The sum, mean, largest or smallest of all ranks' values: a new tensor, or a number of Python's.
+        """The sum, mean, maximum or minimum of all ranks' values: a new tensor, or a Python number.
 
-        Tensors are reduced where they are: by NCCL on GPUs, by gloo on CPUs. Numbers are exact up to 2^53.
+        Tensors are reduced on their device: by NCCL on GPUs, by gloo on CPUs. Numbers are exact up to 2^53.
         """
         if self.world_size == 1:
             return value
@@ -213,7 +213,7 @@ class Rank:
         return tensor / self.world_size if op == "mean" else tensor
 
     def process_group(self) -> ProcessGroup:
-        """torch's default process group, made at the first call: NCCL for tensors on GPUs, gloo for those on CPUs.
+        """torch's default process group, created at the first call: NCCL for GPU tensors, gloo for CPU tensors.
 
         Raises:
             BarrierTimeout: some ranks do not take part; the message names them.
@@ -232,7 +232,7 @@ class Rank:
         import torch
         import torch.distributed as dist
 
-        self.barrier("process group")  # torch would only say that someone is missing
+        self.barrier("process group")  # unlike torch, it says which ranks are missing
         gpus = self.device.type == "cuda"
         if gpus:
             torch.cuda.set_device(self.device)
@@ -254,10 +254,11 @@ class Rank:
     # ---- the end
 
     def close(self, how: str = FINISHED, linger: float = LINGER) -> None:
-        """Leave the other ranks in peace: they know that this one is done. Idempotent.
+        """Disconnect from the other ranks and report how this one ended. Idempotent.
 
         Args:
-            linger: seconds for which rank 0 serves others that are not done yet.
+            how: ``finished`` or ``stopped``.
+            linger: seconds for which rank 0 keeps serving ranks that are not done yet.
         """
         if self._group is not None:
             import torch.distributed as dist
@@ -270,14 +271,14 @@ class Rank:
             self._peers = None
 
     def failed_peer(self) -> str:
-        """What another rank that failed has said; empty if none did, or if nobody can be asked."""
+        """The reason given by another rank that failed; empty if none failed, or if the store cannot be reached."""
         try:
             return self._peers.failure() if self._peers is not None else ""
-        except RuntimeError:  # torch's own: the connection broke
+        except RuntimeError:  # raised by torch: the connection broke
             return ""
 
     def abort(self, reason: str) -> None:
-        """Make the other ranks end: this one failed. Where there is nothing to tell it to, the launcher must see it."""
+        """Make the other ranks end because this one failed. If no store serves them, that is left to the launcher."""
         try:
             if self._peers is None and self._others_may_wait():
                 self.timeout = _FAREWELL
@@ -289,9 +290,9 @@ class Rank:
             self.log.warning("could not tell the other ranks: %s", str(error).partition("\n")[0])
 
     def _others_may_wait(self) -> bool:
-        """Whether others may be waiting for this rank, which has not joined them yet.
+        """Whether other ranks may be waiting for this one, which has not connected to them yet.
 
-        They can only be where rank 0 listens. If this is rank 0, a loaded torch is the sign of a stage that uses it.
+        They can only wait if rank 0 listens. On rank 0 itself, a loaded torch indicates a stage in which ranks wait.
         """
         if self.world_size == 1 or not self.place.address or not self.place.port:
             return False
@@ -299,13 +300,13 @@ class Rank:
 
 
 def require_own_gpus(names: Sequence[str]) -> None:
-    """Refuse that ranks share a GPU: they would be slow, and NCCL cannot.
+    """Raise an error if ranks share a GPU, which would be slow and which NCCL does not support.
 
     Args:
         names: each rank's GPU.
 
     Raises:
-        ConfigError: names ranks and GPU.
+        ConfigError: ranks share a GPU; the message names them.
     """
     for name in sorted(set(names)):
         sharing = [rank for rank, own in enumerate(names) if own == name]

@@ -1,5 +1,4 @@
-"""Standard output and error of a rank; a log that cannot be written (on a full disk, for example) does not end the
-work."""
+"""Standard output and error of a rank; a log that cannot be written, for example on a full disk, does not end it."""
 
 from __future__ import annotations
 
@@ -11,7 +10,7 @@ from typing import Any, TextIO
 
 
 class Forgiving:
-    """A text stream that goes nowhere once a write has failed; everything else is the stream's own."""
+    """A text stream that discards everything once a write has failed; otherwise behaves like ``stream``."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -37,7 +36,7 @@ class Forgiving:
             self._give_up()
 
     def _give_up(self) -> None:
-        """What is still in buffers goes to /dev/null: the interpreter would fail on it at its end, with code 120."""
+        """Flush the buffers to /dev/null: the interpreter would fail to flush them at exit, with exit code 120."""
         with contextlib.suppress(OSError, ValueError):
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, self._stream.fileno())
@@ -46,7 +45,7 @@ class Forgiving:
 
 
 def forgive() -> None:
-    """From now on ``print`` and the log of this process raise no OSError. Idempotent."""
+    """Let ``print`` and the log of this process no longer raise OSError. Idempotent."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is not None and not isinstance(stream, Forgiving):

@@ -13,18 +13,18 @@ from pipeline.config.life import Life
 from pipeline.distributed.ending import hard_exit
 from pipeline.distributed.signals import EXIT_HUNG
 
-_FAREWELL = 10.0  # seconds to tell others, on a disk that may be what hangs
+_FAREWELL = 10.0  # seconds to report the hang, to a disk that may itself be the cause
 
 
 class Watchdog:
-    """Context: ends this process when nothing happens for ``timeout`` seconds; 0: never.
+    """Context: ends this process if it makes no progress for ``timeout`` seconds; 0: never.
 
-    Time during which the whole process was stopped (a suspended job, Ctrl-Z) does not count, and neither can it be
-    noticed from within: for that, the job script looks at ``<rank>.alive`` (see :mod:`pipeline.config.life`).
+    Time in which the whole process was stopped (a suspended job, Ctrl-Z) does not count and cannot be detected here;
+    for that, the job script checks ``<rank>.alive`` (see :mod:`pipeline.config.life`).
 
     Args:
-        moved: whether there was progress since it was last asked.
-        tell: says to the outside world that this rank hung; may itself hang.
+        moved: returns whether there was progress since the last call.
+        tell: reports that this rank hung; may itself hang.
     """
 
     def __init__(self, timeout: float, moved: Callable[[], bool], life: Life, tell: Callable[[], None]) -> None:
@@ -37,7 +37,7 @@ class Watchdog:
 
     def __enter__(self) -> Watchdog:
         if self._timeout > 0:
-            self._life.alive(self._timeout)  # here, as the work may freeze this process before a thread gets its turn
+            self._life.alive(self._timeout)  # here, because the work may freeze this process before the thread runs
             self._thread.start()
         return self
 
@@ -53,14 +53,14 @@ class Watchdog:
         quiet = 0.0
         while not self._ended.wait(tick):
             self._life.alive(self._timeout)
-            quiet += tick  # not what a clock says: it goes on while the process is stopped
+            quiet += tick  # not measured by a clock, which continues while the process is stopped
             if self._moved():
                 quiet = 0.0
             if quiet >= self._timeout:
                 self._end()
 
     def _end(self) -> None:
-        """Say it as plainly as possible: the main thread may hold the lock of the log, or of anything else."""
+        """Report the hang and exit, without the logging module: the main thread may hold its lock, or any other."""
         threading.Thread(target=self._force, daemon=True).start()
         os.write(2, f"no progress for {self._timeout:g} s (hang_timeout): this rank ends. It was here:\n".encode())
         faulthandler.dump_traceback(2, all_threads=True)
@@ -74,6 +74,6 @@ class Watchdog:
 
 
 def show_stacks_on_request() -> None:
-    """SIGUSR1 makes a rank write all its stacks to stderr, even one that is stuck in C: ``scancel --signal=USR1``."""
+    """Let SIGUSR1 make a rank write all its stacks to stderr, even if it is stuck in C: ``scancel --signal=USR1``."""
     if threading.current_thread() is threading.main_thread():
         faulthandler.register(signal.SIGUSR1, file=2, all_threads=True, chain=False)

@@ -1,4 +1,4 @@
-"""One rank's findings, as lines on standard output: ``python -m pipeline.doctor key=value ...`` under any launcher."""
+"""Prints one rank's findings to standard output: ``python -m pipeline.doctor key=value ...`` under any launcher."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ def main(rank: Rank, config: DoctorConfig) -> None:
 
 
 def together(rank: Rank, config: DoctorConfig, report: Report) -> None:
-    """What takes several ranks."""
+    """Run the checks that need several ranks."""
     try:
         meeting = network.Meeting(rank, config.patience)
-    except Exception as error:  # torch's own, too
+    except Exception as error:  # torch raises various types
         first = str(error).partition("\n")[0]
         report.add(Finding("network", "fail", f"cannot reach rank 0 at {first}", network.ADVICE))
         return
@@ -54,11 +54,11 @@ def together(rank: Rank, config: DoctorConfig, report: Report) -> None:
     if rank.rank == meeting.members[0]:
         report.add(Finding("all-reduce", "skip", "not tried, as not all ranks have met"))
     meeting.wait("through")
-    rank.close(linger=1)  # those that did not come will not ask
+    rank.close(linger=1)  # the missing ranks will not use the store
 
 
 def speeds(rank: Rank, config: DoctorConfig) -> Iterator[Finding]:
-    """Decoding on each node, the networks on one; and who waits for whom."""
+    """Measure decoding on each node and the networks on one, and compare the two."""
     decoding = speed.decoding(min(config.image_resolutions), config.seconds)
     yield decoding
     if rank.rank or not (config.vae or config.text_encoder):

@@ -1,5 +1,5 @@
-"""The file system below data_dir: what commits need of it, room, speed; and, from several nodes at once, whether they
-see the same one, who wins a race of renames, and locks."""
+"""Checks the file system of data_dir: what commits need, space, speed; and, from several nodes at once, whether they
+see the same files, whether exactly one wins a race of renames, and locks."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from typing import Protocol
 from pipeline import storage
 from pipeline.doctor.finding import Finding, State
 
-_FILES = 200  # made and removed, to see how fast names go
+_FILES = 200  # files created and removed to measure the speed
 _BLOCK = 2**22
 _BLOCKS = 16
 _LEAST_BYTES = 2**33
 _LEAST_INODES = 100_000
-_SLOW_NAMES = 50.0  # operations a second: a commit takes about ten
-_LATE = 5.0  # seconds for which a name may stay unseen on other nodes
-_SKEW, SKEW_FAIL = 2.0, 60.0  # seconds between clocks; munge refuses credentials that are five minutes off
+_SLOW_NAMES = 50.0  # operations per second; a commit takes about ten operations
+_LATE = 5.0  # seconds until a new name must be visible on other nodes
+_SKEW, SKEW_FAIL = 2.0, 60.0  # seconds of clock skew; munge rejects credentials at five minutes
 
 
 class Others(Protocol):
-    """What a look from several nodes at once needs of the other ranks."""
+    """Communication with the other ranks, for checks from several nodes at once."""
 
     rank: int
     members: list[int]
@@ -38,7 +38,7 @@ class Others(Protocol):
 
 
 def look(data_dir: str, alone: bool) -> Iterator[Finding]:
-    """What one rank can find out by itself; ``alone``: it measures speed as well, which many at once would spoil."""
+    """Run the checks of a single rank; ``alone``: also measure the speed, which only one rank at a time can do."""
     path = Path(data_dir)
     if not path.is_dir():
         yield Finding(
@@ -83,7 +83,7 @@ def _advice(error: OSError) -> str:
 
 
 def _kind(path: Path) -> str:
-    """The type of the file system, as /proc/mounts has it."""
+    """The type of the file system, from /proc/self/mounts."""
     best = ("", "unknown")
     for line in Path("/proc/self/mounts").read_text().splitlines():
         _, where, kind, *_ = line.split(" ")
@@ -97,14 +97,14 @@ def room(path: Path) -> Iterator[Finding]:
     status = os.statvfs(path)
     text = f"{free / 2**30:.1f} GiB free"
     yield Finding("space", "ok" if free > _LEAST_BYTES else "warn", text, "" if free > _LEAST_BYTES else "make room")
-    if status.f_files:  # some file systems make inodes as needed, and say 0
+    if status.f_files:  # file systems that create inodes as needed report 0
         state = "ok" if status.f_favail > _LEAST_INODES else "warn"
         advice = "" if state == "ok" else "a partition takes a few files: larger partitions, or ask for a higher quota"
         yield Finding("inodes", "ok" if state == "ok" else "warn", f"{status.f_favail:,} inodes free", advice)
 
 
 def clock(path: Path) -> Finding:
-    """This machine's clock against that of the file server, which stamps files."""
+    """Compare this machine's clock with the file server's, which sets modification times."""
     name = path / f".latentmill-doctor-clock-{os.getpid()}-{time.monotonic_ns()}"
     try:
         before = time.time()
@@ -126,7 +126,7 @@ def clock(path: Path) -> Finding:
 
 
 def speed(path: Path) -> Finding:
-    """Names made and removed a second, and bytes written (synced) a second."""
+    """Measure files created and removed per second, and bytes written and synced per second."""
     folder = path / f".latentmill-doctor-speed-{os.getpid()}-{time.monotonic_ns()}"
     folder.mkdir()
     try:
@@ -157,7 +157,7 @@ def speed(path: Path) -> Finding:
 
 
 def look_together(data_dir: str, name: str, others: Others, patience: float) -> Iterator[Finding]:
-    """Whether all members see the same folder, how soon, who wins a race, and whether locks hold."""
+    """Check that all members see the same files and how soon, that one wins a race of renames, and that locks hold."""
     folder = Path(data_dir) / f".latentmill-doctor-{name}"
     first = others.rank == others.members[0]
     usable = True
@@ -165,7 +165,7 @@ def look_together(data_dir: str, name: str, others: Others, patience: float) -> 
         folder.mkdir(exist_ok=True)
         (folder / f"here-{others.rank}").write_text("x")
     except OSError:
-        usable = False  # it has been said by look()
+        usable = False  # already reported by look()
     others.say(f"writes/{others.rank}", "yes" if usable else "")
     others.wait("written")
     writers = [rank for rank in others.members if others.ask(f"writes/{rank}")]
@@ -189,7 +189,7 @@ def _visible(folder: Path, writers: list[int], others: Others, patience: float) 
         missing -= {rank for rank in missing if (folder / f"here-{rank}").exists()}
         if missing:
             with suppress(OSError):
-                os.listdir(folder)  # NFS asks the server again
+                os.listdir(folder)  # makes NFS ask the server again
             time.sleep(0.05)
     took = time.monotonic() - begin
     if missing:
@@ -208,7 +208,7 @@ def _visible(folder: Path, writers: list[int], others: Others, patience: float) 
 
 
 def _race(folder: Path, others: Others, writers: list[int]) -> Iterator[Finding]:
-    """All rename a folder of their own to the same name: exactly one may win."""
+    """Let all ranks rename their own folders to the same name; exactly one must succeed."""
     won = False
     with storage.Folder.open(folder) as parent:
         attempt = f"attempt-{others.rank}"
@@ -230,7 +230,7 @@ def _race(folder: Path, others: Others, writers: list[int]) -> Iterator[Finding]
 
 
 def _locks(folder: Path, others: Others, writers: list[int]) -> Iterator[Finding]:
-    """Whether a lock of one rank is felt by another."""
+    """Check that a lock held by one rank excludes another rank."""
     path = folder / "lock"
     if others.rank == writers[0]:
         with path.open("w") as file:

@@ -13,19 +13,19 @@ from typing import Any, Literal
 
 State = Literal["ok", "warn", "fail", "skip"]
 MARK = "@latentmill-doctor "
-"""Begins a line that is a finding, so that it is found among whatever else a job prints."""
+"""Prefix of a line that contains a finding, to recognize it in the output of a job."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check of one rank (or of the machine that asks) came to."""
+    """The result of one check on one rank, or on the machine from which the job is submitted."""
 
     check: str
     state: State
     text: str
     advice: str = ""
     values: dict[str, Any] = field(default_factory=dict)
-    """Measured values by name, for those who compare ranks."""
+    """Measured values by name, to compare ranks."""
     node: str = ""
     rank: int = -1
     """-1: not a rank of a job."""
@@ -35,7 +35,7 @@ class Finding:
 
 
 def read(lines: Iterable[str]) -> Iterator[Finding]:
-    """The findings among ``lines``; a line that was cut, by the end of its job for example, is left out."""
+    """The findings in ``lines``; incomplete lines, for example at the end of a job that was cancelled, are skipped."""
     names = {f.name for f in dataclasses.fields(Finding)}
     for line in lines:
         _, mark, text = line.partition(MARK)
@@ -48,7 +48,7 @@ def read(lines: Iterable[str]) -> Iterator[Finding]:
 
 
 class Report:
-    """Collects the findings of one process and prints each at once: what comes after may hang."""
+    """Prints the findings of one process, each immediately, because the next check may hang."""
 
     def __init__(self, node: str, rank: int) -> None:
         self.node, self.rank = node, rank
@@ -58,21 +58,21 @@ class Report:
         with self._lock:
             for finding in findings:
                 placed = dataclasses.replace(finding, node=finding.node or self.node, rank=self.rank)
-                # one write, on a line of its own: others may be in the middle of one
+                # a single write that begins a new line: other processes may be in the middle of one
                 os.write(sys.stdout.fileno(), f"\n{placed.line()}\n".encode())
 
     def run(self, check: str, look: Callable[[], Iterable[Finding]], seconds: float) -> bool:
-        """Add what ``look`` finds; if it raises, or takes more than ``seconds``, that is what was found.
+        """Add the findings of ``look``; if it raises or takes more than ``seconds``, add that as a finding.
 
         Returns:
-            Whether it came to an end.
+            Whether it ended in time.
         """
         ended = threading.Event()
 
         def work() -> None:
             try:
                 self.add(*look())
-            except Exception as error:  # whatever it is, the other checks go on
+            except Exception as error:  # the other checks continue after any error
                 first = str(error).partition("\n")[0]
                 self.add(Finding(check, "fail", f"{type(error).__name__}: {first}"))
             ended.set()

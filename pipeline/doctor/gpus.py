@@ -1,4 +1,4 @@
-"""GPUs as this rank sees them, and the kernels that networks use, tried by running them."""
+"""Checks the GPUs that this rank sees, and runs the kernels that networks use."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _HALF = 5e-2  # tolerance of results in bfloat16 against float32
 
 
 def look(expected: int, thorough: bool) -> Iterator[Finding]:
-    """GPUs and kernels.
+    """Check GPUs and kernels.
 
     Args:
-        expected: GPUs that were asked for on each node; 0: none.
-        thorough: Try each GPU and each kernel, which one rank of a node is enough for.
+        expected: Number of GPUs requested on each node.
+        thorough: Try each GPU and each kernel, which only one rank of a node needs to do.
     """
     import torch
 
@@ -85,7 +85,7 @@ def _seen(count: int, expected: int, built: str) -> Finding:
 
 
 def _works(number: int) -> Finding:
-    """Whether a GPU computes: a product in bfloat16 against the same on the CPU."""
+    """Check that a GPU computes, by comparing a matrix product in bfloat16 with the same on the CPU."""
     import torch
 
     properties = torch.cuda.get_device_properties(number)
@@ -114,17 +114,17 @@ def _works(number: int) -> Finding:
 
 
 def kernels(device: torch.device) -> Iterator[Finding]:
-    """Attention and scans on ``device``, each run and compared with the plain computation."""
+    """Run attention, scans and ``torch.compile`` on ``device``, and compare each with a plain computation."""
     for name, run in (("attention", _attention), ("mamba_ssm", _mamba), ("compile", _compile)):
         try:
             yield from run(device)
-        except Exception as error:  # kernels fail in every way there is
+        except Exception as error:  # kernels raise exceptions of any type
             first = str(error).partition("\n")[0][:200]
             yield Finding(f"kernels {name}", "warn", f"{type(error).__name__}: {first}", "torch's own are used instead")
 
 
 def _attention(device: torch.device) -> Iterator[Finding]:
-    """Which of torch's backends of attention work in bfloat16, heads of 64 as in all of our networks."""
+    """Find which of torch's attention backends work in bfloat16, with heads of size 64 as in all of our networks."""
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.nn.functional import scaled_dot_product_attention as attention
@@ -155,7 +155,7 @@ def _attention(device: torch.device) -> Iterator[Finding]:
 
 
 def _mamba(device: torch.device) -> Iterator[Finding]:
-    """Whether mamba_ssm's scans are there, run, and agree with our own."""
+    """Check that mamba_ssm's scans are installed, run, and agree with our own."""
     if importlib.util.find_spec("mamba_ssm") is None:
         text = "mamba_ssm is not installed: scans run in torch"
         advice = "for Vision Mamba and decoder=mamba on GPUs: pip install -e .[mamba]" if device.type == "cuda" else ""
@@ -194,7 +194,7 @@ def _with_gradients(mixer: Callable[[Any], Any], tokens: torch.Tensor) -> list[t
 
 
 def _compile(device: torch.device) -> Iterator[Finding]:
-    """Whether ``compile=true`` will work: Triton needs a C compiler."""
+    """Check that ``compile=true`` will work; Triton needs a C compiler."""
     import torch
 
     if device.type != "cuda":

@@ -1,4 +1,4 @@
-"""Whether models are in the cache, or this node can reach the Hub."""
+"""Checks that models are in the cache, or that this node can reach the Hub."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _SECONDS = 5.0
 
 
 def look(models: Sequence[str]) -> Iterator[Finding]:
-    """The cache and the Hub.
+    """Check the cache and the Hub.
 
     Args:
-        models: encoders as in the settings of stages (``vae=``, ``text_encoder=``).
+        models: encoders, written as in the settings ``vae=`` and ``text_encoder=``.
     """
     from huggingface_hub import constants
 
@@ -43,7 +43,7 @@ def look(models: Sequence[str]) -> Iterator[Finding]:
 
 
 def unreachable() -> str:
-    """Why the Hub cannot be reached; empty if it can. Through a proxy: whether that one can."""
+    """Why the Hub, or the proxy if one is set, cannot be reached; empty if it can."""
     from urllib.parse import urlsplit
 
     proxy = urlsplit(os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy") or "")
@@ -56,7 +56,7 @@ def unreachable() -> str:
 
 
 def _repository(name: str) -> str:
-    """``owner/name`` of an encoder that lies on the Hub; empty for folders, embedded and random ones."""
+    """``owner/name`` of an encoder on the Hub; empty for folders, embedded and random encoders."""
     spec = name.partition("#")[0]
     spec = spec.split(":", 1)[1] if spec.startswith(("openclip:", "clip:", "t5:")) else spec
     spec = spec.removeprefix("hf-hub:").partition("@")[0]

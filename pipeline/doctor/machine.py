@@ -1,4 +1,4 @@
-"""Python, packages, CPUs, memory and limits of the machine that this process runs on."""
+"""Checks Python, packages, CPUs, memory and limits of the machine that this process runs on."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def python() -> Finding:
 
 
 def packages() -> Finding:
-    """Installed packages against the floors of setup.cfg and the versions of constraints.txt."""
+    """Compare installed packages with the minimum versions in setup.cfg and the versions in constraints.txt."""
     floors, pins = _floors(), _pins()
     missing, old, other, installed = [], [], [], {}
     for name, floor in floors.items():
@@ -71,7 +71,7 @@ def _install() -> str:
 
 
 def _floors() -> dict[str, str]:
-    """Least versions of the packages that are required, and of those of extras that are installed."""
+    """Minimum versions of required packages, and of installed packages of the extras."""
     parser = configparser.ConfigParser()
     if parser.read(ROOT / "setup.cfg"):
         required = parser["options"]["install_requires"].split()
@@ -103,7 +103,7 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def cpus(per_task: int) -> Finding:
-    """CPUs that this process may use, against those that were asked for."""
+    """Compare the CPUs that this process may use with those requested."""
     usable = available_cpus()
     threads = os.environ.get("OMP_NUM_THREADS", "not set")
     text = f"{usable} CPUs for this process of {os.cpu_count()} in the machine; OMP_NUM_THREADS {threads}"

@@ -1,4 +1,4 @@
-"""How the ranks of a job reach each other: rank 0's port, ports between any two nodes, clocks, a real all-reduce."""
+"""Checks how the ranks of a job reach each other: rank 0's port, ports between nodes, clocks, a real all-reduce."""
 
 from __future__ import annotations
 
@@ -24,12 +24,15 @@ from pipeline.doctor.finding import Finding
 
 _CONNECT = 5.0  # seconds for one connection
 _NEIGHBOURS = 8  # nodes that each node tries to reach
-_SKEW = 1.0  # seconds between clocks that are worth a word
+_SKEW = 1.0  # seconds of clock skew that are reported
 ADVICE = "a firewall, or the wrong interface: name the network in slurm/env.sh, section 5 (GLOO_SOCKET_IFNAME)"
 
 
 class Meeting:
-    """The ranks that could meet. Whoever does not come is left out, and the others go on without it.
+    """Communication between the ranks that can reach rank 0 in time; ``members`` does not contain the others.
+
+    Args:
+        patience: seconds to wait for other ranks.
 
     Raises:
         ConnectionError: this rank cannot reach rank 0; the message says why.
@@ -63,7 +66,7 @@ class Meeting:
 
     @property
     def nodes(self) -> dict[str, int]:
-        """Node → its first member."""
+        """Node → first member on it."""
         first: dict[str, int] = {}
         for rank in self.members:
             first.setdefault(self.ask(f"here/{rank}"), rank)
@@ -77,14 +80,14 @@ class Meeting:
         self.store.set(self._key(key), value)
 
     def ask(self, key: str) -> str:
-        """What was said; empty if nothing was yet."""
+        """The value of ``key``; empty if it has not been set yet."""
         return self.store.get(self._key(key)).decode() if self.store.check([self._key(key)]) else ""
 
     def wait(self, name: str) -> None:
         """Wait for all members.
 
         Raises:
-            TimeoutError: names those that did not come.
+            TimeoutError: some did not call this in time; the message names them.
         """
         self.say(f"at/{name}/{self.rank}", "x")
         end = time.monotonic() + 2 * self.patience + 30
@@ -95,10 +98,10 @@ class Meeting:
 
 
 def try_port(address: str, port: int, patience: float) -> None:
-    """Connect, again and again while nobody listens.
+    """Try to connect to a port until it succeeds, for at most ``patience`` seconds.
 
     Raises:
-        ConnectionError: says what came back in the end.
+        ConnectionError: no attempt succeeded; the message has the last error.
     """
     end = time.monotonic() + patience
     while True:
@@ -112,7 +115,7 @@ def try_port(address: str, port: int, patience: float) -> None:
 
 
 def why(error: OSError) -> str:
-    """What a failed connection says about the network."""
+    """What the error of a failed connection means."""
     if isinstance(error, socket.gaierror):
         return "the host name cannot be resolved"
     if isinstance(error, TimeoutError) or error.errno == errno.ETIMEDOUT:
@@ -123,7 +126,7 @@ def why(error: OSError) -> str:
 
 
 def look(meeting: Meeting) -> Iterator[Finding]:
-    """What the members find out of their network; the lowest of them speaks for all where that is enough."""
+    """Check the network between the members; the first member reports findings that concern all."""
     yield _missing(meeting)
     yield from ports(meeting)
     yield from clocks(meeting)
@@ -145,7 +148,7 @@ def _list(ranks: list[int]) -> str:
 
 
 def interface_to(address: str, port: int) -> str:
-    """Through which interface packets to ``address`` go, as the end of a sentence."""
+    """The interface used for packets to ``address``, as the end of a sentence."""
     try:
         with socket.create_connection((address, port), timeout=_CONNECT) as link:
             own = link.getsockname()[0]
@@ -158,7 +161,7 @@ def interface_to(address: str, port: int) -> str:
 
 
 def ports(meeting: Meeting) -> Iterator[Finding]:
-    """gloo and NCCL take any free port: each node tries one of its neighbours'."""
+    """Let each node connect to a random port of the next nodes, because gloo and NCCL use any free port."""
     nodes = meeting.nodes
     names = list(nodes)
     mine = meeting.place.node
@@ -196,7 +199,7 @@ def _accept(server: socket.socket, over: threading.Event) -> None:
 
 
 def clocks(meeting: Meeting) -> Iterator[Finding]:
-    """All look at their clocks when the same barrier lets them go."""
+    """Compare the clocks of all members, read immediately after a barrier."""
     meeting.wait("clocks")
     meeting.say(f"clock/{meeting.rank}", repr(time.time()))
     meeting.wait("clocks read")
@@ -218,7 +221,7 @@ def clocks(meeting: Meeting) -> Iterator[Finding]:
 
 
 def all_reduce(rank: Rank, mebibytes: int) -> Iterator[Finding]:
-    """A sum over all ranks, checked and timed; bandwidth is 2 (n - 1) / n of the bytes a second, as in nccl-tests."""
+    """Check and time a sum over all ranks; the bandwidth is 2 (n - 1) / n of the bytes per second, as in nccl-tests."""
     import torch
 
     gpus = rank.device.type == "cuda"
@@ -255,6 +258,6 @@ def all_reduce(rank: Rank, mebibytes: int) -> Iterator[Finding]:
 
 
 def transport(log: str) -> str:
-    """Which network NCCL took, from its own log: ``IB mlx5_0``, ``Socket eth0``; empty if it used none."""
+    """The network that NCCL used, from its log: ``IB mlx5_0``, ``Socket eth0``; empty if it used none."""
     found = re.search(r"NET/(\w+) ?: Using (?:\[\d+\]([^\s:]+))?", log)
     return f"{found[1]} {found[2] or ''}".strip() if found else ""

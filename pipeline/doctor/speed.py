@@ -1,4 +1,4 @@
-"""Speed of decoding on one core and of encoding with the chosen networks, to see which one waits for the other."""
+"""Measures decoding on one core and encoding with the chosen networks, to see which one waits for the other."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from pipeline.doctor.finding import Finding
 if TYPE_CHECKING:
     import torch
 
-_WIDTH, _HEIGHT = 683, 512  # what the default filter leaves of a photo
+_WIDTH, _HEIGHT = 683, 512  # size of a photo after stage=filter with default settings
 _DIFFERENT = 8
 
 
 def photos() -> list[bytes]:
-    """JPEGs of the size that ``filter`` leaves, with detail at all scales as photos have."""
+    """JPEGs of the size that stage=filter produces, with details at all scales as in photos."""
     from PIL import Image
 
     dice = np.random.default_rng(0)
@@ -37,7 +37,7 @@ def photos() -> list[bytes]:
 
 
 def rate(do: Callable[[int], object], count: int, seconds: float) -> float:
-    """How many a second, if ``do(n)`` does ``count`` of them; the first call warms up."""
+    """Items per second, if ``do(n)`` processes ``count`` items; measured for ``seconds`` after one warm-up call."""
     do(0)
     done, begin = 0, time.perf_counter()
     while True:
@@ -48,7 +48,7 @@ def rate(do: Callable[[int], object], count: int, seconds: float) -> float:
 
 
 def decoding(resolution: int, seconds: float) -> Finding:
-    """Images a second that one core decodes, resizes and crops, as a worker of precompute does."""
+    """Measure images per second that one core decodes, resizes and crops, as a worker of stage=precompute does."""
     from pipeline.encoders.crop import Crop
     from pipeline.imaging import transform
     from pipeline.imaging.headers import probe
@@ -67,7 +67,7 @@ def decoding(resolution: int, seconds: float) -> Finding:
 def encoders(
     vae: str, text: str, resolutions: Sequence[int], batch: int, seconds: float, device: torch.device
 ) -> Iterator[Finding]:
-    """Images a second of the networks alone, on this rank's device."""
+    """Measure images per second of the networks alone, on this rank's device."""
     import torch
 
     from pipeline.encoders.base import autoencoder, text_encoder
@@ -85,7 +85,7 @@ def encoders(
             return rate(run, batch, seconds)
 
     if vae:
-        network = autoencoder(vae, device)  # float32, as precompute has it
+        network = autoencoder(vae, device)  # float32, as in stage=precompute
         for resolution in resolutions:
             x = torch.rand(batch, 3, resolution, resolution, device=device) * 2 - 1
             speed = timed(lambda _, x=x: network.moments(x))  # type: ignore[misc]
@@ -103,18 +103,19 @@ def encoders(
 
 
 def balance(decode: float, encode: float, cpus: int, gpu: bool) -> Finding:
-    """Whether the GPU will wait for images, and how many CPUs it takes that it does not.
+    """Whether the GPU will wait for images, and how many CPUs prevent that.
 
     Args:
-        decode: Images a second of one core.
-        encode: Images a second of the networks.
-        cpus: CPUs that the rank may use; one of them is the rank's own.
+        decode: Images per second that one core decodes.
+        encode: Images per second that the networks encode.
+        cpus: CPUs that the rank may use, including one for the rank itself.
+        gpu: Whether the networks run on a GPU.
     """
     if not gpu:
         share = encode / (decode + encode)
         text = f"on CPUs the networks take {1 - share:.0%} of the time, decoding {share:.0%}"
         return Finding("balance", "ok", text)
-    needed = math.ceil(1.1 * encode / decode) + 1  # a tenth more, as no core is always free
+    needed = math.ceil(1.1 * encode / decode) + 1  # 10% more, because no core is always free
     text = f"a GPU takes {encode:,.0f} images a second, {max(1, cpus - 1)} cores give {max(1, cpus - 1) * decode:,.0f}"
     values = {"cpus_needed": needed}
     if cpus < needed:

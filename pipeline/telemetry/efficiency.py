@@ -1,4 +1,4 @@
-"""How much of its resources a stage used, from the events of its ranks, and what to request next time."""
+"""The share of its resources that a stage used, from the events of its ranks, and what to request next time."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from typing import Any
 from pipeline.telemetry.events import Process
 from pipeline.telemetry.units import duration, size
 
-_LEAST = 60.0  # seconds of work below which nothing is advised
-_LITTLE = 0.6  # of what was asked for: less would do
-_TIGHT = 0.9  # of the memory that was asked for: more would be safer
-_SPARE = 1.3
+_LEAST = 60.0  # seconds of work below which there is no advice
+_LITTLE = 0.6  # share of the request below which less would suffice
+_TIGHT = 0.9  # share of the requested memory above which more would be safer
+_SPARE = 1.3  # factor between peak use and advice
 
 
 @dataclass
 class Efficiency:
-    """Times in seconds, memory in bytes, shares from 0 to 1; None or 0 where it is not known.
+    """Resource usage: times in seconds, memory in bytes, shares from 0 to 1; None or 0 if unknown.
 
     Attributes:
-        elapsed: while at least one rank was at work; waiting in a queue between two lives does not count.
-        ranks: of the newest life.
-        cpu_seconds: of all ranks and their children, in all lives.
-        cpus: that each rank was given.
-        cpu: share of those CPUs that was used.
-        gpu: mean use of the ranks' GPUs.
-        waited: share of the ranks' time in which they waited for others, or their GPU for data.
-        memory: of the largest rank with its children, at its peak.
-        node_memory: of the ranks of one node together, at most.
-        node_memory_asked: that each node was to give.
-        source: who measured: events, or sacct.
+        elapsed: time in which at least one rank was running; waiting in a queue between two lives does not count.
+        ranks: number of ranks in the newest life.
+        cpu_seconds: CPU time of all ranks and their children, in all lives.
+        cpus: CPUs allocated to each rank.
+        cpu: share of these CPUs that was used.
+        gpu: mean utilization of the ranks' GPUs.
+        waited: share of the ranks' time spent waiting for other ranks, or with the GPU waiting for data.
+        memory: peak memory of the largest rank and its children.
+        node_memory: peak memory of all ranks on one node, on the node with the highest.
+        node_memory_asked: memory requested on each node.
+        source: where the figures come from: ``events`` or ``sacct``.
         advice: options for next time.
     """
 
@@ -51,7 +51,7 @@ class Efficiency:
     advice: dict[str, str] = field(default_factory=dict)
 
     def advise(self, slurm: bool) -> Efficiency:
-        """Fill in :attr:`advice`, of what a job asks for if the ranks were those of SLURM."""
+        """Set :attr:`advice`, if the ranks ran under SLURM, and return this object."""
         if not slurm or self.elapsed < _LEAST:
             return self
         if self.cpu is not None and self.cpus > 1 and self.cpu < _LITTLE:
@@ -65,7 +65,7 @@ class Efficiency:
         return self
 
     def told(self) -> str:
-        """What a stage took of what it was given, and what to ask for next time."""
+        """One line that says what the stage used and what to request next time."""
         said = [f"took {duration(self.elapsed)} with {self.ranks} rank{'s' * (self.ranks != 1)}"]
         if self.cpu is not None:
             said.append(f"CPU {self.cpu:.0%}" + (f" of {self.cpus} for each rank" if self.cpus else ""))
@@ -82,7 +82,7 @@ class Efficiency:
 
 
 def efficiency(processes: Iterable[Process]) -> Efficiency | None:
-    """Of all lives of a stage together; None if no rank has said anything."""
+    """Efficiency over all lives of a stage; None if there are no events."""
     lasts = [process.last for process in processes if process.last]
     if not lasts:
         return None
@@ -108,7 +108,7 @@ def efficiency(processes: Iterable[Process]) -> Efficiency | None:
 
 
 def _elapsed(lasts: Iterable[Mapping[str, Any]]) -> float:
-    """Length of the union of the processes' lives."""
+    """Seconds in which at least one process was running."""
     total, reached = 0.0, -math.inf
     for begin, end in sorted((event["begin"], event["time"]) for event in lasts):
         total += max(0.0, end - max(begin, reached))
@@ -117,7 +117,7 @@ def _elapsed(lasts: Iterable[Mapping[str, Any]]) -> float:
 
 
 def _node_memory(lasts: Iterable[Mapping[str, Any]]) -> int:
-    """Peaks of the ranks of one host in one life, added up: the most of any."""
+    """Sum of the peaks of all ranks of one host in one life, for the host with the highest sum."""
     nodes: defaultdict[tuple[Any, ...], int] = defaultdict(int)
     for event in lasts:
         nodes[event.get("host"), event.get("job"), event.get("life"), event["world_size"]] += int(event.get("peak", 0))

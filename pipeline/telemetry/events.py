@@ -1,8 +1,8 @@
-"""Progress events: append-only JSON lines, one file per process, below ``events/`` of what the process works on.
+"""Progress events: append-only JSON lines, one file per process, in ``events/`` of the folder that it works on.
 
-Every event carries the process's totals so far, so that a reader needs only the last line of each file.
+Every event contains the process's totals so far, so that a reader needs only the last line of each file.
 Files of a rank's earlier processes are folded into one, ``<rank>.<uuid>.past.jsonl``, so that a job of many lives
-leaves few behind.
+leaves few files.
 """
 
 from __future__ import annotations
@@ -28,24 +28,24 @@ from pipeline.storage import GONE, Folder, StorageError
 from pipeline.telemetry.log_rotation import limit, rotate
 from pipeline.telemetry.process_stats import Vitals, asked
 
-BEAT = 10.0  # seconds between two signs of life
+BEAT = 10.0  # seconds between two beats (events that show that a process is alive)
 ENDS = ("finish", "stop", "error", "hang")
 _PER_BUCKET = 1000
-_MOST_BYTES = 1 << 20  # of an event file: then it is thinned out
-_KEPT = 200  # its newest events, which then stay
-_TAIL = 16384  # bytes at the end of a file that are read first
-_WHOLE = 65536  # files up to this size are read whole where the past is wanted, larger ones at some places
+_MOST_BYTES = 1 << 20  # size of an event file above which it is thinned out
+_KEPT = 200  # newest events that thinning out keeps
+_TAIL = 16384  # bytes read at the end of a file
+_WHOLE = 65536  # with `past`, files up to this size are read completely, larger ones at _PLACES positions
 _PLACES = 24
-_RECENT = 300.0  # seconds that the speed of a process is the mean of
+_RECENT = 300.0  # seconds over which the rate of a process is averaged
 _MOST_POINTS = 128
 _APART = 4.0  # seconds between points
-_DEAD = 600.0  # seconds of silence after which a file is looked at once a minute
-_FEW = 3  # files of a rank's earlier processes that stay as they are
-_OF_PAST = 24  # events that stay of a process in a folded file
+_DEAD = 600.0  # seconds without events after which a file is read only once a minute
+_FEW = 3  # files of a rank's earlier processes that are not folded
+_OF_PAST = 24  # events per process in a folded file
 _NAME = re.compile(r"\d+\.\w+(\.past)?\.jsonl")
 
 
-# ---- telling
+# ---- writing
 
 
 class Events:
@@ -53,7 +53,7 @@ class Events:
 
     Args:
         root: the folder that it works on.
-        beat: seconds between two signs of life, for readers to know when silence means something.
+        beat: seconds between two beats; also written to the file, so that readers can tell when a process is silent.
     """
 
     def __init__(self, root: Folder, rank: Rank, beat: float = BEAT) -> None:
@@ -82,7 +82,7 @@ class Events:
         self.totals: Counter[str] = Counter()
 
     def emit(self, event: str, **values: Any) -> None:
-        """Append one event; values must be JSON-able. A disk that refuses it does not stop the work."""
+        """Append one event; ``values`` must be JSON-able. A failed write is only counted (``events_lost``)."""
         line = {
             "event": event,
             "time": time.time(),
@@ -103,7 +103,7 @@ class Events:
             self.totals["events_lost"] += 1
 
     def _thin(self) -> None:
-        """Leave out every second of the older events, so that a run of months has no file of gigabytes."""
+        """Remove every second one of the older events, so that files of runs of months do not grow to gigabytes."""
         lines = self._root.read(self._name).splitlines(keepends=True)
         kept = b"".join([*lines[:1], *lines[1:-_KEPT:2], *lines[-_KEPT:]])
         bucket, _, name = self._name.rpartition("/")
@@ -113,7 +113,7 @@ class Events:
 
     @contextmanager
     def around(self, **values: Any) -> Iterator[None]:
-        """Context: reports the begin (with ``values``), a sign of life every ``beat`` seconds, and the end."""
+        """Context: emits an event at the start (with ``values``), every ``beat`` seconds, and at the end."""
         ended = threading.Event()
         thread = threading.Thread(target=self._beats, args=(ended,), name="latentmill-events", daemon=True)
         self.emit("start", **values)
@@ -135,18 +135,19 @@ class Events:
         while not ended.wait(self.beat):
             self.emit("beat")
             rotate(self._log_limit)
-            if not folded:  # later than the start, when many ranks have much to look up
+            if not folded:  # not at the start, when many ranks access the file system at once
                 folded = True
                 with suppress(OSError, StorageError):
                     fold(self._root, self._name.rpartition("/")[0], self._rank.rank)
 
 
 def fold(root: Folder, bucket: str, rank: int) -> None:
-    """Put the events of processes that this rank was before into one file, thinned out, if there are more than a few.
+    """Merge the event files of this rank's earlier processes into one, thinned out, if there are more than a few.
 
-    What still runs is left alone: a process counts as past when it has said its last word, belongs to an earlier life
-    of this job, or has been silent for long. Should it write again, readers recognize it. Two ranks that fold at once
-    lose nothing either: each writes a file of its own before it deletes what it has read.
+    Files of processes that may still run are left alone: a process counts as past if it has emitted a final event,
+    belongs to an earlier life of this job, or has been silent for long. If it does write again, readers recognize it.
+    Two processes that fold at the same time lose nothing either, because each writes its own file before it deletes
+    those that it has read.
     """
     with root.folder(bucket) as folder:
         names = [name for name in folder.listdir() if _NAME.fullmatch(name) and int(name.partition(".")[0]) == rank]
@@ -179,7 +180,7 @@ def _is_past(process: Process) -> bool:
 
 
 def _job() -> dict[str, str]:
-    """The SLURM job of this process and where its output goes, as far as the environment (slurm/job.sh) tells."""
+    """SLURM job, life and log files of this process, as far as the environment (set by slurm/job.sh) says."""
     told = {
         "job": os.environ.get("SLURM_JOB_ID", ""),
         "life": os.environ.get("SLURM_RESTART_COUNT", ""),
@@ -197,20 +198,20 @@ def _job() -> dict[str, str]:
 # ---- reading
 
 Point = tuple[float, ...]
-"""Time; samples done, bytes read, bytes written, seconds waited since the process began; memory in bytes, use of the
-GPU (0 to 1), loss: these two may be NaN."""
+"""Time; samples done, bytes read, bytes written and seconds waited since the process began; memory in bytes; GPU
+utilization (0 to 1) and loss, which may be NaN."""
 TIME, DONE, READ, WRITTEN, WAITED, MEMORY, GPU, LOSS = range(8)
 
 
 @dataclass
 class Process:
-    """What one process said of itself.
+    """The events of one process.
 
     Attributes:
         last: its newest event.
-        ended: the event that was its last word (finish, stop, error, hang); empty if there is none.
-        points: how it went, oldest first.
-        written: when that event was written, by the file server's clock; 0 if that is not known.
+        ended: its final event (finish, stop, error or hang); empty if there is none.
+        points: its progress over time, oldest first.
+        written: when ``last`` was written, by the file server's clock; 0 if unknown.
     """
 
     last: dict[str, Any] = field(default_factory=dict)
@@ -220,11 +221,11 @@ class Process:
 
     @property
     def skew(self) -> float:
-        """By how many seconds the clock of the process's node is ahead of the file server's."""
+        """Seconds by which the clock of the process's node is ahead of the file server's; 0 if unknown."""
         return float(self.last["time"]) - self.written if self.written else 0.0
 
     def add(self, event: dict[str, Any]) -> None:
-        """Take in an event that is newer than all others."""
+        """Add an event, which must be newer than all others."""
         self.last = event
         if event["event"] in ENDS and not self.ended:
             self.ended = event
@@ -237,9 +238,9 @@ class Process:
             self.points = [*self.points[:recent:2], *self.points[recent:]]
 
     def rate(self, column: int, now: float) -> float:
-        """How fast a column of ``points`` grows, per second, over the last minutes of the process (or its life)."""
+        """Growth per second of a column of ``points``, over the last minutes of the process or its whole life."""
         end = self.ended.get("time") or max(now, self.last["time"])
-        first: Point = (self.last["begin"], 0.0, 0.0, 0.0, 0.0)  # of a column that grows
+        first: Point = (self.last["begin"], 0.0, 0.0, 0.0, 0.0)  # only columns that grow
         if end - first[0] > _RECENT and len(self.points) > 1:
             first = next((point for point in reversed(self.points) if point[0] <= end - _RECENT), self.points[0])
         found: float = max(0.0, self.points[-1][column] - first[column]) / max(1.0, end - first[0])
@@ -261,22 +262,23 @@ def _point(event: dict[str, Any]) -> Point:
 
 
 Identity = tuple[Any, ...]
-"""Of a process: when it began, its rank, its host and its number there."""
+"""Identity of a process: start time, rank, host and process id."""
 
 
 class EventReader:
-    """Reads the event files below ``root``, each time only what was added since: one listing, and for each process that
-    may still run, one look at its file.
+    """Reads the event files below ``root`` incrementally.
+
+    A refresh lists the folders and, for each process that may still run, reads what was added to its file.
 
     Args:
-        past: also read how things went before, for plots; else only the end of each file.
+        past: also read earlier events, for plots; otherwise only the end of each file.
     """
 
     def __init__(self, root: Folder, past: bool = False) -> None:
         self.processes: dict[Identity, Process] = {}
         self._root = root
         self._past = past
-        self._files: dict[str, Identity] = {}  # whose the newest event in a file is
+        self._files: dict[str, Identity] = {}  # file → process of its newest event
         self._offsets: dict[str, int] = {}
         self._looked: dict[str, float] = {}
 
@@ -293,7 +295,7 @@ class EventReader:
         return list(self.processes.values())
 
     def read(self, path: str) -> Process | None:
-        """The process whose events are in one file; None if there are none that can be read."""
+        """The process with the newest event in one file; None if the file has no readable events."""
         self._read(path)
         return self.processes.get(self._files[path]) if path in self._files else None
 
@@ -316,7 +318,7 @@ class EventReader:
     def _read(self, path: str) -> None:
         fd = self._root.open_file(path)
         try:
-            if self._offsets.get(path, 0) > os.fstat(fd).st_size:  # thinned out since
+            if self._offsets.get(path, 0) > os.fstat(fd).st_size:  # thinned out since the last read
                 self._offsets.pop(path)
                 self.processes.pop(self._files.pop(path), None)
             if path in self._offsets:
@@ -348,13 +350,13 @@ class EventReader:
             identity = _identity(event)
             process = self.processes.setdefault(identity, Process())
             if self._files.get(path) != identity and process.last and event["time"] <= process.last["time"]:
-                continue  # read from another file already, which was folded into this one or the other way round
+                continue  # already read from another file: one of the two was folded into the other
             process.add(event)
             self._files[path] = identity
 
 
 def _event(line: bytes) -> dict[str, Any] | None:
-    """None: damaged, or not yet complete."""
+    """The event in a line; None if it is damaged or incomplete."""
     try:
         event: dict[str, Any] = json.loads(line)
         _point(event), _identity(event), event["event"]

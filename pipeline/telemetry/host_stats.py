@@ -1,4 +1,4 @@
-"""Downloads by host: how many images were kept, and why others were not."""
+"""Statistics of downloads by host: how many images were kept, and why others were not."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ Said = Mapping[str, Mapping[str, int]]
 """Host → reason (empty: kept) → samples; JSON-able."""
 
 OTHERS = "(others)"
-_MOST = 5000  # hosts that are distinguished
-_REASONS = 4
+_MOST = 5000  # hosts that are counted separately
+_REASONS = 4  # reasons shown per host
 
 
 @dataclass(frozen=True, slots=True)
 class HostStatus:
-    """``reasons``: why most of what was not kept was not, as text."""
+    """Counts of one host; ``reasons`` lists the most common reasons for images that were not kept."""
 
     host: str
     asked: int
@@ -27,13 +27,13 @@ class HostStatus:
 
 
 class Hosts:
-    """Counts outcomes of samples that came by URL; of very many hosts, those with the most samples."""
+    """Counts the outcomes of downloads by host; of very many hosts, only those with the most samples."""
 
     def __init__(self) -> None:
         self._counts: dict[str, Counter[str]] = {}
 
     def add(self, url: str, outcome: str, reason: str) -> None:
-        """Count a sample; nothing if ``url`` is none."""
+        """Count a sample; does nothing if ``url`` is not a URL."""
         if "://" in url:
             try:
                 host = urlsplit(url).hostname or "?"
@@ -42,14 +42,14 @@ class Hosts:
             self.merge({host: {"" if outcome == "kept" else reason: 1}})
 
     def merge(self, said: Said) -> None:
-        """Count what another one has said."""
+        """Add the counts of another object, from :meth:`said`."""
         for host, reasons in said.items():
             self._counts.setdefault(host, Counter()).update(reasons)
         if len(self._counts) > _MOST:
             self._counts = {host: Counter(reasons) for host, reasons in self.said(_MOST // 2).items()}
 
     def said(self, most: int) -> dict[str, dict[str, int]]:
-        """The ``most`` hosts that were asked for most, and all others as one."""
+        """Counts of the ``most`` hosts with the most samples, and of all others together."""
         rest = self._counts.get(OTHERS, Counter())
         ranked = sorted((h for h in self._counts if h != OTHERS), key=lambda h: (-self._counts[h].total(), h))
         others = sum((self._counts[host] for host in ranked[most:]), rest)
@@ -57,7 +57,7 @@ class Hosts:
         return found | ({OTHERS: dict(others)} if others else {})
 
     def statuses(self, most: int) -> list[HostStatus]:
-        """The same, to be shown."""
+        """The counts of :meth:`said` in the form in which they are shown."""
         return [_status(host, Counter(reasons)) for host, reasons in self.said(most).items()]
 
 
@@ -67,6 +67,6 @@ def _status(host: str, counts: Counter[str]) -> HostStatus:
 
 
 def hosts_of(event: Mapping[str, Any]) -> Said:
-    """What an event of a process reports about hosts."""
+    """The counts by host in an event of a process; empty if it has none."""
     said = event.get("hosts")
     return said if isinstance(said, dict) else {}

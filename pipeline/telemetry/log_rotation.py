@@ -12,13 +12,13 @@ from pathlib import Path
 from pipeline.config.schema import ConfigError
 
 OLDER = ".1"
-"""What the name of the older part of a log ends with."""
+"""Suffix of the older part of a log."""
 LIMIT = "LATENTMILL_LOG_MEGABYTES"
-"""The launchers set this environment variable: megabytes of a rank's log that are kept in one file."""
+"""Environment variable, set by the launchers: maximum megabytes of a rank's log in one file."""
 
 
 def limit() -> int:
-    """How many bytes of this process's log are kept in one file; 0, also where :data:`LIMIT` is not set: any number.
+    """Maximum bytes of this process's log in one file, from :data:`LIMIT`; 0 or not set: no limit.
 
     Raises:
         ConfigError: the variable is not a number of megabytes.
@@ -34,12 +34,12 @@ def limit() -> int:
 
 
 def rotate(most: int) -> None:
-    """Go on in a new file if the log of this process has more than ``most`` bytes: the full one becomes ``<log>.1`` and
-    replaces the one before it.
+    """Continue in a new file if the log of this process has more than ``most`` bytes; the full one becomes ``<log>.1``
+    and replaces the previous ``<log>.1``.
 
-    Processes that share a log may all call this: one of them renames it, the others follow. What is no ``*.log`` file
-    (a terminal, a pipe) or cannot be renamed stays as it is. Processes that were started before write on into the
-    older file.
+    Processes that share a log may all call this: one of them renames it, the others follow. A log that is not a
+    ``*.log`` file (a terminal, a pipe) or cannot be renamed stays unchanged. Child processes that were started before
+    keep writing to the older file.
     """
     for descriptor in (1, 2) if most else ():
         with suppress(OSError):
@@ -56,15 +56,15 @@ def rotate(most: int) -> None:
                     older = log.with_name(log.name + OLDER)
                     log.rename(older)
                     first = f"(earlier lines: {older}; what was older is not kept)\n"
-                # else renamed before: for the other stream, or by another process
+                # otherwise it was already renamed, for the other stream or by another process
                 _reopen(descriptor, log, first)
 
 
 @contextmanager
 def _only_one(path: Path) -> Iterator[None]:
-    """Of the processes that share the log at ``path``, one at a time gets in.
+    """Context that only one of the processes that share the log at ``path`` can enter at a time.
 
-    On a file system without locks all get in; if two rename the log at once, its older part is lost.
+    On a file system without locks, all can enter; if two rename the log at once, its older part is lost.
     """
     with ExitStack() as stack:
         with suppress(OSError):
@@ -75,7 +75,7 @@ def _only_one(path: Path) -> Iterator[None]:
 
 
 def _reopen(descriptor: int, path: Path, first: str) -> None:
-    """Let the descriptor write to ``path``, after the line ``first``."""
+    """Redirect ``descriptor`` to ``path``, and write the line ``first`` there."""
     new = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
     try:
         os.write(new, first.encode())

@@ -1,4 +1,4 @@
-"""Resource usage of a process: memory, CPU, bytes read and written, its GPU. Sampled now and then."""
+"""Resource usage of a process: memory, CPU, bytes read and written, its GPU. Sampled with each event."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _TICKS = os.sysconf("SC_CLK_TCK")
 
 
 class Vitals:
-    """What the process of ``rank`` uses and does, as JSON-able values; see :meth:`read`."""
+    """Samples the resource usage of the process of ``rank``; see :meth:`read`."""
 
     def __init__(self, rank: Rank) -> None:
         self._rank = rank
@@ -30,10 +30,12 @@ class Vitals:
         self._looks, self._use = 0, 0.0
 
     def read(self) -> dict[str, Any]:
-        """``rss`` and ``peak`` memory in bytes, and ``cpu`` seconds, all with those of children (image workers, data
-        loaders); bytes ``read`` and ``written``; seconds ``waited`` for others or for data; seconds that it is
-        ``still``, without progress; ``gpu`` if the rank computes on one: ``use`` (0 to 1), its ``mean`` so far and
-        ``memory`` in bytes.
+        """The current values, JSON-able.
+
+        ``rss`` and ``peak`` memory in bytes and ``cpu`` seconds, all including child processes (image workers, data
+        loaders); bytes ``read`` and ``written``; seconds ``waited`` for other ranks or data; seconds ``still``, since
+        the last progress; and, if the rank uses a GPU, ``gpu`` with its ``use`` (0 to 1), the ``mean`` of that so far
+        and ``memory`` in bytes.
         """
         now = time.monotonic()
         if self._progress.made():
@@ -59,7 +61,8 @@ class Vitals:
 
 
 def asked(local_world_size: int) -> dict[str, int]:
-    """What this process was given, as its events say: ``cpus``, and of its node ``node_ranks`` and ``node_memory``."""
+    """Resources allocated to this process, for its events: ``cpus``, ``node_ranks`` (ranks on its node) and, if known,
+    ``node_memory`` in bytes."""
     environment = os.environ
     cpus = environment.get("SLURM_CPUS_PER_TASK", "1" if "SLURM_STEP_ID" in environment else "")
     values = {
@@ -76,7 +79,7 @@ def asked(local_world_size: int) -> dict[str, int]:
 
 
 def _children() -> list[str]:
-    """Processes that this one has started: image workers, data loaders."""
+    """Ids of the child processes: image workers, data loaders."""
     children: list[str] = []
     with suppress(OSError):
         for thread in os.listdir("/proc/self/task"):
@@ -85,7 +88,7 @@ def _children() -> list[str]:
 
 
 def _resident(children: list[str]) -> int:
-    """Resident memory of this process and of its children, in bytes."""
+    """Resident memory of this process and its children, in bytes."""
     pages = 0
     for process in ("self", *children):
         with suppress(OSError, ValueError, IndexError):
@@ -94,7 +97,7 @@ def _resident(children: list[str]) -> int:
 
 
 def _cpu(children: list[str]) -> float:
-    """Seconds of CPU of this process and its children: of those that ended, and of those that live."""
+    """CPU seconds of this process and its children, including children that have ended."""
     own = os.times()
     ticks = 0
     for process in children:
@@ -105,10 +108,10 @@ def _cpu(children: list[str]) -> float:
 
 
 def _gpu(rank: Rank) -> dict[str, Any]:
-    """Of the rank's GPU if it has begun to use one; nothing where the driver does not tell."""
+    """Utilization and memory of the rank's GPU; empty if it has not used one yet, or if the driver does not report."""
     torch, device = sys.modules.get("torch"), vars(rank).get("device")
     if torch is None or device is None or device.type != "cuda" or not torch.cuda.is_initialized():
         return {}
-    with suppress(Exception):  # no library for it, a driver that refuses, a GPU that was lost: each in its own words
+    with suppress(Exception):  # a missing library, a refusing driver and a lost GPU all raise different exceptions
         return {"use": torch.cuda.utilization(device) / 100, "memory": torch.cuda.memory_reserved(device)}
     return {}

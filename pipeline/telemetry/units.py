@@ -1,4 +1,4 @@
-"""Times and sizes in words."""
+"""Durations and sizes as text."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def duration(seconds: float) -> str:
 
 
 def size(count: int) -> str:
-    """Bytes for people: ``812 MB``, ``1.5 GB``."""
+    """Bytes as text: ``812 MB``, ``1.5 GB``; empty for 0."""
     if not count:
         return ""
     return f"{count / 1e6:.0f} MB" if count < 1e9 else f"{count / 1e9:.1f} GB"
