@@ -2,11 +2,11 @@
 ...``.
 
     python launch/doctor.py data_dir=/data                       # this machine
-    python launch/doctor.py data_dir=/data ranks=8 gpus=8        # as eight ranks of it, one for each GPU
+    python launch/doctor.py data_dir=/data ranks=8 gpus=8        # this machine with eight ranks, one for each GPU
     python launch/doctor.py data_dir=/data cluster=slurm nodes=2 gpus_per_node=8 cpus_per_task=8 \\
         vae=stabilityai/stable-diffusion-xl-base-1.0             # through a small job
 
-Exit code: 0 if nothing was found that will fail, 1 if something was, 2 for a wrong setting.
+Exit code: 0 if no check failed, 1 if one did, 2 for a wrong setting.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ try:
     from pipeline.config import cli
     from pipeline.config.schema import STAGES, ConfigError, DoctorConfig, LaunchConfig
     from pipeline.doctor.finding import Finding
-except ModuleNotFoundError as missing:  # a doctor must be able to tell even this
+except ModuleNotFoundError as missing:  # the doctor must be able to report even this
     _say_missing(missing)
 
 
@@ -54,7 +54,7 @@ def read(argv: list[str]) -> tuple[DoctorConfig, request.Launch]:
     """The settings: what to check, and where.
 
     Raises:
-        ConfigError: a key or value that cannot be.
+        ConfigError: a key or value is invalid.
     """
     given = cli.parse(argv)
     own = {f.name for f in dataclasses.fields(DoctorConfig)}
@@ -70,7 +70,7 @@ def read(argv: list[str]) -> tuple[DoctorConfig, request.Launch]:
 
 
 def check(config: DoctorConfig, launch: request.Launch) -> list[Finding]:
-    """All that can be found out; in the order in which it was."""
+    """Run all checks and return their findings in order."""
     if launch.kind != "slurm":
         return judge.judge(start.here(config, launch))
     from launch import slurm, slurm_commands

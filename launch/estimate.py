@@ -1,8 +1,8 @@
 """Estimates of the time, CPU and GPU hours, disk space and inodes of stages, and of the resources to request from
 SLURM.
 
-The amount of work is that of the plan where there is one, else of the input or of the stage before. What a sample costs
-is in ``rates.yaml``, corrected by what earlier runs below ``data_dir`` took.
+The amount of work is known from the plan if there is one, otherwise from the input or the previous stage. The cost of a
+sample is in ``rates.yaml``, corrected by measurements from earlier runs below ``data_dir``.
 """
 
 from __future__ import annotations
@@ -29,20 +29,21 @@ if TYPE_CHECKING:
 
 RATES = Path(__file__).parent / "rates.yaml"
 INODES = 4
-"""Of a partition: its folder, record, ledger and one data file."""
-WITHIN = 4.0  # hours that a proposal aims at
-_FULL = 0.85  # of the time that CPUs are busy where a stage runs on several ranks
-_MOST_RUNS = 20  # earlier runs that are looked at
+"""Inodes per partition: its folder, record, ledger and one data file."""
+WITHIN = 4.0  # target duration of a proposal in hours
+_FULL = 0.85  # share of the time in which CPUs are busy if a stage runs on several ranks
+_MOST_RUNS = 20  # maximum number of earlier runs to read
 _REFERRING = ("dedup", "score", "select", "recaption")
-"""Stages whose rows point to samples of their upstream, which later stages read."""
+"""Stages whose rows refer to samples of their upstream, which later stages read."""
 _NETWORK = ("http_archive", "url_list", "huggingface", "torchvision")
-"""Sources that bring samples over a network: how fast is not for CPUs to say, nor how many before it is planned."""
+"""Sources that fetch samples over a network: their speed does not depend on CPUs, and the number of samples is unknown
+before planning."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """How much a stage has to do; -1 where that is not known yet. ``bytes``: of its samples, wherever they lie: of rows
-    that point to samples elsewhere, those of what they point to."""
+    """The amount of work of a stage; -1 if unknown. ``bytes`` are those of the samples, including samples stored
+    elsewhere that rows refer to."""
 
     samples: int = -1
     bytes: float = -1.0
@@ -55,13 +56,14 @@ class Work:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a stage will take, at the size that is asked for.
+    """The estimated cost of a stage with the requested resources.
 
     Attributes:
-        hours: from its start to its end; None if that is not known.
-        output_bytes, inodes: of what it writes.
+        hours: duration; None if unknown.
+        output_bytes, inodes: size of its output and number of files in it; -1 if unknown.
         basis: where the numbers come from, or why there are none.
-        finished: there is nothing left to do.
+        finished: whether there is nothing left to do.
+        proposal: options that would be suitable for the job.
     """
 
     stage: str
@@ -82,7 +84,7 @@ class Estimate:
 
 @cache
 def rates() -> dict[str, Any]:
-    """The table that is shipped."""
+    """The content of ``rates.yaml``."""
     import yaml
 
     table: dict[str, Any] = yaml.safe_load(RATES.read_text())
@@ -90,7 +92,7 @@ def rates() -> dict[str, Any]:
 
 
 def predicted(stage: str, settings: Mapping[str, Any], sample_bytes: float, gpus: bool) -> float | None:
-    """Seconds of a CPU, or of a GPU, for one sample by the table; None if it has no such entry."""
+    """CPU seconds, or GPU seconds with ``gpus``, per sample according to the table; None if it has no such entry."""
     table = rates()
     texts = settings.get("text_encoder", ())
     networks = {"precompute": [str(settings.get("vae", ""))], "texts": texts}.get(stage, [])
@@ -107,18 +109,23 @@ def predicted(stage: str, settings: Mapping[str, Any], sample_bytes: float, gpus
 
 @dataclass(frozen=True)
 class History:
-    """What earlier runs of a stage took on this site: ``factor`` of what the table says, the median of ``runs``."""
+    """Measurements from earlier runs of a stage at this site; medians.
+
+    Attributes:
+        runs, gpu_runs: number of runs, and of those on GPUs.
+        cpu, gpu: measured CPU and GPU time relative to the table.
+    """
 
     runs: int = 0
     cpu: float = 1.0
     gpu: float = 1.0
     gpu_runs: int = 0
     rank_seconds: float = 0.0
-    """Of a rank for one sample, whatever it waited for; training: of all its ranks together."""
+    """Seconds of a rank per sample; for training, seconds of all ranks together per sample."""
 
 
 def history(data_dir: Path, stage: str) -> History:
-    """Look at the events of what was made by ``stage`` below ``data_dir``."""
+    """Read the events of outputs of ``stage`` below ``data_dir``."""
     cpus, gpus, seconds = [], [], []
     for run in _runs(data_dir, stage):
         if run.cpu is not None:
@@ -157,7 +164,7 @@ def _runs(data_dir: Path, stage: str) -> Iterator[_Run]:
         try:
             run = _train_run(path) if is_run else _dataset_run(path, stage)
         except (OSError, StorageError, ConfigError, KeyError, TypeError, ValueError):
-            continue  # what is damaged tells nothing; others do
+            continue  # skip damaged outputs
         if run is not None:
             seen += 1
             yield run
@@ -191,11 +198,11 @@ def _train_run(path: Path) -> _Run | None:
     return _Run(None, None, sum(event["time"] - event["begin"] for event in events) / done) if done else None
 
 
-# ---- how much there is to do
+# ---- amount of work
 
 
 def input_of(dataset: Dataset) -> Work:
-    """What a planned dataset was made from, or is to be."""
+    """The input of a planned dataset."""
     plan = dataset.plans[0].header
     samples = sum(p.header["expected"] for p in dataset.plans) - sum(p.header["supersedes"] for p in dataset.plans)
     if min(p.header["expected"] for p in dataset.plans) < 0:
@@ -210,16 +217,16 @@ def input_of(dataset: Dataset) -> Work:
 
 
 def _input_bytes(dataset: Dataset) -> float:
-    """Bytes of the inputs in its plan; -1 if the plan does not say them."""
+    """Bytes of the inputs in its plan, extrapolated from its first partitions; -1 if the plan has no sizes."""
     looked_at = min(dataset.partitions, 50)
     sizes = [i.size for index in range(looked_at) for i in dataset.partition(index).inputs]
     return sum(sizes) * dataset.partitions / looked_at if sizes and min(sizes) >= 0 else -1.0
 
 
 def _sample_bytes(dataset: Dataset | None) -> float:
-    """Bytes of the samples of a finished dataset; -1 if that is not known.
+    """Bytes of the samples of a finished dataset; -1 if unknown.
 
-    Where it holds rows that point to its upstream, those of its share of the upstream's samples.
+    If its rows refer to samples of its upstream, these are the bytes of its share of the upstream's samples.
     """
     if dataset is None or dataset.success is None:
         return -1.0
@@ -251,7 +258,7 @@ def _opened(path: str | Path | None) -> Dataset | None:
 
 
 def work_of(job: Job, before: Work | None, walk: bool) -> tuple[Work, str]:
-    """What a stage has to do, and what that is known from; ``before``: what the stage before it will have made."""
+    """The amount of work of a stage, and where it is known from; ``before`` is the output of the previous stage."""
     if (dataset := _opened(job.output)) is not None:
         return input_of(dataset), "its plan"
     if job.stage == "download" or (job.stage == "filter" and job.config.fuse):
@@ -266,7 +273,7 @@ def work_of(job: Job, before: Work | None, walk: bool) -> tuple[Work, str]:
 
 
 def _source(job: Job) -> tuple[Work, str]:
-    """Plan as the stage will; not where that needs a network."""
+    """Plan as the stage will do, unless that needs a network."""
     from launch import local
     from pipeline.stages import get_stage
 
@@ -285,7 +292,7 @@ def _source(job: Job) -> tuple[Work, str]:
 
 
 def _partitions(job: Job, work: Work) -> int:
-    """How many partitions a stage will make of what another has made."""
+    """Number of partitions into which a stage will divide ``work``; -1 if unknown."""
     if job.stage != "shard":
         return work.partitions
     if job.config.partition_size:
@@ -296,7 +303,7 @@ def _partitions(job: Job, work: Work) -> int:
 
 
 def output_bytes(job: Job, work: Work) -> float:
-    """Bytes that the stage will write; -1 if that is not known."""
+    """Bytes that the stage will write; -1 if unknown."""
     config, each = job.config, work.sample_bytes
     if work.samples < 0:
         return work.bytes if job.stage == "download" else -1.0
@@ -318,7 +325,7 @@ def output_bytes(job: Job, work: Work) -> float:
 
 
 def refers(job: Job) -> bool:
-    """Whether what the stage writes points to samples that lie elsewhere."""
+    """Whether the stage's output refers to samples that are stored elsewhere."""
     if job.stage == "download":
         return bool(job.config.source == "image_folder" and not job.config.copy)
     return job.stage in _REFERRING
@@ -336,10 +343,12 @@ def _latent_bytes(config: Any, edge: int) -> float:
 def estimates(
     jobs: Sequence[Job], site: Site | None = None, rooms: Iterable[Room] = (), walk: bool = True
 ) -> list[Estimate]:
-    """One for each stage of the jobs, in order; with warnings where ``site`` says what there is.
+    """An estimate for each stage of the jobs, in order.
 
     Args:
-        walk: look at the input of a stage that is not planned yet, which may be millions of files.
+        site: limits to check requests against, which become warnings; None: not checked.
+        rooms: limits of disk space and inodes to check against.
+        walk: list the input of a stage that is not planned yet, which may be millions of files.
     """
     found: list[Estimate] = []
     made: dict[str, Work] = {}
@@ -402,7 +411,7 @@ def _basis(known: str, runs: int, factor: float, each: float | None) -> str:
 
 
 def _training(job: Job) -> Estimate:
-    """By the speed of earlier runs alone: models differ too much for a table."""
+    """An estimate based only on the speed of earlier runs, because models differ too much for a table."""
     past = history(_place(job), "train")
     config = job.config
     if not past.rank_seconds:
@@ -419,7 +428,7 @@ def _training(job: Job) -> Estimate:
 
 
 def _place(job: Job) -> Path:
-    """Where to look for earlier runs."""
+    """The folder in which to look for earlier runs."""
     data_dir = getattr(job.config, "data_dir", "")
     return Path(data_dir) if data_dir else (job.output or Path.cwd()).parent
 
@@ -429,7 +438,7 @@ def _script(job: Job) -> Script:
 
 
 def _ranks(job: Job, work: Work) -> int:
-    """Ranks that have something to do; those of a local command, or of a job."""
+    """Number of ranks, of a local command or of a job, that have something to do."""
     config = job.request.config
     asked = job.ranks if config.cluster in ("local", "inline") else _script(job).nodes * _script(job).tasks_per_node
     asked *= max(1, config.array)
@@ -437,7 +446,7 @@ def _ranks(job: Job, work: Work) -> int:
 
 
 def _workers(job: Job, work: Work) -> int:
-    """CPUs that are busy."""
+    """Number of CPUs that will be busy."""
     return _ranks(job, work) * (job.request.config.cpus_per_task if job.stage == "filter" else 1)
 
 
@@ -450,7 +459,7 @@ def _inodes(job: Job, work: Work, size: float) -> int:
     return work.partitions * (INODES - 1 + files)
 
 
-# ---- what to ask for
+# ---- proposals and warnings
 
 
 def _advice(job: Job, estimate: Estimate, site: Site | None) -> dict[str, Any]:
@@ -466,7 +475,7 @@ def _advice(job: Job, estimate: Estimate, site: Site | None) -> dict[str, Any]:
 
 
 def propose(job: Job, estimate: Estimate, limits: Limits | None) -> dict[str, str]:
-    """Options that bring a stage to its end within some hours on nodes as ``limits`` describes them."""
+    """Options with which the stage takes about :data:`WITHIN` hours on the nodes that ``limits`` describes."""
     cpus, gpus = (limits.cpus, limits.gpus) if limits else (0, 0)
     most = min(limits.most_nodes, limits.nodes) if limits else float("inf")
     parts = max(1, estimate.work.partitions)
@@ -483,7 +492,7 @@ def propose(job: Job, estimate: Estimate, limits: Limits | None) -> dict[str, st
         wanted = min(parts, max(1, ceil(estimate.cpu_hours / WITHIN / _FULL)))
         nodes = int(min(most, ceil(wanted / each)))
         proposal = {"nodes": str(nodes), "tasks_per_node": str(min(each, ceil(wanted / nodes))), "cpus_per_task": "1"}
-        if nodes > 1:  # independent jobs find room sooner than one that waits for all its nodes at once
+        if nodes > 1:  # independent jobs start sooner than one that waits for all its nodes at once
             proposal = {"array": str(nodes), **proposal, "nodes": "1"}
         hours = estimate.cpu_hours / min(parts, nodes * int(proposal["tasks_per_node"])) / _FULL
     elif estimate.hours:
@@ -495,7 +504,7 @@ def propose(job: Job, estimate: Estimate, limits: Limits | None) -> dict[str, st
 
 
 def _check(job: Job, limits: list[Limits], site: Site) -> list[str]:
-    """Where the limits of the partition or the account are too low for the request."""
+    """Warnings if the request exceeds the limits of the partition or the account."""
     config, script = job.request.config, _script(job)
     warnings = []
     known = {limit.partition for limit in site.partitions}
@@ -531,7 +540,7 @@ def _check(job: Job, limits: list[Limits], site: Site) -> list[str]:
 
 
 def _check_time(job: Job, found: list[Estimate], site: Site | None) -> list[str]:
-    """Whether the time limit will do for the work that is estimated, of all steps of a packed job together."""
+    """A warning if the time limit is too short for the estimated work, for all steps of a packed job together."""
     config = job.request.config
     hours = sum(estimate.hours or 0.0 for estimate in found)
     limits = site.limits(config.partition) if site else []
@@ -548,7 +557,7 @@ def _check_time(job: Job, found: list[Estimate], site: Site | None) -> list[str]
 
 
 def _with_room(found: list[Estimate], rooms: list[Room]) -> list[Estimate]:
-    """Warn at the stage where disk or inodes will not do any more."""
+    """Add warnings at the stage at which disk space or inodes will run out."""
     size = inodes = 0.0
     warned: set[tuple[str, str]] = set()
     result = []
@@ -571,7 +580,7 @@ def _with_room(found: list[Estimate], rooms: list[Room]) -> list[Estimate]:
 
 
 def idle_gpus(jobs: Sequence[Job], found: Sequence[Estimate]) -> str:
-    """What ``pack=all`` would cost: hours of GPUs that wait while stages without GPUs run; empty if there are none."""
+    """A sentence about the GPU hours that ``pack=all`` would waste while stages without GPUs run; empty if none."""
     gpus = max(
         (pack.gpu_count(_script(job).gpus) * _script(job).nodes for job in jobs if pack.uses_gpus(job)), default=0
     )
@@ -588,12 +597,12 @@ def idle_gpus(jobs: Sequence[Job], found: Sequence[Estimate]) -> str:
 
 
 def span(hours: float) -> str:
-    """``40 s``, ``12 min``, ``3 h 05 min``."""
+    """Hours as text: ``40 s``, ``12 min``, ``3 h 05 min``."""
     return duration(max(1.0, hours * 3600))
 
 
 def amount(size: float) -> str:
-    """Bytes for people."""
+    """Bytes as text: ``812 MB``, ``1.5 GB``."""
     for unit in ("bytes", "KB", "MB", "GB"):
         if size < 1000:
             return f"{size:.3g} {unit}"

@@ -1,6 +1,6 @@
 """Whether a stage is already finished: ``python -m launch.finished pipeline.stages.<stage> key=value ...``.
 
-Exit code 0 if so, else 1. For slurm/pipeline.sh, which then asks for no nodes for it.
+The exit code is 0 if so, otherwise 1. slurm/pipeline.sh calls it, and does not submit finished stages.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def main(argv: list[str]) -> int:
         config = cli.load(stage, argv[1:])
         job = Job(stage, config, tuple(argv[1:]), 1, output_of(stage, config), Request(LaunchConfig(stage=stage)))
     except ConfigError:
-        return 1  # the job says what is wrong
+        return 1  # the job will report the error
     return 0 if already_done(job) else 1
 
 

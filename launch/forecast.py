@@ -24,10 +24,10 @@ def _stages(jobs: Sequence[Job]) -> list[Job]:
 
 
 def print_for_slurm(jobs: Sequence[Job], available: bool) -> None:
-    """What the stages will take, what to ask for, and where the site's limits will not do.
+    """Print the estimated cost of the stages, proposed options, and warnings about limits of the site.
 
     Args:
-        available: SLURM can be asked.
+        available: whether SLURM can be queried.
     """
     known = site.look() if available else site.Site()
     found = estimates(jobs, known, site.room(_place(_stages(jobs))))
@@ -41,25 +41,25 @@ def print_for_slurm(jobs: Sequence[Job], available: bool) -> None:
 
 
 def print_for_here(jobs: Sequence[Job]) -> None:
-    """What the stages will take on this machine."""
+    """Print the estimated cost of the stages on this machine."""
     print("\nestimated:")
     for estimate in estimates(jobs, rooms=site.room(_place(jobs))):
         print("\n".join(lines(replace(estimate, proposal={}))))
 
 
 def warn(jobs: Sequence[Job]) -> None:
-    """Say before a submission where quota, time limit or the partition's limits will not do."""
+    """Warn before a submission if quota, time limit or the partition's limits are too low."""
     found: list[Estimate] = estimates(jobs, site.look(), site.room(_place(_stages(jobs))), walk=False)
     for estimate in found:
         for warning in estimate.warnings:
             print(f"warning: {estimate.stage}: {warning}", file=sys.stderr, flush=True)
 
 
-# ---- in words
+# ---- text
 
 
 def lines(estimate: Estimate) -> Iterator[str]:
-    """What a dry run says of a stage."""
+    """The lines of a dry run about a stage."""
     yield f"{estimate.stage}: {summary(estimate)}"
     if estimate.basis and estimate.basis != summary(estimate) and not estimate.finished:
         yield f"    from {estimate.basis}"
@@ -70,7 +70,7 @@ def lines(estimate: Estimate) -> Iterator[str]:
 
 
 def summary(estimate: Estimate) -> str:
-    """Size, time, hours, disk, as far as they are known."""
+    """Amount of work, time, CPU and GPU hours, bytes and inodes, as far as they are known."""
     work = estimate.work
     if estimate.finished:
         return f"finished: {work.samples:,} samples, {amount(estimate.output_bytes)} in {work.partitions:,} partitions"

@@ -13,7 +13,7 @@ from pipeline.registry import stages
 
 @dataclass(frozen=True)
 class Job:
-    """One stage, ready to start: its config and the arguments that give it."""
+    """One stage, ready to start: its config, and the arguments from which it is built."""
 
     stage: str
     config: Any
@@ -21,7 +21,7 @@ class Job:
     ranks: int
     output: Path | None
     request: Request
-    """What it asks of SLURM."""
+    """The resources that it requests from SLURM."""
     parts: tuple[Job, ...] = ()
     """The stages of a packed job (pack=true), in order; see launch/pack.py."""
 

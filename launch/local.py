@@ -1,4 +1,4 @@
-"""cluster=local: the ranks of a job as processes of this machine, with their progress on the terminal."""
+"""cluster=local: runs the ranks of a job as processes on this machine, and shows their progress on the terminal."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ from pipeline.telemetry.units import duration
 if TYPE_CHECKING:
     from launch.job import Job
 
-_GRACE = 30.0  # seconds that ranks have to stop at a safe boundary before they are killed
+_GRACE = 30.0  # seconds in which ranks must stop at a safe boundary before they are killed
 _TICK = 0.2
-_PLAIN_EVERY = 10.0  # seconds between progress lines where there is no terminal
+_PLAIN_EVERY = 10.0  # seconds between progress lines without a terminal
 _PR_SET_PDEATHSIG = 1
 
 
 def planner() -> Rank:
-    """A rank for looking at plans only."""
+    """A rank that is only used for planning."""
     return Rank()
 
 
 def run(job: Job) -> int:
-    """Start the ranks, show what they do, wait for their end. Ctrl-C stops them at a safe boundary.
+    """Start the ranks, show their progress and wait for their end. Ctrl-C stops them at a safe boundary.
 
     Returns:
         0, or the first failed rank's exit code; 130 after Ctrl-C.
@@ -65,7 +65,7 @@ def run(job: Job) -> int:
 
 
 def _log_folder(job: Job) -> Path | None:
-    """Where the ranks' output goes, next to the stage's own output; None: to this terminal."""
+    """The folder for the ranks' logs, next to the stage's output; None: they write to this terminal."""
     if job.output is None:
         return None
     logs = job.output.parent / "logs" / f"{job.output.name}.{time.strftime('%Y%m%d-%H%M%S')}.{os.getpid()}"
@@ -112,7 +112,7 @@ def _start(job: Job, logs: Path | None) -> list[subprocess.Popen[bytes]]:
 
 
 def _die_with_parent() -> None:
-    """Ranks are told to stop when the launcher dies, whatever kills it."""
+    """Let the system send SIGTERM to this rank when the launcher dies for any reason."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
@@ -124,7 +124,7 @@ def _signal(ranks: list[subprocess.Popen[bytes]], number: int) -> None:
 
 
 def _report(job: Job, ranks: list[subprocess.Popen[bytes]], logs: Path | None) -> int:
-    """Say how the job ended: what came out, or the end of the log of the rank that failed first."""
+    """Print how the job ended, with the end of the log of the rank that failed first. Returns the exit code."""
     codes = [rank.returncode for rank in ranks]
     bad = [number for number, code in enumerate(codes) if code not in (0, EXIT_STOPPED)]
     if not bad and any(codes):
@@ -150,7 +150,7 @@ def _tail(path: Path, lines: int) -> None:
 
 
 class _Interrupt:
-    """Context: counts Ctrl-C and SIGTERM instead of dying of them."""
+    """Context: counts SIGINT (Ctrl-C) and SIGTERM instead of ending the process."""
 
     def __enter__(self) -> _Interrupt:
         self.count = 0
@@ -167,16 +167,16 @@ class _Interrupt:
 
 @dataclass(frozen=True)
 class State:
-    """How far a running job is."""
+    """Progress of a running job."""
 
     done: int
     total: int
     """0 if unknown."""
     unit: str
     text: str
-    """What else there is to say."""
+    """Further information, such as the rate."""
     before: int = 0
-    """How many of those done were done by earlier runs."""
+    """Part of ``done`` that earlier runs did."""
 
 
 class Progress:
@@ -277,12 +277,12 @@ class Progress:
 
 
 def _can_tell(state: State) -> bool:
-    """Whether the time left is known from what was done: a training run may have resumed at any step."""
+    """Whether the remaining time can be computed; not for training runs, which may have resumed at any step."""
     return state.unit != "step" and state.before < state.done < state.total
 
 
 def _bar() -> Any:
-    """A bar of one line that disappears at its end."""
+    """A progress bar of one line that disappears at the end."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
     from rich.table import Column

@@ -1,9 +1,11 @@
-"""A message to a webhook when work has finished or failed: small JSON that Slack, Mattermost and Discord understand.
+"""Sends a message to a webhook when work has finished or failed, as JSON for Slack, Mattermost and Discord.
+
+Job scripts (slurm/job.sh) run
 
     NOTIFY=https://... python -m launch.notify event=failed job=123 name=filter-1a2b work=/data/filter reason="..."
 
-is what job scripts do (slurm/job.sh). The URL comes from the environment, as command lines are seen by everybody; it
-may hold a secret, and messages name its host only.
+The URL is read from the environment because command lines are visible to everybody. It may contain a secret, so that
+messages only name its host.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ EVENTS = ("finished", "failed", "cancelled")
 
 
 def require_url(url: str) -> None:
-    """Raises ConfigError if nothing can be sent to ``url``. The message does not repeat it."""
+    """Raises ConfigError if nothing can be sent to ``url``. The message does not contain the URL."""
     try:
         parts = urllib.parse.urlsplit(url)
         good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
@@ -36,7 +38,7 @@ def require_url(url: str) -> None:
 
 
 def host_of(url: str) -> str:
-    """What may be shown of a URL."""
+    """The part of a URL that may be shown: its host."""
     return urllib.parse.urlsplit(url).hostname or "?"
 
 
@@ -49,7 +51,7 @@ def message(event: str, job: str = "", name: str = "", work: str = "", reason: s
 
 
 def send(url: str, content: dict[str, str], pause: float = 2.0) -> str:
-    """POST the message; what went wrong, empty if nothing did. Never raises: no work depends on it."""
+    """POST the message. Returns a text about what went wrong, empty on success; never raises."""
     body = json.dumps(content).encode()
     problem = ""
     for number in range(_TRIES):

@@ -43,17 +43,17 @@ _NEXT = {
 _AFTER_TRAINING = {"diffuse": "generate", "classify": "evaluate", "caption": "caption"}
 _REASONS = 3
 _LEAST = ("rate", "dropped", "time")
-"""Columns that may be left out where a terminal is too narrow."""
+"""Columns that may be omitted if the terminal is too narrow."""
 
 
 @dataclass(frozen=True)
 class Made:
-    """What one stage has made."""
+    """The result of one stage."""
 
     stage: str
     output: Path | None = None
     text: str = ""
-    """What there is to say about a result that is not counted in samples."""
+    """Text about a result that is not counted in samples."""
     counts: Mapping[str, int] = field(default_factory=dict)
     """Samples: ``in``, ``kept``, ``dropped`` and ``failed``."""
     dropped: str = ""
@@ -62,23 +62,23 @@ class Made:
 
 
 def show(jobs: Sequence[Job], spans: Sequence[tuple[float, float]]) -> None:
-    """Print what was made: a table on a terminal, plain lines elsewhere.
+    """Print the results: a table on a terminal, plain lines elsewhere.
 
     Args:
-        spans: When each job began and ended, in seconds since the epoch.
+        spans: Start and end time of each job, in seconds since the epoch.
     """
     if sys.stdout.isatty():
         from rich.console import Console
 
         Console(highlight=False).print(table(jobs, spans))
         for line in _next_line(jobs):
-            print(line)  # not wrapped: it is there to be copied
+            print(line)  # not wrapped, so that it can be copied
     else:
         print("\n".join(summary(jobs, spans[-1][1] - spans[0][0])))
 
 
 def summary(jobs: Sequence[Job], seconds: float) -> list[str]:
-    """Lines about all that was made, and the command that usually comes next."""
+    """Lines about all results, and the command that usually comes next."""
     lines = [f"done in {duration(seconds)}:"]
     for made in map(_made, jobs):
         lines += [f"  {made.stage:<11} {said}" for said in filter(None, [_line(made), *made.notes])]
@@ -86,7 +86,7 @@ def summary(jobs: Sequence[Job], seconds: float) -> list[str]:
 
 
 def table(jobs: Sequence[Job], spans: Sequence[tuple[float, float]]) -> RenderableType:
-    """The same for a terminal, with the time and the rate of each stage."""
+    """The same as a table for a terminal, with the time and the rate of each stage."""
     from rich.console import Group
     from rich.text import Text
 
@@ -130,12 +130,12 @@ def _next_line(jobs: Sequence[Job]) -> list[str]:
 
 
 def _short(path: Path | None) -> str:
-    """A path as it is reached from here, where it lies below the current folder."""
+    """``path`` relative to the current folder if it is below it; otherwise unchanged."""
     return str(path.relative_to(Path.cwd()) if path and path.is_relative_to(Path.cwd()) else path or "")
 
 
 def _processed(output: Path, began: float) -> int:
-    """Samples that this run went through; what an earlier one had finished is not among them."""
+    """Samples processed by this run, without those of earlier runs."""
     return sum(event["totals"].get("in", 0) for event in last_events(output) if event["begin"] >= began)
 
 
@@ -161,7 +161,7 @@ def _made(job: Job) -> Made:
 
 
 def _small_encoders(job: Job) -> Iterator[str]:
-    """A remark where latents come from the encoders that need no download."""
+    """A remark if latents come from the small built-in encoders."""
     names = ("vae", "text_encoder") if job.stage == "precompute" else ()
     small = [f"{name}={value}" for name in names if str(value := getattr(job.config, name)).startswith("embedded")]
     if small:

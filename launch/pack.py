@@ -1,7 +1,7 @@
-"""pack=true: several stages, or the stages of several datasets, as the steps of one job.
+"""pack=true: runs several stages, or the stages of several datasets, as the steps of one job.
 
-Each step uses as much of the job as its stage asks for. What the steps share (partition, account, environment, …) must
-be the same for all of them; stages that differ in it go into jobs of their own.
+Each step uses as much of the job as its stage requests. Settings of the whole job (partition, account, environment, …)
+must be the same for all steps; stages with different ones become separate jobs.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ _Key = tuple[str, tuple[tuple[str, Any], ...]]
 
 
 def packed(jobs: list[Job], mode: str) -> list[Job]:
-    """``jobs`` with those that run in one allocation joined: a job with ``parts``. The order stays that of each chain.
+    """Join the ``jobs`` that can run in one allocation into a job with ``parts``; the order of each chain is kept.
 
     Args:
-        mode: ``false``, ``true`` or ``all``, as the option ``pack``.
+        mode: the option ``pack``: ``false``, ``true`` or ``all``.
 
     Raises:
-        ConfigError: stages that cannot be in one job (``all``), or an array.
+        ConfigError: with ``all``, the stages cannot be in one job; or a job is an array.
     """
     if mode == "false":
         return jobs
@@ -54,7 +54,7 @@ def packed(jobs: list[Job], mode: str) -> list[Job]:
 
 
 def _groups(jobs: Iterable[Job]) -> list[list[Job]]:
-    """Neighbours that may share a job; of several datasets, the first of each go together, then the second …"""
+    """Groups of successive jobs that may share an allocation; several datasets are grouped stage by stage."""
     groups: list[tuple[_Key, list[Job]]] = []
     place, dataset = 0, ""
     for job in jobs:
@@ -70,7 +70,7 @@ def _groups(jobs: Iterable[Job]) -> list[list[Job]]:
 
 
 def dataset_of(job: Job) -> str:
-    """The dataset that a job works on; empty where the stage has no such setting."""
+    """The dataset that a job works on; empty if the stage has no such setting."""
     return str(getattr(job.config, "dataset", ""))
 
 
@@ -80,7 +80,7 @@ def share_data(one: Job, two: Job) -> bool:
 
 
 def uses_gpus(job: Job) -> bool:
-    """Whether the stage asks for GPUs and computes on them."""
+    """Whether the stage requests GPUs and computes on them."""
     return traits_of(job.stage).gpus and bool(_script(job).gpus)
 
 
@@ -90,7 +90,7 @@ def _key(job: Job) -> _Key:
 
 
 def _gpu_kind(job: Job) -> str:
-    """Which GPUs the stage asks for, whatever their number; empty if it uses none."""
+    """The kind of GPUs that the stage requests, regardless of their number; empty if it uses none."""
     config = job.request.config
     return f"GPUs {config.gpu_type} {config.gpu_bind}".strip() if uses_gpus(job) else ""
 
@@ -125,7 +125,7 @@ def _joined(jobs: list[Job]) -> Job:
 
 
 def _request(jobs: list[Job]) -> Request:
-    """What the job asks for: on each node, as much as the largest of its steps uses."""
+    """The resources of the joint job: on each node, as much as its largest step uses."""
     scripts = [_script(job) for job in jobs]
     widest = max(scripts, key=lambda s: s.tasks_per_node * s.request.config.cpus_per_task)
     gpus = [script.gpus for job, script in zip(jobs, scripts, strict=True) if uses_gpus(job)]
@@ -156,13 +156,13 @@ def _script(job: Job) -> Script:
 
 
 def gpu_count(gpus: Any) -> int:
-    """How many GPUs ``8`` or ``a100:8`` are."""
+    """The number of GPUs in ``8`` or ``a100:8``."""
     number = str(gpus or 0).rpartition(":")[2]
     return int(number) if number.isdigit() else 1
 
 
 def _sum(times: list[str]) -> str:
-    """Steps with time limits of their own: the job has as long as all of them; the partition's, if one has none."""
+    """The sum of the steps' time limits; empty, for the partition's default, if a step has none."""
     return clock(sum(map(minutes, times))) if all(times) else ""
 
 
@@ -192,21 +192,21 @@ class PackedScript(Script):
 
 
 def script_of(job: Job, name: str, comment: str, logs: Path) -> PackedScript:
-    """The script of a packed job; steps whose results are there already are run as well, and end at once."""
+    """The script of a packed job; it also contains steps whose output is finished, which end at once."""
     steps = tuple(replace(_script(part), logs=logs) for part in job.parts)
-    arguments = tuple(argument for part in job.parts for argument in part.arguments)  # the places that they name
+    arguments = tuple(argument for part in job.parts for argument in part.arguments)  # for the folders they name
     return PackedScript(job.stage, name, comment, arguments, logs, job.request, steps=steps)
 
 
 def comment(places: list[str]) -> str:
-    """One text for the outputs of several stages: ``/data/shapes/train/{filter,shard-mds}``."""
+    """A single text for the outputs of several stages: ``/data/shapes/train/{filter,shard-mds}``."""
     common = os.path.commonpath(places) if places else ""
     rest = [os.path.relpath(place, common) for place in places]
     return f"{common}/{{{','.join(rest)}}}" if len(rest) > 1 else common
 
 
 def places(comment: str) -> list[str]:
-    """The outputs that a job's comment names, see :func:`comment`."""
+    """The outputs in a job's comment; the inverse of :func:`comment`."""
     common, brace, rest = comment.partition("/{")
     if not brace or not rest.endswith("}"):
         return [comment]

@@ -1,6 +1,6 @@
 """Checks on the login node before a job is submitted: missing inputs, and outputs made with other settings.
 
-Also what SLURM holds already for the same output, and how that differs from what is asked for now.
+Also compares the settings of a job with those of a job that SLURM already has for the same output.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ _LAUNCH_ONLY = ("run_id", "output", "input", "data_dir")
 
 
 def check(job: Job, coming: Collection[str]) -> None:
-    """Raise what the job itself would say as soon as it runs, as far as it is clear now.
+    """Raise errors that the job would raise as soon as it runs, as far as they can be known now.
 
     Args:
-        coming: outputs that are being made, or will be before this job starts.
+        coming: outputs that are being made, or will be made before this job starts.
 
     Raises:
-        ConfigError: the input is not there or not finished; the output was made with other settings.
+        ConfigError: the input does not exist or is not finished, or the output was made with other settings.
     """
     _check_input(job, coming)
     if traits_of(job.stage).partitioned and job.output is not None and not job.config.overwrite:
@@ -46,7 +46,7 @@ def _check_input(job: Job, coming: Collection[str]) -> None:
         try:
             source = str(input_folder(job.config, job.stage))
         except ConfigError:
-            return  # not distinguished yet: the stage before may still be waiting
+            return  # not known yet: the previous stage may still be pending
     if not source or "://" in source or any(letter in source for letter in "*?[,"):
         return
     path = Path(source).absolute()
@@ -60,7 +60,7 @@ def _check_input(job: Job, coming: Collection[str]) -> None:
         except Unfinished as error:
             raise ConfigError(f"stage {job.stage} cannot start: {error}") from None
         except (StorageError, OSError, KeyError, TypeError):
-            return  # damaged in some way: the stage says how
+            return  # damaged: the stage will report how
 
 
 def _check_output(job: Job) -> None:
@@ -72,10 +72,10 @@ def _check_output(job: Job) -> None:
     except Stale:
         raise
     except (ConfigError, StorageError, OSError, KeyError, TypeError):
-        return  # nothing is there yet, or the stage itself says what is the matter
+        return  # there is no output yet, or the stage itself will report the problem
 
 
-# ---- what waits or runs already
+# ---- comparison with a submitted job
 
 
 def arguments_of(script: Path) -> list[dict[str, str]]:
@@ -90,9 +90,9 @@ def arguments_of(script: Path) -> list[dict[str, str]]:
 
 
 def differences(job: Job, script: Path) -> tuple[list[str], list[str]]:
-    """How the job that ``script`` started differs from ``job``: in what the results are, and in other settings.
+    """The settings in which the job that ``script`` started differs from ``job``.
 
-    Each as ``name=was, now is``.
+    Returns two lists of texts ``name=<old>, now <new>``: settings that affect results, and others.
     """
     results: list[str] = []
     others: list[str] = []

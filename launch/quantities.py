@@ -1,4 +1,4 @@
-"""Time limits and amounts of memory as SLURM writes them."""
+"""Time limits and amounts of memory in SLURM's notation."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pipeline.config.options import ConfigError
 
 
 def mebibytes(text: str) -> float:
-    """Memory as SLURM writes it, ``64G`` or ``900`` (MiB); 0 if nothing is said."""
+    """Memory in SLURM's notation, ``64G`` or ``900`` (MiB), as MiB; 0 if empty or not a number."""
     units = {"K": 1 / 1024, "M": 1.0, "G": 1024.0, "T": 1024.0**2}
     number = text.rstrip("BbiKkMmGgTtnc")
     unit = text[len(number) :][:1].upper()
@@ -17,10 +17,10 @@ def mebibytes(text: str) -> float:
 
 
 def minutes(text: str) -> float:
-    """A time limit as SLURM writes it (``90``, ``1:30:00``, ``2-12``, ``UNLIMITED``), in minutes; 0 if empty.
+    """A time limit in SLURM's notation (``90``, ``1:30:00``, ``2-12``, ``UNLIMITED``), as minutes; 0 if empty.
 
     Raises:
-        ConfigError: it is none.
+        ConfigError: ``text`` is not a time limit.
     """
     if not text:
         return 0.0
@@ -41,7 +41,7 @@ def minutes(text: str) -> float:
 
 
 def clock(minutes: float) -> str:
-    """Minutes as a time limit of SLURM, rounded up."""
+    """Minutes as a time limit in SLURM's notation, rounded up."""
     whole = max(1, -int(-minutes // 1))
     days, rest = divmod(whole, 1440)
     return f"{f'{days}-' if days else ''}{rest // 60:02d}:{rest % 60:02d}:00"

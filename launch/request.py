@@ -19,10 +19,10 @@ from pipeline.config.yaml_files import read_settings
 
 KINDS = ("local", "inline", "slurm")
 PRESETS = cli.CONF / "cluster"
-_OF_ALL = ("stage", "cluster", "ranks", "dry_run", "pack")  # keys that cannot differ between the stages of a command
+_OF_ALL = ("stage", "cluster", "ranks", "dry_run", "pack")  # keys that are the same for all stages of a command
 _FIELDS = {f.name for f in fields(LaunchConfig)}
 _PER_STAGE = _FIELDS - set(_OF_ALL)
-_ALSO = ("gpus",)  # another way to give gpus_per_node=
+_ALSO = ("gpus",)  # alternative to gpus_per_node=
 _OURS = {
     "array": "array=",
     "chdir": "the folder to submit from",
@@ -36,12 +36,12 @@ _OURS = {
     "signal": "signal_seconds=",
     "wait": "",
 }
-"""Options of sbatch that the scripts depend on, and the key to use in their place, if there is one."""
+"""Options of sbatch that the launcher sets itself, and the key to use instead, if there is one."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What one stage asks for."""
+    """The resources that one stage requests."""
 
     config: LaunchConfig
     options: Mapping[str, str] = field(default_factory=dict)
@@ -50,22 +50,22 @@ class Request:
 
 @dataclass(frozen=True)
 class Launch:
-    """A command, taken apart."""
+    """A parsed command line."""
 
     kind: str
     """local, inline or slurm."""
     config: LaunchConfig
     settings: dict[str, str]
-    """What remains: settings of stages."""
+    """Settings of stages: all keys that are not options of the launcher."""
     requests: Mapping[str, Request]
-    """By stage."""
+    """Stage → its request."""
 
 
 def read(arguments: list[str]) -> Launch:
-    """Take a command line apart.
+    """Parse a command line.
 
     Raises:
-        ConfigError: a key or value that cannot be; a preset that is not there.
+        ConfigError: a key or value is invalid, or a preset does not exist.
     """
     given = cli.parse(arguments)
     stages = str(given.get("stage", "")).split(",")
@@ -83,10 +83,10 @@ def read(arguments: list[str]) -> Launch:
 
 
 def _require_effect(given: Mapping[str, Any], kind: str, requests: Mapping[str, Request]) -> None:
-    """Refuse what cannot have an effect on any stage, such as what is meant for another kind of cluster.
+    """Refuse options that have no effect on any stage, such as those for another kind of cluster.
 
     Raises:
-        ConfigError: names it.
+        ConfigError: there is such an option; the message names it.
     """
     configs = {stage: replace(request.config, cluster=kind) for stage, request in requests.items()}
     for key, value in given.items():
@@ -111,7 +111,7 @@ def load_preset(name: str) -> tuple[str, dict[str, Any]]:
     """The kind of ``cluster=<name>``, and the settings of its preset.
 
     Raises:
-        ConfigError: there is none of this name, or its file is wrong.
+        ConfigError: there is no preset of this name, or its file is invalid.
     """
     if name in ("local", "inline"):
         return name, {}
@@ -128,7 +128,7 @@ def load_preset(name: str) -> tuple[str, dict[str, Any]]:
 
 
 def _flat(values: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """``precompute: {nodes: 2}`` as ``precompute.nodes: 2``; what nobody knows is an error."""
+    """Convert ``precompute: {nodes: 2}`` to ``precompute.nodes: 2``; unknown keys raise ConfigError."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         if key in STAGES and isinstance(value, dict):
@@ -142,7 +142,7 @@ def _flat(values: Mapping[str, Any], path: Path) -> dict[str, Any]:
 
 
 def _layers(values: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """(stage, settings) with the settings for all stages, "", first."""
+    """Pairs (stage, settings), beginning with the settings for all stages, whose stage is ""."""
     layers: dict[str, dict[str, Any]] = {"": {}}
     for key, value in values.items():
         section, _, name = key.rpartition(".")
@@ -172,7 +172,7 @@ def _with_gpus(layer: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str,
     """``layer`` with ``gpus=``, ``gpus_per_node=h100:8`` and ``gres=gpu:h100:8`` as ``gpus_per_node=8 gpu_type=h100``.
 
     Raises:
-        ConfigError: a number that cannot be; two ways of saying it.
+        ConfigError: the number is invalid, or GPUs are requested in two ways.
     """
     layer = dict(layer)
     gres = [word for word in str(layer.get("gres", "")).split(",") if word]
@@ -201,7 +201,7 @@ def _with_gpus(layer: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str,
 
 
 def _check(config: LaunchConfig) -> None:
-    """Raises ConfigError for what SLURM would refuse late, or could not do at all."""
+    """Raises ConfigError for options that SLURM would refuse late or cannot satisfy."""
     for name in ("gpu_type", "gpu_bind"):
         if getattr(config, name) and not config.gpus_per_node:
             raise ConfigError(f"{name}={getattr(config, name)}: there are no GPUs; set gpus_per_node=")

@@ -1,5 +1,4 @@
-"""The text of a job script. It has the same form as the scripts in slurm/, and can be submitted without this
-launcher."""
+"""Writes job scripts. They have the same form as the scripts in slurm/, and can be submitted without this launcher."""
 
 from __future__ import annotations
 
@@ -14,13 +13,13 @@ from pipeline.config.schema import ConfigError, traits_of
 from pipeline.registry import stages
 
 HOME = Path(__file__).resolve().parent.parent
-"""The checkout."""
+"""Root folder of the repository or the installation."""
 _PLACES = ("data_dir", "input", "output", "checkpoint", "reference", "generated", "valid_input")
-"""Settings that name files or folders a container must see."""
+"""Settings that name files or folders that a container must see."""
 
 
 def is_single(stage: str, arguments: Sequence[str]) -> bool:
-    """Whether a stage is one process whatever number of ranks is asked for."""
+    """Whether a stage runs as a single process, whatever number of ranks is requested."""
     traits = traits_of(stage)
     shared = traits.partitioned_with and any(a.startswith(f"{traits.partitioned_with}=") for a in arguments)
     return traits.single and not shared
@@ -28,7 +27,10 @@ def is_single(stage: str, arguments: Sequence[str]) -> bool:
 
 @dataclass(frozen=True)
 class Array:
-    """Which elements of all that a stage was cut into one submission holds."""
+    """One submission of array elements: ``size`` of ``total`` elements, from number ``offset`` on.
+
+    ``parallel`` is the number of elements that may run at the same time; 0: no limit.
+    """
 
     size: int
     offset: int = 0
@@ -67,7 +69,7 @@ class Script:
         return self.nodes * self.tasks_per_node * (self.array.total if self.array else 1)
 
     def options(self) -> dict[str, str]:
-        """Options of sbatch by their long names; ``true`` stands for one without a value."""
+        """Options of sbatch by their long names; the value ``true`` stands for an option without a value."""
         config = self.request.config
         log = "%x-%A_%a.out" if self.array else "%x-%j.out"
         options = {
@@ -104,7 +106,7 @@ class Script:
 
     @property
     def gpus(self) -> str:
-        """GPUs of each node, as sbatch takes them; empty if there are none."""
+        """GPUs per node in sbatch's notation; empty if there are none."""
         gpus = self.request.config.gpus_per_node
         if self.single:
             gpus = min(gpus, 1) if traits_of(self.stage).gpus else 0
@@ -118,10 +120,10 @@ class Script:
 
     @property
     def text(self) -> str:
-        """The script.
+        """The text of the script.
 
         Raises:
-            ConfigError: a value that sbatch could not be told.
+            ConfigError: a value cannot be passed to sbatch.
         """
         lines = [
             "#!/usr/bin/env bash",
@@ -151,7 +153,7 @@ class Script:
         settings |= {"LOGS": str(self.logs), "LIVES": str(config.lives), "BAD_NODES": str(config.bad_nodes)}
         settings |= {"STAGGER": str(config.stagger)} if config.stagger >= 0 else {}
         if traits_of(self.stage).lockstep:
-            settings |= {"WAIT": "1800"}  # one rank may have more to do at the end
+            settings |= {"WAIT": "1800"}  # one rank may have more work at the end
         arguments, srun = config.container_args, config.srun_args
         if config.container and config.container_runtime == "pyxis":
             srun = f"--container-image={config.container} {arguments} {srun}".strip()
@@ -167,7 +169,11 @@ class Script:
 
     @property
     def binds(self) -> tuple[str, ...]:
-        """Folders that the stage reads or writes, for a container to see; those below another one are left out."""
+        """Folders that the stage reads or writes, to bind into a container; without subfolders of others.
+
+        Raises:
+            ConfigError: the name of a folder cannot be bound.
+        """
         given = [argument.partition("=") for argument in self.arguments]
         named = [value for key, _, value in given if key in _PLACES]
         paths = sorted({str(Path(name).absolute()) for name in named if name and "://" not in name}, key=len)
@@ -190,7 +196,7 @@ def _in_venv() -> bool:
 
 
 def _this_python() -> list[str]:
-    """Lines that make ``python`` the interpreter that runs this; a node without it reports that."""
+    """Lines that make ``python`` the interpreter of this process; a node on which it is missing reports that."""
     folder = shlex.quote(str(Path(sys.executable).parent))
     return [
         f"PATH={folder}:$PATH",

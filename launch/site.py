@@ -1,4 +1,4 @@
-"""Limits of a site: SLURM's partitions and accounts, disk space and quotas. Queries have time-outs."""
+"""Limits of a site: SLURM's partitions and accounts, disk space and quotas. All queries have timeouts."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from launch import slurm_commands as slurm
 from launch.quantities import mebibytes, minutes
 from pipeline.config.schema import ConfigError
 
-SECONDS = 10.0  # that a command may take to answer
+SECONDS = 10.0  # timeout of a command
 
 
 @dataclass(frozen=True)
 class Limits:
-    """A partition of SLURM; infinite where there is no limit.
+    """A partition of SLURM; values are infinite if there is no limit.
 
     Attributes:
-        most_minutes, default_minutes: of a job's time limit.
-        most_nodes: of a job.
-        cpus, gpus, memory: of one of its nodes on the average; memory in MiB.
+        most_minutes, default_minutes: maximum and default time limit of a job.
+        most_nodes: maximum number of nodes of a job.
+        cpus, gpus, memory: averages per node; memory in MiB.
     """
 
     partition: str
@@ -40,7 +40,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Account:
-    """What an association of the user with an account allows; infinite where there is no limit."""
+    """Limits of the user's association with an account; infinite if there is no limit."""
 
     name: str
     partition: str = ""
@@ -50,7 +50,7 @@ class Account:
 
 @dataclass(frozen=True)
 class Room:
-    """What may still be stored at a place; infinite where nobody says. ``of``: who says so."""
+    """Bytes and files that may still be stored; infinite if unknown. ``of`` names the limit, for messages."""
 
     of: str
     bytes: float = float("inf")
@@ -59,23 +59,23 @@ class Room:
 
 @dataclass(frozen=True)
 class Site:
-    """What could be found out; ``problems`` are questions that were not answered."""
+    """The known limits of a site; ``problems`` lists queries that failed."""
 
     partitions: tuple[Limits, ...] = ()
     default: str = ""
     accounts: tuple[Account, ...] = ()
     most_elements: int = 0
-    """Elements of an array; 0: not known."""
+    """Maximum number of elements of an array; 0: unknown."""
     problems: list[str] = field(default_factory=list)
 
     def limits(self, names: str) -> list[Limits]:
-        """Those of the partitions ``a,b``, or of the default one."""
+        """Limits of the partitions ``a,b``, or of the default partition if ``names`` is empty."""
         wanted = [name.strip() for name in (names or self.default).split(",")]
         return [limits for limits in self.partitions if limits.partition in wanted]
 
 
 def look() -> Site:
-    """Ask SLURM's controller, and its database if there is one."""
+    """Query SLURM's controller, and its database if there is one."""
 
     problems: list[str] = []
 
@@ -102,7 +102,7 @@ def look() -> Site:
 
 
 def parse_partitions(text: str) -> tuple[tuple[Limits, ...], str]:
-    """What ``scontrol show partition --oneliner`` says, and the name of the default partition."""
+    """Parse the output of ``scontrol show partition --oneliner``; also returns the name of the default partition."""
     found, default = [], ""
     for line in text.splitlines():
         said = dict(word.split("=", 1) for word in line.split() if "=" in word)
@@ -132,7 +132,7 @@ def parse_partitions(text: str) -> tuple[tuple[Limits, ...], str]:
 
 
 def parse_associations(text: str) -> tuple[Account, ...]:
-    """What ``sacctmgr --parsable2 show associations format=account,partition,maxsubmitjobs,maxwall`` says."""
+    """Parse ``sacctmgr --parsable2 show associations format=account,partition,maxsubmitjobs,maxwall``."""
     rows = [line.split("|") for line in dict.fromkeys(text.splitlines())]
     return tuple(Account(row[0], row[1], _minutes(row[3]), _limit(row[2])) for row in rows if len(row) == 4 and row[0])
 
@@ -156,12 +156,12 @@ def _minutes(text: str) -> float:
 
 
 def room(place: Path) -> list[Room]:
-    """What may be stored below ``place``: by its file system, and by quotas that ``lfs`` or ``quota`` report."""
+    """Free space below ``place``: of its file system, and of quotas that ``lfs`` or ``quota`` report."""
     there = next((path for path in (place, *place.parents) if path.exists()), Path("/"))
     rooms = []
     try:
         disk = os.statvfs(there)
-        inodes = float(disk.f_favail) if disk.f_files else float("inf")  # some file systems have no fixed number
+        inodes = float(disk.f_favail) if disk.f_files else float("inf")  # file systems without a fixed number report 0
         rooms.append(Room(f"the file system of {there}", disk.f_bavail * disk.f_frsize, inodes))
     except OSError:
         pass
@@ -178,11 +178,14 @@ def _said(*command: str) -> str:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=SECONDS)
     except (OSError, subprocess.TimeoutExpired):
         return ""
-    return done.stdout  # quota ends with 1 where a limit is reached
+    return done.stdout  # the exit code of quota is 1 if a limit is reached
 
 
 def parse_quota(text: str, of: str) -> list[Room]:
-    """The line ``<file system> blocks quota limit grace files quota limit grace`` of lfs and quota; blocks of 1 KiB."""
+    """Parse the output of lfs and quota: ``<file system> blocks quota limit grace files quota limit grace``.
+
+    Blocks have 1 KiB.
+    """
     for line in text.splitlines():
         words = [word.rstrip("*") for word in line.split()]
         numbers = [int(word) for word in words[1:] if word.isdigit()]

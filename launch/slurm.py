@@ -1,6 +1,6 @@
 """cluster=slurm: each stage as a job or an array of jobs that starts when the stages before it have succeeded.
 
-The scripts do the rest (slurm/job.sh): this program may end, and the machine that it ran on, once they are submitted.
+The scripts (slurm/job.sh) do the rest: once they are submitted, this program and its machine are no longer needed.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ from pipeline.distributed.standard_output import forgive
 if TYPE_CHECKING:
     from launch.job import Job
 
-_SOON = 60.0  # seconds: a job that could start within them finds room now
+_SOON = 60.0  # seconds; a job that could start within this time can start now
 
 
 @dataclass
 class Submitted:
-    """A stage that is in SLURM's hands, or need not be."""
+    """A stage that was submitted, or that does not need to be."""
 
     job: Job
     ids: tuple[str, ...]
@@ -56,20 +56,20 @@ class Submitted:
     scripts: tuple[Script, ...]
     size: str = ""
     notes: tuple[str, ...] = ()
-    """Lines for the user below its own."""
+    """Further lines to print for it."""
 
 
-# ---- what to submit
+# ---- submission
 
 
 def submit(jobs: list[Job]) -> int:
-    """Submit the jobs in order, each after those whose results it needs; what is there already is not doubled.
+    """Submit the jobs in order, each depending on those whose results it needs; skips finished and submitted ones.
 
     Raises:
-        SlurmError: sbatch refused one; what was submitted before it stays, and the same command finds it.
+        ConfigError: sbatch refused a job; those submitted before it stay, and the same command finds them.
     """
     require_slurm()
-    forgive()  # a chain is submitted whole, also when nobody reads what is printed (submit.py … | head -1)
+    forgive()  # submit the whole chain even if nobody reads the output (submit.py … | head -1)
     done: list[Submitted] = []
     with outer_job_forgotten():
         _check_first(jobs)
@@ -91,10 +91,10 @@ def submit(jobs: list[Job]) -> int:
 
 
 def _check_first(jobs: list[Job]) -> None:
-    """Raise what can be said before anything is submitted.
+    """Check all jobs before any is submitted.
 
     Raises:
-        ConfigError: names the stage.
+        ConfigError: a stage would fail; the message names it.
     """
     for url in {job.request.config.notify for job in jobs} - {""}:
         require_url(url)
@@ -113,14 +113,14 @@ def _check_first(jobs: list[Job]) -> None:
 
 
 def queued() -> tuple[set[str], set[str]]:
-    """Names of this user's jobs in the queue, and the places that they work on, by their comments."""
+    """Names of this user's jobs in the queue, and the outputs that their comments name."""
     said = persistently(lambda: ask("squeue", "--noheader", "--me", "--format=%j %k"))
     words = [line.split() for line in said.splitlines() if line.strip()]
     return {word[0] for word in words}, {place for word in words for place in pack.places(" ".join(word[1:2]))} - {""}
 
 
 def _check_after(texts: set[str]) -> None:
-    """Raises ConfigError for a job that SLURM does not know: it would take such a dependency for fulfilled."""
+    """Raises ConfigError for a job that SLURM does not know, because it would treat such a dependency as fulfilled."""
     for text in texts:
         for number in re.findall(r"\d+(?:_\d+)?", text):
             try:
@@ -150,10 +150,10 @@ def _submit(job: Job, before: list[Submitted], max_array: int) -> Submitted:
 
 
 def _present(job: Job, ids: tuple[str, ...], scripts: tuple[Script, ...]) -> Submitted:
-    """What waits or runs for the same output already, with the size that it has.
+    """The job that is already pending or running for the same output, with its size.
 
     Raises:
-        ConfigError: it makes something else of the output than is asked for now.
+        ConfigError: its settings would give another result than those of ``job``.
     """
     results, others = precheck.differences(job, scripts[0].logs / f"{ids[0]}_submission.sh")
     if results:
@@ -168,7 +168,7 @@ def _present(job: Job, ids: tuple[str, ...], scripts: tuple[Script, ...]) -> Sub
 
 
 def size_of_job(number: str) -> str:
-    """Nodes and ranks of a job in the queue, as :func:`_size` says it; empty if SLURM does not tell."""
+    """Nodes and ranks of a job in the queue, in the form of :func:`_size`; empty if SLURM does not report them."""
     try:
         lines = ask("scontrol", "show", "job", "--oneliner", number).splitlines()
     except SlurmError:
@@ -190,20 +190,21 @@ def _script_text(path: str) -> str:
 
 
 def only_looks(job: Job) -> bool:
-    """Whether the job has nothing to do but to see that its source is as it was."""
+    """Whether the job only has to check that its source is unchanged."""
     return _makes_data(job.stage) and not traits_of(job.stage).upstream and finished_as_asked(job)
 
 
 def _small(script: Script) -> Script:
-    """The same with a single process."""
+    """The same script with a single process."""
     config = replace(script.request.config, nodes=1, tasks_per_node=1, gpus_per_node=0, array=0)
     return replace(script, array=None, request=replace(script.request, config=config))
 
 
 def preferred(script: Script) -> tuple[Script, tuple[str, ...]]:
-    """The script for the first of several partitions that has room for it now, else for all that could take it.
+    """The script for the first of several partitions in which it can start now, else for all that accept it.
 
-    (Of several, SLURM takes the one where the job can start first, whatever their order.) And what to tell the user.
+    Of several partitions, SLURM chooses the one in which the job can start first, regardless of their order. Also
+    returns notes for the user.
     """
     names = script.request.config.partition.split(",")
     if len(names) == 1:
@@ -227,7 +228,7 @@ def _on(script: Script, partition: str) -> Script:
 
 
 def rehearse(jobs: list[Job]) -> int:
-    """Print the scripts, and what SLURM would say of them; 1 if it would refuse one."""
+    """Print the scripts, and SLURM's answer to each; returns 1 if it would refuse one."""
     available = shutil.which("sbatch") is not None
     accepted = True
     for job in jobs:
@@ -259,10 +260,10 @@ def _advise(done: list[Submitted]) -> None:
 
 
 def scripts_of(job: Job, max_array: int = 0) -> tuple[Script, ...]:
-    """The script of a job; several where an array is larger than SLURM allows.
+    """The script of a job; several scripts if an array is larger than SLURM allows.
 
     Raises:
-        ConfigError: an array of a stage that cannot be one.
+        ConfigError: the job is an array, but the ranks of its stage wait for each other.
     """
     config = job.request.config
     if job.parts:
@@ -274,28 +275,28 @@ def scripts_of(job: Job, max_array: int = 0) -> tuple[Script, ...]:
         raise ConfigError(f"array={config.array}: the ranks of stage {job.stage} wait for each other: use nodes=")
     size = min(config.array, max_array or config.array)
     starts = range(0, config.array, size)
-    # The parts of a large array run side by side and share what may run at a time.
+    # the parts of a large array run at the same time and share array_parallelism
     parallel = max(1, config.array_parallelism // len(starts)) if config.array_parallelism else 0
     arrays = [Array(min(size, config.array - start), start, config.array, parallel) for start in starts]
     return tuple(replace(single, array=array) for array in arrays)
 
 
 def name_of(job: Job) -> str:
-    """The job's name in SLURM: the stage, and what tells this work from any other."""
+    """The job's name in SLURM: the stage, and a hash that identifies the work."""
     if job.parts:
         return name_for("pack", " ".join(name_of(part) for part in job.parts))
     return name_for(job.stage, str(job.output) if job.output else " ".join(sorted(job.arguments)))
 
 
 def comment_of(job: Job) -> str:
-    """For people who look at squeue, and for launch/status.py: where the job works."""
+    """The job's comment in SLURM: its output, for launch/status.py and for people who read squeue."""
     if job.parts:
         return pack.comment([comment_of(part) for part in job.parts if part.output])
     return comment_for(place_of(job))
 
 
 def place_of(job: Job) -> Path:
-    """The job's output, or for a tool without one a place of its name below what it works on."""
+    """The job's output; for a tool without one, a folder of its name below the folder that it works on."""
     config = job.config
     root = Path(getattr(config, "input", "") or getattr(config, "data_dir", "")).absolute()
     return job.output or root / dataset_name(getattr(config, "dataset", "")) / job.stage
@@ -310,23 +311,23 @@ def logs_of(job: Job) -> Path:
 
 
 def dependency_of(job: Job, before: list[Submitted]) -> dict[str, str]:
-    """Options of sbatch that let ``job`` wait for those of ``before`` whose results it needs.
+    """Options of sbatch that make ``job`` wait for those jobs of ``before`` whose results it needs.
 
-    Only an economy: SLURM forgets jobs and then lets their children run, so that each stage looks for itself if its
-    input is finished (``afterok`` of a job that is not known counts as fulfilled). Of arrays no single element has to
-    succeed, as the others do its work: what follows waits for their end, and looks.
+    This is only an optimization: SLURM forgets old jobs, and treats ``afterok`` of an unknown job as fulfilled, so that
+    each stage itself checks that its input is finished. A job after an array waits for the end of all elements
+    (``afterany``), because no single element has to succeed: the others do its work.
     """
     waiting = [entry for entry in before if entry.ids and _needs(job, entry.job)]
     words = [f"{'afterany' if entry.scripts[0].array else 'afterok'}:{':'.join(entry.ids)}" for entry in waiting]
     after = job.request.config.after
-    if after and not waiting:  # those that wait for a job of this command wait for it anyway
+    if after and not waiting:  # jobs that wait for a job of this command already wait for after= indirectly
         words += [re.sub(r"(^|,)(?=\d)", r"\1afterok:", after)]
     words += [text for name, text in job.request.options.items() if name == "dependency"]
     return {"dependency": ",".join(words), "kill-on-invalid-dep": "yes"} if words else {}
 
 
 def _needs(job: Job, other: Job) -> bool:
-    """Whether a job needs what another makes, of the same dataset."""
+    """Whether a job needs the output of another one, for the same dataset."""
     return any(
         pack.share_data(one, two) and _stage_needs(one.stage, two.stage)
         for one in job.parts or (job,)
@@ -335,7 +336,7 @@ def _needs(job: Job, other: Job) -> bool:
 
 
 def _stage_needs(stage: str, other: str) -> bool:
-    """Drawing and judging need what the main line made; any other stage needs all that come before it."""
+    """Stages that use a finished run need datasets and training; any other stage needs all stages before it."""
     return not traits_of(stage).reads_run or _makes_data(other) or traits_of(other).lockstep
 
 
@@ -344,9 +345,9 @@ def _makes_data(stage: str) -> bool:
 
 
 def already_done(job: Job) -> bool:
-    """Whether the job's output is finished, and made from its input as that is now, with these settings.
+    """Whether the job's output is finished, and was made with these settings from the current state of its input.
 
-    In doubt it is not: the stage itself then says what is the matter.
+    False in case of doubt: the stage itself then reports the problem.
     """
     from pipeline.partitions.dataset import Dataset
     from pipeline.partitions.stage import input_folder
@@ -355,7 +356,7 @@ def already_done(job: Job) -> bool:
     if job.parts:
         return all(map(already_done, job.parts))
     if not (_makes_data(job.stage) and traits_of(job.stage).upstream) or not finished_as_asked(job):
-        return False  # the first stage looks at its source again
+        return False  # the first stage must check its source again
     try:
         dataset, upstream = Dataset.open(job.output or ""), Dataset.open(input_folder(job.config, job.stage))
         newest = dataset.plans[-1].header
@@ -367,7 +368,7 @@ def already_done(job: Job) -> bool:
 
 
 def finished_as_asked(job: Job) -> bool:
-    """Whether the job's output is finished, with these settings."""
+    """Whether the job's output is finished, and was made with these settings."""
     from pipeline.partitions.dataset import Dataset
     from pipeline.stages import get_stage
     from pipeline.storage import StorageError
@@ -385,11 +386,11 @@ def finished_as_asked(job: Job) -> bool:
         return False
 
 
-# ---- talking to SLURM
+# ---- calls of sbatch
 
 
 class _Executor(submitit.SlurmExecutor):
-    """submitit's way to submit, with a script of ours. Nothing is pickled: the script holds the whole command."""
+    """Submits our own script with submitit. Nothing is pickled, because the script contains the whole command."""
 
     def __init__(self, script: Script) -> None:
         super().__init__(script.logs)
@@ -399,16 +400,16 @@ class _Executor(submitit.SlurmExecutor):
         return self._script.text
 
     def _make_submission_command(self, submission_file_path: Path) -> list[str]:
-        submission_file_path.chmod(0o600)  # settings may hold secrets, in URLs for example
+        submission_file_path.chmod(0o600)  # settings may contain secrets, for example in URLs
         return super()._make_submission_command(submission_file_path)
 
     def submit_script(self) -> str:
-        """The job's id."""
+        """Submit the script and return the job's id."""
         return str(self._submit_command("").job_id)
 
 
 def _sbatch_once(script: Script) -> tuple[str, ...]:
-    """Submit, and try again while SLURM is away: unless a try that seemed to fail had got through after all."""
+    """Submit the script, retrying while SLURM does not answer, unless an attempt that seemed to fail succeeded."""
     tries = 0
 
     def attempt() -> tuple[str, ...]:
@@ -434,7 +435,7 @@ def _sbatch(script: Script) -> str:
 
 
 def test_only(script: Script) -> tuple[bool, str]:
-    """What ``sbatch --test-only`` says of the script, and if it would be accepted."""
+    """Whether SLURM would accept the script, and the message of ``sbatch --test-only``."""
     with outer_job_forgotten():
         done = subprocess.run(
             ["sbatch", "--test-only"], input=script.text, capture_output=True, text=True, check=False, timeout=120

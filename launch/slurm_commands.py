@@ -1,4 +1,4 @@
-"""Calls of SLURM's commands, with retries while its controller does not answer."""
+"""Calls SLURM's commands, with retries while its controller does not answer."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ import xxhash
 from pipeline.config.options import ConfigError
 
 T = TypeVar("T")
-_PAUSES = (2, 4, 8, 15, 30, 30, 60, 60, 60)  # seconds between tries while the controller does not answer
-_ENDING = 60.0  # seconds to wait for jobs of the same work that are about to end
+_PAUSES = (2, 4, 8, 15, 30, 30, 60, 60, 60)  # seconds between attempts while the controller does not answer
+_ENDING = 60.0  # seconds to wait for jobs of the same name that are about to end
 _AWAY = re.compile(
     "unable to contact slurm controller|socket timed out|connection refused|communication connection failure|"
     "zero bytes were transmitted|temporarily unable|resource temporarily unavailable|transport endpoint|"
@@ -30,7 +30,7 @@ _KEPT = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_JWT")
 
 
 class SlurmError(ConfigError):
-    """SLURM refused, or cannot be reached; the message is its own, on one line."""
+    """SLURM refused a request or cannot be reached; the message is SLURM's, on one line."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message)
@@ -38,7 +38,7 @@ class SlurmError(ConfigError):
 
 
 def require_slurm() -> None:
-    """Raises SlurmError where there is no SLURM."""
+    """Raises SlurmError if SLURM's commands are not installed."""
     missing = [name for name in ("sbatch", "squeue", "srun") if shutil.which(name) is None]
     if missing:
         raise SlurmError(
@@ -48,9 +48,9 @@ def require_slurm() -> None:
 
 @contextlib.contextmanager
 def outer_job_forgotten() -> Iterator[None]:
-    """Context without what a job around this program has set: sbatch and srun would take it for options.
+    """Context: removes the variables of a job around this program, which sbatch and srun would read as options.
 
-    Outside of a job these variables are the user's own (SBATCH_ACCOUNT, SQUEUE_FORMAT) and stay.
+    Outside a job, such variables (SBATCH_ACCOUNT, SQUEUE_FORMAT) were set by the user and are kept.
     """
     before = dict(os.environ)
     if "SLURM_JOB_ID" in os.environ:
@@ -65,10 +65,10 @@ def outer_job_forgotten() -> Iterator[None]:
 
 
 def ask(*command: str, seconds: float = 120) -> str:
-    """What a command of SLURM prints.
+    """Run a SLURM command and return its output.
 
     Raises:
-        SlurmError: it failed, or did not answer in time.
+        SlurmError: it failed, or did not answer within ``seconds``.
     """
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=seconds)
@@ -80,7 +80,7 @@ def ask(*command: str, seconds: float = 120) -> str:
 
 
 def persistently(do: Callable[[], T]) -> T:
-    """``do()``, again and again for some minutes while SLURM's controller is away."""
+    """Return ``do()``, retried for some minutes while SLURM's controller does not answer."""
     for pause in _PAUSES:
         try:
             return do()
@@ -93,8 +93,10 @@ def persistently(do: Callable[[], T]) -> T:
 
 
 def find(name: str) -> tuple[str, ...]:
-    """Ids of this user's jobs of that name that wait or run. Jobs that are just ending are waited for, up to a minute:
-    they may be about to be queued again."""
+    """Ids of this user's pending or running jobs of that name.
+
+    Waits up to a minute for jobs that are just ending, because they may be requeued.
+    """
     command = ("squeue", "--noheader", "--me", f"--name={name}", "--format=%F %T")
     deadline = time.monotonic() + _ENDING
     while True:
@@ -107,24 +109,25 @@ def find(name: str) -> tuple[str, ...]:
 
 
 def max_array_size() -> int:
-    """How many elements SLURM allows in an array."""
+    """Maximum number of elements that SLURM allows in an array."""
     config = persistently(lambda: ask("scontrol", "show", "config"))
     found = re.search(r"^MaxArraySize\s*=\s*(\d+)", config, re.MULTILINE)
     return max(1, int(found[1])) if found else 1000
 
 
 def name_for(stage: str, work: str) -> str:
-    """The name of the job that does ``stage`` in the folder ``work``."""
+    """The name of the job that runs ``stage`` for the output ``work``."""
     return f"{stage}-{xxhash.xxh3_64_hexdigest(f'{stage} {work}')[:10]}"
 
 
 def comment_for(output: str | Path) -> str:
-    """The comment of the job that works on ``output``; quotes, backslashes and spaces would be lost in a script."""
+    """The comment of the job that works on ``output``; quotes, backslashes and spaces, which a script would lose, are
+    replaced."""
     return str(output).translate({ord(c): "_" for c in "'\"\\ "})
 
 
 def one_line(text: str) -> str:
-    """What SLURM said, without the prefixes of its lines and without repetitions."""
+    """SLURM's message on one line, without the prefixes of its lines and without repetitions."""
     lines = (re.sub(r"^(sbatch|squeue|scontrol)(: error)?: ", "", line.strip()) for line in text.splitlines())
     words = "; ".join(dict.fromkeys(line for line in lines if line))
     return words[:600]

@@ -36,7 +36,7 @@ def main(argv: list[str]) -> int:
         try:
             show(config, watch)
         except (KeyboardInterrupt, BrokenPipeError):
-            sys.stderr.close()  # Python would complain of the pipe once more
+            sys.stderr.close()  # otherwise Python reports the broken pipe again at exit
     return 0
 
 
@@ -44,7 +44,7 @@ def read(argv: list[str]) -> StatusConfig:
     """The settings; the folder may be given without its key.
 
     Raises:
-        ConfigError: a key or value that cannot be.
+        ConfigError: a key or value is invalid.
     """
     bare = [word for word in argv[:1] if "=" not in word and not word.startswith("-")]
     settings: dict[str, str] = cli.parse(argv[len(bare) :])
@@ -93,7 +93,7 @@ def _json(config: StatusConfig, watch: Watch) -> None:
 
 
 def _publish(config: StatusConfig, watch: Watch) -> None:
-    """Keep the page, and what Prometheus reads, up to date."""
+    """Keep the page and the metrics for Prometheus up to date."""
     from launch.monitor.metrics import Server, text
 
     snapshot = watch.look()

@@ -1,4 +1,4 @@
-"""A note for status.py about a command that runs several stages, so that it keeps watching between two of them."""
+"""A file that tells status.py that a command runs several stages, so that it keeps watching between two of them."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
-_EVERY = 5.0  # seconds between two signs of life
-_STALE = 30.0
+_EVERY = 5.0  # seconds between updates of the file's modification time
+_STALE = 30.0  # seconds without an update after which the command counts as dead
 _NAME = "submission."
 
 
 class Submission:
-    """Context: while it lasts, a file in ``logs/`` next to the first output says which stage runs, of how many.
+    """Context: keeps a file in ``logs/`` next to the first output that says which of how many stages is running.
 
     Args:
-        first: Output of the first stage that has one; None: there is nothing to look at.
-        stages: Their names, in order.
+        first: Output of the first stage that has one; None: no file is written.
+        stages: Names of the stages, in order.
     """
 
     def __init__(self, first: Path | None, stages: Iterable[str]) -> None:
@@ -39,7 +39,7 @@ class Submission:
         return self
 
     def at(self, number: int) -> None:
-        """The stage of this number, from 1, begins."""
+        """Write that stage ``number``, counted from 1, begins."""
         if self._path is None:
             return
         said = {"host": socket.gethostname(), "pid": os.getpid(), "stages": self._stages, "at": number}
@@ -64,7 +64,8 @@ class Submission:
 
 
 def going_on(logs: Iterable[Path]) -> str:
-    """What a submission says in one of these folders, if one lives: ``stage 2 of 3, shard, of a command on here``."""
+    """The progress of a live command with a file in one of these folders, ``stage 2 of 3, shard, of a command on
+    node1``; empty if there is none."""
     for folder in logs:
         with suppress(OSError, ValueError, KeyError, IndexError, TypeError):
             for path in folder.glob(f"{_NAME}*.json"):

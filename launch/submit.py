@@ -1,7 +1,7 @@
 """Run stages or submit them to SLURM: ``python launch/submit.py stage=<stage[,stage...]|all> key=value ...``.
 
-Keys of the stages are given as in ``python -m pipeline.stages.<stage>``; a key counts for every stage that has it, a
-qualified one (``train.batch_size=64``) for that stage alone. A stage starts when the one before has finished.
+Settings of stages are given as for ``python -m pipeline.stages.<stage>``; a key applies to every stage that has it, a
+qualified key (``train.batch_size=64``) only to that stage. A stage starts when the previous one has finished.
 
     python launch/submit.py stage=all dataset=shapes data_dir=/data ranks=2                      # on this machine
     python launch/submit.py stage=all dataset=mine.yaml data_dir=/data cluster=slurm nodes=4 tasks_per_node=16
@@ -53,10 +53,10 @@ ALL = (*MAIN_LINE, "generate", "evaluate", "report")
 
 
 def jobs_of(launch: LaunchConfig, settings: dict[str, str], requests: Mapping[str, Request] | None = None) -> list[Job]:
-    """The jobs that the settings ask for, each reading what the one before it writes.
+    """The jobs for ``launch.stage`` with these settings, each of which reads the output of the one before it.
 
     Raises:
-        ConfigError: an unknown stage or key, a missing or wrong value.
+        ConfigError: a stage or key is unknown, or a value is missing or wrong.
     """
     names = whole_line(settings) if launch.stage == "all" else launch.stage.split(",")
     for name in names:
@@ -76,7 +76,7 @@ def jobs_of(launch: LaunchConfig, settings: dict[str, str], requests: Mapping[st
     for number, (name, own) in enumerate(_steps(names, settings)):
         keys = {f.name for f in fields(cli.options_of(name, own))}
         runs = [job for job in jobs if job.stage == "train"]
-        before = [job for job in jobs if job.stage != "train"]  # all phases of a recipe learn from the same latents
+        before = [job for job in jobs if job.stage != "train"]  # all phases of a recipe train on the same latents
         if "input" in keys and number and (before or name != "train"):
             own.pop("input", None)
             if (source := _source(name, before)) is not None:
@@ -89,7 +89,7 @@ def jobs_of(launch: LaunchConfig, settings: dict[str, str], requests: Mapping[st
         arguments = tuple(f"{key}={value}" for key, value in own.items())
         config = cli.load(name, arguments)
         if launch.stage == "all" and name == "evaluate" and not config.metric:
-            continue  # nothing that this dataset could be judged by
+            continue  # there is no metric for this dataset
         ranks = 1 if is_single(name, arguments) else launch.ranks
         request = (requests or {}).get(name, Request(launch))
         jobs.append(Job(name, config, arguments, ranks, output_of(name, config), request))
@@ -98,15 +98,15 @@ def jobs_of(launch: LaunchConfig, settings: dict[str, str], requests: Mapping[st
 
 
 def whole_line(settings: Mapping[str, str]) -> list[str]:
-    """The stages of ``stage=all``: those of curation are among them where something asks for them."""
+    """The stages of ``stage=all``; stages of curation are included if a setting requests them."""
     curation = [stage for stage in CURATION if cli.asked_for(stage, dict(settings), ALL)]
     after = ALL.index("filter") + 1
     return [*ALL[:after], *curation, *ALL[after:]]
 
 
 def _source(stage: str, before: list[Job]) -> Path | None:
-    """What ``stage`` reads of what the stages ``before`` it write: the newest that it reads by default, else the newest
-    that holds images; None if it reads no other stage's output."""
+    """The output of the jobs ``before`` that ``stage`` reads: the last one that it reads by default, else the last one
+    that contains images; None if it reads no other stage's output."""
     upstream = traits_of(stage).upstream
     usual = [job for job in before if job.stage in upstream]
     others = [job for job in before if job.stage != "score"]
@@ -126,9 +126,9 @@ def per_dataset(settings: dict[str, str]) -> list[dict[str, str]]:
 
 
 class _Unused:
-    """Settings for all stages go to those stages in which they have an effect; there must be one.
+    """Passes settings for all stages only to stages in which they have an effect, of which there must be at least one.
 
-    A setting for one stage alone (``train.lr=``) must have an effect there: the stage's config says so.
+    A setting for a single stage (``train.lr=``) must have an effect there, which the stage's config checks.
     """
 
     def __init__(self, settings: Mapping[str, str]) -> None:
@@ -137,7 +137,7 @@ class _Unused:
         self._why: dict[str, str] = {}
 
     def drop_from(self, own: dict[str, str], stage: str) -> None:
-        """Take those out of the settings of a stage that have no effect in it."""
+        """Remove the settings that have no effect in a stage from its settings ``own``."""
         for key, why in cli.ineffective(stage, own).items():
             if key in self._plain:
                 del own[key]
@@ -145,14 +145,14 @@ class _Unused:
         self._used |= own.keys()
 
     def require_none(self) -> None:
-        """Raises ConfigError for a setting that no stage has used."""
+        """Raises ConfigError for a setting that has no effect in any stage."""
         for key, why in self._why.items():
             if key not in self._used:
                 raise ConfigError(why)
 
 
 def _steps(names: list[str], settings: dict[str, str]) -> Iterator[tuple[str, dict[str, str]]]:
-    """Each stage with the settings that it takes; training by a recipe once for each phase, unless one is named."""
+    """Each stage with its settings; training with a recipe is repeated for each phase, unless a phase is named."""
     for name in names:
         own = _own(settings, name, names)
         phases = cli.phases_of(own["recipe"]) if name == "train" and own.get("recipe") and not own.get("phase") else []
@@ -163,7 +163,7 @@ def _steps(names: list[str], settings: dict[str, str]) -> Iterator[tuple[str, di
 
 
 def _own(settings: dict[str, str], stage: str, chosen: list[str]) -> dict[str, str]:
-    """Of all settings those that ``stage`` takes; a key that none of ``chosen`` takes is an error."""
+    """The settings that ``stage`` has; a key that no stage of ``chosen`` has raises ConfigError."""
     known = {f.name for name in chosen for f in fields(cli.options_of(name, settings))}
     for key in settings:
         if "." not in key and key not in known:
@@ -176,10 +176,10 @@ def _own(settings: dict[str, str], stage: str, chosen: list[str]) -> dict[str, s
 
 
 def output_of(stage: str, config: Any) -> Path | None:
-    """Where the stage writes; None if it is a tool that has no place of its own.
+    """The output of the stage; None if it is a tool without an output.
 
     Raises:
-        ConfigError: in an object store, next to which there is no place for logs.
+        ConfigError: the output is in an object store, which has no place for logs.
     """
     if not isinstance(config, RunConfig):
         return None
@@ -196,13 +196,13 @@ def output_of(stage: str, config: Any) -> Path | None:
 
 
 def describe(job: Job) -> str:
-    """What a dry run says of a job: its size, as far as it is known now, and its command."""
+    """The text of a dry run about a job: its size, as far as it is known, and its command."""
     ranks = f"{job.ranks} rank{'s' * (job.ranks > 1)}"
     return f"{job.stage}: {size_of(job)}; {ranks}; {job.output or ''}\n    {public_text(' '.join(job.command))}"
 
 
 def size_of(job: Job) -> str:
-    """How much there is to do, as far as it is known now."""
+    """The amount of work as text, as far as it is known."""
     from pipeline.partitions.dataset import Dataset, Unfinished
     from pipeline.stages import get_stage
 
@@ -249,7 +249,7 @@ def _run(argv: list[str]) -> int:
 
 
 def rehearse(jobs: list[Job]) -> int:
-    """Print what would be done, and what each stage would refuse as soon as it starts; 2 if there is such a stage."""
+    """Print what would be done, and errors with which a stage would stop at its start; returns 2 if there are any."""
     from launch import precheck
     from launch.forecast import print_for_here
 
@@ -268,7 +268,7 @@ def rehearse(jobs: list[Job]) -> int:
 
 
 def run_here(jobs: list[Job], launch: Launch) -> int:
-    """Run the jobs on this machine, one after the other; the first exit code that is not 0."""
+    """Run the jobs on this machine, one after the other; returns the first exit code that is not 0."""
     for url in {job.request.config.notify for job in jobs} - {""}:
         notify.require_url(url)
     spans = []
@@ -291,7 +291,7 @@ def run_here(jobs: list[Job], launch: Launch) -> int:
 
 
 def _tell(job: Job, code: int, why: str = "") -> None:
-    """Send the message that ``notify=`` asks for; that it cannot be sent ends nothing."""
+    """Send the message that ``notify=`` requests; a failure to send it is only printed."""
     if url := job.request.config.notify:
         stopped = code in (EXIT_STOPPED, 130)
         event = "finished" if not code else "cancelled" if stopped else "failed"

@@ -1,4 +1,4 @@
-"""A table of findings: failures first, and findings that are the same on several nodes only once."""
+"""A table of findings: failures first, and identical findings of several nodes only once."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Row:
 
 
 def rows(findings: Iterable[Finding]) -> list[Row]:
-    """What is the same on several ranks or nodes makes one row; of good findings the check alone must be the same."""
+    """Merge equal findings of several ranks or nodes into one row, and good findings of the same check."""
     made: dict[tuple[str, ...], Row] = {}
     for finding in findings:
         exact = (finding.text, finding.advice) if finding.state != "ok" else ()
@@ -60,7 +60,7 @@ def render(findings: Iterable[Finding]) -> Table:
 
 
 def verdict(findings: list[Finding]) -> str:
-    """The last line."""
+    """The summary line below the table."""
     shown = rows(findings)
     fails, warns = (sum(row.state == state for row in shown) for state in ("fail", "warn"))
     if fails:

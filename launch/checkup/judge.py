@@ -8,19 +8,19 @@ from collections import defaultdict
 from launch.checkup.start import Heard
 from pipeline.doctor.finding import Finding
 
-_SLOW = 0.5  # of the median speed of all nodes
+_SLOW = 0.5  # share of the median speed of all nodes below which a node is slow
 _LAST_LINES = 3
-_MARKS = ("start", "end")  # findings that only show that a rank lives
+_MARKS = ("start", "end")  # findings that only show that a rank is alive
 
 
 def judge(heard: Heard) -> list[Finding]:
-    """The findings of all ranks that people should see, and what follows from comparing them."""
+    """The findings of all ranks, plus findings from comparing them."""
     shown = [finding for finding in heard.findings if finding.check not in _MARKS]
     return [*shown, *_silent(heard), *_different(shown), *_slow(shown)]
 
 
 def _silent(heard: Heard) -> list[Finding]:
-    """Ranks that did not come to their end."""
+    """Findings about ranks that did not finish."""
     wanted = set(range(heard.ranks)) if heard.ranks else {-1}
     ended = {finding.rank for finding in heard.findings if finding.check == "end"}
     begun = {finding.rank: finding.node for finding in heard.findings}
@@ -42,7 +42,7 @@ def _numbers(ranks: list[int]) -> str:
 
 
 def _different(findings: list[Finding]) -> list[Finding]:
-    """Nodes whose Python or packages are not those of the others."""
+    """Findings about nodes whose Python, packages or driver differ from the others."""
     found = []
     for key, what in (("python", "Python"), ("packages", "packages"), ("driver", "driver")):
         nodes: dict[str, list[str]] = defaultdict(list)
@@ -60,7 +60,7 @@ def _different(findings: list[Finding]) -> list[Finding]:
 
 
 def _slow(findings: list[Finding]) -> list[Finding]:
-    """Nodes that decode far more slowly than the others."""
+    """Findings about nodes that decode much more slowly than the others."""
     speeds = {finding.node: float(finding.values["decode"]) for finding in findings if "decode" in finding.values}
     if len(speeds) < 3:
         return []

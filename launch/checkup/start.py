@@ -1,4 +1,4 @@
-"""Starts the checks of pipeline/doctor: in this process, as ranks on this machine, or as tasks of a small SLURM job."""
+"""Starts the checks of pipeline/doctor: as a single process or ranks on this machine, or as tasks of a SLURM job."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from pipeline.config.schema import ConfigError, DoctorConfig
 from pipeline.distributed.environment import free_port
 from pipeline.doctor.finding import MARK, Finding, read
 
-_LIMIT = 900  # seconds that a check may take, once it runs
+_LIMIT = 900  # seconds that the checks may take once they run
 _KEPT_LINES = 50
-# The container's options are completed here, as pyxis takes them from srun; $1 is the number of srun's options
+# The container's options are completed here, because pyxis reads them from srun; $1 is the number of srun's options
 _SRUN = """source "$LATENTMILL_HOME/slurm/container.sh"; export CONTAINER
 exec srun "${@:2:$1}" $SRUN_ARGS bash -c "$DOCTOR" doctor "${@:$1+2}" """
 _SBATCH_ONLY = ("comment", "array", "chdir", "output", "open-mode", "requeue", "signal", "job-name", "time")
@@ -32,18 +32,18 @@ _SBATCH_ONLY = ("comment", "array", "chdir", "output", "open-mode", "requeue", "
 
 @dataclass
 class Heard:
-    """What came of the ranks."""
+    """Output of the ranks."""
 
     ranks: int
-    """That were asked for; 0: one process that is no rank."""
+    """Requested number of ranks; 0: a single process that is not a rank."""
     findings: list[Finding] = field(default_factory=list)
     other: list[str] = field(default_factory=list)
-    """Last lines that are no findings."""
+    """The last lines that are not findings."""
     code: int = 0
 
 
 def here(config: DoctorConfig, launch: Launch) -> Heard:
-    """Check this machine by one process, or by ``ranks=`` of them."""
+    """Check this machine with one process, or with ``ranks=`` processes."""
     count = launch.config.ranks
     port = str(free_port())
     command = [sys.executable, "-u", "-m", "pipeline.doctor", *_arguments(config, launch)]
@@ -59,9 +59,10 @@ def here(config: DoctorConfig, launch: Launch) -> Heard:
 
 
 def on_slurm(config: DoctorConfig, launch: Launch, tell: Callable[[str], None]) -> Heard:
-    """Check the nodes of a small job that asks for what a job of ``stage=`` would ask for.
+    """Check the nodes of a small job that requests the same resources as a job of ``stage=``.
 
-    It is one ``srun``, whose tasks answer over the network: no node needs to see any file for its fault to be told.
+    It is a single ``srun`` whose tasks report over the network, so that a node does not need a shared file system to
+    report what is wrong with it.
     """
     request = launch.requests[config.stage]
     script = _script(config, request)
@@ -75,14 +76,14 @@ def on_slurm(config: DoctorConfig, launch: Launch, tell: Callable[[str], None]) 
     }  # for slurm/container.sh; srun sets its own
     for name in os.environ:
         if name.startswith(("SLURM_CPU_BIND", "SLURM_MEM_BIND")):
-            environment[name] = ""  # of a job around this one: they would bind our tasks to its CPUs
+            environment[name] = ""  # set by a surrounding job, they would bind our tasks to its CPUs
     command = ["bash", "-c", _SRUN, "doctor", str(len(words)), *words, *_arguments(config, launch)]
     collector.wait([collector.start(command, environment)], config.queue + _LIMIT + 60)
     return heard
 
 
 def script_of(config: DoctorConfig, launch: Launch) -> Script:
-    """A job script of ``stage=``, to ask SLURM what it says of such a job."""
+    """A job script of ``stage=``, to find out whether SLURM would accept such a job."""
     return _script(config, launch.requests[config.stage])
 
 
@@ -102,7 +103,7 @@ def _srun_options(script: Script, config: DoctorConfig) -> list[str]:
 
 
 def _setup(request: Request) -> str:
-    """Lines that every script of ours runs, so that a check sees what a job would see."""
+    """Set-up lines of our job scripts, so that the checks run in the same environment as a job."""
     own = [] if (Path(sys.prefix) / "bin/activate").exists() else [
         f"PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH"
     ]  # fmt: skip
@@ -123,7 +124,7 @@ def _arguments(config: DoctorConfig, launch: Launch) -> list[str]:
 
 
 class _Collector:
-    """Reads what processes say while they run."""
+    """Reads the output of processes while they run."""
 
     def __init__(self, heard: Heard, tell: Callable[[str], None] = lambda line: None) -> None:
         self._heard, self._tell = heard, tell

@@ -12,7 +12,7 @@ from launch.quantities import mebibytes
 from pipeline.config.schema import ConfigError
 from pipeline.telemetry.efficiency import Efficiency
 
-EVERY = 60.0  # seconds between two sacct: its database has other things to do
+EVERY = 60.0  # seconds between two calls of sacct, to spare its database
 _SECONDS = 10.0
 _FIELDS = ("JobIDRaw", "State", "ElapsedRaw", "TotalCPU", "AllocCPUS", "ReqMem", "MaxRSS", "NNodes")
 _OPEN = ("RUNNING", "PENDING", "REQUEUED", "RESIZING", "SUSPENDED")
@@ -20,7 +20,10 @@ _OPEN = ("RUNNING", "PENDING", "REQUEUED", "RESIZING", "SUSPENDED")
 
 @dataclass
 class JobUse:
-    """A job with all its lives. Seconds and bytes; ``memory`` is that of its largest task, ``asked`` of a node."""
+    """Resource usage of a job over all its lives, in seconds and bytes.
+
+    ``memory`` is that of its largest task; ``asked`` is the memory requested per node.
+    """
 
     over: bool = True
     elapsed: float = 0.0
@@ -31,7 +34,7 @@ class JobUse:
 
 
 def parse(text: str) -> dict[str, JobUse]:
-    """What ``sacct --parsable2 --duplicates`` says of jobs and their steps, by job id."""
+    """Parse the output of ``sacct --parsable2 --duplicates``: job id → usage, including the job's steps."""
     found: dict[str, JobUse] = {}
     for line in text.splitlines():
         row = line.split("|")
@@ -53,7 +56,7 @@ def parse(text: str) -> dict[str, JobUse]:
 
 
 def _seconds(text: str) -> float:
-    """``[days-][hours:]minutes:seconds[.fraction]``."""
+    """Convert ``[days-][hours:]minutes:seconds[.fraction]`` to seconds."""
     days, _, clock = text.rpartition("-")
     total = 0.0
     for part in clock.split(":"):
@@ -62,14 +65,14 @@ def _seconds(text: str) -> float:
 
 
 def _node_memory(text: str, cpus: int, nodes: int) -> int:
-    """ReqMem: of the job (``16G``), before SLURM 21.08 of a node (``16Gn``) or of a CPU (``2Gc``)."""
+    """Bytes per node, from ReqMem: of the job (``16G``), before SLURM 21.08 of a node (``16Gn``) or CPU (``2Gc``)."""
     size = mebibytes(text.strip("?")) * 2**20
     return int(size * {"c": cpus / max(1, nodes), "n": 1.0}.get(text[-1:], 1 / max(1, nodes)))
 
 
 @dataclass
 class Accounting:
-    """The uses of jobs that ended. Nothing is known where there is no accounting."""
+    """Resource usage of jobs that have ended; empty if SLURM has no accounting."""
 
     uses: dict[str, JobUse] = field(default_factory=dict)
     problem: str = ""
@@ -77,7 +80,7 @@ class Accounting:
     _next: float = 0.0
 
     def refresh(self, jobs: Iterable[str]) -> None:
-        """Ask for those of ``jobs`` that are not known yet, if it is not too early."""
+        """Query the ``jobs`` whose final usage is unknown, but not more often than :data:`EVERY` seconds."""
         wanted = sorted({job for job in jobs if job and not (job in self.uses and self.uses[job].over)})
         if not self.available or not wanted or time.monotonic() < self._next:
             return
@@ -95,7 +98,7 @@ class Accounting:
         self.uses |= parse(said)
 
     def refined(self, found: Efficiency, jobs: Iterable[str]) -> Efficiency:
-        """``found`` with what accounting knows of the stage's jobs, which did nothing else."""
+        """``found`` refined by the accounting of ``jobs``, which must not have run other stages."""
         uses = [self.uses[job] for job in set(jobs) if job in self.uses and self.uses[job].over]
         given = sum(use.cpu_seconds_given for use in uses)
         if not given:

@@ -1,7 +1,7 @@
-"""Which rank hung in which collective, from the recordings that ranks left when they ended (torch's flight recorder).
+"""Reports which rank hung in which collective, from recordings of torch's flight recorder written by ranks that ended.
 
-A recording is a pickle of plain values: lists, dicts, texts, numbers. It is read without any class or function, so that
-a file that somebody else wrote cannot run code here.
+A recording is a pickle of lists, dicts, strings and numbers. It is read without support for classes and functions, so
+that a file written by somebody else cannot run code here.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from pathlib import Path
 from typing import Any
 
 FLIGHT = "flight-"
-"""Beginning of the files' names; then the rank."""
+"""Prefix of the files' names, followed by the rank."""
 _NAME = re.compile(rf"{FLIGHT}(?:gloo-)?(\d+)")
 _MOST_BYTES = 2**28
-_NAMED = 16  # ranks that a sentence names
+_NAMED = 16  # maximum number of ranks, or ranges of ranks, in a sentence
 _LIBRARY = re.compile(r"/(site|dist)-packages/|/lib/python3")
 
 
 class Unreadable(ValueError):
-    """A file is no recording."""
+    """A file is not a recording."""
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,9 @@ class Call:
     sequence: int
     """Number among the collectives of its group, from 1."""
     what: str
-    """``all_reduce of [1024, 64] Float``."""
+    """Description: ``all_reduce of [1024, 64] Float``."""
     place: str
-    """Where it was called, outside of libraries: ``train.py:120 (step)``; empty if unknown."""
+    """Innermost caller outside libraries: ``train.py:120 (step)``; empty if unknown."""
     done: bool
 
 
@@ -50,7 +50,7 @@ class Recording:
 
     @property
     def waiting(self) -> Call | None:
-        """The collective in which the rank waited."""
+        """The collective in which the rank waited; None if all are completed."""
         return next((call for call in self.calls if not call.done), None)
 
     @property
@@ -67,7 +67,7 @@ def read(path: Path) -> list[Recording]:
     """The recordings in a file, one for each process group.
 
     Raises:
-        Unreadable: it is not what torch writes.
+        Unreadable: it is not a recording of torch.
         OSError: it cannot be read.
     """
     match = _NAME.fullmatch(path.name)
@@ -93,7 +93,7 @@ def _recording(rank: int, entries: list[dict[str, Any]], dump: dict[str, Any]) -
     status = dump.get("pg_status", {})
     status = status.get(entries[-1]["pg_id"]) or status.get(str(entries[-1]["pg_id"])) or {}
     completed = int(status.get("last_completed_collective", -1))
-    calls = {int(entry["collective_seq_id"]): _call(entry, completed) for entry in entries}  # parts of one: the last
+    calls = {int(entry["collective_seq_id"]): _call(entry, completed) for entry in entries}  # keeps the last part
     ordered = tuple(calls[sequence] for sequence in sorted(calls))
     return Recording(rank, "default" if description == "default_pg" else description or name, members, ordered)
 
@@ -110,7 +110,7 @@ def _call(entry: dict[str, Any], completed: int) -> Call:
 
 
 def _place(frames: Iterable[dict[str, Any]]) -> str:
-    """The innermost frame outside of libraries."""
+    """The innermost frame outside libraries."""
     for frame in frames:
         path = str(frame["filename"])
         if path.endswith(".py") and not _LIBRARY.search(path):
@@ -118,11 +118,11 @@ def _place(frames: Iterable[dict[str, Any]]) -> str:
     return ""
 
 
-# ---- what they say together
+# ---- comparison of ranks
 
 
 def explain(files: Iterable[Path]) -> list[str]:
-    """Sentences that say who waited in which collective, and who did not come; empty if nobody waited."""
+    """Sentences that say which ranks waited in which collective, and which were missing; empty if none waited."""
     lines: list[str] = []
     groups: dict[str, list[Recording]] = {}
     ranks: set[int] = set()
@@ -142,7 +142,7 @@ def explain(files: Iterable[Path]) -> list[str]:
 
 def _explain_group(group: str, recordings: list[Recording], ranks: set[int]) -> list[str]:
     waiting = {recording.rank: call for recording in recordings if (call := recording.waiting)}
-    if not waiting:  # for gloo, a collective that failed is over like any other: those that came furthest waited
+    if not waiting:  # gloo marks failed collectives as completed: the ranks that got furthest were waiting
         lasts = {recording.rank: recording.last for recording in recordings if recording.last}
         furthest = max((call.sequence for call in lasts.values()), default=0)
         if all(call.sequence == furthest for call in lasts.values()):
@@ -175,7 +175,7 @@ def _explain_group(group: str, recordings: list[Recording], ranks: set[int]) -> 
 
 
 def _named(ranks: Sequence[int]) -> str:
-    """``rank 3``, ``ranks 0-5, 7``."""
+    """Ranks as text: ``rank 3``, ``ranks 0-5, 7``."""
     spans: list[list[int]] = []
     for rank in ranks:
         if spans and rank == spans[-1][1] + 1:

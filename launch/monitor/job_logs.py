@@ -1,4 +1,4 @@
-"""Logs that are not named in any event: files that the launcher left in ``logs/`` next to an output."""
+"""Finds logs that no event names: files that the launcher wrote to ``logs/`` next to an output."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from pathlib import Path
 from launch.monitor.flight_report import FLIGHT
 
 UNHARMED = ("0", "75", "76")
-"""Exit codes of ranks that finished, were stopped, or ended because another failed."""
+"""Exit codes of ranks that finished, were stopped, or ended because another rank failed."""
 _ERROR = re.compile(r"^(?:\d\d:\d\d:\d\d \[rank [^]]*\] )?(error: .*|[A-Za-z_.]*Error: .*)$", re.MULTILINE)
 _VERDICT = re.compile(r"(?:Not started again|Giving up|could not be requeued)")
 _FOLDER = re.compile(r"(.+)\.(?:slurm|\d{8}-\d{6}\.\d+)")
 _TAIL = 20_000  # bytes at the end of a log that are searched
-_FEW = 8  # logs of ranks that are searched
+_FEW = 8  # number of rank logs that are searched
 
 
 @dataclass
@@ -24,10 +24,10 @@ class JobLogs:
     """Logs of the newest job that worked on an output.
 
     Attributes:
-        outputs: the job's own, of SLURM.
-        ranks: one of each task.
-        lives: folders with what ranks said of how they ended, the newest last.
-        flight: recordings of collectives, of the last life.
+        outputs: SLURM's log of the job itself.
+        ranks: one log per task.
+        lives: folders with the ranks' reports of how they ended, one per life, the newest last.
+        flight: recordings of collectives from the last life.
     """
 
     outputs: list[Path] = field(default_factory=list)
@@ -37,12 +37,12 @@ class JobLogs:
 
     @cached_property
     def ended(self) -> dict[int, str]:
-        """Rank -> its exit code, of the job's last life."""
+        """Rank → its exit code in the job's last life."""
         codes = [path.name.partition(".") for path in (self.lives[-1].glob("*.*") if self.lives else [])]
         return {int(rank): code for rank, _, code in codes if rank.isdigit() and code.isdigit()}
 
     def of_rank(self, rank: int) -> list[Path]:
-        """Ranks of an array's elements count on, tasks of each from 0."""
+        """The log of a rank; in arrays, ranks are numbered over all elements, but tasks of each element from 0."""
         tasks = {
             int(found[1]): path for path in self.ranks if (found := re.search(r"(?:-|rank)(\d+)\.log$", path.name))
         }
@@ -50,18 +50,18 @@ class JobLogs:
 
     def of_failed(self) -> list[Path]:
         failed = [rank for rank, code in sorted(self.ended.items()) if code not in UNHARMED]
-        if not failed and not self.outputs:  # no job script says how they ended
+        if not failed and not self.outputs:  # without a job script, there are no reports of how ranks ended
             return [path for path in self.ranks if _ERROR.search(_end_of(path))]
         return [log for rank in failed for log in self.of_rank(rank)] or (self.outputs if self.failed else [])
 
     @property
     def left_out(self) -> list[str]:
-        """Nodes that did badly in earlier lives and are left out of later ones."""
+        """Nodes that did badly in earlier lives and are excluded from later ones."""
         return sorted(set(_read(self.lives[-1].parent / "excluded").split())) if self.lives else []
 
     @property
     def failed(self) -> bool:
-        """Whether the last that is known of the job is that it failed."""
+        """Whether the job failed, as far as its logs show."""
         if any(code not in UNHARMED for code in self.ended.values()):
             return True
         if self.outputs:
@@ -70,7 +70,7 @@ class JobLogs:
 
     @property
     def reason(self) -> str:
-        """The first error that a rank told; empty if there is none."""
+        """The first error that a rank reported; empty if there is none."""
         for rank, code in sorted(self.ended.items()):
             if code not in UNHARMED:
                 lines = _read(self.lives[-1] / f"{rank}.{code}").splitlines()

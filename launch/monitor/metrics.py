@@ -1,7 +1,7 @@
-"""The numbers of the status table as metrics for Prometheus, in its text format, served on a port.
+"""Serves the numbers of the status table as metrics for Prometheus, in its text format, on a port.
 
-The text format takes 15 lines here. prometheus_client keeps metrics that a program updates one by one; these are all
-computed together from one look at the events and records, and the launcher would need the package for nothing else.
+The text format takes 15 lines here. prometheus_client is made for metrics that a program updates one by one; these are
+all computed at once from events and records, and the launcher needs the package for nothing else.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def _escaped(text: str) -> str:
 
 
 class Server:
-    """Answers GET /metrics with what ``current`` says, in the background.
+    """Answers GET /metrics with the text that ``current`` returns, in a background thread.
 
     Raises:
         ConfigError: the port cannot be obtained.

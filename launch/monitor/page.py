@@ -19,7 +19,7 @@ from pipeline.telemetry.events import DONE, GPU, LOSS, MEMORY, READ, TIME, WAITE
 from pipeline.telemetry.units import duration, size
 
 _TIMES = 120
-_STEADY = 5  # points at the end of a live process that its present speed is the mean of
+_STEADY = 5  # newest points of a live process over which its current speed is averaged
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP = 340, 150, 46, 20, 8
 Series = NDArray[np.float64]
 
@@ -31,18 +31,18 @@ class Plot:
 
 
 def write(path: Path, snapshot: Snapshot, processes: dict[str, list[Process]], every: float) -> None:
-    """Write the page; readers see the old one or the new one.
+    """Write the page atomically: readers see either the old or the new one.
 
     Args:
-        processes: by path of the stage; they remember the past.
-        every: seconds after which the page loads itself again; 0: never.
+        processes: path of a stage → its processes, with their past events.
+        every: seconds after which the page reloads itself; 0: never.
     """
     with Folder.open(path.absolute().parent) as folder:
         folder.write_atomic(path.name, render(snapshot, processes, every).encode())
 
 
 def render(snapshot: Snapshot, processes: dict[str, list[Process]], every: float) -> str:
-    places = [PackageLoader("launch.monitor", "."), PackageLoader("pipeline.stages")]  # the style is that of the report
+    places = [PackageLoader("launch.monitor", "."), PackageLoader("pipeline.stages")]  # it shares the report's style
     environment = Environment(loader=ChoiceLoader(places), autoescape=True)
     environment.globals |= {
         "bad": BAD,
@@ -64,7 +64,7 @@ def render(snapshot: Snapshot, processes: dict[str, list[Process]], every: float
 
 
 def plots(stage: StageStatus, processes: list[Process], now: float) -> list[Plot]:
-    """How it went since its first process began."""
+    """Plots of a stage since its first process began."""
     if not processes:
         return []
     begin = min(process.last["begin"] for process in processes)
@@ -87,18 +87,18 @@ def plots(stage: StageStatus, processes: list[Process], now: float) -> list[Plot
 
 
 def _columns(process: Process) -> Series:
-    """(points, columns), with the begin as the first point."""
+    """Points of a process, (points, columns), preceded by one for its start."""
     first = [process.last["begin"], *[0.0] * WAITED, *process.points[0][MEMORY:]]
     return np.array([first, *process.points], np.float64)
 
 
 def _slope(processes: list[Process], times: Series, column: int) -> Series:
-    """What all processes together do per second, of a quantity that each of them counts."""
+    """Sum over all processes of the growth per second of a column that they count up, at each of ``times``."""
     total = np.zeros(len(times))
     for process in processes:
         points = _columns(process)
         seen, counted = points[:, TIME], np.maximum.accumulate(points[:, column])
-        if not process.ended and len(points) > 2:  # until it speaks again it goes on as before, not at speed 0
+        if not process.ended and len(points) > 2:  # until its next event, assume its last speed instead of 0
             since = max(0, len(points) - 1 - _STEADY)
             speed = (counted[-1] - counted[since]) / max(seen[-1] - seen[since], 1e-9)
             ahead = 2 * process.last.get("beat", 10.0)
@@ -109,7 +109,7 @@ def _slope(processes: list[Process], times: Series, column: int) -> Series:
 
 
 def _level(processes: list[Process], times: Series, column: int | None) -> Series:
-    """The sum of a quantity over the processes that live at each time; without a column, their number."""
+    """Sum of a column over the processes that live at each of ``times``; with None, the number of processes."""
     total = np.zeros(len(times))
     for process in processes:
         points = _columns(process)
@@ -119,7 +119,7 @@ def _level(processes: list[Process], times: Series, column: int | None) -> Serie
 
 
 def _mean(processes: list[Process], times: Series, column: int) -> Series:
-    """The mean over the processes that tell, NaN where none does."""
+    """Mean of a column over the processes that report it at each of ``times``; NaN if none does."""
     total, count = np.zeros(len(times)), np.zeros(len(times))
     for process in processes:
         points = _columns(process)
@@ -136,7 +136,7 @@ def _mean(processes: list[Process], times: Series, column: int) -> Series:
 
 
 def draw(times: Series, values: Series) -> str:
-    """A line over time as SVG."""
+    """An SVG with ``values`` as a line over ``times``."""
     good = np.isfinite(values)
     top = nice(float(values[good].max()) if good.any() else 1.0)
     right, bottom = _WIDTH - 8, _HEIGHT - _BOTTOM
@@ -165,7 +165,7 @@ def draw(times: Series, values: Series) -> str:
 
 
 def nice(value: float) -> float:
-    """The next larger of 1, 2, 4 or 10 times a power of ten."""
+    """``value`` rounded up to 1, 2, 4 or 10 times a power of ten."""
     if value <= 0:
         return 1.0
     power = 10.0 ** np.floor(np.log10(value))

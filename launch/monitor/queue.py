@@ -14,7 +14,7 @@ from launch import slurm_commands as slurm
 from launch.pack import places
 from pipeline.config.schema import ConfigError
 
-EVERY = 10.0  # seconds between two squeue: a controller has other things to do
+EVERY = 10.0  # seconds between two calls of squeue, to spare the controller
 _FIELDS = ("%A", "%F", "%i", "%j", "%T", "%S", "%M", "%l", "%D", "%N", "%r", "%x", "%k")
 _REASONS = {
     "Resources": "waits for nodes to become free",
@@ -39,16 +39,16 @@ _REASONS = {
     "Cleaning": "SLURM is still cleaning up after its previous life",
 }
 _NO_CLUSTER = ("Could not establish a configuration source", "Unable to process configuration file")
-"""How squeue says that it is installed on a machine that belongs to no cluster."""
+"""Messages of squeue on a machine that does not belong to a cluster."""
 
 
 @dataclass(frozen=True)
 class QueuedJob:
-    """A job as squeue shows it.
+    """A job in the output of squeue.
 
     Attributes:
-        why: what its reason for waiting means.
-        excluded: nodes that it leaves out: its user's, and those that did badly in an earlier life.
+        why: explanation of its reason for being pending.
+        excluded: nodes that it excludes: those given by the user, and those that did badly in an earlier life.
     """
 
     number: str
@@ -77,14 +77,14 @@ class QueuedJob:
         return f"{meaning or 'waits'} ({reason}){begin}"
 
     def speaks_of(self, comment: str) -> bool:
-        """Whether the job's comment names this output; that of slurm/pipeline.sh ends in a star, as for any variant."""
+        """Whether the job's comment names this output; a comment of slurm/pipeline.sh ends in ``*`` for any variant."""
         if self.comment.endswith("*"):
             return comment == self.comment[:-1] or comment.startswith(self.comment[:-1] + "-")
         return bool(comment) and comment in places(self.comment)
 
     @property
     def label(self) -> str:
-        """What a person calls the job: its name, or the folders of the stages that share it."""
+        """Short text for the job: its name, or the folders of the stages of a packed job."""
         outputs = places(self.comment)
         return ", ".join(output.rpartition("/")[2] for output in outputs) if len(outputs) > 1 else self.name
 
@@ -97,19 +97,19 @@ class QueuedJob:
 
 
 class Queue:
-    """The jobs of the user who owns ``folder``, as of at most :data:`EVERY` seconds ago."""
+    """The jobs of the user who owns ``folder``, at most :data:`EVERY` seconds old."""
 
     def __init__(self, folder: Path) -> None:
         self.jobs: tuple[QueuedJob, ...] = ()
         self.problem = ""
         self.asked = 0.0
-        """When the last answer was asked for, in seconds since 1970."""
+        """Time of the last successful query, in seconds since the epoch."""
         self.available = shutil.which("squeue") is not None
         self._user = _owner(folder)
         self._next = 0.0
 
     def refresh(self, oldest: float = EVERY) -> None:
-        """Ask again if the last answer is older than ``oldest`` seconds."""
+        """Query the queue again if the last answer is older than ``oldest`` seconds."""
         if not self.available or time.monotonic() < self._next - EVERY + oldest:
             return
 
@@ -129,7 +129,7 @@ class Queue:
         self.problem, self.asked = "", now
 
     def is_over(self, job: str, seen: float) -> str:
-        """What became of a job that was seen at the time ``seen``; empty if it may be running."""
+        """What became of a job that was running at the time ``seen``; empty if it may still be running."""
         if not job or not self.asked or seen > self.asked:
             return ""
         found = [other for other in self.jobs if job in (other.number, other.base)]
@@ -147,7 +147,7 @@ def _job(line: str) -> QueuedJob | None:
     number, base, id_, name, state, start, elapsed, limit, nodes, nodelist, reason, excluded, comment = (
         p.strip() for p in parts
     )
-    place = comment.partition(" ")[0]  # what a user has to say comes behind it
+    place = comment.partition(" ")[0]  # followed by the user's own comment
     return QueuedJob(number, base, id_, name, state, start, elapsed, limit, nodes, nodelist, reason, place, excluded)
 
 

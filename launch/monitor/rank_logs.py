@@ -16,12 +16,12 @@ from launch.monitor.watch import ACTIVE, Snapshot, StageStatus
 from pipeline.config.cli import nearest
 from pipeline.config.schema import ConfigError
 
-_MOST = 5  # logs shown at a time
+_MOST = 5  # logs shown at the same time
 _ROUND = 0.5
 
 
 def choose(snapshot: Snapshot, wanted: str) -> list[Path]:
-    """The logs that ``logs=wanted`` means: rank3 (or 3), failed, or job.
+    """The logs selected by ``logs=wanted``: rank3 (or 3), failed, or job.
 
     Raises:
         ConfigError: there is no such log.
@@ -32,7 +32,7 @@ def choose(snapshot: Snapshot, wanted: str) -> list[Path]:
     stage = _of_interest(snapshot.stages)
     folders = [Path(stage.path)] if stage else []
     if not snapshot.stages:
-        folders = [Path(snapshot.root)]  # a stage that failed before it had planned
+        folders = [Path(snapshot.root)]  # for a stage that failed before it had a plan
     found: dict[Path, None] = {}
     if number:
         rank = int(number[1])
@@ -58,7 +58,7 @@ def choose(snapshot: Snapshot, wanted: str) -> list[Path]:
 
 
 def _of_interest(stages: list[StageStatus]) -> StageStatus | None:
-    """The stage that runs, else that ended badly, else the one that did something last."""
+    """The running stage, else one that ended badly, else the most recent one."""
 
     def begun(stage: StageStatus) -> float:
         return max((rank.begin for rank in stage.ranks), default=0.0)
@@ -68,7 +68,7 @@ def _of_interest(stages: list[StageStatus]) -> StageStatus | None:
 
 
 def collectives(snapshot: Snapshot) -> list[str]:
-    """Who hung in which collective, in the newest life of the newest job of the stage of interest."""
+    """Which ranks hung in which collective, in the newest life of the newest job of the stage of interest."""
     stage = _of_interest(snapshot.stages)
     return explain(newest(Path(stage.path)).flight) if stage and stage.state != "finished" else []
 
@@ -77,7 +77,7 @@ def collectives(snapshot: Snapshot) -> list[str]:
 
 
 def show(logs: list[Path], lines: int, more: Callable[[], bool] | None) -> None:
-    """Print the last ``lines`` of each, and then, while ``more`` says so, what is added to them."""
+    """Print the last ``lines`` of each log, and then, as long as ``more`` returns True, what is added to them."""
     places = {}
     for number, path in enumerate(logs):
         if len(logs) > 1:
@@ -108,7 +108,7 @@ def _added(places: dict[Path, int]) -> Iterator[tuple[Path, str]]:
         with suppress(FileNotFoundError), path.open("rb") as file:  # while it is being replaced
             file.seek(
                 place if place <= os.fstat(file.fileno()).st_size else 0
-            )  # else a new file, as the old one was full
+            )  # otherwise it is a new file, because the old one was full
             if added := file.read():
                 places[path] = file.tell()
                 yield path, added.decode("utf-8", "replace")

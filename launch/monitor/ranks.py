@@ -1,4 +1,4 @@
-"""The state of each rank, derived from the events of its processes."""
+"""Derives the state of each rank from the events of its processes."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from pipeline.telemetry.units import duration
 
 LIVE = ("running", "waiting", "slow", "stuck")
 BAD = ("failed", "hung", "lost", "silent", "stuck", "slow")
-"""States that a person should know of, the worst first."""
-_MISSED = 2.5  # heartbeats that did not come: time to ask SLURM
-_SILENT = 6  # heartbeats that did not come: silent in any case
-_STUCK = 30  # heartbeats without progress
-_SLOW = 1 / 3  # of the median speed
+"""States that a person should know about, the worst first."""
+_MISSED = 2.5  # missed heartbeats after which SLURM is asked about the job
+_SILENT = 6  # missed heartbeats after which a rank counts as silent
+_STUCK = 30  # heartbeats without progress after which a rank counts as stuck
+_SLOW = 1 / 3  # share of the median speed below which a rank counts as slow
 _ENDED = {"finish": "finished", "stop": "stopped", "error": "failed", "hang": "hung"}
 
 
 @dataclass
 class RankStatus:
-    """One rank; sizes in bytes, times in seconds, rates per second of the last five minutes, shares from 0 to 1."""
+    """The state of one rank; sizes in bytes, times in seconds, rates per second over five minutes, shares 0 to 1."""
 
     rank: int
     state: str
@@ -33,9 +33,9 @@ class RankStatus:
     life: int
     begin: float
     heartbeat: float
-    """Seconds since its last sign of life."""
+    """Seconds since its last event."""
     at: int
-    """The partition that it works on; -1: none."""
+    """The partition that it is working on; -1: none."""
     partitions: int
     samples: int
     kept: int
@@ -58,9 +58,9 @@ class RankStatus:
 
 
 def current(processes: Iterable[Process], now: float) -> list[Process]:
-    """The newest process of each rank of the newest run, by rank: a run may have had other numbers of ranks before.
+    """The newest process of each rank of the newest run, ordered by rank; earlier runs may have had other world sizes.
 
-    Of other jobs that work on the same output at the same time, those processes that show signs of life.
+    Also includes live processes of other jobs that work on the same output at the same time.
     """
     newest = sorted(processes, key=lambda process: process.last["begin"])
     if not newest:
@@ -82,7 +82,7 @@ def _job(process: Process) -> str:
 
 
 def statuses(processes: Iterable[Process], queue: Queue, now: float) -> list[RankStatus]:
-    """The state of each rank of the newest run; ``now`` by the file server's clock, which all are compared by."""
+    """The state of each rank of the newest run; ``now`` is the time by the file server's clock."""
     shown = current(processes, now)
     ranks = [_status(process, queue, now + process.skew) for process in shown]
     speeds = [rank.rate for rank in ranks if rank.state == "running"]

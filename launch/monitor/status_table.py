@@ -1,4 +1,4 @@
-"""The status table on a terminal."""
+"""Renders the status table on a terminal."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _COLOURS = {"finished": "green", "running": "cyan", "pending": "yellow", "slow":
 _REASONS = 4
 _PROBLEMS = 12
 _HOSTS = 5
-_FOLDED = 24  # columns that a text must have that is broken into lines
+_FOLDED = 24  # minimum width of a column whose text may be wrapped
 _STAGE_COLUMNS = ("memory", "MB/s in/out", "idle", "GPU", "loss", "dropped", "samples/s", "done", "ETA", "samples")
 _RANK_COLUMNS = ("memory", "MB/s in/out", "job", "GPU", "idle", "samples/s", "at", "host", "samples", "heartbeat")
 
 
 def render(snapshot: Snapshot, rows: int) -> RenderableType:
-    """Tables of all stages, and of at most ``rows`` ranks of each that is active or ended badly."""
+    """A table of all stages, and one with at most ``rows`` ranks of each stage that is active or ended badly."""
     parts: list[RenderableType] = [
         Text.assemble(
             (snapshot.root, "bold"), f"   {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(snapshot.time))}"
@@ -123,19 +123,19 @@ def _ranks(stage: StageStatus, rows: int) -> FittingTable:
 
 
 def foremost(ranks: list[RankStatus], rows: int) -> list[RankStatus]:
-    """The ranks to show when there is room for ``rows``: those in trouble first, but in order."""
+    """The ``rows`` most important ranks, preferring those with problems, ordered by number."""
     by_need = sorted(ranks, key=lambda r: (BAD.index(r.state) if r.state in BAD else len(BAD), not r.live, r.rank))
     return sorted(by_need[:rows], key=lambda rank: rank.rank)
 
 
 def own_share(stage: StageStatus, rank: RankStatus) -> int:
-    """Partitions that are this rank's by number; it does more when others are late."""
+    """Number of partitions assigned to this rank; it does more if others are late."""
     world = max(1, stage.world_size)
     return stage.total * (rank.rank + 1) // world - stage.total * rank.rank // world
 
 
 def ranks_of(stage: StageStatus) -> str:
-    """``64: 60 running, 4 silent``."""
+    """States of a stage's ranks as text: ``64: 60 running, 4 silent``."""
     if not stage.states or stage.state == "finished":
         return ""
     said = ", ".join(f"{count} {state}" for state, count in stage.states.items())
@@ -146,7 +146,7 @@ def ranks_of(stage: StageStatus) -> str:
 
 
 def share(done: int, total: int) -> str:
-    """Percentage, never 100 before all is done."""
+    """Percentage as text; never 100 before everything is done."""
     if not total:
         return ""
     return "100%" if done >= total else f"{min(99.9, 100 * done / total):.1f}%"
@@ -161,12 +161,12 @@ def megabytes(read: float, written: float) -> str:
 
 
 class FittingTable:
-    """A table of the columns in which anything is said; where they do not fit, the least important ones are left out.
+    """A table without empty columns; if it is too wide, the least important columns are omitted.
 
     Args:
-        rows: Text by column.
-        least: Columns that may go, the first one first.
-        folded: A column of texts that are broken into several lines where they are too long.
+        rows: Column → text.
+        least: Columns that may be omitted, the least important first.
+        folded: Column whose text may be wrapped.
     """
 
     def __init__(

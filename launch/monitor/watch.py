@@ -1,8 +1,8 @@
-"""The state of all stages in a folder; each look reads only files that may have changed since the previous one.
+"""Determines the state of all stages in a folder; each look reads only files that may have changed since the last one.
 
-Per look and stage: one listing of its folder and one of ``claims/``; one listing for each bucket of 1,000 partitions
-that is not complete, but after the first look no more than a hundred; one read for each process that may still run.
-Nothing per partition.
+A look takes, for each stage, one listing of its folder and one of ``claims/``; one listing for each bucket of 1,000
+partitions that is not complete, but after the first look at most a hundred; and one read for each process that may
+still run. Nothing is done per partition.
 """
 
 from __future__ import annotations
@@ -37,26 +37,26 @@ from pipeline.telemetry.host_stats import Hosts, HostStatus, hosts_of
 from pipeline.training.uploads import problem as upload_problem
 
 _DEPTH = 4  # <data_dir>/<dataset>/<split>/<stage>
-_MOST_NAMES = 2000  # of a folder that holds more, the rest is not ours
-_REDISCOVER = 30.0
-_FRESH = 1.0  # seconds
+_MOST_NAMES = 2000  # entries of a folder to read; folders of a data_dir do not have more
+_REDISCOVER = 30.0  # seconds between searches for new outputs
+_FRESH = 1.0  # maximum age in seconds of what is known, before everything is reported as over
 _LISTINGS = 100
 _HOSTS = 20
-_MANY = 4  # more ranks than this with the same trouble are reported in one line
+_MANY = 4  # if more ranks than this have the same problem, they are reported in one line
 ACTIVE = ("running", "starting")
 
 
 @dataclass
 class StageStatus:
-    """A dataset directory or a training run; units as in :class:`RankStatus`.
+    """The state of a dataset directory or a training run; units as in :class:`RankStatus`.
 
     Attributes:
-        done, total: partitions, or steps of a training.
+        done, total: partitions, or steps of a training run.
         rate: samples per second of all ranks together.
-        eta: seconds until it is done; None if that is not known.
-        world_size: ranks that were started.
-        hosts: servers that most samples came from by URL.
-        efficiency: how well it used what it was given, so far.
+        eta: seconds until it is done; None if unknown.
+        world_size: number of ranks started.
+        hosts: servers from which most samples were downloaded.
+        efficiency: how well it has used its resources so far.
     """
 
     path: str
@@ -93,20 +93,20 @@ class StageStatus:
 
 @dataclass
 class Snapshot:
-    """How everything below ``root`` stood at ``time``. ``jobs``: those in SLURM's queue that have no output yet."""
+    """The state of everything below ``root`` at ``time``. ``jobs`` are jobs in SLURM's queue without an output yet."""
 
     root: str
     time: float
     stages: list[StageStatus]
     jobs: list[QueuedJob]
     slurm: str
-    """What is wrong with SLURM, if anything."""
+    """Problem with SLURM, if any."""
     submission: str = ""
-    """Which stage a command is at that runs several here; looked for only when nothing else runs."""
+    """Current stage of a command that runs several stages here; only determined if nothing else runs."""
 
     @property
     def over(self) -> bool:
-        """Whether nothing runs or waits to run."""
+        """Whether nothing is running or pending."""
         return (
             not self.jobs
             and not self.submission
@@ -114,7 +114,7 @@ class Snapshot:
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-able."""
+        """All values, JSON-able."""
         stages = [
             {**asdict(stage), "unit": stage.unit, "jobs": [job.as_dict() for job in stage.jobs]}
             for stage in self.stages
@@ -123,11 +123,11 @@ class Snapshot:
 
 
 class Watch:
-    """Looks at everything below ``root``, which may itself be a dataset directory or a run.
+    """Watches everything below ``root``, which may itself be a dataset directory or a run.
 
     Args:
-        past: remember how things went, for plots.
-        only: just the stage of this name (of its folder, or filter, shard, …).
+        past: also read past events, for plots.
+        only: only stages with this name (of their folder, or filter, shard, …).
 
     Raises:
         ConfigError: there is no such folder.
@@ -151,7 +151,7 @@ class Watch:
                 raise ConfigError(f"{root}: no such folder{queue}")
 
     def look(self) -> Snapshot:
-        """How things stand now. That all is over is only said after a fresh look at the queue and at the folders."""
+        """The current state. Before it reports that everything is over, it checks queue and folders again."""
         snapshot = self._look(_REDISCOVER, EVERY)
         stale = time.monotonic() - self._discovered > _FRESH
         snapshot = self._look(_FRESH, _FRESH) if snapshot.over and stale else snapshot
@@ -161,13 +161,13 @@ class Watch:
         return snapshot
 
     def _look(self, folders: float, queue: float) -> Snapshot:
-        """``folders``, ``queue``: how many seconds old may be what is known of them."""
+        """The state; ``folders`` and ``queue`` are the maximum age in seconds of what is known about each."""
         self._queue.refresh(queue)
         jobs = {f"{job.id} {job.state}" for job in self._queue.jobs}
         if time.monotonic() >= self._discovered + folders or jobs != self._known:
             self._discover()
             self._discovered, self._known = time.monotonic(), jobs
-        # files are dated by the file server, whose clock may be ahead of that of this machine
+        # modification times are set by the file server, whose clock may be ahead of this machine's
         now = max([time.time(), *(p.written for work in self.works.values() for p in work.processes)])
         stages, gone, taken = [], [], set()
         for path, work in self.works.items():
@@ -177,7 +177,7 @@ class Watch:
                 if work.root.in_place():
                     status = StageStatus(str(path), path.name, "", "unreadable", problems=[str(error)])
                 else:
-                    gone.append(path)  # moved aside: whatever takes its place is found again
+                    gone.append(path)  # moved aside: a replacement will be found by the next search
                     continue
             status.name = os.path.relpath(path, self.root) if path != self.root else path.name
             stages.append(status)
@@ -192,7 +192,7 @@ class Watch:
         return Snapshot(str(self.root), now, stages, self._coming(taken), problem)
 
     def _account(self, stages: list[StageStatus]) -> None:
-        """What SLURM's accounting adds on stages that are over; not of jobs that other stages were part of, too."""
+        """Refine the efficiency of stages that are over by SLURM's accounting, except for jobs shared with others."""
         jobs = {
             path: {str(process.last["job"]) for process in work.processes if process.last.get("job")}
             for path, work in self.works.items()
@@ -207,12 +207,12 @@ class Watch:
 
     def _discover(self) -> None:
         for path, kind in find(self.root):
-            if not isinstance(self.works.get(path), kind):  # a job that had only logs may have planned meanwhile
+            if not isinstance(self.works.get(path), kind):  # an output that had only logs may have a plan by now
                 self.works[path] = kind(path, self._past)
         self.works = {path: self.works[path] for path in sorted(self.works, key=_place)}
 
     def _coming(self, taken: set[str]) -> list[QueuedJob]:
-        """Jobs for folders below the root that are not there yet; of a packed job, with those alone in its comment."""
+        """Jobs for outputs below the root that do not exist yet; for packed jobs, reduced to these outputs."""
         if not self._queue.jobs:
             return []
 
@@ -227,7 +227,7 @@ class Watch:
 
 
 def find(root: Path) -> Iterator[tuple[Path, type[Work]]]:
-    """Dataset directories and training runs at and below ``root``; their insides are not searched."""
+    """Dataset directories and training runs at and below ``root``; their subfolders are not searched."""
     level = [root]
     for depth in range(_DEPTH + 1):
         below: list[Path] = []
@@ -263,7 +263,7 @@ class Work(ABC):
         return list(self._events.processes.values())
 
     def look(self, queue: Queue, now: float) -> StageStatus:
-        """How it stands.
+        """The current state.
 
         Raises:
             OSError, StorageError, ConfigError: the folder was moved, or is damaged.
@@ -282,11 +282,11 @@ class Work(ABC):
 
     @abstractmethod
     def _stage(self) -> str:
-        """Its name."""
+        """Name of the stage."""
 
     @abstractmethod
     def _measure(self, status: StageStatus) -> None:
-        """Fill in what is done, what there is to do, and when that will be; the state if that is clear."""
+        """Set done, total and eta of ``status``, and its state if it is clear."""
 
     def _add_up(self, status: StageStatus) -> None:
         totals: Counter[str] = Counter()
@@ -315,7 +315,7 @@ class Work(ABC):
         status.states = dict(Counter(rank.state for rank in status.ranks).most_common())
 
     def _samples(self, process: Process, running: set[tuple[float, str, int]]) -> int:
-        """Samples that a process has gone through; ``running``: begin, host and process ID of those that still run."""
+        """Samples that a process has processed; ``running``: start, host and process id of processes still running."""
         return int(process.points[-1][DONE])
 
     def _jobs(self, queue: Queue, stage: str) -> list[QueuedJob]:
@@ -327,7 +327,7 @@ class Work(ABC):
         return [job for job in queue.jobs if job.name == name or job.number in known or job.speaks_of(comment)]
 
     def _judge(self, status: StageStatus) -> None:
-        """The state, if it is not clear yet, and what a person should know."""
+        """Set the state, unless it is already clear, and the problems that a person should know about."""
         if status.state == "finished":
             return
         states = status.states
@@ -355,7 +355,7 @@ class Work(ABC):
 
 
 class LoggedWork(Work):
-    """A stage that has left nothing but logs: it waits, begins, or failed before it had planned anything."""
+    """A stage that has only logs so far: it is pending or starting, or it failed before it had planned anything."""
 
     def __init__(self, path: Path, past: bool) -> None:
         self.path = path
@@ -386,7 +386,7 @@ class LoggedWork(Work):
 
 
 def ranges(numbers: list[int]) -> str:
-    """Ascending numbers as ``0-4,7``."""
+    """Ascending numbers as text: ``0-4,7``."""
     parts: list[list[int]] = []
     for number in numbers:
         if parts and number == parts[-1][-1] + 1:
@@ -410,7 +410,7 @@ class DatasetWork(Work):
         return self._dataset.stage
 
     def _samples(self, process: Process, running: set[tuple[float, str, int]]) -> int:
-        """Of a process that has ended, only those of partitions that it committed: another one repeats the rest."""
+        """For a process that has ended, only samples of partitions that it committed; another one repeats the rest."""
         last = process.last
         if (last["begin"], str(last.get("host", "")), int(last.get("pid", 0))) in running:
             return super()._samples(process, running)
@@ -443,7 +443,7 @@ class DatasetWork(Work):
         status.eta = left / status.rate if left >= 0 and status.rate > 0 else None
 
     def _committed(self) -> int:
-        """How many partitions are committed; buckets that are complete are not listed again."""
+        """Number of committed partitions; buckets that are complete are not listed again."""
         total = self._dataset.partitions
         buckets = -(-total // BUCKET)
         spans = [min(BUCKET, total - bucket * BUCKET) for bucket in range(buckets)]
@@ -499,6 +499,6 @@ _ORDER = {stage: number for number, stage in enumerate((*MAIN_LINE[:2], "score",
 
 
 def _place(path: Path) -> tuple[str, bool, str, int, str]:
-    """Sorts the outputs of a dataset in the order in which they run: the stages of each split, then training runs."""
+    """Sort key: outputs of a dataset in the order in which they run, the stages of each split, then training runs."""
     stage = path.name.partition("-")[0]
     return str(path.parent.parent), path.parent.name == "runs", path.parent.name, _ORDER.get(stage, 99), str(path)
