@@ -16,7 +16,7 @@ unexport PYTHONDONTWRITEBYTECODE
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help setup slurm test lint docs wheel format stores demo demo-classify demo-diffuse demo-caption bench bench-fashion gpu chaos chaos-stores fuzz fuzz-sources clean
+.PHONY: help setup slurm test lint docs wheel format stores demo demo-classify demo-diffuse demo-caption bench bench-fashion gpu chaos crash-points chaos-stores fuzz fuzz-sources clean
 
 help:
 	@echo "make demo     install, then run the whole pipeline on embedded data"
@@ -35,6 +35,7 @@ help:
 	@echo "make bench-fashion  Fashion-MNIST (Debian: dataset-fashion-mnist) from files to accuracy; FASHION='seeds=1 epochs=1'"
 	@echo "make fuzz     damaged images for three minutes: nothing may crash, hang or flood; FUZZ='seconds=600 seed=2'"
 	@echo "make fuzz-sources   damaged lists, captions, annotations and archives; FUZZ_SOURCES='mutations=9000 seed=2'"
+	@echo "make crash-points   end a process at every single file operation of the engine's scenarios (make test: at every third)"
 	@echo "make chaos-stores   200 kills, with faults of the store, while datasets are published and written there; KILLS='PUBLISH_SEEDS=99'"
 	@echo "make chaos    break jobs on a real SLURM in 25 ways, 40 times (Debian, root), compare results; CHAOS='trials=100 seed=2'"
 
@@ -138,6 +139,9 @@ fuzz: setup fuzz-sources
 
 fuzz-sources: setup
 	$(BIN)/python tests/fuzz_sources.py $(FUZZ_SOURCES)
+
+crash-points: setup
+	CRASH_POINTS_EVERY=1 $(BIN)/python -m pytest -n $(JOBS) tests/partitions/test_crash_points.py
 
 # eight kills for each seed of publishing, six for each of writing
 chaos-stores: setup

@@ -53,6 +53,21 @@ def slurm_cluster() -> Iterator[Cluster]:
         running.stop()
 
 
+@pytest.fixture(autouse=True)
+def _idle_nodes(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A test on the cluster finds all nodes idle, whatever the one before it left, and leaves no job behind.
+
+    Modules with a fixture ``late`` have a job that runs while their tests do.
+    """
+    if "slurm_cluster" not in request.fixturenames or "late" in request.fixturenames:
+        yield
+        return
+    cluster = request.getfixturevalue("slurm_cluster")
+    cluster.await_idle()
+    yield
+    cluster.run("scancel", "--me", "--quiet", check=False)
+
+
 @pytest.fixture
 def gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpus]:
     """A pretended GPU whose copies take their time, see transfer_double."""

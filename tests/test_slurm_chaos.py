@@ -5,7 +5,6 @@ A few of the events of tests/slurm_cluster/chaos.py; ``make chaos`` does many mo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,13 +17,6 @@ from slurm_cluster.cluster import Cluster
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Work:
     return Work.undisturbed(tmp_path_factory.mktemp("work"), partitions=30)
-
-
-@pytest.fixture(autouse=True)
-def _idle(slurm_cluster: Cluster) -> Iterator[None]:
-    slurm_cluster.await_idle()
-    yield
-    slurm_cluster.run("scancel", "--me", "--quiet", check=False)
 
 
 def test_jobs_are_killed_frozen_signalled_requeued_doubled_and_preempted(

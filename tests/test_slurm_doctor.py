@@ -68,7 +68,6 @@ class Node:
 
 @pytest.fixture
 def nodes(slurm_cluster: Cluster) -> Iterator[dict[str, Node]]:
-    slurm_cluster.await_idle()
     made = {name: Node(slurm_cluster, name) for name in ("node1", "node2", "node3", "node4")}
     yield made
     slurm_cluster.run("scancel", "--me", "--quiet", check=False)

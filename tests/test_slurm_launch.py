@@ -7,12 +7,10 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import pytest
 from PIL import Image
 from slurm_cluster.cluster import Cluster
 
@@ -24,13 +22,6 @@ ROOT = Path(__file__).resolve().parents[1]
 SUBMIT = [sys.executable, ROOT / "launch/submit.py"]
 SHAPES = ["dataset=shapes", "count=120", "partition_size=20", "min_image_size=16"]
 TEMPLATE = {"LATENTMILL_HOME": str(ROOT), "OMP_NUM_THREADS": "1", "LOOK": "1"}
-
-
-@pytest.fixture(autouse=True)
-def _idle(slurm_cluster: Cluster) -> Iterator[None]:
-    """What a failed test left in the queue must not delay the others."""
-    yield
-    slurm_cluster.run("scancel", "--me", "--quiet", check=False)
 
 
 def await_end(cluster: Cluster, *jobs: str, seconds: float = 300) -> list[str]:

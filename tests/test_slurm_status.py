@@ -4,21 +4,14 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
 from slurm_cluster.cluster import Cluster
 from test_slurm_launch import ROOT, SUBMIT, await_end, logs_below, numbers
 
 STATUS = [SUBMIT[0], ROOT / "launch/status.py"]
-
-
-@pytest.fixture(autouse=True)
-def _idle(slurm_cluster: Cluster) -> Iterator[None]:
-    yield
-    slurm_cluster.run("scancel", "--me", "--quiet", check=False)
 
 
 def look(cluster: Cluster, folder: Path, until: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,12 +18,6 @@ from pipeline.partitions.dataset import Dataset
 DATA = ["dataset=shapes", "count=300", "partition_size=50", "image_size=32", "min_image_size=16"]
 LATENTS = ["image_resolutions=[32]", "vae=embedded16", "batch_size=50"]
 TRAINING = ["batch_size=16", "steps=60", "checkpoint_every=10", "log_every=10", "threads=1", "warmup_steps=2"]
-
-
-@pytest.fixture(autouse=True)
-def _idle(slurm_cluster: Cluster) -> Iterator[None]:
-    yield
-    slurm_cluster.run("scancel", "--me", "--quiet", check=False)
 
 
 @pytest.fixture(scope="module")
