@@ -60,8 +60,9 @@ $(INSTALLED): constraints.txt setup.cfg setup.py | $(BIN)/pip
 slurm:
 	@tests/slurm_cluster/install.sh
 
+# one more, since one of the processes mostly waits for SLURM
 test: setup slurm
-	$(BIN)/python -m pytest -n $(JOBS) --durations=15 $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $$(($(JOBS) + 1)) --durations=15 $(PYTEST_ARGS)
 
 lint: setup
 	$(BIN)/ruff format --check .

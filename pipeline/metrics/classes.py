@@ -19,7 +19,7 @@ def scores(probabilities: npt.NDArray[Any], labels: npt.NDArray[Any]) -> dict[st
 
     Returns:
         ``accuracy``, ``top5``, ``ece``, ``macro_f1``, ``classes`` (a list of precision, recall, f1, support),
-        ``confusion`` (rows: what it is, columns: what it is taken for), ``calibration`` (confidence, accuracy, count).
+        ``confusion`` (rows: true class, columns: predicted class), ``calibration`` (confidence, accuracy, count).
     """
     count, classes = probabilities.shape
     predicted = probabilities.argmax(1)

@@ -16,7 +16,7 @@ def confused_pairs(confusion: npt.NDArray[Any], names: list[str], most: int = 12
     """The most common mistakes.
 
     Args:
-        confusion: int (classes, classes); row: what a sample is, column: what it was taken for.
+        confusion: int (classes, classes); row: true class, column: predicted class.
     """
     wrong = confusion * (1 - np.eye(len(confusion), dtype=confusion.dtype))
     totals = np.maximum(confusion.sum(1), 1)
@@ -50,7 +50,7 @@ def confusion_svg(confusion: npt.NDArray[Any], names: list[str]) -> tuple[str, i
     for i, j in np.ndindex(*part.shape):
         x, y = margin + j * _CELL, margin + i * _CELL
         colour = "var(--draw)" if i == j else "var(--bad)"
-        said = f"{labels[i]} taken for {labels[j]}: {part[i, j]} ({100 * shares[i, j]:.1f} %)"
+        said = f"{labels[i]} predicted as {labels[j]}: {part[i, j]} ({100 * shares[i, j]:.1f} %)"
         parts.append(
             f'<g><title>{escape(said)}</title><rect x="{x}" y="{y}" width="{_CELL - 1}" height="{_CELL - 1}" '
             f'fill="{colour}" fill-opacity="{0.06 + 0.74 * shares[i, j]:.2f}"/>'

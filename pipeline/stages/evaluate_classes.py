@@ -222,8 +222,8 @@ def _matrix(values: npt.NDArray[Any], names: list[str], label: str) -> bytes:
     figure, axes = _axes(size + 1, size)
     image = axes.imshow(values, cmap="Blues")
     figure.colorbar(image, label=label)
-    axes.set_xlabel("taken for")
-    axes.set_ylabel("is")
+    axes.set_xlabel("predicted class")
+    axes.set_ylabel("true class")
     if len(names) <= 40:
         axes.set_xticks(range(len(names)), names, rotation=90)
         axes.set_yticks(range(len(names)), names)

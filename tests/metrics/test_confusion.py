@@ -23,7 +23,7 @@ def test_the_picture_is_svg_with_every_cell_named() -> None:
     svg, left_out = confusion_svg(CONFUSION, NAMES)
     root = ElementTree.fromstring(svg)
     titles = [title.text for title in root.iter("title")]
-    assert len(titles) == 9 and "dog taken for a <horse> & more: 5 (50.0 %)" in titles
+    assert len(titles) == 9 and "dog predicted as a <horse> & more: 5 (50.0 %)" in titles
     assert left_out == 0
 
 
@@ -31,4 +31,4 @@ def test_of_many_classes_those_with_the_most_mistakes_are_drawn() -> None:
     confusion = np.diag(np.full(60, 9))
     confusion[50, 51] = 3
     svg, left_out = confusion_svg(confusion, [f"class {number}" for number in range(60)])
-    assert left_out == 20 and "class 50 taken for class 51: 3 (25.0 %)" in svg
+    assert left_out == 20 and "class 50 predicted as class 51: 3 (25.0 %)" in svg
