@@ -1,4 +1,4 @@
-"""The interfaces of autoencoders, text encoders and image encoders, and how to get one by name.
+"""Interfaces of autoencoders, text encoders and image encoders, and functions that create them by name.
 
 Importing this module does not import torch: launchers and the engine may use it to check names.
 """
@@ -33,11 +33,11 @@ _ENDS = 1 << 20  # bytes
 
 
 class Encoder(ABC):
-    """What encoders of all kinds have in common.
+    """Common base of all encoders.
 
     Attributes:
-        usage: how a setting names it where the name alone is not enough: ``clip:<repo or folder>``.
-        takes: options that it takes after ``#``.
+        usage: how a setting names it if the name alone is not enough: ``clip:<repo or folder>``.
+        takes: options accepted after ``#``.
     """
 
     name: str
@@ -46,15 +46,15 @@ class Encoder(ABC):
 
     @classmethod
     def from_spec(cls, spec: ModelSpec, device: str | torch.device, dtype: str) -> Encoder:
-        """The encoder that a setting names; what is registered by a name has this.
+        """Create the encoder that a setting names; every registered class has this method.
 
         Raises:
-            ConfigError: no such model or weights, or an option that cannot be.
+            ConfigError: there is no such model or weights, or an option is invalid.
         """
         raise spec.error("cannot be chosen by this setting")
 
     def compile(self) -> None:
-        """Have the network compiled, if there is one, when it is used first."""
+        """Compile the network, if there is one, at its first use."""
         return
 
     @abstractmethod
@@ -66,8 +66,8 @@ class Autoencoder(Encoder):
     """Images to latents and back.
 
     Attributes:
-        scaling: what raw latents were multiplied with, so that they have about unit deviation.
-        floor: dB of PSNR that a smooth image keeps at least on the way there and back: below, something is wrong.
+        scaling: factor applied to raw latents to give them about unit deviation.
+        floor: minimum PSNR in dB of a reconstructed smooth image; below, something is wrong.
         widest: channels of the largest activations, which have the image's own height and width.
     """
 
@@ -83,7 +83,7 @@ class Autoencoder(Encoder):
         """(channels, h, w) of the latents of a square image.
 
         Raises:
-            ConfigError: its edge is no multiple of ``downsample``.
+            ConfigError: ``resolution`` is not a multiple of ``downsample``.
         """
         if resolution < 1 or resolution % self.downsample:
             raise ConfigError(f"image_resolutions={resolution}: must be a multiple of {self.downsample}")
@@ -97,14 +97,14 @@ class Autoencoder(Encoder):
     def preprocess_for(
         self, image: Pixels, resolution: int, buckets: Buckets | None = None, seed: int = 0, key: str = ""
     ) -> Tensor:
-        """An image uint8 (h, w, 3) → (1, 3, h, w) in [-1, 1], as stage=precompute cuts it.
+        """An image uint8 (h, w, 3) → (1, 3, h, w) in [-1, 1], cropped as by stage=precompute.
 
         Args:
             buckets: of this resolution; None: a square crop.
-            seed, key: of the stage and the sample, which a random place depends on.
+            seed, key: of the stage and the sample; they determine random crop positions.
 
         Raises:
-            ImageError: the image has no bucket.
+            ImageError: the image fits no bucket.
         """
         if buckets is None:
             return self.preprocess([image], resolution)
@@ -119,14 +119,14 @@ class Autoencoder(Encoder):
     def moments(self, x: Tensor) -> Tensor:
         """(b, 3, h, w) in [-1, 1] → float32 (b, 2 * channels, h / downsample, w / downsample).
 
-        The first half is the posterior's mean, the second its deviation (zero where there is no posterior).
+        The first half is the posterior's mean, the second its standard deviation (zero if there is no posterior).
         """
 
     def encode(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
         """(b, 3, h, w) in [-1, 1] → (b, channels, h / downsample, w / downsample), float32.
 
-        ``noise``: standard normal of the result's shape makes it a sample of the posterior; None means its mode.
-        An autoencoder without a posterior does not use it.
+        ``noise``: standard normal with the shape of the result, to sample the posterior; None: the posterior's mode.
+        Autoencoders without a posterior ignore it.
         """
         return sampled(self.moments(x), noise)
 
@@ -136,16 +136,16 @@ class Autoencoder(Encoder):
 
 
 def sampled(moments: Tensor, noise: Tensor | None) -> Tensor:
-    """The latents (b, c, h, w) of moments (b, 2c, h, w): mean + deviation * noise; None means the mean."""
+    """Sample latents (b, c, h, w) from moments (b, 2c, h, w): mean + deviation * noise; the mean without noise."""
     mean, deviation = moments.chunk(2, 1)
     return mean if noise is None else mean + deviation * noise.to(mean)
 
 
 class TextEncoder(Encoder):
-    """Captions to a sequence of states of a fixed length.
+    """Captions to sequences of states of fixed length.
 
     Attributes:
-        pooled_width: of the one embedding that stands for a caption; 0: there is none.
+        pooled_width: width of the embedding of a whole caption; 0: there is none.
     """
 
     length: int
@@ -154,19 +154,19 @@ class TextEncoder(Encoder):
 
     @abstractmethod
     def encode(self, captions: Sequence[str]) -> Tensor:
-        """Captions → (b, length, width), float32. Longer captions are cut, shorter ones padded as the model does it."""
+        """Captions → (b, length, width), float32. Captions are truncated and padded as the model does it."""
 
     def encode_pooled(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Captions → their states, and what is pooled of them: float32 (b, pooled_width)."""
+        """Captions → states as from :meth:`encode`, and pooled embeddings, float32 (b, pooled_width)."""
         raise NotImplementedError(f"{self.name} has no pooled embeddings")
 
     def lengths(self, captions: Sequence[str]) -> list[int]:
-        """How many tokens of each caption cost time; captions of like lengths are best encoded together."""
+        """Number of tokens of each caption that take time; captions of similar length are best encoded together."""
         return [self.length] * len(captions)
 
     def tokens(self, captions: Sequence[str]) -> list[int]:
-        """How many states of each caption are not padding: from the start of the text to its end, special tokens
-        included. Where an encoder gives padding states that count (``mask=false``), all are."""
+        """Number of states of each caption that are not padding, including special tokens; all states if the encoder's
+        padding states carry information (``mask=false``)."""
         return self.lengths(captions)
 
 
@@ -195,7 +195,7 @@ class TextTower(ABC):
 
     @abstractmethod
     def encode(self, captions: Sequence[str]) -> Tensor:
-        """Captions → float32 (b, width), of unit length. Longer captions are cut to what the model takes."""
+        """Captions → float32 (b, width), of unit length. Captions are truncated to the model's maximum length."""
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
@@ -203,12 +203,12 @@ class TextTower(ABC):
 
 
 def autoencoder(name: str, device: str | torch.device = "cpu", dtype: str = "float32") -> Autoencoder:
-    """The autoencoder called ``name``: ``embedded``, ``embedded16``, or a diffusers repository or folder.
+    """Create the autoencoder ``name``: ``embedded``, ``embedded16``, or a diffusers repository or folder.
 
     A repository is ``owner/name`` or ``owner/name@revision``.
 
     Raises:
-        ConfigError: no such name or dtype, or the weights are not there.
+        ConfigError: there is no such name or dtype, or the weights cannot be found.
     """
     _check_dtype(dtype)
     spec = ModelSpec.parse("vae", name)
@@ -222,15 +222,15 @@ def autoencoder(name: str, device: str | torch.device = "cpu", dtype: str = "flo
 
 
 def text_encoder(name: str, device: str | torch.device = "cpu", dtype: str = "float32") -> TextEncoder:
-    """The text encoder called ``name``.
+    """Create the text encoder ``name``.
 
     ``embedded``; ``openclip:<model>[:<pretrained>]``; ``clip:<repo or folder>`` and ``t5:<repo or folder>`` of
-    transformers; ``hf:<repo or folder>``, any language model or text tower that transformers can load (UMT5,
-    Gemma, Qwen, SigLIP). After ``#``: ``layer=penultimate``; for T5 ``length=<tokens>`` and ``mask=false``; for ``hf``
-    what :class:`pipeline.encoders.language_model.LanguageModelEncoder` takes.
+    transformers; ``hf:<repo or folder>``, any language model or text tower that transformers can load (UMT5, Gemma,
+    Qwen, SigLIP). Options follow ``#``: ``layer=penultimate``; for T5 ``length=<tokens>`` and ``mask=false``; for
+    ``hf`` those of :class:`pipeline.encoders.language_model.LanguageModelEncoder`.
 
     Raises:
-        ConfigError: no such name, model, weights or dtype.
+        ConfigError: there is no such name, model, weights or dtype.
     """
     _check_dtype(dtype)
     spec = ModelSpec.parse("text_encoder", name)
@@ -241,10 +241,10 @@ def text_encoder(name: str, device: str | torch.device = "cpu", dtype: str = "fl
 
 
 def image_encoder(name: str, device: str | torch.device = "cpu", dtype: str = "float32") -> ImageEncoder:
-    """The image encoder called ``name``: ``embedded``, ``openclip:<model>[:<pretrained>]``, ``clip:<repo or folder>``.
+    """Create the image encoder ``name``: ``embedded``, ``openclip:<model>[:<pretrained>]``, ``clip:<repo or folder>``.
 
     Raises:
-        ConfigError: no such name, model, weights or dtype.
+        ConfigError: there is no such name, model, weights or dtype.
     """
     _check_dtype(dtype)
     spec = ModelSpec.parse("image_encoder", name)
@@ -266,10 +266,10 @@ def repository(spec: str) -> tuple[str, str | None]:
 
 
 def model_files(specs: Iterable[str]) -> dict[str, str]:
-    """The local files that the models called ``specs`` are loaded from, each with a state that changes with the file.
+    """The local files that the models ``specs`` are loaded from, each with a state that changes with the file.
 
-    The state is made of the file's size, its first and its last MiB: not of its time of change, which differs between
-    the copies on several nodes, and not of all of a model's gigabytes. Repositories of the Hub are recorded by commit.
+    The state is made of the file's size and its first and last MiB: the modification time differs between copies on
+    several nodes, and hashing gigabytes would take too long. Repositories on the Hub are recorded by commit.
     """
     found: dict[str, str] = {}
     for spec in specs:
@@ -282,8 +282,8 @@ def model_files(specs: Iterable[str]) -> dict[str, str]:
 
 
 def _files_of(place: Path) -> list[Path]:
-    """A file, or the files of a folder but for hidden ones and texts for people; where the folder is one of a
-    pipeline's text encoders, those of the pipeline."""
+    """A file, or the files of a folder except hidden ones and Markdown; for the folder of a pipeline's text encoder,
+    the files of the whole pipeline."""
     if place.is_file():
         return [place]
     folder = place.parent if place.name.startswith("text_encoder") else place
@@ -301,7 +301,7 @@ def _state_of(path: Path) -> str:
 
 
 def commit_of(name: str, revision: str | None, file: str = "config.json") -> dict[str, str]:
-    """``{"revision": <commit>}`` of a repository that was loaded from the hub; nothing for a folder."""
+    """``{"revision": <commit>}`` of a repository that was loaded from the Hub; empty for a folder."""
     from huggingface_hub import try_to_load_from_cache
 
     path = None if Path(name).exists() else try_to_load_from_cache(name, file, revision=revision)
@@ -312,7 +312,7 @@ def commit_of(name: str, revision: str | None, file: str = "config.json") -> dic
 
 
 def to_pixels(x: Tensor) -> npt.NDArray[Any]:
-    """(b, 3, h, w) in [-1, 1] → uint8 (b, h, w, 3); what lies outside is clipped."""
+    """(b, 3, h, w) in [-1, 1] → uint8 (b, h, w, 3); values outside the range are clipped."""
     import torch
 
     pixels = ((x.float().clamp(-1.0, 1.0) + 1.0) * 127.5).round().to(torch.uint8)
@@ -321,19 +321,19 @@ def to_pixels(x: Tensor) -> npt.NDArray[Any]:
 
 
 def posterior_noise(seed: int, keys: Sequence[str], resolution: int, shape: tuple[int, int, int]) -> Tensor:
-    """Standard normal float32 (b, *shape), keyed by (seed, sample key, resolution): not by rank or place in a batch."""
+    """Standard normal float32 (b, *shape), keyed by (seed, sample key, resolution), not by rank or batch position."""
     import torch
 
     return torch.from_numpy(np.stack([normals(shape, seed, "posterior", key, resolution) for key in keys]))
 
 
 def sent(values: Tensor, device: torch.device) -> Tensor:
-    """``values`` of the host on ``device``, without waiting for what a GPU is at."""
+    """Copy ``values`` from the host to ``device`` without synchronizing with a GPU."""
     return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
 
 
 def allow_graphs(count: int) -> None:
-    """Set how many graphs torch.compile may make of one function; beyond this limit nothing is compiled."""
+    """Allow torch.compile at least ``count`` graphs per function; beyond its limit, it stops compiling."""
     import torch
 
     config = torch._dynamo.config

@@ -1,4 +1,4 @@
-"""The crop of an image that an encoder receives, made in the process that decodes the image. Does not import torch."""
+"""The crop of an image for an encoder, computed in the process that decodes the image. Does not import torch."""
 
 from __future__ import annotations
 
@@ -20,22 +20,21 @@ FILTERS = {
     "bicubic": ResizeAlg.convolution(FilterType.catmull_rom),
     "box": ResizeAlg.convolution(FilterType.box),
 }
-"""Interpolations by name; all but nearest are antialiased."""
-_SUPPORT = 3  # pixels on each side that the widest of them looks at, times the scale
+"""Interpolations by name; all except nearest are antialiased."""
+_SUPPORT = 3  # pixels on each side that the widest filter reads, times the scale
 
 
 @dataclass(frozen=True)
 class Crop:
-    """How to get from an image of any size to ``edge`` x ``edge`` pixels.
+    """Resizes and crops an image of any size to ``edge`` x ``edge`` pixels.
 
-    Sizes and offsets are those of torchvision's ``Resize`` and ``CenterCrop``, and values differ by 2 levels at
-    most. (Pillow 13 resizes columns first in some tall images; where pixel noise is clipped between the two, that
-    makes a difference.)
+    Sizes and offsets are those of torchvision's ``Resize`` and ``CenterCrop``, and values differ by at most 2 levels.
+    (Pillow 13 resizes columns first in some tall images, which makes a difference where noise is clipped in between.)
 
     Attributes:
         mode: one of :data:`FILTERS`.
-        squash: resize to the square whatever the shape; else the shorter edge counts and the centre is cut out.
-        shorter: what the shorter edge is brought to before; 0: ``edge``.
+        squash: resize to a square regardless of the aspect ratio; else resize the shorter edge and crop the centre.
+        shorter: size of the shorter edge before cropping; 0: ``edge``.
         floor: round offsets down, as transformers does; else half to even, as torchvision does.
     """
 
@@ -50,7 +49,7 @@ class Crop:
         return 3 * self.edge**2
 
     def cut(self, pixels: Pixels, key: str = "") -> Pixels:
-        """uint8 (h, w, 3), or (h, w, 4) whose last byte says nothing → uint8 (edge, edge, 3)."""
+        """uint8 (h, w, 3), or (h, w, 4) whose last channel is ignored → uint8 (edge, edge, 3)."""
         height, width = pixels.shape[:2]
         square = (self.edge, self.edge)
         if self.squash:
@@ -69,8 +68,9 @@ class Crop:
         return (size - self.edge) // 2 if self.floor else round((size - self.edge) / 2)
 
     def resized(self, pixels: Pixels, box: tuple[float, float, float, float], size: tuple[int, int]) -> Pixels:
-        """The part within ``box`` (left, top, right, bottom) at ``size`` (height, width). Pixels around it count as
-        well, as if the whole image had been resized before it was cut; rows are resized before columns."""
+        """Resize the part within ``box`` (left, top, right, bottom) to ``size`` (height, width). Filters also read
+        pixels around the box, as if the whole image had been resized before cropping; rows are resized before
+        columns."""
         height, width = pixels.shape[:2]
         down, across = size
         left, top, right, bottom = box[0], box[1], min(box[2], width), min(box[3], height)
@@ -90,10 +90,10 @@ class Crop:
 
 @dataclass(frozen=True)
 class BucketCrop:
-    """How to get from an image of any size to its bucket: resized to cover it, and cut.
+    """Resizes an image of any size to cover its bucket, and crops it.
 
     Attributes:
-        seed: of the place, where ``buckets.crop`` is ``random``.
+        seed: of the crop position, if ``buckets.crop`` is ``random``.
         mode: one of :data:`FILTERS`.
     """
 
@@ -103,14 +103,14 @@ class BucketCrop:
 
     @property
     def bytes(self) -> int:
-        """Of the largest bucket."""
+        """Number of bytes of the largest bucket."""
         return 3 * self.buckets.largest
 
     def cut(self, pixels: Pixels, key: str = "") -> Pixels:
-        """uint8 (h, w, 3), or (h, w, 4) whose last byte says nothing → uint8 of its bucket's height and width.
+        """uint8 (h, w, 3), or (h, w, 4) whose last channel is ignored → uint8 with its bucket's height and width.
 
         Raises:
-            ImageError: the image has no bucket.
+            ImageError: the image fits no bucket.
         """
         source = pixels.shape[:2]
         place = self.buckets.place_of(source[0], source[1], self.seed, key)
@@ -125,7 +125,7 @@ class BucketCrop:
 
 
 def _image(pixels: Pixels) -> Image.Image:
-    """Four bytes a pixel are what Pillow calls CMYK: it takes them as they are, without a copy."""
+    """Wrap pixels as a Pillow image; four bytes per pixel as CMYK, which Pillow accepts without a copy."""
     if pixels.shape[2] == 4:
         return Image.frombuffer("CMYK", pixels.shape[1::-1], np.ascontiguousarray(pixels), "raw", "CMYK", 0, 1)
     return Image.fromarray(np.ascontiguousarray(pixels))

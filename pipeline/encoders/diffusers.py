@@ -32,15 +32,15 @@ _FLOOR = 16.0
 class DiffusersAutoencoder(Autoencoder):
     """An autoencoder whose latents are normalised to about unit deviation: ``(latent - shift) * scaling / deviation``.
 
-    ``scaling`` and ``shift`` are the config's ``scaling_factor`` and ``shift_factor``. Where the config has
+    ``scaling`` and ``shift`` are the config's ``scaling_factor`` and ``shift_factor``. If the config has
     ``latents_mean`` and ``latents_std`` (Playground 2.5, Qwen-Image, Wan), these are the shift and the deviation of
     each channel, as in diffusers' pipelines.
 
     Args:
-        name: a repository (``owner/name[@revision]``) or a local folder; of the autoencoder itself or of a pipeline
+        name: a repository (``owner/name[@revision]``) or a local folder, of the autoencoder itself or of a pipeline
             with ``vae/``. Weights must be safetensors.
-        dtype: precision of the network. Images come in and latents go out as float32. A model whose config says
-            ``force_upcast`` (SDXL's) overflows in float16: it then runs in float32.
+        dtype: precision of the network. Images and latents are float32. A model whose config has ``force_upcast``
+            (SDXL's) overflows in float16, and runs in float32 instead.
 
     Raises:
         ConfigError: there is no such repository, folder, or safetensors file.
@@ -48,7 +48,7 @@ class DiffusersAutoencoder(Autoencoder):
 
     @classmethod
     def from_spec(cls, spec: ModelSpec, device: str | torch.device, dtype: str) -> DiffusersAutoencoder:
-        """The autoencoder at ``spec.place``, of the kind that its config says."""
+        """Create the autoencoder at ``spec.place``, of the class named in its config."""
         kind, model = _load(spec.place)
         return _CLASSES[kind](spec.place, model, device, dtype)
 
@@ -74,7 +74,7 @@ class DiffusersAutoencoder(Autoencoder):
         return int(config.latent_channels), 2 ** (len(widths) - 1), int(widths[0])
 
     def _statistics(self) -> tuple[Tensor | float, Tensor | float]:
-        """Shift and deviation, each a number or float32 (1, c, 1, 1)."""
+        """Shift and deviation, each a float or float32 (1, c, 1, 1)."""
         known = [self._model.config.get(f"latents_{name}") for name in ("mean", "std")]
         self._has_statistics = None not in known
         if not self._has_statistics:
@@ -86,12 +86,12 @@ class DiffusersAutoencoder(Autoencoder):
         self._model.encoder.compile(dynamic=False)  # a graph for each resolution
 
     def _posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and deviation (b, c, h, w) of the raw latents of x (b, 3, h, w), which has the network's dtype."""
+        """Mean and deviation (b, c, h, w) of the raw latents of images x (b, 3, h, w) in the network's dtype."""
         posterior = self._model.encode(x).latent_dist
         return posterior.mean.float(), posterior.std.float()
 
     def _decode(self, latents: Tensor) -> Tensor:
-        """Raw latents (b, c, h, w) of the network's dtype to images (b, 3, h, w)."""
+        """Raw latents (b, c, h, w) in the network's dtype → images (b, 3, h, w)."""
         decoded: Tensor = self._model.decode(latents).sample
         return decoded
 
@@ -133,8 +133,8 @@ class HunyuanImageAutoencoder(DiffusersAutoencoder):
 
 
 class Flux2Autoencoder(DiffusersAutoencoder):
-    """AutoencoderKLFlux2: 2 x 2 neighbouring latents are stacked, and the running statistics of a batch norm normalise
-    the stack's channels: (b, 4c, h/16, w/16), which is what FLUX.2's transformer takes."""
+    """AutoencoderKLFlux2: 2 x 2 neighbouring latents are stacked into channels, which are normalised with the running
+    statistics of a batch norm: (b, 4c, h/16, w/16), the input of FLUX.2's transformer."""
 
     def _sizes(self, config: Any) -> tuple[int, int, int]:
         channels, downsample, widest = super()._sizes(config)
@@ -199,7 +199,7 @@ def _load(name: str) -> tuple[str, Any]:
     subfolders = [None, "vae"]
     if (Path(place) / "vae").is_dir():
         subfolders.reverse()
-    logging.getLogger("diffusers").setLevel(logging.ERROR)  # that one place has no such file is no news
+    logging.getLogger("diffusers").setLevel(logging.ERROR)  # a missing file is expected in one of the two places
     reason, failed, within = "", None, ""
     for subfolder in subfolders:
         where = {"subfolder": subfolder, "revision": revision}

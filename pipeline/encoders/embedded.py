@@ -3,12 +3,12 @@
 The autoencoder keeps the low frequencies of an 8x8 block cosine transform in YCbCr. Its decoder is the conditional mean
 of the image given the coefficients of 5x5 blocks, under a first-order autoregressive model of images: neighbouring
 pixels correlate with 0.95, independently in both directions (Jain, "Fundamentals of Digital Image Processing", 1989).
-That is linear, so it comes out as one 5x5 convolution and a pixel shuffle. The conditional mean reproduces its
-conditions: encoding what was decoded gives the same latents again, as long as nothing was clipped.
+The decoder is linear: one 5x5 convolution and a pixel shuffle. The conditional mean reproduces its conditions, so that
+encoding a decoded image gives the same latents again, unless values were clipped.
 
-All channels have the same scale, so low frequencies are louder. Models trained on them thus care most for what is seen
-most. Dividing each channel by its deviation ** 0.6 gave worse images (26 instead of 30 of 32 prompts judged right
-after the same training).
+All channels have the same scale, so that low frequencies dominate, and models trained on them give most weight to what
+is most visible. Dividing each channel by its deviation ** 0.6 gave worse images (26 instead of 30 of 32 prompts judged
+correct after the same training).
 
 PSNR on ``shapes`` at 64 px: 24.9 dB with 4 channels, 29.5 dB with 16.
 """
@@ -38,16 +38,16 @@ if TYPE_CHECKING:
 Frequencies = dict[tuple[int, int], float]  # weights of cosine coefficients (vertical, horizontal) in one channel
 
 _BLOCK = 8
-_REACH = 2  # blocks on each side that the decoder looks at
+_REACH = 2  # blocks on each side that the decoder reads
 _CORRELATION = 0.95
 _YCBCR = np.array([[0.299, 0.587, 0.114], [-0.168736, -0.331264, 0.5], [0.5, -0.418688, -0.081312]])  # ITU-T T.871
 
-_SCALING = {"embedded": 0.6, "embedded16": 1.0}  # brings the deviation over all channels near 1
-_FLOORS = {"embedded": 20.0, "embedded16": 24.0}  # smooth images keep 5 dB more
+_SCALING = {"embedded": 0.6, "embedded16": 1.0}  # brings the deviation over all channels close to 1
+_FLOORS = {"embedded": 20.0, "embedded16": 24.0}  # smooth images exceed this by 5 dB
 
 
 def _frequencies(name: str) -> tuple[list[Frequencies], list[Frequencies]]:
-    """What the channels of luma and of each chroma are made of."""
+    """Frequencies in the channels of luma, and in those of each chroma plane."""
     if name == "embedded":
         slope = math.sqrt(0.5)
         return [{(0, 0): 1.0}, {(0, 1): slope, (1, 0): slope}], [{(0, 0): 1.0}]
@@ -57,7 +57,7 @@ def _frequencies(name: str) -> tuple[list[Frequencies], list[Frequencies]]:
 
 
 def _cosines() -> npt.NDArray[Any]:
-    """The orthonormal cosine transform of 8 points, (frequency, position)."""
+    """The orthonormal cosine transform of length 8, (frequency, position)."""
     k, x = np.arange(_BLOCK)[:, None], np.arange(_BLOCK)[None, :]
     transform: npt.NDArray[Any] = np.cos(np.pi * (2 * x + 1) * k / (2 * _BLOCK)) * math.sqrt(2 / _BLOCK)
     transform[0] /= math.sqrt(2)
@@ -106,7 +106,8 @@ def _decoder_kernel(channels: list[Frequencies]) -> npt.NDArray[Any]:
 
 @cache
 def _kernels(name: str) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-    """The whole autoencoder, with scaling and colour, in float64: encoder (c, 3, 8, 8), decoder (3 * 64, c, 5, 5)."""
+    """Kernels of the whole autoencoder, including scaling and colour, float64: encoder (c, 3, 8, 8), decoder
+    (3 * 64, c, 5, 5)."""
     luma, chroma = _frequencies(name)
     planes = (luma, chroma, chroma)
     width = sum(map(len, planes))
@@ -148,10 +149,10 @@ class EmbeddedAutoencoder(Autoencoder):
 
     @torch.no_grad()
     def encode(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
-        """float (b, 3, h, w) in [-1, 1] → float32 (b, c, h/8, w/8). There is no posterior: ``noise`` is not used.
+        """float (b, 3, h, w) in [-1, 1] → float32 (b, c, h/8, w/8). There is no posterior: ``noise`` is ignored.
 
         Raises:
-            ValueError: height or width is no multiple of 8.
+            ValueError: height or width is not a multiple of 8.
         """
         if x.shape[-2] % _BLOCK or x.shape[-1] % _BLOCK:
             raise ValueError(f"images of {x.shape[-1]} x {x.shape[-2]} pixels: both must be multiples of {_BLOCK}")
@@ -185,10 +186,10 @@ _WORD = re.compile(r"\w+")
 
 @text_encoders.register("embedded")
 class EmbeddedTextEncoder(TextEncoder):
-    """Hashed words: one row of signs for each word, plus half the usual sinusoids of its position; zeros after the end.
+    """Hashed words: a row of signs per word, plus half the usual sinusoids of its position; zeros after the end.
 
-    Words are runs of letters and digits, in lower case; 16 at most, each 64 wide. The signs are the bits of the word's
-    BLAKE2b hash, so that they are the same everywhere and two words agree in about half of them.
+    Words are runs of letters and digits in lower case, at most 16, each 64 wide. The signs are the bits of the word's
+    BLAKE2b hash: they are the same everywhere, and two words agree in about half of them.
     """
 
     name = "embedded"
@@ -235,7 +236,7 @@ def _sinusoids(length: int, width: int) -> npt.NDArray[Any]:
 
 @image_encoders.register("embedded")
 class EmbeddedImageEncoder(ImageEncoder):
-    """The image at 8 x 8 pixels, its mean taken away, of unit length: near for images of like composition."""
+    """The image at 8 x 8 pixels, minus its mean, of unit length: similar for images of similar composition."""
 
     name = "embedded"
     version = 1

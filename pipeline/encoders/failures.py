@@ -10,16 +10,16 @@ from pipeline.config.schema import ConfigError
 from pipeline.encoders.base import repository
 
 UNLOADABLE = (OSError, ValueError, KeyError, TypeError, SafetensorError)
-"""What the libraries raise for a model that is missing, of another kind, or damaged."""
+"""Exceptions that libraries raise for a model that is missing, of another kind, or damaged."""
 
 
 def not_loaded(setting: str, place: str, error: Exception, *files: str) -> ConfigError:
-    """What to raise for a model that cannot be loaded: it names the file that is missing, or else quotes ``error``.
+    """The error for a model that cannot be loaded; it names the file that is missing, or else quotes ``error``.
 
     Args:
         setting: the setting and its value.
         place: a repository (``owner/name[@revision]``) or a folder.
-        files: what is needed of it; ``a|b``: one of the two.
+        files: the files required from it; ``a|b``: either of the two.
     """
     from huggingface_hub import try_to_load_from_cache
 
@@ -32,7 +32,7 @@ def not_loaded(setting: str, place: str, error: Exception, *files: str) -> Confi
     elif _unreachable(error):
         try:
             cached = [[try_to_load_from_cache(name, one, revision=revision) for one in f.split("|")] for f in files]
-        except ValueError:  # the name of no repository
+        except ValueError:  # not a valid repository name
             cached = []
         lacks = [f for f, found in zip(files, cached, strict=False) if not any(isinstance(one, str) for one in found)]
         what = f"{lacks[0].replace('|', ' or ')} of {name} is not" if lacks else f"not all of {name} is"
@@ -44,7 +44,7 @@ def not_loaded(setting: str, place: str, error: Exception, *files: str) -> Confi
 
 
 def _unreachable(error: BaseException | None) -> bool:
-    """Whether it came of a Hub that cannot be asked: without a network, or by HF_HUB_OFFLINE."""
+    """Whether ``error`` was caused by an unreachable Hub: no network, or HF_HUB_OFFLINE."""
     from huggingface_hub import constants
     from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 

@@ -1,4 +1,4 @@
-"""Small networks on an embedding, as they are published: linear layers in a file, whose names say what lies between."""
+"""Small published networks on embeddings: linear layers in a file, with their structure inferred from tensor names."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from pipeline.config.options import ConfigError
 
 Floats = npt.NDArray[np.float32]
 _ACTIVATIONS = ("none", "relu")
-_DROPPED = 3  # steps from one layer of a Sequential to the next with an activation and a dropout between them
+_DROPPED = 3  # index step in a Sequential from one layer to the next with an activation and a dropout in between
 _TINY = 1e-10
 
 
 @dataclass(frozen=True)
 class Head:
-    """Linear layers.
+    """A stack of linear layers.
 
     Attributes:
-        layers: weight (out, in) and bias (out,) of each, and whether its result goes through a ReLU.
-        mean, deviation: (in,), by which embeddings are standardised first, where there are any.
-        sigmoid: whether the last result goes through a sigmoid.
-        digest: XXH3-128 of the file, and of what was said of it.
+        layers: weight (out, in) and bias (out,) of each layer, and whether a ReLU follows.
+        mean, deviation: (in,), to standardise embeddings with, if any.
+        sigmoid: whether a sigmoid follows the last layer.
+        digest: XXH3-128 of the file and its options.
     """
 
     layers: list[tuple[Floats, Floats, bool]]
@@ -47,7 +47,7 @@ class Head:
         return int(self.layers[-1][0].shape[0])
 
     def __call__(self, embeddings: npt.NDArray[Any]) -> Floats:
-        """Embeddings (b, in) of any length → float32 (b, out)."""
+        """Embeddings (b, in), not necessarily normalised → float32 (b, out)."""
         x = embeddings.astype(np.float32)
         x /= np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
         if self.mean is not None and self.deviation is not None:
@@ -59,18 +59,18 @@ class Head:
 
 
 def load_head(spec: str, setting: str) -> Head:
-    """The head in ``<file>[#activation=none|relu]``: safetensors, or a state dictionary that torch saved (.pth, .pt).
+    """Load the head ``<file>[#activation=none|relu]``: safetensors, or a state dictionary saved by torch (.pth, .pt).
 
-    The names of its tensors are those that the published ones have:
+    Tensors must be named as in the published heads:
 
     - ``weight``, ``bias``: one linear layer (LAION's aesthetic predictor 1);
-    - ``layers.<n>.weight``, ...: the linear layers of a ``Sequential``. Where their numbers are three apart, a ReLU
-      and a dropout lie between them (LAION's NSFW detector for ViT-H/14); where they are two or one apart, nothing but
-      a dropout (the improved aesthetic predictor);
+    - ``layers.<n>.weight``, ...: the linear layers of a ``Sequential``. If their indices are three apart, a ReLU and a
+      dropout lie between them (LAION's NSFW detector for ViT-H/14); if they are one or two apart, at most a dropout
+      (the improved aesthetic predictor);
     - ``linear_<n>.weight``, ... with ``norm.mean`` and ``norm.variance``: embeddings are standardised, ReLUs lie
       between the layers, and a sigmoid follows (LAION's CLIP-based NSFW detectors for ViT-L/14 and ViT-B/32).
 
-    ``activation`` says it for all layers but the last; safetensors may say it in their metadata.
+    ``activation`` overrides this for all layers but the last; in safetensors, it may also be in the metadata.
 
     Raises:
         ConfigError: the file cannot be read, or holds something else.
@@ -104,7 +104,7 @@ def load_head(spec: str, setting: str) -> Head:
 
 
 def _tensors(path: str, setting: str) -> tuple[dict[str, Floats], dict[str, str]]:
-    """The tensors in a file in float32, and its metadata."""
+    """The tensors in a file as float32, and its metadata."""
     from safetensors import SafetensorError, safe_open
 
     try:

@@ -1,5 +1,5 @@
-"""The two sides of models that give an image one vector and, where they have a text tower, a caption one in the same
-space: ``embedded``, ``openclip:<model>[:<pretrained>]``, ``hf:<repo or folder>``, ``program:<file>``."""
+"""The two towers of models that embed images and, if they have a text tower, captions as vectors in the same space:
+``embedded``, ``openclip:<model>[:<pretrained>]``, ``hf:<repo or folder>``, ``program:<file>``."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 _IMAGE_PARTS = ("vision_model", "visual_projection")
 _TEXT_PARTS = ("text_model", "text_projection")
-"""What transformers calls the towers of its two-tower models."""
+"""Names of the towers in transformers' two-tower models."""
 _POOLER = "pooler"
 _UNMASKED = ("siglip", "siglip2")
 """Models that were trained on padded texts without an attention mask."""
@@ -29,20 +29,20 @@ _LENGTH = 77
 
 
 def image_tower(spec: str, setting: str, device: str | torch.device = "cpu", dtype: str = "float32") -> ImageEncoder:
-    """The image encoder called ``spec``, see :func:`~pipeline.encoders.base.image_encoder`.
+    """Create the image encoder ``spec``, see :func:`~pipeline.encoders.base.image_encoder`.
 
     Args:
         setting: the setting and its value, for messages.
         dtype: precision of the network.
 
     Raises:
-        ConfigError: no such kind, model or weights.
+        ConfigError: there is no such kind, model or weights.
     """
     return _for(setting, f"image_encoder={spec}", lambda: image_encoder(spec, device, dtype))
 
 
 def text_tower(spec: str, setting: str, device: str | torch.device = "cpu", dtype: str = "float32") -> TextTower:
-    """The other side of :func:`image_tower`, of a model that has one.
+    """Create the text tower that belongs to the image tower ``spec``.
 
     Raises:
         ConfigError: the model has no text tower, or there is no such kind, model or weights.
@@ -58,7 +58,7 @@ def text_tower(spec: str, setting: str, device: str | torch.device = "cpu", dtyp
 
 
 def _for(setting: str, other: str, make: Callable[[], T]) -> T:
-    """What ``make`` gives; its errors name ``setting`` instead of ``other``."""
+    """Call ``make``; its errors name ``setting`` instead of ``other``."""
     try:
         return make()
     except ConfigError as error:
@@ -67,11 +67,11 @@ def _for(setting: str, other: str, make: Callable[[], T]) -> T:
 
 @image_encoders.register("hf")
 class HfImageEncoder(Loaded, ImageEncoder):
-    """The image side of any model of transformers, of unit length: projected where it has a text side, else the output
-    of its pooler, else the state of its first token.
+    """The image side of any model of transformers, of unit length: the projection if the model has a text side, else
+    the output of its pooler, else the state of its first token.
 
     Raises:
-        ConfigError: no such repository or folder, no safetensors, or images that are not resized to a square.
+        ConfigError: there is no such repository, folder or safetensors file, or images are not resized to a square.
     """
 
     @classmethod
@@ -89,7 +89,7 @@ class HfImageEncoder(Loaded, ImageEncoder):
             optional=_POOLER,
         )
         self._projects = hasattr(model, "get_image_features")
-        self._pools = not missing  # of a checkpoint without a pooler, transformers makes up a random one
+        self._pools = not missing  # transformers initialises a missing pooler randomly
         if missing:
             setattr(model, _POOLER, None)
         self.preprocessing, self.resolution = preprocessing_of(steps, setting)
@@ -115,11 +115,11 @@ class HfClassifier(Loaded):
     """An image classifier of transformers.
 
     Attributes:
-        classes: their names.
+        classes: names of the classes.
 
     Raises:
-        ConfigError: no such repository or folder, no safetensors, no classifier, or images that are not resized to a
-            square.
+        ConfigError: there is no such repository, folder or safetensors file, the model is not a classifier, or images
+            are not resized to a square.
     """
 
     def __init__(self, place: str, setting: str, device: str | torch.device = "cpu", dtype: str = "float32") -> None:
@@ -150,7 +150,7 @@ class HfTextTower(Loaded, TextTower):
     """The text side of a two-tower model of transformers (CLIP, SigLIP), of unit length.
 
     Raises:
-        ConfigError: no such repository or folder, no safetensors, or the model has no text side.
+        ConfigError: there is no such repository, folder or safetensors file, or the model has no text side.
     """
 
     def __init__(self, place: str, setting: str, device: str | torch.device = "cpu", dtype: str = "float32") -> None:
@@ -170,7 +170,7 @@ class HfTextTower(Loaded, TextTower):
 
     @torch.no_grad()
     def encode(self, captions: Sequence[str]) -> Tensor:
-        """Captions → float32 (b, width), all padded to the length that the model was trained with."""
+        """Captions → float32 (b, width), padded to the length that the model was trained with."""
         tokens = self._tokenizer(
             list(captions), padding="max_length", truncation=True, max_length=self._length, return_tensors="pt"
         )
@@ -183,10 +183,10 @@ class HfTextTower(Loaded, TextTower):
 
 @image_encoders.register("program")
 class ProgramImageEncoder(ImageEncoder):
-    """The mean of the tokens of any network that :func:`~pipeline.encoders.vision.save_program` wrote, of unit length.
+    """The mean token of any network saved by :func:`~pipeline.encoders.vision.save_program`, of unit length.
 
     Raises:
-        ConfigError: ``spec`` names no such file.
+        ConfigError: ``spec`` does not name such a file.
     """
 
     @classmethod
@@ -210,7 +210,7 @@ class ProgramImageEncoder(ImageEncoder):
 
 
 def _without(model: Any, parts: Sequence[str]) -> Any:
-    """``model`` without the modules ``parts``: the other side's weights take memory, and do not matter."""
+    """``model`` without the modules ``parts``: weights of the other side are not needed, and take memory."""
     for part in parts:
         if hasattr(model, part):
             delattr(model, part)
@@ -218,5 +218,5 @@ def _without(model: Any, parts: Sequence[str]) -> Any:
 
 
 def _unit(x: Any) -> Tensor:
-    """Vectors, or what holds them as ``pooler_output``, float32 and of length 1."""
+    """Normalise vectors, or the ``pooler_output`` that holds them, to unit length in float32."""
     return torch.nn.functional.normalize(getattr(x, "pooler_output", x).float(), dim=-1)

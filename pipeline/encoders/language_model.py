@@ -21,30 +21,29 @@ _CAPTION = "{caption}"
 _UNMASKED = ("siglip_text_model", "siglip2_text_model")
 """Models that were trained on padded texts without an attention mask."""
 _TOWERS = ("language_model", "text_model")
-"""Where multimodal models keep the part that reads text."""
+"""Attributes of multimodal models that hold the part that reads text."""
 _LENGTH = 256
 
 
 @text_encoders.register("hf")
 class LanguageModelEncoder(Loaded, TextEncoder):
-    """The hidden states of a caption's tokens, from one layer or several.
+    """The hidden states of a caption's tokens, from one or several layers.
 
     Captions are padded on the right. With a mask, padding does not influence the states, and states after the end of
-    the caption are zeros. Without one, padding counts as tokens and has states.
+    the caption are zeros. Without a mask, padding counts as tokens and has states.
 
     Args:
         place: a repository (``owner/name[@revision]``) or folder, of the model itself or of a pipeline with
-            ``text_encoder/`` and ``tokenizer/``; ``<pipeline>/text_encoder_2`` is its second one.
-        layers: indices into transformers' ``hidden_states`` (0: the embeddings, -2: what the last block takes). Several
-            layers are concatenated: the width is theirs together. None: the model's output, after its last norm.
-        length: captions are cut to this many tokens; None: as many as the model has positions for if it is trained on
-            texts of fixed length, else 256.
+            ``text_encoder/`` and ``tokenizer/``; ``<pipeline>/text_encoder_2`` is its second text encoder.
+        layers: indices into transformers' ``hidden_states`` (0: the embeddings, -2: the last block's input). Several
+            layers are concatenated, and their widths add up. None: the model's output, after its last norm.
+        length: maximum number of tokens; None: the model's number of positions if it was trained on texts of fixed
+            length, else 256.
         mask: None: as the model was trained, which is with a mask for all but SigLIP.
-        template: text around the caption, with ``{caption}`` where it goes; ``chat``: the tokenizer's chat template,
+        template: text around the caption, with ``{caption}`` in its place; ``chat``: the tokenizer's chat template,
             with the caption as the user's message.
-        drop_prefix: leave out the states of the template's tokens before the caption; ``length`` counts the others.
-        device_map: ``auto`` distributes the blocks over the GPUs that the rank sees, and what does not fit onto the
-            host.
+        drop_prefix: omit the states of the template's tokens before the caption; ``length`` counts the others.
+        device_map: ``auto`` distributes the blocks over the GPUs visible to the rank, and the rest to the host.
 
     Raises:
         ConfigError: the model cannot be loaded, or has no such layer or chat template.
@@ -54,9 +53,11 @@ class LanguageModelEncoder(Loaded, TextEncoder):
 
     @classmethod
     def from_spec(cls, spec: ModelSpec, device: str | torch.device, dtype: str) -> Self:
-        """``layer`` is ``last``, ``penultimate``, or a number, several joined by ``+``; ``template`` is ``chat`` or the
-        name of a text file with ``{caption}`` in it; ``mask`` and ``drop_prefix`` are true or false; ``device_map`` is
-        ``auto``.
+        """Create the encoder from its options.
+
+        ``layer`` is ``last``, ``penultimate``, or a number, or several numbers joined by ``+``; ``template`` is
+        ``chat`` or the name of a text file with ``{caption}`` in it; ``mask`` and ``drop_prefix`` are true or false;
+        ``device_map`` is ``auto``.
 
         Raises:
             ConfigError: an option has another value, or the model cannot be loaded.
@@ -107,7 +108,7 @@ class LanguageModelEncoder(Loaded, TextEncoder):
         self.pooled_width = 0 if pooled is None else int(pooled.shape[1])
 
     def _resolved(self, template: str) -> str:
-        """The text around the caption, with ``{caption}``."""
+        """The text around the caption, with ``{caption}`` in its place."""
         if template != "chat":
             return template or _CAPTION
         try:
@@ -135,7 +136,7 @@ class LanguageModelEncoder(Loaded, TextEncoder):
         )
 
     def _has_special_tokens(self) -> bool:
-        """Whether the template begins with a special token itself, as chat templates do."""
+        """Whether the template itself begins with a special token, as chat templates do."""
         return any(self._template.startswith(token) for token in self._tokenizer.all_special_tokens)
 
     def lengths(self, captions: Sequence[str]) -> list[int]:
@@ -151,7 +152,7 @@ class LanguageModelEncoder(Loaded, TextEncoder):
         return self._states(captions)[0]
 
     def encode_pooled(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """The same, and the model's pooled output, float32 (b, pooled_width)."""
+        """Like :meth:`encode`, and also the model's pooled output, float32 (b, pooled_width)."""
         states, pooled = self._states(captions)
         if pooled is None:
             raise NotImplementedError(f"{self.name} has no pooled embeddings")
@@ -220,7 +221,7 @@ def _template(spec: ModelSpec) -> str:
 
 
 def _load_model(name: str, **where: Any) -> Any:
-    """The part of the model at ``name`` that reads text, in the precision in which it is stored."""
+    """Load the part of the model ``name`` that reads text, in its stored precision."""
     from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding
     from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES
 

@@ -1,4 +1,4 @@
-"""Scores from models: an image's embedding, how well a caption fits it, and heads and classifiers."""
+"""Scores from models: image embeddings, similarity of image and caption, heads and classifiers."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ EMBEDDING = "embedding"
 
 
 class Models:
-    """Where a scorer gets its networks from.
+    """Loads the networks of scorers.
 
     Attributes:
-        device, dtype: where networks run, and in which precision.
-        embedding: the model that the column :data:`EMBEDDING` comes from; empty if there is none.
+        device, dtype: device and precision of the networks.
+        embedding: the model that computes the column :data:`EMBEDDING`; empty if there is none.
     """
 
     def __init__(self, device: str, dtype: str, embedding: str) -> None:
@@ -43,7 +43,7 @@ class Models:
         self._images: dict[str, ImageEncoder] = {}
 
     def image(self, model: str, setting: str) -> ImageEncoder:
-        """The image tower called ``model``, loaded once."""
+        """The image tower ``model``, loaded once."""
         from pipeline.encoders.image_text import image_tower
 
         if model not in self._images:
@@ -52,17 +52,17 @@ class Models:
 
 
 class ModelScorer(ABC):
-    """A scorer that stands in ``scorers=`` with its model: ``<scorer>:<model>``.
+    """A scorer with a model, written ``<scorer>:<model>`` in ``scorers=``.
 
     Attributes:
-        columns: those that it fills, with their types.
-        crop: what it takes of an image; None if it takes none.
+        columns: columns that it fills, with their types.
+        crop: the crop of the image that it receives; None if it does not use the image.
         wants_embedding: whether it is computed from the column :data:`EMBEDDING`.
 
     Args:
-        name: as it stands in ``scorers=``.
-        model: what follows the colon.
-        models: where networks come from.
+        name: as written in ``scorers=``.
+        model: the part after the colon.
+        models: loads the networks.
     """
 
     columns: dict[str, str]
@@ -74,26 +74,26 @@ class ModelScorer(ABC):
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
-        """JSON-able: what the values depend on besides the sample."""
+        """What the values depend on besides the sample, as JSON-serialisable values."""
 
     @abstractmethod
     def score(
         self, crops: Sequence[npt.NDArray[Any]], captions: Sequence[str], embeddings: Vectors | None
     ) -> list[list[Any]]:
-        """The values of each column, for b samples.
+        """Compute the values of each column for b samples.
 
         Args:
-            crops: uint8 (edge, edge, 3) of each, where :attr:`crop` is set.
-            captions: one of each.
-            embeddings: float16 (b, d), where :attr:`wants_embedding` is set.
+            crops: uint8 (edge, edge, 3) each, if :attr:`crop` is set.
+            captions: one for each sample.
+            embeddings: float16 (b, d), if :attr:`wants_embedding` is set.
         """
 
 
 def model_scorers(named: dict[str, type[ModelScorer]], device: str, dtype: str) -> dict[str, ModelScorer]:
-    """The scorers, by their names in ``scorers=``, in an order in which each has what it needs.
+    """Create the scorers, by their names in ``scorers=``, ordered so that each runs after those it depends on.
 
     Raises:
-        ConfigError: a model cannot be loaded, a scorer needs an embedding and there is none, or two scorers fill the
+        ConfigError: a model cannot be loaded, a scorer needs an embedding but there is none, or two scorers fill the
             same column.
     """
     embeddings = [name for name, scorer in named.items() if scorer is Embedding]
@@ -109,7 +109,7 @@ def model_scorers(named: dict[str, type[ModelScorer]], device: str, dtype: str) 
 
 
 def model_of(name: str) -> str:
-    """What follows the colon of ``<scorer>:<model>``."""
+    """The part of ``<scorer>:<model>`` after the colon."""
     return name.partition(":")[2]
 
 
@@ -133,7 +133,7 @@ class Embedding(ModelScorer):
 
 @scorers.register("clip_similarity")
 class ClipSimilarity(ModelScorer):
-    """Cosine of the vectors of image and caption: CLIP score without its factor (Hessel et al., arXiv:2104.08718)."""
+    """Cosine similarity of image and caption: the CLIP score without its factor (Hessel et al., arXiv:2104.08718)."""
 
     def __init__(self, name: str, model: str, models: Models) -> None:
         from pipeline.encoders.image_text import text_tower
@@ -225,5 +225,5 @@ def _prepared(model: ImageEncoder | HfClassifier, crops: Sequence[npt.NDArray[An
 
 
 def fingerprint(described: dict[str, Any]) -> str:
-    """XXH3-128 of what a scorer says of itself."""
+    """XXH3-128 of a scorer's description."""
     return xxhash.xxh3_128_hexdigest(json.dumps(described, sort_keys=True).encode())

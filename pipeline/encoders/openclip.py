@@ -1,6 +1,6 @@
 """open_clip: the states of all tokens after the last layer norm, before pooling and projection; and image embeddings.
 
-The states are what text-to-image models condition on, and what micro_diffusion's ``precompute.py`` stores.
+Text-to-image models are conditioned on these states; micro_diffusion's ``precompute.py`` stores the same.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ class OpenClipTextEncoder(TextEncoder):
 
     Args:
         spec: ``ViT-H-14:laion2b_s32b_b79k`` (a model and a tag of its weights), ``ViT-H-14:/path/to/weights``,
-            ``hf-hub:apple/DFN5B-CLIP-ViT-H-14-378``, ``local-dir:/path`` (both bring their weights), or
-            ``ViT-B-32:random`` (always the same random weights, to try things out).
-        dtype: precision of the network; states go out as float32.
+            ``hf-hub:apple/DFN5B-CLIP-ViT-H-14-378`` or ``local-dir:/path`` (both include weights), or
+            ``ViT-B-32:random`` (always the same random weights, for trials).
+        dtype: precision of the network; states are float32.
         layer: ``last``; or ``penultimate``: without the last block, through the same layer norm (Stable Diffusion 2).
 
     Raises:
-        ConfigError: no such model or weights, or a text tower that is not open_clip's own.
+        ConfigError: there is no such model or weights, or the text tower is not open_clip's own.
     """
 
     takes = ("layer",)
@@ -75,12 +75,12 @@ class OpenClipTextEncoder(TextEncoder):
         getattr(self._model, "text", self._model).transformer.compile(dynamic=True)
 
     def encode(self, captions: Sequence[str]) -> Tensor:
-        """Captions → float32 (b, length, width); the tokenizer cuts and pads."""
+        """Captions → float32 (b, length, width); the tokenizer truncates and pads."""
         return self.encode_pooled(captions)[0]
 
     @torch.no_grad()
     def encode_pooled(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """The same, and the projected embedding of the end of each caption; of ``layer=penultimate`` from there."""
+        """Like :meth:`encode`, and also the projected embedding at the end of each caption, from the chosen layer."""
         pooled = self._model.encode_text(sent(self._tokenize(list(captions)), self.device))
         states, self._states = self._states, None
         assert states is not None
@@ -89,7 +89,7 @@ class OpenClipTextEncoder(TextEncoder):
     def tokens(self, captions: Sequence[str]) -> list[int]:
         ids = self._tokenize(list(captions))
         inner = getattr(self._tokenize, "tokenizer", None)
-        if inner is None:  # CLIP's own, whose end of text has the largest number
+        if inner is None:  # CLIP's own tokenizer, whose end of text has the largest id
             return [int(end) + 1 for end in ids.argmax(1)]
         return [int(count) for count in (ids != (inner.pad_token_id or 0)).sum(1)]
 
@@ -115,7 +115,7 @@ class OpenClipTextEncoder(TextEncoder):
 
 
 def _split(spec: str) -> tuple[str, str]:
-    """Model and weights; names with a schema bring their weights."""
+    """Split into model and weights; names with a schema include their weights."""
     if spec.startswith(_SCHEMAS):
         return spec, ""
     model, _, pretrained = spec.partition(":")
@@ -123,7 +123,7 @@ def _split(spec: str) -> tuple[str, str]:
 
 
 def _create(name: str, model_name: str, pretrained: str) -> Any:
-    """The model in float32 on the CPU. ``name``: the setting and its value, for messages."""
+    """Create the model in float32 on the CPU. ``name``: the setting and its value, for messages."""
     import open_clip
 
     if not model_name.startswith(_SCHEMAS):
@@ -148,7 +148,7 @@ def _create(name: str, model_name: str, pretrained: str) -> Any:
 
 
 def _commit(model_name: str) -> dict[str, str]:
-    """The commit of a model that came from the hub."""
+    """The commit of a model that was loaded from the Hub."""
     schema, _, place = model_name.rpartition("hf-hub:")
     return {} if schema or place == model_name else commit_of(place, None, "open_clip_config.json")
 
@@ -158,7 +158,7 @@ class OpenClipImageEncoder(ImageEncoder):
     """open_clip's embedding of an image, of unit length; ``spec`` as for :class:`OpenClipTextEncoder`.
 
     Raises:
-        ConfigError: no such model or weights, or it wants images with borders.
+        ConfigError: there is no such model or weights, or it expects padded images.
     """
 
     @classmethod
@@ -198,7 +198,7 @@ class OpenClipTextTower(TextTower):
     """open_clip's embedding of a caption, of unit length; ``spec`` as for :class:`OpenClipTextEncoder`.
 
     Raises:
-        ConfigError: no such model or weights.
+        ConfigError: there is no such model or weights.
     """
 
     def __init__(self, spec: str, device: str | torch.device = "cpu", dtype: str = "float32") -> None:
@@ -217,7 +217,7 @@ class OpenClipTextTower(TextTower):
 
     @torch.no_grad()
     def encode(self, captions: Sequence[str]) -> Tensor:
-        """Captions → float32 (b, width); the tokenizer cuts and pads."""
+        """Captions → float32 (b, width); the tokenizer truncates and pads."""
         embeds = self._model.encode_text(sent(self._tokenize(list(captions)), self.device))
         return torch.nn.functional.normalize(embeds.float(), dim=-1)
 
@@ -232,10 +232,10 @@ class OpenClipTextTower(TextTower):
 
 
 def preprocessing_of(visual: Any, name: str) -> tuple[Preprocessing, int]:
-    """How an image tower wants its images, and their edge. ``name``: the setting and its value, for messages.
+    """An image tower's preprocessing, and the edge of its images. ``name``: the setting and its value, for messages.
 
     Raises:
-        ConfigError: images that are not square, or have borders.
+        ConfigError: the tower expects images that are not square or are padded.
     """
     wants = visual.preprocess_cfg
     size = wants["size"]
@@ -247,7 +247,7 @@ def preprocessing_of(visual: Any, name: str) -> tuple[Preprocessing, int]:
 
 
 def _final_norm(name: str, model: Any) -> Any:
-    """The text tower's last layer norm. It sees all tokens, but not in CoCa, which pools before, or in HF models."""
+    """The text tower's last layer norm, if it sees all tokens: not in CoCa, which pools before it, or in HF models."""
     tower = getattr(model, "text", model)
     norm = getattr(tower, "ln_final", None)
     if norm is None or getattr(tower, "cls_emb", None) is not None:

@@ -1,4 +1,4 @@
-"""Preprocessing of decoded images of any size: resized and cropped on the CPU, normalised on the device."""
+"""Preprocessing of decoded images of any size: resize and crop on the CPU, normalise on the device."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from pipeline.imaging.transform import Pixels
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How an encoder wants its images.
+    """An encoder's image preprocessing.
 
     Attributes:
-        mean, std: of each channel, in [0, 1]; the default gives [-1, 1].
-        mode, squash, shorter, floor: as :class:`~pipeline.encoders.crop.Crop` has them.
+        mean, std: of each channel, in [0, 1]; the default maps to [-1, 1].
+        mode, squash, shorter, floor: as in :class:`~pipeline.encoders.crop.Crop`.
     """
 
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)
@@ -35,18 +35,18 @@ class Preprocessing:
         return self.normalise(fit(images, self.crop(resolution)).to(device))
 
     def crop(self, resolution: int) -> Crop:
-        """How to cut an image for the encoder."""
+        """The crop of an image for the encoder."""
         return Crop(resolution, self.mode, self.squash, self.shorter, self.floor)
 
     def normalise(self, pixels: Tensor) -> Tensor:
-        """uint8 (b, h, w, 3) → float32 (b, 3, h, w), contiguous on a CPU, else with channels last, as GPUs like it."""
+        """uint8 (b, h, w, 3) → float32 (b, 3, h, w): contiguous on a CPU, channels-last on a GPU."""
         x = pixels.permute(0, 3, 1, 2)
         x = x.contiguous() if x.device.type == "cpu" else x
         if self.mean == self.std == (0.5, 0.5, 0.5):
             return x.to(torch.float32) / 127.5 - 1.0
         x = x.to(torch.float32) / 255.0
         for channel, (mean, std) in enumerate(zip(self.mean, self.std, strict=True)):
-            x[:, channel].sub_(mean).div_(std)  # numbers, not tensors: those would have to be copied to the device
+            x[:, channel].sub_(mean).div_(std)  # floats, not tensors, which would have to be copied to the device
         return x
 
     def describe(self) -> dict[str, Any]:
@@ -56,5 +56,5 @@ class Preprocessing:
 
 
 def fit(images: Sequence[Pixels], crop: Crop) -> Tensor:
-    """Images of any sizes, cut: uint8 (b, edge, edge, 3)."""
+    """Crop images of any sizes: uint8 (b, edge, edge, 3)."""
     return torch.from_numpy(np.stack([crop.cut(image) for image in images]))

@@ -1,4 +1,4 @@
-"""How a setting names a model: ``clip:<repo or folder>#layer=penultimate``."""
+"""The syntax with which settings name models: ``clip:<repo or folder>#layer=penultimate``."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ LAYERS = ("last", "penultimate")
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A model, as the value of a setting names it.
+    """A model named by the value of a setting.
 
     Attributes:
         setting: name of the setting, for messages: ``text_encoder``.
         text: the whole value.
         kind: name of the encoder in its registry.
-        place: what follows the kind after a colon: a repository, a folder, a model's name; empty if nothing does.
-        options: what follows the place after ``#``.
+        place: the part after the first colon: a repository, a folder, a model's name; may be empty.
+        options: the options after ``#``.
     """
 
     setting: str
@@ -32,11 +32,11 @@ class ModelSpec:
 
     @classmethod
     def parse(cls, setting: str, text: str, *, options: bool = True) -> ModelSpec:
-        """Split ``kind:place#key=value#key=value``. A comma counts as the second ``#``, too; on a command line it
+        """Parse ``kind:place#key=value#key=value``. A comma may separate further options, too; on a command line it
         begins the next model.
 
         Args:
-            options: False: ``#`` and commas belong to the place.
+            options: False: ``#`` and commas are part of the place.
         """
         head, *tail = re.split(r"[#,]", text) if options else [text]
         kind, _, place = head.partition(":")
@@ -46,14 +46,14 @@ class ModelSpec:
         return f"{self.setting}={self.text}"
 
     def error(self, reason: str) -> ConfigError:
-        """What to raise: the setting and its value, and what is wrong with it."""
+        """An error with the setting, its value, and ``reason``."""
         return ConfigError(f"{self}: {reason}")
 
     def find(self, registry: Registry[Any]) -> Any:
-        """The class that ``registry`` has for this kind.
+        """The class registered for this kind.
 
         Raises:
-            ConfigError: there is none, it needs a place or takes none, or it does not take one of the options.
+            ConfigError: there is none, its place is missing or not allowed, or it does not accept one of the options.
         """
         usage = registry.usage(self.kind) if self.kind in registry else ""
         if self.kind not in registry or (self.place == "") != (usage == ""):
@@ -68,7 +68,7 @@ class ModelSpec:
         return found
 
     def choice(self, option: str, choices: tuple[str, ...]) -> str:
-        """The value of ``option``, one of ``choices``; the first one if it is not given."""
+        """The value of ``option``, one of ``choices``; the first if it is not given."""
         value = self.options.get(option, choices[0])
         if value not in choices:
             raise self.error(f"{option}={value}: {nearest(value, choices)}")

@@ -1,4 +1,4 @@
-"""Captions to numbers and back: byte-level BPE learned from captions, or a pretrained tokenizer by name."""
+"""Conversion between captions and tokens: byte-level BPE trained on captions, or a pretrained tokenizer by name."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from tokenizers import models, pre_tokenizers, trainers
 from pipeline.config.schema import ConfigError
 
 PAD, BEGIN, END, ANSWER = "<pad>", "<s>", "</s>", "<answer>"
-"""Padding, start and end of a text; ``<answer>`` stands between a question and its answer."""
+"""Padding, start and end of a text; ``<answer>`` separates a question from its answer."""
 SPECIAL = (PAD, BEGIN, END, ANSWER)
 _MIN_FREQUENCY = 2
 
 
 @dataclass
 class Tokenizer:
-    """Wraps one of ``tokenizers``; knows no language.
+    """Wraps a tokenizer of the ``tokenizers`` library.
 
-    ``name``: "bpe", or the pretrained one's. ``core`` holds all that there is, so that :meth:`to_json` is complete.
+    ``name``: "bpe", or that of the pretrained tokenizer. ``core`` is the whole state: :meth:`to_json` is complete.
     """
 
     core: tokenizers.Tokenizer
@@ -49,7 +49,8 @@ class Tokenizer:
         return found
 
     def encode(self, texts: Sequence[str], max_length: int, questions: Sequence[str] | None = None) -> npt.NDArray[Any]:
-        """int64 (b, max_length): ``<s> text </s>``, or ``<s> question <answer> text </s>``, padded; long texts are cut.
+        """Encode texts as ``<s> text </s>`` or ``<s> question <answer> text </s>``: int64 (b, max_length), padded or
+        cut.
 
         Raises:
             ConfigError: a question leaves no room for an answer.
@@ -66,7 +67,7 @@ class Tokenizer:
         return table
 
     def prompts(self, questions: Sequence[str | None]) -> list[list[int]]:
-        """What a text begins with: ``<s>``, or ``<s> question <answer>``."""
+        """The start of each sequence: ``<s>``, or ``<s> question <answer>``."""
         asked = [
             self.core.encode(question, add_special_tokens=False).ids if question else None for question in questions
         ]
@@ -84,13 +85,13 @@ class Tokenizer:
         return [number for number in row if number not in (self.pad, self.begin)]
 
     def save(self, folder: str | Path) -> None:
-        """``tokenizer.json``; a byte-level BPE's also as ``vocab.json`` and ``merges.txt``."""
+        """Write ``tokenizer.json``; for a byte-level BPE also ``vocab.json`` and ``merges.txt``."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         self.core.save(str(Path(folder) / "tokenizer.json"))
         self.core.model.save(str(folder))
 
     def to_json(self) -> dict[str, Any]:
-        """Goes into checkpoints: the tokenizer is used with the model, and never sought elsewhere."""
+        """The state for checkpoints, so that a model is always used with its own tokenizer."""
         return {"name": self.name, "tokenizer": json.loads(self.core.to_str())}
 
     @classmethod
@@ -99,8 +100,8 @@ class Tokenizer:
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Byte-level BPE (Sennrich et al., ACL 2016) of ``texts``: every text can be written with it; equal for equal
-    texts in equal order."""
+    """Train a byte-level BPE (Sennrich et al., ACL 2016) on ``texts``. It can encode any text, and is deterministic for
+    the same texts in the same order."""
     core = tokenizers.Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     core.decoder = byte_decoders.ByteLevel()
@@ -116,13 +117,13 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def pretrained(name: str) -> Tokenizer:
-    """The tokenizer of a repository on the Hub (google/flan-t5-base) or of a folder with ``tokenizer.json``, or with
-    ``vocab.json`` and ``merges.txt``.
+    """Load the tokenizer of a repository on the Hub (google/flan-t5-base), or of a folder with ``tokenizer.json``, or
+    with ``vocab.json`` and ``merges.txt``.
 
-    Its own begin and end are not used, but ours, which are added.
+    Its own start and end tokens are not used; ours are added instead.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is no such tokenizer.
     """
     folder = Path(name)
     try:

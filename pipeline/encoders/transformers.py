@@ -32,7 +32,7 @@ _VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model")
 
 
 class Loaded:
-    """A model in the precision asked for, what it is called, and its digest."""
+    """A model in the requested precision, with its name and digest."""
 
     def __init__(
         self, kind: str, model: Any, place: str, device: str | torch.device, dtype: str, device_map: str = ""
@@ -59,17 +59,17 @@ class Loaded:
 
 @text_encoders.register("clip")
 class ClipTextEncoder(Loaded, TextEncoder):
-    """The text tower of CLIP: the states of all tokens; pooled, the state of the end of the text.
+    """The text tower of CLIP: the states of all tokens; pooled, the state at the end of the text.
 
     Args:
         place: a repository (``owner/name[@revision]``) or folder, of CLIP itself or of a pipeline with
-            ``text_encoder/`` and ``tokenizer/``; ``<pipeline>/text_encoder_2`` is its second one, with
-            ``tokenizer_2/``. One with a projection pools as Stable Diffusion XL does: projected.
-        layer: ``last``, after the last layer norm (Stable Diffusion 1); ``penultimate``, what the last block takes, as
-            it is (Stable Diffusion XL).
+            ``text_encoder/`` and ``tokenizer/``; ``<pipeline>/text_encoder_2`` is its second text encoder, with
+            ``tokenizer_2/``. If it has a projection, pooled embeddings are projected, as in Stable Diffusion XL.
+        layer: ``last``, after the last layer norm (Stable Diffusion 1); ``penultimate``, the last block's input without
+            a norm (Stable Diffusion XL).
 
     Raises:
-        ConfigError: no such repository or folder, or no safetensors.
+        ConfigError: there is no such repository, folder or safetensors file.
     """
 
     takes = ("layer",)
@@ -84,7 +84,7 @@ class ClipTextEncoder(Loaded, TextEncoder):
         from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
         def load(name: str, **where: Any) -> Any:
-            """With its projection, if it was saved with one as a model of its own."""
+            """Load the model, with its projection if it was saved with one."""
             config = CLIPTextConfig.from_pretrained(name, **_places(where))
             projects = "CLIPTextModelWithProjection" in (config.architectures or ())
             return (CLIPTextModelWithProjection if projects else CLIPTextModel).from_pretrained(name, **where)
@@ -98,12 +98,12 @@ class ClipTextEncoder(Loaded, TextEncoder):
         self.pooled_width = int(model.config.projection_dim) if self._projects else self.width
 
     def encode(self, captions: Sequence[str]) -> Tensor:
-        """Captions → float32 (b, length, width); the tokenizer cuts and pads."""
+        """Captions → float32 (b, length, width); the tokenizer truncates and pads."""
         return self.encode_pooled(captions)[0]
 
     @torch.no_grad()
     def encode_pooled(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """The same, and float32 (b, pooled_width)."""
+        """Like :meth:`encode`, and also the pooled embeddings, float32 (b, pooled_width)."""
         tokens = self._tokenizer(
             list(captions), padding="max_length", max_length=self.length, truncation=True, return_tensors="pt"
         )
@@ -123,19 +123,20 @@ class ClipTextEncoder(Loaded, TextEncoder):
 
 @text_encoders.register("t5")
 class T5TextEncoder(Loaded, TextEncoder):
-    """T5's encoder: the states of a caption's tokens, zeros after its end.
+    """T5's encoder: the states of a caption's tokens, with zeros after its end.
 
-    Padding is masked, so states do not depend on it; batches are padded to their longest caption only.
+    Padding is masked, so that states do not depend on it; batches are padded to their longest caption only.
 
     Args:
         place: a repository (``owner/name[@revision]``) or folder, of T5 itself or of a pipeline with
-            ``text_encoder/`` and ``tokenizer/``; ``<pipeline>/text_encoder_3`` is its third one, with ``tokenizer_3/``.
-        length: captions are cut to this many tokens.
-        mask: False: captions are padded to ``length``, padding counts as tokens and has states, as the pipelines of
-            Stable Diffusion 3 and FLUX have it.
+            ``text_encoder/`` and ``tokenizer/``; ``<pipeline>/text_encoder_3`` is its third text encoder, with
+            ``tokenizer_3/``.
+        length: maximum number of tokens.
+        mask: False: captions are padded to ``length``, and padding counts as tokens and has states, as in the pipelines
+            of Stable Diffusion 3 and FLUX.
 
     Raises:
-        ConfigError: no such repository or folder, or no safetensors.
+        ConfigError: there is no such repository, folder or safetensors file.
     """
 
     takes = ("length", "mask")
@@ -154,7 +155,7 @@ class T5TextEncoder(Loaded, TextEncoder):
     ) -> None:
         from transformers import AutoTokenizer, T5EncoderModel
 
-        # bfloat16 has float32's range; in float16 the feed-forward layers of T5 v1.1 overflow
+        # float16 would overflow in the feed-forward layers of T5 v1.1; bfloat16 has float32's range
         model, self._tokenizer = load_text("t5", place, T5EncoderModel.from_pretrained, AutoTokenizer.from_pretrained)
         super().__init__("t5", model.float(), place, device, "float32" if dtype == "float16" else dtype)
         self.length, self.mask = length, mask
@@ -196,7 +197,7 @@ class ClipImageEncoder(Loaded, ImageEncoder):
     """CLIP's embedding of an image: pooled, projected, of unit length.
 
     Raises:
-        ConfigError: no such repository or folder, or no safetensors.
+        ConfigError: there is no such repository, folder or safetensors file.
     """
 
     @classmethod
@@ -226,16 +227,16 @@ class ClipImageEncoder(Loaded, ImageEncoder):
 
 
 _MODES = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box"}
-"""Pillow's numbers of interpolations."""
+"""Pillow's numeric codes of interpolations."""
 _PLAIN = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
 
 
 def preprocessing_of(processor: Any, name: str) -> tuple[Preprocessing, int]:
-    """What an image processor of transformers does, done by us, and the edge of its images: sizes and offsets are the
-    same. ``name``: the setting and its value, for messages.
+    """Convert an image processor of transformers to our preprocessing and the edge of its images, with equal sizes and
+    offsets. ``name``: the setting and its value, for messages.
 
     Raises:
-        ConfigError: it does something else than to resize, to cut out the centre and to normalise.
+        ConfigError: it does anything but resize, center-crop and normalise.
     """
     given = processor.to_dict()
     size, cut = given.get("size") or {}, given.get("crop_size") or {}
@@ -255,7 +256,7 @@ def preprocessing_of(processor: Any, name: str) -> tuple[Preprocessing, int]:
 
 
 def _distributed(model: Any) -> Any:
-    """``model`` with its blocks on the GPUs that this process sees, as far as they fit, and the others on the host."""
+    """``model`` with as many blocks as fit on the GPUs visible to this process, and the others on the host."""
     from accelerate import dispatch_model, infer_auto_device_map
 
     blocks = getattr(model, "_no_split_modules", None) or []
@@ -263,7 +264,7 @@ def _distributed(model: Any) -> Any:
 
 
 def _part(place: str) -> tuple[str, str]:
-    """Repository or folder, and the text encoder of a pipeline that is meant: ``a/text_encoder_2`` is of ``a``."""
+    """Split off the name of a pipeline's text encoder: ``a/text_encoder_2`` → ``a``, ``text_encoder_2``."""
     match = _PART.fullmatch(place.rstrip("/"))
     if match is None or (Path(place) / "tokenizer_config.json").is_file():
         return place, ""
@@ -271,7 +272,7 @@ def _part(place: str) -> tuple[str, str]:
 
 
 def load_text(kind: str, place: str, load: Any, load_tokenizer: Any) -> tuple[Any, Any]:
-    """Model on the CPU, and tokenizer; of a pipeline, the first text encoder unless another is named."""
+    """Load the model on the CPU, and its tokenizer; from a pipeline, its first text encoder unless another is named."""
     whole, part = _part(place)
     name, revision = repository(whole)
     error, within = Exception(), ""
@@ -281,7 +282,7 @@ def load_text(kind: str, place: str, load: Any, load_tokenizer: Any) -> tuple[An
             model = load(name, subfolder=subfolder, revision=revision, use_safetensors=True)
             return model, load_tokenizer(name, subfolder=tokens, revision=revision)
         except UNLOADABLE as failed:
-            if not str(error) or (Path(name) / subfolder).is_dir():  # else a pipeline's folder is only a guess
+            if not str(error) or (Path(name) / subfolder).is_dir():  # otherwise the subfolder was only a guess
                 error, within = failed, subfolder and f"{subfolder}/"
     tokens = within.replace("text_encoder", "tokenizer")
     needed = [*_needed(within), "|".join(f"{tokens}{file}" for file in _VOCABULARIES)]
@@ -291,17 +292,17 @@ def load_text(kind: str, place: str, load: Any, load_tokenizer: Any) -> tuple[An
 def load_image_model(
     setting: str, place: str, load: Any, load_processor: Any, optional: str = ""
 ) -> tuple[Any, Any, list[str]]:
-    """Model in float32 on the CPU, image processor, and names of weights that the file does not have.
+    """Load a model in float32 on the CPU, its image processor, and the names of weights missing from the file.
 
     Args:
         setting: the setting and its value, for messages.
         place: a repository (``owner/name[@revision]``) or folder.
         load: ``from_pretrained`` of the model's class.
-        optional: the name of a module whose weights the file need not have; they are random then.
+        optional: name of a module whose weights may be missing from the file; they are random then.
 
     Raises:
-        ConfigError: no such repository or folder, no safetensors, or weights are missing: transformers would make them
-            up.
+        ConfigError: there is no such repository, folder or safetensors file, or weights are missing, which transformers
+            would initialise randomly.
     """
     name, revision = repository(place)
     try:
@@ -321,7 +322,7 @@ def load_image_model(
 
 
 def _needed(folder: str = "") -> list[str]:
-    """Files of a model, whose weights may lie in several."""
+    """Files of a model, whose weights may be split over several."""
     return [f"{folder}config.json", f"{folder}model.safetensors|{folder}model.safetensors.index.json"]
 
 

@@ -32,8 +32,9 @@ class VisionEncoder(ABC):
     """Images to ``tokens`` features of ``width`` numbers each.
 
     Attributes:
-        usage: how a setting names it where the name alone is not enough: ``clip:<repo or folder>``.
-        resolution: edge r of the square images that the model takes, and ``preprocessing``: how they are made.
+        usage: how a setting names it if the name alone is not enough: ``clip:<repo or folder>``.
+        resolution: edge r of the model's square input images.
+        preprocessing: how these are made.
     """
 
     usage: ClassVar[str] = ""
@@ -47,10 +48,10 @@ class VisionEncoder(ABC):
     @classmethod
     @abstractmethod
     def from_spec(cls, spec: ModelSpec, features: str, device: str | torch.device, dtype: str) -> Self:
-        """The encoder that a setting names; arguments as for :func:`vision_encoder`."""
+        """Create the encoder that a setting names; arguments as for :func:`vision_encoder`."""
 
     def preprocess(self, images: Sequence[npt.NDArray[Any]]) -> Tensor:
-        """Images uint8 (h, w, 3) of any sizes → float32 (b, 3, r, r) on the CPU, as the model takes them."""
+        """Images uint8 (h, w, 3) of any sizes → float32 (b, 3, r, r) on the CPU, preprocessed for the model."""
         return self.preprocessing(images, self.resolution, "cpu")
 
     @abstractmethod
@@ -59,22 +60,22 @@ class VisionEncoder(ABC):
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
-        """What manifests and checkpoints record: name, features, preprocessing, hash of the weights."""
+        """Name, features, preprocessing and hash of the weights, as recorded in manifests and checkpoints."""
 
 
 def vision_encoder(
     name: str, features: str = "patch", device: str | torch.device = "cpu", dtype: str = "float32"
 ) -> VisionEncoder:
-    """The encoder called ``name``: ``embedded`` (patches of pixels, no download), ``vit:<repo or folder>``,
+    """Create the encoder ``name``: ``embedded`` (patches of pixels, no download), ``vit:<repo or folder>``,
     ``clip:<repo or folder>`` (of transformers), ``openclip:<model>[:<pretrained>]``, or ``program:<file>``, any network
-    that :func:`save_program` wrote.
+    that :func:`save_program` has saved.
 
     Args:
-        features: "patch", all tokens of the last layer; "pooled", the one that stands for the image.
-        dtype: precision of a network; features go out as float32.
+        features: "patch": all tokens of the last layer; "pooled": one token for the whole image.
+        dtype: precision of the network; features are float32.
 
     Raises:
-        ConfigError: no such name, model or weights.
+        ConfigError: there is no such name, model or weights.
     """
     spec = ModelSpec.parse("encoder", name, options=False)
     found: VisionEncoder = spec.find(vision_encoders).from_spec(spec, features, device, dtype)
@@ -83,7 +84,7 @@ def vision_encoder(
 
 @vision_encoders.register("embedded")
 class _Patches(VisionEncoder):
-    """The pixels of each patch in [-1, 1], side by side; pooled: their mean."""
+    """The pixels of each patch in [-1, 1], concatenated; pooled: the mean over patches."""
 
     def __init__(self, features: str) -> None:
         from pipeline.encoders.preprocessing import Preprocessing
@@ -109,10 +110,10 @@ class _Patches(VisionEncoder):
 
 
 def save_program(network: nn.Module, file: str | Path, resolution: int, preprocessing: Preprocessing) -> None:
-    """Make an encoder of any network: (b, 3, resolution, resolution) → (b, tokens, width), without its code.
+    """Save a network (b, 3, resolution, resolution) → (b, tokens, width) as an encoder that does not need its code.
 
     Args:
-        file: what ``program:<file>`` names; it holds the weights, the operations, and the preprocessing.
+        file: for use as ``program:<file>``; it holds the weights, the operations and the preprocessing.
     """
     import torch
 
@@ -140,7 +141,7 @@ class _Network(VisionEncoder):
     def _freeze(self, resolution: int) -> None:
         import torch
 
-        self._weights = weights_digest(self.model)  # before it loses precision
+        self._weights = weights_digest(self.model)  # before precision is reduced
         self.model.to(self.device, self.dtype).eval().requires_grad_(False)
         self.resolution = resolution
         _, self.tokens, self.width = self.encode(torch.zeros(1, 3, resolution, resolution)).shape
@@ -158,7 +159,7 @@ class _Network(VisionEncoder):
 @vision_encoders.register("vit")
 @vision_encoders.register("clip")
 class _Transformers(_Network):
-    """A ViT, or the image's side of a CLIP, with what its image processor says of its images."""
+    """A ViT, or the image side of CLIP, with the preprocessing of its image processor."""
 
     def __init__(self, name: str, place: str, features: str, device: str | torch.device, dtype: str) -> None:
         super().__init__(name, place, features, device, dtype)
@@ -192,7 +193,7 @@ class _Transformers(_Network):
 
 @vision_encoders.register("openclip")
 class _OpenClip(_Network):
-    """The image's side of an open_clip model; patches are the states of its last layer."""
+    """The image side of an open_clip model; patch features are the states of its last layer."""
 
     def __init__(self, name: str, place: str, features: str, device: str | torch.device, dtype: str) -> None:
         super().__init__(name, place, features, device, dtype)
@@ -222,7 +223,7 @@ class _OpenClip(_Network):
 
 @vision_encoders.register("program")
 class _Program(_Network):
-    """What :func:`save_program` wrote, in the precision that it was saved in; pooled: the mean of the tokens."""
+    """A network saved by :func:`save_program`, in its stored precision; pooled: the mean of the tokens."""
 
     def __init__(self, name: str, place: str, features: str, device: str | torch.device, dtype: str) -> None:
         super().__init__(name, place, features, device, "float32")

@@ -1,11 +1,11 @@
 """Epochs of samples in buckets: the bucket of each step, and its samples.
 
-Every bucket is shuffled for itself, and each step takes the next samples of one bucket. Which one is drawn by a key,
-with a probability in proportion to the samples that the bucket has left: so shapes are mixed over the whole epoch, and
-all buckets end together. How far each bucket is tells everything: these few numbers are the state of a loader or
-sampler, and mean the same under any number of ranks and any batch size.
+Every bucket is shuffled separately, and each step takes the next samples of one bucket. The bucket is drawn with a
+keyed random number, with probability proportional to the number of samples it has left, so that shapes are mixed over
+the whole epoch and all buckets end together. The state of a loader or sampler is therefore just the number of samples
+taken from each bucket, and is valid for any number of ranks and any batch size.
 
-Memory grows with the number of runs in the indexes (partitions times buckets), not with the number of samples.
+Memory use grows with the number of runs in the indexes (partitions times buckets), not with the number of samples.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from pipeline.partitions.bucket_index import BucketIndex
 from pipeline.randomness import digest, keyed_seed, uniforms
 
 _MIXED = 1 << 15
-"""Samples that are shuffled among each other where shards come from elsewhere, at least."""
+"""Minimum number of samples that are shuffled together if shards are remote."""
 
 
 class BucketMajor:
-    """Numbers the samples of an index bucket by bucket, and within a bucket as they lie.
+    """Numbers the samples of an index bucket by bucket, and in stored order within a bucket.
 
     Attributes:
-        sizes: of the buckets, height and width in pixels.
-        starts: number of each bucket's first sample, and of all at the end: int64 (sizes + 1,).
+        sizes: height and width of each bucket in pixels.
+        starts: number of each bucket's first sample, followed by the number of samples: int64 (sizes + 1,).
     """
 
     def __init__(self, index: BucketIndex) -> None:
@@ -49,16 +49,16 @@ class BucketMajor:
         return int(self.starts[-1])
 
     def positions(self, numbers: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """Where samples with these numbers lie: int64."""
+        """Stored positions of the samples with these numbers: int64."""
         runs, within = self._runs.locate(numbers)
         found: npt.NDArray[Any] = self._first[runs] + within
         return found
 
     def size_of(self, numbers: npt.NDArray[Any]) -> Size:
-        """The bucket of samples with these numbers.
+        """The bucket of the samples with these numbers.
 
         Raises:
-            ValueError: they are of several.
+            ValueError: they are in different buckets.
         """
         buckets = np.unique(np.searchsorted(self.starts, numbers, "right") - 1)
         if len(buckets) != 1:
@@ -66,23 +66,23 @@ class BucketMajor:
         return self.sizes[int(buckets[0])]
 
     def run_lengths(self, bucket: int) -> list[int]:
-        """Of the runs of a bucket."""
+        """Lengths of a bucket's runs."""
         lengths: list[int] = np.diff(self._runs.starts)[self._run_owners == bucket].tolist()
         return lengths
 
 
 @dataclass(frozen=True)
 class BucketSlots:
-    """Which samples of which folder stand in an epoch, by bucket.
+    """Which sample of which folder is in each slot of an epoch, by bucket.
 
-    Without weights every sample stands in an epoch once. With weights, an epoch has as many places as there are
-    samples; a folder has its share of them, spread over the buckets as its samples are, and is gone through again and
-    again.
+    Without weights, every sample is in an epoch once. With weights, an epoch has as many slots as there are samples;
+    each folder gets its share of them, distributed over the buckets like its samples, and is repeated.
 
     Attributes:
-        indexes: of each folder.
-        weights: shares of the folders; empty: each sample once.
-        blocks: samples of each bucket are shuffled within a window of runs, so that few shards are needed at a time.
+        indexes: bucket index of each folder.
+        weights: proportions of the folders; empty: each sample once.
+        blocks: whether samples of a bucket are shuffled within a window of runs, so that few shards are needed at a
+            time.
     """
 
     indexes: tuple[BucketIndex, ...]
@@ -93,7 +93,7 @@ class BucketSlots:
 
     @cached_property
     def sizes(self) -> tuple[Size, ...]:
-        """Of all buckets, height and width in pixels."""
+        """Height and width of all buckets in pixels."""
         return tuple(sorted({size for index in self.indexes for size in index.sizes}))
 
     @cached_property
@@ -102,7 +102,7 @@ class BucketSlots:
 
     @cached_property
     def _counts(self) -> npt.NDArray[Any]:
-        """Samples of each folder in each bucket: int64 (folders, sizes)."""
+        """Number of samples of each folder in each bucket: int64 (folders, sizes)."""
         counts = np.zeros((len(self.indexes), len(self.sizes)), np.int64)
         for number, index in enumerate(self.indexes):
             counts[number, [self.sizes.index(size) for size in index.sizes]] = index.counts()
@@ -110,7 +110,7 @@ class BucketSlots:
 
     @cached_property
     def quotas(self) -> npt.NDArray[Any]:
-        """Places that each bucket has in an epoch: int64 (sizes,)."""
+        """Number of slots of each bucket in an epoch: int64 (sizes,)."""
         if not self.weights:
             total: npt.NDArray[Any] = self._counts.sum(0)
             return total
@@ -122,7 +122,7 @@ class BucketSlots:
         return np.diff([0, *bounds]).astype(np.int64)
 
     def _shares(self, bucket: int) -> dict[int, Fraction]:
-        """Of the folders with samples in a bucket: their weight times the part of their samples that lies there."""
+        """For folders with samples in a bucket: their weight times the fraction of their samples in the bucket."""
         return {
             number: Fraction(weight) * int(self._counts[number, bucket]) / int(self._counts[number].sum())
             for number, weight in enumerate(self.weights)
@@ -130,12 +130,12 @@ class BucketSlots:
         }
 
     def __len__(self) -> int:
-        """Places in an epoch."""
+        """Number of slots in an epoch."""
         return int(self._counts.sum())
 
     @property
     def order(self) -> str:
-        """Tells orders apart: a state in one order means nothing in another."""
+        """Identifies the order: a state is only valid for the order in which it was taken."""
         said = [self.sizes, self.quotas.tolist(), self.weights, self.shuffle, self.blocks]
         return f"buckets {digest(0, repr(said), size=8).hex()}"
 
@@ -143,13 +143,13 @@ class BucketSlots:
 
     @cached_property
     def starts(self) -> npt.NDArray[Any]:
-        """Number of each bucket's first place in an epoch: int64 (sizes + 1,)."""
+        """First slot of each bucket in an epoch, followed by the number of slots: int64 (sizes + 1,)."""
         found: npt.NDArray[Any] = np.concatenate([[0], np.cumsum(self.quotas)]).astype(np.int64)
         return found
 
     @cached_property
     def _streams(self) -> dict[int, tuple[Stream, list[int]]]:
-        """By bucket: the stream of its samples, and the folders that it is of."""
+        """For each bucket, the stream of its samples and the folders they are from."""
         return {bucket: self._stream(bucket) for bucket in range(len(self.sizes))}
 
     def _stream(self, bucket: int) -> tuple[Stream, list[int]]:
@@ -171,7 +171,7 @@ class BucketSlots:
         return Epochs(n, seed, shuffled if self.shuffle else sequential)
 
     def samples(self, epoch: int, bucket: int, places: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-        """Folder and position (int64 both) at ``places`` of a bucket in ``epoch``."""
+        """Folder and position (int64 both) of the samples at ``places`` of a bucket in ``epoch``."""
         stream, folders = self._streams[bucket]
         numbers = stream.samples(epoch * int(self.quotas[bucket]) + places)
         parts = Parts([int(self._counts[f, bucket]) for f in folders])
@@ -186,11 +186,11 @@ class BucketSlots:
     # ---- steps
 
     def choose(self, epoch: int, taken: npt.NDArray[Any], least: npt.NDArray[Any]) -> int | None:
-        """The bucket of the next step; None if no bucket has as many samples left.
+        """The bucket of the next step; None if no bucket has enough samples left.
 
         Args:
-            taken: places of each bucket that earlier steps took: int64 (sizes,).
-            least: how many samples a bucket must have left: int64 (sizes,).
+            taken: slots of each bucket used by earlier steps: int64 (sizes,).
+            least: minimum number of slots that a bucket must have left: int64 (sizes,).
         """
         left = self.quotas - taken
         left = np.where(left >= least, left, 0)
@@ -202,7 +202,7 @@ class BucketSlots:
 
 
 def drawn(left: npt.NDArray[Any], seed: int, epoch: int, taken: int) -> int:
-    """A bucket with a probability in proportion to what it has ``left``; keyed by epoch and samples ``taken``."""
+    """Draw a bucket with probability proportional to ``left``; keyed by epoch and number of samples ``taken``."""
     bounds = np.cumsum(left)
     at = int(uniforms(1, seed, "step", epoch, taken)[0] * int(bounds[-1]))
     return int(np.searchsorted(bounds, at, "right"))
@@ -210,17 +210,17 @@ def drawn(left: npt.NDArray[Any], seed: int, epoch: int, taken: int) -> int:
 
 @dataclass
 class BucketSampler:
-    """Deals the samples of a dataset in buckets out in global batches of one bucket, and these to ranks.
+    """Divides samples in buckets into global batches from one bucket each, and these among the ranks.
 
-    It is a :class:`~pipeline.loading.sampler.Sampler` for training, without an end: every bucket goes through its
-    samples again and again, in an order of its own each time, and a batch may reach into the bucket's next round. In
-    each epoch (as many samples as there are) a bucket has its share, to within a batch.
+    It is a :class:`~pipeline.loading.sampler.Sampler` for training that never ends: every bucket is repeated, each time
+    in a new order, and a batch may extend into the bucket's next round. In each epoch (as many samples as there are)
+    every bucket has its share, to within a batch.
 
     Attributes:
-        starts: number of each bucket's first sample, and of all at the end: int64 (buckets + 1,). Samples are numbered
-            bucket by bucket.
+        starts: number of each bucket's first sample, followed by the number of samples: int64 (buckets + 1,). Samples
+            are numbered bucket by bucket.
         batch_size: samples per step over all ranks.
-        taken: samples of each bucket that earlier steps took: all the state there is.
+        taken: samples of each bucket used by earlier steps. This is the whole state.
     """
 
     starts: npt.NDArray[Any]
@@ -252,7 +252,7 @@ class BucketSampler:
 
     @property
     def position(self) -> int:
-        """Samples that earlier steps took, over all ranks and epochs."""
+        """Number of samples used by earlier steps, over all ranks and epochs."""
         return sum(self.taken)
 
     @property
@@ -261,35 +261,35 @@ class BucketSampler:
 
     @property
     def finished(self) -> bool:
-        """It has no end."""
+        """Always false: the sampler never ends."""
         return False
 
     @property
     def bucket(self) -> int:
-        """Of the next global batch."""
+        """The bucket of the next global batch."""
         left = np.maximum(self._counts * (self.epoch + 1) - np.array(self.taken, np.int64), 0)
         return drawn(left, self.seed, self.epoch, self.position)
 
     def slots(self) -> npt.NDArray[Any]:
-        """This rank's places (int64, contiguous) in the next global batch; ranks' sizes differ by one at most."""
+        """This rank's positions (int64, contiguous) in the next global batch; sizes of ranks differ by at most one."""
         first, last = (self.batch_size * r // self.world_size for r in (self.rank, self.rank + 1))
         return np.arange(first, last)
 
     def positions(self) -> npt.NDArray[Any]:
-        """The samples (int64) that this rank takes in the next step, all of one bucket."""
+        """The samples (int64) of this rank in the next step, all from one bucket."""
         bucket = self.bucket
         places = self.taken[bucket] + self.slots()
         found: npt.NDArray[Any] = self.starts[bucket] + self._streams[self._stream_of[bucket]].samples(places)
         return found
 
     def seen(self) -> npt.NDArray[Any]:
-        """In how many rounds of its bucket each of them was before: int64 (b,)."""
+        """In how many earlier rounds of its bucket each sample was used, int64 (b,)."""
         bucket = self.bucket
         seen: npt.NDArray[Any] = (self.taken[bucket] + self.slots()) // int(self._counts[bucket])
         return seen
 
     def advance(self) -> None:
-        """The step is done: the next batch follows."""
+        """Move on to the next batch."""
         bucket = self.bucket
         self.taken = tuple(n + self.batch_size * (b == bucket) for b, n in enumerate(self.taken))
 
@@ -298,10 +298,10 @@ class BucketSampler:
         return {"seed": self.seed, "n": self.n, **place}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Go on where ``state`` was taken.
+        """Resume where ``state`` was taken.
 
         Raises:
-            ValueError: the state belongs to other data or another seed.
+            ValueError: the state was taken with other data or another seed.
         """
         mine = self.state()
         for name in ("seed", "n", "starts"):

@@ -1,8 +1,8 @@
 """Text states of several captions in one column, and the choice of a caption in each epoch.
 
-With ``encode_captions=all`` a column of text states holds those of all captions, one after the other, in the order of
-the columns ``captions`` and ``caption_sources``. Where padding is not stored, ``caption_tokens`` tells how many tokens
-each has: unsigned 16-bit numbers, little-endian.
+With ``encode_captions=all``, a column of text states holds the states of all captions, concatenated in the order of the
+columns ``captions`` and ``caption_sources``. If padding is not stored, ``caption_tokens`` holds the number of tokens of
+each caption as unsigned 16-bit integers, little-endian.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ CHOICES = ("draw", "first", "all")
 
 
 def tokens_column(column: str) -> str:
-    """The column with the number of tokens of each caption, of the text states ``column``."""
+    """The column with the number of tokens of each caption whose states are in ``column``."""
     return column.replace("latents", "tokens")
 
 
 def ends_of(
     size: int, tokens: npt.NDArray[Any] | None, shape: Sequence[int], storage: str, dtype: str, count: int
 ) -> npt.NDArray[np.int64]:
-    """Where each of ``count`` captions' states end in a column of ``size`` bytes: int64 (count,).
+    """End of each caption's states in a column of ``size`` bytes: int64 (count,).
 
     Args:
-        tokens: of each caption, where padding is not stored.
-        shape: (l, d) of a caption with padding.
+        tokens: number of tokens of each caption, if padding is not stored.
+        shape: (l, d) of a padded caption.
 
     Raises:
-        ValueError: The number of bytes does not fit the number of captions.
+        ValueError: the number of bytes does not match the number of captions.
     """
     from pipeline.loading import text_storage  # imports torch
 
@@ -51,7 +51,7 @@ def ends_of(
 
 
 def checked_weights(weights: Mapping[str, float], sources: Sequence[str]) -> dict[str, float]:
-    """Raises ConfigError unless each source of captions that there is has a positive weight, and no other has one."""
+    """Raises ConfigError unless ``weights`` has a positive weight for each caption source, and for nothing else."""
     if not weights:
         return {}
     for name in weights:
@@ -68,10 +68,10 @@ def checked_weights(weights: Mapping[str, float], sources: Sequence[str]) -> dic
 
 
 def chosen(key: str, sources: Sequence[str], weights: Mapping[str, float], seed: int, epoch: int) -> int:
-    """Which of a sample's captions epoch ``epoch`` takes.
+    """Index of the caption that a sample uses in epoch ``epoch``.
 
-    A source is drawn by its weight among those that the sample has captions of, then one of its captions; without
-    weights any caption is as likely as another. It depends on the seed, the epoch and the sample's key alone.
+    A source is drawn by weight among those of the sample's captions, then one of its captions; without weights, all
+    captions are equally likely. The choice depends only on the seed, the epoch and the sample's key.
     """
     draw = xxhash.xxh3_64_intdigest(key, keyed_seed(seed, "caption", epoch)) / 2.0**64
     if not weights:

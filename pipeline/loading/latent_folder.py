@@ -1,4 +1,4 @@
-"""A folder of stored latents: its columns, and how their bytes become tensors."""
+"""A folder of stored latents: its columns, and the conversion of their bytes to tensors."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from pipeline.storage import StorageError
 
 _OPEN_FILES = 4096
 _DTYPES = ("float16", "float32")
-_DOWNSAMPLE = 8  # of Stable Diffusion's autoencoders, whose latents are the ones that come without a manifest
-_LEAST_CHANNELS = 4  # of these; fewer mean that the autoencoder is of another kind
+_DOWNSAMPLE = 8  # of Stable Diffusion's autoencoders, which are assumed for latents without a manifest
+_LEAST_CHANNELS = 4  # of these autoencoders; fewer mean that another one was used
 _EDGES = ("height", "width")
 IMAGE, TEXT, BACK = "latents_", "caption_latents", "caption_back"
 
@@ -40,15 +40,15 @@ class Layout:
     """How the latents of a folder are stored.
 
     Attributes:
-        shapes: by column. With buckets, height and width of latents are those of the square whose pixels no bucket
-            exceeds: each sample has a size of its own.
+        shapes: by column. With buckets, height and width are those of a square whose area no bucket exceeds, as each
+            sample has its own size.
         dtype: of latents, and of text states that are not packed.
         latent: sample, mode or moments.
         storage: of text states, see :mod:`pipeline.loading.text_storage`.
-        buckets: by column of latents; none: all have the column's shape.
+        buckets: by column of latents; empty: all samples have the column's shape.
         downsample: with buckets, pixels per latent along an edge.
-        sources: of captions, where text states are those of all captions of a sample, one after the other; empty:
-            samples have those of one caption.
+        sources: of captions, if the text states of all captions of a sample are stored; empty: only those of one
+            caption are stored.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
@@ -71,14 +71,14 @@ class Layout:
         return cls(shapes, manifest["dtype"], manifest.get("latent", "sample"), storage, buckets, downsample, sources)
 
     def size_in(self, row: Mapping[str, Any], column: str) -> Size | None:
-        """The bucket in pixels that a stored row says it is in; None without buckets."""
+        """Height and width in pixels of the bucket recorded in a stored row; None without buckets."""
         if column not in self.buckets:
             return None
         resolution = column[len(IMAGE) :]
         return int(row[f"height_{resolution}"]), int(row[f"width_{resolution}"])
 
     def shape_of(self, column: str, size: Size | None = None) -> tuple[int, ...]:
-        """What is stored of one sample; ``size``: its bucket in pixels."""
+        """Stored shape of a sample; ``size``: height and width of its bucket in pixels."""
         if size is None or column not in self.buckets:
             return self.shapes[column]
         return (self.shapes[column][0], *(edge // self.downsample for edge in size))
@@ -89,34 +89,34 @@ class Layout:
         return int(np.prod(self.shape_of(column, size))) * np.dtype(self.dtype).itemsize
 
     def image_shape(self, column: str, size: Size | None = None) -> tuple[int, int, int]:
-        """(c, h, w) of the latents that training sees."""
+        """Shape (c, h, w) of the latents passed to training."""
         channels, height, width = self.shape_of(column, size)
         return (channels // 2 if self.latent == "moments" else channels, height, width)
 
     def image(self, raw: Tensor, column: str, noise: Tensor | None, size: Size | None = None) -> Tensor:
-        """uint8 (b, bytes) → (b, c, h, w)."""
+        """Latents as passed to training: uint8 (b, bytes) → (b, c, h, w); moments are sampled with ``noise``."""
         values = self.stored_image(raw, column, size)
         return sampled(values.float(), noise).to(values.dtype) if self.latent == "moments" else values
 
     def stored_image(self, raw: Tensor, column: str, size: Size | None = None) -> Tensor:
-        """uint8 (b, bytes) → (b, c, h, w) as stored; of moments (b, 2c, h, w)."""
+        """Latents as stored: uint8 (b, bytes) → (b, c, h, w), or (b, 2c, h, w) for moments."""
         return raw.view(getattr(torch, self.dtype)).reshape(-1, *self.shape_of(column, size))
 
     def text(self, raw: Tensor, column: str = TEXT) -> Tensor:
-        """uint8 (b, bytes) → (b, l, d)."""
+        """Unpack text states: uint8 (b, bytes) → (b, l, d)."""
         return text_storage.unpack(raw, self.shapes[column], self.storage, self.dtype)
 
 
 @dataclass(frozen=True)
 class Expected:
-    """What a caller says about stored latents. Of a folder with a manifest this is checked; without one it is needed,
-    as bytes alone do not tell a shape.
+    """What a caller knows about stored latents: checked against the manifest, and required without one, as shapes
+    cannot be inferred from bytes alone.
 
     Attributes:
-        caption_shape: length and width of the text states; empty: as the manifest says.
-        latent_shape: (c, h, w) of the image latents; empty: as the manifest says, else any number of channels from 4 on
-            at an eighth of the resolution, as many as the bytes hold.
-        dtype: of what is stored; empty: as the manifest says, else float16.
+        caption_shape: length and width of the text states; empty: from the manifest.
+        latent_shape: (c, h, w) of the image latents; empty: from the manifest, else an eighth of the resolution with at
+            least 4 channels, as many as the bytes hold.
+        dtype: as stored; empty: from the manifest, else float16.
     """
 
     caption_shape: tuple[int, ...] = ()
@@ -131,7 +131,7 @@ class Expected:
             raise ConfigError(f"dtype={self.dtype}: expected one of {', '.join(_DTYPES)}")
 
     def check(self, place: object, layout: Layout, column: str) -> None:
-        """Raises ConfigError unless a manifest's layout is what was expected."""
+        """Raises ConfigError unless a manifest's layout is as expected."""
         length, width = layout.shapes[TEXT]
         if self.caption_shape and self.caption_shape != (length, width):
             raise ConfigError(
@@ -143,10 +143,10 @@ class Expected:
             raise ConfigError(f"{place}: latents are stored as {layout.dtype}: leave dtype= out")
 
     def layout(self, place: object, sizes: Mapping[str, int]) -> Layout:
-        """The layout of a folder without a manifest, from the bytes per sample of its columns.
+        """Infer the layout of a folder without a manifest from the number of bytes per sample in each column.
 
         Raises:
-            ConfigError: they do not fit what is expected; the message says what they would fit.
+            ConfigError: the bytes do not match what is expected; the message says what they would match.
         """
         dtype = self.dtype or "float16"
         item = np.dtype(dtype).itemsize
@@ -165,7 +165,7 @@ class Expected:
         return Layout(shapes, dtype)
 
     def _usual_caption(self, place: object, size: int, item: int) -> tuple[int, int]:
-        """The text states' shape where nobody says it: CLIP's 77 tokens, if that comes out even."""
+        """The shape of text states if none is given: CLIP's 77 tokens, if the bytes are a multiple."""
         length = 77
         if size % (length * item):
             raise ConfigError(
@@ -192,25 +192,25 @@ def _shape(shape: Sequence[int]) -> str:
 
 
 def _check_inside(place: str, name: str) -> None:
-    """Raises ConfigError for the name of a shard that would lead out of its folder."""
+    """Raises ConfigError if the name of a shard leads out of its folder."""
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or not path.name:
         raise ConfigError(f"{place}: index.json names the shard {name!r}, which is not below the folder")
 
 
 class LatentFolder:
-    """Stored latents in a local folder, by position; a column's bytes go from the page cache to the batch in one copy.
+    """Stored latents in a local folder, by position; bytes are copied once, from the page cache to the batch.
 
     Args:
         path: a dataset directory made by stage=precompute, or any folder of MDS shards with an ``index.json``.
-        expected: what is known of it; needed where there is no manifest.
+        expected: what is known about the latents; required if there is no manifest.
 
     Raises:
-        ConfigError: there is no such folder, it is not finished, holds no latents or others than expected.
+        ConfigError: the folder does not exist, is not finished, or does not hold the expected latents.
     """
 
     is_far = False
-    """Whether shards have to be brought here before they are read."""
+    """Whether shards have to be downloaded before they are read."""
 
     def __init__(self, path: str | Path, expected: Expected | None = None) -> None:
         self.path = Path(path)
@@ -228,11 +228,11 @@ class LatentFolder:
 
     @property
     def name(self) -> str:
-        """Where it is, for messages."""
+        """Path or URL, for messages."""
         return str(self.path)
 
     def _manifest(self) -> Mapping[str, Any] | None:
-        """What a dataset directory says of its latents; None for a folder that is none."""
+        """Facts about the latents of a dataset directory; None for any other folder."""
         if not (self.path / "plan").is_dir():
             return None
         dataset = Dataset.open(self.path)
@@ -271,7 +271,7 @@ class LatentFolder:
 
     @property
     def starts(self) -> npt.NDArray[Any]:
-        """First sample of each shard, and the number of all at the end: int64 (shards + 1,)."""
+        """First sample of each shard, followed by the number of samples: int64 (shards + 1,)."""
         found: npt.NDArray[Any] = self._starts
         return found
 
@@ -279,20 +279,20 @@ class LatentFolder:
         return int(self._starts[-1])
 
     def __getstate__(self) -> dict[str, Any]:
-        """For worker processes, which open the files themselves."""
+        """State for worker processes, which open files themselves."""
         return {**self.__dict__, "_open": OrderedDict(), "_head": self._head.format}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _head=struct.Struct(state["_head"]))
 
     def require(self, positions: npt.NDArray[Any]) -> None:
-        """Say that these samples are read soon; where they are far away, they are brought here meanwhile."""
+        """Announce that these samples will be read soon; remote shards are downloaded meanwhile."""
 
     def bucket_index(self, column: str) -> BucketIndex:
-        """Which samples are in which bucket; all are in one where there are no buckets.
+        """The bucket of each sample; without buckets, all samples are in one.
 
         Raises:
-            ConfigError: the folder's index does not belong to its shards.
+            ConfigError: the bucket index does not belong to the folder's shards.
         """
         if column not in self.layout.buckets:
             resolution = int(column[len(IMAGE) :])
@@ -315,15 +315,16 @@ class LatentFolder:
         size: Size | None = None,
         captions: Sequence[int] | None = None,
     ) -> dict[str, Tensor]:
-        """The bytes of ``columns`` at ``positions``: uint8 (b, bytes) each.
+        """Read the bytes of ``columns`` at ``positions``: uint8 (b, bytes) each.
 
         Args:
-            size: of the bucket that these samples are in, in pixels.
-            captions: which of a sample's captions text states are read of, where several are stored; None: the first.
+            size: height and width in pixels of the bucket of these samples.
+            captions: index of the caption whose text states are read for each sample, if several are stored; None: the
+                first.
 
         Raises:
-            ValueError: a sample's bytes are not of the size that the layout says, or it is in another bucket; names
-                its key.
+            ValueError: a sample's bytes do not have the size that the layout says, or it is in another bucket; the
+                message names its key.
         """
         wanted = {column: self.layout.bytes_of(column, size) for column in columns}
         batch = {column: np.empty((len(positions), size), np.uint8) for column, size in wanted.items()}
@@ -350,11 +351,11 @@ class LatentFolder:
                 batch[column][place] = source[start:stop]
         return {
             column: torch.from_numpy(values) if len(positions) else torch.empty(values.shape, dtype=torch.uint8)
-            for column, values in batch.items()  # an empty array gives strides that no view can be made of
+            for column, values in batch.items()  # an empty array has strides that cannot be viewed
         }
 
     def _size_at(self, data: npt.NDArray[Any], spans: Mapping[str, tuple[int, int]], column: str) -> Size:
-        """The bucket that a sample's own columns tell."""
+        """The bucket recorded in a sample's own columns."""
         resolution = column[len(IMAGE) :]
         height, width = (int(data[slice(*spans[f"{edge}_{resolution}"])].view(np.int64)[0]) for edge in _EDGES)
         return height, width
@@ -369,8 +370,8 @@ class LatentFolder:
     def tokens(
         self, positions: Sequence[int], column: str = TEXT, captions: Sequence[int] | None = None
     ) -> npt.NDArray[Any]:
-        """How many tokens are stored of each caption: int64 (b,); all where padding is stored as well. ``captions`` as
-        of :meth:`read`."""
+        """Number of stored tokens of each caption: int64 (b,); the full length if padding is stored. ``captions`` as in
+        :meth:`read`."""
         layout = self.layout
         length, width = layout.shapes[column]
         if not text_storage.is_ragged(layout.storage):
@@ -383,8 +384,8 @@ class LatentFolder:
     def size_conditions(self, positions: Sequence[int], column: str) -> Tensor:
         """SDXL's size conditions, int64 (b, 6), in pixels (Podell et al. 2023, section 2.2).
 
-        Height and width of the original before any resizing, top and left of what was cut from it after resizing, and
-        the height and width of that. Square latents do not store this: their crop counts as the original.
+        Height and width of the original image before any resizing, top and left of the crop after resizing, and height
+        and width of the crop. Square latents do not record this: their crop is taken as the original.
         """
         resolution = int(column[len(IMAGE) :])
         if column not in self.layout.buckets:
@@ -401,7 +402,7 @@ class LatentFolder:
         return torch.from_numpy(np.stack([*original, top, left, cut_height, cut_width], 1))
 
     def caption_sources(self, position: int) -> list[str]:
-        """Where each of a sample's captions is from, if several are stored; else one that is ``original``."""
+        """The source of each of a sample's captions; ``["original"]`` if text states of only one caption are stored."""
         if not self.layout.sources:
             return [ORIGINAL]
         data, spans = self._spans(position)
@@ -409,11 +410,11 @@ class LatentFolder:
         return found
 
     def _text_span(self, position: int, column: str, caption: int = 0) -> tuple[npt.NDArray[Any], tuple[int, int]]:
-        """The file that holds the text states of a sample's caption, its own or those of the sample that it refers to,
-        and where.
+        """The file with the text states of a sample's caption, and their start and end in it. They may be in the row of
+        an earlier sample that this one refers to.
 
         Raises:
-            ValueError: the column does not hold those of its captions.
+            ValueError: the column's bytes do not match its captions.
         """
         data, spans = self._spans(position)
         start, stop = spans[column]
@@ -437,7 +438,7 @@ class LatentFolder:
         return bytes(data[slice(*spans["key"])]).decode(errors="replace") if "key" in spans else str(position)
 
     def _spans(self, position: int) -> tuple[npt.NDArray[Any], dict[str, tuple[int, int]]]:
-        """The file that holds the sample, and where its columns lie in it."""
+        """The file that holds the sample, and start and end of each of its columns."""
         number = int(np.searchsorted(self._starts, position, "right")) - 1
         data = self._file(number)
         at = int(data[4 + 4 * (position - int(self._starts[number])) :][:4].view(np.uint32)[0])
@@ -458,14 +459,14 @@ class LatentFolder:
         return self._open[number]
 
     def _mapped(self, number: int) -> npt.NDArray[Any]:
-        """The bytes of shard ``number``, not compressed, as they lie in the page cache: uint8 (n,)."""
+        """The uncompressed bytes of shard ``number``, memory-mapped: uint8 (n,)."""
         shard = self._shards[number]
         if shard.get("zip_data"):
             raise ConfigError(f"{self.path}: its shards are compressed: read it as file://{self.path.absolute()}")
         path = self.path / str(shard["raw_data"]["basename"])
         try:
             data = np.memmap(path, np.uint8, "r").view(np.ndarray)
-        except (OSError, ValueError) as error:  # ValueError: it is empty
+        except (OSError, ValueError) as error:  # ValueError: the file is empty
             raise StorageError(f"{path} cannot be read: {error}") from None
         expected = shard["raw_data"].get("bytes", len(data))
         if len(data) != expected:
@@ -473,10 +474,10 @@ class LatentFolder:
         return data
 
     def column_of(self, image_size: int) -> str:
-        """The column of latents of images of this edge.
+        """The column of latents for this image size.
 
         Raises:
-            ConfigError: there are none, or none as expected.
+            ConfigError: the folder has no such column, or it is not as expected.
         """
         column = f"{IMAGE}{image_size}"
         if column not in self.layout.shapes or column not in self.columns:

@@ -40,7 +40,7 @@ class BatchedSamples(Protocol):
     def batch(
         self, epoch: int, folders: npt.NDArray[Any], positions: npt.NDArray[Any], size: Size | None = None
     ) -> dict[str, Tensor]:
-        """The samples at ``positions`` of ``folders``, as one batch."""
+        """Read the samples at ``positions`` of ``folders`` as one batch."""
 
 
 @dataclass
@@ -105,9 +105,12 @@ class LatentLoader:
         return len(self.slots) // step if self.drop_last else -(-len(self.slots) // step)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        """An epoch, or the rest of the one that a loaded state is of: ``image_latents`` (b, c, h, w),
-        ``caption_latents`` (b, 1, l, d), ``drop_caption_mask`` (b,), 0 where the caption is to be hidden, else 1; where
-        text states are ragged also ``caption_mask``, bool (b, l), True where a token is."""
+        """Yield an epoch, or after loading a state the rest of its epoch.
+
+        A batch has ``image_latents`` (b, c, h, w), ``caption_latents`` (b, 1, l, d) and ``drop_caption_mask`` (b,), 0
+        where the caption is to be dropped, else 1. For ragged text states, it also has ``caption_mask``, bool (b, l),
+        True at tokens.
+        """
         epoch, position = (self.epoch + 1, 0) if self.position and not self._going_on else (self.epoch, self.position)
         self._newest += 1
         mine = self._newest
@@ -124,7 +127,7 @@ class LatentLoader:
                 yield batch
         if self.slots.blocks:
             _log.info("epoch %d: %.1f of %.1f s waited for data", epoch, batches.waited, perf_counter() - start)
-        self._reached(mine, epoch, None)  # also where nothing was left of a state's epoch
+        self._reached(mine, epoch, None)  # also if nothing was left of the state's epoch
 
     def _reached(self, iterator: int, epoch: int, stop: int | None) -> None:
         """Update the state, if this is the newest iterator; None: the epoch ends."""
@@ -133,7 +136,7 @@ class LatentLoader:
             self._going_on = False
 
     def _batches(self, epoch: int, position: int) -> Iterator[tuple[int | None, dict[str, Tensor]]]:
-        """Yield batches, each with the slot at which it ends, or None for the last one of the epoch."""
+        """Yield (slot at which the batch ends, batch); the slot is None for the last batch of the epoch."""
         rank, world_size = self.place()
         total, step = len(self.slots), self.batch_size * world_size
         required = position
@@ -147,7 +150,7 @@ class LatentLoader:
             position = stop
 
     def _stop(self, position: int, world_size: int) -> int:
-        """End of the global batch that begins at ``position``: it leaves no samples, or enough for all ranks."""
+        """End of the global batch that begins at ``position``; leaves no samples, or enough for all ranks."""
         total = len(self.slots)
         stop = min(position + self.batch_size * world_size, total)
         return stop if self.drop_last else fair(position, stop, total, world_size)
@@ -173,7 +176,7 @@ class LatentLoader:
         batch["drop_caption_mask"] = torch.from_numpy((drawn >= self.cap_drop_prob).astype(np.float32))
         return {name: tensor.pin_memory() for name, tensor in batch.items()} if self.pin_memory else batch
 
-    # ---- where it stands
+    # ---- state
 
     def set_epoch(self, epoch: int) -> None:
         """Let the next ``iter()`` yield this epoch: from its beginning, unless a state of the same epoch was
@@ -211,7 +214,7 @@ class LatentLoader:
 
 
 def fair(position: int, stop: int, total: int, world_size: int) -> int:
-    """``stop``, or less, so that from there to ``total`` no slots are left, or (if possible) enough for all ranks."""
+    """``stop``, or less, so that no slots or (if possible) enough for all ranks are left up to ``total``."""
     missing = world_size - (total - stop)
     return stop - missing if 0 < missing < world_size <= stop - position - missing else stop
 

@@ -1,7 +1,7 @@
-"""Batches of stored latents for training, from local disks and from elsewhere.
+"""Batches of stored latents for training, from local and remote folders.
 
-Any folder of MDS shards with an ``index.json`` can be read; of a dataset directory, shapes, dtypes and how captions are
-stored come from its manifest.
+Any folder of MDS shards with an ``index.json`` can be read; for a dataset directory, shapes, dtypes and the storage of
+captions are read from its manifest.
 """
 
 from __future__ import annotations
@@ -45,15 +45,15 @@ __all__ = [
 ]
 
 _KNOWN = ("pin_memory", "prefetch", "num_workers", "prefetch_factor")
-_IGNORED = ("persistent_workers",)  # of DataLoader: there are no worker processes that could end
+_IGNORED = ("persistent_workers",)  # an option of DataLoader without effect here, as there are no worker processes
 
 
 @dataclass
 class TrainingLatents:
-    """What the training loop reads: one resolution of a folder, moments as they are stored.
+    """Latents for the training loop: one resolution of a folder, with moments as stored.
 
     Attributes:
-        captions, caption_weights, seed: as of :class:`LatentDataset`, ``draw`` or ``first``.
+        captions, caption_weights, seed: as for :class:`LatentDataset`, with ``captions`` ``draw`` or ``first``.
     """
 
     folder: LatentFolder
@@ -71,18 +71,18 @@ class TrainingLatents:
 
     @cached_property
     def order(self) -> BucketMajor:
-        """Of samples in buckets: positions here number them bucket by bucket."""
+        """With buckets, the order of positions: bucket by bucket."""
         return BucketMajor(self.folder.bucket_index(self.folder.column_of(self.resolution)))
 
     @property
     def bucket_starts(self) -> tuple[int, ...]:
-        """First position of each bucket, and the number of all samples at the end; empty without buckets."""
+        """First position of each bucket, followed by the number of samples; empty without buckets."""
         has_buckets = self.folder.column_of(self.resolution) in self.folder.layout.buckets
         return tuple(self.order.starts.tolist()) if has_buckets else ()
 
     @property
     def stream(self) -> Callable[[int], Stream] | None:
-        """Of latents from elsewhere, the order in which few shards are needed at a time, by seed."""
+        """For remote latents, seed → an order in which few shards are needed at a time; else None."""
         starts = self.folder.starts
         if not self.folder.is_far or self.bucket_starts:
             return None
@@ -90,18 +90,20 @@ class TrainingLatents:
         return lambda seed: Epochs(len(self), seed, ShardLocal(starts, window))
 
     def require(self, positions: npt.NDArray[Any]) -> None:
-        """Say that these samples are read soon."""
+        """Announce that these samples will be read soon."""
         self.folder.require(self.order.positions(positions) if self.bucket_starts else positions)
 
     def batch(self, positions: npt.NDArray[Any], epochs: npt.NDArray[Any] | None = None) -> dict[str, Tensor]:
-        """``image_latents`` (b, c, h, w), moments (b, 2c, h, w), in float32, and ``caption_latents`` (b, l, d) in the
-        precision that they are stored in: they are most of a batch's bytes on the way to the device. Padding of
-        ragged ones is zero. With buckets, all positions are of one, and there are ``size_conditions``, float32 (b, 6):
-        see :meth:`LatentFolder.size_conditions`.
+        """Read a batch.
+
+        ``image_latents``, (b, c, h, w) or moments (b, 2c, h, w), are float32. ``caption_latents``, (b, l, d), keep
+        their stored precision, as they are most of the bytes copied to the device; the padding of ragged ones is zero.
+        With buckets, all positions must be in one, and there are ``size_conditions``, float32 (b, 6): see
+        :meth:`LatentFolder.size_conditions`.
 
         Args:
-            epochs: how often each sample was seen before, int64 (b,): the caption drawn depends on it, the seed and the
-                sample's key. None: the first caption.
+            epochs: how often each sample was seen before, int64 (b,); together with the seed and the sample's key, it
+                determines the caption drawn. None: the first caption.
         """
         column, layout, size = self.folder.column_of(self.resolution), self.folder.layout, None
         has_buckets = column in layout.buckets
@@ -122,8 +124,8 @@ class TrainingLatents:
 def drawn_captions(
     folder: LatentFolder, positions: Sequence[int], epochs: Sequence[int], weights: Mapping[str, float], seed: int
 ) -> list[int] | None:
-    """Which caption of each sample its epoch takes, see :func:`pipeline.loading.caption_choice.chosen`; None where text
-    states are those of one caption."""
+    """Index of the caption that each sample uses, see :func:`pipeline.loading.caption_choice.chosen`; None if only one
+    caption's text states are stored."""
     if not folder.layout.sources:
         return None
     return [
@@ -133,11 +135,11 @@ def drawn_captions(
 
 
 def caption_weights_for(weights: Mapping[str, float], folders: Sequence[LatentFolder]) -> dict[str, float]:
-    """``weights``, checked against the sources of the captions of all ``folders``.
+    """Check ``weights`` against the caption sources of all ``folders``, and return them.
 
     Raises:
-        ConfigError: they do not fit, see :func:`pipeline.loading.caption_choice.checked_weights`; or all folders have
-            text states of one caption for each sample, so that there is nothing to draw.
+        ConfigError: they do not match, see :func:`pipeline.loading.caption_choice.checked_weights`; or all folders have
+            text states of only one caption per sample, so that there is nothing to draw.
     """
     if weights and not any(folder.layout.sources for folder in folders):
         names = ", ".join(folder.name for folder in folders)
@@ -146,7 +148,7 @@ def caption_weights_for(weights: Mapping[str, float], folders: Sequence[LatentFo
     return checked_weights(weights, sources)
 
 
-# ---- the samples
+# ---- samples
 
 
 @dataclass
@@ -154,12 +156,12 @@ class LatentDataset:
     """A map-style dataset of the samples of all folders, one folder after the other.
 
     Attributes:
-        column: which latents, ``latents_<image_size>``.
-        seed: of the samples that are drawn where moments are stored, with ``epoch``.
-        size_conditions: whether batches have these, see :meth:`LatentFolder.size_conditions`.
-        captions: of samples with text states of several captions: ``draw`` one by the sample's key in each epoch, take
-            the ``first``, or ``all`` of them.
-        caption_weights: of drawing, by the captions' source; see :func:`pipeline.loading.caption_choice.chosen`.
+        column: of the latents, ``latents_<image_size>``.
+        seed: with ``epoch``, keys the posterior samples that are drawn from stored moments.
+        size_conditions: whether batches include them, see :meth:`LatentFolder.size_conditions`.
+        captions: if text states of several captions are stored: ``draw`` one in each epoch by the sample's key, use the
+            ``first``, or ``all``.
+        caption_weights: for drawing, by caption source; see :func:`pipeline.loading.caption_choice.chosen`.
     """
 
     folders: Sequence[LatentFolder]
@@ -171,7 +173,7 @@ class LatentDataset:
     caption_weights: Mapping[str, float] = field(default_factory=dict)
 
     def __len__(self) -> int:
-        """Samples of all folders."""
+        """Number of samples in all folders."""
         return int(self._parts.starts[-1])
 
     @cached_property
@@ -179,8 +181,8 @@ class LatentDataset:
         return Parts([len(folder) for folder in self.folders])
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """``image_latents`` (c, h, w), ``caption_latents`` (1, l, d) and ``drop_caption_mask`` (), which is 1; of
-        ragged text states also ``caption_mask``, bool (l,)."""
+        """One sample: ``image_latents`` (c, h, w), ``caption_latents`` (1, l, d) and ``drop_caption_mask`` (), which is
+        1; for ragged text states also ``caption_mask``, bool (l,)."""
         number = int(index) + len(self) if index < 0 else int(index)
         if not 0 <= number < len(self):
             raise IndexError(f"there is no sample {index}: the dataset has {len(self)}")
@@ -191,15 +193,18 @@ class LatentDataset:
 
     @cached_property
     def indexes(self) -> list[BucketIndex]:
-        """Which samples of each folder are in which bucket."""
+        """The bucket index of each folder."""
         return [folder.bucket_index(self.column) for folder in self.folders]
 
     def batch(
         self, epoch: int, folders: npt.NDArray[Any], positions: npt.NDArray[Any], size: Size | None = None
     ) -> dict[str, Tensor]:
-        """``image_latents`` (b, c, h, w) and ``caption_latents`` (b, 1, l, d) of samples by folder and position, which
-        all are in the bucket of this ``size`` in pixels; of ragged text states also ``caption_mask``, bool (b, l), True
-        where a token is; with ``size_conditions`` also these, int64 (b, 6)."""
+        """Read samples by folder and position, all from the bucket with this ``size`` in pixels.
+
+        Returns:
+            ``image_latents`` (b, c, h, w) and ``caption_latents`` (b, 1, l, d); for ragged text states also
+            ``caption_mask``, bool (b, l), True at tokens; with ``size_conditions`` also these, int64 (b, 6).
+        """
         parts, places = [], []
         for number in np.unique(folders):
             chosen = np.flatnonzero(folders == number)
@@ -236,7 +241,7 @@ class LatentDataset:
         return batch
 
     def _captions(self, folder: LatentFolder, epoch: int, positions: list[int]) -> list[int] | None:
-        """Which caption of each sample is taken; None: the first."""
+        """Index of the caption used for each sample; None: the first."""
         if self.captions != "draw":
             return None
         return drawn_captions(folder, positions, [epoch] * len(positions), self.caption_weights, self.seed)
@@ -244,11 +249,12 @@ class LatentDataset:
     def _all_captions(
         self, folder: LatentFolder, positions: list[int], first: Tensor, tokens: Tensor | None
     ) -> tuple[dict[str, Tensor], Tensor | None]:
-        """Text states of all captions, (b, n, l, d) where a sample has n, zeros after those of samples with fewer, and
-        how many each has, ``caption_counts`` (b,); and the ``tokens`` (b, n) of ragged ones.
+        """Text states of all captions, ``caption_latents`` (b, n, l, d), zero-padded to the largest number n of
+        captions, with ``caption_counts`` (b,); and for ragged ones the ``tokens`` (b, n).
 
         Args:
-            first: states of the first captions, (b, 1, l, d), and ``tokens`` (b, 1) of these.
+            first: states of the first captions, (b, 1, l, d).
+            tokens: number of tokens of the first captions, (b, 1).
         """
         counts = np.array([len(folder.caption_sources(at)) for at in positions], np.int64)
         most = int(counts.max(initial=1))
@@ -270,12 +276,12 @@ class LatentDataset:
 
 
 def _noise(shape: tuple[int, ...], seed: int, epoch: int, samples: Sequence[tuple[int, int]]) -> Tensor:
-    """Standard normal float32 (b, *shape), keyed by seed, epoch, folder and position."""
+    """Standard normal noise, float32 (b, *shape), keyed by seed, epoch, folder and position."""
     return torch.from_numpy(np.stack([normals(shape, seed, "moments", epoch, *sample) for sample in samples]))
 
 
 def _padded(name: str, tensor: Tensor, captions: int) -> Tensor:
-    """A tensor of a batch, padded to ``captions`` captions for each sample if it has a dimension of captions."""
+    """Pad a tensor of a batch to ``captions`` captions per sample, if it has a caption dimension."""
     if name not in ("caption_latents", "caption_mask"):
         return tensor
     missing = (len(tensor), captions - tensor.shape[1], *tensor.shape[2:])
@@ -315,37 +321,39 @@ def build_streaming_latents_dataloader(
     caption_weights: Mapping[str, float] | None = None,
     **options: Any,
 ) -> LatentLoader:
-    """Return a loader of latents that can be used in place of the one in micro_diffusion's training code.
+    """Return a loader of latents that can replace the one in micro_diffusion's training code.
 
     Args:
-        datadir: a folder, or several; with ``://`` in it, a place elsewhere (``s3://…``, ``gs://…``, ``hf://…``, …),
-            whose shards are brought to ``cache`` as they are needed.
+        datadir: Folder or list of folders; a URL (``s3://…``, ``gs://…``, ``hf://…``, …) is a remote folder, whose
+            shards are downloaded to ``cache`` as they are needed.
         batch_size: Number of samples per batch of this rank.
         image_size: Selects the column ``latents_<image_size>``.
         cap_seq_size, cap_emb_dim: Shape of the text states, checked against the stored shape.
         cap_drop_prob: Fraction of captions to drop.
         weights: Proportions of several folders; by default, each sample is used once per epoch.
-        rank, world_size: By default those of torch.distributed, or of the launcher, when an epoch begins.
-        cache, cache_limit: local folder for shards from elsewhere, which the processes of a machine share, and the
+        rank, world_size: By default, those of torch.distributed or of the launcher when an epoch begins.
+        cache, cache_limit: Local folder for remote shards, shared by the processes of a machine, and the number of
             bytes that it may hold (0: 64 GiB, or ``LATENTMILL_CACHE_BYTES``).
-        latent_shape, dtype: of latents in a folder that was not made by stage=precompute: by default those of an
-            autoencoder that makes images 8 times smaller, in float16.
-        buckets: batches are of one shape, but not all of the same: for latents made with ``aspect=buckets``. Folders
-            with square latents are one bucket.
+        latent_shape, dtype: Of latents in a folder that was not made by stage=precompute; by default, those of an
+            autoencoder that downsamples by 8, in float16.
+        buckets: For latents made with ``aspect=buckets``: each batch has one shape, but shapes differ between batches.
+            Folders with square latents are one bucket.
         balance: With buckets, ``samples`` (all batches have ``batch_size``) or ``tokens``: see :class:`BucketLoader`.
-        size_conditions: Batches also have ``size_conditions``, int64 (b, 6): see :meth:`LatentFolder.size_conditions`.
-        captions: of latents made with ``encode_captions=all``: ``draw`` one of a sample's captions in each epoch, by
-            the seed and the sample's key; take the ``first``; or ``all``: then ``caption_latents`` are (b, n, l, d), n
-            of the sample with the most captions, zeros after the ``caption_counts`` (b,) of others; masks (b, n, l).
-        caption_weights: how often captions of each source are drawn, as ``{"original": 1, "recaption": 3}``; without,
-            any caption of a sample is as likely as another.
-        options: ``pin_memory`` and ``prefetch`` (batches to read ahead) of :class:`LatentLoader`; or, as for torch's
-            DataLoader, ``num_workers`` and ``prefetch_factor``, whose product is ``prefetch``, and
-            ``persistent_workers``, which changes nothing as a thread reads.
+        size_conditions: Whether batches have ``size_conditions``, int64 (b, 6): see
+            :meth:`LatentFolder.size_conditions`.
+        captions: For latents made with ``encode_captions=all``: ``draw`` one of a sample's captions in each epoch,
+            keyed by the seed and the sample's key; use the ``first``; or use ``all``: then ``caption_latents`` are
+            (b, n, l, d), zero-padded to the largest number n of captions, with ``caption_counts`` (b,) and masks
+            (b, n, l).
+        caption_weights: Weights with which captions of each source are drawn, as ``{"original": 1, "recaption": 3}``;
+            by default, all captions of a sample are equally likely.
+        options: ``pin_memory`` and ``prefetch`` (number of batches to read ahead) of :class:`LatentLoader`; or, as for
+            torch's DataLoader, ``num_workers`` and ``prefetch_factor``, whose product is ``prefetch``, and
+            ``persistent_workers``, which has no effect, as a thread reads.
 
     Raises:
-        ConfigError: A folder is missing or not finished, or its latents are missing or have a different shape; or an
-            argument is wrong.
+        ConfigError: A folder is missing or not finished, its latents are missing or have a different shape, or an
+            argument is invalid.
     """
     places = [datadir] if isinstance(datadir, str | Path) else list(datadir)
     if not places or (weights and (len(weights) != len(places) or min(weights) <= 0)):
@@ -382,8 +390,8 @@ def build_streaming_latents_dataloader(
 def open_latents(
     place: str | Path, expected: Expected | None = None, cache: str | Path = "", cache_limit: int = 0
 ) -> LatentFolder:
-    """The latents of a folder, here or elsewhere; raises ConfigError as :class:`LatentFolder` does, or if the cache
-    cannot hold the shards that are needed at a time."""
+    """Open a local or remote folder of latents; raises ConfigError as :class:`LatentFolder` does, or if the cache is
+    too small for the shards that are needed at a time."""
     if "://" not in str(place):
         return LatentFolder(place, expected)
     from pipeline.loading.streaming import RemoteFolder
@@ -394,10 +402,10 @@ def open_latents(
 
 
 def _ahead(options: Mapping[str, Any]) -> dict[str, Any]:
-    """``pin_memory`` and ``prefetch`` of DataLoader's options or our own.
+    """``pin_memory`` and ``prefetch`` from our own options or DataLoader's.
 
     Raises:
-        ConfigError: an option that has no meaning here.
+        ConfigError: an option is not supported.
     """
     known = {name: options[name] for name in ("pin_memory", "prefetch") if name in options}
     workers, factor = options.get("num_workers"), options.get("prefetch_factor")

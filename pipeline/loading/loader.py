@@ -15,7 +15,7 @@ from pipeline.loading.sampler import Parts, Sampler
 if TYPE_CHECKING:
     import torch
 
-_REQUIRED = 1 << 13  # samples of all ranks that a dataset is asked to prefetch
+_REQUIRED = 1 << 13  # samples over all ranks that a dataset is asked to prefetch
 
 
 class Loader:
@@ -58,14 +58,14 @@ class Loader:
 
     @property
     def _round(self) -> int:
-        """Samples that one ``iter()`` gives; 0: it never ends."""
+        """Number of samples that one ``iter()`` yields; 0: unlimited."""
         return self.sampler.n * self.sampler.epochs
 
     def __len__(self) -> int:
         """Number of batches of a whole ``iter()``, on every rank.
 
         Raises:
-            TypeError: it never ends.
+            TypeError: the sampler never ends.
         """
         if not self._round:
             raise TypeError("a loader whose sampler has epochs=0 never ends: it has no length")
@@ -85,14 +85,14 @@ class Loader:
         )
         for batch in loader:
             ahead.advance()
-            if mine == self._newest:  # the state is that of the iterator that was made last
+            if mine == self._newest:  # only the newest iterator updates the state
                 self.sampler.position, self._going_on = ahead.position, False
             yield batch
         if mine == self._newest:
-            self._going_on = False  # also where nothing was left
+            self._going_on = False  # also if nothing was left
 
     def _next_round(self) -> Sampler:
-        """The sampler of one ``iter()``: from where it begins to where it ends."""
+        """A sampler for one ``iter()``, from its first to its last position."""
         position, each = self.sampler.position, self._round
         if not each:
             return replace(self.sampler)
@@ -127,7 +127,7 @@ class Loader:
 
 
 class _Ahead:
-    """This rank's samples, batch by batch, from the sampler's position on."""
+    """Batches of this rank's samples, from the sampler's position on."""
 
     def __init__(self, sampler: Sampler, require: Callable[[npt.NDArray[Any]], object] | None) -> None:
         self._start = replace(sampler)
@@ -143,7 +143,7 @@ class _Ahead:
 
 
 class _Collate:
-    """Makes batches, also of no samples: like that of the first sample, with nothing in it."""
+    """Collates batches; an empty batch has the form of one with the first sample, with length 0."""
 
     def __init__(self, dataset: Any, collate: Callable[[list[Any]], Any]) -> None:
         self._dataset = dataset
@@ -154,11 +154,11 @@ class _Collate:
 
 
 def _emptied(batch: Any) -> Any:
-    """A batch of one sample, without it: mappings, and tuples or lists of tensors, keep their form; what is in them
-    has length 0.
+    """A batch of one sample with that sample removed: mappings, and tuples or lists of tensors, keep their form; their
+    values have length 0.
 
     Raises:
-        TypeError: it holds something that cannot be empty.
+        TypeError: a value cannot be empty.
     """
     if isinstance(batch, Mapping):
         return {name: _emptied(value) for name, value in batch.items()}
@@ -192,11 +192,11 @@ class Concatenated:
 
 
 class RemoteMds:
-    """MDS in an object store, for these samplers: StreamingDataset downloads and caches the shards of the chosen
-    samples.
+    """MDS in an object store, for use with these samplers; StreamingDataset downloads and caches the shards of the
+    requested samples.
 
     Args:
-        remote: URL of a finished dataset directory in the format mds (``s3://…``); empty: only ``local``.
+        remote: URL of a finished dataset directory in MDS format (``s3://…``); empty: only ``local`` is read.
         local: Folder for downloaded shards.
         options: Options of StreamingDataset.
     """
@@ -213,7 +213,7 @@ class RemoteMds:
 
             from pipeline.loading.shm_cleanup import remove_stale
 
-            remove_stale(SHM_TO_CLEAN)  # what crashed runs have left would be in the way
+            remove_stale(SHM_TO_CLEAN)  # leftovers of crashed runs would block the new one
             self._dataset = StreamingDataset(**self._arguments)
         return self._dataset
 
@@ -238,15 +238,15 @@ class Rows(Protocol):
 
 
 class Batches(Protocol):
-    """What the training loop reads from."""
+    """A data source of the training loop."""
 
     def __len__(self) -> int: ...
 
     def batch(self, positions: npt.NDArray[Any], epochs: npt.NDArray[Any] | None = None) -> dict[str, torch.Tensor]:
-        """The samples at ``positions``.
+        """Read the samples at ``positions``.
 
         Args:
-            epochs: how often each was seen before, int64 (b,), for data that draw something anew each time; None: in
-                an evaluation, where nothing is drawn.
+            epochs: how often each sample was seen before, int64 (b,), for data with random augmentation; None: in an
+                evaluation, without augmentation.
         """
         ...

@@ -1,4 +1,4 @@
-"""Prefetching: an iterator in a thread of its own, and announcements of the samples that are needed next."""
+"""Prefetching: an iterator that runs in its own thread, and announcements of samples that are needed next."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ Item = TypeVar("Item")
 
 
 class Announced:
-    """Tells of samples before a sampler gets to them, so that they can be brought here meanwhile.
+    """Announces samples before a sampler reaches them, so that they can be fetched meanwhile.
 
     Args:
-        sampler: where it begins; it is copied.
-        require: called with the next positions, int64 (n,); None: not called.
-        samples: of all ranks, how many beforehand.
-        stop: position at which the sampler will end; 0: its own end.
+        sampler: start of the announcements; it is copied.
+        require: called with the next positions, int64 (n,); None: nothing is announced.
+        samples: how many samples, over all ranks, to announce ahead.
+        stop: position at which the sampler will stop; 0: at its own end.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class Announced:
         self._stop = stop
 
     def reach(self, position: int) -> None:
-        """The sampler is at ``position``."""
+        """Announce the samples ahead of ``position``, which the sampler has reached."""
         ahead = self._ahead
         while self._require and ahead.position < position + self._samples and not ahead.finished:
             if self._stop and ahead.position >= self._stop:
@@ -51,9 +51,9 @@ class Announced:
 
 
 class Ahead(Generic[Item], Iterator[Item]):
-    """Takes up to ``depth`` items of ``items`` before they are asked for, in a thread.
+    """Takes up to ``depth`` items from ``items`` ahead of the consumer, in a thread.
 
-    An exception of ``items`` comes out where its next item would have. :meth:`close` ends the thread and closes a
+    An exception raised by ``items`` is raised in place of the next item. :meth:`close` ends the thread and closes a
     generator; an iterator that was not exhausted must be closed.
 
     Attributes:
@@ -105,7 +105,7 @@ class Ahead(Generic[Item], Iterator[Item]):
         raise StopIteration
 
     def close(self) -> None:
-        """End the thread, and wait for its end."""
+        """End the thread and wait for it."""
         with self._changed:
             self._closed = True
             self._ready.clear()

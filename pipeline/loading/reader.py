@@ -29,23 +29,23 @@ class Reader:
     """Samples of a finished dataset directory in any storage format: ``reader[i]`` is ``(image, target)``.
 
     Args:
-        dataset_path: Output folder of a converter or a stage, or the address of a published one (``s3://…``,
-            ``gs://…``, ``az://…``, ``hf://datasets/…``), whose files are cached for all processes of the machine.
+        dataset_path: Output folder of a converter or a stage, or the URL of a published one (``s3://…``, ``gs://…``,
+            ``az://…``, ``hf://datasets/…``), whose files are cached for all processes of the machine.
         transform: Called with each image.
         target_transform: Called with each target.
-        output: ``image``: PIL image, upright; ``array``: pixels (h, w) or (h, w, c), without a copy where the format
-            holds them as they are (then read-only); ``bytes``: the file as it is stored; ``view``: the same as
-            uint8 (n,), read-only, as it lies in the page cache: it is not copied, nor when a DataLoader's worker hands
-            it over. Decoders take it like bytes.
-        target: column that is the target; empty: ``label``, else ``mask``, else ``caption``, whichever is there. A
-            mask comes as an array with its values unchanged, (h, w, c) of a format of fixed size, else as it was.
+        output: ``image``: PIL image, upright; ``array``: pixels (h, w) or (h, w, c), read-only and without a copy if
+            the format stores pixels; ``bytes``: the stored file; ``view``: the stored file as uint8 (n,), a read-only
+            view of the page cache that is not copied, even when a DataLoader's worker returns it. Decoders accept it
+            like bytes.
+        target: Column of the target; empty: ``label``, else ``mask``, else ``caption``, whichever exists first. A mask
+            is an array with unchanged values, (h, w, c) in formats of fixed size, else of its original shape.
         mode: Convert images to this mode (RGB, L, RGBA, LA, I;16); empty: keep their modes.
-        verify: when a block of 4 MiB of a data file is checked against its hash: ``first`` time that it is touched,
-            ``always``, ``never``.
+        verify: When to check a 4 MiB block of a data file against its hash: at ``first`` access, ``always`` or
+            ``never``.
         open_files: Number of data files that each process keeps open.
 
     Raises:
-        ConfigError: There is no finished dataset in this format, or an argument is wrong.
+        ConfigError: There is no finished dataset in this format, or an argument is invalid.
     """
 
     format: ClassVar[str] = ""
@@ -134,7 +134,7 @@ class Reader:
         return [self.row(index) for index in indices]
 
     def key(self, index: int) -> str:
-        """The key of the sample, which tells where it came from."""
+        """The key of the sample, which identifies its source."""
         return self.access.key(self._position(index))
 
     def array(self, index: int) -> npt.NDArray[Any]:
@@ -196,7 +196,7 @@ class Reader:
 
     @property
     def access(self) -> RandomAccess:
-        """Rows by position; opened when first used, in each process that got this reader by pickle."""
+        """Access to rows by position, opened at first use in each process."""
         if self._access is None:
             dataset = Dataset.open(self.dataset_path)
             if dataset.require_success()["content_digest"] != self._content:
@@ -222,11 +222,11 @@ class Reader:
 
 
 def open_image(data: bytes, mode: str = "") -> Image.Image:
-    """A PIL image of a file, upright; in ``mode``, if one is given.
+    """Open an image file as an upright PIL image, converted to ``mode`` if one is given.
 
     Raises:
         SampleError: the file is damaged.
-        TypeError: it holds an array that is no image.
+        TypeError: it holds an array that is not an image.
     """
     if mode or data.startswith(_NPY):
         return to_image(from_npy(data) if data.startswith(_NPY) else to_array(data, mode))

@@ -75,7 +75,7 @@ class _Blocks:
     def __init__(self, starts: npt.NDArray[Any], window: int, seed: int) -> None:
         count = len(starts) - 1
         order = Permutation(count, seed)[np.arange(count)]
-        self._firsts = starts[order]  # of the blocks in their shuffled order
+        self._firsts = starts[order]  # of the blocks in shuffled order
         self._ends = np.cumsum(np.diff(starts)[order])
         self._window = window
         self._seed = seed
@@ -151,7 +151,7 @@ class Parts:
 
     def __init__(self, sizes: Sequence[int]) -> None:
         self.starts = np.cumsum([0, *sizes])
-        """First sample of each, and the number of all at the end: int64 (parts + 1,)."""
+        """First sample of each dataset, followed by the number of samples: int64 (parts + 1,)."""
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -196,8 +196,8 @@ class Weighted:
         return found
 
     def seen(self, places: npt.NDArray[Any], epochs: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """A number for each time that a sample comes, int64: different for all places that have the same sample, in
-        this and in all other ``epochs``."""
+        """A number for each use of a sample, int64, distinct for all places with the same sample, in this epoch and all
+        others."""
         owners, turns = self._turns.locate(places)
         sizes = np.array([max(1, len(order)) for order in self._orders], np.int64)[owners]
         in_an_epoch = -(-np.diff(self._turns.starts)[owners] // sizes)

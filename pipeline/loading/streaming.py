@@ -1,6 +1,6 @@
-"""Latents that lie elsewhere: shards are brought into a local cache as they are needed, and read there as local ones.
+"""Remote latents: shards are downloaded to a local cache as they are needed, and then read like local ones.
 
-S3, GCS and Azure are read by :mod:`pipeline.stores`; other places (OCI, HDFS, SFTP, the Hub) by mosaicml-streaming.
+S3, GCS and Azure are read by :mod:`pipeline.stores`; other stores (OCI, HDFS, SFTP, the Hub) by mosaicml-streaming.
 """
 
 from __future__ import annotations
@@ -28,24 +28,24 @@ from pipeline.stores.cache import Cache
 
 _LOCAL = "file://"
 _TRIES = 3
-_TIMEOUT = 120.0  # seconds without success for one file
-_AT_ONCE = 8  # downloads
-_HASHES = ("xxh3_128", "sha256", "sha1", "md5")  # those that are checked, the first that a shard's entry has
+_TIMEOUT = 120.0  # seconds to download a file
+_AT_ONCE = 8  # concurrent downloads
+_HASHES = ("xxh3_128", "sha256", "sha1", "md5")  # supported hashes; the first that a shard has is checked
 
 
 class RemoteFolder(LatentFolder):
-    """Stored latents elsewhere, by position.
+    """Remote latents, by position.
 
-    Processes of one machine may share the cache: a shard is downloaded once, checked against the size and hash that
-    ``index.json`` has of it, and then put in place as a whole. A killed process leaves nothing that counts.
+    Processes of one machine may share the cache: a shard is downloaded once, checked against its size and hash in
+    ``index.json``, and then moved into place atomically. A killed process leaves no partial shard behind.
 
     Args:
-        place: URL of a folder of MDS shards; ``file://`` for one that is mounted here, but slow.
+        place: URL of a folder of MDS shards; ``file://`` for a folder that is mounted but slow.
         cache: local folder; ``""``: that of :func:`pipeline.stores.cache.cache_folder`.
-        cache_limit: bytes of all that it may hold, see :class:`pipeline.stores.cache.Cache`.
+        cache_limit: bytes that the cache may hold, see :class:`pipeline.stores.cache.Cache`.
 
     Raises:
-        ConfigError: there is no such folder, or it holds no latents or others than expected.
+        ConfigError: the folder does not exist, or does not hold the expected latents.
         StorageError: it cannot be reached.
     """
 
@@ -69,10 +69,10 @@ class RemoteFolder(LatentFolder):
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_pool": None, "_coming": {}, "_seen": None}
 
-    # ---- what lies there
+    # ---- metadata
 
     def _manifest(self) -> Mapping[str, Any] | None:
-        """What the manifest there says, fetched afresh as it may have changed; None where there is none."""
+        """The remote manifest, always downloaded as it may have changed; None if there is none."""
         try:
             data = self._fresh("manifest.json")
         except FileNotFoundError:
@@ -84,7 +84,7 @@ class RemoteFolder(LatentFolder):
         return dict(manifest)
 
     def _index(self) -> dict[str, Any]:
-        """What index.json there says; the cache is that of this content, as the same place may hold another later."""
+        """The remote index.json. Its content selects the cache folder, as the URL may hold other data later."""
         try:
             data = self._fresh("index.json")
             index: dict[str, Any] = json.loads(data)
@@ -100,21 +100,21 @@ class RemoteFolder(LatentFolder):
         return self._fresh(name)
 
     def _fresh(self, name: str) -> bytes:
-        """A small file; raises FileNotFoundError if it is not there."""
+        """Download a small file; raises FileNotFoundError if it does not exist."""
         with _scratch(self._cache.folder) as path:
             self._download(name, path)
             return path.read_bytes()
 
     def _download(self, name: str, path: Path, size: int = -1) -> None:
-        """Bring a file to ``path``; raises FileNotFoundError if it is not there, StorageError if it does not come."""
+        """Download a file to ``path``; raises FileNotFoundError if it is missing, StorageError if it cannot be read."""
         remote = f"{self._place}/{name}"
         for attempt in range(1, _TRIES + 1):
             try:
                 _bring(remote, path, size)
                 return
-            except (FileNotFoundError, stores.StoreError):  # which has been tried again already
+            except (FileNotFoundError, stores.StoreError):  # has been retried already
                 raise
-            except Exception as error:  # each kind of storage has exceptions of its own
+            except Exception as error:  # each storage client has its own exceptions
                 path.unlink(missing_ok=True)
                 said = f"{type(error).__name__}: {error}".splitlines()[0]
                 if any(word in said.lower() for word in ("not found", "404", "nosuchkey")):
@@ -125,8 +125,8 @@ class RemoteFolder(LatentFolder):
     # ---- shards
 
     def require(self, positions: npt.NDArray[Any]) -> None:
-        """Begin to download the shards that hold these samples, those of the first ones first, and let them stay;
-        returns at once."""
+        """Start to download the shards of these samples, in the order in which they are needed, and keep cached ones
+        from being evicted; returns at once."""
         numbers, first = np.unique(np.searchsorted(self._starts, positions, "right") - 1, return_index=True)
         for number in numbers[np.argsort(first)].tolist():
             if number in self._open:
@@ -138,11 +138,10 @@ class RemoteFolder(LatentFolder):
                 self._coming[number] = self._pool.submit(self._fetched_ahead, number)
 
     def check_cache(self, window: int) -> None:
-        """Raises ConfigError if the cache cannot hold the shards that samples are shuffled among, and those that come
-        meanwhile.
+        """Raises ConfigError if the cache is too small for the shards in the shuffle window and those being downloaded.
 
         Args:
-            window: shards among which samples are shuffled.
+            window: number of shards among which samples are shuffled.
         """
         sizes = sorted((int(shard["raw_data"]["bytes"]) for shard in self._shards), reverse=True)
         least = sum(sizes[: 2 * window + _AT_ONCE])
@@ -154,11 +153,11 @@ class RemoteFolder(LatentFolder):
 
     def _fetched_ahead(self, number: int) -> Path:
         if not threading.main_thread().is_alive():
-            raise StorageError(f"{self.name}: the program ends")  # which waits for what has begun, and no longer
+            raise StorageError(f"{self.name}: the program ends")  # exit waits for started downloads only
         return self._fetched(number)
 
     def _mapped(self, number: int) -> npt.NDArray[Any]:
-        """The bytes of a shard; those of shards that were evicted since are let go, so that the disk gets its room."""
+        """The bytes of a shard, memory-mapped; also closes evicted shards."""
         future = self._coming.pop(number, None)
         if future is not None:
             future.result()
@@ -170,7 +169,7 @@ class RemoteFolder(LatentFolder):
             return np.memmap(file, np.uint8, "r").view(np.ndarray)
 
     def _let_go(self) -> None:
-        """Close shards that were evicted: only then the disk gets their room."""
+        """Close shards that were evicted, as the disk space is only freed then."""
         for number in list(self._open):
             with suppress(FileNotFoundError):
                 if os.stat(self._cache.folder / self._cached(number)).st_ino == self._inodes[number]:
@@ -181,7 +180,7 @@ class RemoteFolder(LatentFolder):
         return f"{self.path.name}/{self._shards[number]['raw_data']['basename']}"
 
     def _fetched(self, number: int) -> Path:
-        """The local file of a shard; downloads it unless it is there whole."""
+        """The local file of a shard, downloaded unless it is complete."""
         size = self._shards[number]["raw_data"]["bytes"]
         return self._cache.file(self._cached(number), size, lambda path: self._bring(number, path))
 
@@ -194,7 +193,7 @@ class RemoteFolder(LatentFolder):
             self._unpack(path, shard)
 
     def _check(self, path: Path, entry: Mapping[str, Any]) -> None:
-        """Raises StorageError unless a file has the size and the hash that the index says."""
+        """Raises StorageError unless a file has the size and hash recorded in the index."""
         name = f"{self.name}/{entry['basename']}"
         found = path.stat().st_size
         if found != entry["bytes"]:
@@ -214,7 +213,7 @@ class RemoteFolder(LatentFolder):
 
 
 def _bring(remote: str, path: Path, size: int) -> None:
-    """Write what lies at ``remote`` to ``path``; ``size``: its bytes, if they are known."""
+    """Download ``remote`` to ``path``; ``size``: in bytes, -1 if unknown."""
     if remote.startswith(_LOCAL):
         shutil.copyfile(remote.removeprefix(_LOCAL), path)
         return
@@ -237,7 +236,7 @@ def _bring(remote: str, path: Path, size: int) -> None:
 
 @contextmanager
 def _scratch(folder: Path) -> Iterator[Path]:
-    """The name of a file in ``folder`` that is gone afterwards, unless it was moved."""
+    """A temporary file name in ``folder``; the file is deleted afterwards unless it was moved."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f".{uuid.uuid4().hex}"
     try:

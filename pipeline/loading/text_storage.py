@@ -1,9 +1,9 @@
-"""How text states are stored: as they are or in 8 bits with a scale for each token; of all tokens or of the real ones.
+"""How text states are stored: unchanged or in 8 bits with a scale per token; with or without padding.
 
-A caption of 8 bits is its scales, float16 (l,), then its values, one byte each (l, d): value = byte * scale.
+A caption in 8 bits is its scales, float16 (l,), followed by its values, one byte each (l, d): value = byte * scale.
 
-``ragged`` leaves out padding: a caption of n tokens is the states of these, (n, d), or n scales and then (n, d) values.
-So the number of tokens is the number of bytes divided by :func:`token_bytes`. Readers get l tokens back, zeros after n.
+``ragged`` omits padding: a caption of n tokens is stored as (n, d) states, or as n scales and then (n, d) values. The
+number of tokens is thus the number of bytes divided by :func:`token_bytes`. Readers get l tokens, with zeros after n.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _FP8 = torch.float8_e4m3fn
 
 
 def kind_of(storage: str) -> str:
-    """``dense``, ``int8`` or ``fp8``, of a setting such as ``int8+ragged+dedup``."""
+    """Return ``dense``, ``int8`` or ``fp8`` for a setting such as ``int8+ragged+dedup``."""
     kind = storage.partition("+")[0]
     return kind if kind in _LARGEST else "dense"
 
@@ -35,18 +35,18 @@ def is_ragged(storage: str) -> bool:
 
 
 def size_of(shape: Sequence[int], storage: str, dtype: str) -> int:
-    """Bytes of the states of a caption of ``shape`` (l, d), all tokens of which are stored."""
+    """Number of bytes of a caption's states of ``shape`` (l, d), including padding."""
     length, width = shape
     return length * token_bytes(width, storage, dtype)
 
 
 def token_bytes(width: int, storage: str, dtype: str) -> int:
-    """Bytes of a token's state of ``width`` numbers."""
+    """Number of bytes of one token's state of ``width`` numbers."""
     return width * np.dtype(dtype).itemsize if kind_of(storage) == "dense" else 2 + width
 
 
 def cut(packed: npt.NDArray[Any], tokens: int, shape: Sequence[int], storage: str, dtype: str) -> npt.NDArray[Any]:
-    """Of a caption's packed states, uint8 (bytes,) of ``shape`` (l, d), those of the first ``tokens``."""
+    """The first ``tokens`` of a caption's packed states, uint8 (bytes,) of ``shape`` (l, d)."""
     length, width = shape
     if kind_of(storage) == "dense":
         return packed[: tokens * token_bytes(width, storage, dtype)]
@@ -54,11 +54,11 @@ def cut(packed: npt.NDArray[Any], tokens: int, shape: Sequence[int], storage: st
 
 
 def spread(stored: npt.NDArray[Any], target: npt.NDArray[Any], shape: Sequence[int], storage: str, dtype: str) -> int:
-    """The inverse of :func:`cut`: write what is ``stored`` of a caption, uint8 (bytes,), to ``target``, which has room
-    for all tokens; zeros follow. Returns the number of tokens.
+    """The inverse of :func:`cut`: copy the ``stored`` states of a caption, uint8 (bytes,), to ``target``, padded with
+    zeros. Returns the number of tokens.
 
     Raises:
-        ValueError: the bytes are not those of 0 to l tokens.
+        ValueError: the bytes are not a whole number of tokens from 0 to l.
     """
     length, width = shape
     tokens, rest = divmod(len(stored), token_bytes(width, storage, dtype))
@@ -74,7 +74,7 @@ def spread(stored: npt.NDArray[Any], target: npt.NDArray[Any], shape: Sequence[i
 
 
 def pack(states: Tensor, storage: str, dtype: str) -> Tensor:
-    """float (b, l, d) → uint8 (b, bytes), on the same device."""
+    """Pack states: float (b, l, d) → uint8 (b, bytes), on the same device."""
     kind = kind_of(storage)
     if kind == "dense":
         return states.to(getattr(torch, dtype)).contiguous().flatten(1).view(torch.uint8)
@@ -88,9 +88,9 @@ def pack(states: Tensor, storage: str, dtype: str) -> Tensor:
 
 
 def unpack(packed: Tensor, shape: Sequence[int], storage: str, dtype: str) -> Tensor:
-    """uint8 (b, bytes) → (b, l, d): of ``dtype`` as it was stored, or of float16 where it was packed.
+    """Unpack states: uint8 (b, bytes) → (b, l, d), in ``dtype`` if dense, else in float16.
 
-    Values that are not finite in the packed form stay so: a NaN's scale is NaN.
+    Values that are not finite stay so when packed: the scale of a NaN is NaN.
     """
     length, width = shape
     kind = kind_of(storage)
@@ -105,7 +105,7 @@ def unpack(packed: Tensor, shape: Sequence[int], storage: str, dtype: str) -> Te
 
 
 def cosine_error(states: Tensor, storage: str, dtype: str) -> dict[str, float]:
-    """1 - cosine between each token's states (b, l, d) and what comes back: mean and largest, zero tokens left out."""
+    """1 - cosine between states (b, l, d) before and after packing: mean and maximum over tokens that are not zero."""
     back = unpack(pack(states, storage, dtype), states.shape[1:], storage, dtype).double()
     exact = states.double()
     there = exact.abs().amax(2) > 0
