@@ -1,1 +1,1 @@
-"""Metrics of the output of models, independent of the models."""
+"""Metrics of model outputs, independent of the models."""

@@ -1,8 +1,8 @@
 """Similarity of captions to reference captions: BLEU-1 to 4, ROUGE-L, CIDEr-D.
 
-Texts are split at white space, as the reference implementation (pycocoevalcap) takes them, whose numbers these are;
-:func:`words` brings raw captions into that form, in any language, :func:`ptb_words` English ones as published scores
-have them. The latter, METEOR and SPICE need Java: :func:`with_java`.
+Results equal those of the reference implementation (pycocoevalcap), which splits texts at white space. :func:`words`
+converts raw captions in any language to that form; :func:`ptb_words` converts English ones as for published scores. The
+latter, METEOR and SPICE need Java: :func:`with_java`.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from pathlib import Path
 from pipeline.config.schema import ConfigError
 
 _ORDERS = 4
-_TINY, _SMALL = 1e-15, 1e-9  # of the reference implementation of BLEU, where nothing is to be divided by
-_BETA = 1.2  # ROUGE-L: how much more recall counts than precision
-_SIGMA = 6.0  # CIDEr-D: deviation of the penalty on lengths, in bigrams
+_TINY, _SMALL = 1e-15, 1e-9  # of the reference implementation of BLEU, to avoid division by zero
+_BETA = 1.2  # ROUGE-L: weight of recall relative to precision
+_SIGMA = 6.0  # CIDEr-D: width of the Gaussian length penalty, in bigrams
 _WORD = re.compile(r"\w+(?:['’]\w+)*")
 
 Ngrams = Counter[tuple[str, ...]]
 References = Sequence[Sequence[str]]
-"""For each image, the captions that are right."""
+"""The reference captions of each image."""
 
 
 def words(text: str) -> str:
@@ -33,16 +33,16 @@ def words(text: str) -> str:
 
 
 _PUNCTUATION = {*"'`.?!,:;-", "''", "``", "--", "...", "-LRB-", "-RRB-", "-LCB-", "-RCB-"}
-"""Tokens that the evaluation of COCO captions (Chen et al., 2015, arXiv:1504.00325) leaves out."""
+"""Tokens that are ignored in the evaluation of COCO captions (Chen et al., 2015, arXiv:1504.00325)."""
 _PTB = "edu.stanford.nlp.process.PTBTokenizer"
 
 
 def ptb_words(texts: Sequence[str]) -> list[str]:
-    """``texts`` as published scores of English captions take them: split by Stanford's tokenizer after the rules of the
-    Penn Treebank, in lower case, without punctuation, with one space between words.
+    """Tokenize ``texts`` as for published scores of English captions: by Stanford's Penn Treebank tokenizer, in lower
+    case, without punctuation, with one space between words.
 
     Raises:
-        ConfigError: there is no Java, or no pycocoevalcap, which has the tokenizer.
+        ConfigError: Java, or pycocoevalcap, which includes the tokenizer, is missing.
     """
     try:
         jar = _ptb_jar()
@@ -71,7 +71,7 @@ def _ptb_jar() -> Path:
 
 
 def ngrams(text: str) -> Ngrams:
-    """How often each sequence of one to four words occurs."""
+    """Counts of all sequences of one to four words."""
     split = text.split()
     return Counter(tuple(split[i : i + n]) for n in range(1, _ORDERS + 1) for i in range(len(split) - n + 1))
 
@@ -80,8 +80,8 @@ def ngrams(text: str) -> Ngrams:
 
 
 def bleu_counts(candidate: str, references: Sequence[str]) -> list[float]:
-    """What BLEU adds up over all captions: matches of each order, n-grams of each order, own length, length of the
-    nearest reference."""
+    """Terms that BLEU sums over all captions: matches of each order, n-grams of each order, length of the caption,
+    length of the nearest reference."""
     length = len(candidate.split())
     found, most = ngrams(candidate), Counter[tuple[str, ...]]()
     for reference in references:
@@ -94,7 +94,7 @@ def bleu_counts(candidate: str, references: Sequence[str]) -> list[float]:
 
 
 def bleu_of(counts: Sequence[float]) -> list[float]:
-    """BLEU-1 to 4 of sums (or means) of :func:`bleu_counts` (Papineni et al., ACL 2002), with the brevity penalty."""
+    """BLEU-1 to 4 from sums (or means) of :func:`bleu_counts` (Papineni et al., ACL 2002), with the brevity penalty."""
     matches, guesses = counts[:_ORDERS], counts[_ORDERS : 2 * _ORDERS]
     length, nearest = counts[2 * _ORDERS :]
     ratio = (length + _TINY) / (nearest + _SMALL)
@@ -110,7 +110,7 @@ def bleu_of(counts: Sequence[float]) -> list[float]:
 
 
 def rouge_l(candidate: str, references: Sequence[str]) -> float:
-    """F-measure of the longest common subsequence, of the best precision and the best recall (Lin 2004)."""
+    """F-measure of the longest common subsequence, from the best precision and the best recall (Lin 2004)."""
     ours = candidate.split(" ")
     common = [(_common(ours, theirs), len(theirs)) for theirs in (reference.split(" ") for reference in references)]
     precision = max(length / len(ours) for length, _ in common)
@@ -136,10 +136,10 @@ def _common(a: Sequence[str], b: Sequence[str]) -> int:
 
 
 class Cider:
-    """CIDEr-D (Vedantam et al., CVPR 2015) against a fixed set of references, which say how rare each n-gram is.
+    """CIDEr-D (Vedantam et al., CVPR 2015), with n-gram rarities from a fixed set of references.
 
     Args:
-        references: of all images that count as documents.
+        references: reference captions of all images; each image is a document.
     """
 
     def __init__(self, references: References) -> None:
@@ -149,7 +149,7 @@ class Cider:
         self._log_count = math.log(max(1, len(references)))
 
     def score(self, candidate: str, references: Sequence[str]) -> float:
-        """Of one caption; 10 is the most, 1 the usual scale of published numbers (which are this times 100)."""
+        """Score of one caption, at most 10; published numbers are this times 100."""
         ours, our_norms, our_length = self._vector(ngrams(candidate))
         total = 0.0
         for reference in references:
@@ -164,7 +164,7 @@ class Cider:
         return 10.0 * total / _ORDERS / len(references)
 
     def _vector(self, counts: Ngrams) -> tuple[dict[tuple[str, ...], float], list[float], int]:
-        """Weights by rarity, their norm for each order, and the number of bigrams."""
+        """TF-IDF weights, their norm for each order, and the number of bigrams."""
         squares = [0.0] * _ORDERS
         weights = {}
         for ngram, count in counts.items():
@@ -175,17 +175,18 @@ class Cider:
         return weights, [math.sqrt(square) for square in squares], length
 
 
-# ---- all together
+# ---- all metrics
 
 
 def caption_scores(candidates: Sequence[str], references: References) -> dict[str, float]:
     """bleu_1 to bleu_4, rouge_l and cider of a set of captions.
 
     Args:
-        candidates: one for each image; ``references``: what it is compared with; as :func:`words` gives them.
+        candidates: one caption for each image, as returned by :func:`words`.
+        references: reference captions for each image, likewise.
 
     Raises:
-        ValueError: there are none, or an image without references.
+        ValueError: there are no captions, or an image has no references.
     """
     if not candidates or len(candidates) != len(references) or not all(references):
         raise ValueError("captions are compared with at least one reference each, and there must be some")
@@ -206,7 +207,7 @@ def _mean(values: Iterable[float]) -> float:
 def with_java(
     candidates: Sequence[str], references: References, names: Iterable[str] = ("meteor", "spice")
 ) -> tuple[dict[str, float], Mapping[str, str]]:
-    """METEOR and SPICE by pycocoevalcap, as (scores, why each of the others was skipped). Nothing is downloaded."""
+    """METEOR and SPICE by pycocoevalcap: (scores, why each missing one was skipped). Nothing is downloaded."""
     scores: dict[str, float] = {}
     skipped: dict[str, str] = {}
     theirs = {number: list(captions) for number, captions in enumerate(references)}
@@ -214,7 +215,7 @@ def with_java(
     for name in names:
         try:
             scores[name] = float(_scorer(name).compute_score(theirs, ours)[0])  # type: ignore[attr-defined]
-        except Exception as error:  # no package, no Java, a Java that is too new, no network for its models
+        except Exception as error:  # package or Java is missing, Java is too new, models cannot be downloaded
             kind = "" if isinstance(error, _CannotBe) else f"{type(error).__name__}: "
             skipped[name] = f"{kind}{error}".splitlines()[0]
     return scores, skipped
@@ -243,6 +244,6 @@ def _scorer(name: str) -> object:
     except ModuleNotFoundError:
         raise _CannotBe(_NO_PACKAGE) from None
     if name == "spice" and not list((Path(str(module.__file__)).parent / "lib").glob("stanford-corenlp-*-models.jar")):
-        # it would fetch them now: 400 MB
+        # it would download them now: 400 MB
         raise _CannotBe("its models are not installed (python -m pycocoevalcap.spice.get_stanford_models fetches them)")
     return getattr(module, name.capitalize())()

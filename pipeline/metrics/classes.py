@@ -1,4 +1,4 @@
-"""Metrics of a classifier: accuracy, scores of each class, confusion matrix, calibration."""
+"""Metrics of a classifier: accuracy, per-class scores, confusion matrix, calibration."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _BINS = 15
 
 
 def scores(probabilities: npt.NDArray[Any], labels: npt.NDArray[Any]) -> dict[str, Any]:
-    """Numbers about predictions.
+    """Compute metrics of predictions.
 
     Args:
         probabilities: float (n, classes).
@@ -46,8 +46,8 @@ def scores(probabilities: npt.NDArray[Any], labels: npt.NDArray[Any]) -> dict[st
 
 
 def calibration(confidence: npt.NDArray[Any], right: npt.NDArray[Any]) -> list[dict[str, float]]:
-    """Mean confidence, accuracy and count of each of 15 equal intervals of confidence that is not empty. The expected
-    calibration error (Guo et al. 2017) is the mean gap of the first two."""
+    """Mean confidence, accuracy and count in each non-empty one of 15 equal intervals of confidence. The expected
+    calibration error (Guo et al. 2017) is the mean absolute difference between confidence and accuracy."""
     place = np.minimum((confidence * _BINS).astype(int), _BINS - 1)
     return [
         {"confidence": float(confidence[some].mean()), "accuracy": float(right[some].mean()), "count": int(some.sum())}
@@ -57,5 +57,5 @@ def calibration(confidence: npt.NDArray[Any], right: npt.NDArray[Any]) -> list[d
 
 
 def _ratio(above: npt.NDArray[Any], below: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Quotients; 0 where there is nothing to divide by."""
+    """Quotients; 0 where the divisor is 0."""
     return np.divide(above, below, out=np.zeros(len(above)), where=below > 0)

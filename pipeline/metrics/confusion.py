@@ -30,9 +30,9 @@ def confused_pairs(confusion: npt.NDArray[Any], names: list[str], most: int = 12
 
 
 def confusion_svg(confusion: npt.NDArray[Any], names: list[str]) -> tuple[str, int]:
-    """The matrix as SVG, each row in shares of its class, and how many classes were left out.
+    """The matrix as SVG with rows as fractions of their class, and the number of classes left out.
 
-    Of many classes those are shown that take part in the most mistakes.
+    If there are many classes, those with the most mistakes are shown.
     """
     wrong = confusion - np.diag(np.diag(confusion))
     mistakes = wrong.sum(0) + wrong.sum(1)

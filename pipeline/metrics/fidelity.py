@@ -1,7 +1,7 @@
 """Similarity of generated images to real ones (FID, KID) and to their captions (CLIP score).
 
-Distances are torchmetrics'. The features are whatever a TorchScript file computes, so nothing is downloaded here.
-Published FIDs are those of ``inception-2015-12-05.pt``; those of other features only compare runs with each other.
+Distances are computed by torchmetrics, from the features of any TorchScript file, so that nothing is downloaded here.
+Published FIDs use ``inception-2015-12-05.pt``; values from other features are only comparable among themselves.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pipeline.encoders.base import sent
 from pipeline.imaging.decoder import ImageDecoder
 
 _BATCH = 32
-_SUBSET = 1000  # images in each of KID's subsets, as in its paper
+_SUBSET = 1000  # images in each of KID's subsets, as in the paper
 _GRID = 8
 
 
@@ -49,13 +49,13 @@ def distances(
     failed: Failed,
     device: str | torch.device = "cpu",
 ) -> dict[str, float]:
-    """``fid`` and ``kid`` (with ``kid_std`` over subsets) between two sets of images, 2 or more each.
+    """``fid`` and ``kid`` (with ``kid_std`` over subsets) between two sets of at least 2 images.
 
-    Those that cannot be decoded are left out, and noted in ``failed``. Features are computed on ``device``, and the
-    distances of them on the CPU.
+    Images that cannot be decoded are skipped and recorded in ``failed``. Features are computed on ``device``, distances
+    on the CPU.
 
     Raises:
-        ConfigError: the features are not there, or there are too few images.
+        ConfigError: the features cannot be found, or there are too few images.
     """
     from torchmetrics.image.fid import FrechetInceptionDistance
     from torchmetrics.image.kid import KernelInceptionDistance
@@ -70,7 +70,7 @@ def distances(
         raise ConfigError("reference=, generated=: FID needs at least 2 images of each kind that can be decoded")
     fid = FrechetInceptionDistance(feature=extractor, reset_real_features=False)
     with catch_warnings():
-        simplefilter("ignore")  # that it keeps all features: so it must
+        simplefilter("ignore")  # the warning that it stores all features, as intended
         kid = KernelInceptionDistance(feature=extractor, subset_size=min(_SUBSET, count))
     for those, are_real in zip(vectors, (True, False), strict=True):
         fid.update(those, real=are_real)
@@ -85,10 +85,10 @@ def clip_score(
 ) -> float:
     """Mean of max(100 cos(image, caption), 0) (Hessel et al. 2021, without its weight 2.5).
 
-    Images that cannot be decoded are left out, and noted in ``failed``.
+    Images that cannot be decoded are skipped and recorded in ``failed``.
 
     Raises:
-        ConfigError: the model or its weights are not there.
+        ConfigError: the model or its weights cannot be found.
     """
     import open_clip
 
@@ -114,10 +114,10 @@ def clip_score(
 
 
 def feature_extractor(features: str, device: str | torch.device = "cpu") -> _Given:
-    """uint8 (b, 3, h, w) → (b, d), on ``device``.
+    """Load a feature extractor: uint8 (b, 3, h, w) → (b, d), on ``device``.
 
     Raises:
-        ConfigError: no such file, or it is no TorchScript.
+        ConfigError: there is no such file, or it is not TorchScript.
     """
     if features == "pixels":
         return _Given(AverageColours(), 3 * _GRID * _GRID, device)
@@ -142,7 +142,7 @@ class AverageColours(nn.Module):
 
 
 class Scripted(nn.Module):
-    """A TorchScript module; if it takes ``return_features``, asked for them."""
+    """A TorchScript module, called with ``return_features`` if it takes this argument."""
 
     def __init__(self, module: Any) -> None:
         super().__init__()
@@ -156,7 +156,7 @@ class Scripted(nn.Module):
 
 
 class _Given(nn.Module):
-    """What torchmetrics takes for a network: passes features on that were computed before, once for all metrics."""
+    """Stands in for torchmetrics' network: passes on features that were computed once for all metrics."""
 
     def __init__(self, network: nn.Module, width: int, device: str | torch.device) -> None:
         super().__init__()
@@ -168,13 +168,13 @@ class _Given(nn.Module):
         return x
 
     def compute(self, x: Tensor) -> Tensor:
-        """Features of images."""
+        """Compute features of images."""
         features: Tensor = self.network(x)
         return features
 
 
 def _whole(extractor: _Given, batch: list[Tensor]) -> Tensor:
-    """Features of images of any sizes, (b, d); neighbours of one size are computed at once."""
+    """Features of images of any sizes, (b, d); adjacent images of equal size are processed together."""
     groups = (torch.stack(list(same)) for _, same in groupby(batch, key=lambda image: image.shape))
     return torch.cat([extractor.compute(sent(images, extractor.device)) for images in groups])
 
@@ -182,12 +182,12 @@ def _whole(extractor: _Given, batch: list[Tensor]) -> Tensor:
 def batches(
     images: ImageRows, decoder: ImageDecoder, failed: Failed, preprocess: Any = None
 ) -> Iterator[tuple[Any, list[str]]]:
-    """Images, uint8 (3, h, w) each (or what ``preprocess`` makes of them, stacked), and their captions.
+    """Yield images, uint8 (3, h, w) each (or stacked outputs of ``preprocess``), and their captions.
 
-    Those that cannot be decoded are left out; ``failed`` takes their keys and the reasons.
+    Images that cannot be decoded are skipped; their keys and the reasons are added to ``failed``.
 
     Raises:
-        ConfigError: none can be decoded.
+        ConfigError: no image can be decoded.
     """
     from PIL import Image
 

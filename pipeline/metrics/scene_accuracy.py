@@ -1,10 +1,10 @@
-"""Whether an image shows what its caption describes, for :mod:`pipeline.sources.shapes_scene`; uses only numpy.
+"""Checks whether an image shows what its caption describes, for :mod:`pipeline.sources.shapes_scene`; uses only numpy.
 
-It finds what differs from the background, fits a template of every shape to each object (place, radius, colour and
-softness of the edge are free), and takes the best one. Taking the best alone would call one blob in three a circle; so
-there are absolute criteria: the template must explain almost all of the difference from the background, the colour must
-be close to one of the palette, and background and radius must be those of a scene. What misses any of these is not
-accepted and matches nothing.
+Objects are the regions that differ from the background. A template of every shape is fitted to each object (place,
+radius, colour and softness of the edge are free), and the best one is chosen. As the best fit alone would call one blob
+in three a circle, there are absolute criteria: the template must explain almost all of the difference from the
+background, the colour must be close to one of the palette, and background and radius must be those of a scene. An image
+that fails any of these is not accepted and matches nothing.
 """
 
 from __future__ import annotations
@@ -21,29 +21,33 @@ import numpy.typing as npt
 from pipeline.sources.shapes_scene import BACKGROUND, COLOURS, SHAPES, Scene, Thing, coverage, parse_caption
 
 MAX_RESIDUAL = 0.04
-"""Largest part of the difference from the background (its energy) that may remain unexplained.
+"""Largest fraction of the difference from the background (its energy) that may remain unexplained.
 
-At 64 px sharp images of the shapes leave 0.003 at most; their latents decoded by ``embedded16`` 0.03 (one object) or
-0.042 (two). Taken for a circle, a sharp pentagon leaves 0.043, an ellipse of 1.2 to 1 0.05, a diamond 0.09. A hexagon
-leaves 0.026 and passes for a circle.
+At 64 px, sharp images of the shapes leave at most 0.003; their latents decoded by ``embedded16`` 0.03 (one object) or
+0.042 (two). Fitted as a circle, a sharp pentagon leaves 0.043, an ellipse of 1.2 to 1 0.05, a diamond 0.09. A hexagon
+leaves 0.026 and passes as a circle.
 """
-_MIN_MARGIN = 1.5  # the second best shape must leave this many times as much unexplained
+_MIN_MARGIN = 1.5  # the second best shape must leave at least this many times as much unexplained
 _MAX_COLOUR_DISTANCE = 60.0  # in RGB, 0..255; different colours of the palette are more than 70 apart
 _MAX_BACKGROUND_DISTANCE = 40.0
 _DIFFERENT = 80.0  # RGB distance from the background that makes a pixel part of an object; colours are 200 away
-_MIN_AREA = 0.008  # of the image; the smallest objects cover 0.038
+_MIN_AREA = 0.008  # as a fraction of the image; the smallest objects cover 0.038
 _RADII = (0.09, 0.28)
 _LARGE = 0.195  # radius between small and large
-_EDGE = 1 / 16  # widest soft edge of a template; a sharp render has one of 1 px, a decoded latent of 2 or 3 of 64
+_EDGE = 1 / 16  # widest soft edge of a template, relative; at 64 px, renders have 1 px, decoded latents 2 or 3
 
 
 @dataclass(frozen=True)
 class Verdict:
     """What an image shows.
 
-    ``objects``: (shape, colour, size, cx, cy) each, in the order of a caption: the upper or left one first; places are
-    fractions of width and height. ``relation``: between two objects, else "". ``residual``: part left unexplained, 0 is
-    perfect. ``accepted``: all absolute criteria are met; ``reason`` names the first that is not.
+    Attributes:
+        objects: (shape, colour, size, cx, cy) each, in the order of a caption: the upper or left one first; positions
+            are fractions of width and height.
+        relation: between two objects, else "".
+        residual: fraction that remains unexplained; 0 is perfect.
+        accepted: whether all absolute criteria are met.
+        reason: the first criterion that is not.
     """
 
     objects: tuple[tuple[str, str, str, float, float], ...]
@@ -94,16 +98,16 @@ def judge(image: npt.NDArray[Any]) -> Verdict:
 
 
 def matches(image: npt.NDArray[Any], caption: str, size: bool = False) -> bool:
-    """Whether ``image`` is accepted and shows the ``caption``: shapes, colours and relation; with ``size``, sizes too.
+    """Whether ``image`` is accepted and shows the ``caption``: shapes, colours and relation; with ``size``, also sizes.
 
     Raises:
-        ValueError: the caption does not belong to the grammar.
+        ValueError: the caption does not conform to the grammar.
     """
     return matches_verdict(judge(image), caption, size)
 
 
 def matches_verdict(verdict: Verdict, caption: str, size: bool = False) -> bool:
-    """As :func:`matches`, for an image that was judged before."""
+    """Like :func:`matches`, for an image that has been judged already."""
     wanted = parse_caption(caption)
     if wanted is None:
         raise ValueError(f"{caption!r} is not a caption of a shapes scene")
@@ -135,7 +139,7 @@ def _objects(mask: npt.NDArray[Any]) -> list[tuple[float, float]]:
 
 
 def _connected(mask: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """The part of ``mask`` that is connected (by edges) to its first pixel."""
+    """The component of ``mask`` that is connected (by edges) to its first pixel."""
     part = np.zeros_like(mask)
     part.flat[int(np.argmax(mask))] = True
     count = 0
@@ -151,7 +155,7 @@ def _connected(mask: npt.NDArray[Any]) -> npt.NDArray[Any]:
 
 
 def _cut_apart(difference: npt.NDArray[Any], places: list[tuple[float, float]]) -> list[npt.NDArray[Any]]:
-    """For each object a copy of ``difference`` (h, w, 3) that is zero where another object is nearer."""
+    """For each object, a copy of ``difference`` (h, w, 3) that is zero where another object is closer."""
     y, x = np.indices(difference.shape[:2]) + 0.5
     distances = np.stack([np.hypot(x - cx, y - cy) for cx, cy in places])
     nearest = distances.argmin(0)
@@ -159,7 +163,7 @@ def _cut_apart(difference: npt.NDArray[Any], places: list[tuple[float, float]]) 
 
 
 def _fitted(shape: str, difference: npt.NDArray[Any]) -> _Fit:
-    """The template of ``shape`` that leaves least of ``difference`` (h, w, 3): coordinate descent from the moments."""
+    """Fit a template of ``shape`` to ``difference`` (h, w, 3) by coordinate descent, starting from its moments."""
     h, w = difference.shape[:2]
     energy = (difference**2).sum(-1)
     strength = np.sqrt(energy)
@@ -191,9 +195,9 @@ def _fitted(shape: str, difference: npt.NDArray[Any]) -> _Fit:
 def _residual(
     shape: str, place: list[float], difference: npt.NDArray[Any], energy: float
 ) -> tuple[float, npt.NDArray[Any]]:
-    """Part of ``energy`` that the template leaves, and its colour (minus the background) by least squares.
+    """Fraction of ``energy`` that the template leaves, and its colour (minus the background) by least squares.
 
-    ``place``: centroid x and y, radius, and width of the soft edge, in pixels.
+    ``place``: x and y of the centroid, radius, and width of the soft edge, in pixels.
     """
     h, w = difference.shape[:2]
     soft = min(max(place[3], 1.0), max(_EDGE * min(h, w), 1.0))
@@ -206,14 +210,14 @@ def _residual(
 
 
 def _nearest_colour(colour: npt.NDArray[Any]) -> tuple[str, float]:
-    """The palette's nearest colour and its RGB distance."""
+    """The nearest colour of the palette, and its RGB distance."""
     distances = {name: float(np.linalg.norm(colour - np.asarray(rgb))) for name, rgb in COLOURS.items()}
     name = min(distances, key=distances.__getitem__)
     return name, distances[name]
 
 
 def _complaint(fit: _Fit, second: _Fit, background: npt.NDArray[Any], edge: int) -> str:
-    """Which absolute criterion ``fit`` misses, or ""."""
+    """The first absolute criterion that ``fit`` does not meet, or ""."""
     if fit.residual > MAX_RESIDUAL:
         return "residual"
     if second.residual < _MIN_MARGIN * fit.residual:
@@ -247,11 +251,11 @@ def _in_order(things: list[Thing]) -> tuple[list[Thing], str]:
 
 
 def score(images: Sequence[npt.NDArray[Any]], captions: Sequence[str], size: bool = False) -> dict[str, Any]:
-    """How many images match their captions; JSON-able.
+    """Count images that match their captions.
 
     Returns:
-        ``judged``, ``right``; ``rejected``: how many were not accepted, by reason; ``wrong``: captions without a match;
-        ``residual``: the median.
+        ``judged``, ``right``; ``rejected``: number of images that were not accepted, by reason; ``wrong``: captions of
+        images that do not match; ``residual``: the median.
     """
     verdicts = [judge(image) for image in images]
     right = [matches_verdict(v, text, size) for v, text in zip(verdicts, captions, strict=True)]

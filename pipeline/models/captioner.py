@@ -1,8 +1,8 @@
-"""Texts from features of images: a transformer decoder with cross-attention, or a Mamba decoder that reads them first.
+"""Texts from image features: a transformer decoder with cross-attention, or a Mamba decoder with a feature prefix.
 
-The transformer is pre-norm, each block self-attention, cross-attention over the features, MLP (Vaswani et al. 2017).
-The Mamba decoder has the features as the beginning of its sequence. In both, a token sees those before it alone: what
-pads a text behind its end changes nothing before it.
+The transformer is pre-norm; each block is self-attention, cross-attention over the features, MLP (Vaswani et al. 2017).
+The Mamba decoder has the features as a prefix of its sequence. Both are causal, so that padding at the end of a text
+has no influence on it.
 """
 
 from __future__ import annotations
@@ -25,10 +25,14 @@ POSITIONS = ("learned", "rotary")
 
 @dataclass(frozen=True)
 class CaptionerConfig:
-    """Everything that is needed to build the network again; a checkpoint holds it.
+    """Everything that is needed to rebuild the network; stored in checkpoints.
 
-    ``image_tokens``, ``image_width``: of the features. ``vocab``: tokens of the tokenizer. ``max_length``: longest text
-    in tokens, with its begin and end. ``positions``: of the transformer. ``d_state``: of the Mamba decoder.
+    Attributes:
+        image_tokens, image_width: of the features.
+        vocab: number of tokens of the tokenizer.
+        max_length: longest text in tokens, including start and end.
+        positions: of the transformer.
+        d_state: of the Mamba decoder.
     """
 
     image_tokens: int
@@ -58,10 +62,10 @@ SIZES: dict[str, dict[str, int]] = {
 
 
 def captioner_config(size: str, **rest: Any) -> CaptionerConfig:
-    """The network called ``size``.
+    """Configuration of the network ``size``.
 
     Raises:
-        ConfigError: no such size, decoder or kind of positions.
+        ConfigError: there is no such size, decoder or kind of positions.
     """
     for name, value, known in (
         ("model", size, tuple(SIZES)),
@@ -75,7 +79,7 @@ def captioner_config(size: str, **rest: Any) -> CaptionerConfig:
 
 
 class Captioner(nn.Module):
-    """Logits of the next token, given features of the image and the tokens so far."""
+    """Predicts logits of the next token from image features and the tokens so far."""
 
     config: CaptionerConfig
     blocks: Any
@@ -98,7 +102,7 @@ class Captioner(nn.Module):
     def forward(self, features: Tensor, tokens: Tensor) -> Tensor:
         """features (b, m, image_width), tokens (n, l) int64 → logits (n, l, vocab).
 
-        n is b, or a multiple of it: then the texts about each image follow one another.
+        n is b or a multiple of it; the texts of each image are consecutive.
         """
         group = len(tokens) // len(features)
         image, x = self.look(features), self.drop(self.embedded(tokens, 0))
@@ -114,9 +118,9 @@ class Captioner(nn.Module):
         return self.logits(x)
 
     def begin(self, features: Tensor, group: int = 1, length: int = 0, cached: bool = True) -> Cache:
-        """Start to write ``group`` texts about each image, (b, m, image_width), of at most ``length`` tokens.
+        """Start to generate ``group`` texts of at most ``length`` tokens for each image, (b, m, image_width).
 
-        ``cached=False`` computes everything again for each token: for tests and comparisons.
+        ``cached=False`` recomputes everything for each token, for tests and comparisons.
         """
         if not cached:
             return _Replay(self, features.repeat_interleave(group, 0))
@@ -129,12 +133,12 @@ class Captioner(nn.Module):
     # ---- parts
 
     def look(self, features: Tensor) -> Tensor:
-        """(b, m, image_width) → (b, m, dim)."""
+        """Embed features: (b, m, image_width) → (b, m, dim)."""
         out: Tensor = self.image(features) + self.places[: features.shape[1]]
         return out
 
     def embedded(self, tokens: Tensor, start: int) -> Tensor:
-        """(b, l), the first of them at place ``start`` of its text → (b, l, dim)."""
+        """Embed tokens (b, l), the first of them at position ``start`` of its text → (b, l, dim)."""
         x: Tensor = self.embed(tokens)
         return x if self.positions is None else x + self.positions[start : start + tokens.shape[1]]
 
@@ -142,7 +146,7 @@ class Captioner(nn.Module):
         return F.linear(self.norm(x), self.embed.weight)
 
     def turns(self, start: int, length: int, like: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Cosines and sines (l, d / 2) of rotary positions (Su et al. 2021), or nothing."""
+        """Cosines and sines (l, d / 2) of rotary positions (Su et al. 2021); None if they are not used."""
         if self.config.positions != "rotary":
             return None
         half = self.config.dim // self.config.heads // 2
@@ -166,7 +170,7 @@ class _Block(nn.Module):
         self.drop = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, image: Tensor, turn: tuple[Tensor, Tensor] | None, group: int) -> Tensor:
-        """(n, l, dim), the images (n / group, m, dim) → (n, l, dim)."""
+        """(n, l, dim), image features (n / group, m, dim) → (n, l, dim)."""
         q, k, v = self.own(x, turn)
         dropout = self.dropout if self.training else 0.0
         x = self.attended(x, F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True))
@@ -182,7 +186,7 @@ class _Block(nn.Module):
         return out
 
     def rest(self, x: Tensor, image: tuple[Tensor, Tensor], group: int) -> Tensor:
-        """Cross-attention and MLP. The ``group`` texts about an image are so many more queries to the same keys."""
+        """Cross-attention and MLP. All texts of an image are queries to the same keys, which are not repeated."""
         n, length, dim = x.shape
         q = self.query(self.norm2(x)).view(n // group, group * length, self.heads, -1).transpose(1, 2)
         dropout = self.dropout if self.training else 0.0
@@ -204,7 +208,7 @@ def _turned(x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
 
 
 class _KeyValueCache(Cache):
-    """Keys and values of all tokens so far in memory of a fixed size; those of the image are computed once."""
+    """Preallocated keys and values of all tokens so far; those of the image are computed once."""
 
     def __init__(self, model: Captioner, features: Tensor, group: int, length: int) -> None:
         config, self.model, self.group, self.length = model.config, model, group, 0
@@ -222,7 +226,7 @@ class _KeyValueCache(Cache):
         for block, own, image in zip(self.blocks, self.own, self.image, strict=True):
             q, own[0, :, :, start:stop], own[1, :, :, start:stop] = block.own(x, turn)
             k, v = own[0, :, :, :stop], own[1, :, :, :stop]
-            # only the first call has more than one token: then nothing lies before them
+            # only the first call may have several tokens, and none are cached then
             x = block.attended(x, F.scaled_dot_product_attention(q, k, v, is_causal=start == 0 and stop > 1))
             x = block.rest(x, image, self.group)
         self.length = stop

@@ -1,4 +1,4 @@
-"""Small tensors that never change, copied to a device once: every copy would wait for what was started before it."""
+"""Small constant tensors, copied to each device only once, as every copy would synchronize with the device."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor
 
 @cache
 def channels(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A value for each channel, (1, c, 1, 1)."""
+    """Per-channel values as a tensor (1, c, 1, 1)."""
     return torch.tensor(values, dtype=dtype, device=device).view(1, -1, 1, 1)
 
 
 @cache
 def number(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """One number, ()."""
+    """A number as a tensor ()."""
     return torch.tensor(value, dtype=dtype, device=device)

@@ -8,12 +8,12 @@ from torch import Tensor
 
 
 class Cache(ABC):
-    """What a decoder remembers of the texts it is writing: ``group`` texts for each image, side by side."""
+    """A decoder's state while it generates ``group`` consecutive texts for each image."""
 
     @abstractmethod
     def step(self, tokens: Tensor) -> Tensor:
-        """The next tokens (n, l) of all texts → logits (n, vocab) of what follows the last of them."""
+        """Append tokens (n, l) to all texts; returns logits (n, vocab) of the token after the last."""
 
     @abstractmethod
     def reorder(self, index: Tensor) -> None:
-        """Text i resumes from what text ``index[i]`` was; both are of the same image. (n,) int64."""
+        """Let text i continue from text ``index[i]``, which must be of the same image; ``index``: (n,) int64."""

@@ -1,14 +1,13 @@
-"""How noise is mixed into data, what the network predicts of it, and the levels that a sampler goes through.
+"""How noise is added to data, what the network predicts, and the noise levels that a sampler steps through.
 
-Noisy data are x_t = a x + s noise. Two processes, which differ in a, s and in what the network sees and predicts:
+Noisy data are x_t = a x + s noise. Two processes differ in a, s, and the network's input and output:
 
 - rectified flow (Liu et al. 2022; Lipman et al. 2022): a = 1 - t, s = t, t from 0 (data) to 1 (noise); the network
   predicts the velocity noise - x.
 - EDM (Karras et al. 2022, "Elucidating the design space of diffusion-based generative models", table 1): a = 1, s = t;
   the network's input and output are scaled so that both have unit variance at every level.
 
-In both, the loss is the plain mean squared error of what the network predicts: EDM's weight 1 / c_out^2 cancels its
-c_out^2.
+In both, the loss is the plain mean squared error of the network's output: EDM's weight 1 / c_out^2 cancels its c_out^2.
 """
 
 from __future__ import annotations
@@ -26,57 +25,57 @@ from pipeline.config.schema import ConfigError
 
 @dataclass(frozen=True)
 class Process(ABC):
-    """``mean``, ``std``: of the normal variable that levels are drawn by in training."""
+    """``mean``, ``std``: of the normal distribution from which noise levels are drawn in training."""
 
     mean: float
     std: float
 
     @abstractmethod
     def levels(self, normal: Tensor) -> Tensor:
-        """Levels t (b,) of standard normal numbers (b,)."""
+        """Map standard normal numbers (b,) to noise levels t (b,)."""
 
     @abstractmethod
     def schedule(self, steps: int) -> Tensor:
-        """Levels (steps + 1,) float64 from pure noise to 0."""
+        """Noise levels (steps + 1,) float64, from pure noise to 0."""
 
     @abstractmethod
     def scales(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """(a, s) of x_t = a x + s noise, shaped as ``t``."""
+        """(a, s) of x_t = a x + s noise, with the shape of ``t``."""
 
     @abstractmethod
     def input(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """What the network sees of noisy x (b, c, h, w) at t (b,): its input (b, c, h, w), its time (b,)."""
+        """The network's input (b, c, h, w) and time (b,) for noisy x (b, c, h, w) at t (b,)."""
 
     @abstractmethod
     def target(self, clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """What the network is to predict, (b, c, h, w), of unit variance or nearly so."""
+        """The network's target (b, c, h, w), with about unit variance."""
 
     @abstractmethod
     def denoised(self, output: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        """The clean data (b, c, h, w) that the network's ``output`` for noisy ``x`` at t stands for."""
+        """The clean data (b, c, h, w) implied by the network's ``output`` for noisy ``x`` at t."""
 
     @abstractmethod
     def slope(self, clean: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        """dx/dt of the probability flow at noisy ``x``, where ``clean`` is its denoised value; t > 0."""
+        """dx/dt of the probability flow at noisy ``x`` with denoised value ``clean``; t must be above 0."""
 
     def noisy(self, clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """a clean + s noise, (b, c, h, w)."""
+        """Add noise: a clean + s noise, (b, c, h, w)."""
         a, s = self.scales(wide(t))
         return a * clean + s * noise
 
     @property
     def start(self) -> float:
-        """What standard normal noise is multiplied with to begin sampling."""
+        """Factor of the standard normal noise that sampling starts from."""
         return float(self.scales(self.schedule(1)[:1])[1])
 
     @abstractmethod
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able; :func:`process_of` takes it."""
+        """Settings as JSON-serialisable values, for :func:`process_of`."""
 
 
 @dataclass(frozen=True)
 class Flow(Process):
-    """Rectified flow; in training t = sigmoid(std * N + mean)."""
+    """Rectified flow; t = sigmoid(std * N + mean) in training."""
 
     mean: float = 0.7
     std: float = 1.0
@@ -108,7 +107,7 @@ class Flow(Process):
 
 @dataclass(frozen=True)
 class Edm(Process):
-    """EDM; in training t = exp(std * N + mean). ``sigma_data``: deviation of the data."""
+    """EDM; t = exp(std * N + mean) in training. ``sigma_data``: standard deviation of the data."""
 
     mean: float = -0.6
     std: float = 1.2
@@ -121,7 +120,7 @@ class Edm(Process):
         return torch.exp(self.mean + self.std * normal)
 
     def schedule(self, steps: int) -> Tensor:
-        """Equation 5 of the paper, and 0."""
+        """Equation 5 of the paper, followed by 0."""
         root = 1 / self.rho
         along = torch.linspace(0.0, 1.0, steps, dtype=torch.float64)
         levels = (self.largest**root + along * (self.smallest**root - self.largest**root)) ** self.rho
@@ -154,15 +153,15 @@ class Edm(Process):
 
 
 def wide(t: Tensor) -> Tensor:
-    """(b,) → (b, 1, 1, 1)."""
+    """Reshape (b,) to (b, 1, 1, 1)."""
     return t[:, None, None, None]
 
 
 def process_of(settings: dict[str, Any]) -> Process:
-    """The process that ``settings`` (as :meth:`Process.to_dict` gives them) describe.
+    """Create the process with these ``settings``, as returned by :meth:`Process.to_dict`.
 
     Raises:
-        ConfigError: there is none of that name, or a deviation is not above 0.
+        ConfigError: there is no process of that name, or a setting that must be positive is not.
     """
     kinds: dict[str, type[Process]] = {"flow": Flow, "edm": Edm}
     values = {key: value for key, value in settings.items() if key != "name"}

@@ -1,16 +1,16 @@
-"""Text-conditioned diffusion transformers, from a demo's on a CPU to micro-budget training at 1.16 billion parameters.
+"""Text-conditioned diffusion transformers, from a CPU demo to micro-budget training with 1.16 billion parameters.
 
 After Peebles and Xie, "Scalable diffusion models with transformers", and Sehwag et al., "Stretching each dollar:
-diffusion training from scratch on a micro-budget" (2024). What can be chosen:
+diffusion training from scratch on a micro-budget" (2024). Options:
 
-- *Deferred masking*: a light patch mixer sees all tokens, then the backbone works on a random part of them. As each
-  token that is left has seen its neighbours, little is lost.
+- *Deferred masking*: a light patch mixer sees all tokens, then the backbone processes a random subset of them. As each
+  remaining token has already seen its neighbours, little is lost.
 - *Layer-wise scaling*: attention and MLPs widen from the first block of the backbone to the last.
-- *Scans*: in some blocks Mamba-2, along the tokens and against them, instead of attention.
-- *Experts* in every second block: each expert chooses its tokens, so that all have the same work.
-- A depthwise 3x3 convolution next to the attention, over the grid of tokens: with few tokens and little training,
-  neighbourhood is worth being told.
-- The text as one vector (all states side by side), or also attended to in every block.
+- *Scans*: some blocks use Mamba-2 in both directions along the tokens instead of attention.
+- *Experts* in every second block: each expert chooses its tokens, so that all experts have the same load.
+- A depthwise 3x3 convolution over the token grid, parallel to attention: with few tokens and little training, it helps
+  to have locality built in.
+- The text as one vector (all states concatenated), or also attended to in every block.
 """
 
 from __future__ import annotations
@@ -30,23 +30,23 @@ from pipeline.models.ssm import Bidirectional
 
 @dataclass(frozen=True)
 class DiTConfig:
-    """Everything that is needed to build the network again; a checkpoint holds it.
+    """Everything that is needed to rebuild the network; stored in checkpoints.
 
     Attributes:
         channels, height, width: of the image latents.
         text_length, text_width: of the text states.
-        dim, depth, heads: of the backbone; a head of the first block is as wide as one of the last.
-        patch: edge of the squares of latents that make a token.
+        dim, depth, heads: of the backbone; all blocks have the same head width.
+        patch: edge in latents of the patches that become tokens.
         mlp_ratio, qkv_ratio: widths of the last block's MLP and attention, in units of ``dim``.
-        first_mlp_ratio, first_qkv_ratio: those of the first block; in between they grow evenly (0: all the same).
-        mixer_dim, mixer_depth: of the blocks that see all tokens before some are masked.
-        attention_every: every this many blocks of the backbone, one attends; the others scan (1: all attend).
-        experts, capacity: MLPs in every second block, and how many of them a token meets on average (0: no experts).
-        text: ``vector``: all states → one vector; ``attention``: also attended to.
+        first_mlp_ratio, first_qkv_ratio: those of the first block, interpolated linearly in between (0: as the last).
+        mixer_dim, mixer_depth: width and number of blocks that see all tokens before masking.
+        attention_every: one in this many blocks of the backbone uses attention, the others scan (1: all use attention).
+        experts, capacity: number of MLPs in every second block, and mean number of them per token (0: no experts).
+        text: ``vector``: all states are combined into one vector; ``attention``: they are also attended to.
         local: whether blocks have a convolution.
         qk_norm, gated, bias: whether queries and keys are normalised, MLPs gated (SwiGLU), and linear layers biased.
-        round_to: MLPs' widths are rounded up to a multiple of this.
-        base: positions are scaled to a grid with this many rows, whatever the resolution (0: not scaled).
+        round_to: MLP widths are rounded up to a multiple of this.
+        base: positions are scaled to a grid with this many rows, regardless of the resolution (0: not scaled).
         size_condition: whether the network is conditioned on the original size and the crop of an image.
     """
 
@@ -117,10 +117,10 @@ SIZES: dict[str, dict[str, Any]] = {
 
 
 def dit_config(size: str, image_shape: tuple[int, int, int], caption_shape: tuple[int, int]) -> DiTConfig:
-    """The network called ``size`` for latents of these shapes.
+    """Configuration of the network ``size`` for latents and text states of these shapes.
 
     Raises:
-        ConfigError: no such size, or latents that its patches do not cover.
+        ConfigError: there is no such size, or its patches do not divide the latents.
     """
     if size not in SIZES:
         raise ConfigError(f"model={size}: {nearest(size, SIZES)}")
@@ -133,10 +133,10 @@ def dit_config(size: str, image_shape: tuple[int, int, int], caption_shape: tupl
 
 
 class DiT(nn.Module):
-    """Predicts what a process of :mod:`pipeline.models.diffusion_process` asks for.
+    """A diffusion transformer; its output is as defined by the process, see :mod:`pipeline.models.diffusion_process`.
 
-    Height and width of the latents may differ from batch to batch. Positions count from the middle of the configured
-    grid: the middle of each image has the same, whatever its shape.
+    Height and width of the latents may differ between batches. Positions are centred on the middle of the configured
+    grid, so that the centre of an image has the same position whatever its shape.
     """
 
     config: DiTConfig
@@ -168,7 +168,7 @@ class DiT(nn.Module):
         self._positions: dict[tuple[int, int], Tensor] = {}
 
     def positions_of(self, grid: tuple[int, int]) -> Tensor:
-        """Of the tokens of a grid of rows and columns: (rows * columns, dim)."""
+        """Positions of the tokens in a grid of (rows, columns): (rows * columns, dim)."""
         own: Tensor = self.positions  # type: ignore[assignment]
         if grid == self.config.grid:
             return own
@@ -186,18 +186,18 @@ class DiT(nn.Module):
         keep: Tensor | None = None,
         sizes: Tensor | None = None,
     ) -> Tensor:
-        """One evaluation.
+        """Evaluate the network.
 
         Args:
             x: (b, c, h, w) noisy latents; h and w are multiples of the patch.
             t: (b,) time, of the order of 1.
             text: (b, l, d) text states.
-            drop: (b,) bool, True where the text is to be ignored; None means nowhere.
-            keep: (b, m) int64, the tokens (row by row) that go through the backbone; None means all.
+            drop: (b,) bool, True where the text is ignored; None: nowhere.
+            keep: (b, m) int64, indices (row by row) of the tokens that pass through the backbone; None: all.
             sizes: (b, 6) or (1, 6), with ``size_condition``: see :class:`SizeCondition`.
 
         Returns:
-            (b, c, h, w), or with ``keep`` (b, m, c * p * p): just these tokens, as :func:`patchify` has them.
+            (b, c, h, w), or with ``keep`` only these tokens, (b, m, c * p * p), as from :func:`patchify`.
         """
         condition = self.time(time_embedding(t, self.config.dim).to(x.dtype))
         states: Tensor | None = None
@@ -224,9 +224,8 @@ class DiT(nn.Module):
 
 
 class SizeCondition(nn.Module):
-    """What the network is told of an image's size, as SDXL does (Podell et al. 2023, section 2.2): six numbers, in
-    pixels. Height and width of the original, top and left of what was cut from it when it had been resized, height and
-    width of that. It begins as zero."""
+    """Conditions on an image's size, as SDXL (Podell et al. 2023, section 2.2), by six numbers in pixels: height and
+    width of the original, top and left of the crop after resizing, height and width of the crop. Initially zero."""
 
     def __init__(self, dim: int, width: int = 64) -> None:
         super().__init__()
@@ -243,7 +242,7 @@ class SizeCondition(nn.Module):
 
 
 class Mixer(nn.Module):
-    """A few blocks of their own width, which see all tokens."""
+    """A few blocks with their own width that see all tokens."""
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
@@ -267,7 +266,7 @@ class Mixer(nn.Module):
 
 
 def _backbone_block(config: DiTConfig, number: int) -> Block:
-    """Wider from block to block; experts in every second one, but not in the last."""
+    """A block of the backbone: wider from first to last; every second one has experts, but not the last."""
     along = number / max(1, config.depth - 1)
     qkv, mlp = (
         (first or last) + along * (last - (first or last))
@@ -278,9 +277,9 @@ def _backbone_block(config: DiTConfig, number: int) -> Block:
 
 
 class Block(nn.Module):
-    """Attention or scan (and convolution, and attention to the text), then an MLP; residual, and modulated.
+    """Attention or scan (optionally convolution, and attention to the text), then an MLP; residual and modulated.
 
-    All of it begins as the identity.
+    Initially the identity.
     """
 
     def __init__(
@@ -313,8 +312,10 @@ class Block(nn.Module):
     def forward(
         self, tokens: Tensor, condition: Tensor, text: Tensor | None, keep: Tensor | None, grid: tuple[int, int]
     ) -> Tensor:
-        """tokens (b, n, dim), condition (b, d), text (b, l, dim) or None, keep (b, n) or None → (b, n, dim); ``grid``:
-        rows and columns of all tokens, kept or not."""
+        """tokens (b, n, dim), condition (b, d), text (b, l, dim) or None, keep (b, n) or None → (b, n, dim).
+
+        ``grid``: rows and columns of all tokens, kept or not.
+        """
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition).unsqueeze(1).chunk(6, dim=-1)
         inner = torch.addcmul(shift1, self.norm1(tokens), 1 + scale1)
         attended: Tensor = self.scan(inner) if self.attention is None else self.attention(inner, inner)
@@ -327,19 +328,19 @@ class Block(nn.Module):
         return torch.addcmul(tokens, gate2, self.mlp(inner))
 
     def convolve(self, tokens: Tensor, keep: Tensor | None, grid: tuple[int, int]) -> Tensor:
-        """(b, n, dim) → (b, n, dim); tokens that are not kept count as zeros."""
+        """(b, n, dim) → (b, n, dim); tokens that are not kept are treated as zeros."""
         assert self.local is not None
         b, _, dim = tokens.shape
         if keep is not None:
             places = keep[:, :, None].expand(-1, -1, dim)
             tokens = tokens.new_zeros(b, grid[0] * grid[1], dim).scatter(1, places, tokens)
-        laid = tokens.view(b, *grid, dim).permute(0, 3, 1, 2)  # lies as "channels last": nothing is moved
+        laid = tokens.view(b, *grid, dim).permute(0, 3, 1, 2)  # already in channels-last layout: no copy
         whole = self.local(laid).permute(0, 2, 3, 1).flatten(1, 2)
         return whole if keep is None else take(whole, keep)
 
 
 class Attention(nn.Module):
-    """Multi-head attention; with ``qk_norm`` queries and keys are normalised in each head (Dehghani et al. 2023)."""
+    """Multi-head attention; ``qk_norm`` normalises queries and keys in each head (Dehghani et al. 2023)."""
 
     def __init__(self, dim: int, width: int, head: int, *, qk_norm: bool, bias: bool) -> None:
         super().__init__()
@@ -353,7 +354,7 @@ class Attention(nn.Module):
         self.key_norm = nn.RMSNorm(head, eps=1e-6) if qk_norm else nn.Identity()
 
     def forward(self, tokens: Tensor, others: Tensor) -> Tensor:
-        """Of tokens (b, n, dim) to others (b, m, dim) → (b, n, dim)."""
+        """Attend from tokens (b, n, dim) to others (b, m, dim) → (b, n, dim)."""
         q = self._heads(self.query(tokens))
         key, value = self.key_value(others).chunk(2, dim=-1)
         k, v = self._heads(key), self._heads(value)
@@ -368,7 +369,7 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two layers with GELU, or gated (SwiGLU, Shazeer 2020) and narrower by a third for as many parameters."""
+    """Two layers with GELU, or gated (SwiGLU, Shazeer 2020) with two thirds of the width for as many parameters."""
 
     def __init__(self, dim: int, hidden: int, *, gated: bool = False, bias: bool = True, round_to: int = 1) -> None:
         super().__init__()
@@ -385,8 +386,8 @@ class Mlp(nn.Module):
 
 
 class Experts(nn.Module):
-    """A mixture of MLPs where experts choose tokens (Zhou et al. 2022): each takes the :meth:`chosen` ones that it is
-    given the highest weight for, so that none is idle or overfull. Tokens that none chooses stay as they are."""
+    """A mixture of MLPs in which experts choose tokens (Zhou et al. 2022): each takes the :meth:`chosen` number of
+    tokens with its highest weights, so that all have the same load. The output is zero for tokens chosen by none."""
 
     def __init__(self, dim: int, hidden: int, experts: int, capacity: float) -> None:
         super().__init__()
@@ -398,11 +399,11 @@ class Experts(nn.Module):
             nn.init.trunc_normal_(weight, std=0.02)
 
     def chosen(self, tokens: int) -> int:
-        """How many of a sample's tokens each expert takes: capacity * tokens / experts, 1 at least."""
+        """Number of a sample's tokens that each expert takes: capacity * tokens / experts, at least 1."""
         return min(tokens, max(1, int(self.capacity * tokens / self.experts)))
 
     def choices(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """tokens (b, n, dim) → weights (b, experts, k) and places (b, experts, k) of each expert's tokens."""
+        """tokens (b, n, dim) → weights (b, experts, k) and indices (b, experts, k) of each expert's tokens."""
         weights = self.router(tokens).softmax(dim=-1, dtype=torch.float32)
         highest = weights.transpose(1, 2).topk(self.chosen(tokens.shape[1]), dim=-1)
         return highest.values, highest.indices
@@ -420,10 +421,10 @@ class Experts(nn.Module):
 
 
 class TextCondition(nn.Module):
-    """All text states → one vector: each is projected, they are laid side by side, and an MLP reads them.
+    """All text states → one vector: each is projected, they are concatenated, and an MLP reads them.
 
-    Side by side, not averaged: which word stands where is what tells "a red circle above a blue square" from its
-    opposite. A learned vector takes the place of a dropped text.
+    They are concatenated, not averaged: word order distinguishes "a red circle above a blue square" from its opposite.
+    A learned vector replaces a dropped text.
     """
 
     def __init__(self, length: int, width: int, dim: int, narrow: int = 64) -> None:
@@ -439,9 +440,9 @@ class TextCondition(nn.Module):
 
 
 class TextAttention(nn.Module):
-    """Text states → states of the network's width, which have looked at each other once, and one vector: their mean.
+    """Text states → states of the network's width after one block of self-attention, and their mean as one vector.
 
-    A learned state takes the place of each state of a dropped text.
+    A learned state replaces each state of a dropped text.
     """
 
     def __init__(self, config: DiTConfig) -> None:
@@ -468,12 +469,12 @@ class TextAttention(nn.Module):
 
 
 def take(tokens: Tensor, keep: Tensor) -> Tensor:
-    """Of tokens (b, n, d) those at keep (b, m) → (b, m, d)."""
+    """Select from tokens (b, n, d) those with indices keep (b, m) → (b, m, d)."""
     return tokens.gather(1, keep[:, :, None].expand(-1, -1, tokens.shape[2]))
 
 
 def kept_tokens(tokens: int, mask_ratio: float) -> int:
-    """How many of ``tokens`` go through the backbone: (1 - mask_ratio) of them, 1 at least.
+    """Number of ``tokens`` that pass through the backbone: a fraction 1 - mask_ratio, at least 1.
 
     Raises:
         ConfigError: ``mask_ratio`` is not in [0, 1).
@@ -510,16 +511,16 @@ def time_embedding(t: Tensor, dim: int) -> Tensor:
 
 
 def _centred(count: int, of: int) -> Tensor:
-    """Places 0 to ``of`` - 1, or ``count`` with the same middle."""
+    """Positions 0 to ``of`` - 1, or ``count`` positions with the same centre."""
     return torch.arange(count) if count == of else torch.arange(count) + (of - count) / 2
 
 
 def _grid_positions(
     height: int, width: int, dim: int, base: int = 0, configured: tuple[int, int] | None = None
 ) -> Tensor:
-    """(height * width, dim): half of the features tell the row, half the column, by sinusoids.
+    """Sinusoidal positions, (height * width, dim): half of the features encode the row, half the column.
 
-    ``configured``: the grid in whose middle this one lies.
+    ``configured``: the grid that this one is centred in.
     """
     quarter = dim // 4
     frequencies = 100.0 ** (-torch.arange(quarter) / quarter)

@@ -1,4 +1,4 @@
-"""Networks for decoding: with a few rows, what takes the time is to read the weights."""
+"""Linear layers packed for decoding: with few rows, reading the weights dominates the time."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ Network = TypeVar("Network", bound=nn.Module)
 class Packed(nn.Module):
     """``x @ weight.T + bias`` of a frozen layer.
 
-    In float32 on the CPU oneDNN lays the weights out once as its kernel reads them, which makes the product of a few
-    rows about twice as fast as the usual one, which does that each time. Elsewhere it is the usual one.
+    In float32 on a CPU, the weights are laid out once as oneDNN's kernel reads them. This makes the product of a few
+    rows about twice as fast as the usual one, which lays them out at each call. Elsewhere, the usual product is used.
 
     Args:
-        rows: how many there will be, about.
+        rows: approximate number of rows of the inputs.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, rows: int) -> None:
@@ -38,7 +38,7 @@ class Packed(nn.Module):
 
 def _packs(weight: Tensor) -> bool:
     return (
-        type(weight) is Tensor  # not spread over ranks
+        type(weight) is Tensor  # not sharded over ranks
         and weight.device.type == "cpu"
         and weight.dtype == torch.float32
         and not torch.is_autocast_enabled("cpu")
@@ -47,8 +47,8 @@ def _packs(weight: Tensor) -> bool:
 
 
 def packed(network: Network, rows: int) -> Network:
-    """``network`` with its linear layers :class:`Packed`; the rest is shared."""
-    twin = object.__new__(type(network))  # FSDP's classes cannot be copied
+    """A copy of ``network`` with its linear layers :class:`Packed`; everything else is shared."""
+    twin = object.__new__(type(network))  # classes created by FSDP cannot be copied
     twin.__dict__ |= network.__dict__
     twin._modules = {
         name: Packed(child.weight, child.bias, rows) if type(child) is nn.Linear else child and packed(child, rows)

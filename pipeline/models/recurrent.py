@@ -1,4 +1,4 @@
-"""Mamba-2 mixers as decoders: what was read is kept in a state of fixed size, and each token costs the same."""
+"""Mamba-2 mixers as decoders: a state of fixed size holds the context, and each token has the same cost."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class MambaBlock(nn.Module):
-    """x + mixer(norm(x)); the mixer widens, gates and narrows, so there is no MLP next to it (Gu and Dao 2023)."""
+    """x + mixer(norm(x)), without an MLP, as the mixer itself widens, gates and narrows (Gu and Dao 2023)."""
 
     def __init__(self, config: CaptionerConfig) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class MambaBlock(nn.Module):
         return out
 
     def read(self, x: Tensor) -> tuple[Callable[[], Tensor], Memory]:
-        """What is left in memory of (b, l, dim), and :meth:`forward`'s result when it is called for."""
+        """The memory after reading (b, l, dim), and a function that computes :meth:`forward`'s result on demand."""
         mixer = self.mixer
         gate, xbc, step = mixer.projected(self.norm(x))
         inputs = mixer.mixed(xbc, step)
@@ -41,7 +41,7 @@ class MambaBlock(nn.Module):
         return (lambda: x + self.drop(mixer.scanned(gate, *inputs))), memory
 
     def advance(self, x: Tensor, memory: Memory) -> Tensor:
-        """One token (n, dim) → (n, dim); ``memory`` takes it in."""
+        """Process one token, (n, dim) → (n, dim), and update ``memory``."""
         mixer = self.mixer
         gate, xbc, step = mixer.projected(self.norm(x))
         window = torch.cat([memory.window, xbc[:, None]], 1)
@@ -58,7 +58,7 @@ class MambaBlock(nn.Module):
 
 @dataclass
 class Memory:
-    """Of a mixer, after a token: the last inputs of its convolution (n, width - 1, channels), and its state
+    """A mixer's state after a token: the last inputs of its convolution (n, width - 1, channels), and the scan's state
     (n, s, h, p)."""
 
     window: Tensor
@@ -77,17 +77,17 @@ def _window(xbc: Tensor, mixer: Mamba2) -> Tensor:
 
 
 def _state(rates: Tensor, x: Tensor, dt: Tensor, b: Tensor) -> Tensor:
-    """(n, s, h, p): what each token put into the state, less what has decayed since."""
+    """Final state (n, s, h, p): the decayed sum of what each token added."""
     with torch.autocast(x.device.type, enabled=False):
         steps = dt * rates
-        left = torch.exp(steps.flip(1).cumsum(1).flip(1) - steps)  # of what entered at each token
+        left = torch.exp(steps.flip(1).cumsum(1).flip(1) - steps)  # decay from each token to the end
         into = x.float() * (dt * left)[..., None]
         found: Tensor = (b.float().mT @ into.flatten(2)).unflatten(-1, x.shape[2:])
         return found
 
 
 class RecurrentCache(Cache):
-    """Reads each image once, whatever the number of texts about it."""
+    """Reads each image once, regardless of the number of texts."""
 
     def __init__(self, model: Captioner, features: Tensor, group: int) -> None:
         self.model = model
@@ -96,7 +96,7 @@ class RecurrentCache(Cache):
         for number, block in enumerate(model.blocks, 1):
             result, memory = block.read(x)
             self.memories.append(memory if group == 1 else memory.repeat(group))
-            if number < len(model.blocks):  # nobody looks at what the last one says of the image
+            if number < len(model.blocks):  # the last block's output for the image is not used
                 x = result()
         rows = len(features) * group
         self.blocks = [packed(block, rows) for block in model.blocks]

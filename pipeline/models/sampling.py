@@ -36,10 +36,10 @@ def sample(
         model: called as model(x, t, text, drop), see :class:`pipeline.models.dit.DiT`.
         noise: (b, c, h, w), standard normal.
         text: (b, l, d) text states.
-        steps: along the way; each is one evaluation of the model, or two with ``heun`` (one in the last).
-        guidance: classifier-free guidance (Ho and Salimans 2022): how far to go from the prediction without text
-            towards and beyond the one with it; 1 is plain conditional sampling at half the cost.
-        process: what the model was trained with; rectified flow if not given.
+        steps: number of steps; each is one evaluation of the model, or two with ``heun`` (one in the last).
+        guidance: scale of classifier-free guidance (Ho and Salimans 2022), which extrapolates from the prediction
+            without text to the one with text; 1 is plain conditional sampling at half the cost.
+        process: the process that the model was trained with; default: rectified flow.
         sampler: a name in :data:`SAMPLERS`.
         sizes: (b, 6) or (1, 6), for a model with ``size_condition``.
 
@@ -47,7 +47,7 @@ def sample(
         (b, c, h, w) latents.
 
     Raises:
-        ConfigError: no such sampler, or no steps.
+        ConfigError: there is no such sampler, or ``steps`` is below 1.
     """
     process = process or Flow()
     if sampler not in SAMPLERS:
@@ -62,7 +62,7 @@ def sample(
 
 
 def _at(level: Tensor, x: Tensor) -> Tensor:
-    """A level, which is on the CPU, for each of ``x``: (b,)."""
+    """Expand a level on the CPU to all of ``x``: (b,)."""
     return number(float(level), x.dtype, x.device).expand(len(x))
 
 
@@ -75,7 +75,7 @@ def guided(
     process: Process,
     sizes: Tensor | None = None,
 ) -> Tensor:
-    """Clean latents (b, c, h, w); with and without text in one batch of twice the size."""
+    """Clean latents (b, c, h, w) with guidance; predictions with and without text share a batch of twice the size."""
     inner, time = process.input(x, t)
     more = {} if sizes is None else {"sizes": sizes}
     if guidance == 1.0:
@@ -89,14 +89,14 @@ def guided(
 
 
 def euler(denoise: Denoise, x: Tensor, levels: Tensor, process: Process) -> Tensor:
-    """First order; the same as DDIM (Song et al. 2021)."""
+    """First-order solver; the same as DDIM (Song et al. 2021)."""
     for now, then in pairwise(levels):
         x = x + float(then - now) * _slope(denoise, x, now, process)
     return x
 
 
 def heun(denoise: Denoise, x: Tensor, levels: Tensor, process: Process) -> Tensor:
-    """Second order, by the mean of the slopes at both ends of a step (Karras et al. 2022, algorithm 1)."""
+    """Second-order solver, with the mean slope at both ends of a step (Karras et al. 2022, algorithm 1)."""
     for now, then in pairwise(levels):
         slope = _slope(denoise, x, now, process)
         ahead = x + float(then - now) * slope
@@ -108,10 +108,10 @@ def heun(denoise: Denoise, x: Tensor, levels: Tensor, process: Process) -> Tenso
 
 
 def dpm_solver(denoise: Denoise, x: Tensor, levels: Tensor, process: Process) -> Tensor:
-    """DPM-Solver++(2M) (Lu et al. 2022): second order by remembering the last prediction; one evaluation a step.
+    """DPM-Solver++(2M) (Lu et al. 2022): second order by reusing the last prediction; one evaluation per step.
 
-    With l = log(a / s) and h its growth in a step: x' = s' / s x - a' expm1(-h) D, where D is extrapolated from this
-    step's prediction and the last one's. First order at both ends, where l is infinite.
+    With l = log(a / s) and h its increase in a step: x' = s' / s x - a' expm1(-h) D, where D is extrapolated from the
+    predictions of this step and the last. First order at both ends, where l is infinite.
     """
     last: Tensor | None = None
     growth_before = torch.inf
@@ -122,7 +122,7 @@ def dpm_solver(denoise: Denoise, x: Tensor, levels: Tensor, process: Process) ->
         best = clean
         if last is not None and then > 0:
             best = clean + growth / (2 * growth_before) * (clean - last)
-        # a' expm1(-h) as s' a / s - a': finite where s' = 0 or a = 0
+        # a' expm1(-h) is computed as s' a / s - a', which is finite where s' = 0 or a = 0
         x = float(s_next / s) * x - float(s_next * a / s - a_next) * best
         last, growth_before = clean, growth
     return x

@@ -1,8 +1,8 @@
-"""mamba_ssm's kernels: which of them work here, and how torch.compile sees them.
+"""mamba_ssm's kernels: which of them work here, and their use with torch.compile.
 
 Mamba-2's scan is written in Triton; Mamba-1's is a CUDA extension, which mamba_ssm builds by default up to release 2.3
-and only on request later. So each mixer is asked about separately. Importing is the only test that tells the truth: a
-package that was built without CUDA is found, and fails when it is used.
+and later only on request. Each mixer is therefore checked separately, by an import: a package that was built without
+CUDA is found, but fails when it is used.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Kernel:
     reason: str = ""
     function: Callable[..., Tensor] | None = None
     state_dtype: bool = False
-    """Whether the type of the states can be chosen."""
+    """Whether the dtype of the states can be chosen."""
 
 
 @cache
@@ -42,17 +42,17 @@ def kernel(mixer: str) -> Kernel:
             function = importlib.import_module("mamba_ssm.ops.selective_scan_interface").selective_scan_fn
         else:
             function = importlib.import_module("mamba_ssm.ops.triton.ssd_combined").mamba_chunk_scan_combined
-    except Exception as error:  # whatever an extension raises that was built for another torch
+    except Exception as error:  # an extension built for another torch may raise anything
         lines = str(error).splitlines()
         return Kernel(f"{type(error).__name__}: {lines[0] if lines else ''}")
     return Kernel("", function, "state_dtype" in inspect.signature(function).parameters)
 
 
 def backend_of(wanted: str, device: torch.device, mixer: str) -> str:
-    """torch or mamba_ssm, for tensors on ``device``; "auto" takes the kernels where they work.
+    """The backend for tensors on ``device``, torch or mamba_ssm; "auto" uses the kernels if they work.
 
     Raises:
-        ConfigError: the kernels are asked for and cannot be used.
+        ConfigError: the kernels are requested but cannot be used.
     """
     if wanted == "torch" or (wanted == "auto" and device.type != "cuda"):
         return "torch"
@@ -82,10 +82,10 @@ def _report(choice: str, mixer: str, reason: str) -> None:
 
 
 def scan(mixer: str, x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
-    """The scan by mamba_ssm's kernel; see :func:`pipeline.models.ssm.selective_scan` and
+    """Run the scan with mamba_ssm's kernel; see :func:`pipeline.models.ssm.selective_scan` and
     :func:`~pipeline.models.ssm.ssd` for shapes. States are float32.
 
-    To torch.compile it is one opaque operation, whose backward pass computes the forward one again.
+    To torch.compile it is one opaque operation, whose backward pass recomputes the forward pass.
     """
     if torch.compiler.is_compiling():
         out: Tensor = _compiled(mixer, x, dt, a, b, c, d)
@@ -103,7 +103,7 @@ def _scan(mixer: str, x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d:
             return y.to(x.dtype)
         kind = x.dtype
         more = {"state_dtype": torch.float32} if found.state_dtype else {}
-        if not more:  # then states have the type of C, and in the backward pass that of x
+        if not more:  # states have the dtype of C then, and that of x in the backward pass
             x, b, c = x.float(), b.float(), c.float()
         y = found.function(
             x, dt.float(), a.float(), b[:, :, None], c[:, :, None], chunk_size=CHUNK, D=d.float(), **more
@@ -125,7 +125,7 @@ def _(mixer: str, x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Ten
 def _compiled_backward(
     mixer: str, dy: Tensor, x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor
 ) -> list[Tensor]:
-    # an operation runs below autograd, which must see what is done again here
+    # operations run below autograd, which is needed here for the recomputed forward pass
     above = torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False)
     with torch.enable_grad(), above:
         inputs = [t.detach().requires_grad_() for t in (x, dt, a, b, c, d)]

@@ -2,8 +2,8 @@
 
 Both compute, for each channel and along the sequence, h_t = exp(dt_t a) h_{t-1} + dt_t B_t x_t, y_t = C_t h_t + D x_t.
 In Mamba-1 (Gu and Dao 2023) ``a`` has a value for each channel and state; in Mamba-2 (Dao and Gu 2024) one for each
-head, so that a chunk of the sequence becomes matrix products. States are float32 under autocast too: in bfloat16 such
-sums lose what they remember.
+head, so that a chunk of the sequence becomes matrix products. States are float32 under autocast, too, as bfloat16 is
+not precise enough to accumulate them.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ def selective_scan(
         x: (n, l, d) input.
         dt: (n, l, d) positive time steps.
         a: (d, s) negative rates.
-        b, c: (n, l, s) how the input enters the state, and how the output leaves it.
-        d: (d,) what of the input goes straight to the output.
-        keep_every: steps between the states that are kept for the backward pass, which computes the others again.
+        b, c: (n, l, s) input and output projections of the state.
+        d: (d,) weight of the skip connection from input to output.
+        keep_every: interval of states that are saved for the backward pass, which recomputes the others.
 
     Returns:
-        (n, l, d), of the type of ``x``.
+        (n, l, d), with the dtype of ``x``.
     """
     with torch.autocast(x.device.type, enabled=False):
         out: Tensor = _SelectiveScan.apply(*_exact(x, dt, a, b, c, d), keep_every)
@@ -46,15 +46,15 @@ def selective_scan(
 
 
 def _exact(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """At least float32: the scan adds up many small numbers."""
+    """Convert to at least float32, as the scan sums many small numbers."""
     return tuple(t if t.dtype == torch.float64 else t.float() for t in tensors)
 
 
 class _SelectiveScan(torch.autograd.Function):
-    """One loop over time forward, one backward, instead of a graph of thousands of small operations.
+    """One loop over time forward and one backward, instead of a graph of thousands of small operations.
 
-    Only what needs the step before is done step by step; the rest for a segment at once, which stays in the cache.
-    Time is the first axis, and states are (t, n, s, d): each operation runs over contiguous memory.
+    Only what depends on the previous step is computed step by step, everything else at once for a segment that fits
+    into the cache. Time is the first axis, and states are (t, n, s, d), so that each operation uses contiguous memory.
     """
 
     @staticmethod
@@ -81,7 +81,7 @@ class _SelectiveScan(torch.autograd.Function):
         dx, ddt, db, dc = (torch.empty_like(t) for t in (x, dt, b, c))
         dat = torch.zeros_like(at)
         *room, more = [dat.new_empty(ctx.keep_every, *kept[0].shape) for _ in range(3)]
-        later = torch.zeros_like(kept[0])  # gradient of a segment's last state by way of the next segment
+        later = torch.zeros_like(kept[0])  # gradient of a segment's last state through the next segment
         for part, before in reversed(list(zip(_segments(len(x), ctx.keep_every), kept, strict=True))):
             decay, states = _states(before, x[part], dt[part], at, b[part], room)
             dc[part] = (dy[part, :, None] @ states.mT)[:, :, 0]  # eight times as fast as states @ dy
@@ -96,7 +96,7 @@ class _SelectiveScan(torch.autograd.Function):
             rate = dstates.mul_(decay)
             later = rate[0].clone()
             rate[1:] *= states[:-1]
-            rate[0] *= before  # now the gradient of dt a
+            rate[0] *= before  # rate is now the gradient of dt a
             dat += torch.mul(rate, dt[part, :, None], out=states).sum((0, 1))
             ddt[part] = torch.addcmul(rate.mul_(at).sum(2), dinto, x[part])
         dd = (dy * x).sum((0, 1))
@@ -110,7 +110,7 @@ def _segments(length: int, size: int) -> list[slice]:
 
 
 def _states(state: Tensor, x: Tensor, dt: Tensor, at: Tensor, b: Tensor, room: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """(t, n, s, d) twice, in ``room``: how much of the state before each step stays, and the states after it."""
+    """(t, n, s, d) twice, in ``room``: the decay of the state in each step, and the states after each step."""
     decay, states = (tensor[: len(x)] for tensor in room)
     torch.mul(dt[:, :, None], at, out=decay).exp_()
     torch.mul(b[..., None], (dt * x)[:, :, None], out=states)
@@ -123,21 +123,21 @@ def _states(state: Tensor, x: Tensor, dt: Tensor, at: Tensor, b: Tensor, room: l
 
 
 def ssd(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, chunk: int = 0) -> Tensor:
-    """The scan of Mamba-2: within a chunk a masked product like attention, between chunks a recurrence of states.
+    """The scan of Mamba-2: a masked product like attention within chunks, and a recurrence of states between chunks.
 
-    After Dao and Gu 2024, "Transformers are SSMs", section 6, with decays as sums of masked rates, not as differences
-    of sums, which lose digits.
+    After Dao and Gu 2024, "Transformers are SSMs", section 6, with decays as sums of masked rates instead of
+    differences of sums, which lose precision.
 
     Args:
         x: (n, l, h, p) input: heads of p channels.
         dt: (n, l, h) positive time steps.
         a: (h,) negative rates.
         b, c: (n, l, s), shared by all heads.
-        d: (h,) what of the input goes straight to the output.
-        chunk: length of a chunk (0: what is fast); the result does not depend on it, but for rounding.
+        d: (h,) weight of the skip connection from input to output.
+        chunk: length of a chunk (0: chosen for speed); results are equal up to rounding.
 
     Returns:
-        (n, l, h, p), of the type of ``x``.
+        (n, l, h, p), with the dtype of ``x``.
     """
     kind = x.dtype
     x, dt, a, b, c, d = _exact(x, dt, a, b, c, d)
@@ -146,8 +146,8 @@ def ssd(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, chunk
 
 
 def chunk_length(length: int) -> int:
-    """The work within chunks grows with their length, that between them with their number; they are about equal, as
-    the last one is padded."""
+    """A chunk length that balances the work within chunks, which grows with their length, and between them. Chunks have
+    about equal lengths, as the last one is padded."""
     chunks = math.ceil(length / (CHUNK // 2 if length > 2 * CHUNK else CHUNK))
     return math.ceil(length / max(1, chunks)) or 1
 
@@ -156,7 +156,7 @@ def _ssd(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, q: i
     n, length, h, p = x.shape
     s = b.shape[-1]
     pad = -length % q
-    if pad:  # steps with dt = 0 change nothing
+    if pad:  # steps with dt = 0 have no effect
         x, dt, b, c = (F.pad(t, (0, 0) * (t.dim() - 2) + (0, pad)) for t in (x, dt, b, c))
     k = (length + pad) // q
     into = (x * dt[..., None]).view(n, k, q, h, p).permute(0, 1, 3, 2, 4)  # (n, k, h, q, p)
@@ -165,10 +165,8 @@ def _ssd(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, q: i
     y = ((c @ b.transpose(-1, -2)) * _decays(rates)) @ into  # within chunks
     if k > 1:
         total = rates.cumsum(-1)
-        until_end = torch.exp(
-            rates.flip(-1).cumsum(-1).flip(-1) - rates
-        )  # of what enters at i, left at the chunk's end
-        states = (b * until_end[..., None]).transpose(-1, -2) @ into  # (n, k, h, s, p): what each chunk adds
+        until_end = torch.exp(rates.flip(-1).cumsum(-1).flip(-1) - rates)  # decay from step i to the chunk's end
+        states = (b * until_end[..., None]).transpose(-1, -2) @ into  # (n, k, h, s, p): added by each chunk
         whole = torch.exp(total[..., -1])[..., None, None]
         state, before = torch.zeros_like(states[:, 0]), []
         for number in range(k):
@@ -176,7 +174,7 @@ def _ssd(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, q: i
             state = torch.addcmul(states[:, number], whole[:, number], state)
         y = y + (c * torch.exp(total)[..., None]) @ torch.stack(before, 1)
     y = y.permute(0, 1, 3, 2, 4).reshape(n, k * q, h, p)
-    skip = d.expand(k * q, h)[..., None]  # so the gradient of d is summed in two steps: one loses digits
+    skip = d.expand(k * q, h)[..., None]  # the gradient of d is summed in two steps, as one would lose precision
     return (y + x * skip)[:, :length]
 
 
@@ -192,7 +190,7 @@ def _decays(rates: Tensor) -> Tensor:
 
 
 class Mixer(nn.Module):
-    """A sequence mixer; which implementation of its scan it uses is settled once, as torch.compile cannot follow that.
+    """A sequence mixer; the implementation of its scan is chosen once, as torch.compile cannot trace the choice.
 
     Args:
         backend: a name in :data:`pipeline.models.scan_kernels.BACKENDS`.
@@ -204,7 +202,7 @@ class Mixer(nn.Module):
         self.backend = backend_of(backend, torch.device("cuda" if torch.cuda.is_available() else "cpu"), name)
 
     def uses_kernel(self, x: Tensor) -> bool:
-        """Whether ``x`` goes through mamba_ssm's kernel."""
+        """Whether ``x`` is processed by mamba_ssm's kernel."""
         return self.backend == "mamba_ssm" and x.is_cuda
 
 
@@ -283,26 +281,26 @@ class Mamba2(Mixer):
         return self.scanned(gate, *self.mixed(xbc, step))
 
     def projected(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(..., dim) → gate (..., inner), what the convolution takes (..., inner + 2 d_state), steps (..., h)."""
+        """(..., dim) → gate (..., inner), input of the convolution (..., inner + 2 d_state), steps (..., h)."""
         gate, xbc, step = self.into(tokens).split([self.inner, self.inner + 2 * self.d_state, self.heads], -1)
         return gate, xbc, step
 
     def mixed(self, xbc: Tensor, step: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What the scan takes: x (b, l, h, p), dt (b, l, h), and of the state b, c (b, l, s)."""
+        """Inputs of the scan: x (b, l, h, p), dt (b, l, h), and projections of the state b, c (b, l, s)."""
         return self.parts(F.silu(self.conv(xbc)), step)
 
     def parts(self, xbc: Tensor, step: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The same, of what comes out of the convolution."""
+        """Like :meth:`mixed`, from the output of the convolution."""
         x, b, c = xbc.split([self.inner, self.d_state, self.d_state], -1)
         return x.unflatten(-1, (self.heads, -1)), F.softplus(step.float() + self.step_bias), b, c
 
     @property
     def rates(self) -> Tensor:
-        """(h,) negative."""
+        """Negative rates (h,)."""
         return -self.log_rate.float().exp()
 
     def scanned(self, gate: Tensor, x: Tensor, dt: Tensor, b: Tensor, c: Tensor) -> Tensor:
-        """(b, l, dim)."""
+        """The mixer's output after the scan, (b, l, dim)."""
         if self.uses_kernel(x):
             y = scan("mamba2", x, dt, self.rates, b, c, self.skip)
         else:
@@ -310,13 +308,13 @@ class Mamba2(Mixer):
         return self.gated(y.flatten(2), gate)
 
     def gated(self, y: Tensor, gate: Tensor) -> Tensor:
-        """(..., inner) twice → (..., dim)."""
+        """y and gate (..., inner) → (..., dim)."""
         out: Tensor = self.out(self.norm(y * F.silu(gate)))
         return out
 
 
 class CausalConv(nn.Module):
-    """Depthwise convolution along the sequence: token t takes in tokens t - width + 1 to t."""
+    """Causal depthwise convolution: token t depends on tokens t - width + 1 to t."""
 
     def __init__(self, channels: int, width: int) -> None:
         super().__init__()
@@ -324,7 +322,7 @@ class CausalConv(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(b, l, channels) → the same shape. Shifted sums: for few taps faster than a convolution's set-up on CPUs."""
+        """(b, l, channels) → the same shape, as shifted sums: on CPUs faster than a convolution with few taps."""
         width, length = self.weight.shape[1], x.shape[1]
         padded = F.pad(x, (0, 0, width - 1, 0))
         y = self.bias.to(x.dtype).expand_as(x)
@@ -334,17 +332,17 @@ class CausalConv(nn.Module):
 
 
 def _initial_steps(count: int, low: float = 1e-3, high: float = 0.1) -> Tensor:
-    """(count,): softplus of it is log-uniform between ``low`` and ``high``, as in Mamba's reference."""
+    """(count,) numbers whose softplus is log-uniform between ``low`` and ``high``, as in Mamba's reference."""
     dt = torch.exp(torch.rand(count) * (math.log(high) - math.log(low)) + math.log(low))
     return dt + torch.log(-torch.expm1(-dt))
 
 
 class Bidirectional(nn.Module):
-    """Two mixers, one along the sequence and one against it, averaged: (forward + flipped backward) / 2.
+    """Two mixers, one in each direction along the sequence, averaged: (forward + flipped backward) / 2.
 
     Args:
-        mixer: "mamba2" or "mamba1"; ``options`` are theirs.
-        directions: 1 leaves out the second, so that tokens see only those before them.
+        mixer: "mamba2" or "mamba1", with its ``options``.
+        directions: 1: without the backward mixer, so that the result is causal.
     """
 
     def __init__(self, mixer: str, dim: int, directions: int = 2, **options: Any) -> None:

@@ -1,7 +1,7 @@
 """Text generation, token by token: greedy, beam search, or sampling.
 
-All texts of a batch start at place 0, whatever the lengths of their prompts: while a prompt lasts, its tokens are taken
-instead of the model's choice. So nothing is padded in front, and a text does not depend on what it is written next to.
+All texts of a batch start at position 0, whatever the lengths of their prompts: within a prompt, its tokens replace the
+model's choice. Thus no padding is needed in front, and a text does not depend on the others in its batch.
 """
 
 from __future__ import annotations
@@ -22,17 +22,18 @@ _LOOK_EVERY = 8  # tokens
 
 @dataclass(frozen=True)
 class Decoding:
-    """How texts are written.
+    """Settings of text generation.
 
     Attributes:
         beams: width of the beam search; 1 is greedy.
-        length_penalty: of beams; a text counts as its log probability / length ** length_penalty.
-        top_p: draw from the fewest tokens with this share of the probability (Holtzman et al. 2020); 0: no drawing.
+        length_penalty: beams are ranked by log probability / length ** length_penalty.
+        top_p: sample from the smallest set of tokens with this total probability (Holtzman et al. 2020); 0: no
+            sampling.
         draws: number of texts for each image, consecutive in the result of :func:`write`; needs ``top_p``.
-        temperature: of drawing.
-        min_length, max_length: tokens of a text, without prompt and end.
-        seed: of drawing, with a key for each text.
-        cached: whether what was computed for earlier tokens is kept; the texts are the same.
+        temperature: of sampling.
+        min_length, max_length: in tokens, without prompt and end.
+        seed: of sampling, with a key for each text.
+        cached: whether results for earlier tokens are cached; texts are the same either way.
     """
 
     beams: int = 1
@@ -62,7 +63,7 @@ class Decoding:
 
 @dataclass(frozen=True)
 class Marks:
-    """Tokens with a meaning; ``never`` are those that a text does not have."""
+    """Special tokens; ``never``: tokens that must not occur in a text."""
 
     pad: int
     end: int
@@ -78,15 +79,15 @@ def write(
     how: Decoding,
     keys: Sequence[str] | None = None,
 ) -> list[list[int]]:
-    """Texts about images, without prompt and end.
+    """Generate texts for images, returned without prompt and end.
 
     Args:
         features: (b, m, image_width).
         prompts: tokens that each text begins with, at least one.
-        keys: of each image, for drawing (default: its place in the batch).
+        keys: of each image, for sampling (default: its index in the batch).
 
     Raises:
-        ConfigError: the longest prompt and ``max_length`` are more than the model was made for.
+        ConfigError: the longest prompt and ``max_length`` together exceed the model's maximum length.
     """
     if not len(features):
         return []
@@ -101,7 +102,7 @@ def write(
 
 
 class _Work:
-    """A batch of texts being written: their cache, what is forced, and what is forbidden."""
+    """A batch of texts being generated: cache, forced tokens and forbidden tokens."""
 
     def __init__(
         self,
@@ -131,7 +132,7 @@ class _Work:
         self.start = self.forced[:, : self.first].repeat_interleave(how.beams, 0)
 
     def allowed(self, logits: Tensor, place: int) -> Tensor:
-        """(b, ..., vocab): -inf where a token may not stand at ``place``."""
+        """Logits (b, ..., vocab) with -inf for tokens that are not allowed at ``place``."""
         logits = logits.float() + self.never
         if place < self.earliest_end:
             early = place - self.lengths < self.how.min_length
@@ -140,12 +141,12 @@ class _Work:
         return logits
 
     def looks(self, place: int) -> bool:
-        """Whether it is time to see if all texts have ended, for which a GPU must be waited for. Tokens behind the end
-        of a text do no harm."""
+        """Whether to check now if all texts have ended, which synchronizes with a GPU. Tokens after the end of a text
+        are discarded."""
         return self.device.type == "cpu" or (place - self.first) % _LOOK_EVERY == _LOOK_EVERY - 1
 
     def prompt_at(self, place: int) -> Tensor | None:
-        """(b,) the prompts' tokens at ``place``, -1 where the prompt is over; None if all are."""
+        """The prompts' tokens (b,) at ``place``, -1 for prompts that have ended; None if all have."""
         return self.forced[:, place] if place < self.forced.shape[1] else None
 
 
@@ -180,13 +181,13 @@ def _body(row: list[int], marks: Marks) -> list[int]:
 
 
 def _chances(work: _Work) -> Tensor:
-    """(b, max_length) uniform numbers, keyed by seed and image: a text does not depend on its neighbours."""
+    """(b, max_length + 1) uniform numbers, keyed by seed and image, so that texts do not depend on their batch."""
     rows = [uniforms(work.how.max_length + 1, work.how.seed, "top_p", key) for key in work.keys]
     return torch.from_numpy(np.stack(rows)).to(work.device)
 
 
 def _draw(logits: Tensor, written: Tensor, chances: Tensor, how: Decoding) -> Tensor:
-    """A token (b,) from the nucleus of each distribution."""
+    """Sample a token (b,) from the nucleus of each distribution."""
     shares = (logits.double() / how.temperature).softmax(-1)
     tokens = None
     if how.top_p < 1:
@@ -199,10 +200,10 @@ def _draw(logits: Tensor, written: Tensor, chances: Tensor, how: Decoding) -> Te
 
 
 def _beams(work: _Work) -> list[list[int]]:
-    """Beam search. A text that ends is set aside if it is among the best ``beams``; an image is done when it has that
-    many, or at the greatest length.
+    """Beam search. A text that ends is set aside if it is among the best ``beams``; an image is done when this many are
+    set aside, or at the maximum length.
 
-    The device finds the best continuations; the host keeps the texts, for which it reads one small tensor per token.
+    The device finds the best continuations; the host keeps the texts, reading one small tensor per token.
     """
     how, marks, k = work.how, work.marks, work.how.beams
     b = len(work.lengths)
@@ -223,7 +224,7 @@ def _beams(work: _Work) -> list[list[int]]:
         is_end = (tokens == marks.end) & best.isfinite()
         if forced is not None:
             is_end &= forced[:, None] < 0
-        order = is_end.int().argsort(dim=-1, stable=True)[:, :k]  # the best that go on
+        order = is_end.int().argsort(dim=-1, stable=True)[:, :k]  # the best that have not ended
         found = torch.stack([part.double() for part in (best, beams, tokens, is_end)], -1)
         for book, candidates in zip(books, found.tolist(), strict=True):
             book.add(candidates)
@@ -236,7 +237,7 @@ def _beams(work: _Work) -> list[list[int]]:
 
 
 class _Beams:
-    """The texts about one image, on the host; ``start``: tokens of its prompt among those that :meth:`add` gets."""
+    """The beams of one image, on the host; ``start``: number of prompt tokens that are passed to :meth:`add`."""
 
     def __init__(self, how: Decoding, start: int) -> None:
         self.how, self.start, self.done = how, start, False
@@ -244,8 +245,8 @@ class _Beams:
         self._ended: list[tuple[float, list[int]]] = []
 
     def add(self, candidates: list[list[float]]) -> None:
-        """The next token: (log probability, beam, token, whether it ends the text) of each candidate, the best first;
-        the first ``beams`` of those that do not end go on, as on the device."""
+        """Add a token: (log probability, beam, token, whether it ends the text) of each candidate, the best first. The
+        first ``beams`` candidates that do not end continue, as on the device."""
         if self.done:
             return
         k = self.how.beams

@@ -23,7 +23,7 @@ POOLS = ("mean", "token")
 
 @dataclass(frozen=True)
 class VisionMambaConfig:
-    """Everything that is needed to build the network again; a checkpoint holds it."""
+    """Everything that is needed to rebuild the network; stored in checkpoints."""
 
     classes: int
     height: int
@@ -33,9 +33,9 @@ class VisionMambaConfig:
     depth: int = 12
     patch: int = 16
     stem: str = "patch"
-    """patch: one convolution with the stride of a patch; conv: several of stride 2, which suits small images."""
+    """patch: one convolution with the stride of a patch; conv: several of stride 2, better for small images."""
     blocks: str = "ssm"
-    """Kinds of blocks, repeated until there are ``depth``: "ssm", or "ssm,ssm,ssm,attention"."""
+    """Kinds of blocks, repeated up to ``depth``: "ssm", or "ssm,ssm,ssm,attention"."""
     mixer: str = "mamba2"
     d_state: int = 64
     d_conv: int = 4
@@ -45,10 +45,10 @@ class VisionMambaConfig:
     mlp_ratio: float = 0.0
     """Width of an MLP after each mixer, in multiples of ``dim`` (0: none, as in Vision Mamba)."""
     pool: str = "mean"
-    """mean of all tokens, or a class token in their middle."""
+    """mean over all tokens, or a class token in the middle of the sequence."""
     dropout: float = 0.0
     drop_path: float = 0.0
-    """Of the last block; it rises linearly from 0."""
+    """Drop probability in the last block; it increases linearly from 0."""
     scan_backend: str = "auto"
 
     def to_dict(self) -> dict[str, Any]:
@@ -65,10 +65,10 @@ SIZES: dict[str, dict[str, Any]] = {
 
 
 def vision_mamba_config(size: str, image: tuple[int, int, int], classes: int, **more: Any) -> VisionMambaConfig:
-    """The network called ``size`` for images (channels, height, width).
+    """Configuration of the network ``size`` for images (channels, height, width).
 
     Raises:
-        ConfigError: no such size, block, mixer or pooling, or patches that do not divide the image.
+        ConfigError: there is no such size, block, mixer or pooling, or patches do not divide the image.
     """
     if size not in SIZES:
         raise ConfigError(f"model={size}: {nearest(size, SIZES)}")
@@ -128,7 +128,7 @@ class VisionMamba(nn.Module):
 
 
 class Block(nn.Module):
-    """Norm and mixer, then maybe norm and MLP; residual, both with drop-path."""
+    """Norm and mixer, then optionally norm and MLP; residual, both with drop-path."""
 
     def __init__(self, kind: str, config: VisionMambaConfig, drop_path: float) -> None:
         super().__init__()
@@ -147,7 +147,7 @@ class Block(nn.Module):
         return tokens
 
     def _dropped(self, branch: Tensor) -> Tensor:
-        """The branch, left out for some samples (Huang et al. 2016), the others scaled up."""
+        """Drop the branch for some samples and scale up the others (Huang et al. 2016)."""
         branch = self.dropout(branch)
         if not self.training or not self.drop_path:
             return branch
@@ -175,7 +175,7 @@ class Attention(nn.Module):
 
 
 class Hybrid(nn.Module):
-    """Both mixers side by side; how much of each is learned, channel by channel, from one half on."""
+    """Both mixers in parallel, averaged with learned weights per channel, initially one half."""
 
     def __init__(self, first: nn.Module, second: nn.Module, dim: int) -> None:
         super().__init__()

@@ -1,1 +1,1 @@
-"""One training loop for all tasks, with checkpoints that appear whole and resume exactly."""
+"""One training loop for all tasks, with checkpoints that are committed atomically and resume exactly."""

@@ -1,10 +1,10 @@
-"""Checkpoints: folders ``checkpoints/step_<n>`` of a run that appear whole or not at all.
+"""Checkpoints: folders ``checkpoints/step_<n>`` of a run, committed atomically.
 
     checkpoint.json     facts (config, task, positions, counters) and each file's digest; written last; sealed
     __<rank>_0.distcp   tensors, in the layout of torch.distributed.checkpoint (DCP): "model/<name>", "ema/<name>",
     .metadata           "optimizer/<parameter>/<quantity>"; every rank writes its share, any number of ranks may load
 
-Tensors are read with ``weights_only``; ``.metadata`` is a pickle, of which only the classes that DCP needs are let in.
+Tensors are read with ``weights_only``; ``.metadata`` is a pickle, of which only the classes that DCP needs are allowed.
 There is no random state: all randomness of a step is keyed by (seed, step), see :mod:`pipeline.training.loop`.
 """
 
@@ -38,7 +38,7 @@ from pipeline.storage import Folder, StorageError, commit, seal
 from pipeline.training.staging import Stage, share_of
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")  # a single rank
-logging.getLogger("c10d-NullHandler-dcp_logger").setLevel(logging.WARNING)  # else two records for each tensor
+logging.getLogger("c10d-NullHandler-dcp_logger").setLevel(logging.WARNING)  # otherwise two records for each tensor
 
 FORMAT_VERSION = 2
 FOLDER = "checkpoints"
@@ -65,14 +65,16 @@ _METADATA_CLASSES = {
 
 
 class Superseded(RuntimeError):
-    """Another process trains the same run: it was first to commit this step, or removed our attempt."""
+    """Another process trains the same run: it has committed this step first, or removed our attempt."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """State after ``step`` optimizer steps.
 
-    ``facts``: JSON-able. ``tensors``: by part (model, ema, optimizer), then by name.
+    Attributes:
+        facts: JSON-serialisable values.
+        tensors: by part (model, ema, optimizer), then by name.
     """
 
     step: int
@@ -81,12 +83,12 @@ class Checkpoint:
 
 
 class Checkpoints:
-    """The checkpoints of one run, as one life of the run writes them; all its ranks together.
+    """The checkpoints of a run, written by all ranks of one life together.
 
     Args:
         run: the run's folder.
-        life: id of this life, the same on all its ranks: no other process has it.
-        keep: how many to keep; older ones are deleted after each save (0: none).
+        life: unique id of this life, the same on all its ranks.
+        keep: number of checkpoints to keep; older ones are deleted after each save (0: all are kept).
     """
 
     def __init__(self, run: Folder, life: str, keep: int, rank: Rank | None = None) -> None:
@@ -101,7 +103,7 @@ class Checkpoints:
         self._pending: Future[None] | None = None
 
     def _own_group(self) -> dist.ProcessGroup | None:
-        """A group that saving in the background has to itself, so that its messages never meet those of a step."""
+        """A group for saving in the background only, so that its messages do not interfere with those of a step."""
         if self._rank.world_size == 1:
             return None
         self._rank.process_group()
@@ -119,17 +121,17 @@ class Checkpoints:
         background: bool = False,
         done: Callable[[], None] = lambda: None,
     ) -> None:
-        """Write a checkpoint and commit it by one rename; every rank calls this, with all tensors that it has.
+        """Write a checkpoint and commit it by one rename; every rank must call this, with all its tensors.
 
         Args:
-            spare: steps whose checkpoints are not deleted, however old.
-            background: only copy the tensors now, and write them while training continues. What goes wrong then is
-                raised by the next call, or by :meth:`wait`.
-            done: called when it is committed.
+            spare: steps whose checkpoints are never deleted.
+            background: only copy the tensors now, and write them while training continues. Errors are then raised by
+                the next call, or by :meth:`wait`.
+            done: called after the commit.
 
         Raises:
             Superseded: another process has written this step.
-            OSError: the disk is full, for example; nothing is left behind.
+            OSError: for example, the disk is full; nothing is left behind.
         """
         self.wait()
         staged = self._stage.copy(share_of(tensors, self._rank))
@@ -146,7 +148,7 @@ class Checkpoints:
             self.wait()
 
     def wait(self) -> None:
-        """Until what is being written in the background is committed; raises as :meth:`save` does."""
+        """Wait until a save in the background is committed; raises as :meth:`save` does."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
@@ -172,7 +174,7 @@ class Checkpoints:
             raise Superseded(f"{self.folder.path / name}: another process is training this run; this one stops")
 
     def newest(self, log: logging.Logger) -> Path | None:
-        """The newest checkpoint whose bytes are as they were written; damaged ones are reported and deleted."""
+        """The newest undamaged checkpoint; damaged ones are reported and deleted."""
         for name in reversed(names(self.folder)):
             try:
                 with self.folder.folder(name) as folder:
@@ -184,7 +186,7 @@ class Checkpoints:
         return None
 
     def _prune(self, spare: frozenset[int]) -> None:
-        """Delete checkpoints beyond the newest ``keep`` and what other lives left unfinished."""
+        """Delete all but the newest ``keep`` checkpoints, and unfinished attempts of other lives."""
         for name in names(self.folder)[: -self.keep or None]:
             if step_of(name) not in spare:
                 self.folder.trash(name)
@@ -205,10 +207,10 @@ def step_of(name: str) -> int:
 
 
 def find_checkpoint(path: str | Path, which: str = "last") -> Path:
-    """The checkpoint at ``path``; of a run's folder the ``last``, or the ``best`` that the last one knows of.
+    """The checkpoint at ``path``; for a run's folder, its ``last``, or the ``best`` recorded in the last.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is no checkpoint.
     """
     place = Path(path)
     if (place / FOLDER).is_dir():
@@ -227,10 +229,10 @@ def find_checkpoint(path: str | Path, which: str = "last") -> Path:
 
 
 def open_checkpoint(path: str | Path, which: str = "last", parts: tuple[str, ...] = ()) -> Checkpoint:
-    """The checkpoint that :func:`find_checkpoint` finds, in memory as a whole, or only these ``parts`` of it.
+    """Load the checkpoint found by :func:`find_checkpoint` into memory, or only these ``parts`` of it.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is no checkpoint.
         StorageError: it is damaged.
     """
     with Folder.open(find_checkpoint(path, which)) as folder:
@@ -249,10 +251,10 @@ def open_checkpoint(path: str | Path, which: str = "last", parts: tuple[str, ...
 
 
 def finished_run(place: str, task: str) -> Checkpoint:
-    """The averaged weights of the run at ``start_from=place``, or of one checkpoint.
+    """Load the EMA weights of the run at ``start_from=place``, or of one checkpoint.
 
     Raises:
-        ConfigError: the run is not at its end, or of another task.
+        ConfigError: the run is not finished, or of another task.
     """
     found = open_checkpoint(place, parts=("ema",))
     if (steps := found.facts["config"]["steps"]) > found.step and (Path(place) / FOLDER).is_dir():
@@ -263,18 +265,18 @@ def finished_run(place: str, task: str) -> Checkpoint:
 
 
 def require_same_network(place: str, ours: dict[str, Any], theirs: dict[str, Any]) -> None:
-    """Raises ConfigError if the weights at ``start_from=place`` are of a network that is made otherwise than ours."""
+    """Raises ConfigError if the weights at ``start_from=place`` are of a network with other settings."""
     for name, value in ours.items():
         if value != theirs[name]:
             raise ConfigError(f"start_from={place}: its network has {name}={theirs[name]}, this one {value}")
 
 
 def checked_record(folder: Folder) -> dict[str, Any]:
-    """What checkpoint.json in ``folder`` says.
+    """Read checkpoint.json in ``folder`` and check all files against it.
 
     Raises:
-        StorageError: a file is missing or not as it was written.
-        ConfigError: another version of the format.
+        StorageError: a file is missing or damaged.
+        ConfigError: the checkpoint has another format version.
     """
     record = folder.read_sealed(RECORD)
     if record is None:
@@ -294,16 +296,16 @@ def checked_record(folder: Folder) -> dict[str, Any]:
 
 
 def stored_tensors(path: Path) -> dict[str, TensorStorageMetadata]:
-    """Shapes and types of the tensors in the checkpoint at ``path``, by name."""
+    """Shapes and dtypes of the tensors in the checkpoint at ``path``, by name."""
     metadata = _FolderReader(path).read_metadata().state_dict_metadata
     return {name: stored for name, stored in metadata.items() if isinstance(stored, TensorStorageMetadata)}
 
 
 def load_into(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Fill ``tensors``, which may be shards of larger ones, with what the checkpoint at ``path`` holds for them.
+    """Load ``tensors``, which may be shards of larger ones, from the checkpoint at ``path``, in place.
 
     Raises:
-        ConfigError: it lacks one of them, or has it in another shape: it is of another model.
+        ConfigError: the checkpoint lacks one of them, or has it in another shape: it is of another model.
     """
     there = stored_tensors(path)
     for name, tensor in tensors.items():
@@ -322,7 +324,7 @@ def _shape(size: torch.Size) -> str:
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state by names of parameters, which mean the same in every process: "<parameter>/<quantity>"."""
+    """The optimizer's state as "<parameter>/<quantity>", by parameter name, as indices may differ between processes."""
     state = optimizer.state
     return {
         f"{name}/{quantity}": value
@@ -332,7 +334,7 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 
 
 def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Put back what :func:`optimizer_tensors` returned; rates and the like stay those of ``optimizer``."""
+    """Restore the state returned by :func:`optimizer_tensors`; learning rates etc. stay those of ``optimizer``."""
     names_of = {parameter: name for name, parameter in model.named_parameters()}
     listed = [names_of[parameter] for group in optimizer.param_groups for parameter in group["params"]]
     numbers = {name: number for number, name in enumerate(listed)}
@@ -344,7 +346,7 @@ def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: 
 
 
 def empty_optimizer_tensors(path: Path, model: nn.Module) -> dict[str, Tensor]:
-    """Room for the optimizer's state in the checkpoint at ``path``, sharded as the parameters of ``model`` are."""
+    """Empty tensors for the optimizer's state in the checkpoint at ``path``, sharded like those of ``model``."""
     parameters = dict(model.named_parameters())
     room = {}
     for name, stored in stored_tensors(path).items():
@@ -360,11 +362,11 @@ def empty_optimizer_tensors(path: Path, model: nn.Module) -> dict[str, Tensor]:
 
 
 class _FolderWriter(StorageWriter):
-    """Writes DCP's own layout through :mod:`pipeline.storage`, with a digest of every file, into an attempt's folder.
+    """Writes DCP's own layout through :mod:`pipeline.storage` into an attempt's folder, with a digest of every file.
 
     Args:
-        parent: where the attempt's folder is made.
-        record: what checkpoint.json shall say, besides the files.
+        parent: folder in which the attempt's folder is created.
+        record: content of checkpoint.json except for the files.
     """
 
     def __init__(self, parent: Folder, attempt: str, record: dict[str, Any]) -> None:
@@ -384,7 +386,7 @@ class _FolderWriter(StorageWriter):
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """On one rank, before any other writes."""
+        """Called on one rank, before any rank writes."""
         self._parent.mkdir(self._attempt)
         return [replace(plan, storage_data=number) for number, plan in enumerate(plans)]
 
@@ -405,7 +407,7 @@ class _FolderWriter(StorageWriter):
         return future
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """On one rank, when all have written."""
+        """Called on one rank, when all ranks have written."""
         every = [result for some in results for result in some]
         metadata.storage_data = {r.index: r.storage_data for r in every if isinstance(r.storage_data, _StorageInfo)}
         files = {r.index.fqn: r.storage_data for r in every if isinstance(r.storage_data, dict)}
@@ -443,7 +445,7 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 
 def _first_failure(error: CheckpointException) -> BaseException:
-    """What went wrong on the lowest of the ranks that failed, instead of DCP's page of traces."""
+    """The error of the lowest rank that failed, instead of DCP's long collection of tracebacks."""
     failures: Iterator[Any] = iter(error.failures[rank] for rank in sorted(error.failures))
     failure = next(failures)[0]
     return failure if isinstance(failure, BaseException) else error

@@ -1,7 +1,7 @@
 """The cache of torch.compile in the run's folder, so that a requeued job does not compile again.
 
-A node's own cache is gone when a job is started again elsewhere. The file holds code: it is taken only from a file that
-belongs to this user and that nobody else may write.
+A node's own cache is lost when a job is restarted elsewhere. The cache contains code, so it is only loaded from files
+that belong to this user and that nobody else may write.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ FOLDER = "compiled"
 
 
 def load_compiled(run: Folder, rank: Rank) -> int:
-    """How many files there were for this torch and this kind of device that could be used."""
+    """Load the cache; returns the number of files for this torch and kind of device that could be used."""
     try:
         names = run.folder(FOLDER).listdir()
     except OSError:
@@ -42,9 +42,9 @@ def _load(run: Folder, name: str, rank: Rank) -> bool:
 
 
 def save_compiled(run: Folder, rank: Rank) -> None:
-    """Keep what was compiled so far, if anything was; for one rank to call. A disk that refuses it is a warning.
+    """Save what was compiled so far, if anything; to be called by one rank. Failure to write is only a warning.
 
-    What torch returns can be loaded as far as it is new since the call before: so each result has a file of its own.
+    torch returns artifacts that are new since the previous call, so each result gets its own file.
     """
     made = torch.compiler.save_cache_artifacts()
     if made is None:

@@ -8,15 +8,15 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-_CHUNK = 2**26  # numbers that are averaged at a time on a GPU, to bound the memory that it takes
+_CHUNK = 2**26  # elements averaged at a time on a GPU, to limit memory use
 
 
 class Ema:
-    """Averages of all parameters in float32, and the newest values of persistent buffers.
+    """Moving averages of all parameters in float32, and the newest values of persistent buffers.
 
-    The decay rises from 0.1 to ``decay`` over the first updates, as (1 + n) / (10 + n), so that the random start is
-    forgotten soon. ``updates`` is n: it belongs to the state, or a resumed run would start the rise again. Where
-    parameters are sharded over ranks, so are the averages.
+    The decay rises from 0.1 to ``decay`` over the first updates, as (1 + n) / (10 + n), so that the random
+    initialisation is forgotten quickly. ``updates`` is n: it is part of the state, or a resumed run would start the
+    rise again. Averages are sharded over ranks like the parameters.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -28,7 +28,7 @@ class Ema:
 
     @property
     def updates(self) -> int:
-        """How many there were; waits for the device."""
+        """Number of updates; synchronizes with the device."""
         return int(self._count)
 
     @updates.setter
@@ -37,7 +37,7 @@ class Ema:
 
     @torch.no_grad()
     def update(self, model: nn.Module, left_out: Tensor | None = None) -> None:
-        """Take in the weights of ``model``, unless ``left_out`` (), which stays on the device, is 1."""
+        """Update from the weights of ``model``, unless ``left_out`` (), which stays on the device, is 1."""
         newest = [_local(p).float() for p in model.parameters()]
         averages = [_local(average) for average in self._averages.values()]
         if self._count.device.type == "cpu":
@@ -56,12 +56,12 @@ class Ema:
             kept.copy_(tensor if left_out is None else torch.where(left_out > 0, kept, tensor))
 
     def weights(self) -> dict[str, Tensor]:
-        """What ``model.load_state_dict`` takes; to be filled in place when a run goes on."""
+        """A state dict for ``model.load_state_dict``; to be filled in place when a run resumes."""
         return {**self._averages, **self._buffers}
 
     @contextmanager
     def in_place(self, model: nn.Module) -> Iterator[None]:
-        """Context in which ``model`` has the averaged weights; afterwards it has its own again, to the bit."""
+        """Context in which ``model`` has the averaged weights; its own are restored exactly afterwards."""
         with torch.no_grad():
             tensors = dict(model.named_parameters()) | buffers_of(model)
             own = {name: _local(tensor).clone() for name, tensor in tensors.items()}
@@ -76,7 +76,7 @@ class Ema:
 
 
 def _approach(averages: list[Tensor], newest: list[Tensor], share: Tensor) -> None:
-    """averages += share * (newest - averages), with ``share`` () on the device, by a few kernels for all tensors."""
+    """averages += share * (newest - averages), with ``share`` () on the device, using a few kernels for all tensors."""
     first, size = 0, 0
     for last, average in enumerate(averages, 1):
         size += average.numel()
@@ -88,12 +88,12 @@ def _approach(averages: list[Tensor], newest: list[Tensor], share: Tensor) -> No
 
 
 def buffers_of(model: nn.Module) -> dict[str, Tensor]:
-    """The buffers that belong to the state, such as a batch norm's."""
+    """The persistent buffers, such as those of a batch norm."""
     parameters = {name for name, _ in model.named_parameters()}
     return {name: tensor for name, tensor in model.state_dict().items() if name not in parameters}
 
 
 def _local(tensor: Tensor) -> Tensor:
-    """This rank's part of a tensor that may be sharded, sharing its memory."""
+    """This rank's part of a possibly sharded tensor, sharing its memory."""
     tensor = tensor.detach()
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor

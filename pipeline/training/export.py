@@ -1,4 +1,4 @@
-"""The export of a run: the averaged weights as safetensors, and how to use them."""
+"""Export of a run: the EMA weights as safetensors, with what is needed to use them."""
 
 from __future__ import annotations
 
@@ -34,23 +34,23 @@ _OF_TRAINING = {
     "meter",
     "preprocessing",
 }
-"""Facts of a checkpoint that say nothing of how to use its weights."""
+"""Facts of a checkpoint that are not needed to use its weights."""
 _EPOCH = re.compile(r"epoch_(\d+)(-valid_loss_.*)?")
 
 
 def export(run: Folder, best_step: int) -> Path:
-    """Put the averaged weights of the checkpoint of ``best_step`` (if there is none, of the last) into ``export/``.
+    """Export the EMA weights of the checkpoint of ``best_step`` (of the last, if it does not exist) to ``export/``.
 
-    model.safetensors, config.json (task, step, and what the task says of its use), preprocessing.json, and a model card
-    as README.md. They replace an earlier export as one folder.
+    Writes model.safetensors, config.json (task, step, and the task's facts), preprocessing.json, and a model card as
+    README.md. An earlier export is replaced as a whole.
     """
     best = run.path / CHECKPOINTS / f"step_{best_step:06d}"
     return _write(run, FOLDER, best if best.is_dir() else run.path)
 
 
 def export_epoch(run: Folder, epoch: int, step: int, best_step: int, loss: float | None, config: TrainConfig) -> Path:
-    """Put the averaged weights of the checkpoint of ``step`` into ``exports/epoch_<n>-valid_loss_<loss>``; older ones
-    beyond ``keep_exports`` go, but for that of ``best_step``. What is there already is left as it is."""
+    """Export the EMA weights of the checkpoint of ``step`` to ``exports/epoch_<n>-valid_loss_<loss>``; deletes older
+    ones beyond ``keep_exports``, except that of ``best_step``. An existing export is not written again."""
     name = epoch_name(epoch, loss)
     run.mkdir(EPOCHS, exist_ok=True)
     with run.folder(EPOCHS) as folder:
@@ -98,13 +98,13 @@ def _write(parent: Folder, name: str, checkpoint: Path) -> Path:
 
 
 class Uploads:
-    """Brings folders to the Hugging Face Hub next to training, as a private repository if it is new (token: HF_TOKEN).
-    That it fails is a warning, no error: a trained model must not be lost to a network.
+    """Uploads folders to the Hugging Face Hub during training, to a private repository if it is new (token: HF_TOKEN).
 
-    How the last upload ended stands in ``upload.json`` of the run, for those who do not read logs.
+    Failure is a warning, not an error: network problems must not cost a trained model. The result of the last upload is
+    written to the run's ``upload.json``.
 
     Args:
-        repository: empty: nothing is uploaded.
+        repository: name of the repository; empty: nothing is uploaded.
         run: the run's folder.
     """
 
@@ -113,7 +113,7 @@ class Uploads:
         self._thread: threading.Thread | None = None
 
     def start(self, folder: Path) -> None:
-        """Upload ``folder``, unless another is under way."""
+        """Start to upload ``folder``, unless another upload is running."""
         if not self._repository:
             return
         if self._thread is not None and self._thread.is_alive():
@@ -125,7 +125,7 @@ class Uploads:
         self._thread.start()
 
     def wait(self) -> None:
-        """Until what is under way is uploaded."""
+        """Wait for a running upload."""
         if self._thread is not None:
             self._thread.join()
 

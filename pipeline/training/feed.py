@@ -1,7 +1,6 @@
 """The batches of the next steps, in order, optionally prepared by worker processes.
 
-What a step gets is a function of the sampler's position alone. So workers have no state, and a run that resumes needs
-nothing from them.
+The data of a step depend only on the sampler's position. Workers therefore have no state that a resumed run needs.
 """
 
 from __future__ import annotations
@@ -28,33 +27,34 @@ from pipeline.loading.prefetch import Announced
 from pipeline.randomness import keyed_seed
 from pipeline.training.tasks.base import Batch, Keys, Task
 
-_AHEAD = 2  # batches that each worker prepares beforehand
-_REQUIRED = 1 << 15  # samples of all ranks that are brought here beforehand, where they lie elsewhere
-_MOST_WORKERS = 8  # that are started unasked
+_AHEAD = 2  # batches that each worker prepares ahead
+_REQUIRED = 1 << 15  # samples over all ranks that are announced ahead, for remote data
+_MOST_WORKERS = 8  # maximum number started by default
 
 
 @dataclass(frozen=True)
 class Part:
-    """A part of a step's batch, as one forward pass takes it."""
+    """A part of a step's batch, the input of one forward pass."""
 
     keys: Keys
     batch: Batch
     last: bool
 
     def pin_memory(self) -> Part:
-        """In memory that a GPU can read by itself. The DataLoader calls this, in a thread of its own."""
+        """A copy in pinned memory. Called by DataLoader, in its own thread."""
         return replace(self, batch={name: tensor.pin_memory() for name, tensor in self.batch.items()})
 
 
 class Feed:
-    """Iterates over the parts of this rank's share of every step, from where ``sampler`` is on, on the rank's device.
+    """Iterates over the parts of this rank's share of every step, from the position of ``sampler`` on, on its device.
 
-    For a GPU, batches are prepared in pinned memory by worker processes, which are fresh interpreters: none has the
-    network, or a driver's state, from a fork. :meth:`prefetch` starts to copy the next part while one is computed.
+    For a GPU, batches are prepared in pinned memory by worker processes. These are fresh interpreters, so that they do
+    not inherit the network or a driver's state from a fork. :meth:`prefetch` starts to copy the next part while one is
+    computed.
 
     Args:
-        sampler: read once; the loop advances its own.
-        steps: how many steps are left.
+        sampler: copied; the loop advances its own.
+        steps: number of remaining steps.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class Feed:
         self._next: tuple[Part, Any] | None = None
         self._computed: Any = None
         self.waited = 0.0
-        """Seconds in which there was no data to compute with."""
+        """Seconds during which the device was idle for lack of data."""
 
     def __iter__(self) -> Iterator[Part]:
         return self
@@ -110,7 +110,7 @@ class Feed:
         return part
 
     def prefetch(self) -> None:
-        """What was taken is being computed: meanwhile get the next part, if it is for a GPU and there is one."""
+        """Call when a part's computation has been started: on a GPU, fetches the next part meanwhile, if any."""
         if self._on_gpu:
             self._computed = torch.cuda.Event()
             self._computed.record()
@@ -120,10 +120,10 @@ class Feed:
                 self._next = None
 
     def _fetch(self) -> tuple[Part, Any]:
-        """The next part, and for a GPU the event of its copy."""
+        """The next part and, for a GPU, the event that marks the end of its copy."""
         start = time.monotonic()
         part = next(self._parts)
-        if self._computed is None or self._computed.query():  # the device has nothing else to do
+        if self._computed is None or self._computed.query():  # the device is idle
             self.waited += time.monotonic() - start
         if not self._on_gpu:
             return part, None
@@ -135,12 +135,13 @@ class Feed:
 
 
 def on_device(batch: Batch, device: torch.device, host: frozenset[str]) -> Batch:
-    """``batch`` on ``device``, but for those of these names; from pinned memory nothing waits for the copies."""
+    """Copy ``batch`` to ``device``, except tensors named in ``host``; copies from pinned memory are asynchronous."""
     return {name: tensor if name in host else tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 
 
 def worker_count(config: TrainConfig, rank: Rank) -> int:
-    """Processes that prepare batches: as ``workers=`` says, else on a CPU none, for a GPU the rank's CPUs but one."""
+    """Number of processes that prepare batches: ``workers=`` if given, else none on a CPU, and all CPUs of the rank but
+    one on a GPU."""
     if config.workers >= 0:
         return config.workers
     if rank.device.type != "cuda":
@@ -155,8 +156,8 @@ def _fresh_processes() -> Any:
 
 
 def part_size(task: Task, config: TrainConfig, rank: Rank) -> int:
-    """How many samples a forward pass takes: as the settings say, else all of the rank's share of a batch, or on a CPU
-    what the task says, evened out over the share."""
+    """Number of samples per forward pass: as the settings say, else the rank's whole share of a batch, or on a CPU the
+    task's preference, evened out over the share."""
     share = -(-config.batch_size // rank.world_size)
     most = task.cached() if rank.device.type == "cpu" else 0
     if config.micro_batch or not most:
@@ -202,7 +203,7 @@ class _requests:  # noqa: N801 - used like a generator, but with the length-free
 
 @dataclass(frozen=True)
 class Chosen:
-    """Some samples of a dataset, as a dataset; ``first`` to ``stop`` in an order that is computed, not stored."""
+    """A subset of a dataset, as a dataset: ``first`` to ``stop`` of a permutation that is computed, not stored."""
 
     data: Batches
     seed: int
@@ -213,7 +214,7 @@ class Chosen:
         return self.stop - self.first
 
     def places(self, positions: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """Where they are in ``data``."""
+        """Positions in ``data``."""
         return order(self.seed, 0, len(self.data))[self.first + positions]
 
     def batch(self, positions: npt.NDArray[Any], epochs: npt.NDArray[Any] | None = None) -> Batch:
@@ -231,7 +232,7 @@ class Picked:
         return len(self.at)
 
     def places(self, positions: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """Where they are in ``data``."""
+        """Positions in ``data``."""
         found: npt.NDArray[Any] = self.at[positions]
         return found
 
@@ -241,8 +242,8 @@ class Picked:
 
 @dataclass(frozen=True)
 class ChosenInBuckets:
-    """Some samples of a data set in buckets, as such a data set: of each bucket those of ``parts``, first to stop, in
-    an order that is computed, not stored."""
+    """A subset of a dataset in buckets, as a dataset in buckets: ``parts`` are first and stop in each bucket, of a
+    permutation that is computed, not stored."""
 
     data: Batches
     seed: int
@@ -256,7 +257,7 @@ class ChosenInBuckets:
         return tuple(np.cumsum([0, *(stop - first for first, stop in self.parts)]).tolist())
 
     def places(self, positions: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """Where they are in ``data``."""
+        """Positions in ``data``."""
         whole, buckets, found = bucket_starts(self.data), self._buckets(positions), np.empty_like(positions)
         for bucket in np.unique(buckets).tolist():
             mine = buckets == bucket
@@ -274,29 +275,29 @@ class ChosenInBuckets:
 
 
 def bucket_starts(data: Batches) -> tuple[int, ...]:
-    """Of a data set whose samples are in buckets and numbered bucket by bucket: the first of each, and the number of
-    all at the end. Empty for others."""
+    """For a dataset that numbers its samples bucket by bucket: the first of each bucket, followed by the number of
+    samples. Empty for other datasets."""
     starts: tuple[int, ...] = getattr(data, "bucket_starts", ())
     return starts
 
 
 def shape_ranges(data: Batches) -> list[range]:
-    """The samples that have one shape; all, where the data set has no buckets."""
+    """Ranges of samples with the same shape; without buckets, one range of all."""
     starts = bucket_starts(data) or (0, len(data))
     return [range(first, stop) for first, stop in pairwise(starts) if stop > first]
 
 
 def sampler_of(data: Batches, config: TrainConfig, rank: Rank) -> Sampler | BucketSampler:
-    """What deals ``data`` out to steps and ranks."""
+    """The sampler that divides ``data`` among steps and ranks."""
     place = (config.batch_size, config.seed, rank.rank, rank.world_size)
     if starts := bucket_starts(data):
         return BucketSampler(np.array(starts, np.int64), *place)
-    local = getattr(data, "stream", None)  # of data that come from elsewhere, shard by shard
+    local = getattr(data, "stream", None)  # remote data, read shard by shard
     return Sampler(len(data), *place, stream=local(config.seed) if local else None)
 
 
 def some(data: Batches, count: int, seed: int) -> Chosen | ChosenInBuckets:
-    """Up to ``count`` samples, chosen by the seed; of each bucket its share, one at least."""
+    """Up to ``count`` samples chosen by the seed; with buckets, proportionally from each, but at least one."""
     starts = bucket_starts(data)
     if not starts:
         return Chosen(data, seed, 0, min(count, len(data)))
@@ -306,11 +307,11 @@ def some(data: Batches, count: int, seed: int) -> Chosen | ChosenInBuckets:
 
 
 def split(data: Batches, fraction: float, seed: int) -> tuple[Chosen | ChosenInBuckets, Chosen | ChosenInBuckets]:
-    """(training, validation): ``fraction`` of the samples, chosen by the seed alone, are kept out of training; with
-    buckets, of each bucket.
+    """Split into (training, validation); ``fraction`` of the samples, chosen by the seed alone, are for validation.
+    With buckets, each bucket is split.
 
     Raises:
-        ConfigError: one of them would be empty.
+        ConfigError: one of the two would be empty.
     """
     if starts := bucket_starts(data):
         sizes = np.diff(starts).tolist()

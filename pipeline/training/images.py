@@ -1,8 +1,8 @@
 """Labelled images as tensors, and their augmentation, whose random numbers are keyed by (seed, epoch, sample).
 
 RandAugment's operations are Pillow's. torchvision.transforms.v2 takes 1.4 times as long on one core, and 8 of its 13
-operations give different pixels (``python benchmarks/augmentation.py``); the others are a few lines on tensors, because
-torchvision draws from torch's global generator and not from keyed random numbers.
+operations give different pixels (``python benchmarks/augmentation.py``). The others are a few lines on tensors, because
+torchvision draws from torch's global generator instead of keyed random numbers.
 """
 
 from __future__ import annotations
@@ -24,27 +24,27 @@ from pipeline.loading import Rows
 from pipeline.randomness import uniforms
 from pipeline.training.tasks.base import Batch, Keys
 
-_CACHED = 2**30  # bytes of pixels up to which a dataset is decoded once and kept
+_CACHED = 2**30  # bytes of pixels up to which a dataset is decoded once and cached
 _BLOCK = 256
 Draws = npt.NDArray[Any]
-"""Uniform numbers of one sample, float64 (n,)."""
+"""Uniform random numbers of one sample, float64 (n,)."""
 
 
 class ImageDataset:
     """Images and labels of stored samples.
 
-    Small sets are decoded once and kept; of larger ones each image is decoded whenever it is asked for.
+    Small datasets are decoded once and cached; images of larger ones are decoded at each access.
 
-    Training decodes in its own processes, without limits: it reads only dataset directories that a stage has finished.
-    Images that may be hostile go through ``stage=filter`` first, which decodes them in the isolated decoder
-    (:mod:`pipeline.imaging.worker_pool`). Whoever reads images that nothing has checked gives ``decoder``.
+    Training decodes in its own processes, without limits, as it reads only dataset directories that a stage has
+    finished. Untrusted images go through ``stage=filter`` first, which uses the isolated decoder
+    (:mod:`pipeline.imaging.worker_pool`). Pass ``decoder`` to read images that have not been checked.
 
     Args:
         rows: samples with ``jpg`` and ``label``.
         size: edge of the square images.
-        margin: images are brought to ``size * margin`` and their middle is taken (for large images, 1.143 = 256 / 224).
-        decoder: decodes the images in other processes; then one that cannot be decoded is zeros, has the label -1 and
-            is noted in ``failed``.
+        margin: images are resized to ``size * margin`` and center-cropped (for large images, 1.143 = 256 / 224).
+        decoder: decodes the images in other processes; an image that cannot be decoded is zeros, has the label -1 and
+            is recorded in ``failed``.
     """
 
     def __init__(self, rows: Rows, size: int, margin: float = 1.0, decoder: ImageDecoder | None = None) -> None:
@@ -53,7 +53,7 @@ class ImageDataset:
         """Keys of images that could not be decoded, with the reasons."""
         self._decoder = decoder
         self.names: dict[int, str] = {}
-        """What the top folder of a sample's key says of its label."""
+        """Class names by label, from the top folder in samples' keys."""
         self._images: npt.NDArray[Any] | None = None
         self.labels: npt.NDArray[Any] | None = None
         if len(rows) * size * size * 3 <= _CACHED:
@@ -63,7 +63,7 @@ class ImageDataset:
         return len(self.rows)
 
     def __getstate__(self) -> dict[str, Any]:
-        """For worker processes: what is kept is shared with them, not copied."""
+        """State for worker processes: cached pixels are shared with them, not copied."""
         state = dict(self.__dict__)
         if self._images is not None:
             shared = torch.from_numpy(self._images).share_memory_()
@@ -84,10 +84,10 @@ class ImageDataset:
         self._images, self.labels = pixels, labels
 
     def batch(self, positions: npt.NDArray[Any], epochs: npt.NDArray[Any] | None = None) -> Batch:
-        """``images`` uint8 (b, 3, h, w) and ``labels`` int64 (b,), in the order asked for.
+        """``images`` uint8 (b, 3, h, w) and ``labels`` int64 (b,), in the order of ``positions``.
 
         Raises:
-            ValueError: a sample has no label, or an image that cannot be decoded.
+            ValueError: a sample has no label, or its image cannot be decoded.
         """
         if self._images is not None and self.labels is not None:
             pixels, labels = self._images[positions], self.labels[positions]
@@ -119,7 +119,7 @@ class ImageDataset:
         return label
 
     def _cut(self, pixels: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """The middle of an image uint8 (h, w, 3): uint8 (3, size, size)."""
+        """Resize and center-crop an image, uint8 (h, w, 3) → uint8 (3, size, size)."""
         edge = max(self.size, round(self.size * self._margin))
         height, width = pixels.shape[:2]
         if min(height, width) != edge:
@@ -137,20 +137,20 @@ def _decoded_here(row: dict[str, Any]) -> npt.NDArray[Any]:
 
 
 class Augmentation:
-    """What training does to images: some of crop, flip, affine, RandAugment, erasing, as the config says.
+    """The augmentation selected in the config, of crop, flip, affine, RandAugment and erasing.
 
     Args:
-        size: edge of what comes out (0: as what goes in).
+        size: edge of the output (0: as the input).
     """
 
     def __init__(self, config: TrainConfig, size: int = 0) -> None:
         self._config, self._size = config, size
         names = ("shift", "flip", "rotate", "shear", "randaugment", "erase")
         self.given = [name for name in names if getattr(config, name)] + ["crop_scale"] * (config.crop_scale < 1)
-        """Settings by which anything is done."""
+        """Settings with an effect."""
 
     def __call__(self, pixels: Tensor, keys: Keys) -> Tensor:
-        """uint8 (b, 3, h, w) → the same or (b, 3, size, size); each depends on (seed, epoch, position) alone."""
+        """uint8 (b, 3, h, w) → the same or (b, 3, size, size); each image depends only on (seed, epoch, position)."""
         config = self._config
         draws = np.stack(
             [
@@ -169,7 +169,7 @@ class Augmentation:
         return torch.stack(out)
 
     def _moved(self, pixels: Tensor, u: Tensor) -> Tensor:
-        """Crop, flip and affine map in one resampling; whole pixels stay exact where nothing is turned or scaled."""
+        """Crop, flip and affine map in one resampling; exact for shifts by whole pixels without rotation or scaling."""
         config = self._config
         b, _, height, width = pixels.shape
         angle = (2 * u[:, 0] - 1) * config.rotate * torch.pi / 180
@@ -193,13 +193,13 @@ class Augmentation:
 
 
 def centre(pixels: Tensor, size: int) -> Tensor:
-    """The middle of (b, c, h, w): (b, c, size, size)."""
+    """Center-crop (b, c, h, w) to (b, c, size, size)."""
     top, left = (pixels.shape[2] - size) // 2, (pixels.shape[3] - size) // 2
     return pixels[:, :, top : top + size, left : left + size]
 
 
 def _erased(image: Tensor, u: Draws) -> Tensor:
-    """Random erasing (Zhong et al. 2020): a rectangle of 2 to 33 % of the area becomes grey."""
+    """Random erasing (Zhong et al. 2020): fill a rectangle of 2 to 33 % of the area with grey."""
     _, height, width = image.shape
     area, aspect = 0.02 + 0.31 * u[0], np.exp((2 * u[1] - 1) * np.log(1 / 0.3))
     h = min(height, max(1, round(height * np.sqrt(area * aspect))))
@@ -238,7 +238,7 @@ OPERATIONS: tuple[Callable[[Image.Image, float], Image.Image], ...] = (
 
 
 def _randaugment(image: Tensor, u: Draws, magnitude: float) -> Tensor:
-    """RandAugment (Cubuk et al. 2020) with magnitudes in [-1, 1], each a little random, as in timm."""
+    """RandAugment (Cubuk et al. 2020) with magnitudes in [-1, 1] that vary slightly, as in timm."""
     augmented = Image.fromarray(image.permute(1, 2, 0).numpy())
     for which, strength, sign in u.reshape(-1, 3):
         m = float(np.clip(magnitude + 0.1 * (strength - 0.5), 0, 1)) * (1 if sign < 0.5 else -1)
@@ -247,13 +247,15 @@ def _randaugment(image: Tensor, u: Draws, magnitude: float) -> Tensor:
 
 
 def mixes(keys: Keys, config: TrainConfig, height: int, width: int) -> Batch:
-    """How much of each sample stays when it is mixed with its neighbour in the batch: ``keep`` float32 (b,), and for
-    cutmix (Yun et al. 2019) ``box`` int64 (b, 4), the rows and columns that come from the neighbour; else empty boxes.
+    """Weights for mixing each sample with its neighbour in the batch: ``keep`` float32 (b,), the share of the sample,
+    and for cutmix (Yun et al. 2019) ``box`` int64 (b, 4), the rows and columns taken from the neighbour, else empty
+    boxes.
 
-    Neighbours are the slots 2i and 2i + 1, which share their draw. So the number of ranks changes nothing.
+    Neighbours are slots 2i and 2i + 1, which share their draw, so that the result does not depend on the number of
+    ranks.
 
     Raises:
-        ConfigError: ranks or parts of the batch would tear pairs apart.
+        ConfigError: pairs would be split between ranks or parts of the batch.
     """
     if keys.slots[0] % 2 or len(keys.slots) % 2:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""Loggers of a run: JSON lines, and optionally TensorBoard and Weights & Biases; and the measures that they log."""
+"""Loggers of a run (JSON lines, optionally TensorBoard and Weights & Biases), and the values that they log."""
 
 from __future__ import annotations
 
@@ -30,24 +30,24 @@ _PEAK_FLOPS = {
     "B200": (2250e12, 1125e12, 75e12),
     "V100": (125e12, 15.7e12, 15.7e12),
 }
-"""Dense operations a second in bfloat16 (V100: float16), TF32 and float32, from the vendors' data sheets (SXM)."""
+"""Peak dense FLOP/s in bfloat16 (V100: float16), TF32 and float32, from the vendors' data sheets (SXM)."""
 
 
 class Logger(ABC):
-    """Takes numbers of a step."""
+    """Receives the values of a step."""
 
     @abstractmethod
     def write(self, step: int, values: dict[str, Any]) -> None: ...
 
     def close(self) -> None:  # noqa: B027 - most have nothing to close
-        """No more will come."""
+        """Called after the last write."""
 
 
 class TrainingLog(Logger):
-    """``logs/<life>.jsonl`` of a run's folder: one JSON object a line, one file for each life of the run.
+    """``logs/<life>.jsonl`` in a run's folder: one JSON object per line, one file for each life of the run.
 
-    Where lives overlap (one was killed after its last checkpoint), the newer file's lines count: so they do in
-    ``logs/training_log.jsonl``, which is written when a life begins and ends.
+    If lives overlap (one was killed after its last checkpoint), the lines of the later life count; the merged log
+    ``logs/training_log.jsonl`` is written when a life begins and ends.
     """
 
     def __init__(self, run: Folder, life: str) -> None:
@@ -57,12 +57,12 @@ class TrainingLog(Logger):
         self._name = f"{life}.jsonl"
 
     def write(self, step: int, values: dict[str, Any]) -> None:
-        """One line; numbers that JSON cannot say (NaN, infinite) become null."""
+        """Append a line; values that JSON cannot represent (NaN, infinity) become null."""
         line = {name: _said(value) for name, value in {"time": round(time.time(), 3), "step": step, **values}.items()}
         self._folder.append(self._name, (json.dumps(line) + "\n").encode())
 
     def merge(self) -> None:
-        """Bring ``training_log.jsonl`` up to date."""
+        """Update ``training_log.jsonl``."""
         lines = [json.dumps(line) for line in read_log(self._run.path)]
         self._folder.write_atomic(MERGED, "".join(line + "\n" for line in lines).encode())
 
@@ -71,7 +71,7 @@ class TrainingLog(Logger):
 
 
 def read_log(run: Path) -> list[dict[str, Any]]:
-    """The lines of all lives of ``run`` in the order of steps; of a step that several lives took, the last one's."""
+    """The lines of all lives of ``run``, by step; for steps in several lives, those of the last."""
     lives: list[list[dict[str, Any]]] = []
     for path in (run / LOGS).glob("*.jsonl"):
         lines = [] if path.name == MERGED else [line for text in path.read_text().splitlines() if (line := _read(text))]
@@ -79,7 +79,7 @@ def read_log(run: Path) -> list[dict[str, Any]]:
             lives.append(lines)
     merged: list[dict[str, Any]] = []
     for lines in sorted(lives, key=lambda lines: float(lines[0]["time"])):
-        # a life that resumes after step n has its first line later; what the one before did beyond n is void
+        # a life that resumes after step n logs its first line later; lines of earlier lives beyond n are void
         resumed = lines[0].get("resumed_after", lines[0]["step"] - 1)
         merged = [line for line in merged if line["step"] <= resumed] + lines
     return [line for line in merged if "resumed_after" not in line]
@@ -89,7 +89,7 @@ def _read(text: str) -> dict[str, Any] | None:
     try:
         line = json.loads(text)
     except ValueError:
-        return None  # cut off by a kill
+        return None  # truncated by a kill
     return line if isinstance(line, dict) and "step" in line and "time" in line else None
 
 
@@ -98,7 +98,7 @@ def _said(value: Any) -> Any:
 
 
 class TensorBoard(Logger):
-    """``tensorboard/`` of the run's folder."""
+    """Writes to ``tensorboard/`` in the run's folder."""
 
     def __init__(self, run: Path, step: int) -> None:
         try:
@@ -117,12 +117,12 @@ class TensorBoard(Logger):
 
 
 def _group(name: str) -> str:
-    """TensorBoard's page for a number: ``valid_accuracy`` → ``valid/accuracy``."""
+    """Tag of a value in TensorBoard: ``valid_accuracy`` → ``valid/accuracy``."""
     return name.replace("_", "/", 1) if name.startswith("valid_") else f"train/{name}"
 
 
 class Wandb(Logger):
-    """A run of Weights & Biases, which all lives of ours go on with."""
+    """One run of Weights & Biases, which all lives of our run resume."""
 
     def __init__(self, run: Folder, config: TrainConfig) -> None:
         try:
@@ -148,10 +148,10 @@ class Wandb(Logger):
 
 
 def open_loggers(run: Folder, config: TrainConfig, life: str, step: int) -> list[Logger]:
-    """What ``loggers=`` asks for, after the log that is always there.
+    """Open the log that is always written, and the ``loggers=`` of the config.
 
     Raises:
-        ConfigError: one is not installed.
+        ConfigError: a logger is not installed.
     """
     log = TrainingLog(run, life)
     loggers: list[Logger] = [log]
@@ -170,8 +170,8 @@ class Meter:
     """Mean loss and speed between two log lines.
 
     Args:
-        flops: operations of one sample's forward pass, if known (a step takes three times as many).
-        peak: operations a second that all devices of the run could do, if known.
+        flops: FLOPs of one sample's forward pass, if known (a step takes three times as many).
+        peak: peak FLOP/s of all devices of the run, if known.
     """
 
     def __init__(self, flops: float = 0.0, peak: float = 0.0) -> None:
@@ -182,14 +182,14 @@ class Meter:
         self.total, self.steps = 0.0, 0
 
     def add(self, loss: float, samples: int, waited: float = 0.0) -> None:
-        """A step was done; ``waited``: seconds of it for data."""
+        """Add a step; ``waited``: seconds that it waited for data."""
         self.total += loss
         self.steps += 1
         self._samples += samples
         self._waited += waited
 
     def read(self) -> dict[str, float]:
-        """``loss``, ``samples_per_second``, ``data_wait`` (share of the time) and maybe ``mfu`` since the last call."""
+        """``loss``, ``samples_per_second``, ``data_wait`` (fraction) and, if known, ``mfu`` since the last call."""
         now = time.monotonic()
         seconds = max(1e-9, now - self._start)
         speed = self._samples / seconds
@@ -206,14 +206,14 @@ class Meter:
 
 
 def memory_megabytes(device: torch.device) -> int:
-    """The largest amount of memory that was in use: of the GPU, else of the process."""
+    """Peak memory use in MiB: of the GPU, else of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) >> 20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
 
 
 def peak_flops(device: torch.device, precision: str = "bfloat16") -> float:
-    """Operations a second in bfloat16, tf32 or float32 that the vendor promises; 0 if not known."""
+    """Peak FLOP/s in bfloat16, tf32 or float32 according to the vendor; 0 if unknown."""
     if device.type != "cuda":
         return 0.0
     name = torch.cuda.get_device_name(device)
@@ -222,7 +222,7 @@ def peak_flops(device: torch.device, precision: str = "bfloat16") -> float:
 
 
 def flop_counter() -> FlopCounterMode:
-    """Counts operations while it is entered; attention as well, whose kernel for CPUs torch does not know of."""
+    """A context that counts FLOPs, including those of the CPU's attention kernel, which torch does not know."""
 
     def attention(query: list[int], key: list[int], value: list[int], *_: Any, **__: Any) -> int:
         return sdpa_flop_count(query, key, value)  # type: ignore[no-any-return]
@@ -232,7 +232,7 @@ def flop_counter() -> FlopCounterMode:
 
 
 def forward_flops(model: torch.nn.Module, arguments: tuple[Any, ...]) -> float:
-    """Operations of one forward pass, counted by torch (matrix products, convolutions, attention)."""
+    """FLOPs of one forward pass, counted by torch (matrix products, convolutions, attention)."""
     if not arguments:
         return 0.0
     device = next(model.parameters()).device

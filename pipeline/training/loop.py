@@ -1,9 +1,9 @@
 """The training loop. It handles steps, ranks and checkpoints; the task defines what is learned.
 
-All randomness of a step is keyed by (seed, step) and a sample's place in the global batch. torch's own generator, for
-dropout and the like, is seeded again for each step. So there is no random state to save, a resumed run continues bit
-for bit (with the same number of ranks and threads, on the CPU or with deterministic kernels), and other numbers of
-ranks see the same batches.
+All randomness of a step is keyed by (seed, step) and a sample's slot in the global batch. torch's own generator, for
+dropout etc., is seeded again in each step. There is thus no random state to save, a resumed run continues bit for bit
+(with the same number of ranks and threads, on the CPU or with deterministic kernels), and any number of ranks sees the
+same batches.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class NotFinite(RuntimeError):
 
 @dataclass
 class Progress:
-    """What the metric of the validation set has done so far."""
+    """The progress of the validation metric."""
 
     evaluated: int = -1
     """Step of the last evaluation."""
@@ -74,14 +74,14 @@ class Progress:
     """Evaluations since the best one."""
     since_reduction: int = 0
     reductions: int = 0
-    """How often schedule=plateau lowered the learning rate."""
+    """How often schedule=plateau has reduced the learning rate."""
     valid_loss: float | None = None
     """Of the last evaluation."""
     metrics: dict[str, float] = field(default_factory=dict)
-    """Likewise."""
+    """Of the last evaluation."""
 
     def see(self, step: int, value: float, higher_is_better: bool, patience: int) -> None:
-        """An evaluation gave ``value``; ``patience``: evaluations without improvement before the rate is lowered."""
+        """Record an evaluation; ``patience``: evaluations without improvement before the learning rate is reduced."""
         self.evaluated = step
         gained = self.best is None or (value > self.best if higher_is_better else value < self.best)
         if gained and math.isfinite(value):
@@ -95,7 +95,7 @@ class Progress:
 
 @dataclass
 class State:
-    """All that changes while training."""
+    """All state that changes during training."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -104,7 +104,7 @@ class State:
     meter: Meter
     step: int = 0
     skipped: int = 0
-    """Steps in a row that were not finite."""
+    """Number of consecutive steps, up to now, that were not finite."""
     skipped_ever: int = 0
     progress: Progress = field(default_factory=Progress)
 
@@ -115,7 +115,7 @@ class State:
         return {f"{part}/{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
 
     def facts(self) -> dict[str, Any]:
-        """All else that a resumed run needs; JSON-able."""
+        """All other state that a resumed run needs, as JSON-serialisable values."""
         return {
             "sampler": self.sampler.state(),
             "ema_updates": self.ema.updates,
@@ -127,7 +127,7 @@ class State:
         }
 
     def load(self, place: Path, facts: dict[str, Any], step: int) -> None:
-        """Go on from the checkpoint at ``place``."""
+        """Load the checkpoint at ``place``."""
         parts = {"model": self.model.state_dict(), "ema": self.ema.weights()}
         load_into(place, {f"{part}/{name}": t for part, tensors in parts.items() for name, t in tensors.items()})
         optimizer = empty_optimizer_tensors(place, self.model)
@@ -149,16 +149,16 @@ def train(
     valid: Batches | None = None,
     about: dict[str, Any] | None = None,
 ) -> State:
-    """Train ``task`` until ``config.steps``, from the newest checkpoint in the folder ``run`` on, if there is one.
+    """Train ``task`` until ``config.steps``, resuming from the newest checkpoint in the folder ``run``, if any.
 
     Args:
-        valid: what metrics are measured on, decide which checkpoint is best, and when to stop early.
-        about: what there is to say of the data, for the model card; JSON-able.
+        valid: validation set; its metrics determine the best checkpoint and early stopping.
+        about: facts about the data for the model card; JSON-serialisable.
 
     Raises:
-        ConfigError: the run in this folder was started with other settings, or on other data.
-        NotFinite: see there; the newest checkpoint is from before.
-        Stopped: a signal came to any rank; the state was saved.
+        ConfigError: the run in this folder was started with other settings or data.
+        NotFinite: too many steps were not finite; the newest checkpoint is from before.
+        Stopped: a rank received a signal; the state was saved.
     """
     return Training(task, data, config, rank, run, valid, about).run()
 
@@ -204,12 +204,12 @@ class Training:
         self.profiler = Profiler(run, rank, config.profile, left)
         self.uploads = Uploads(config.hub_repo, rank.log, run.path)
         self.unread: list[tuple[int, float, float]] = []
-        """Step, seconds without data and learning rate of each step whose verdict was not read."""
+        """Step, seconds without data, and learning rate of each step whose verdict has not been read."""
         self.last = {"loss": math.nan, "grad_norm": math.nan, "lr": math.nan}
         self.done = 0
 
     def run(self) -> State:
-        """Until the end, or until a rank is asked to stop."""
+        """Train until the end, or until a rank is asked to stop."""
         state, config, rank = self.state, self.config, self.rank
         stopping = False
         try:
@@ -241,12 +241,12 @@ class Training:
         return state
 
     def _checkpoint(self, finished: bool, stopping: bool) -> None:
-        """Save and export what is due."""
+        """Save and export if due."""
         state, config = self.state, self.config
         best = state.progress.best_step == state.step
         epoch = _finished_epoch(state, config)
         due = finished or stopping or best or epoch or state.step % config.checkpoint_every == 0
-        if state.step != self.saved and due:  # in the background, unless the process is about to end
+        if state.step != self.saved and due:  # in the background, unless the process is about to exit
             self.read()
             background = not (finished or stopping)
             if config.compile and self.rank.is_main:
@@ -259,7 +259,7 @@ class Training:
             self.uploads.start(made)
 
     def _step(self) -> bool:
-        """One optimizer step, for which nothing waits on a GPU; whether a rank was asked to stop."""
+        """Run one optimizer step without synchronizing with a GPU; returns whether a rank was asked to stop."""
         state, config, rank = self.state, self.config, self.rank
         assert self.feed is not None
         lr = learning_rate(config, state.step, state.progress.reductions)
@@ -288,10 +288,10 @@ class Training:
         return stopping
 
     def read(self) -> None:
-        """Learn what became of the steps so far.
+        """Read the results of all steps so far, and update meter and counters.
 
         Raises:
-            NotFinite: too many in a row were left out.
+            NotFinite: too many consecutive steps were skipped.
         """
         state, config = self.state, self.config
         for (number, waited, lr), step in zip(self.unread, self.verdicts.read(), strict=True):
@@ -316,10 +316,10 @@ class Training:
 
 
 def check(config: TrainConfig, rank: Rank) -> None:
-    """Refuse settings that cannot work together.
+    """Check that the settings fit together.
 
     Raises:
-        ConfigError: names them.
+        ConfigError: names the settings that do not.
     """
     check_parallel(config, rank)
     if config.batch_size < rank.world_size:
@@ -354,7 +354,7 @@ def _start(task: Task, data: Batches, config: TrainConfig, rank: Rank) -> State:
 def _accumulate_gradients(
     task: Task, network: nn.Module, feed: Feed, state: State, config: TrainConfig, rank: Rank
 ) -> tuple[Tensor, float]:
-    """Gradients of the global batch's mean loss; returns this rank's share of that mean, and seconds without data."""
+    """Accumulate gradients of the global batch's mean loss; returns this rank's share, and seconds without data."""
     torch.manual_seed(keyed_seed(config.seed, "step", state.step, rank.rank))
     total = torch.zeros((), device=rank.device)
     before, last = feed.waited, False
@@ -364,7 +364,7 @@ def _accumulate_gradients(
         with communicating(network, state.model, last):
             losses = _losses(task, network, part, config, rank)
             share = losses.sum() / config.batch_size
-            (share * rank.world_size).backward()  # the wrapper takes the mean over ranks: of shares, we need the sum
+            (share * rank.world_size).backward()  # the wrapper averages over ranks, but shares must be summed
         total += share.detach()
         feed.prefetch()
     return total, feed.waited - before
@@ -376,7 +376,7 @@ def _losses(task: Task, network: nn.Module, part: Part, config: TrainConfig, ran
 
 
 def _clip(model: nn.Module, most: float) -> Tensor:
-    """The norm of all gradients (), which then are clipped to ``most``."""
+    """Clip gradients to the norm ``most``; returns their norm () before."""
     norm = nn.utils.clip_grad_norm_(model.parameters(), most)
     whole: Tensor = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
     return whole
@@ -391,7 +391,7 @@ def _agree(loss: Tensor, rank: Rank, requests: StopRequests) -> tuple[Tensor, bo
 
 
 def _share_buffers(model: nn.Module, rank: Rank) -> None:
-    """Give all ranks rank 0's buffers (a batch norm's, say), so that there is one state to save."""
+    """Broadcast rank 0's buffers (such as a batch norm's), so that all ranks save the same state."""
     if rank.world_size > 1:
         import torch.distributed as dist
 
@@ -414,7 +414,7 @@ def _log(state: State, config: TrainConfig, rank: Rank, loggers: list[Logger], m
         )
 
 
-# ---- now and then
+# ---- evaluation and checkpoints
 
 
 def _due(state: State, config: TrainConfig) -> bool:
@@ -428,7 +428,7 @@ def _due(state: State, config: TrainConfig) -> bool:
 
 
 def _finished_epoch(state: State, config: TrainConfig) -> int:
-    """The epoch (from 1) that ends with this step, give or take half a batch, if it is one to export; else 0."""
+    """The epoch (from 1) that ends with this step, to within half a batch, if it is to be exported; else 0."""
     if not config.export_every or not state.step:
         return 0
     per_step = config.batch_size / state.sampler.n
@@ -450,9 +450,11 @@ def _evaluate(
     loggers: list[Logger],
     run: Folder,
 ) -> bool:
-    """Measure the averaged weights on all ranks together, and write what the task shows of them, and what that should
-    be like, into ``shown/``. Returns whether a signal came meanwhile: then the evaluation
-    counts for nothing, and is done again after resuming."""
+    """Evaluate the EMA weights on all ranks together, and write the task's images of them, and the real ones, to
+    ``shown/``.
+
+    Returns whether a signal arrived meanwhile: the evaluation is then discarded, and repeated after resuming.
+    """
     size = part_size(task, config, rank)
     sums: dict[str, Tensor] = {}
     state.model.eval()
@@ -484,7 +486,7 @@ def _evaluate(
 
 
 def _write_images(run: Folder, images: dict[str, npt.NDArray[Any] | None]) -> None:
-    """Strips of images in ``shown/``."""
+    """Write rows of images to ``shown/``."""
     for name, shown in images.items():
         if shown is not None:
             run.mkdir(SHOWN, exist_ok=True)
@@ -493,7 +495,7 @@ def _write_images(run: Folder, images: dict[str, npt.NDArray[Any] | None]) -> No
 
 
 def _parts_of(valid: Batches, size: int) -> Iterator[tuple[int, int]]:
-    """Where each global batch of ``size`` begins, and where the samples end that have its shape."""
+    """For each global batch of ``size``: its start, and the end of the samples that have its shape."""
     for samples in shape_ranges(valid):
         for start in samples[::size]:
             yield start, samples.stop
@@ -502,7 +504,8 @@ def _parts_of(valid: Batches, size: int) -> Iterator[tuple[int, int]]:
 def _measured(
     task: Task, state: State, valid: Batches, positions: npt.NDArray[Any], config: TrainConfig, rank: Rank
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Every rank has as many batches: those beyond the end repeat the last sample, which then does not count."""
+    """Metrics of a batch. All ranks have the same number of batches; those beyond the end repeat the last sample, which
+    then has no weight."""
     keys = Keys(config.seed, -1, positions, positions, np.zeros_like(positions))
     batch = task.prepare(valid.batch(positions), keys)
     with autocast(config.precision, rank.device):
@@ -526,7 +529,7 @@ def _save(
     *,
     background: bool,
 ) -> int:
-    """Every rank writes its share; returns the step."""
+    """Save a checkpoint, of which every rank writes its share; returns the step."""
     facts = {"config": identity(config), "task": task.name, "world_size": rank.world_size, **state.facts()}
     facts |= {**task.facts(), "preprocessing": task.preprocessing(), "data": about}
     step = state.step

@@ -1,4 +1,4 @@
-"""Several datasets as one, each used as often as its weight says."""
+"""Several datasets as one, sampled in proportion to their weights."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from pipeline.training.tasks.base import Batch
 
 
 def parse_mix(entries: Sequence[str]) -> list[tuple[Path, float]]:
-    """``<folder>`` or ``<folder>*<weight>`` each → folder and weight.
+    """Parse ``<folder>`` or ``<folder>*<weight>`` entries → (folder, weight).
 
     Raises:
-        ConfigError: a weight is no number above 0.
+        ConfigError: a weight is not a number above 0.
     """
     parsed = (_weighted("mix", entry, "folder") for entry in entries)
     return [(Path(place) if is_url(place) else Path(place).absolute(), weight) for place, weight in parsed]
 
 
 def parse_caption_weights(entries: Sequence[str]) -> dict[str, float]:
-    """``<source>`` or ``<source>*<weight>`` each → weight by source.
+    """Parse ``<source>`` or ``<source>*<weight>`` entries → weight by source.
 
     Raises:
-        ConfigError: a weight is no number above 0, or a source has two.
+        ConfigError: a weight is not a number above 0, or a source has two.
     """
     weights: dict[str, float] = {}
     for entry in entries:
@@ -56,7 +56,7 @@ def _weighted(option: str, entry: str, what: str) -> tuple[str, float]:
 
 
 def _spans(parts: Sequence[Batches]) -> dict[tuple[int, ...], list[tuple[int, int]]]:
-    """By the size of a bucket, where its samples begin and end in each part; without buckets, all under ()."""
+    """Bucket size → start and end of its samples in each part; without buckets, all under ()."""
     if not bucket_starts(parts[0]):
         return {(): [(0, len(part)) for part in parts]}
     known = [dict(zip(part.order.sizes, pairwise(bucket_starts(part)), strict=True)) for part in parts]  # type: ignore[attr-defined]
@@ -69,7 +69,7 @@ def _seed(seed: int, size: tuple[int, ...]) -> int:
 
 
 class Mixed:
-    """Several datasets as one, each seen as often as its weight says, see :class:`pipeline.loading.loader.Weighted`.
+    """Several datasets as one, sampled in proportion to their weights, see :class:`pipeline.loading.loader.Weighted`.
 
     Args:
         parts: datasets with their weights, all above 0.
@@ -94,8 +94,8 @@ class Mixed:
         return tuple(self._starts.tolist()) if bucket_starts(self._parts[0]) else ()
 
     def batch(self, positions: npt.NDArray[Any], epochs: npt.NDArray[Any] | None = None) -> Batch:
-        """As the parts' batches, in the order asked for; with buckets, all positions are of one. The parts are told of
-        samples that come several times in one of the ``epochs``, too."""
+        """Read a batch from the parts, in the order of ``positions``; with buckets, all must be in one. The parts also
+        receive how often each sample was seen before, including repetitions within an epoch."""
         bucket = int(np.searchsorted(self._starts, positions[0], "right")) - 1 if len(positions) else 0
         weighted = self._buckets[bucket]
         places = positions - self._starts[bucket]

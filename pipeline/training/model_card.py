@@ -1,4 +1,4 @@
-"""The model card of an export: what the weights are, what they were trained on, and how to use them."""
+"""The model card of an export: the weights, their training data, and how to use them."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _PROCESSES = {
 
 
 def model_card(facts: Mapping[str, Any], step: int, parameters: int) -> str:
-    """Markdown with a header as the Hugging Face Hub reads it.
+    """Markdown with a header for the Hugging Face Hub.
 
     Args:
         facts: of the checkpoint.
-        parameters: how many numbers the weights have.
+        parameters: number of parameters.
     """
     task = str(facts["task"])
     title = f"{_PURPOSE.get(task, task)}, {parameters / 1e6:.1f} million parameters"

@@ -19,10 +19,10 @@ PRECISIONS = ("float32", "tf32", "bfloat16")
 
 
 def check_parallel(config: TrainConfig, rank: Rank) -> None:
-    """Refuse settings of this module that cannot work together.
+    """Check that the settings of this module fit together.
 
     Raises:
-        ConfigError: names them.
+        ConfigError: names the settings that do not.
     """
     if config.parallel == "hsdp" and rank.world_size % rank.local_world_size:
         raise ConfigError(
@@ -37,8 +37,8 @@ def check_parallel(config: TrainConfig, rank: Rank) -> None:
 
 
 def precision_of(wanted: str, device: torch.device, before: str = "") -> str:
-    """A name in :data:`PRECISIONS` for ``precision=wanted``: "auto" is what the run was started with (``before``), else
-    bfloat16 on a GPU that has it, and float32 on a CPU."""
+    """Resolve ``precision=wanted`` to a name in :data:`PRECISIONS`: "auto" is the precision that the run was started
+    with (``before``), else bfloat16 on a GPU that supports it, else tf32, and float32 on a CPU."""
     if wanted != "auto":
         return wanted
     if before:
@@ -49,13 +49,13 @@ def precision_of(wanted: str, device: torch.device, before: str = "") -> str:
 
 
 def set_matmul_precision(precision: str, device: torch.device) -> None:
-    """On a GPU, products of float32 numbers are taken in TF32, unless ``precision`` is float32."""
+    """On a GPU, use TF32 for float32 matrix products, unless ``precision`` is float32."""
     if device.type == "cuda":
         torch.set_float32_matmul_precision("highest" if precision == "float32" else "high")
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
-    """Parameters stay in float32; with bfloat16, what gains by it is computed in that."""
+    """A context for mixed precision: parameters stay float32; with bfloat16, suitable operations use it."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
 
 
@@ -63,13 +63,13 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """What a model is made of: the members of its lists called ``blocks``, also those of its parts."""
+    """The blocks of a model: members of all module lists named ``blocks``, also in submodules."""
     lists = [part for name, part in model.named_modules() if name.rpartition(".")[2] == "blocks"]
     return [block for part in lists if isinstance(part, nn.ModuleList) for block in part]
 
 
 def checkpoint_activations(model: nn.Module) -> None:
-    """Have each block compute its activations again in the backward pass, instead of keeping them.
+    """Recompute the activations of each block in the backward pass instead of storing them.
 
     Raises:
         ConfigError: the model has no blocks.
@@ -88,14 +88,14 @@ def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def compile_blocks(model: nn.Module, **options: Any) -> None:
-    """Have torch.compile compile each block for itself: equal blocks share a graph, so that it takes a fraction of the
-    time of the whole model. A model without blocks is compiled as one. What wraps them, such as FSDP, stays outside.
+    """Compile each block separately with torch.compile: equal blocks share a graph, which takes a fraction of the time
+    for the whole model. A model without blocks is compiled as a whole. Wrappers such as FSDP are not compiled.
 
     Args:
         options: of torch.compile.
     """
     blocks = blocks_of(model)
-    allow_graphs(4 * len(blocks) + 8)  # all blocks share one piece of code
+    allow_graphs(4 * len(blocks) + 8)  # all blocks share one code object
     for part in blocks or [model]:
         part.forward = torch.compile(part.forward, **options)
 
@@ -110,11 +110,11 @@ def _required(blocks: list[nn.Module], name: str) -> list[nn.Module]:
 
 
 def shard(model: nn.Module, config: TrainConfig, rank: Rank, precision: str) -> None:
-    """FSDP2: parameters, gradients and optimizer state are spread over the ranks, block by block; with parallel=hsdp
-    over the ranks of a node, and copied from node to node.
+    """FSDP2: shard parameters, gradients and optimizer state over the ranks, block by block; with parallel=hsdp over
+    the ranks of a node, and replicated across nodes.
 
-    On a GPU in bfloat16, parameters are gathered in that, and gradients reduced in float32. Scans keep theirs in
-    float32: rounded rates of decay are other rates.
+    On a GPU with bfloat16, parameters are gathered in bfloat16 and gradients reduced in float32. Scans keep their
+    parameters in float32, as rounding would change the decay rates.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -148,7 +148,7 @@ def _mesh(config: TrainConfig, rank: Rank) -> Any:
 
 
 def wrapped(model: nn.Module, config: TrainConfig, rank: Rank) -> nn.Module:
-    """The model in what averages gradients over the ranks, unless it is sharded."""
+    """Wrap the model to average gradients over the ranks, unless it is sharded."""
     if rank.world_size == 1 or config.parallel != "ddp":
         return model
     rank.process_group()
@@ -157,7 +157,7 @@ def wrapped(model: nn.Module, config: TrainConfig, rank: Rank) -> nn.Module:
 
 
 def communicating(network: nn.Module, model: nn.Module, last: bool) -> AbstractContextManager[None]:
-    """Gradients travel between ranks once a step, with the last part of its batch."""
+    """A context that synchronizes gradients between ranks only for the last part of a step's batch."""
     if isinstance(network, DistributedDataParallel) and not last:
         return network.no_sync()
     if hasattr(model, "set_requires_gradient_sync"):

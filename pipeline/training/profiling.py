@@ -1,4 +1,4 @@
-"""A trace of some steps by torch's profiler, for https://ui.perfetto.dev or chrome://tracing."""
+"""Traces of some steps by torch's profiler, for https://ui.perfetto.dev or chrome://tracing."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from pipeline.storage import Folder
 
 FOLDER = "profile"
 SKIPPED = 10
-"""Steps of a life before the first that is recorded: compilation, and memory that is allocated."""
+"""Steps of a life that are skipped before recording, as they include compilation and memory allocation."""
 
 
 class Profiler:
-    """Records ``steps`` steps of rank 0 into ``profile/steps_<first>-<last>.json`` of the run's folder.
+    """Records ``steps`` steps of rank 0 to ``profile/steps_<first>-<last>.json`` in the run's folder.
 
     Args:
-        steps: 0: nothing is recorded.
-        left: steps that this life has to do; of few, the last ones are recorded.
+        steps: number of steps; 0: nothing is recorded.
+        left: steps that remain for this life; if few, the last ones are recorded.
     """
 
     def __init__(self, run: Folder, rank: Rank, steps: int, left: int) -> None:
@@ -32,7 +32,7 @@ class Profiler:
         self._profile: Any = None
 
     def step(self, step: int) -> None:
-        """A step begins, the ``step``-th of the run."""
+        """Call when step ``step`` of the run begins."""
         if self._on and self._number == self._first:
             activities = [torch.profiler.ProfilerActivity.CPU]
             if self._rank.device.type == "cuda":
@@ -43,7 +43,7 @@ class Profiler:
         self._number += 1
 
     def done(self, step: int) -> None:
-        """The ``step``-th step of the run has ended."""
+        """Call when step ``step`` of the run has ended."""
         if self._profile is not None and self._number > self._last:
             self.close(step)
 

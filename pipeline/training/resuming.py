@@ -14,10 +14,10 @@ from pipeline.training.schedule import learning_rate
 
 
 def settled(config: TrainConfig, found: tuple[str, dict[str, Any]] | None, folder: Folder, rank: Rank) -> TrainConfig:
-    """``config`` with what depends on the device, and on the run that it goes on with.
+    """``config`` with settings resolved that depend on the device and on the run that is resumed.
 
     Raises:
-        ConfigError: that run was started with other settings.
+        ConfigError: the run was started with other settings.
     """
     before = found[1]["facts"]["config"] if found else {}
     precision = precision_of(config.precision, rank.device, before.get("precision", ""))
@@ -52,10 +52,10 @@ def newest_record(checkpoints: Checkpoints, rank: Rank) -> tuple[str, dict[str, 
 
 
 def _require_same(theirs: dict[str, Any], ours: dict[str, Any], folder: Folder, step: int) -> None:
-    """Raises ConfigError if a run resumes with other settings; one that is finished may get more steps."""
+    """Raises ConfigError if a run resumes with other settings; only a finished run may get more steps."""
     longer = ours["steps"] > theirs["steps"] <= step
     for name, value in ours.items():
-        was = theirs.get(name, default_of(TrainConfig, name))  # a setting that there was not yet
+        was = theirs.get(name, default_of(TrainConfig, name))  # the setting may not have existed yet
         if was == value or (longer and name in ("steps", "epochs")):
             continue
         hint = "use that, or another name="
@@ -65,8 +65,7 @@ def _require_same(theirs: dict[str, Any], ours: dict[str, Any], folder: Folder, 
 
 
 def require_same_data(facts: dict[str, Any], samples: int, folder: Folder) -> None:
-    """Raises ConfigError if a run resumes with another number of samples: its place in the order of samples, and what
-    its epochs are, would mean nothing."""
+    """Raises ConfigError if a run resumes with another number of samples, which its sampler's state does not fit."""
     if facts["sampler"]["n"] != samples:
         run = folder.path.parent
         raise ConfigError(

@@ -10,11 +10,11 @@ SCHEDULES = ("cosine", "constant", "step", "plateau", "wsd")
 
 
 def learning_rate(config: TrainConfig, step: int, reductions: int = 0) -> float:
-    """The rate for ``step`` (0 is the first): a linear rise to ``lr``, then as ``schedule`` says, down to ``min_lr``.
+    """The rate for ``step`` (from 0): linear warm-up to ``lr``, then according to ``schedule``, not below ``min_lr``.
 
-    cosine: half a cosine to ``min_lr``. step: times ``lr_factor`` after every ``lr_step`` of the way. plateau: times
-    ``lr_factor`` for each of ``reductions``. wsd (Hu et al. 2024): constant, and over the last ``lr_step`` of the way
-    linearly to ``min_lr``.
+    cosine: half a cosine down to ``min_lr``. step: multiplied by ``lr_factor`` after every fraction ``lr_step`` of the
+    steps. plateau: multiplied by ``lr_factor`` for each of ``reductions``. wsd (Hu et al. 2024): constant, then
+    linearly down to ``min_lr`` over the last fraction ``lr_step`` of the steps.
     """
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps

@@ -1,7 +1,7 @@
 """Self-critical training: sampled texts become more likely if they score better than others of the same image.
 
-Rennie et al. 2017 (arXiv:1612.00563), with the mean of the other draws instead of the greedy text to compare with
-(Kool et al. 2019; Luo 2020, arXiv:2003.09971), which is unbiased too, and needs no further text.
+Rennie et al. 2017 (arXiv:1612.00563), with the mean of the other samples as the baseline instead of the greedy text
+(Kool et al. 2019; Luo 2020, arXiv:2003.09971), which is also unbiased, and needs no further text.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ def self_critical_losses(
     how: Decoding,
     reward: Callable[[int, list[int]], float],
 ) -> Tensor:
-    """For each image minus the mean reward of what was drawn, (b,); its gradient is the policy gradient.
+    """Minus the mean reward of each image's sampled texts, (b,); its gradient is the policy gradient.
 
     Args:
-        texts: texts sampled by :func:`~pipeline.models.text_generation.write`: ``how.draws`` for each image, from the
-            whole distribution (``top_p=1``).
-        reward: of a text (without prompt and end) about image i.
+        texts: sampled by :func:`~pipeline.models.text_generation.write`: ``how.draws`` for each image, from the full
+            distribution (``top_p=1``).
+        reward: (i, text without prompt and end) → reward of the text for image i.
     """
     rewards = torch.tensor([reward(row // how.draws, list(text)) for row, text in enumerate(texts)])
     rewards = rewards.view(-1, how.draws)
@@ -47,7 +47,7 @@ def _log_likelihoods(
     marks: Marks,
     how: Decoding,
 ) -> Tensor:
-    """(n,) logarithms of how likely it was that these texts were drawn."""
+    """Log-likelihoods of the sampled texts, (n,)."""
     rows = [
         [*prompt, *text, *([marks.end] if len(text) < how.max_length else [])]
         for prompt, text in zip(prompts, texts, strict=True)

@@ -1,4 +1,4 @@
-"""Copies the state of a rank for a checkpoint, so that training can continue while it is written."""
+"""Copies a rank's state for a checkpoint, so that training can continue while it is written."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ from pipeline.distributed import Rank
 
 
 def share_of(tensors: Mapping[str, Any], rank: Rank) -> dict[str, Any]:
-    """Those of ``tensors`` that ``rank`` writes: each is written by one rank, or where it is spread over ranks, each of
-    its parts.
+    """Those of ``tensors`` that ``rank`` writes: each tensor, or each shard of one, is written by one rank.
 
-    Tensors that several ranks have alike go to these in turn, the largest first to whoever has least. All ranks find
-    the same without asking each other.
+    Tensors replicated on several ranks are distributed among these, the largest first, each to the rank with the least
+    so far. All ranks compute the same assignment without communication.
     """
     load: dict[tuple[int, ...], list[int]] = {}
     mine = {}
@@ -35,7 +34,7 @@ def share_of(tensors: Mapping[str, Any], rank: Rank) -> dict[str, Any]:
 
 
 def _alike(tensor: Any, rank: Rank) -> tuple[int, ...]:
-    """The ranks that have the same of ``tensor`` as this one, in order."""
+    """Ranks that hold the same part of ``tensor`` as this rank, in order."""
     if not hasattr(tensor, "to_local"):
         return tuple(range(rank.world_size))
     ranks = tensor.device_mesh.mesh
@@ -46,15 +45,15 @@ def _alike(tensor: Any, rank: Rank) -> tuple[int, ...]:
 
 
 class Stage:
-    """Memory of its own that tensors are copied to; pinned where they come from a GPU, and used again each time."""
+    """Buffers that tensors are copied to, reused each time, and pinned for tensors on a GPU."""
 
     def __init__(self) -> None:
         self._room: dict[str, Tensor] = {}
         self._copied_all: Any = None
 
     def copy(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
-        """Copies of ``tensors`` on the CPU, of parts where they are spread over ranks; valid until the next call, and
-        from :meth:`wait` on. What changes the tensors on their GPU later comes too late for them."""
+        """Copy ``tensors`` to the CPU, for sharded ones this rank's shard. The copies are complete after :meth:`wait`,
+        and valid until the next call. Later changes to the tensors on their GPU do not affect them."""
         self._room = {name: room for name, room in self._room.items() if name in tensors}
         copies = {name: self._copy(name, tensor) for name, tensor in tensors.items()}
         self._copied_all = None
@@ -64,7 +63,7 @@ class Stage:
         return copies
 
     def wait(self) -> None:
-        """Until the copies have arrived; from any thread."""
+        """Wait until the copies are complete; can be called from any thread."""
         if self._copied_all is not None:
             self._copied_all.synchronize()
 

@@ -1,4 +1,4 @@
-"""The latents for task=diffuse, from stage=precompute or from a folder written by another program."""
+"""Latents for task=diffuse, from stage=precompute or from a folder written by another program."""
 
 from __future__ import annotations
 
@@ -17,16 +17,18 @@ from pipeline.stores import canonical, is_url
 from pipeline.training.mixture import Mixed, parse_caption_weights, parse_mix
 
 _OF_OTHERS = ("vae", "text_encoder", "caption_shape", "latent_shape", "latent_dtype")
-"""Settings that say what a folder without a manifest does not."""
+"""Settings for what only a manifest would say."""
 
 
 @dataclass(frozen=True)
 class LatentInfo:
-    """Where latents come from: what it takes to make new ones of prompts and images of them.
+    """How latents were made, as needed to encode prompts and to decode new latents.
 
-    ``data``: content digest of the dataset that they were read from. ``moments``: what is stored are means and
-    deviations, (2c, h, w); ``image_shape`` is that of a sample. ``buckets``: what the manifest says of them; then
-    ``image_shape`` is that of the square whose pixels no bucket exceeds.
+    Attributes:
+        data: content digest of the dataset that they were read from.
+        moments: whether means and deviations, (2c, h, w), are stored; ``image_shape`` is that of a sample.
+        buckets: their description in the manifest; ``image_shape`` is then that of a square whose area no bucket
+            exceeds.
     """
 
     autoencoder: str
@@ -40,16 +42,16 @@ class LatentInfo:
 
 
 def is_foreign(place: Path) -> bool:
-    """Whether ``place`` is a folder of MDS that no stage has made."""
+    """Whether ``place`` is an MDS folder that was not written by a stage."""
     return not (place / "plan").is_dir() and (place / "index.json").is_file()
 
 
 @dataclass(frozen=True)
 class StoredLatents:
-    """A folder of latents, and what made them.
+    """A folder of latents, and how they were made.
 
     Attributes:
-        vae, text_encoder: as stage=precompute takes them; empty where nobody has said it.
+        vae, text_encoder: as for stage=precompute; empty if unknown.
         data: digest of the content.
     """
 
@@ -60,10 +62,10 @@ class StoredLatents:
 
     @classmethod
     def opened(cls, place: Path, config: TrainConfig) -> StoredLatents:
-        """The latents at ``place``.
+        """Open the latents at ``place``.
 
         Raises:
-            ConfigError: there are none, they are not finished, or the settings do not fit them.
+            ConfigError: there are none, they are not finished, or the settings do not match.
         """
         if is_foreign(place):
             expected = Expected(tuple(config.caption_shape), tuple(config.latent_shape), config.latent_dtype)
@@ -78,7 +80,7 @@ class StoredLatents:
             **dataset.header["config"],
             "text_encoder": [*dataset.header["config"].get("text_encoder", ()), ""][0],
         }
-        for name in _OF_OTHERS:  # one command for both stages gives them to both
+        for name in _OF_OTHERS:  # accepted if equal, as one command may run both stages
             if getattr(config, name) and getattr(config, name) != made_with.get(name):
                 raise ConfigError(f"{name}= is for latents without a manifest, but {place} has one: leave it out")
         content = dataset.require_success()["content_digest"]
@@ -95,7 +97,7 @@ class StoredLatents:
         return sorted(int(name) for name in names if name.isdigit())
 
     def resolution(self, wanted: int) -> int:
-        """The resolution whose latents are learned: as asked for, else the smallest there is.
+        """The resolution to train on: as requested, else the smallest.
 
         Raises:
             ConfigError: there are no such latents.
@@ -108,7 +110,7 @@ class StoredLatents:
         return wanted or there[0]
 
     def info(self, resolution: int) -> LatentInfo:
-        """What a checkpoint says of where its latents came from."""
+        """How the latents were made, for checkpoints."""
         layout, column = self.folder.layout, f"{IMAGE}{resolution}"
         length, width = layout.shapes["caption_latents"]
         return LatentInfo(
@@ -124,10 +126,10 @@ class StoredLatents:
 
 
 def latents_of(config: TrainConfig, place: Path) -> tuple[Batches, LatentInfo]:
-    """The latents at ``place``, and of the folders that are to be mixed in; what is known of the first.
+    """The latents at ``place`` mixed with those of ``mix=``, and how the first ones were made.
 
     Raises:
-        ConfigError: they were not made alike.
+        ConfigError: they were not made in the same way.
     """
     first = StoredLatents.opened(place, config)
     _check_cache(first.folder, config)
@@ -148,7 +150,7 @@ def latents_of(config: TrainConfig, place: Path) -> tuple[Batches, LatentInfo]:
 
 
 def _check_cache(folder: LatentFolder, config: TrainConfig) -> None:
-    """Raises ConfigError where samples are taken from all over a folder elsewhere that the cache cannot hold."""
+    """Raises ConfigError if samples are read from all over a remote folder that the cache cannot hold."""
     from pipeline.loading.streaming import RemoteFolder
 
     if isinstance(folder, RemoteFolder) and (config.mix or config.valid_fraction):

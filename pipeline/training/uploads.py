@@ -11,7 +11,7 @@ FILE = "upload.json"
 
 
 def note(run: Path, repository: str, folder: Path, error: str) -> None:
-    """Write down that ``folder`` was uploaded, or why not. A run never fails of it."""
+    """Record that ``folder`` was uploaded, or why not. Never raises OSError."""
     attempt = run / f".{FILE}.{os.getpid()}"
     with suppress(OSError):
         attempt.write_text(json.dumps({"repository": repository, "folder": str(folder), "error": error}))
@@ -19,7 +19,7 @@ def note(run: Path, repository: str, folder: Path, error: str) -> None:
 
 
 def problem(run: Path) -> str:
-    """What went wrong with the run's last upload, and what to do about it; empty if nothing did."""
+    """The error of the run's last upload, with a command to repeat it; empty if it succeeded."""
     try:
         said = json.loads((run / FILE).read_text())
         error, repository, folder = (str(said[name]) for name in ("error", "repository", "folder"))

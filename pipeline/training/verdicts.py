@@ -1,9 +1,8 @@
-"""Whether each step is applied (its loss and gradient are finite): decided on the device, read only now and then.
+"""Decides on the device whether each step is applied (its loss and gradient are finite); read only occasionally.
 
-On a GPU the host runs ahead of the device. Were it to look at every loss, the device would have nothing to do until
-the host comes with the next step. So the test for NaN, and the count of steps in a row that failed it, are tensors; a
-step that fails is left out by the optimizer's kernel itself, and after too many of them, all that follow. What happened
-is read at boundaries.
+On a GPU, the host runs ahead of the device. If it read every loss, the device would be idle until the host submits the
+next step. Therefore the test for NaN, and the number of consecutive failures, are tensors; the optimizer's kernel
+itself skips a step that fails, and after too many failures, all following ones. The results are read at boundaries.
 """
 
 from __future__ import annotations
@@ -18,9 +17,9 @@ from pipeline.distributed import Rank
 
 @dataclass(frozen=True)
 class Step:
-    """What became of a step.
+    """The result of a step.
 
-    ``in_row``: steps in a row, this one included, that were not finite.
+    ``in_row``: number of consecutive steps, including this one, that were not finite.
     """
 
     loss: float
@@ -33,8 +32,8 @@ class Verdicts:
     """Judges steps on ``device``.
 
     Args:
-        most: steps in a row that may be left out; one more, and nothing is applied any longer.
-        in_row: left out in a row before the first step.
+        most: number of consecutive steps that may be skipped; after one more, no further step is applied.
+        in_row: number of consecutive steps skipped before the first.
     """
 
     def __init__(self, device: torch.device, most: int, in_row: int = 0) -> None:
@@ -43,13 +42,13 @@ class Verdicts:
         self._over = torch.zeros((), dtype=torch.bool, device=device)
         self._unread: list[Tensor] = []
         self.immediate = device.type == "cpu"
-        """Whether reading costs nothing."""
+        """Whether reading needs no synchronization."""
 
     def judge(self, loss: Tensor, norm: Tensor) -> Tensor:
-        """1.0 if the step is to be left out, else 0.0, float32 ().
+        """1.0 if the step is to be skipped, else 0.0, float32 ().
 
         Args:
-            loss, norm: of the whole batch (), so that all ranks find the same.
+            loss, norm: of the whole batch, (), so that all ranks decide the same.
         """
         finite = loss.isfinite() & norm.isfinite()
         self._in_row = torch.where(finite, torch.zeros_like(self._in_row), self._in_row + 1)
@@ -59,7 +58,7 @@ class Verdicts:
         return left_out
 
     def read(self) -> list[Step]:
-        """All steps since the last call; waits for the device."""
+        """All steps since the last call; synchronizes with the device."""
         if not self._unread:
             return []
         table = torch.stack(self._unread).tolist()
@@ -68,15 +67,15 @@ class Verdicts:
 
 
 class StopRequests:
-    """Whether any rank was asked to stop: ranks get signals at different times, and one that stops alone leaves the
-    others waiting. On GPUs the question goes over gloo, next to the step, and is answered with the next one."""
+    """Finds out whether any rank was asked to stop: ranks receive signals at different times, and one that stops alone
+    would leave the others waiting. On GPUs, flags are exchanged with gloo during a step, and read in the next one."""
 
     def __init__(self, rank: Rank) -> None:
         self._rank = rank
         self._asked: tuple[object, Tensor] | None = None
 
     def answer(self) -> bool:
-        """To the question of the step before; asks that of this one. All ranks call it, once a step."""
+        """The result for the previous step; starts the exchange for this one. All ranks must call it once per step."""
         stopping = self._rank.stopping
         if self._rank.world_size == 1:
             return stopping

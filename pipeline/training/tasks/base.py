@@ -21,12 +21,12 @@ Batch = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Keys:
-    """What the randomness of a step is keyed by: never the rank, so that 1 or 8 ranks draw the same for each sample.
+    """Keys of a step's random numbers. They do not include the rank, so that any number of ranks draws the same.
 
-    ``step`` is -1 in an evaluation, where nothing is augmented.
-
-    ``slots``: int64 (b,), the samples' places in the global batch of ``step``.
-    ``positions``, ``epochs``: int64 (b,), which samples these are, and how often each was seen before.
+    Attributes:
+        step: -1 in an evaluation, where nothing is augmented.
+        slots: int64 (b,), the samples' slots in the global batch of ``step``.
+        positions, epochs: int64 (b,), the samples' positions in the dataset, and how often each was seen before.
     """
 
     seed: int
@@ -36,12 +36,12 @@ class Keys:
     epochs: npt.NDArray[Any]
 
     def part(self, some: slice) -> Keys:
-        """Those of some of the samples."""
+        """The keys of some of the samples."""
         return replace(self, slots=self.slots[some], positions=self.positions[some], epochs=self.epochs[some])
 
 
 class Task(ABC):
-    """Owns model, loss and metrics; knows nothing of optimizers, ranks, checkpoints or files."""
+    """Owns model, loss and metrics; independent of optimizers, ranks, checkpoints and files."""
 
     name: ClassVar[str]
     model: nn.Module
@@ -49,7 +49,7 @@ class Task(ABC):
 
     @classmethod
     def input(cls, config: TrainConfig) -> Dataset | None:
-        """The finished dataset directory that is trained on: ``input=``, or by default what stage=precompute made.
+        """The finished dataset directory to train on: ``input=``, or by default the output of stage=precompute.
 
         None: the task reads something else, which :meth:`from_config` opens.
 
@@ -62,31 +62,31 @@ class Task(ABC):
     def from_config(
         cls, config: TrainConfig, dataset: Dataset | None, device: str | torch.device = "cpu"
     ) -> tuple[Task, Batches, Batches | None]:
-        """The task, what it is trained on, and what it is measured on meanwhile.
+        """Create the task, its training data and its validation data.
 
         Args:
-            dataset: what :meth:`input` has found.
-            device: where networks compute that are no part of what is trained.
+            dataset: the result of :meth:`input`.
+            device: of networks that are used but not trained.
 
         Raises:
-            ConfigError: the data do not fit the settings.
+            ConfigError: the data do not match the settings.
         """
         raise NotImplementedError(f"task={cls.name} cannot be chosen by a setting")
 
     def remarks(self, config: TrainConfig) -> list[str]:
-        """What a person should know before the training begins, a line each."""
+        """Warnings to show before training begins, a line each."""
         return []
 
     on_host: ClassVar[frozenset[str]] = frozenset()
-    """What of a prepared batch stays on the CPU."""
+    """Names of tensors of a prepared batch that stay on the CPU."""
 
     def prepare(self, batch: Batch, keys: Keys) -> Batch:
-        """What is done to a batch on the CPU, ahead of time and maybe in a worker process: augmentation, and everything
-        that is drawn at random."""
+        """Process a batch on the CPU, ahead of time and possibly in a worker process: augmentation, and everything that
+        is random."""
         return batch
 
     def for_workers(self) -> Self:
-        """A copy that can :meth:`prepare`, without the network, which may be on a GPU: worker processes get this."""
+        """A copy for worker processes that can :meth:`prepare`, without the network, which may be on a GPU."""
         twin = copy.copy(self)
         twin.__dict__.pop("model", None)
         return twin
@@ -96,33 +96,32 @@ class Task(ABC):
         """Loss of each sample, (b,).
 
         Args:
-            network: the model, or what the loop has wrapped around it.
-            batch: as :meth:`prepare` returns it, on the model's device.
+            network: the model, or the loop's wrapper around it.
+            batch: as returned by :meth:`prepare`, on the model's device.
         """
 
     def measure(self, network: nn.Module, batch: Batch, keys: Keys) -> dict[str, tuple[Tensor, Tensor]]:
-        """Metrics of a batch of the validation set: name → (values (b,), weights (b,)); the loop takes their mean."""
+        """Metrics of a validation batch: name → (values (b,), weights (b,)); the loop computes weighted means."""
         losses = self.losses(network, batch, keys)
         return {"valid_loss": (losses, torch.ones_like(losses))}
 
     def summary(self, means: dict[str, float]) -> dict[str, float]:
-        """What is logged, from the means over the whole validation set."""
+        """The values to log, from the means over the whole validation set."""
         return means
 
     def pictures(self, network: nn.Module | None) -> npt.NDArray[Any] | None:
-        """What the report shows of an evaluation, uint8 (n, h, w, 3), if anything; of None: what it should be like.
+        """Images of an evaluation for the report, uint8 (n, h, w, 3), or None; with ``network=None``, the real images.
 
-        All ranks are asked at once, and get the same.
+        Called on all ranks at the same time; must return the same on all.
         """
         return None
 
     metric: ClassVar[str] = "valid_loss"
-    """Which of them decides what is best, and when to stop."""
+    """The metric that determines the best checkpoint and early stopping."""
     higher_is_better: ClassVar[bool] = False
 
     def cached(self) -> int:
-        """So many samples a forward pass had best take at a time on a CPU, so that what it makes of them stays in the
-        caches; 0: all."""
+        """Preferred number of samples per forward pass on a CPU, so that activations stay in the caches; 0: all."""
         return 0
 
     def decays(self, name: str, parameter: Tensor) -> bool:
@@ -130,13 +129,13 @@ class Task(ABC):
         return True
 
     def example(self) -> tuple[Any, ...]:
-        """Arguments of the model for one sample, on the CPU, to count its operations; empty: not counted."""
+        """Arguments of the model for one sample, on the CPU, to count its FLOPs; empty: not counted."""
         return ()
 
     def facts(self) -> dict[str, Any]:
-        """What it takes to use the model without the training data; JSON-able, goes into every checkpoint."""
+        """What is needed to use the model without the training data; JSON-serialisable, stored in checkpoints."""
         return {}
 
     def preprocessing(self) -> dict[str, Any]:
-        """How an input becomes what the model takes; JSON-able, goes into the export."""
+        """How to convert an input to the model's input, as JSON-serialisable values; written with the export."""
         return {}

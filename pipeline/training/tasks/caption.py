@@ -36,13 +36,13 @@ from pipeline.training.images import Augmentation
 from pipeline.training.selfcritical import self_critical_losses
 from pipeline.training.tasks.base import Batch, Keys, Task
 
-_LEARNED_FROM = 5000  # samples that tell the tokenizer its tokens, and CIDEr how rare words are
-_MEASURED = 256  # samples that texts are written for, where no validation set is kept out
+_LEARNED_FROM = 5000  # samples that the tokenizer and CIDEr's word frequencies are computed from
+_MEASURED = 256  # samples that texts are generated for, if there is no validation set
 _COUNTS = (*(f"{what}_{n}" for what in ("matches", "grams") for n in (1, 2, 3, 4)), "length", "nearest_length")
 
 
 def _without_network(encoder: VisionEncoder | None) -> VisionEncoder | None:
-    """A copy that can preprocess images; the network may be on a GPU, which worker processes must not touch."""
+    """A copy that can preprocess images, without the network, which may be on a GPU that workers must not use."""
     encoder = copy.copy(encoder)
     if encoder is not None:
         encoder.__dict__.pop("model", None)
@@ -55,8 +55,8 @@ class CaptionDataset:
     Args:
         rows: the stored samples.
         shape, dtype: of stored features.
-        encoder: what pixels are prepared for; None: features are stored.
-        questions: texts are answers, each after its question.
+        encoder: the encoder that pixels are prepared for; None: features are stored.
+        questions: whether texts are answers, each with its question.
     """
 
     def __init__(
@@ -75,16 +75,19 @@ class CaptionDataset:
         self.dtype = dtype
 
     def __getstate__(self) -> dict[str, Any]:
-        """What worker processes get."""
+        """State for worker processes."""
         return {**self.__dict__, "encoder": _without_network(self.encoder)}
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def batch(self, positions: npt.NDArray[Any], epochs: npt.NDArray[Any] | None = None) -> Batch:
-        """``features`` (b, m, width) float32, or ``images`` uint8 (b, h, w, 3), of which those of ``edges`` (b, 2)
-        count; ``tokens`` (b, c, max_length) int64, all texts of each sample; ``count`` (b,), how many; ``start``
-        (b, c), where each text begins behind its question."""
+        """Read a batch.
+
+        ``features`` (b, m, width) float32, or ``images`` uint8 (b, h, w, 3), padded, with their sizes in ``edges`` (b,
+        2); ``tokens`` (b, c, max_length) int64, all texts of each sample; ``count`` (b,), the number of texts;
+        ``start`` (b, c), where each text begins after its question.
+        """
         rows = self.rows.rows([int(position) for position in positions])
         pairs = [texts_of(row, self.questions) for row in rows]
         most = max(map(len, pairs))
@@ -126,12 +129,12 @@ def texts_of(row: Row, questions: bool) -> list[tuple[str, str]]:
 
 @tasks.register("caption", CaptionTaskOptions)
 class Caption(Task):
-    """A :class:`Captioner`; in each epoch another of a sample's texts is learned.
+    """A :class:`Captioner`, trained on another of a sample's texts in each epoch.
 
     Args:
-        references: captions of what is measured; they say which words are rare.
-        documents: the same for training with ``objective=cider``, from captions of the training set.
-        start: whose weights are the first ones.
+        references: captions of the evaluated samples, for CIDEr's word frequencies.
+        documents: captions of the training set, for those of ``objective=cider``.
+        start: checkpoint with the initial weights.
     """
 
     name = "caption"
@@ -140,7 +143,7 @@ class Caption(Task):
 
     @classmethod
     def input(cls, config: TrainConfig) -> Dataset | None:
-        """Features or, with ``encoder=``, images; None: the HDF5 file of captions that stage=feidegger made."""
+        """Features or, with ``encoder=``, images; None: the HDF5 file of captions made by stage=feidegger."""
         if config.input.endswith(".h5"):
             return None
         if config.input:
@@ -184,7 +187,7 @@ class Caption(Task):
 
     @classmethod
     def _from_file(cls, config: TrainConfig, device: str | torch.device) -> tuple[Task, Batches, Batches | None]:
-        """As :meth:`from_config`, of the HDF5 file that stage=feidegger made."""
+        """Like :meth:`from_config`, for the HDF5 file made by stage=feidegger."""
         from pipeline.feidegger import Pictures
 
         if not config.encoder:
@@ -238,7 +241,8 @@ class Caption(Task):
             self.model.load_state_dict(start.tensors["ema"])
 
     def prepare(self, batch: Batch, keys: Keys) -> Batch:
-        """Of each sample the text that it is the turn of, cut to the longest; in an evaluation the first, and all."""
+        """Select a text of each sample, cut to the longest: by epoch in training, the first in an evaluation; the
+        latter also keeps all texts."""
         count = batch["count"].numpy()
         shift = np.array([keyed_seed(self.seed, "text", int(position)) for position in keys.positions])
         turn = np.zeros_like(count) if keys.step < 0 else (shift % count + keys.epochs) % count
@@ -249,7 +253,7 @@ class Caption(Task):
         prepared |= {"tokens": tokens[:, :longest], "start": batch["start"][rows, chosen]}
         if keys.step >= 0 and not self.critical:
             return prepared
-        known = {"all": batch["tokens"], "count": batch["count"]}  # what texts are written from and compared with
+        known = {"all": batch["tokens"], "count": batch["count"]}  # the prompts and references of generated texts
         return prepared | known | {"asked": prepared["tokens"].clone(), "asked_until": prepared["start"].clone()}
 
     def for_workers(self) -> Self:
@@ -258,7 +262,7 @@ class Caption(Task):
         return twin
 
     def _pixels(self, batch: Batch, keys: Keys) -> Tensor:
-        """What the encoder takes; in training, of augmented images."""
+        """The encoder's input; in training, from augmented images."""
         assert self.encoder is not None
         edges = batch["edges"].tolist()
         images = [image[:h, :w] for image, (h, w) in zip(batch["images"], edges, strict=True)]
@@ -270,8 +274,8 @@ class Caption(Task):
         return self.encoder.preprocess([image.contiguous().numpy() for image in images])
 
     def losses(self, network: nn.Module, batch: Batch, keys: Keys) -> Tensor:
-        """Cross-entropy per token of each sample's text, (b,), with label smoothing while training; with
-        ``objective=cider`` minus the CIDEr-D of drawn texts."""
+        """Cross-entropy per token of each sample's text, (b,), with label smoothing in training; with
+        ``objective=cider``, minus the CIDEr-D of sampled texts."""
         if self.critical and keys.step >= 0:
             return self._self_critical_losses(network, self._features(batch), batch, keys)
         return self._losses(network, self._features(batch), batch, 0.0 if keys.step < 0 else self.smoothing)
@@ -289,8 +293,8 @@ class Caption(Task):
         return (each * counts).sum(1) / counts.sum(1).clamp(min=1)
 
     def measure(self, network: nn.Module, batch: Batch, keys: Keys) -> dict[str, tuple[Tensor, Tensor]]:
-        """``valid_loss``; of texts written greedily: ``exact`` (equal to one of the references), ``rouge_l``,
-        ``cider``, and the counts that BLEU is made of."""
+        """``valid_loss``; for greedily generated texts ``exact`` (equal to a reference), ``rouge_l``, ``cider``, and
+        the counts that BLEU is computed from."""
         features = self._features(batch)
         losses = self._losses(network, features, batch, 0.0)
         written = self._write(features, batch)
@@ -306,12 +310,12 @@ class Caption(Task):
         return {"valid_loss": (losses, ones), **measured}
 
     def summary(self, means: dict[str, float]) -> dict[str, float]:
-        """BLEU is a function of means over all samples, not a mean of something."""
+        """Compute BLEU, which is a function of means over all samples, not itself a mean."""
         counts = [means.pop(name) for name in _COUNTS]
         return {**means, **{f"bleu_{n}": score for n, score in enumerate(bleu_of(counts), 1)}}
 
     def _self_critical_losses(self, network: nn.Module, features: Tensor, batch: Batch, keys: Keys) -> Tensor:
-        """In evaluation mode, texts are drawn; in training mode, their likelihoods get gradients."""
+        """Texts are sampled in evaluation mode; their likelihoods get gradients in training mode."""
         known, prompts = self._known(batch), self._prompts(batch)
         how = Decoding(top_p=1.0, draws=self.draws, max_length=self._room(prompts), seed=self.seed)
         names = [f"{keys.step} {slot}" for slot in keys.slots]
@@ -334,7 +338,7 @@ class Caption(Task):
         return [words(text) for text in self.tokenizer.decode(texts)]
 
     def _known(self, batch: Batch) -> list[list[str]]:
-        """What is right: all texts of each sample, or the answer to the question."""
+        """The references: all texts of each sample, or the answer to the question."""
         if self.prompt == "question":
             return [[words(text)] for text in self.tokenizer.decode(batch["asked"].tolist())]
         each = zip(batch["all"].tolist(), batch["count"].tolist(), strict=True)
@@ -353,13 +357,13 @@ class Caption(Task):
         return {"model": self.model.config.to_dict()}
 
     def preprocessing(self) -> dict[str, Any]:
-        """The encoder and the tokenizer: with the weights, all that it takes to write about new images."""
+        """The encoder and the tokenizer: together with the weights, all that is needed to caption new images."""
         return {"encoder": self.about_encoder, "prompt": self.prompt, "tokenizer": self.tokenizer.to_json()}
 
 
 @contextmanager
 def unsharded(model: nn.Module) -> Iterator[None]:
-    """All weights on each rank, of a model that is spread over them; all ranks do it at once."""
+    """Context in which every rank has all weights of a sharded model; must be entered by all ranks together."""
     parts = [part for part in model.modules() if isinstance(part, FSDPModule)]
     for part in parts:
         part.unshard()
@@ -375,10 +379,10 @@ def marks_of(tokenizer: Tokenizer) -> Marks:
 
 
 def _split_by_file(config: TrainConfig, dataset: Dataset, rows: RandomAccess) -> dict[str, npt.NDArray[Any]]:
-    """Where the images of train and valid are; those of test are seen by nobody.
+    """Positions of the images of train and valid; those of test are not used.
 
     Raises:
-        ConfigError: one of them is empty, or another setting says what to validate on.
+        ConfigError: one of the two is empty, or another setting determines the validation set.
     """
     if config.valid_input or config.valid_fraction:
         raise ConfigError("split_file= says which images are for validation: leave out valid_input=, valid_fraction=")
@@ -398,7 +402,7 @@ def _data_of(
 
 
 def tokenizer_of(config: TrainConfig, rows: Rows, places: npt.NDArray[Any]) -> Tokenizer:
-    """As named, or learned from the texts of the samples at ``places``."""
+    """The pretrained tokenizer of the config, or one trained on the texts of the samples at ``places``."""
     if config.tokenizer != "bpe":
         return pretrained(config.tokenizer)
     questions = config.prompt == "question"
@@ -407,7 +411,7 @@ def tokenizer_of(config: TrainConfig, rows: Rows, places: npt.NDArray[Any]) -> T
 
 
 def _some(rows: Rows, places: npt.NDArray[Any]) -> Iterator[Row]:
-    """Samples for what is found out from the texts, spread evenly."""
+    """Evenly spread samples for statistics of texts."""
     chosen = np.unique(np.linspace(0, len(places) - 1, min(len(places), _LEARNED_FROM)).astype(int))
     for place in places[chosen].tolist():
         yield rows.rows([place])[0]
@@ -418,7 +422,7 @@ def _start(config: TrainConfig) -> Checkpoint | None:
 
 
 def _documents(config: TrainConfig, rows: Rows, places: npt.NDArray[Any]) -> list[list[str]]:
-    """Captions of the training set, where they are needed."""
+    """Captions of the training set, if ``objective`` needs them."""
     if config.objective != "cider":
         return []
     questions = config.prompt == "question"
@@ -426,7 +430,7 @@ def _documents(config: TrainConfig, rows: Rows, places: npt.NDArray[Any]) -> lis
 
 
 def _references(valid: Chosen | ChosenInBuckets | Picked) -> list[list[str]]:
-    """The captions of the samples that are measured: they say which words are rare."""
+    """The captions of the evaluated samples, for CIDEr's word frequencies."""
     data = valid.data
     assert isinstance(data, CaptionDataset)
     rows = (row for place in valid.places(np.arange(len(valid))) for row in data.rows.rows([place]))

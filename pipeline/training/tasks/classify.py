@@ -23,11 +23,11 @@ from pipeline.training.images import Augmentation, ImageDataset, centre, mixes
 from pipeline.training.loggers import forward_flops
 from pipeline.training.tasks.base import Batch, Keys, Task
 
-_MEASURED = 2048  # images that mean and deviation are taken from
+_MEASURED = 2048  # images that mean and deviation are computed from
 _MANY_TOKENS = 1024
 _RESOLUTION = 224
 _MODEL = ("patch", "stem", "blocks", "mixer", "pool", "depth", "d_state", "d_conv", "expand", "heads")
-"""Settings of the model whose empty value, "" or 0, means: as the size has it."""
+"""Settings of the model that default to those of its size if they are empty ("" or 0)."""
 
 
 @tasks.register("classify", ClassifyOptions)
@@ -35,7 +35,7 @@ class Classify(Task):
     """A :class:`VisionMamba` that learns labels.
 
     Raises:
-        ConfigError: more classes in the data than ``classes=`` says, or a setting of the model that cannot be.
+        ConfigError: the data have more classes than ``classes=``, or a setting of the model is invalid.
     """
 
     name = "classify"
@@ -45,7 +45,7 @@ class Classify(Task):
 
     @classmethod
     def input(cls, config: TrainConfig) -> Dataset:
-        """Images with labels; by default what stage=shard made."""
+        """Images with labels; by default the output of stage=shard."""
         return open_input(config, "precompute")
 
     @classmethod
@@ -74,7 +74,7 @@ class Classify(Task):
         self._mixing = config.mixup > 0 or config.cutmix > 0
 
     def remarks(self, config: TrainConfig) -> list[str]:
-        """Models of small images on large ones have very many tokens: seldom what was meant."""
+        """Warn of models for small images on large ones, whose many tokens are rarely intended."""
         shape = self.model.config
         tokens = (shape.height // shape.patch) * (shape.width // shape.patch)
         if config.patch or tokens <= _MANY_TOKENS:
@@ -92,7 +92,7 @@ class Classify(Task):
         return {**batch, **mixes(keys, self.config, *batch["images"].shape[2:])} if self._mixing else batch
 
     def losses(self, network: nn.Module, batch: Batch, keys: Keys) -> Tensor:
-        """Cross entropy with smoothed labels, (b,); of mixed samples that with both labels."""
+        """Cross-entropy with smoothed labels, (b,); for mixed samples with both labels."""
         images = normalised(batch["images"], self.mean, self.std)
         targets = (batch["labels"][:, None] == torch.arange(self.classes, device=images.device)).float()
         if "keep" in batch:
@@ -111,7 +111,7 @@ class Classify(Task):
         }
 
     def decays(self, name: str, parameter: Tensor) -> bool:
-        """Matrices, but neither vectors nor what sets the rates of a scan, nor positions."""
+        """Weight decay applies to matrices, but not to vectors, decay rates of scans, or positions."""
         return parameter.dim() > 1 and not name.endswith(("log_rate", "positions", "token"))
 
     def example(self) -> tuple[Any, ...]:
@@ -133,13 +133,13 @@ class Classify(Task):
 
 
 def normalised(images: Tensor, mean: list[float], std: list[float]) -> Tensor:
-    """uint8 (b, 3, h, w) → float32 of zero mean and unit deviation."""
+    """Normalise uint8 (b, 3, h, w) to float32 with zero mean and unit deviation."""
     means, deviations = (channels(tuple(values), torch.float32, images.device) for values in (mean, std))
     return (images.float() / 255 - means) / deviations
 
 
 def _mixed(images: Tensor, targets: Tensor, keep: Tensor, box: Tensor) -> tuple[Tensor, Tensor]:
-    """Each sample with its neighbour: blended, or where it has a box, with that cut out of the neighbour."""
+    """Mix each sample with its neighbour: blended, or with its box replaced by that of the neighbour."""
     partner = torch.arange(len(images), device=images.device) ^ 1
     rows, columns = (torch.arange(n, device=images.device) for n in images.shape[2:])
     inside = ((rows >= box[:, :1]) & (rows < box[:, 1:2]))[:, None, :, None] & (

@@ -27,19 +27,19 @@ from pipeline.training.stored_latents import LatentInfo as LatentInfo
 from pipeline.training.stored_latents import is_foreign, latents_of
 from pipeline.training.tasks.base import Batch, Keys, Task
 
-_MEASURED = 1024  # samples that the normalisation is measured on
-_EVALUATED = 256  # samples that the loss is measured on, where no validation set is kept out
+_MEASURED = 1024  # samples that the normalisation is computed from
+_EVALUATED = 256  # samples that the loss is evaluated on, if there is no validation set
 _QUARTERS = 4
-_EDGE = 0.005  # what is left out of the distribution of levels at both ends, where a metric is taken
-_CACHED_TOKENS = 2048  # fewer make small matrix products, more fall out of the caches
-_GOLDEN = (5**0.5 - 1) / 2  # multiples of it, modulo 1, are evenly spread
+_EDGE = 0.005  # fraction at both ends of the distribution of levels that is left out of metrics
+_CACHED_TOKENS = 2048  # fewer make matrix products inefficiently small, more do not fit into the caches
+_GOLDEN = (5**0.5 - 1) / 2  # its multiples modulo 1 are evenly distributed
 
 
 @dataclass(frozen=True)
 class Normalisation:
-    """Brings stored latents to zero mean per channel and unit mean square over all of them, and back.
+    """Normalises stored latents to zero mean per channel and unit mean square over all channels, and back.
 
-    One scale for all channels: how loud they are relative to each other is the autoencoder's choice.
+    All channels share one scale, so that their relative magnitudes stay as the autoencoder makes them.
     """
 
     mean: tuple[float, ...]
@@ -47,7 +47,7 @@ class Normalisation:
 
     @classmethod
     def measure(cls, latents: Tensor) -> Normalisation:
-        """Of (n, c, ...)."""
+        """Compute from latents (n, c, ...)."""
         exact = latents.double()
         mean = exact.transpose(0, 1).flatten(1).mean(1) if exact.dim() == 3 else exact.mean((0, 2, 3))
         scale = (exact - mean.view(1, -1, *[1] * (exact.dim() - 2))).square().mean().sqrt()
@@ -65,14 +65,14 @@ class Normalisation:
 
 @tasks.register("diffuse", DiffuseOptions)
 class Diffuse(Task):
-    """A :class:`DiT` that learns to take the noise from images' latents, given text states."""
+    """A :class:`DiT` that learns to remove noise from image latents, given text states."""
 
     name = "diffuse"
     model: DiT
 
     @classmethod
     def input(cls, config: TrainConfig) -> Dataset | None:
-        """Latents; None: a folder of MDS that no stage has made."""
+        """Latents; None: an MDS folder that was not written by a stage."""
         return None if is_foreign(input_folder(config, "train")) else open_input(config, "train")
 
     @classmethod
@@ -83,7 +83,7 @@ class Diffuse(Task):
         task = cls(config, data, info)
         if config.valid_fraction:
             return task, *split(data, config.valid_fraction, config.seed)
-        if getattr(data, "stream", None):  # from elsewhere: those of few shards
+        if getattr(data, "stream", None):  # remote data: samples from few shards
             return task, data, Picked(data, np.arange(min(_EVALUATED, len(data))))
         return task, data, some(data, _EVALUATED, config.seed)
 
@@ -109,10 +109,12 @@ class Diffuse(Task):
         self._shown = _first(data, config.seed, config.show) if config.show else []
 
     def prepare(self, batch: Batch, keys: Keys) -> Batch:
-        """``x``: normalised latents (b, c, h, w); of stored moments a sample, which is another one at every step.
-        ``text``: as stored, and all that is drawn at random: ``levels``, ``noise``, ``drop``, with a mask ``keep``; see
-        :class:`Drawn`. In an evaluation levels are spread as in training, noise is fixed, and nothing is hidden;
-        ``quarter`` (b,) is that of the levels, 0 (clean) to 3."""
+        """Draw the random part of a step, see :class:`Drawn`.
+
+        ``x``: normalised latents (b, c, h, w); from stored moments, a new sample at every step. ``text``: as stored. In
+        an evaluation, levels are spread as in training, noise is fixed, and nothing is dropped or masked; ``quarter``
+        (b,) is the quarter of the level, 0 (clean) to 3.
+        """
         latents = batch["image_latents"]
         x = self.normalisation.apply(posterior_sample(latents, keys) if self.info.moments else latents)
         shape = tuple(x.shape[1:])
@@ -131,27 +133,27 @@ class Diffuse(Task):
         return prepared | drawn.to_dict() | {"quarter": (place * _QUARTERS).long()}
 
     def _sizes(self, batch: Batch) -> Tensor:
-        """Float32 (b, 6), see :class:`pipeline.models.dit.SizeCondition`; square latents count as whole images."""
+        """Float32 (b, 6), see :class:`pipeline.models.dit.SizeCondition`; square latents are treated as uncropped."""
         if "size_conditions" in batch:
             return batch["size_conditions"]
         edge = float(self.info.resolution)
         return torch.tensor([edge, edge, 0.0, 0.0, edge, edge]).repeat(len(batch["image_latents"]), 1)
 
     def losses(self, network: nn.Module, batch: Batch, keys: Keys) -> Tensor:
-        """Mean squared error of the prediction, (b,), at a random level, some captions dropped, some tokens masked."""
+        """Mean squared error of the prediction, (b,), at random levels, with dropped captions and masked tokens."""
         drawn = Drawn(batch["levels"], batch["noise"], batch["drop"], batch.get("keep"))
-        text = batch["text"].float()  # on the device
+        text = batch["text"].float()  # converted on the device
         patch, sizes = self.model.config.patch, batch.get("sizes")
         return diffusion_losses(network, self.process, batch["x"], text, drawn, patch, sizes)
 
     def measure(self, network: nn.Module, batch: Batch, keys: Keys) -> dict[str, tuple[Tensor, Tensor]]:
-        """``valid_loss``, and ``loss_t1`` ... ``loss_t4``, that of each quarter of the levels, clean to noisy."""
+        """``valid_loss``, and ``loss_t1`` to ``loss_t4`` for each quarter of the levels, clean to noisy."""
         losses = self.losses(network, batch, keys)
         parts = {f"loss_t{q + 1}": (losses, (batch["quarter"] == q).float()) for q in range(_QUARTERS)}
         return {"valid_loss": (losses, torch.ones_like(losses)), **parts}
 
     def pictures(self, network: nn.Module | None) -> npt.NDArray[Any] | None:
-        """The first ``show`` samples of the first epoch: as they are stored, or drawn from their texts."""
+        """The first ``show`` samples of the first epoch: decoded as stored, or generated from their texts."""
         if not self._shown:
             return None
         images: list[npt.NDArray[Any]] = []
@@ -160,7 +162,7 @@ class Diffuse(Task):
         return on_one_canvas(images)
 
     def _generated(self, network: nn.Module | None, batch: Batch, first: int) -> npt.NDArray[Any]:
-        """Those of a batch, uint8 (b, h, w, 3); ``first``: number of its first."""
+        """Images of a batch, uint8 (b, h, w, 3); ``first``: index of its first image."""
         latents = batch["image_latents"]
         latents = latents.chunk(2, 1)[0] if self.info.moments else latents
         device = next(self.model.parameters()).device
@@ -196,10 +198,13 @@ class Diffuse(Task):
 
 @dataclass(frozen=True)
 class Drawn:
-    """What is random in the loss of a batch.
+    """The random part of a batch's loss.
 
-    ``levels``: (b,) of noise; ``noise``: (b, c, h, w); ``drop``: (b,) bool, captions that are hidden; ``keep``:
-    (b, m) int64, tokens that are not masked, or None for all.
+    Attributes:
+        levels: (b,) noise levels.
+        noise: (b, c, h, w).
+        drop: (b,) bool, captions that are dropped.
+        keep: (b, m) int64, tokens that are not masked; None: all.
     """
 
     levels: Tensor
@@ -208,7 +213,7 @@ class Drawn:
     keep: Tensor | None = None
 
     def to_dict(self) -> Batch:
-        """Without ``keep`` where there is no mask."""
+        """The tensors by name; without ``keep`` if there is no mask."""
         values = {"levels": self.levels, "noise": self.noise, "drop": self.drop}
         return values if self.keep is None else {**values, "keep": self.keep}
 
@@ -222,7 +227,7 @@ def diffusion_losses(
     patch: int = 2,
     sizes: Tensor | None = None,
 ) -> Tensor:
-    """Squared error of what the network predicts for noisy ``x`` (b, c, h, w), mean over elements kept: (b,).
+    """Squared error of the network's prediction for noisy ``x`` (b, c, h, w), averaged over unmasked elements: (b,).
     ``sizes``: (b, 6), for a network with ``size_condition``."""
     more = {} if sizes is None else {"sizes": sizes}
     inner, time = process.input(process.noisy(x, drawn.noise, drawn.levels), drawn.levels)
@@ -237,7 +242,7 @@ def diffusion_losses(
 
 
 def posterior_sample(moments: Tensor, keys: Keys) -> Tensor:
-    """Means and deviations (b, 2c, h, w) → a sample (b, c, h, w), each from its own key."""
+    """Sample moments (b, 2c, h, w) → (b, c, h, w), with a key for each sample."""
     mean, deviation = moments.chunk(2, 1)
     shape = tuple(mean.shape[1:])
     noise = np.stack([normals(shape, keys.seed, "moments", keys.step, int(slot)) for slot in keys.slots])
@@ -245,10 +250,10 @@ def posterior_sample(moments: Tensor, keys: Keys) -> Tensor:
 
 
 def start_from(place: str, model: DiT, process: Process) -> Normalisation:
-    """Give ``model`` the averaged weights of a run or checkpoint; its normalisation. Resolutions may differ.
+    """Load the EMA weights of a run or checkpoint into ``model``; returns its normalisation. Resolutions may differ.
 
     Raises:
-        ConfigError: the checkpoint does not fit.
+        ConfigError: the checkpoint does not match.
     """
     from pipeline.training.checkpoint import finished_run, require_same_network
 
@@ -262,18 +267,18 @@ def start_from(place: str, model: DiT, process: Process) -> Normalisation:
 
 
 def _first(data: Batches, seed: int, most: int) -> list[Batch]:
-    """A fixed random choice of samples, the first of the first epoch; with buckets some of each, a batch for each."""
+    """A fixed random choice of samples, the first of the first epoch; with buckets, some of each in a batch."""
     chosen = some(data, most, seed)
     return [chosen.batch(np.array(samples)) for samples in shape_ranges(chosen)]
 
 
 def _of_all_shapes(latents: list[Tensor]) -> Tensor:
-    """Latents (n, c, h, w) of several shapes as (1, c, elements)."""
+    """Concatenate latents (n, c, h, w) of several shapes to (1, c, elements)."""
     return torch.cat([part.transpose(0, 1).flatten(1) for part in latents], 1)[None]
 
 
 def draw(keys: Keys, shape: tuple[int, ...], drop: float, process: Process, tokens: int = 0, kept: int = 0) -> Drawn:
-    """Draw for each sample from its own key; ``kept`` of ``tokens`` tokens, in order, unless it is all of them."""
+    """Draw random numbers with a key for each sample; ``kept`` of ``tokens`` tokens are kept, in order, or all."""
     count = len(keys.slots)
     noise = np.empty((count, *shape), np.float32)
     normal = np.empty(count, np.float32)
