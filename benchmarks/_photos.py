@@ -12,19 +12,20 @@ from PIL import Image
 
 SIZES = {"0.7 MP": (1024, 683), "1 MP": (1224, 816), "4 MP": (2464, 1642), "12 MP": (4240, 2828)}
 EDGE = 512
-"""What images of these sizes are brought to: their smaller edge in pixels."""
+"""Size that images are resized to: the shorter edge in pixels."""
 
 
 @cache
 def originals(folder: str) -> list[Path]:
-    """JPEG files below `folder`, without links."""
+    """JPEG files below `folder`, without symbolic links."""
     return sorted(path for path in Path(folder).rglob("*.jp*g") if path.is_file() and not path.is_symlink())
 
 
 def photos(folder: str, size: tuple[int, int], most: int) -> Iterator[bytes]:
-    """JPEGs (quality 90, 4:2:0), cut to the aspect of `size` and brought to it (only down, where they are of a folder).
+    """JPEGs (quality 90, 4:2:0), cropped to the aspect ratio of `size` and resized to it; photos of a folder are only
+    downscaled.
 
-    Without a folder: scikit-learn's two, enlarged where need be, which makes them softer than real ones.
+    Without a folder, uses scikit-learn's two photos, upscaled if necessary, which makes them softer than real ones.
     """
     if folder:
         opened = (Image.open(path) for path in originals(folder))

@@ -1,8 +1,8 @@
-"""Writes a folder of images in one format, in a process of its own, and prints the seconds that the call took.
+"""Writes a folder of images in one format, in a separate process, and prints the seconds that the call took.
 
     python benchmarks/_writers.py <contestant> <folder with class folders of JPEGs> <output>
 
-What the contestant imports is not part of the call, as little as it imports before it is called.
+The time does not include the contestant's imports before the call.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from typing import Any
 
 Sample = tuple[bytes, int]
 Write = Callable[[Path], object]
-"""Writes into the folder that it is given, which is not there yet."""
+"""Writes into the folder that it is given, which does not exist yet."""
 
 
 class Files:
-    """The image folder as a Dataset of (bytes, label): what torchvision's ImageFolder does, without decoding."""
+    """The image folder as a Dataset of (bytes, label), like torchvision's ImageFolder but without decoding."""
 
     def __init__(self, root: Path) -> None:
         self.files = sorted(str(path) for path in root.glob("*/*.jpg"))
@@ -97,7 +97,7 @@ def datasets(source: Path) -> Write:
 
 
 def disk(source: Path) -> Write:
-    """The limit: the same bytes from memory as one file, brought to the disk."""
+    """The limit: the same bytes written from memory to one file, with fsync."""
     data = b"".join(Path(path).read_bytes() for path in Files(source).files)
 
     def write(output: Path) -> None:
@@ -121,7 +121,7 @@ CONTESTANTS: dict[str, tuple[str, Callable[[Path], Write]]] = {
     "datasets": ("datasets", datasets),
     "limit: disk": ("os", disk),
 }
-"""Name → the module that must be there, and what imports it and is ready to write a folder's images."""
+"""Name → (module that must be installed, function that imports it and returns a writer of a folder's images)."""
 
 
 def available() -> list[str]:

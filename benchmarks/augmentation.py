@@ -2,8 +2,8 @@
 
     python benchmarks/augmentation.py [edge=224] [rounds=15]
 
-One core; each operation is done once in each round, on one uint8 image that is a tensor before and after, and the two
-libraries take turns. The ratio is the median of the ratios of single rounds.
+Uses one core. Each round applies each operation once to one uint8 image, from tensor to tensor, alternating between the
+libraries. The ratio is the median of the ratios of single rounds.
 """
 
 from __future__ import annotations

@@ -3,14 +3,14 @@
     python benchmarks/buckets.py [parts=plan,precompute,loader] [images=600] [rounds=3] [samples=100000000]
     python benchmarks/buckets.py parts=proof [scenes=4000] [steps=6600] [data_dir=...]
 
-- plan: an index of ``samples`` samples, simulated (10,000 in a partition, 11 buckets): memory, and time to open it, to
-  plan steps and to tell the samples of a step.
-- precompute: aspect=buckets on JPEGs of four shapes against aspect=square on square JPEGs, with encoders that cost next
-  to nothing: what is seen is the cost of the buckets themselves. Rates are in pixels of crops; files and crops of all
-  shapes have as many pixels for each other, so that equal rates mean equal work. Wall clock, and CPU seconds of all
-  processes, which say more on a machine that does other things as well.
-- loader: batches of buckets against StreamingDataset with two worker processes, which gives single samples in any
-  order: how they become batches of one shape is left to its user.
+- plan: a simulated index of ``samples`` samples (10,000 per partition, 11 buckets): memory, and the time to open it, to
+  plan steps, and to look up the samples of a step.
+- precompute: aspect=buckets on JPEGs of four shapes against aspect=square on square JPEGs, with encoders of almost no
+  cost, so that the cost of the buckets themselves shows. Rates are in pixels of crops; the ratio of pixels in files and
+  crops is the same for all shapes, so that equal rates mean equal work. Wall-clock time, and CPU seconds of all
+  processes, which are more meaningful on a busy machine.
+- loader: batches of buckets against StreamingDataset with two worker processes, which yields single samples in any
+  order and leaves it to the user to form batches of one shape.
 - proof: a model trained on scenes of 2:3, 1:1 and 3:2 in buckets, and one on square crops of the same scenes: for how
   many of 32 prompts each generates a correct image at all three shapes, as `pipeline/metrics/scene_accuracy.py` judges.
   With ``data_dir=``, existing results are reused, and interrupted training resumes.
@@ -51,7 +51,7 @@ from pipeline.stages import get_stage
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPES = {"2:3": (96, 64), "1:1": (80, 80), "3:2": (64, 96)}
-"""Height and width of drawings: the buckets of 80 pixels in steps of 16."""
+"""Height and width of drawings: the buckets for 80 pixels in steps of 16."""
 
 
 def run_stage(stage: str, **settings: object) -> None:
@@ -62,7 +62,7 @@ def run_stage(stage: str, **settings: object) -> None:
 
 
 def plan(samples: int) -> None:
-    """What a loader keeps and computes for ``samples`` samples."""
+    """Memory and time that a loader needs for ``samples`` samples."""
     in_partition, sizes = 10_000, Buckets(1024).sizes
     shares = np.random.default_rng(0).dirichlet(np.ones(len(sizes)), samples // in_partition)
     counts = np.floor(shares * in_partition).astype(int)
@@ -109,7 +109,7 @@ FILES = {
 
 
 def write_images(folder: Path, count: int, sizes: list[tuple[int, int]]) -> None:
-    """JPEGs with detail at all scales."""
+    """Write JPEGs with detail at all scales."""
     random = np.random.default_rng(0)
     folder.mkdir(parents=True)
     for number in range(count):
@@ -124,7 +124,7 @@ def write_images(folder: Path, count: int, sizes: list[tuple[int, int]]) -> None
 
 
 def used() -> float:
-    """CPU seconds of this process and of those that have ended."""
+    """CPU seconds of this process and of ended child processes."""
     return sum(
         resource.getrusage(who).ru_utime + resource.getrusage(who).ru_stime
         for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
@@ -150,7 +150,7 @@ def precompute(root: Path, images: int, rounds: int) -> None:
             if aspect == "buckets":
                 index = LatentFolder(output).bucket_index("latents_256")
                 pixels = int(sum(n * h * w for n, (h, w) in zip(index.counts(), index.sizes, strict=True)))
-            if turn:  # the first starts processes and fills caches
+            if turn:  # the first round starts processes and fills caches
                 rates[aspect].append((pixels / (perf_counter() - begin), pixels / (used() - cpu)))
             shutil.rmtree(output)
     print(f"precompute: {images} JPEGs, crops of 256 x 256 pixels, or of four buckets with almost as many")
@@ -165,7 +165,7 @@ def precompute(root: Path, images: int, rounds: int) -> None:
 
 
 class Theirs(StreamingDataset):
-    """Samples as tensors, of the shapes that their columns tell."""
+    """Samples as tensors, with shapes from their columns."""
 
     def __getitem__(self, at: int) -> dict[str, Any]:
         row = super().__getitem__(at)
@@ -177,7 +177,7 @@ class Theirs(StreamingDataset):
 
 
 def rate(loader: Any, size: Any) -> float:
-    """Samples per second of an epoch, from the second batch on: processes have started by then."""
+    """Samples per second of an epoch, from the second batch on, when processes have started."""
     count, begin = 0, 0.0
     for number, batch in enumerate(loader):
         if number:

@@ -1,12 +1,12 @@
-"""Tokens per second of writing captions: with and without cache, and transformers' generate at the same size; and what
-features computed beforehand save.
+"""Tokens per second of text generation, with and without cache, and by transformers' generate at the same size; and the
+time saved by precomputed features.
 
     python benchmarks/captions.py [batch=8] [tokens=48] [rounds=5] [part=all|generate|features]
                                   [beams=1,4] [threads=0]
 
-The network is random: what is timed does not depend on what is written. Contestants take turns; a ratio is the median
-of the ratios of single turns. Both sides have 6 blocks of width 512, 8 heads, a vocabulary of 8,000, and the same
-features of 197 x 768; neither may end early.
+The network has random weights, as the time does not depend on the generated text. Contestants take turns; a ratio is
+the median of the ratios of single turns. Both sides have 6 blocks of width 512, 8 heads, a vocabulary of 8,000, and the
+same features of 197 x 768; neither may end early.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def _writing(model: Captioner, images: torch.Tensor, marks: Marks, how: Decoding
 
 
 def _transformers(images: torch.Tensor, tokens: int, beams: int) -> Callable[[], object]:
-    """GPT-2 with cross-attention, in a VisionEncoderDecoder; the encoder's output is given, so it is not timed."""
+    """GPT-2 with cross-attention, in a VisionEncoderDecoder; the encoder's output is given, so that it is not timed."""
     from transformers import GPT2Config, GPT2LMHeadModel, VisionEncoderDecoderModel, ViTConfig, ViTModel
     from transformers.modeling_outputs import BaseModelOutput
 
@@ -77,7 +77,7 @@ def _transformers(images: torch.Tensor, tokens: int, beams: int) -> Callable[[],
     ids = {"decoder_start_token_id": 1, "pad_token_id": 0, "eos_token_id": 2}
 
     def generate() -> object:
-        states = BaseModelOutput(last_hidden_state=images)  # generate() changes it: with beams it grows each time
+        states = BaseModelOutput(last_hidden_state=images)  # modified by generate(): with beams, it would grow
         return model.generate(encoder_outputs=states, use_cache=True, **settings, **ids)
 
     return generate
@@ -113,7 +113,7 @@ def _turns(contestants: dict[str, Callable[[], object]], rounds: int) -> dict[st
         for name, job in contestants.items():
             start = perf_counter()
             job()
-            if number:  # the first warms up
+            if number:  # the first round is a warm-up
                 times[name].append(perf_counter() - start)
     return times
 

@@ -1,4 +1,4 @@
-"""A campaign of failures on a real SLURM of four nodes: each time the result must be the undisturbed one, bit for bit.
+"""A series of failures on a real SLURM of four nodes; each time, the result must equal the undisturbed one bit for bit.
 
     python benchmarks/chaos.py [trials=40] [seed=1] [events=kill_a_rank,preempt]        # root, on Debian; make slurm
 
@@ -22,7 +22,7 @@ from slurm_cluster import chaos, cluster  # noqa: E402
 
 
 def plan(trials: int, seed: int, events: list[str]) -> list[tuple[str, str, int]]:
-    """(event, way to submit, seed) of each trial: every event about as often, in an order that the seed decides."""
+    """(event, way to submit, seed) of each trial: all events equally often, in an order determined by the seed."""
     dice = random.Random(seed)
     rounds = [dice.sample(events, len(events)) for _ in range(-(-trials // len(events)))]
     chosen = [event for order in rounds for event in order][:trials]
@@ -31,7 +31,7 @@ def plan(trials: int, seed: int, events: list[str]) -> list[tuple[str, str, int]
 
 
 def _way(event: str, way: str) -> str:
-    """Elements of an array come and go one by one: what is done to "the" job of a trial is for a single one."""
+    """The way to submit a trial; events that act on a single job are not used with arrays."""
     alone = event.startswith(("reach", "lose", "crash", "cut", "orphan", "reboot", "make", "delete", "throttle", "let"))
     if event == "cancel_an_element":
         return "array"
@@ -45,7 +45,7 @@ def main(arguments: list[str]) -> int:
     if reason := cluster.why_not():
         print(reason, file=sys.stderr)
         return 2
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and take the cluster down
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # run the cleanup that stops the cluster
     folder = Path(tempfile.mkdtemp(prefix="chaos-"))
     running = cluster.start()
     failed = 0

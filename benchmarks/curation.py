@@ -1,14 +1,14 @@
-"""What curation by pipeline/conf/recipe/curate.yaml finds of planted junk, and what it loses of good images.
+"""How much planted junk curation by pipeline/conf/recipe/curate.yaml finds, and how many good images it loses.
 
     apt-get install tuxpaint-stamps-default mate-backgrounds
     python benchmarks/curation.py [stamps=/usr/share/tuxpaint/stamps] [photos=/usr/share/backgrounds/mate] [seed=0]
                                   [keep=<folder>]
 
-Good images are Tux Paint's stamps on white, with their English captions, and cuts of the photos. Some of them are made
-junk of: blurred, put together to collages, or given a caption that is none (the name of a file, keywords again and
-again, another language); pages of text and copies of good images (smaller, brighter, cut at the edges, saved again) are
-added. Then stage=filter,dedup,score,select runs, and its ledgers are compared with what was planted. With keep= the
-folder stays: <folder>/images and <folder>/data.
+Good images are Tux Paint's stamps on white, with their English captions, and crops of the photos. Some of them are
+turned into junk: blurred, combined into collages, or given a bad caption (a file name, repeated keywords, another
+language). Pages of text and copies of good images (smaller, brighter, cropped at the edges, saved again) are added.
+Then stage=filter,dedup,score,select runs, and its ledgers are compared with what was planted. With keep=, the folder is
+kept: <folder>/images and <folder>/data.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from pipeline.partitions import engine
 from pipeline.partitions.dataset import Dataset, SlotReader
 from pipeline.stages import get_stage
 
-EDGE = 640  # the longer edge of the images
-SHARE = 0.05  # of the good images, that become junk of each kind
-SMALLEST = 64  # the shorter edge of a stamp that is taken
-TILES = (3, 2)  # cuts of a photo, across and down
+EDGE = 640  # longer edge of the images
+SHARE = 0.05  # fraction of the good images that becomes junk of each kind
+SMALLEST = 64  # minimum shorter edge of a stamp
+TILES = (3, 2)  # crops of a photo, across and down
 
 STAMPS = """
     sharpness / contrast / contrast > 800 and seam < 0.97 and
@@ -49,7 +49,7 @@ STAMPS = """
 
 @dataclass
 class Example:
-    """An image with its caption, and what it is: ``good``, or a kind of junk."""
+    """An image with its caption and kind: ``good``, or a kind of junk."""
 
     name: str
     image: Image.Image
@@ -79,7 +79,7 @@ def main() -> None:
 
 
 def stamps_in(folder: Path) -> Iterator[Example]:
-    """Stamps with an English caption, on white; no icons."""
+    """Stamps with an English caption, on white, without icons."""
     for path in sorted(folder.rglob("*.png")):
         text = path.with_suffix(".txt")
         if path.stem.endswith(("_mirror", "_flip")) or not text.is_file():
@@ -93,7 +93,7 @@ def stamps_in(folder: Path) -> Iterator[Example]:
 
 
 def photos_in(folder: Path) -> Iterator[Example]:
-    """Cuts of photos, of those that are not the same photo at another size."""
+    """Crops of photos, each photo in only one of its sizes."""
     seen = set()
     for path in sorted(folder.rglob("*.jpg")):
         title = path.stem.partition("_")[0]
@@ -122,7 +122,7 @@ def _bounded(image: Image.Image) -> Image.Image:
 
 
 def plant(examples: list[Example], folder: Path, random: np.random.Generator) -> dict[str, str]:
-    """Write the examples with junk among them; what each file is, by its key."""
+    """Write the examples with junk among them; returns key → kind."""
     order = random.permutation(len(examples))
     count = max(3, round(SHARE * len(examples)))
     spent = iter(order)
@@ -176,7 +176,7 @@ JUNK: dict[str, Callable[[Example, np.random.Generator, str], Example]] = {
 
 
 def _collage(parts: list[Example], number: int) -> Example:
-    """Two images side by side, or four in a square; those on white have a line between them, of others a third."""
+    """Two images side by side, or four in a square, with lines in between: on white always, else every third time."""
     white = all(part.image.getpixel((0, 0)) == (255, 255, 255) for part in parts)
     across, down, line = 2, len(parts) // 2, 6 * (white or number % 3 == 0)
     edge = EDGE // 2
@@ -204,7 +204,7 @@ def _page(number: int, random: np.random.Generator, captions: list[str]) -> Exam
 
 
 def _copy(example: Example, number: int) -> Example:
-    """Another copy of an image: smaller, brighter, cut at the edges, or the same saved again."""
+    """Another copy of an image: smaller, brighter, cropped at the edges, or saved again."""
     image = example.image
     if number % 4 == 0:
         image = image.resize((max(32, image.width * 2 // 3), max(32, image.height * 2 // 3)))
@@ -219,7 +219,7 @@ def _copy(example: Example, number: int) -> Example:
 
 
 def curated(images: Path, data: Path, name: str, conditions: list[str]) -> dict[str, str]:
-    """What becomes of each file: key → ``kept``, or the reason."""
+    """The outcome of each file: key → ``kept``, or the reason."""
     recipe = "curate"
     common = [f"data_dir={data}", "dataset=image_folder", f"variant={name}"]
     settings = {
@@ -241,7 +241,7 @@ def curated(images: Path, data: Path, name: str, conditions: list[str]) -> dict[
 
 
 def tell(name: str, kinds: dict[str, str], said: dict[str, str], seconds: float) -> None:
-    """Print the shares of junk that was found and of good images that were lost, with the reasons."""
+    """Print the fractions of junk that was found and of good images that were lost, with the reasons."""
     reasons: dict[str, Counter[str]] = defaultdict(Counter)
     copies = {key for key, kind in kinds.items() if kind == "copy"}
     lost_for_copy = sum(kinds[key] == "good" and "duplicate" in what for key, what in said.items())
@@ -252,7 +252,7 @@ def tell(name: str, kinds: dict[str, str], said: dict[str, str], seconds: float)
     writer.writerow(["kind", "images", "left out", "share", "reasons"])
     for kind, counts in reasons.items():
         total, out = counts.total(), counts.total() - counts["kept"]
-        if kind == "copy":  # of two copies one stays, whichever
+        if kind == "copy":  # of two copies, either may be kept
             out = min(total, out + lost_for_copy)
         if kind == "good":
             out -= min(lost_for_copy, len(copies))

@@ -3,15 +3,16 @@
     python benchmarks/dedup.py photos=<folder> [count=20000] [hamming=20] [seed=0] [contrast=0]
     python benchmarks/dedup.py rows=2000000 [memory=1024] [seconds=60]
 
-The first cuts the photos below the folder into tiles that do not overlap (even so, two of a plain sky may look the
-same, and are counted as mistakes), adds 1,500 exact copies of some, and 1,500 near ones of others: cropped by up to 2 %
-at each edge, resized by a factor from 0.5 to 1.5, and compressed again at a quality from 60 to 95. Recall is the share
-of the planted ones that are found as copies of theirs; precision the share of what is dropped as a near duplicate that
-was planted. Tiles that show little are unlike photos: `contrast` leaves out those whose grey levels deviate less. Any
-photos will do that are not variants of one another; Debian's packages gnome-backgrounds, mate-backgrounds,
-ukui-wallpapers, lomiri-wallpapers-20.04 and plasma-workspace-wallpapers have many, but some are (by day and by night).
+The first cuts the photos below the folder into tiles without overlap (nevertheless, two tiles of plain sky may look the
+same, and count as mistakes). It adds 1,500 exact copies of some tiles and 1,500 near duplicates of others: cropped by
+up to 2 % at each edge, resized by a factor from 0.5 to 1.5, and compressed again at a quality from 60 to 95. Recall is
+the fraction of planted duplicates found as copies of their originals; precision the fraction of samples dropped as near
+duplicates that were planted. Tiles with little detail are unlike photos: `contrast` skips those whose grey levels
+deviate less. Any photos that are not variants of one another will do. Debian's packages gnome-backgrounds,
+mate-backgrounds, ukui-wallpapers, lomiri-wallpapers-20.04 and plasma-workspace-wallpapers have many, but also some
+variants (by day and by night).
 
-The second makes hashes at random, a tenth of them near duplicates, and does units of the search for so many seconds.
+The second generates random hashes, a tenth of them near duplicates, and runs units of the search for `seconds` seconds.
 """
 
 from __future__ import annotations
@@ -43,13 +44,13 @@ Found = tuple[str, str]
 
 
 def tiles(folder: str, count: int, contrast: float, rng: random.Random) -> Iterator[Image.Image]:
-    """Pieces of all photos, about as many of each; photos are scaled down so that tiles have 256 pixels or fewer."""
+    """Tiles of all photos, about the same number from each; photos are downscaled for tiles of at most 256 pixels."""
     distinct = {content_hash(path.read_bytes()): path for path in originals(folder)}
     opened = {}
     for digest, path in distinct.items():
         with Image.open(path) as image:
             opened[digest] = (path, image.width * image.height)
-    side = int((0.95 * sum(area for _, area in opened.values()) / count) ** 0.5)  # edges are lost at the borders
+    side = int((0.95 * sum(area for _, area in opened.values()) / count) ** 0.5)  # some area is lost at the borders
     places = []
     for path, _ in opened.values():
         with Image.open(path) as image:
@@ -103,7 +104,7 @@ def quality(folder: str, count: int, contrast: float, hamming: int, seed: int) -
     print(
         f"{len(found)} samples hashed in {perf_counter() - begin:.0f} s; {len(exact)} exact copies, {len(copies)} near"
     )
-    pixels = np.arange(len(found))[::-1]  # originals stay
+    pixels = np.arange(len(found))[::-1]  # so that originals are kept
     table = rows([one for one, _ in found], [other for _, other in found], pixels, np.arange(len(found)))
     begin = perf_counter()
     parts = (links([table], unit, len(table), hamming) for unit in units(len(table), hamming, 2**30))
@@ -126,7 +127,7 @@ def quality(folder: str, count: int, contrast: float, hamming: int, seed: int) -
 def speed(count: int, memory: int, seconds: float) -> None:
 
     def pieces() -> Iterator[Rows]:
-        """Made again each time, as they would be read from a file each time."""
+        """Generated again at each call, as if read from a file again."""
         rng = np.random.default_rng(0)
         for start in range(0, count, 1 << 20):
             table = np.zeros(min(1 << 20, count - start), ROW)

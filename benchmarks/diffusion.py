@@ -1,16 +1,17 @@
-"""Diffusion training on a CPU: what masking and averaging do to time and accuracy, and speed against diffusers.
+"""Diffusion training on a CPU: effects of masking and averaging on time and accuracy, and speed against diffusers.
 
     python benchmarks/diffusion.py [what=ablation,speed] [steps=2400] [rounds=7] [size=nano] [batch=32]
         [precision=float32] [compile=false] [threads=1]
 
-`ablation` trains `nano_mixer` on drawn scenes of one object with each part of the tokens masked, and lets the judge of
-`shapes` look at 32 prompts drawn with the averaged and with the last weights. All masks get the same number of steps.
+`ablation` trains `nano_mixer` on drawn scenes of one object with each fraction of tokens masked, and judges images of
+32 prompts, generated with the EMA weights and with the last weights, as for `shapes`. All masks get the same number of
+steps.
 
-`speed` takes turns at whole training steps of networks as deep and wide, with as many tokens, as diffusers'
-`DiTTransformer2DModel` (classes) and `PixArtTransformer2DModel` (attention to a text). Ours: what `stage=train` does,
-drawing of noise, averaging of weights and all. Theirs: noise, forward and backward pass, clipping, AdamW, on the whole
-batch, and (`in parts`) on the parts that ours takes. `compile=true` compiles all. A ratio is the median of the ratios
-of single turns; the peak, for MFU, is that of products of matrices in the same turns.
+`speed` alternates between whole training steps of networks with the same depth, width and number of tokens as
+diffusers' `DiTTransformer2DModel` (classes) and `PixArtTransformer2DModel` (attention to a text). Ours: all that
+`stage=train` does, including drawing noise and averaging weights. Theirs: noise, forward and backward pass, clipping,
+AdamW, on the whole batch, and (`in parts`) on the parts that ours uses. `compile=true` compiles all. A ratio is the
+median of the ratios of single turns; the peak, for MFU, is that of matrix products in the same turns.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ def ablation(steps: int) -> None:
 
 
 class Noise:
-    """Latents of nothing."""
+    """Random latents."""
 
     def __init__(self, count: int) -> None:
         self._image, self._text = torch.randn(count, *PLAIN.image_shape), torch.randn(count, *PLAIN.caption_shape)
@@ -109,7 +110,7 @@ class Noise:
 
 @dataclass
 class Contestant:
-    """``step``: trains on a batch; ``part``: so many images at a time; ``flops``: of one image's forward pass."""
+    """``step``: trains on a batch; ``part``: images per forward pass; ``flops``: of one image's forward pass."""
 
     step: Callable[[], object]
     model: nn.Module
@@ -145,7 +146,7 @@ def ours(config: TrainConfig, data: Noise, text: str) -> Contestant:
 
 
 def theirs(config: TrainConfig, data: Noise, text: bool, part: int) -> Contestant:
-    """A plain training step of diffusers' transformer, rectified flow as well."""
+    """A plain training step of diffusers' transformer, also with rectified flow."""
     from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel
 
     shape = SIZES[config.model]
@@ -215,7 +216,7 @@ def speed(config: TrainConfig, rounds: int) -> None:
             contestant.step()
             between = perf_counter()
             matrix @ matrix
-            if number:  # the first turn warms up
+            if number:  # the first round is a warm-up
                 times[name].append(between - start)
                 peak = max(peak, 2 * 1024**3 / (perf_counter() - between))
     print(f"batch {config.batch_size}, {config.precision}, {torch.get_num_threads()} threads, ", end="")

@@ -1,16 +1,16 @@
-"""A list of URLs to resized images in tars: this pipeline against img2dataset, on a server of this machine.
+"""From a list of URLs to resized images in tars: this pipeline against img2dataset, with a server on this machine.
 
     python benchmarks/download.py [images=20000] [processes=2] [peer=<python with img2dataset>] [rounds=1]
         [photos=<folder> megapixels=1|4|12]
 
-img2dataset wants a virtual environment of its own, as it pins other versions of much:
+img2dataset needs its own virtual environment, as it pins other versions of many packages:
     python -m venv /tmp/peer && /tmp/peer/bin/pip install img2dataset==1.47.0
     python benchmarks/download.py peer=/tmp/peer/bin/python
 
-Both bring 200 different JPEGs of 640x480 (quality 90), each by many URLs, to a smaller edge of 256, quality 95; with
-`photos`, photos of that size, as benchmarks/images.py has them, to a smaller edge of 512. The server runs on the same
-cores, and ours decodes in the ranks themselves (workers=0), as img2dataset does. Ratios of one run; memory is the
-largest sum over all processes of one side.
+Both resize 200 different JPEGs of 640x480 (quality 90), each with many URLs, to a shorter edge of 256, quality 95; with
+`photos`, photos of that size, as in benchmarks/images.py, to a shorter edge of 512. The server runs on the same cores,
+and ours decodes in the ranks themselves (workers=0), as img2dataset does. Ratios are of one run; memory is the peak of
+the sum over all processes of one side.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ KINDS = 200
 
 
 def image(seed: int) -> bytes:
-    """Soft colours with some grain, as photos have; about 60 kB."""
+    """Soft colours with some grain, as in photos; about 60 kB."""
     rng = np.random.default_rng(seed)
     large = Image.fromarray(rng.integers(0, 255, (12, 16, 3), np.uint8)).resize((640, 480), Image.Resampling.BICUBIC)
     grain = rng.normal(0, 6, (480, 640, 3))
@@ -53,7 +53,7 @@ def image(seed: int) -> bytes:
 
 
 def serve(ready: socket.socket, images: list[bytes]) -> None:
-    """Answers GET /<number>.jpg, and keeps connections open."""
+    """Answer GET /<number>.jpg, keeping connections open."""
     replies = []
     for data in images:
         replies.append(b"HTTP/1.1 200 OK\r\nContent-Type: image/jpeg\r\nContent-Length: %d\r\n\r\n" % len(data) + data)
@@ -81,7 +81,7 @@ def serve(ready: socket.socket, images: list[bytes]) -> None:
 
 
 def measured(command: list[str], folder: Path) -> tuple[float, int]:
-    """Seconds that a command takes, and the largest memory of it and its children in bytes."""
+    """Seconds that a command takes, and the peak memory of it and its children in bytes."""
     peak = 0
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "NO_ALBUMENTATIONS_UPDATE": "1"}
     begin = time.perf_counter()

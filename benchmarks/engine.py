@@ -2,11 +2,11 @@
 
     python benchmarks/engine.py [plan=1000000] [partitions=100000] [world=1000] [folder=<where to work>]
 
-Every phase runs in a process of its own, so that its peak of memory is its own. Partitions are empty: all that is
-measured is the engine. Most are put in place by this program; those of the ranks that are measured are done by real
-workers. File operations are those of the main thread that pass `pipeline.storage`: a heartbeat adds one for each claim
-held (there is one at a time) and one event, six times per lease. In memory (/dev/shm, the default where there is one)
-seconds are the engine's own; how long a real file system takes follows from the counts.
+Every phase runs in its own process, so that its peak memory is measured separately. Partitions are empty, so that only
+the engine is measured. Most are put in place by this program; those of the measured ranks are processed by real
+workers. File operations are those of the main thread that pass through `pipeline.storage`; a heartbeat adds one for
+each claim held (one at a time) and one event, six times per lease. In memory (/dev/shm, the default if it exists),
+seconds are the engine's own; the time on a real file system follows from the counts.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ from pipeline.samples import Outcome, Schema
 from pipeline.telemetry import events as telemetry
 from pipeline.telemetry.events import BEAT, Events
 
-FULL = 1_000_000  # partitions that everything is extrapolated to
-LOOKS = 25  # of an idle rank
+FULL = 1_000_000  # number of partitions that results are extrapolated to
+LOOKS = 25  # looks of an idle rank
 EVENTS = 20  # lines in each rank's event file
 
 
@@ -62,7 +62,7 @@ EVENTS = 20  # lines in each rank's event file
 
 
 class Empty(Stage):
-    """`count` partitions, each with one input and no sample. It bears the name of a stage that the engine knows."""
+    """`count` partitions, each with one input and no sample. It uses the name of a stage that the engine knows."""
 
     name = "download"
     reads_upstream = False
@@ -83,12 +83,12 @@ def make(output: str, count: int, rank: int = 0, world: int = 1) -> Empty:
     return Empty(DownloadConfig(output=output, count=count), Rank(Place(rank=rank, world_size=world)))
 
 
-# ---- measuring
+# ---- measurement
 
 
 @dataclass
 class Cost:
-    """What a phase took; operations are counted by kind, apart for what a worker did after its own range."""
+    """Cost of a phase; operations are counted by kind, separately for what a worker did after its own range."""
 
     seconds: float = 0.0
     busy: float = 0.0
@@ -100,11 +100,11 @@ class Cost:
 
 
 class Enough(Exception):
-    """The idle rank has looked often enough."""
+    """Raised when the idle rank has looked often enough."""
 
 
 class Meter:
-    """Context: measures into ``cost``; ends the work by Enough when it would look around for the ``looks``-th time."""
+    """Context that measures into ``cost``, and raises Enough before the ``looks``-th look for work."""
 
     def __init__(self, looks: int = 0) -> None:
         self.cost = Cost()
@@ -141,13 +141,13 @@ def _listed(path: str) -> str:
 
 
 def memory(name: str) -> float:
-    """MiB of this process; unlike ru_maxrss, VmHWM does not inherit the peak of the process that started it."""
+    """A value of /proc/self/status in MiB; unlike ru_maxrss, VmHWM does not inherit the peak of the parent process."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{name}:"))
 
 
 def apart(phase: Callable[..., Cost], *arguments: Any) -> Cost:
-    """Run ``phase`` in a fresh process, which ends with this one."""
+    """Run ``phase`` in a fresh process that ends with this one."""
     if sys.stderr.isatty():
         print(f"  {phase.__name__} ...", end="\r", file=sys.stderr, flush=True)
     context = multiprocessing.get_context("spawn")
@@ -165,18 +165,18 @@ def apart(phase: Callable[..., Cost], *arguments: Any) -> Cost:
 
 
 def _child(sender: Connection, phase: Callable[..., Cost], arguments: tuple[Any, ...]) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # who started us ends us
-    with BytesIO() as file:  # what libraries load when they are first used is no cost of the phase
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process ends this one
+    with BytesIO() as file:  # loads libraries lazily, which is not part of the phase
         pq.write_table(pa.table({"warm": [["up"]]}), file, compression="zstd")
         pq.read_table(file)
     sender.send(phase(*arguments))
 
 
-# ---- partitions that are there without work
+# ---- partitions that exist without work
 
 
 def fill(dataset: Dataset, indices: Iterable[int]) -> None:
-    """Put committed empty partitions in place, as copies of one that the engine has made; then mark full buckets."""
+    """Put committed empty partitions in place, as copies of one made by the engine; then mark full buckets."""
     record, ledger = _pattern(dataset)
     present = {path.name: set(os.listdir(path)) for path in (dataset.root.path / "data").iterdir()}
     first: dict[str, Path] = {}
@@ -198,7 +198,7 @@ def fill(dataset: Dataset, indices: Iterable[int]) -> None:
 
 
 def _pattern(dataset: Dataset) -> tuple[dict[str, Any], bytes]:
-    """Record and ledger of partition 0, which is done now if it is not there yet."""
+    """Record and ledger of partition 0, which is processed now if it does not exist yet."""
     if dataset.record(0) is None:
         with Attempt(dataset, 0) as attempt:
             attempt.run((), 2**26, lambda: None)
@@ -209,7 +209,7 @@ def _pattern(dataset: Dataset) -> tuple[dict[str, Any], bytes]:
 
 
 def reopen(dataset: Dataset, indices: Iterable[int]) -> None:
-    """Take partitions away again, with the marks that say their buckets are full."""
+    """Remove partitions again, and the marks of their full buckets."""
     for index in indices:
         shutil.rmtree(dataset.root.path / dataset.path_of(index))
         dataset.root.unlink(_marker(index // BUCKET), missing_ok=True)
@@ -253,7 +253,7 @@ def filling(output: str, count: int) -> Cost:
 
 
 def claiming(output: str, count: int, rank: int, dead: int, world: int) -> Cost:
-    """A worker does its own range, then that of a rank which is not there; all others have done theirs."""
+    """A worker processes its own range, then that of a missing rank; all others have finished theirs."""
     dataset = Dataset.open(output)
     reopen(dataset, [*span(dataset, rank, world), *span(dataset, dead, world)])
     worker = _worker(Worker, dataset, count, rank, world)
@@ -274,7 +274,7 @@ class Sleepless(Worker):
 
 
 def idling(output: str, count: int, rank: int, world: int) -> Cost:
-    """A worker that is done looks around, while all the others are still at the last partition of their ranges."""
+    """A worker that has finished looks for work while all others are at the last partition of their ranges."""
     dataset = Dataset.open(output)
     others = [span(dataset, other, world) for other in range(world) if other != rank]
     busy = [indices[-1] for indices in others if indices]
@@ -305,9 +305,9 @@ def _worker(kind: type[Any], dataset: Dataset, count: int, rank: int, world: int
 
 
 def status(output: str, world: int, looks: int) -> Cost:
-    """What launch/status.py does at its first look, or (2) its second one, while all ranks are at work."""
+    """Cost of the first look of launch/status.py, or (2) of its second, while all ranks are at work."""
     with storage.Folder.open(output) as root:
-        shutil.rmtree(Path(output) / "events")  # of the workers before
+        shutil.rmtree(Path(output) / "events")  # from previous workers
         for rank in range(world):
             events = Events(root, Rank(Place(rank=rank, world_size=world)))
             events.totals.update({"partitions": 100, "in": 100_000, "kept": 90_000, "dropped": 10_000, "bytes": 10**10})
@@ -322,7 +322,7 @@ def status(output: str, world: int, looks: int) -> Cost:
 
 
 def footprint(output: str, count: int) -> Cost:
-    """One rank does `count` partitions, each with an empty tar; then they are packed. What lies there, for each."""
+    """Process `count` partitions with an empty tar each on one rank, then pack them; measures files per partition."""
     stage = make(output, count)
     dataset = open_or_plan(stage)
     events = Events(dataset.root, stage.rank)
@@ -348,7 +348,7 @@ def footprint(output: str, count: int) -> Cost:
 
 
 def requests_of_a_chain(folder: Path) -> Counter[str]:
-    """Commands of SLURM that submitting three stages runs, each a request to its controller; stand-ins count them."""
+    """SLURM commands run to submit three stages, each a request to the controller; counted by stand-ins."""
     programs = folder / "bin"
     programs.mkdir()
     answers = {"sbatch": "Submitted batch job 7", "scontrol": "MaxArraySize = 1001"}
@@ -364,7 +364,7 @@ def requests_of_a_chain(folder: Path) -> Counter[str]:
 
 
 def starting(folder: Path) -> Counter[str]:
-    """System calls by which stage=download starts and looks at its finished output; none without strace."""
+    """System calls with which stage=download starts and checks its finished output; empty without strace."""
     command = [
         sys.executable,
         "-m",
@@ -387,7 +387,7 @@ def starting(folder: Path) -> Counter[str]:
 
 
 def load_table(cost: Cost, idle: Cost, asked: Counter[str], start: Counter[str]) -> None:
-    """What a run asks of the file system and of SLURM's controller."""
+    """Load of a run on the file system and on SLURM's controller."""
     note = cost.note
     said = ", ".join(f"{name} {count:,}" for name, count in start.most_common()) or "not counted: no strace here"
     print(f"\nOn the file system, when a rank starts: {said}")
@@ -416,7 +416,7 @@ def finishing(output: str) -> Cost:
 
 
 def row(what: str, cost: Cost, factor: float = 0.0) -> None:
-    """One line; ``factor``: how much more it is with FULL partitions (0: it is no more)."""
+    """Print a row; ``factor``: factor of growth with FULL partitions (0: none)."""
     operations = (cost.own + cost.helping).total()
     line = f"{what:<48}{cost.seconds:>9.2f}{cost.busy:>8.2f}{cost.peak:>8.0f}{cost.peak - cost.before:>+8.0f}"
     more = factor or 1.0
@@ -430,7 +430,7 @@ def kinds(counts: Counter[str], per: float) -> str:
 
 
 def claims_table(costs: dict[int, Cost], idle: Cost, count: int, world: int) -> None:
-    """Where the operations of workers go."""
+    """Print the operations of workers by kind."""
     print(f"\nOperations of workers, of {world:,} ranks with {count:,} partitions:")
     own = sum((cost.own for cost in costs.values()), Counter[str]())
     helping = sum((cost.helping for cost in costs.values()), Counter[str]())

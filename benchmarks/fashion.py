@@ -1,15 +1,15 @@
-"""Fashion-MNIST, from its publisher's files to a judged classifier, next to a convolutional network of the same cost.
+"""Fashion-MNIST, from its publisher's files to an evaluated classifier, and a convolutional network of the same cost.
 
     apt-get install dataset-fashion-mnist
     python benchmarks/fashion.py [seeds=2] [folder=/usr/share/datasets/fashion-mnist] [data_dir=...] [subset=small]
                                  [settings of stage=train, as epochs=1]
 
-download → filter → shard → train (Vision Mamba, recipe=fashion_cpu) → evaluate, each as a user runs it. The seeds are
-trained side by side, with as many threads each as there are CPUs for it. The baseline sees the same batches in the same
-training loop: two convolutions at each of three scales, as wide as makes a forward pass cost as many operations as the
-Vision Mamba's. Figures are means over seeds; minutes are those of training, by the clock and of CPU time, which other
-work on the machine changes little. With `data_dir=` the data are kept, and used again. `subset=small` takes a hundredth
-of the images, to see that all of it runs.
+download → filter → shard → train (Vision Mamba, recipe=fashion_cpu) → evaluate, each run as by a user. The seeds are
+trained in parallel, dividing the CPUs among them. The baseline sees the same batches in the same training loop: two
+convolutions at each of three scales, with a width that gives a forward pass as many FLOPs as the Vision Mamba's.
+Figures are means over seeds; minutes are those of training, in wall-clock time and in CPU time, which depends less on
+other work on the machine. With `data_dir=`, the data are kept and reused. `subset=small` uses a hundredth of the
+images, as a test run.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ from pipeline.training.loggers import forward_flops
 from pipeline.training.loop import train
 from pipeline.training.tasks.classify import Classify, normalised
 
-_JUDGED = 500  # test images at a time
+_JUDGED = 500  # test images per batch
 
 
 class Convolutions(nn.Module):
-    """Two convolutions at each of three scales, the mean over places, a linear layer."""
+    """Two convolutions at each of three scales, global average pooling, a linear layer."""
 
     def __init__(self, width: int, classes: int) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class Convolutions(nn.Module):
 
 
 class ClassifyByConvolutions(Classify):
-    """The same task with the network of convolutions whose forward pass costs about as much."""
+    """The same task with a convolutional network whose forward pass costs about as much."""
 
     def __init__(self, config: TrainConfig, data: ImageDataset) -> None:
         super().__init__(config, data)
@@ -91,7 +91,7 @@ class ClassifyByConvolutions(Classify):
 
 
 def run(stage: str, *settings: str) -> None:
-    """A stage as a user runs it; ends the program if it fails."""
+    """Run a stage as a user would; exits if it fails."""
     done = subprocess.run(
         [sys.executable, "-m", f"pipeline.stages.{stage}", *settings],
         cwd=Path(__file__).resolve().parents[1],
@@ -104,7 +104,7 @@ def run(stage: str, *settings: str) -> None:
 
 
 class Place:
-    """Where the dataset and its runs lie."""
+    """Folders of the dataset and its runs."""
 
     def __init__(self, data_dir: Path, subset: str) -> None:
         self.settings = ["dataset=fashion_mnist", f"data_dir={data_dir}", *([f"subset={subset}"] if subset else [])]
@@ -125,7 +125,7 @@ class Minutes:
 
 @contextmanager
 def timed() -> Iterator[Minutes]:
-    """Minutes that the block took: by the clock, and of CPU time of this process and the processes that ended in it."""
+    """Context that measures minutes of wall-clock time, and of CPU time of this process and ended child processes."""
     minutes = Minutes()
     begin, cpu = perf_counter(), _cpu_seconds()
     yield minutes
@@ -162,7 +162,7 @@ def ours(at: Place, seed: int, settings: list[str]) -> tuple[float, Minutes]:
 
 
 def theirs(at: Place, seed: int, settings: list[str]) -> tuple[float, Minutes]:
-    """The same of the convolutions."""
+    """Like :func:`ours`, for the convolutional network."""
     config = config_of(at, seed, settings)
     torch.set_num_threads(config.threads)
     place = at.run(f"convolutions-{seed}")

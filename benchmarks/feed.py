@@ -1,12 +1,12 @@
-"""What stage=precompute costs a rank's own process for each image, with encoders that cost nothing.
+"""CPU time per image of a rank's own process in stage=precompute, with encoders that cost nothing.
 
     python benchmarks/feed.py [images=2048] [edge=256] [resolutions=256] [batch=32] [tokens=77x1024] [rounds=3]
 
-The rank reads rows, hashes them, hands images to one decoding process, makes rows of latents and text states (those of
-ViT-H-14, a different caption for each image), writes and hashes them, and commits. Its networks, the copies to and from
-a GPU and what a GPU does to the results are left out: ready bytes stand in for them. Printed is the CPU time of the
-rank's process (all of its threads; they share the interpreter's lock) for each image after the first, and how many
-images a second that allows; the decoding process is not counted.
+The rank reads rows, hashes them, sends images to one decoding process, makes rows of latents and text states (those of
+ViT-H-14, a different caption for each image), writes and hashes them, and commits. Networks, copies to and from a GPU,
+and conversion of results on the GPU are replaced by prepared bytes. Prints the CPU time of the rank's process (all its
+threads, which share the interpreter's lock) per image after the first batch, and the images per second that this
+allows; the decoding process is not counted.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ PARTITION = 1024
 
 
 def images(folder: Path, count: int, edge: int) -> None:
-    """JPEGs of 4:3 whose smaller edge is ``edge``, about as large in bytes as photographs, and captions."""
+    """Write 4:3 JPEGs with shorter edge ``edge``, about as many bytes as photos, and captions."""
     random = np.random.default_rng(0)
     folder.mkdir(parents=True)
     for number in range(count):
@@ -54,7 +54,7 @@ def run_stage(stage: str, **settings: Any) -> None:
 
 
 class Ready:
-    """Instead of :meth:`Encoding.encode`: bytes of the right shapes that lie ready; notes the first batch's time."""
+    """Replaces :meth:`Encoding.encode`: returns prepared bytes of the right shapes; records the first batch's time."""
 
     def __init__(self, resolutions: list[int], batch: int, size: int) -> None:
         self.columns = {
@@ -77,7 +77,7 @@ class Ready:
 
 
 def measured(root: Path, resolutions: list[int], batch: int, count: int) -> float:
-    """Seconds of this process for each image, from the first batch on."""
+    """Seconds of this process per image, from the first batch on."""
     size = EmbeddedTextEncoder.length * EmbeddedTextEncoder.width * 2
     ready = Ready(resolutions, batch, size)
     original, Encoding.encode = Encoding.encode, lambda self, given: ready(given)  # type: ignore[method-assign,assignment]

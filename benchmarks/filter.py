@@ -1,13 +1,14 @@
-"""How much of the bare image function's speed the whole filter stage keeps, with 1 and 2 processes.
+"""Speed of the whole filter stage relative to the bare image function, with 1 and 2 processes.
 
     python benchmarks/filter.py [photos=<folder>] [count=1500] [processes=1,2] [rounds=3]
 
-Bare: that many processes call `pipeline.imaging.transform.judge` on photos of 1 MP in memory, and drop the result.
-Stage: the same photos as files in a folder, through one rank with that many workers: reading, hashing, ledger, tar,
-fsync and commit; its rate is the difference between `count` and a sixth of it, without its start. Rounds alternate;
-ratios are medians.
-`by CPU time` compares seconds of CPU per image, of rank and workers together, both with so many processes at once (two
-on one core share its caches): where all cores are busy, that is what counts, and other programs disturb it less.
+Bare: the processes call `pipeline.imaging.transform.judge` on photos of 1 MP in memory, and discard the result.
+Stage: the same photos as files in a folder, through one rank with as many workers: reading, hashing, ledger, tar, fsync
+and commit; its rate is computed from the difference between `count` and a sixth of it, to exclude its start. Rounds
+alternate; ratios are medians.
+`by CPU time` compares CPU seconds per image, of rank and workers together, both with the same number of processes at
+once (two on one core share its caches): this is what matters when all cores are busy, and it depends less on other
+programs.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from pipeline.stages.filter import Filter
 
 
 def bare(files: Sequence[bytes], count: int) -> float:
-    """Seconds of CPU."""
+    """CPU seconds to judge ``count`` images."""
     begin = process_time()
     for number in range(count):
         judge(files[number % len(files)], Rules(), DEFAULT_LIMITS)
@@ -44,21 +45,21 @@ def bare(files: Sequence[bytes], count: int) -> float:
 
 
 def bare_seconds(files: Sequence[bytes], count: int, processes: int) -> tuple[float, float]:
-    """By the clock, and of CPU."""
+    """Wall-clock seconds and CPU seconds."""
     with ProcessPoolExecutor(processes, get_context("forkserver")) as pool:
-        list(pool.map(bare, [files] * processes, [len(files)] * processes))  # they have started
+        list(pool.map(bare, [files] * processes, [len(files)] * processes))  # waits until all have started
         begin = perf_counter()
         cpu = sum(pool.map(bare, [files] * processes, [count // processes] * processes))
         return perf_counter() - begin, cpu
 
 
 def cpu_seconds() -> float:
-    """Of this process and all children that have ended."""
+    """CPU seconds of this process and all ended children."""
     return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
 
 
 def stage_seconds(download: Path, processes: int) -> tuple[float, float]:
-    """By the clock, and of CPU."""
+    """Wall-clock seconds and CPU seconds."""
     with tempfile.TemporaryDirectory(dir=download.parent) as place:
         config = FilterConfig(input=str(download), output=f"{place}/filter", workers=str(processes))
         stage = Filter(config, Rank())

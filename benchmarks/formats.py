@@ -1,25 +1,25 @@
-"""Storage formats side by side: how fast they are written and read, against libraries that do the same, in one run.
+"""Speed of writing and reading storage formats, against other libraries, in one run.
 
     python benchmarks/formats.py [parts=prepare,write,many,raw,read,decoded,report] [samples=3000] [many=12000]
                                  [kilobytes=133] [rounds=5] [folder=<where to work; stays>] [workers=0,2]
                                  [plot=formats.png]
 
-With ``folder=``, parts can be run one by one, and again for more rounds, until ``prepare`` begins again; ``report``
-prints all and draws the plot. Rivals that are not installed are left out: pip install litdata datasets. All get the
-same JPEG files. Contestants take turns, and a ratio is the median of the ratios of single rounds, so that a change of
-the machine's speed hits both sides.
+With ``folder=``, parts can be run one by one, and repeated for more rounds, until ``prepare`` starts again; ``report``
+prints all results and draws the plot. Libraries that are not installed are skipped: pip install litdata datasets. All
+get the same JPEG files. Contestants take turns, and a ratio is the median of the ratios of single rounds, so that a
+change in the machine's speed affects both sides.
 
-Writing (``write``: of ``samples``; ``many``: of that many) is done in a fresh process for each contestant and round:
-``call`` is what is called to write, ``process`` has imports and the start of Python in it. The files are in the page
-cache. Ours and litdata use two processes.
+Writing (``write``: of ``samples``; ``many``: of ``many`` samples) uses a fresh process for each contestant and round:
+``call`` is the time of the call that writes, ``process`` includes imports and the start of Python. The files are in the
+page cache. Ours and litdata use two processes.
 
 Reading is of whole epochs by a DataLoader, in batches of 64 that reach the main process, from data in the page cache;
-streams are shuffled as their documentation has it. Workers persist, and the first epoch is not counted: it starts them,
-opens files and, with us alone, checks hashes. ``raw`` looks at one byte of each sample, ``read`` goes through all of
-them, ``decoded`` has the worker decode (simplejpeg for all) and hands over a byte. Ours give views of the page cache
-(``output="view"``); ``ipc as bytes`` copies. Limits: ``page cache`` reads the same bytes by pread from one file,
-``decode`` decodes them from memory, ``disk`` writes the bytes to one file and calls fsync, as ours do and no other: on
-a slow disk this bounds ours alone (``folder=/dev/shm/...`` takes the disk out of it).
+streams are shuffled as in their documentation. Workers persist, and the first epoch is not counted: it starts them,
+opens files and, for ours only, checks hashes. ``raw`` reads one byte of each sample, ``read`` all of them; ``decoded``
+has the worker decode (simplejpeg for all) and return one byte. Ours return views of the page cache (``output="view"``);
+``ipc as bytes`` copies. Limits: ``page cache`` reads the same bytes by pread from one file, ``decode`` decodes them
+from memory, ``disk`` writes the bytes to one file and calls fsync, which only ours do: on a slow disk, this limits only
+ours (``folder=/dev/shm/...`` excludes the disk).
 """
 
 from __future__ import annotations
@@ -52,19 +52,19 @@ FORMATS = ("ipc", "parquet", "mds", "tar")
 COPIED, BY_INDEX = "ipc as bytes", "StreamingDataset[i]"
 OURS = (*FORMATS, COPIED)
 QUICK = (*FORMATS, "StreamingDataset", "webdataset", "limit: disk")
-"""Those that write many samples."""
+"""Contestants that write many samples."""
 PEERS = ("StreamingDataset", "litdata", "webdataset")
 PARTS = ("prepare", "write", "many", "raw", "read", "decoded", "report")
 BATCH = 64
 Times = dict[str, list[float]]
-"""Of each contestant, a value for each round."""
+"""Contestant → a value for each round."""
 
 
 # ---- samples
 
 
 def jpegs(count: int, kilobytes: int) -> Iterator[bytes]:
-    """JPEGs of about this size: pieces of scikit-learn's photos with noise, so that they do not compress alike."""
+    """JPEGs of about this size: pieces of scikit-learn's photos with noise, so that they compress differently."""
     from PIL import Image
     from sklearn.datasets import load_sample_images
 
@@ -93,7 +93,7 @@ class Mapped:
         return sample["jpg"], sample["label"]
 
 
-# ---- what is done with a batch
+# ---- processing of a batch
 
 
 def as_pairs(batch: Sequence[Any]) -> list[Sample]:
@@ -105,7 +105,7 @@ def decoded(batch: Sequence[Any]) -> list[int]:
 
 
 def consume(work: str, batch: list[Any]) -> int:
-    """What the main process does with a batch."""
+    """Processing of a batch in the main process."""
     if work == "raw":
         return sum(int(data[len(data) // 2]) for data, _ in batch)
     return sum(xxhash.xxh3_64_intdigest(data) for data, _ in batch) if work == "read" else len(batch)
@@ -115,14 +115,14 @@ def consume(work: str, batch: list[Any]) -> int:
 
 
 def compare_writing(root: Path, source: Path, names: Sequence[str], stays: bool) -> tuple[Times, Times]:
-    """Seconds of the call, and of the whole process, in one round; what was written ``stays``, to be read."""
+    """Seconds of the call and of the whole process in one round; with ``stays``, the output is kept for reading."""
     call: Times = {}
     process: Times = {}
     for name in names:
         output = root / name.replace(": ", "-")
         shutil.rmtree(output, ignore_errors=True)
         os.sync()
-        for path in Files(source).files:  # systems that give memory back to their host forget them
+        for path in Files(source).files:  # some systems return page cache to their host
             Path(path).read_bytes()
         begin = perf_counter()
         done = subprocess.run([sys.executable, writers.__file__, name, source, output], capture_output=True, text=True)
@@ -139,7 +139,7 @@ def compare_writing(root: Path, source: Path, names: Sequence[str], stays: bool)
 
 
 class Order:
-    """A sampler: another permutation in each epoch, or none."""
+    """A sampler: a new permutation in each epoch, or none."""
 
     def __init__(self, count: int, shuffled: bool) -> None:
         self.count, self.shuffled, self.epoch = count, shuffled, 0
@@ -193,7 +193,7 @@ def indexed(name: str, root: Path, files: Files) -> Any:
     if name == BY_INDEX:
         from streaming import StreamingDataset
 
-        copy = root / "by-index"  # the library refuses to read one folder twice
+        copy = root / "by-index"  # the library refuses to read a folder twice
         if not copy.exists():
             shutil.copytree(root / "StreamingDataset", copy, copy_function=os.link)
         return Mapped(StreamingDataset(local=str(copy), shuffle=False, batch_size=1))
@@ -212,7 +212,7 @@ def epoch(batches: Any, work: str) -> float:
 
 
 def limit(root: Path, files: Files, work: str) -> tuple[str, Callable[[], float]]:
-    """What bounds the reading of all, in one process."""
+    """The limit of reading, in one process."""
     if work == "decoded":
         held = [files[number] for number in range(len(files))]
         return "limit: decode", partial(timed, lambda: decoded(held))
@@ -262,7 +262,7 @@ def compare_reading(root: Path, files: Files, rounds: int, work: str, shuffled: 
     return times
 
 
-# ---- the run
+# ---- main
 
 
 def main() -> None:
@@ -314,7 +314,7 @@ def measure_writing(root: Path, folder: str, names: Sequence[str], rounds: int) 
     files = Files(root / folder).files
     megabytes = sum(map(os.path.getsize, files)) / 1e6
     for _ in range(rounds):
-        names = random.sample(names, len(names))  # a disk may still be slow from the one before
+        names = random.sample(names, len(names))  # the disk may still be slow from the previous contestant
         for what, times in zip(("call", "process"), compare_writing(output, root / folder, names, stays), strict=True):
             rates = {name: [megabytes / s for s in seconds] for name, seconds in times.items()}
             keep(root, f"Writing, MB/s of the {what}: {len(files)} samples, {megabytes:.0f} MB", rates)
@@ -336,7 +336,7 @@ def _kept(root: Path) -> dict[str, Times]:
 
 
 def keep(root: Path, title: str, rates: Times) -> None:
-    """Add rounds to those that were measured in this folder."""
+    """Add rounds to the results stored in this folder."""
     kept = _kept(root)
     before = kept.get(title, {})
     kept[title] = {name: [*before.get(name, ()), *values] for name, values in rates.items()}
@@ -345,7 +345,7 @@ def keep(root: Path, title: str, rates: Times) -> None:
 
 
 class quiet:  # noqa: N801 - used like a function
-    """Context: what libraries print is left out."""
+    """Context that suppresses the output of libraries."""
 
     def __enter__(self) -> None:
         sys.stdout.flush()
@@ -363,7 +363,7 @@ class quiet:  # noqa: N801 - used like a function
 
 
 def show(title: str, rates: Times) -> None:
-    """Medians, and the median ratio to each peer."""
+    """Print medians, and the median ratio to each peer."""
     peers = [peer for peer in PEERS if peer in rates]
     print(f"\n{title}")
     print(f"{'':20}{'median':>9}{'best':>9}" + "".join(f"{f'x {peer}':>20}" for peer in peers))

@@ -1,16 +1,16 @@
-"""All figures of a GPU machine in one Markdown file; no network, no downloads: weights are random.
+"""All figures of a GPU machine in one Markdown file, without network or downloads: weights are random.
 
     python benchmarks/gpu.py [output=gpu.md] [parts=precompute,cpus,training,scans,generate] [size=full] [device=cuda]
-    python benchmarks/gpu.py size=tiny device=cpu       # a rehearsal of the script itself, which shows no figures
+    python benchmarks/gpu.py size=tiny device=cpu       # a test run of the script itself; its figures are meaningless
 
 - precompute: the stage against the networks' own forward pass, at 256 and at 256 and 512 pixels, with SDXL's
-  autoencoder and ViT-H-14's text tower; idle share of the GPU
-- cpus: images a second of the stage by number of decoding processes
+  autoencoder and ViT-H-14's text tower; idle fraction of the GPU
+- cpus: images per second of the stage by number of decoding processes
 - training: MFU of MicroDiT_XL_2, with three quarters of the tokens masked and with all, and of Vision Mamba
 - scans: the kernels of mamba_ssm against torch, forward and backward
-- generate: images a second of MicroDiT_XL_2 with 20 steps of DPM++ and guidance, decoded by SDXL's autoencoder
+- generate: images per second of MicroDiT_XL_2 with 20 steps of DPM++ and guidance, decoded by SDXL's autoencoder
 
-Each part runs in a process of its own; one that fails is told in the file, and makes the exit code 1.
+Each part runs in its own process; a failure is reported in the file, and the exit code is 1.
 """
 
 from __future__ import annotations
@@ -53,18 +53,18 @@ Rows = list[dict[str, str]]
 
 @dataclass(frozen=True)
 class Size:
-    """How much is measured."""
+    """Amount of work."""
 
     models: str
-    """For precompute: sdxl or small."""
+    """Models for precompute: sdxl or small."""
     resolutions: tuple[tuple[int, ...], ...]
     photos: int
-    """Different images; as many files as ``images`` name them."""
+    """Number of different images, to which ``images`` files are linked."""
     images: int
     batch: int
     rounds: int
     diffusion: str
-    """Model of diffusion."""
+    """Model for diffusion."""
     latents: tuple[int, int, int]
     captions: tuple[int, int]
     train_batch: int
@@ -91,7 +91,7 @@ SIZES = {
 
 
 def sibling(name: str) -> ModuleType:
-    """Another benchmark, as a module; by its path, since one of them bears the name of a program of ours."""
+    """Import another benchmark by path, as one of them has the name of one of our packages."""
     spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", ROOT / "benchmarks" / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -109,7 +109,7 @@ def synchronize(device: torch.device) -> None:
 
 
 class Photos:
-    """An input of precompute, and the networks that it is encoded with."""
+    """The input of precompute, and the networks that encode it."""
 
     def __init__(self, size: Size, folder: Path) -> None:
         self.bench = sibling("precompute")
@@ -128,7 +128,7 @@ class Photos:
         self.folder = folder
 
     def stage(self, size: Size, resolutions: tuple[int, ...], workers: int) -> tuple[float, dict[str, Any]]:
-        """Images a second of the stage, and what it noted of its speed."""
+        """Images per second of the stage, and its notes on its speed."""
         output = self.folder / f"latents-{os.urandom(4).hex()}"
         rate, notes = self.bench.stage_rate(
             self.upstream, output, vae=self.vae, text_encoder=self.text, image_resolutions=list(resolutions),
@@ -138,7 +138,7 @@ class Photos:
         return float(rate), notes
 
     def bare(self, size: Size, resolutions: tuple[int, ...], device: torch.device) -> float:
-        """Images a second of the networks alone, on a batch that lies on the device."""
+        """Images per second of the networks alone, on a batch that is on the device."""
         import numpy as np
         from PIL import Image
 
@@ -189,7 +189,7 @@ def cpus(size: Size, device: torch.device, folder: Path) -> Rows:
 
 
 class Noise:
-    """Latents of nothing, as ``count`` samples of one batch."""
+    """Random latents, as ``count`` samples of one batch."""
 
     def __init__(self, info: LatentInfo, count: int) -> None:
         torch.manual_seed(0)
@@ -230,7 +230,7 @@ def train_config(size: Size, device: torch.device, **settings: Any) -> TrainConf
 
 
 def run(task: Any, data: Any, config: TrainConfig, folder: Path) -> dict[str, Any]:
-    """The last line of a run's log: speeds after the first quarter, which warms up."""
+    """The last line of a run's log, with speeds after the first quarter, which is a warm-up."""
     folder.mkdir()
     with Folder.open(folder) as place:
         train(task, data, config, Rank(), place)
@@ -273,7 +273,7 @@ def scans(size: Size, device: torch.device, folder: Path) -> Rows:
 
 
 def scan_milliseconds(mixer: Any, backend: str, tokens: torch.Tensor, dtype: torch.dtype, turns: int) -> float:
-    """Median time of a mixer's forward and backward pass."""
+    """Median time of a mixer's forward and backward pass in milliseconds."""
     mixer.backend = backend
     times = []
     for _ in range(turns):
@@ -291,7 +291,7 @@ def generate(size: Size, device: torch.device, folder: Path) -> Rows:
     vae_name, text_name = sibling("precompute").models(size.models, folder)
     dtype = "bfloat16" if device.type == "cuda" else "float32"
     text, vae = text_encoder(text_name, device, dtype), autoencoder(vae_name, device, dtype)
-    # of a latent that this autoencoder would make of images of the size
+    # shape of this autoencoder's latents for images of this size
     shape = (vae.channels, size.latents[1], size.latents[2])
     model = DiT(dit_config(size.diffusion, shape, (text.length, text.width))).to(device).eval().requires_grad_(False)
     painter = Painter(model, Flow(), Normalisation((0.0,) * vae.channels, 1.0), vae, text, 0)
@@ -322,7 +322,7 @@ PARTS: dict[str, Callable[[Size, torch.device, Path], Rows]] = {
 }
 
 
-# ---- the file
+# ---- output file
 
 
 def table(rows: Rows) -> str:
@@ -344,7 +344,7 @@ def machine(device: torch.device) -> str:
 
 
 def run_part(name: str, size: str, device: str) -> tuple[Rows, str]:
-    """A part in a process of its own: its rows, or why there are none."""
+    """Run a part in its own process; returns its rows, or why there are none."""
     command = [sys.executable, __file__, f"part={name}", f"size={size}", f"device={device}"]
     begin = perf_counter()
     ended = subprocess.run(command, capture_output=True, text=True, check=False)

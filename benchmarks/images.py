@@ -1,17 +1,17 @@
-"""Images per second on one core: `pipeline.imaging.transform.process` against others, at four sizes; and its fidelity.
+"""Images per second on one core of `pipeline.imaging.transform.process` and others, at four sizes; and its fidelity.
 
     python benchmarks/images.py photos=<folder> [rounds=9] [core=0] [photo_count=6] [sizes=1,4,12] [stage=true]
 
-All bring JPEGs (quality 90, 4:2:0) to a smaller edge of 512 and write quality 95, 4:2:0. Contestants take turns on each
-photo; a ratio is the median of the ratios of single turns, so that a change of the machine's speed hits both sides.
-`floor` decodes in full and encodes, and nothing else: what no resizer can beat without a scaled decode. PSNR and SSIM
-compare pixels before encoding with a full decode and bicubic in floats.
-Without `photos`, scikit-learn's two are enlarged, which makes them softer than real ones. Debian's packages
+All resize JPEGs (quality 90, 4:2:0) to a shorter edge of 512 and write quality 95, 4:2:0. Contestants take turns on
+each photo; a ratio is the median of the ratios of single turns, so that a change in the machine's speed affects both
+sides. `floor` decodes in full and encodes, and nothing else: without a scaled decode, no resizer can be faster. PSNR
+and SSIM compare pixels before encoding with a full decode and bicubic resizing in floats.
+Without `photos`, scikit-learn's two are upscaled, which makes them softer than real ones. Debian's packages
 gnome-backgrounds, mate-backgrounds and plasma-workspace-wallpapers have some of 12 MP and more.
-pyvips takes part where it is installed (pip install pyvips pyvips-binary).
+pyvips takes part if it is installed (pip install pyvips pyvips-binary).
 
-How much of this speed the whole filter stage keeps is measured by benchmarks/filter.py, which `stage=true` runs at the
-end on the same photos; against img2dataset itself, with a server, it is benchmarks/download.py photos=<folder>.
+benchmarks/filter.py measures the speed of the whole filter stage relative to this; `stage=true` runs it at the end on
+the same photos. benchmarks/download.py photos=<folder> compares with img2dataset itself, with a server.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ CONTESTANTS: dict[str, Job] = {
     "OpenCV area": opencv_area,
     "floor": floor,
 }
-os.environ["VIPS_CONCURRENCY"] = "1"  # threads of each image
+os.environ["VIPS_CONCURRENCY"] = "1"  # threads per image
 try:
     import pyvips  # noqa: F401
 
@@ -143,9 +143,9 @@ def compare(name: str, size: tuple[int, int], files: list[bytes], rounds: int) -
         for data in files:
             for contestant, job in (
                 order[turn % len(order) :] + order[: turn % len(order)]
-            ):  # nobody is always the first
+            ):  # contestants take turns to be first
                 took = seconds(job, data)
-                if turn:  # the first only warms up
+                if turn:  # the first round is a warm-up
                     turns[contestant].append(took)
     psnr, ssims = zip(*map(fidelity, files), strict=True)
     said = f"PSNR min {min(psnr):.1f} mean {np.mean(psnr):.1f} dB, SSIM min {min(ssims):.4f} mean {np.mean(ssims):.4f}"

@@ -2,10 +2,10 @@
 
     python benchmarks/latents.py [samples=3000] [batch=64] [rounds=3] [folder=...]
 
-Samples are as micro_diffusion stores them: text states (77, 1024) and latents (4, 32, 32), float16. Ours reads ahead in
-one thread; StreamingDataset has a DataLoader with two workers. Both give batches of tensors; the page cache is warm.
-Then, for text states like those of ViT-H-14-378 (random weights), what each text_storage takes and costs, ragged ones
-for captions as long as those of COCO; `storage=false` leaves that out.
+Samples are as stored by micro_diffusion: text states (77, 1024) and latents (4, 32, 32), float16. Ours reads ahead in
+one thread; StreamingDataset uses a DataLoader with two workers. Both return batches of tensors; the page cache is warm.
+Then, for text states like those of ViT-H-14-378 (random weights), the size and error of each text_storage, with ragged
+ones for captions as long as those of COCO; `storage=false` skips this.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def write(folder: Path, samples: int) -> None:
 
 
 def rate(loader: Any) -> float:
-    """Samples per second of one epoch, from the second batch on: processes have started by then."""
+    """Samples per second of one epoch, from the second batch on, when processes have started."""
     count, begin = 0, 0.0
     for number, batch in enumerate(loader):
         if number:
@@ -77,8 +77,8 @@ def theirs(folder: Path, batch: int) -> Any:
 
 
 def storage() -> None:
-    """The text tower of DFN5B-CLIP-ViT-H-14-378 with random weights, on captions of 8 to 46 tokens; and the tokens of
-    captions of 8 to 13 words, 10.5 on average, as COCO's have."""
+    """Size and error of each storage, with the text tower of DFN5B-CLIP-ViT-H-14-378 (random weights) on captions of 8
+    to 46 tokens; ragged sizes are for captions of 8 to 13 words, 10.5 on average, as in COCO."""
     from pipeline.encoders.base import text_encoder
 
     captions = [f"a photo of {number} {'very ' * (2 * number)}red things on a table" for number in range(20)]

@@ -1,10 +1,10 @@
-"""Bytes of the text states of several captions for each sample, with and without padding, for captions as COCO's.
+"""Bytes of text states of several captions per sample, with and without padding, for captions as long as COCO's.
 
     python benchmarks/many_captions.py [samples=20000] [captions=5] [width=1024] [length=77]
 
-Captions have as many words as COCO's (a normal distribution of mean 10.5 and deviation 2.4, at least 7), 1.3 tokens a
-word and two marks, as CLIP's tokenizer makes on average. Sizes are those that stage=precompute stores, which depend on
-the number of tokens alone.
+Captions have as many words as COCO's (normally distributed, mean 10.5, standard deviation 2.4, at least 7), with 1.3
+tokens per word and two special tokens, as CLIP's tokenizer makes on average. Sizes are those stored by
+stage=precompute, which depend only on the number of tokens.
 """
 
 from __future__ import annotations

@@ -2,11 +2,10 @@
 
     python benchmarks/parquet_writer.py [samples=2000] [kilobytes=133] [rounds=5] [folder=<where to work>]
 
-Both write the same JPEG files, from the page cache, with the same row groups and pages, image bytes uncompressed and
-the other columns in zstd, and hash and sync what they write. The two take turns, and a ratio is the median of the
-ratios of single rounds. pyarrow's writer does not say where each image lies in the file, which our readers need: that
-it would have to be found out is not counted. ``disk`` is the bare limit: the same bytes hashed, written to one file and
-synced.
+Both write the same JPEG files from the page cache, with the same row groups and pages, image bytes uncompressed and the
+other columns in zstd, and hash and sync their output. The two take turns, and a ratio is the median of the ratios of
+single rounds. pyarrow's writer does not report where each image is in the file, which our readers need; the cost of
+finding out is not included. ``disk`` is the limit: the same bytes hashed, written to one file and synced.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ from pipeline.registry import formats as registry
 from pipeline.samples import Schema
 from pipeline.stages.shard import Shard
 
-_PAGE = 1 << 20  # bytes, as our writer has it
+_PAGE = 1 << 20  # bytes, as in our writer
 
 
 class ArrowWriter(ParquetWriter):

@@ -1,18 +1,18 @@
-"""stage=precompute against its limit, the models' own forward, and against the plain loop that most people write.
+"""stage=precompute against its limit, the models' own forward pass, and against a plain loop as usually written.
 
     python benchmarks/precompute.py [models=small] [images=128] [resolutions=64,128] [batch=16] [rounds=3] [folder=...]
     python benchmarks/precompute.py models=sdxl images=8192 resolutions=256,512 batch=32 price=2.5      # on a GPU
 
-`models=sdxl` takes SDXL's autoencoder and ViT-H-14's text tower with random weights. All contestants have one CPU
-thread for the models; `workers=` are the processes that decode (default: all CPUs but one; the plain loop has as many,
-and two at least), `compile=true` compiles the stage's models, `price=` is that of a GPU hour.
+`models=sdxl` uses SDXL's autoencoder and ViT-H-14's text tower with random weights. All contestants have one CPU thread
+for the models; `workers=` is the number of decoding processes (default: all CPUs but one; the plain loop has as many,
+at least two), `compile=true` compiles the stage's models, `price=` is that of a GPU hour.
 
-- bare: autoencoder and text encoder on a batch that lies ready on the device, again and again;
-- stage: decoding, resizing, encoding, writing MDS, ledgers, hashes, commits and the end of the dataset;
+- bare: autoencoder and text encoder on a batch that is on the device, repeatedly;
+- stage: decoding, resizing, encoding, writing MDS, ledgers, hashes, commits and finalizing the dataset;
 - plain loop: Pillow and torchvision transforms in a DataLoader, synchronous copies, MDSWriter.
 
-The clock of the last two runs from when their first batch is decoded. All take turns; a ratio is the median over the
-rounds, "of bare" against the mean of the runs before and after.
+The last two are timed from when their first batch is decoded. All take turns; a ratio is the median over the rounds,
+"of bare" relative to the mean of the runs before and after.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ from pipeline.partitions.dataset import Dataset
 from pipeline.stages import get_stage
 
 PARTS = 4  # partitions of the stage's input
-PEAK = {"A100": 312e12, "H100": 989e12, "H200": 989e12}  # dense bfloat16 operations per second, by the makers
+PEAK = {"A100": 312e12, "H100": 989e12, "H200": 989e12}  # dense bfloat16 FLOP/s, from the vendors' data sheets
 
 
 def write_images(folder: Path, count: int) -> None:
-    """JPEGs of 640x512 pixels with detail at all scales, and captions of 5 to 60 words."""
+    """Write JPEGs of 640x512 pixels with detail at all scales, and captions of 5 to 60 words."""
     random = np.random.default_rng(0)
     words = [f"word{number}" for number in range(500)]
     folder.mkdir(parents=True)
@@ -120,7 +120,7 @@ def synchronize() -> None:
 
 
 def stage_rate(upstream: Path, output: Path, **settings: Any) -> tuple[float, dict[str, Any]]:
-    """Images per second, from the first batch at the encoder to the end; and what the last partition noted."""
+    """Images per second, from the first batch at the encoder to the end; and the speed noted for the last partition."""
     begin: list[float] = []
 
     def encode(self: Encoding, batch: Batch) -> Encoded:
@@ -138,7 +138,7 @@ def stage_rate(upstream: Path, output: Path, **settings: Any) -> tuple[float, di
 
 
 def operations(vae: Any, text: Any, image: np.ndarray, resolutions: list[int]) -> float:
-    """Floating point operations of the models for one image and its caption."""
+    """FLOPs of the models for one image and its caption."""
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
         for resolution in resolutions:
             vae.moments(vae.preprocess([image], resolution))
@@ -174,7 +174,7 @@ class Plain(torch.utils.data.Dataset[Any]):
 
 
 def plain(folder: Path, output: Path, vae: Any, text: Any, resolutions: list[int], batch: int, workers: int) -> float:
-    """Images per second of the loop, from when its first batch is there."""
+    """Images per second of the loop, from when its first batch is ready."""
     columns = {"caption": "str", "caption_latents": "bytes", **{f"latents_{r}": "bytes" for r in resolutions}}
     loader = torch.utils.data.DataLoader(Plain(folder, resolutions), batch, num_workers=workers, prefetch_factor=2)
     begin, count = 0.0, 0

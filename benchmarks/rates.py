@@ -1,10 +1,10 @@
-"""CPU seconds that each stage takes per sample and per megabyte of its input: the table launch/rates.yaml.
+"""CPU seconds of each stage per sample and per megabyte of its input: the table launch/rates.yaml.
 
     python benchmarks/rates.py [photos=<folder>] [count=120] > rates.yaml
 
-Small drawings and photos of 1, 4 and 12 MP go through the stages of the main line, one rank and one worker. Each stage
-ends with an event that says how many seconds of CPU it took, of all its processes together; a quarter of the samples is
-run first, and the difference leaves its start out. The cost is fitted as `sample + megabyte * (MB of its input)`.
+Small drawings and photos of 1, 4 and 12 MP go through the main stages, with one rank and one worker. Each stage ends
+with an event that records the CPU seconds of all its processes; a quarter of the samples is run first, and the
+difference excludes the start. The cost is fitted as `sample + megabyte * (MB of its input)`.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def measure(folder: Path, photo_folder: str, count: int) -> dict[str, list[tuple
         for number in (max(4, count // 4), count):
             images = folder / f"{name} {number}" / "images/all"
             images.mkdir(parents=True)
-            for place in range(number):  # each with other bytes, so that none is a duplicate
+            for place in range(number):  # with different bytes, so that none is a duplicate
                 (images / f"{place:05d}.jpg").write_bytes(some[place % len(some)] + place.to_bytes(4, "big"))
             runs.append(cost(images.parents[1], images.parent))
         for stage in STAGES:
@@ -76,7 +76,7 @@ def measure(folder: Path, photo_folder: str, count: int) -> dict[str, list[tuple
 
 
 def fitted(points: list[tuple[float, float]]) -> tuple[float, float]:
-    """Non-negative ``sample`` and ``megabyte`` that come nearest; a sample takes at least 0.1 ms, about the error."""
+    """Best non-negative ``sample`` and ``megabyte``; ``sample`` is at least 0.1 ms, about the measurement error."""
     from scipy.optimize import nnls
 
     sizes, seconds = np.array(points).T

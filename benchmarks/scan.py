@@ -1,12 +1,12 @@
-"""Time and memory of our scans, forward and backward, against a loop under autograd and against what others do.
+"""Time and memory of our scans, forward and backward, against a loop under autograd and against other libraries.
 
     python benchmarks/scan.py [lengths=64,1024] [rounds=5] [batch=16] [width=192]
 
 A ratio is the median over rounds of (loop's time / contestant's time), all taking turns in one process; memory is the
-growth of the process's peak, each in a process of its own. float32, 16 states, one thread.
+growth of a process's peak, measured in a separate process for each. float32, 16 states, one thread.
 
     loop            the recurrence, step by step over unbind, under autograd
-    pscan           a parallel scan by Blelloch's tree in torch, as mamba.py has it
+    pscan           a parallel scan by Blelloch's tree in torch, as in mamba.py
     transformers    the steps of MambaModel's own path without kernels, from the discretisation on
 """
 
@@ -40,7 +40,7 @@ def loop(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> T
 
 
 def pscan(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
-    """Up-sweep and down-sweep over a power of two steps, written with slices so that autograd follows."""
+    """Up-sweep and down-sweep over a power of two steps, written with slices for autograd."""
     length = x.shape[1]
     size = 1 << (length - 1).bit_length()
     decay = torch.nn.functional.pad(torch.exp(dt[..., None] * a), (0, 0, 0, 0, 0, size - length))
@@ -60,7 +60,7 @@ def _tree(decay: Tensor, into: Tensor) -> Tensor:
 
 
 def hugging_face(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
-    """In its layout, (n, d, l), with its indexing of each step."""
+    """The scan of transformers' MambaModel, in its layout (n, d, l) and with its indexing of each step."""
     x, dt = x.transpose(1, 2), dt.transpose(1, 2)
     decay = torch.exp(a[None, :, None, :] * dt[..., None])
     into = dt[..., None] * b[:, None].float() * x[..., None].float()
@@ -100,9 +100,9 @@ def seconds(name: str, tensors: list[Tensor]) -> float:
 
 def peak_megabytes(arguments: tuple[str, int, int, int]) -> float:
     torch.set_num_threads(1)
-    seconds(arguments[0], inputs(arguments[0], 1, 2, HEAD))  # code is loaded
+    seconds(arguments[0], inputs(arguments[0], 1, 2, HEAD))  # loads code
     tensors = inputs(*arguments)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is in use
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the current use
     before = memory("VmHWM")
     seconds(arguments[0], tensors)
     return memory("VmHWM") - before
@@ -120,14 +120,14 @@ def main() -> None:
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     torch.set_num_threads(1)
     for length in map(int, options.get("lengths", "64,1024").split(",")):
-        slow = ("transformers",) if length > 256 else ()  # its backward pass is quadratic in the length
+        slow = ("transformers",) if length > 256 else ()  # their backward pass is quadratic in the length
         names = [name for name in CONTESTANTS if name not in slow]
         tensors = {name: inputs(name, batch, length, width) for name in names}
         times: dict[str, list[float]] = {name: [] for name in names}
         for turn in range(int(options.get("rounds", 5)) + 1):
             for name in names:
                 took = seconds(name, tensors[name])
-                if turn:  # the first only warms up
+                if turn:  # the first round is a warm-up
                     times[name].append(took)
         print(f"\nlength {length}, batch {batch}, width {width}, {STATES} states")
         print(f"{'':30}{'ms':>9}{'x loop':>9}{'MiB':>8}", flush=True)

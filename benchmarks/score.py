@@ -1,12 +1,11 @@
-"""What each scorer costs on a CPU, and how fast `stage=score` is beside the bare functions.
+"""Cost of each scorer on a CPU, and the speed of `stage=score` relative to the bare functions.
 
     python benchmarks/score.py photos=<folder> [count=800] [edge=512] [processes=<CPUs>] [rounds=3] [costs=true]
 
-The photos below the folder are cut into `count` JPEGs whose longer edge has `edge` pixels. First each scorer runs alone
-on images that are decoded, in one thread: CPU hours for a million images (CPU time, not the clock's). Then all
-scorers from pixels and captions that need no package run together: by `stage=score` with so many workers, and by as
-many processes that do nothing but decode and call the functions. Both take turns; the best of the rounds counts. It
-takes about three minutes.
+The photos below the folder are cut into `count` JPEGs whose longer edge has `edge` pixels. First, each scorer runs
+alone on decoded images, in one thread: CPU hours for a million images. Then all scorers of pixels and captions that
+need no package run together: by `stage=score` with `processes` workers, and by as many processes that only decode and
+call the functions. Both take turns; the best round counts. It takes about three minutes.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ TOGETHER = [
 
 
 def pieces(folder: str, count: int, edge: int) -> list[bytes]:
-    """JPEGs of `edge` x three quarters of it, cut out of the photos at random places and scales."""
+    """JPEGs of `edge` x three quarters of it, cropped from the photos at random positions and scales."""
     rng, found = random.Random(0), []
     paths = sorted(originals(folder))
     while len(found) < count:
@@ -131,7 +130,7 @@ def ratio(images: list[bytes], processes: int, rounds: int) -> None:
         paths = [str(path) for path in sorted((folder / "images").glob("*.jpg"))]
         took: dict[str, list[float]] = {"stage=score": [], "bare functions": []}
         with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
-            list(pool.map(bare, [paths[:1]] * processes))  # they have started
+            list(pool.map(bare, [paths[:1]] * processes))  # waits until all have started
             for number in range(rounds):
                 begin = perf_counter()
                 list(pool.map(bare, [paths[start : start + 25] for start in range(0, len(paths), 25)]))

@@ -1,11 +1,11 @@
-"""How long `stage=select` takes for a million samples, and how much memory: seconds, and again with other thresholds.
+"""Time and memory of `stage=select` for a million samples, also when repeated with other thresholds.
 
     python benchmarks/select_rows.py [rows=1000000] [partition=10000] [folder=<where to work>]
 
-The samples are made here: rows of captions without an image, and scores at random. Then selections follow each other,
-each in a process of its own, as one rank, into the same output with overwrite=true. Seconds are the clock's, from
-an opened input to `_SUCCESS`, beside the CPU time of the process; memory is the peak of its resident pages, less what
-it had before.
+The samples are generated: rows of captions without an image, and random scores. Selections then run one after the
+other, each in its own process with one rank, to the same output with overwrite=true. Seconds are wall-clock time, from
+the opened input to `_SUCCESS`, with the CPU time of the process next to it; memory is its peak resident size, less its
+size before.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ SELECTIONS: dict[str, dict[str, Any]] = {
 
 
 class Captioned(Stage):
-    """Samples with a caption of ten words and next to no image."""
+    """Samples with a caption of ten words and almost no image."""
 
     name = "download"
     reads_upstream = False
@@ -60,7 +60,7 @@ class Captioned(Stage):
     def process(self, partition: Partition, context: Context) -> Iterator[Outcome]:
         (span,) = partition.inputs
         random = np.random.default_rng(span.start)
-        chosen = (len(WORDS) * random.random((span.stop - span.start, 10)) ** 3).astype(int)  # some are common
+        chosen = (len(WORDS) * random.random((span.stop - span.start, 10)) ** 3).astype(int)  # some words are common
         for number, words in enumerate(chosen.tolist(), span.start):
             key = f"sample{number:09d}-jpg"
             caption = " ".join(WORDS[word] for word in words)
@@ -69,7 +69,7 @@ class Captioned(Stage):
 
 
 class Scored(Stage):
-    """Scores of them, at random."""
+    """Random scores of these samples."""
 
     name = "score"
 
@@ -100,13 +100,13 @@ def make(folder: str, rows: int, partition: int, rank: int, world: int) -> None:
 
 
 def memory(name: str) -> float:
-    """MiB of ``/proc/self/status``."""
+    """A value of ``/proc/self/status`` in MiB."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
     return int(line.split()[1]) / 1024
 
 
 def selected(folder: str, settings: dict[str, Any]) -> tuple[float, float, float, int]:
-    """Seconds, seconds of a CPU, MiB, and how many samples go on."""
+    """Seconds, CPU seconds, MiB, and the number of samples selected."""
     config = SelectConfig(input=f"{folder}/score", output=f"{folder}/select", overwrite=True, **settings)
     before, begin, busy = memory("VmRSS"), perf_counter(), process_time()
     success = engine.run(Select(config, Rank()))

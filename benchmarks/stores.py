@@ -1,14 +1,14 @@
-"""Object stores: bytes sent and received by one process, beside other clients; then latents read for training.
+"""Object stores: bytes sent and received by one process, against other clients; then latents read for training.
 
     python benchmarks/stores.py [delay=0.02] [megabytes=256] [samples=1500] [shard_megabytes=[2,16]] [rounds=2]
 
-The store is moto's S3 server on loopback, in a process of its own, behind a proxy in another that waits ``delay``
-seconds before it passes a request on. s3fs is measured where it is installed. The store limits all of them.
+The store is moto's S3 server on loopback, in its own process, behind a proxy in another that waits ``delay`` seconds
+before it forwards a request. s3fs is measured if it is installed. The store limits all of them.
 
-Latents are as in latents.py: text states (77, 1024) and latents (4, 32, 32), float16. An epoch begins with an empty
-cache, and is timed from the making of the loader to its last batch, each time in a new process. StreamingDataset has a
-DataLoader with no or two workers, of which the fastest counts. The limit is the time in which the library alone gets
-all shards, eight at a time. ``samples=0`` leaves this out, ``megabytes=0`` the first part.
+Latents are as in latents.py: text states (77, 1024) and latents (4, 32, 32), float16. An epoch starts with an empty
+cache, and is timed from the creation of the loader to its last batch, each time in a new process. StreamingDataset uses
+a DataLoader with no or two workers, of which the faster counts. The limit is the time in which the library alone
+downloads all shards, eight at a time. ``samples=0`` skips this part, ``megabytes=0`` the first.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ AT_ONCE = 8
 
 
 def serve(told: Any, behind: int, delay: float) -> None:
-    """Run the store or, given the port of one, the proxy before it, until the process is ended."""
+    """Run the store or, given its port, the proxy in front of it, until the process is ended."""
     if behind:
         with Proxy(behind) as proxy:
             proxy.delay = delay
@@ -51,7 +51,7 @@ def serve(told: Any, behind: int, delay: float) -> None:
 
 
 def started(behind: int, delay: float) -> tuple[int, Any]:
-    """Port of a server in a process of its own, and what ends it."""
+    """The port of a server in its own process, and a connection that ends it."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     context.Process(target=serve, args=(theirs, behind, delay), daemon=True).start()
@@ -65,7 +65,7 @@ def timed(do: Callable[[], Any]) -> float:
 
 
 def clients(place: str, folder: Path, size: int) -> dict[str, dict[str, Callable[[], Any]]]:
-    """Of each client, how it sends the file at ``folder / "data"`` and receives it again."""
+    """For each client, functions that send the file ``folder / "data"`` and receive it again."""
     import boto3
     import obstore
 
@@ -113,7 +113,7 @@ def clients(place: str, folder: Path, size: int) -> dict[str, dict[str, Callable
 
 
 def objects(work: Path, megabytes: int, delay: float) -> None:
-    """One object, sent and received."""
+    """Send and receive one object."""
     size = megabytes << 20
     (work / "data").write_bytes(os.urandom(size))
     print(f"one object of {megabytes} MiB, {delay * 1e3:.0f} ms a request; MB/s, and as a share of the bare client's")
@@ -129,7 +129,7 @@ def objects(work: Path, megabytes: int, delay: float) -> None:
 
 
 def write_latents(folder: Path, samples: int, shard_bytes: int) -> None:
-    """As micro_diffusion writes them."""
+    """Write latents as micro_diffusion does."""
     import numpy as np
     from streaming import MDSWriter
 
@@ -142,7 +142,7 @@ def write_latents(folder: Path, samples: int, shard_bytes: int) -> None:
 
 
 def bare_epoch(place: str, cache: str, workers: int) -> float:
-    """Seconds in which the library gets all shards, eight at a time, and keeps nothing."""
+    """Seconds in which the library downloads all shards, eight at a time, and discards them."""
     import obstore
 
     store = Store(place)
@@ -177,7 +177,7 @@ def their_epoch(place: str, cache: str, workers: int) -> float:
 
 
 def fresh(epoch: Callable[[str, str, int], float], place: str, work: Path, workers: int = 0) -> float:
-    """Seconds of an epoch in a process of its own, with an empty cache."""
+    """Seconds of an epoch in its own process, with an empty cache."""
     cache = work / uuid.uuid4().hex
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
         seconds = process.submit(epoch, place, str(cache), workers).result()

@@ -3,9 +3,9 @@
     python benchmarks/training.py [edge=32] [steps=8] [rounds=5] [settings of stage=train, as model=tiny]
 
 The data are scikit-learn's scanned digits, enlarged to edge x edge, cropped and mirrored. All take turns; figures are
-medians over rounds. A bare step is forward, backward, clipping and AdamW on one batch that lies on the device; what
-our loop costs next to it is its overhead. The ViT has the width of the Vision Mamba, and as many blocks as bring it
-closest to the same number of parameters. On a GPU, add precision=bfloat16 (and workers=8): it prints MFU, too.
+medians over rounds. A bare step is forward pass, backward pass, clipping and AdamW on one batch that is on the device;
+the additional time of our loop is its overhead. The ViT has the width of the Vision Mamba, and the number of blocks
+that brings it closest in parameters. On a GPU, add precision=bfloat16 (and workers=8): it also prints MFU.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 class Digits:
-    """Rows as the shards have them."""
+    """Rows as read from shards."""
 
     def __init__(self) -> None:
         digits = load_digits()
@@ -56,7 +56,7 @@ class Digits:
 
 
 class ClassifyByViT(Classify):
-    """The same task with timm's model: of the width of the Vision Mamba, and about as many parameters."""
+    """The same task with timm's ViT, of the Vision Mamba's width and about as many parameters."""
 
     def __init__(self, config: TrainConfig, data: ImageDataset) -> None:
         super().__init__(config, data)
@@ -83,7 +83,7 @@ def count(model: torch.nn.Module) -> int:
 
 
 def in_our_loop(task: Classify, data: ImageDataset, config: TrainConfig) -> dict[str, float]:
-    """The last line of a run's log: speeds after the first half, which warms up."""
+    """The last line of a run's log, with speeds after the first half, which is a warm-up."""
     with tempfile.TemporaryDirectory() as place, Folder.open(place) as run:
         train(task, data, config, Rank(), run)
         return [line for line in read_log(Path(place)) if "samples_per_second" in line][-1]

@@ -1,4 +1,4 @@
-"""Caltech256 in one go: `256_ObjectCategories/<number>.<class>/<image>.jpg` → a storage format → batches for training.
+"""Caltech256 from start to end: `256_ObjectCategories/<number>.<class>/<image>.jpg` → a storage format → batches.
 
     python examples/caltech256.py 256_ObjectCategories /data/caltech256 ipc 8
 
@@ -33,7 +33,7 @@ def prepared(image: object) -> torch.Tensor:
 
 
 def main(source: str, output: str, format: str = "ipc", processes: str = "2") -> None:
-    # One folder, 257.clutter, is no class of its own to some; leave it out of the folder, if you want.
+    # The folder 257.clutter is not a real class; remove it from the folder if you do not want it.
     pixels = {"shape": SIZE, "im_mode": "RGB"} if format in ("memmap", "hdf5") else {}
     CONVERTERS[format](source, output, images_per_file=5000, num_workers=int(processes), **pixels).convert()
 

@@ -2,8 +2,8 @@
 
     python examples/dense_labels.py VOC2012/JPEGImages VOC2012/SegmentationClass /data/voc
 
-Masks are brought to another size by their nearest pixel. The fixed format gives arrays (num, height, width, channels)
-that `numpy.load(..., mmap_mode="r")` reads, too; the flexible one keeps the files and their sizes.
+Masks are resized by nearest neighbour. The fixed-size format has arrays (num, height, width, channels) that
+`numpy.load(..., mmap_mode="r")` reads, too; the flexible one keeps the files and their sizes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def main(images: str, masks: str, output: str) -> None:
     root = Path(output)
     fixed = DenseMemmapConverter(
         (images, masks), root / "memmap", shape=(256, 256), im_mode="RGB", num_workers=2, max_failed_fraction=0.9
-    ).convert()  # images without a mask count as failed: VOC has masks for a part of them
+    ).convert()  # images without a mask count as failed: in VOC, only some have one
     flexible = DenseIpcConverter((images, masks), root / "ipc", num_workers=2, max_failed_fraction=0.9).convert()
 
     reader = DenseMemmapReader(fixed, output="array")

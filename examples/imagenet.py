@@ -1,10 +1,10 @@
-"""ImageNet-1k, train and val with one class mapping, and a training loop that can be stopped anywhere.
+"""ImageNet-1k, train and val with one class mapping, and a training loop that can be stopped at any time.
 
     python examples/imagenet.py /data/ILSVRC/Data/CLS-LOC /data/imagenet ipc [labels of val]
 
-`train` has class folders, `val` class folders or, with a file of labels (LOC_val_solution.csv, or
-ILSVRC2012_validation_ground_truth.txt with meta.mat next to it), all images in one. Run it as it is, or under torchrun
-or srun: ranks share the work. On a cluster: slurm/convert_imagenet.sbatch does the same.
+`train` has class folders; `val` has class folders or, with a file of labels (LOC_val_solution.csv, or
+ILSVRC2012_validation_ground_truth.txt with meta.mat next to it), all images in one folder. Run it directly, or under
+torchrun or srun, so that ranks share the work. On a cluster, slurm/convert_imagenet.sbatch does the same.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ CONVERTERS = {"ipc": IpcConverter, "parquet": ParquetConverter, "tar": TarConver
 def main(source: str, output: str, format: str = "ipc", labels: str = "") -> None:
     convert, root, target = CONVERTERS[format], Path(source), Path(output)
     convert(root / "train", target / "train", num_workers=2, dist=True).convert()
-    # The order of the classes is that of the folders of train, which is WordNet's: of val, too.
+    # Classes are in the order of the folders of train, which is that of WordNet IDs; val uses the same order.
     convert(
         root / "val", target / "val", num_workers=2, dist=True, labels=labels, classes=str(target / "train")
     ).convert()
@@ -30,7 +30,7 @@ def main(source: str, output: str, format: str = "ipc", labels: str = "") -> Non
     assert train.classes == val.classes
     print(f"{train}\nval: {len(val)} samples")
 
-    # One epoch that is stopped after some batches, and goes on with another number of workers and another batch size.
+    # An epoch that is stopped after some batches, and resumed with another number of workers and another batch size.
     first = Loader(train, Sampler(len(train), 64, seed=0, epochs=1), num_workers=2, collate_fn=list)
     seen = 0
     for batch in first:
