@@ -1,7 +1,7 @@
-"""Boxes of an image, such as faces, are blurred, after Yang et al. 2022, "A Study of Face Obfuscation in ImageNet".
+"""Blurs boxes of an image, such as faces, as in Yang et al. 2022, "A Study of Face Obfuscation in ImageNet".
 
-Each box is widened by a tenth of its longer edge on all sides and replaced by a Gaussian blur of the image, whose sigma
-is a tenth of the longest edge of all boxes. The mask is blurred in the same way, so that no edge remains.
+Each box is extended on all sides by a tenth of its longer edge and replaced with a Gaussian blur of the image. Sigma is
+a tenth of the longest edge of all boxes. The mask is blurred in the same way, so that no edges are visible.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ _BOX = struct.Struct("<4d")
 
 
 def boxes_of(value: Any) -> Boxes:
-    """The boxes in a column's value: a list of lists of four numbers, or its JSON.
+    """Parse the boxes in a column's value: a list of lists of four numbers, or its JSON.
 
     Raises:
-        ImageError: ``no_boxes`` for null, ``bad_boxes`` for what is no list of boxes.
+        ImageError: ``no_boxes`` for null, ``bad_boxes`` if it is not a list of boxes.
     """
     if isinstance(value, str):
         try:
@@ -53,7 +53,7 @@ def _box(value: Any) -> tuple[float, float, float, float]:
 
 
 def blurred(pixels: Pixels, boxes: Boxes) -> Pixels:
-    """``pixels`` uint8 (h, w, 3) with ``boxes`` blurred; the same array if there are none."""
+    """Return ``pixels``, uint8 (h, w, 3), with ``boxes`` blurred; the same array if there are none."""
     height, width = pixels.shape[:2]
     mask = np.zeros((height, width), np.uint8)
     longest = 0.0
@@ -71,18 +71,18 @@ def blurred(pixels: Pixels, boxes: Boxes) -> Pixels:
 
 
 def _span(first: float, last: float, margin: float, edge: int) -> slice:
-    """The pixels from ``first`` to ``last`` with a margin, as far as they are in the image."""
+    """The pixels from ``first`` to ``last`` with a margin, clipped to the image."""
     start = min(max(int(np.floor(first - margin)), 0), edge)
     return slice(start, min(max(int(np.ceil(last + margin)), start), edge))
 
 
 def packed(boxes: Boxes, data: bytes) -> bytes:
-    """Boxes and an image as one task of a worker."""
+    """Pack boxes and an image into a task for a worker."""
     return b"".join([_COUNT.pack(len(boxes)), *(_BOX.pack(*box) for box in boxes), data])
 
 
 def unpacked(task: bytes) -> tuple[Boxes, bytes]:
-    """What :func:`packed` was given."""
+    """Inverse of :func:`packed`."""
     (count,) = _COUNT.unpack_from(task)
     end = _COUNT.size + count * _BOX.size
     return tuple(_BOX.iter_unpack(task[_COUNT.size : end])), task[end:]

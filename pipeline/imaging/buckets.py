@@ -1,4 +1,4 @@
-"""Aspect-ratio buckets: the sizes that images of any shape are brought to without distortion.
+"""Aspect-ratio buckets: the sizes to which images of any shape are resized without distortion.
 
 For a resolution R, the allowed sizes are all h x w with
 
@@ -6,15 +6,15 @@ For a resolution R, the allowed sizes are all h x w with
 - h * w <= R * R, and
 - max(h, w) <= ``max_aspect_ratio`` * min(h, w).
 
-A *bucket* is an allowed size that no other allowed size contains (no other is at least as high and as wide). An image
-of H x W goes to the bucket whose aspect ratio is nearest on a logarithmic scale, that is, with the smallest
+A *bucket* is an allowed size that is not contained in another one (none is at least as high and as wide). An image of
+size H x W is assigned to the bucket with the closest aspect ratio on a logarithmic scale, that is, with the smallest
 
     max(w * H, h * W) / min(w * H, h * W)
 
-Ties go to the larger area, then to the shorter long edge, then to the larger height. The image is resized so that it
-covers the bucket (its aspect ratio is kept to within one pixel), and what is over is cut off.
+Ties are broken by larger area, then shorter long edge, then larger height. The image is resized to cover the bucket
+(its aspect ratio is kept to within one pixel), and the excess is cropped.
 
-Everything here is in integers, so that all platforms agree. Imports no torch.
+All computations use integers, so that results are the same on all platforms. Does not import torch.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from pipeline.randomness import uniforms
 Size = tuple[int, int]
 """Height and width in pixels."""
 ORIGINAL_COLUMNS = ("original_height", "original_width")
-"""Columns of latents with buckets: size of the upright image that was cut."""
+"""Columns of latents with buckets: size of the upright image before cropping."""
 BUCKET_COLUMNS = ("height", "width", "crop_top", "crop_left")
-"""The same for each resolution R, as ``height_R`` and so on: size of the bucket in pixels, and where it was cut from
-the image when that had been resized to cover it."""
-_REMEMBERED = 1 << 16  # sizes of images
+"""Further columns for each resolution R (``height_R`` and so on): size of the bucket in pixels, and the position of the
+crop in the resized image."""
+_REMEMBERED = 1 << 16  # cached image sizes
 
 
 @dataclass(frozen=True)
@@ -43,13 +43,13 @@ class Buckets:
     """The buckets of one resolution.
 
     Attributes:
-        resolution: edge of the square whose area no bucket exceeds.
-        step: edges are multiples of this.
-        max_aspect_ratio: longer over shorter edge, at most.
-        upscale: what becomes of an image that its bucket would enlarge. ``true``: it is enlarged; ``smaller``: only
-            sizes that do not enlarge it count, and it goes to the nearest of those that no other of them contains;
-            ``false``: it has no bucket.
-        crop: where a resized image is cut: ``center``, or ``random``, at a place keyed by seed, sample and resolution.
+        resolution: no bucket has a larger area than a square with this edge.
+        step: all edges are multiples of this.
+        max_aspect_ratio: maximum of longer over shorter edge.
+        upscale: how to treat an image that its bucket would enlarge. ``true``: enlarge it; ``smaller``: choose among
+            the allowed sizes that do not enlarge it and that no other such size contains; ``false``: it has no bucket.
+        crop: how a resized image is cropped: ``center``, or ``random``, at a position keyed by seed, sample and
+            resolution.
     """
 
     resolution: int
@@ -67,21 +67,21 @@ class Buckets:
 
     @classmethod
     def of(cls, described: Mapping[str, Any]) -> Buckets:
-        """The buckets that a manifest describes."""
+        """Create the buckets that a manifest describes."""
         return cls(**{name: value for name, value in described.items() if name != "sizes"})
 
     def describe(self) -> dict[str, Any]:
-        """What the manifest records: the settings, and the sizes that they give."""
+        """The description for the manifest: the settings and the resulting sizes."""
         return {**asdict(self), "sizes": [list(size) for size in self.sizes]}
 
     @property
     def largest(self) -> int:
-        """Pixels of the largest bucket."""
+        """Number of pixels of the largest bucket."""
         return max(height * width for height, width in self.sizes)
 
     @cached_property
     def allowed(self) -> tuple[Size, ...]:
-        """All allowed sizes, by height and width."""
+        """All allowed sizes, sorted by height and width."""
         edges = range(self.step, int(self.resolution * self.max_aspect_ratio) + 1, self.step)
         return tuple((h, w) for h in edges for w in edges if self._allows(h, w))
 
@@ -91,7 +91,7 @@ class Buckets:
 
     @cached_property
     def sizes(self) -> tuple[Size, ...]:
-        """The sizes that images can come to, by height and width."""
+        """The possible sizes of resized images, sorted by height and width."""
         return self.allowed if self.upscale == "smaller" else _uncontained(self.allowed)
 
     def size_of(self, height: int, width: int) -> Size | None:
@@ -99,7 +99,7 @@ class Buckets:
         return _size_of(self, height, width)
 
     def place_of(self, height: int, width: int, seed: int, key: str) -> Placed | None:
-        """How an image becomes its bucket; ``seed`` and the sample's ``key`` matter where ``crop`` is ``random``."""
+        """The crop of an image; ``seed`` and the sample's ``key`` are only used if ``crop`` is ``random``."""
         size = self.size_of(height, width)
         if size is None:
             return None
@@ -114,7 +114,7 @@ class Buckets:
 
 @dataclass(frozen=True)
 class Placed:
-    """Where the part of ``size`` lies that is cut from a resized image: pixels from its upper left corner."""
+    """A crop of ``size`` from a resized image, ``top`` and ``left`` pixels from its upper left corner."""
 
     size: Size
     top: int
@@ -139,7 +139,7 @@ def _distance(size: Size, height: int, width: int) -> tuple[Fraction, int, int, 
 
 
 def _uncontained(sizes: Sequence[Size]) -> tuple[Size, ...]:
-    """Those of ``sizes`` that no other of them contains, by height."""
+    """Those of ``sizes`` that no other one contains, sorted by height."""
     found: list[Size] = []
     for height, width in sorted(sizes, reverse=True):
         if not found or width > found[-1][1]:
@@ -148,26 +148,26 @@ def _uncontained(sizes: Sequence[Size]) -> tuple[Size, ...]:
 
 
 def covering(source: Size, size: Size) -> Size:
-    """Height and width at which an image of size ``source`` just covers ``size``, rounded down."""
+    """The smallest size, rounded down, at which an image of size ``source`` covers ``size``."""
     (height, width), (h, w) = source, size
     return (h, h * width // height) if w * height <= h * width else (w * height // width, w)
 
 
 def kept_fraction(source: Size, size: Size) -> float:
-    """Which part of the pixels of an image of size ``source`` is left when it covers ``size``."""
+    """Fraction of the pixels of an image of size ``source`` that remains after cropping it to ``size``."""
     (height, width), (h, w) = source, size
     short, long = sorted((w * height, h * width))
     return short / long
 
 
 class Runs:
-    """The samples of a partition as they are stored: how many in a row have the same bucket in every column.
+    """Run-length encoding of the buckets of a partition's samples, in the order in which they are stored.
 
     Args:
-        buckets: by column of latents, in the order of the resolutions.
+        buckets: buckets by column of latents, in the order of the resolutions.
 
     Attributes:
-        runs: a list of ``[sizes, count]`` each, with ``sizes`` as [height, width] for each column; JSON-able.
+        runs: lists ``[sizes, count]``, where ``sizes`` has [height, width] for each column; JSON-serializable.
     """
 
     def __init__(self, buckets: Mapping[str, Buckets]) -> None:
@@ -175,7 +175,7 @@ class Runs:
         self.runs: list[list[Any]] = []
 
     def add(self, height: int, width: int) -> None:
-        """The next sample was made of an image of this size."""
+        """Add the next sample, whose image has this size."""
         sizes = [list(buckets.size_of(height, width) or (0, 0)) for buckets in self.buckets.values()]
         if self.runs and self.runs[-1][0] == sizes:
             self.runs[-1][1] += 1
@@ -184,5 +184,5 @@ class Runs:
 
 
 def buckets_in(extra: Mapping[str, Any]) -> dict[str, Buckets]:
-    """The buckets that a manifest (or a plan's ``extra``) describes, by column of latents; none for square latents."""
+    """The buckets in a manifest (or a plan's ``extra``) by column of latents; empty for square latents."""
     return {column: Buckets.of(described) for column, described in extra.get("buckets", {}).items()}

@@ -1,8 +1,8 @@
-"""Colour profiles: from whatever an image was made in to sRGB, which is what everybody downstream assumes.
+"""Colour profiles: converts images to sRGB, which all later steps assume.
 
-Relative colorimetric with black point compensation, as browsers do. A profile that is damaged, longer than
-`MAX_PROFILE`, or of another colour space than the image's pixels counts for nothing; one that changes no colour by more
-than `_SAME` levels is sRGB by another name.
+The conversion is relative colorimetric with black point compensation, as in browsers. A profile is ignored if it is
+damaged, longer than `MAX_PROFILE`, or for another colour space than that of the pixels. A profile that changes no
+colour by more than `_SAME` levels is treated as sRGB.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ import numpy.typing as npt
 from PIL import Image, ImageCms
 
 MAX_PROFILE = 2**20
-"""Bytes; the profiles that cameras, phones and printers embed have up to about 600 KiB."""
+"""Maximum bytes of a profile; those embedded by cameras, phones and printers have up to about 600 KiB."""
 _SAME = 3
 _SPACES = {"L": "GRAY", "RGB": "RGB", "CMYK": "CMYK"}
 
 
 def converts(profile: bytes, mode: str) -> bool:
-    """Whether pixels of Pillow's `mode` (`L`, `RGB`, `CMYK`) with this profile differ from the same numbers in sRGB."""
+    """Whether the profile changes pixels of Pillow's `mode` (`L`, `RGB`, `CMYK`) compared to sRGB."""
     return _transform(profile, mode) is not None
 
 
 def to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
-    """`image` (`L`, `RGB` or `CMYK`) as RGB in sRGB. Without a use for the profile: Pillow's own conversion."""
+    """Convert `image` (`L`, `RGB` or `CMYK`) to sRGB, with Pillow's conversion if the profile is ignored."""
     transform = _transform(profile, image.mode)
     return image.convert("RGB") if transform is None else ImageCms.applyTransform(image, transform)  # type: ignore[return-value]
 
@@ -63,7 +63,7 @@ def _srgb() -> ImageCms.ImageCmsProfile:
 
 
 def _grid(mode: str) -> Image.Image:
-    """All greys, or colours all over the cube, in one row."""
+    """One row with all greys, or with colours distributed over the RGB cube."""
     if mode == "L":
         return Image.fromarray(np.arange(256, dtype=np.uint8)[None])
     levels: npt.NDArray[np.uint8] = np.linspace(0, 255, 9).astype(np.uint8)

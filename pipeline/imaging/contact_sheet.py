@@ -1,4 +1,4 @@
-"""Contact sheets of images as files."""
+"""Contact sheets of images."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from PIL import Image
 
 
 def png(image: npt.NDArray[Any]) -> bytes:
-    """uint8 (h, w, 3) as a PNG file."""
+    """Encode an image, uint8 (h, w, 3), as PNG."""
     file = BytesIO()
     Image.fromarray(image).save(file, "PNG")
     return file.getvalue()
 
 
 def grid(images: npt.NDArray[Any], columns: int = 0) -> npt.NDArray[Any]:
-    """Join images (n, h, w, 3) into one, about square or with ``columns`` columns, two white pixels apart."""
+    """Arrange images (n, h, w, 3) in a grid, roughly square or with ``columns`` columns, two white pixels apart."""
     n, h, w, _ = images.shape
     columns = columns or int(np.ceil(np.sqrt(n)))
     rows = -(-n // columns)
@@ -31,7 +31,7 @@ def grid(images: npt.NDArray[Any], columns: int = 0) -> npt.NDArray[Any]:
 
 
 def on_one_canvas(images: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any]:
-    """Images uint8 (h, w, 3) of any sizes, each in the middle of a white one: (n, h, w, 3)."""
+    """Centre images, uint8 (h, w, 3) of any sizes, on white canvases of equal size: (n, h, w, 3)."""
     height, width = (max(image.shape[axis] for image in images) for axis in (0, 1))
     canvas = np.full((len(images), height, width, 3), 255, np.uint8)
     for number, image in enumerate(images):

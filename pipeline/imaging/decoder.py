@@ -1,4 +1,4 @@
-"""Images of any size, decoded in worker processes: for stages that read images but store none."""
+"""Decodes images of any size in worker processes, for stages that read images without storing them."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from pipeline.imaging.worker_protocol import SMALL, read_pixels, read_size
 
 Token = TypeVar("Token")
 PIXELS, SIZE = "pipeline.imaging.worker_protocol:pixels", "pipeline.imaging.worker_protocol:size"
-"""What workers run."""
+"""Functions that the workers run."""
 
 
 class DecoderDied(ImageError):
-    """A worker died while it decoded an image, or gave an answer that cannot be right; the reason is
-    ``decoder_crash`` or ``decoder_timeout``."""
+    """A worker died while decoding an image, or gave an invalid answer; the reason is ``decoder_crash`` or
+    ``decoder_timeout``."""
 
 
 class ImageDecoder:
-    """Decodes images in ``workers`` processes, so that no image can harm the process that asks for it.
+    """Decodes images in ``workers`` processes, so that no image can harm the calling process.
 
-    Processes start when there is something to decode, and end with :meth:`close`, or with this object.
+    Processes start on first use and end with :meth:`close` or when this object is deleted.
     """
 
     def __init__(
@@ -37,21 +37,21 @@ class ImageDecoder:
     def pixels(
         self, images: Iterable[tuple[Token, bytes | None]], tick: Callable[[], None] = lambda: None
     ) -> Iterator[tuple[Token, Pixels | ImageError | None]]:
-        """(token, image) of each (token, file) in order: uint8 (h, w, 3), or the error why it cannot be decoded; None
-        where there is no file. ``tick`` is called now and then while waiting."""
+        """Yield (token, image) for each (token, file) in order. An image is uint8 (h, w, 3), an error if it cannot be
+        decoded, or None without a file. ``tick`` is called regularly while waiting."""
         return _answers(self._pixels, images, tick)
 
     def sizes(
         self, images: Iterable[tuple[Token, bytes | None]], tick: Callable[[], None] = lambda: None
     ) -> Iterator[tuple[Token, tuple[int, int] | ImageError | None]]:
-        """The same with (height, width) instead of the pixels; each image is decoded whole."""
+        """Like :meth:`pixels`, but yield (height, width) instead of pixels; images are decoded completely."""
         return _answers(self._sizes, images, tick)
 
     def decode(self, image: bytes) -> Pixels:
-        """uint8 (h, w, 3).
+        """Decode an image to uint8 (h, w, 3).
 
         Raises:
-            ImageError: it cannot be decoded.
+            ImageError: the image cannot be decoded.
         """
         found = next(self.pixels([(None, image)]))[1]
         assert found is not None
@@ -60,7 +60,7 @@ class ImageDecoder:
         return found
 
     def close(self) -> None:
-        """End the processes."""
+        """Terminate the processes."""
         self._pixels.close()
         self._sizes.close()
 

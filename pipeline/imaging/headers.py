@@ -1,8 +1,8 @@
-"""Format, size, orientation and end of an image file, read without decoding pixels.
+"""Reads format, size and orientation of an image file, and checks its end, without decoding pixels.
 
-Nothing here allocates memory by what a header claims. Kinds are recognized by magic bytes, never by a file's name;
-whatever is not in `FORMATS` is refused. JPEG, PNG, WebP and GIF are walked here, because their libraries either
-allocate while opening (WebP) or take a file without an end for a whole one (PNG, GIF). The rest goes to Pillow.
+Memory is never allocated according to a header. Formats are recognized by magic bytes, never by the file name; formats
+that are not in `FORMATS` are rejected. JPEG, PNG, WebP and GIF are parsed here, because their libraries allocate memory
+while opening (WebP) or accept truncated files (PNG, GIF). Pillow parses the others.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from PIL import AvifImagePlugin, Image, TiffImagePlugin, UnidentifiedImageError
 from pipeline.imaging.color import MAX_PROFILE
 from pipeline.imaging.tiff import without_lost_fields
 
-logging.getLogger("PIL").setLevel(logging.CRITICAL)  # what it has to say about a bad file is in our errors
+logging.getLogger("PIL").setLevel(logging.CRITICAL)  # our errors include its messages about bad files
 
 FORMATS = ("jpeg", "png", "webp", "gif", "bmp", "tiff", "avif", "jpeg2000")
 LOSSLESS_FORMATS = ("png", "gif", "bmp", "tiff")
 
 _MAX_SCANS = 500
-"""A JPEG of a few kilobytes can ask for thousands of passes over all of its pixels; real ones have about 10."""
+"""A JPEG of a few kilobytes can request thousands of passes over all of its pixels; real ones have about 10."""
 
 
 class ImageError(Exception):
-    """An image that cannot be used. `reason` is short snake_case and goes to the ledger; `detail` is for a person.
+    """An image that cannot be used. `reason` is a snake_case identifier for the ledger; `detail` is for people.
 
-    Both depend on the bytes and the limits alone: no memory address, path or time, so that ledgers are reproducible.
-    Reasons: `empty`, `svg`, `html`, `unknown_format`, `too_many_bytes`, `too_many_pixels`, `too_many_scans`,
-    `too_many_frames`,
-    `zero_size`, `truncated`, `decode_error`, `size_mismatch`, `unsupported_mode`, `edge_too_long`, `out_of_memory`.
+    Both depend only on the bytes and the limits (no memory addresses, paths or times), so that ledgers are
+    reproducible. Reasons include `empty`, `svg`, `html`, `unknown_format`, `too_many_bytes`, `too_many_pixels`,
+    `too_many_scans`, `too_many_frames`, `zero_size`, `truncated`, `decode_error`, `size_mismatch`, `unsupported_mode`,
+    `edge_too_long` and `out_of_memory`.
     """
 
     def __init__(self, reason: str, detail: str = "") -> None:
@@ -49,10 +49,10 @@ class ImageError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What is refused before anything is decoded."""
+    """Limits that are checked before decoding."""
 
     max_pixels: int = 178_956_970 // 2
-    """Width times height; the default is Pillow's own (a quarter of a gibibyte at 3 bytes per pixel)."""
+    """Width times height; the default is Pillow's (a quarter of a gibibyte at 3 bytes per pixel)."""
     max_bytes: int = 128 * 2**20
     """Size of the file in bytes."""
     max_frames: int = 10_000
@@ -69,17 +69,18 @@ class Probe:
     """Pixels, as stored: before the orientation is applied."""
     height: int
     mode: str
-    """Pillow's name of the stored pixels (`1`, `L`, `P`, `RGB`, `RGBA`, `CMYK`, …); 16-bit PNG: `I;16`, `RGB;16`, …"""
+    """Pillow's mode of the stored pixels (`1`, `L`, `P`, `RGB`, `RGBA`, `CMYK`, …); 16-bit PNG: `I;16`, `RGB;16`, …"""
     orientation: int
-    """EXIF orientation, 1 to 8; 1 where there is none or where it is damaged."""
+    """EXIF orientation, 1 to 8; 1 if there is none or it is damaged."""
     frames: int
-    """Frames of an animation (GIF, APNG, WebP, AVIF), else 1; the first is used. Pages of a TIFF are not counted."""
+    """Frames of an animation (GIF, APNG, WebP, AVIF), otherwise 1; the first is used. TIFF pages are not counted."""
     has_alpha: bool
-    """By the header: an alpha channel or a transparent colour, even if every pixel turns out to be opaque."""
+    """Whether the header declares an alpha channel or a transparent colour, even if every pixel is opaque."""
     plain: bool
-    """Every decoder of training images reads the same 8-bit RGB or grey pixels from these bytes as from a copy."""
+    """Whether every decoder of training images reads the same 8-bit RGB or grey pixels from these bytes as from a
+    re-encoded copy."""
     icc: bytes = field(default=b"", repr=False)
-    """The ICC profile, unchecked; empty where there is none, or one beyond `colour.MAX_PROFILE`."""
+    """The ICC profile, not validated; empty if there is none or it is longer than `color.MAX_PROFILE`."""
 
     @property
     def upright(self) -> tuple[int, int]:
@@ -91,8 +92,11 @@ DEFAULT_LIMITS = Limits()
 
 
 def probe(data: bytes, limits: Limits = DEFAULT_LIMITS) -> Probe:
-    """The header of an image file. Raises `ImageError`, also for a file beyond `limits` or, as far as its format tells,
-    without its end."""
+    """Parse the header of an image file.
+
+    Raises:
+        ImageError: the file is invalid, exceeds `limits` or, if the format allows to detect it, is truncated.
+    """
     if not data:
         raise ImageError("empty")
     if len(data) > limits.max_bytes:
@@ -101,7 +105,7 @@ def probe(data: bytes, limits: Limits = DEFAULT_LIMITS) -> Probe:
 
 
 def sniff(data: bytes) -> str:
-    """The format by magic bytes. Raises `ImageError` with the reason `svg`, `html` or `unknown_format`."""
+    """Detect the format by magic bytes. Raises `ImageError` with the reason `svg`, `html` or `unknown_format`."""
     for magic, name in _MAGIC:
         if data.startswith(magic):
             return name
@@ -134,7 +138,7 @@ _MAGIC = (
 
 
 def _is_avif(data: bytes) -> bool:
-    """Whether the brands of an ISO media file (major, then compatible ones from byte 16 on) include AVIF."""
+    """Whether the brands of an ISO media file (the major one, and compatible ones from byte 16) include AVIF."""
     brands = data[8:12] + data[16 : min(int.from_bytes(data[:4], "big"), 512)]
     return any(brands[at : at + 4] in (b"avif", b"avis") for at in range(0, len(brands), 4))
 
@@ -152,7 +156,7 @@ def _checked(found: Probe, limits: Limits) -> Probe:
 # ---------------------------------------------------------------- JPEG (ITU T.81, annex B)
 
 _SUBSAMPLINGS = {(1, 1), (2, 1), (2, 2), (1, 2), (4, 1), (1, 4)}
-"""Luma sampling factors over single chroma samples that TurboJPEG knows: 4:4:4, 4:2:2, 4:2:0, 4:4:0, 4:1:1, 4:4:1."""
+"""Luma sampling factors (with chroma 1x1) that TurboJPEG supports: 4:4:4, 4:2:2, 4:2:0, 4:4:0, 4:1:1, 4:4:1."""
 
 
 def _probe_jpeg(data: bytes, limits: Limits) -> Probe:
@@ -161,7 +165,7 @@ def _probe_jpeg(data: bytes, limits: Limits) -> Probe:
     for marker, start, end in _jpeg_segments(data):
         if marker == 0xE1 and orientation == 1 and data.startswith(b"Exif\0\0", start):
             orientation = exif_orientation(data[start + 6 : end])
-        elif marker == 0xE2 and data.startswith(b"ICC_PROFILE\0", start):  # its number, how many, piece
+        elif marker == 0xE2 and data.startswith(b"ICC_PROFILE\0", start):  # number, count, data
             profile.setdefault(data[start + 12 : start + 13], data[start + 14 : end])
         elif _is_frame(marker) and frame is None:
             frame = marker, data[start:end]
@@ -175,11 +179,11 @@ def _probe_jpeg(data: bytes, limits: Limits) -> Probe:
     bits, height, width, components = struct.unpack_from(">BHHB", header)
     if bits != 8 or components not in (1, 3, 4):
         raise ImageError("unsupported_mode", f"JPEG with {components} components of {bits} bits")
-    single = coding in (0xC0, 0xC1) and scan[:1] == bytes([components])  # after which decoders take no other
+    single = coding in (0xC0, 0xC1) and scan[:1] == bytes([components])  # decoders ignore further scans
     if not single and data.count(b"\xff\xda") > _MAX_SCANS:
         raise ImageError("too_many_scans", f"more than {_MAX_SCANS} scans")
     mode = {1: "L", 3: "RGB", 4: "CMYK"}[components]
-    # Baseline, extended and progressive Huffman files are read by all; arithmetic coding and odd subsampling are not.
+    # All decoders read baseline, extended and progressive Huffman files, but not arithmetic coding or odd subsampling.
     plain = components != 4 and coding in (0xC0, 0xC1, 0xC2) and _is_common_subsampling(header)
     icc = _profile(b"".join(profile[number] for number in sorted(profile)))
     return _checked(Probe("jpeg", width, height, mode, orientation, 1, False, plain, icc), limits)
@@ -196,12 +200,12 @@ def is_turbo_jpeg(data: bytes) -> bool:
 
 
 def _is_frame(marker: int) -> bool:
-    """SOF0 to SOF15; between them lie DHT (C4), JPG (C8) and DAC (CC)."""
+    """Whether `marker` is one of SOF0 to SOF15, which excludes DHT (C4), JPG (C8) and DAC (CC)."""
     return 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)
 
 
 def _is_common_subsampling(header: bytes) -> bool:
-    """Luma (and black) at one of `_SUBSAMPLINGS` over chroma at 1x1. `header` is a frame header's payload."""
+    """Whether luma (and black) have one of `_SUBSAMPLINGS` and chroma 1x1. `header` is a frame header's payload."""
     factors = [divmod(factor, 16) for factor in header[7 : 6 + 3 * header[5] : 3]]
     if len(factors) == 1:
         return True
@@ -209,7 +213,7 @@ def _is_common_subsampling(header: bytes) -> bool:
 
 
 def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
-    """(marker, start, end of the payload) of each segment up to the first scan. Raises `ImageError` without a scan."""
+    """Yield (marker, start, end of payload) of all segments to the first scan. Raises `ImageError` without a scan."""
     at = 2
     while at + 4 <= len(data):
         if data[at] != 0xFF:
@@ -217,7 +221,7 @@ def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
         marker = data[at + 1]
         if marker == 0xFF:  # a fill byte
             at += 1
-        elif marker == 0x01 or 0xD0 <= marker <= 0xD8:  # stands alone
+        elif marker == 0x01 or 0xD0 <= marker <= 0xD8:  # markers without a payload
             at += 2
         elif marker in (0xD9, 0xDA):
             break
@@ -232,8 +236,10 @@ def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
 
 
 def exif_orientation(exif: bytes) -> int:
-    """Orientation, 1 to 8, in the first directory of an EXIF block (a TIFF header follows). Damaged EXIF says 1:
-    browsers show such images as they are stored, and so did whoever wrote the caption."""
+    """Read the orientation, 1 to 8, from the first directory of an EXIF block, which begins with a TIFF header.
+
+    Damaged EXIF data give 1: browsers show such images as stored, which is also what caption authors saw.
+    """
     order = {b"II*\0": "<", b"MM\0*": ">"}.get(exif[:4])
     try:
         if order is None:
@@ -292,18 +298,18 @@ def _probe_png(data: bytes, limits: Limits) -> Probe:
 
 
 _PNG_TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
-"""Chunks of metadata. Pillow refuses a file for those that are long, or unpack to more than a megabyte."""
+"""Metadata chunks. Pillow rejects files in which one is long or unpacks to more than 1 MiB."""
 _LONG_TEXT = 1 << 20
 
 
 def _is_long_text(kind: bytes, chunk: bytes) -> bool:
-    """Whether other decoders may refuse a PNG for this chunk."""
+    """Whether other decoders may reject a PNG because of this chunk."""
     if len(chunk) > _LONG_TEXT:
         return True
-    if kind == b"tEXt" or len(chunk) * 1032 < _LONG_TEXT:  # deflate packs no better
+    if kind == b"tEXt" or len(chunk) * 1032 < _LONG_TEXT:  # maximum compression ratio of deflate
         return False
     packed = chunk.partition(b"\0")[2]
-    if kind == b"iTXt":  # flag, method, then language and keyword, each with a zero
+    if kind == b"iTXt":  # flag, method, then language and keyword, both zero-terminated
         packed = b"" if packed[:1] != b"\1" else packed[2:].split(b"\0", 2)[-1]
     else:
         packed = packed[1:]
@@ -314,10 +320,10 @@ def _is_long_text(kind: bytes, chunk: bytes) -> bool:
 
 
 def png_pixels(data: bytes) -> bytes:
-    """A PNG without its texts and profile, which say nothing about pixels; ``data`` itself where it has none.
+    """Remove texts and the profile from a PNG, which do not affect pixels; return ``data`` itself if it has none.
 
     Raises:
-        ImageError: it is cut.
+        ImageError: the file is truncated.
     """
     chunks = list(png_chunks(data))
     if not any(kind in _PNG_TEXTS for kind, _, _ in chunks):
@@ -326,7 +332,7 @@ def png_pixels(data: bytes) -> bytes:
 
 
 def _inflated_profile(chunk: bytes) -> bytes:
-    """Of a PNG: a name, a zero, the method 0, zlib data that may be a bomb."""
+    """Decompress an iCCP chunk: name, zero byte, method 0, and zlib data, which may be a decompression bomb."""
     try:
         return _profile(decompressobj().decompress(chunk.partition(b"\0")[2][1:], MAX_PROFILE + 1))
     except ZlibError:
@@ -334,7 +340,7 @@ def _inflated_profile(chunk: bytes) -> bytes:
 
 
 def png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
-    """(type, start, end of the payload) of each chunk, from IHDR to IEND. Raises `ImageError` without both ends."""
+    """Yield (type, start, end of payload) of each chunk from IHDR to IEND. Raises `ImageError` if either is missing."""
     at, kind = 8, b""
     while kind != b"IEND":
         if at + 12 > len(data):
@@ -361,7 +367,7 @@ def _probe_webp(data: bytes, limits: Limits) -> Probe:
     if kind == b"VP8X":  # flags, 3 reserved bytes, 24 bits each of width - 1 and height - 1
         width, height = (int.from_bytes(head[at : at + 3], "little") + 1 for at in (4, 7))
         alpha = bool(head[0] & 0x10)
-    elif kind == b"VP8L":  # signature, then 14 bits of width - 1, 14 of height - 1, 1 of alpha
+    elif kind == b"VP8L":  # signature, 14 bits of width - 1, 14 bits of height - 1, alpha bit
         word = int.from_bytes(head[1:5], "little")
         width, height, alpha = (word & 0x3FFF) + 1, (word >> 14 & 0x3FFF) + 1, bool(word >> 28 & 1)
     elif kind == b"VP8 ":  # 3 bytes of frame tag, 3 of start code, 14 bits each of width and height
@@ -380,7 +386,7 @@ def _probe_webp(data: bytes, limits: Limits) -> Probe:
 
 
 def _webp_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
-    """(type, start, end of the payload) of each chunk of the RIFF file. Raises `ImageError` if it is cut."""
+    """Yield (type, start, end of payload) of each chunk of a RIFF file. Raises `ImageError` if it is truncated."""
     file_end = 8 + int.from_bytes(data[4:8], "little")
     if file_end > len(data):
         raise ImageError("truncated", f"WebP of {file_end} bytes, {len(data)} are there")
@@ -398,7 +404,7 @@ def _webp_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
 
 
 def _probe_gif(data: bytes, limits: Limits) -> Probe:
-    """Walks all blocks, in time linear in the file: whether a GIF is whole can only be seen at its trailer."""
+    """Reads all blocks, in linear time, because only the trailer shows that a GIF is complete."""
     try:
         width, height, flags = struct.unpack_from("<HHB", data, 6)
         at = 13 + _colour_table(flags)
@@ -423,25 +429,25 @@ def _probe_gif(data: bytes, limits: Limits) -> Probe:
 
 
 def _colour_table(flags: int) -> int:
-    """Bytes of the colour table that these flags announce."""
+    """Size in bytes of the colour table according to `flags`."""
     return 3 << (flags & 7) + 1 if flags & 0x80 else 0
 
 
 def _skip_blocks(data: bytes, at: int) -> int:
-    """The offset behind a chain of sub-blocks: each has its length first, the last has length 0."""
+    """Offset of the end of a chain of sub-blocks: each begins with its length, and the last has length 0."""
     while data[at]:
         at += data[at] + 1
     return at + 1
 
 
-# ---------------------------------------------------------------- the others, by Pillow
+# ---------------------------------------------------------------- other formats, by Pillow
 
 
 def _probe_pillow(data: bytes, limits: Limits) -> Probe:
     with opened(data, sniff(data), limits) as image:
         width, height = image.size
         if isinstance(image, TiffImagePlugin.TiffImageFile):
-            # Pillow turns TIFF images itself: the size is the upright one, and so are the pixels after load().
+            # Pillow rotates TIFF images: both the size and, after load(), the pixels are upright.
             tag = image.tag_v2.get(0x0112)
             orientation = tag if isinstance(tag, int) and 1 <= tag <= 8 else 1
             if orientation >= 5:
@@ -470,18 +476,20 @@ _HARMLESS = (
     r"Palette images with Transparency expressed in bytes",
     r"Couldn't allocate palette entry for transparency",
 )
-"""Warnings of Pillow about metadata, or about what is done right all the same; all others refuse the file."""
+"""Pillow's warnings about metadata or about details that it handles correctly; any other one rejects the file."""
 
 
 @contextmanager
 def opened(data: bytes, format: str, limits: Limits) -> Iterator[Image.Image]:
-    """Pillow's image, with Pillow held to this one format and to `limits`, its warnings raised and its failures
-    (all of them, inside the block as well) turned into `ImageError`. Not for threads: both settings are global."""
+    """Open an image with Pillow, restricted to `format` and `limits`; warnings and exceptions become `ImageError`.
+
+    This includes exceptions inside the `with` block. Not thread-safe: the limits and warning filters are global.
+    """
     cap, threads = Image.MAX_IMAGE_PIXELS, AvifImagePlugin.DEFAULT_MAX_THREADS
     Image.MAX_IMAGE_PIXELS, AvifImagePlugin.DEFAULT_MAX_THREADS = limits.max_pixels, 1
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("error", module=r"PIL(\.|$)")  # no other thread's: filters are the process's
+            warnings.filterwarnings("error", module=r"PIL(\.|$)")  # filters are global
             for harmless in _HARMLESS:
                 warnings.filterwarnings("ignore", harmless)
             data = without_lost_fields(data) if format == "tiff" else data
@@ -493,15 +501,15 @@ def opened(data: bytes, format: str, limits: Limits) -> Iterator[Image.Image]:
         raise ImageError("too_many_pixels", f"max_pixels is {limits.max_pixels}") from None
     except MemoryError:
         raise ImageError("out_of_memory") from None
-    except Exception as error:  # decoders of damaged files raise nearly everything, KeyError and struct.error included
+    except Exception as error:  # decoders raise almost any exception, such as KeyError or struct.error
         raise ImageError(*explain(error)) from error
     finally:
         Image.MAX_IMAGE_PIXELS, AvifImagePlugin.DEFAULT_MAX_THREADS = cap, threads
 
 
 def explain(error: Exception) -> tuple[str, str]:
-    """(reason, detail) for a decoder's exception, with nothing in it that differs between two runs."""
-    if isinstance(error, UnidentifiedImageError):  # its message holds the address of a file object
+    """(reason, detail) for a decoder's exception, reproducible between runs."""
+    if isinstance(error, UnidentifiedImageError):  # its message contains a memory address
         return "decode_error", "no header that can be read"
     text = re.sub(r"<[^>]* at 0x[0-9a-f]+>", "object", str(error)).strip()[:200]
     ended = isinstance(error, (EOFError, struct.error)) or re.search("truncated|premature end", text, re.IGNORECASE)

@@ -1,8 +1,8 @@
-"""A perceptual hash: 128 bits that stay mostly the same when an image is resized, recompressed or cropped a little.
+"""A perceptual hash: 128 bits, most of which stay the same if an image is resized, recompressed or slightly cropped.
 
-The signs of the 128 lowest frequencies of an image's brightness, shrunk to 32x32 (as in Zauner 2010, "Implementation
-and benchmarking of perceptual image hash functions", with zero for the median). In integers, so that every machine
-finds the same bits.
+The bits are the signs of the 128 lowest frequencies of the brightness at 32x32 (as in Zauner 2010, "Implementation and
+benchmarking of perceptual image hash functions", with zero instead of the median). They are computed with integers, so
+that they are the same on every machine.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy.typing as npt
 BITS = 128
 EDGE = 32
 _FREQUENCIES = 16
-_FLAT = 4.0  # mean of the squared deviations from the mean brightness, below which an image shows nothing to compare
+_FLAT = 4.0  # variance of the brightness below which an image is considered blank
 
 _cosines = np.cos(np.pi / EDGE * (np.arange(EDGE) + 0.5) * np.arange(_FREQUENCIES)[:, None])
 _DCT: npt.NDArray[np.int64] = np.rint(_cosines * 4096).astype(np.int64)  # (frequency, position)
@@ -21,11 +21,13 @@ _ORDER = np.array(sorted((u + v, u, v) for u in range(_FREQUENCIES) for v in ran
 
 
 def phash(small: npt.NDArray[np.uint8]) -> str:
-    """The hash of an image (32, 32, 3) or more channels, of which the first three are RGB, as 32 hexadecimal digits,
-    lowest frequencies first; empty for one that shows next to nothing."""
+    """Compute the hash of an image (32, 32, c), whose first three channels are RGB.
+
+    Returns 32 hexadecimal digits, lowest frequencies first; empty for a nearly blank image.
+    """
     red, green, blue = (small[:, :, channel].astype(np.int64) for channel in range(3))
     grey = 299 * red + 587 * green + 114 * blue
-    grey = 1024 * grey - grey.sum()  # without its mean; an integer again
+    grey = 1024 * grey - grey.sum()  # minus its mean, scaled to stay an integer
     if (grey.astype(np.float64) ** 2).mean() < _FLAT * (1000 * 1024) ** 2:
         return ""
     spectrum = _DCT @ (grey >> 10) @ _DCT.T

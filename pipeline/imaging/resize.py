@@ -1,4 +1,4 @@
-"""Pixels to other sizes, antialiased, by one of several implementations that agree."""
+"""Antialiased resizing of pixels by one of several equivalent implementations."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cykooz_resizer import CropBox, FilterType, ResizeAlg, ResizeOptions, Resize
 from PIL import Image
 
 Pixels = npt.NDArray[np.uint8]
-"""(h, w, 3) RGB, or (h, w, 4) RGBX, whose last byte says nothing; C-contiguous."""
+"""(h, w, 3) RGB, or (h, w, 4) RGBX, whose last byte is unused; C-contiguous."""
 Size = tuple[int, int]
 """Width and height in pixels."""
 INTERPOLATIONS = ("bicubic", "lanczos", "bilinear", "area")
@@ -24,11 +24,16 @@ def resize(
     box: tuple[float, float, float, float] | None = None,
     interpolation: str = "bicubic",
 ) -> Pixels:
-    """`pixels` (h, w, c), or the part of them within `box` (left, top, right, bottom; fractions count), at `size` in
-    antialiased interpolation, one of `INTERPOLATIONS` by one of `RESIZERS`."""
-    backend = "pillow" if interpolation == "area" else backend  # others place the edges of boxes elsewhere
+    """Resize `pixels` (h, w, c), or the part within `box` (left, top, right, bottom in possibly fractional pixels).
+
+    Args:
+        size: (width, height) in pixels.
+        backend: one of `RESIZERS`.
+        interpolation: one of `INTERPOLATIONS`, antialiased.
+    """
+    backend = "pillow" if interpolation == "area" else backend  # other backends treat box edges differently
     width, height = pixels.shape[1::-1]
-    # CMYK is what Pillow calls four plain bytes per pixel; it takes such an array as it is, without a copy.
+    # Pillow's CMYK is four plain bytes per pixel; it uses such an array without a copy.
     image = Image.frombuffer("CMYK", (width, height), pixels, "raw", "CMYK", 0, 1) if pixels.shape[2] == 4 else None
     sized = RESIZERS[backend](image or Image.fromarray(pixels), size, box or (0, 0, width, height), interpolation)
     return np.asarray(sized)
@@ -50,7 +55,7 @@ def _resize_pillow(image: Image.Image, size: Size, box: Box, interpolation: str)
 
 
 def _resize_fast(image: Image.Image, size: Size, box: Box, interpolation: str) -> Image.Image:
-    """In integers: its result does not depend on the CPU's instruction set. One thread, Pillow's memory in and out."""
+    """Uses integers, so results do not depend on the CPU's instruction set; one thread, on Pillow's buffers."""
     left, top, right, bottom = box
     sized = Image.new(image.mode, size)
     algorithm = ResizeAlg.convolution(_FILTERS[interpolation][0])

@@ -1,4 +1,4 @@
-"""TIFF directories (TIFF 6.0, section 2) whose metadata point beyond the file, without those metadata."""
+"""Removes metadata that point beyond the end of the file from TIFF directories (TIFF 6.0, section 2)."""
 
 from __future__ import annotations
 
@@ -6,18 +6,20 @@ import struct
 
 _ORDERS = {b"II*\0": "<", b"MM\0*": ">"}
 _SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4}
-"""Type of a field → bytes of a value."""
+"""Bytes per value of each field type."""
 _PIXELS = frozenset(
     number
     for first, last in ((254, 266), (273, 274), (277, 284), (290, 301), (317, 325), (330, 347), (512, 532), (559, 559))
     for number in range(first, last + 1)
 )
-"""Tags that pixels may depend on."""
+"""Tags that may affect pixels."""
 
 
 def without_lost_fields(data: bytes) -> bytes:
-    """``data`` without the fields of its first directory that say nothing of pixels and lie beyond the file's end:
-    a decoder that meets one forgets what comes after it. ``data`` itself if there are none, or it is no TIFF."""
+    """Remove the fields of the first directory that do not affect pixels and whose values lie beyond the file's end.
+
+    Decoders ignore all fields after such a field. Returns ``data`` itself if there are none or it is not a TIFF.
+    """
     order = _ORDERS.get(data[:4])
     try:
         if order is None:

@@ -1,17 +1,17 @@
-"""Images, bytes to bytes: probe, decode, filter, resize, encode. No files, no SLURM, no torch.
+"""Processes images from bytes to bytes: probe, decode, filter, resize, encode. Uses no files, SLURM or torch.
 
-What becomes of the sizes is `geometry`; nothing is upscaled unless `upscale` asks for it. `min_image_size`,
-`max_image_area` and `max_aspect_ratio` are checked on the original.
+`geometry` determines sizes; images are enlarged only with `upscale`. `min_image_size`, `max_image_area` and
+`max_aspect_ratio` apply to the original.
 
-The interpolation is bicubic (a = -0.5), or another of `INTERPOLATIONS`, with antialiasing, on 8-bit values as they are
-stored (no gamma). JPEGs are decoded at 1/2, 1/4 or 1/8 of their size where both edges stay at least twice the target;
-the rest is interpolated. An ICC profile is applied after resizing, EXIF's orientation as well.
+The interpolation is bicubic (a = -0.5), or another of `INTERPOLATIONS`, with antialiasing, on the stored 8-bit values
+(no gamma correction). JPEGs are decoded at 1/2, 1/4 or 1/8 of their size if both edges stay at least twice the target,
+and then interpolated. The ICC profile and the EXIF orientation are applied after resizing.
 
-What passes through untouched: an upright, single-frame JPEG, PNG or WebP of 8-bit RGB or grey without alpha, in sRGB or
-without a profile, whose size needs no change, without boxes to blur, and which decodes without a complaint. Everything
-else is re-encoded, without metadata: alpha (over `background`), palettes, CMYK, 16-bit, BMP, TIFF, GIF, AVIF, rotated
-files, animated ones (their first frame), and JPEGs with arithmetic coding or odd subsampling, which training decoders
-may refuse.
+An image keeps its bytes if it is an upright, single-frame JPEG, PNG or WebP with 8-bit RGB or grey pixels without
+alpha, in sRGB or without a profile, if it needs no resizing and has no boxes to blur, and if it decodes without
+warnings. All others are re-encoded without metadata: alpha (over `background`), palettes, CMYK, 16-bit, BMP, TIFF, GIF,
+AVIF, rotated files, animated ones (their first frame), and JPEGs with arithmetic coding or odd subsampling, which
+training decoders may reject.
 """
 
 from __future__ import annotations
@@ -79,15 +79,15 @@ ENCODE_FORMATS = ("jpg", "png", "webp", "auto")
 VALIDATIONS = ("full", "header")
 ICC_MODES = ("srgb", "ignore")
 _MAX_EDGE = {"jpeg": 65_500, "webp": 16_383}
-"""Pixels per edge that a format can hold."""
+"""Maximum pixels per edge of a format."""
 _DCT_MARGIN = 2
-"""A scaled decode leaves at least this many times the target's edge. Measured by `benchmarks/images.py` against a full
-decode with bicubic in floats; at 1.5 it would be 4 dB less, and at 1 below 40 dB where detail is finer than the target.
-"""
+"""Both edges of a scaled decode are at least this multiple of the target's. Measured by `benchmarks/images.py` against
+a full decode with bicubic interpolation in floats: 1.5 costs 4 dB, and 1 gives less than 40 dB if details are finer
+than the target. """
 
 
 class Dropped(Exception):
-    """A good image that the rules leave out. `reason` is short snake_case: `too_small`."""
+    """A valid image that the rules drop. `reason` is a snake_case identifier such as `too_small`."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(f"{reason}: {detail}" if detail else reason)
@@ -97,39 +97,39 @@ class Dropped(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """What becomes of an image. All of it is part of the output's identity."""
+    """How images are processed. All fields are part of the output's identity."""
 
     min_image_size: int = 256
-    """Shorter edge of the upright original in pixels, below which an image is dropped as `too_small`."""
+    """Images whose original has a shorter edge below this, in pixels, are dropped as `too_small`."""
     max_image_size: int = 512
-    """What `resize_mode` brings larger images to, in pixels; 0 = no limit."""
+    """Target edge of `resize_mode` for larger images, in pixels; 0: no limit."""
     resize_mode: str = "keep_ratio"
     """One of `RESIZE_MODES`; see `geometry`."""
     max_image_area: int = 0
-    """Pixels of the original, above which an image is dropped as `too_large`; 0 = no limit."""
+    """Images whose original has more pixels are dropped as `too_large`; 0: no limit."""
     max_aspect_ratio: float = 0.0
-    """Longer edge over shorter edge of the original, above which an image is dropped as `too_elongated`; 0 = any."""
+    """Images with a larger ratio of longer to shorter edge are dropped as `too_elongated`; 0: no limit."""
     encode_format: str = "jpg"
-    """Of images that change: `jpg` (4:2:0), `png`, `webp`, or `auto` (PNG if the source is lossless, else JPEG)."""
+    """Format of changed images: `jpg` (4:2:0), `png`, `webp`, or `auto` (PNG if the source is lossless, else JPEG)."""
     encode_quality: int = 95
     """1 to 100, for JPEG and WebP."""
     skip_reencode: bool = True
-    """Images that need no change keep their bytes; False: all are written again."""
+    """Whether images that need no change keep their bytes; False: re-encode all."""
     validate: str = "full"
-    """Images that keep their bytes are decoded to see that they are good (`full`), or trusted (`header`)."""
+    """Whether images that keep their bytes are decoded to check them (`full`) or not (`header`)."""
     background: str = "white"
     """Colour under transparent pixels, and of the border: a CSS name or `#rrggbb`."""
     icc: str = "srgb"
-    """Colours of images with another profile are converted to `srgb`, or the profile is dropped (`ignore`)."""
+    """Whether images with another profile are converted to `srgb`, or the profile is dropped (`ignore`)."""
     scaled_decode: bool = True
-    """Decode large JPEGs at a fraction of their size where that changes little; False: always in full."""
+    """Whether to decode large JPEGs at a fraction of their size if that changes little; False: always in full."""
     resize: str = "fast"
-    """Which bicubic, one of `RESIZERS`: `fast` (SIMD), `pillow`, or `simd` (pillow-simd in Pillow's place)."""
+    """Resizing backend, one of `RESIZERS`: `fast` (SIMD), `pillow`, or `simd` (pillow-simd instead of Pillow)."""
 
     interpolation: str = "bicubic"
     """One of `INTERPOLATIONS`, all antialiased."""
     upscale: bool = False
-    """Whether smaller images are enlarged to `max_image_size`, too."""
+    """Whether smaller images are enlarged to `max_image_size`."""
 
     def __post_init__(self) -> None:
         for name in ("min_image_size", "max_image_size", "max_image_area", "max_aspect_ratio"):
@@ -172,18 +172,23 @@ class Result:
     width: int
     height: int
     source_width: int
-    """Of the original, upright; the smaller of the two is a sample's `min_side`."""
+    """Size of the upright original; the smaller edge is a sample's `min_side`."""
     source_height: int
     changed: bool
-    """False: `data` is the original, bit for bit."""
+    """Whether the image was re-encoded; False: `data` is the original, bit for bit."""
     phash: str = ""
-    """The perceptual hash of the whole upright image; empty where there is none, or nothing was decoded."""
+    """The perceptual hash of the whole upright image; empty if it has none or was not decoded."""
 
 
 def process(data: bytes, rules: Rules, limits: Limits = DEFAULT_LIMITS, boxes: Boxes = ()) -> Result:
-    """One image file brought to the rules, with `boxes` blurred: a function of its arguments alone. Whatever is kept
-    has been decoded once and found good (unless `validate="header"`). Raises `ImageError` for a bad file, `Dropped` for
-    a good one that the rules leave out."""
+    """Apply the rules to an image file and blur `boxes`; the result depends only on the arguments.
+
+    Kept images have been decoded without errors, except with `validate="header"`.
+
+    Raises:
+        ImageError: the file is invalid.
+        Dropped: the rules drop the image.
+    """
     header = probe(data, limits)
     source = header.upright
     _check_source(source, rules)
@@ -192,7 +197,7 @@ def process(data: bytes, rules: Rules, limits: Limits = DEFAULT_LIMITS, boxes: B
         header = replace(header, icc=b"")
     if shape.unchanged(source) and rules.skip_reencode and _passes_through(header) and not boxes:
         look = ""
-        if rules.validate == "full":  # reads all, but need not compute all pixels
+        if rules.validate == "full":  # reads all data, but need not compute all pixels
             look = _phash(_decode(data, header, limits, at_least=(EDGE, EDGE))[0])
         return Result(data, header.format, *source, *source, changed=False, phash=look)
     format = _encode_format(header, rules)
@@ -211,7 +216,7 @@ def _phash(pixels: Pixels) -> str:
 def judge(
     data: bytes, rules: Rules, limits: Limits = DEFAULT_LIMITS, boxes: Boxes = ()
 ) -> Result | ImageError | Dropped:
-    """`process` for a worker: what it raises is returned."""
+    """`process` for a worker: exceptions are returned instead of raised."""
     try:
         return process(data, rules, limits, boxes)
     except (ImageError, Dropped) as error:
@@ -221,12 +226,12 @@ def judge(
 
 
 def render(data: bytes, header: Probe, shape: Geometry, rules: Rules, limits: Limits = DEFAULT_LIMITS) -> Pixels:
-    """The pixels (h, w, c) that an image is to be encoded from: resized, upright, in sRGB, on its canvas."""
+    """The pixels (h, w, c) to encode: resized, upright, in sRGB, and on the canvas."""
     return _placed(_whole(data, header, shape.sized, rules, limits), shape, rules.background_rgb)
 
 
 def _whole(data: bytes, header: Probe, size: Size, rules: Rules, limits: Limits) -> Pixels:
-    """All of the image at `size`, upright, in sRGB."""
+    """The whole image at `size`, upright and in sRGB."""
     resized = size != header.upright
     pixels, scale = _decode(data, header, limits, size if rules.scaled_decode and resized else None, rules)
     if resized:
@@ -259,15 +264,15 @@ def _passes_through(header: Probe) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """How an upright image of some size is resized, and placed on a canvas that it fills, exceeds or leaves free."""
+    """The size of a resized upright image, and of the canvas on which it is centred, cropped or padded."""
 
     sized: Size
     canvas: Size
 
     @property
     def offset(self) -> tuple[int, int]:
-        """Of the resized image's corner on the canvas, (x, y): half of what is free, or minus half of what is cut off,
-        both rounded towards 0."""
+        """Position (x, y) of the resized image's corner on the canvas: half of the padding, or minus half of the
+        cropped pixels, rounded towards 0."""
         (width, height), (across, down) = self.sized, self.canvas
         return _half(across - width), _half(down - height)
 
@@ -280,16 +285,16 @@ def _half(free: int) -> int:
 
 
 def geometry(width: int, height: int, rules: Rules) -> Geometry:
-    """What `rules` make of an upright image's size. With m = `max_image_size`:
+    """Apply `rules` to the size of an upright image. With m = `max_image_size`:
 
-    - `keep_ratio`: a shorter edge above m becomes m, the longer one the exact ratio.
-    - `keep_ratio_largest`: a longer edge above m becomes m, the smaller one the exact ratio, at least 1.
-    - `center_crop`: as `keep_ratio`, then the central square of min(m, shorter edge).
-    - `border`: as `keep_ratio_largest`, then centred on a square of m in the background's colour.
-    - `no`: as it is.
+    - `keep_ratio`: a shorter edge above m becomes m; the longer one follows the ratio.
+    - `keep_ratio_largest`: a longer edge above m becomes m; the shorter one follows the ratio, and is at least 1.
+    - `center_crop`: as `keep_ratio`, then cropped to the central square.
+    - `border`: as `keep_ratio_largest`, then centred on a square with edge m in the background colour.
+    - `no`: unchanged.
 
-    With `upscale` an edge below m becomes m likewise. Ratios are rounded half up, in integers, so that no platform
-    rounds differently.
+    With `upscale`, an edge below m becomes m, too. Ratios are rounded half up with integers, so that all platforms
+    round alike.
     """
     most = rules.max_image_size
     if rules.resize_mode == "no" or most == 0:
@@ -303,13 +308,13 @@ def geometry(width: int, height: int, rules: Rules) -> Geometry:
 
 
 def target_size(width: int, height: int, max_image_size: int, *, upscale: bool = False) -> Size:
-    """(width, height) after resizing with `keep_ratio`: the shorter edge at most `max_image_size` (0: any), or with
-    `upscale` just that."""
+    """(width, height) after resizing with `keep_ratio`: the shorter edge is at most `max_image_size` (0: no limit), or
+    exactly that with `upscale`."""
     return _scaled(width, height, max_image_size, min(width, height), upscale)
 
 
 def _scaled(width: int, height: int, most: int, edge: int, upscale: bool) -> Size:
-    """The size at which `edge`, one of the two, is at most `most` (0: any), or with `upscale` just that."""
+    """The size at which `edge`, one of the two, is at most `most` (0: no limit), or exactly that with `upscale`."""
     if most == 0 or (edge <= most and not upscale):
         return width, height
     return max(1, (2 * width * most + edge) // (2 * edge)), max(1, (2 * height * most + edge) // (2 * edge))
@@ -331,26 +336,31 @@ def _placed(pixels: Pixels, shape: Geometry, background: tuple[int, int, int]) -
 
 
 def decode(data: bytes, header: Probe, limits: Limits = DEFAULT_LIMITS, at_least: Size | None = None) -> Pixels:
-    """`data` as upright RGB, shape (h, w, 3); the first frame, alpha over white, colours as they are stored. Raises
-    `ImageError` for whatever is wrong with it, also where a decoder would only warn (a cut JPEG filled with grey) or
-    not look (a PNG's checksums). With `at_least` (a target, upright) it may come smaller, see `_decode`."""
+    """Decode the first frame to upright RGB, (h, w, 3): alpha over white, and colours as stored.
+
+    With `at_least` (the upright target size), the result may be smaller; see `_decode`.
+
+    Raises:
+        ImageError: the file is invalid, even if a decoder would only warn (a truncated JPEG, filled with grey) or not
+            check (the checksums of a PNG).
+    """
     return np.ascontiguousarray(_upright(_decode(data, header, limits, at_least)[0], _turn(header))[:, :, :3])
 
 
 def decode_fast(data: bytes, header: Probe, limits: Limits = DEFAULT_LIMITS) -> Pixels:
-    """As :func:`decode`, of full size, but (h, w, 4) with a byte that says nothing where the decoder gives that: to
-    drop it takes as long as decoding a JPEG."""
+    """Like :func:`decode` at full size, but (h, w, 4) with an unused last byte if the decoder returns that, because
+    removing it takes as long as decoding a JPEG."""
     return _upright(_decode(data, header, limits)[0], _turn(header))
 
 
 def _decode(
     data: bytes, header: Probe, limits: Limits, at_least: Size | None = None, rules: Rules | None = None
 ) -> tuple[Pixels, int]:
-    """The image (h, w, c) as it is stored, before it is turned upright, and the denominator of its scale.
+    """Decode an image to (h, w, c) as stored, not rotated upright; return it with the denominator of its scale.
 
-    With `at_least` (the target, upright) a JPEG may come smaller: at 1/2, 1/4 or 1/8, rounded up, both edges still
-    `_DCT_MARGIN` times the target. Its data is read and checked to the end all the same: what can be wrong shows while
-    the coefficients are read, before any pixel is computed."""
+    With `at_least` (the upright target size), a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, rounded up, with
+    both edges at least `_DCT_MARGIN` times the target. Its data are still read and checked to the end: errors show
+    while reading the coefficients, before pixels are computed."""
     if header.format == "jpeg" and is_turbo_jpeg(data) and not _is_managed_cmyk(header):
         return _decode_jpeg(data, header, at_least)
     if header.format == "png":
@@ -363,11 +373,11 @@ def _is_managed_cmyk(header: Probe) -> bool:
 
 
 def _decode_jpeg(data: bytes, header: Probe, at_least: Size | None) -> tuple[Pixels, int]:
-    """CMYK is taken as inverted: so Adobe writes it, and so browsers and Pillow read it, Adobe's marker or not."""
+    """CMYK is treated as inverted, with or without Adobe's marker, as Adobe writes and browsers and Pillow read it."""
     scale = 1
     if at_least is not None:
         target = at_least[::-1] if header.orientation >= 5 else at_least
-        # Powers of two only: the other scales have no fast IDCT and take longer than a full decode.
+        # Powers of two only: other scales have no fast IDCT and take longer than a full decode.
         scale = next((s for s in (8, 4, 2) if _scaled_enough(header, s, target)), 1)
     width, height = -(-header.width // scale), -(-header.height // scale)
     try:
@@ -380,12 +390,12 @@ def _decode_jpeg(data: bytes, header: Probe, at_least: Size | None) -> tuple[Pix
 
 
 _EXTRANEOUS = re.compile(r"(\d+) extraneous bytes before marker 0xd9")
-"""What libjpeg says when something lies between the last of the pixels and the end marker: cameras pad files so."""
+"""libjpeg's message about bytes between the image data and the end marker, which cameras add as padding."""
 
 
 def _decoded_jpeg(data: bytes, width: int, height: int) -> Pixels:
-    """RGBX pixels. Raises ValueError for whatever the decoder only warns about, but for bytes before the end marker:
-    the file without them must decode without a warning."""
+    """Decode to RGBX. Raises ValueError for all warnings of the decoder, except about padding before the end marker:
+    the file must then decode without warnings when the padding is removed."""
 
     def decode(data: bytes) -> Pixels:
         pixels: Pixels = simplejpeg.decode_jpeg(data, "RGBX", min_width=width, min_height=height, strict=True)
@@ -411,7 +421,7 @@ def _decode_pillow(data: bytes, header: Probe, limits: Limits, rules: Rules | No
         image.load()
         if header.format == "png":
             _check_png_rows(data, header, image)
-        pixels = np.array(_to_rgb(image, header, background))  # inside: conversions of damaged palettes raise as well
+        pixels = np.array(_to_rgb(image, header, background))  # inside the block: converting a damaged palette raises
     return _of_size(pixels, *(header.upright if header.format == "tiff" else (header.width, header.height)))
 
 
@@ -422,7 +432,8 @@ def _of_size(pixels: Pixels, width: int, height: int) -> Pixels:
 
 
 def _check_png_sums(data: bytes) -> None:
-    """Checksums of all chunks: Pillow skips those of the pixels, and zlib's own only if the data is read to its end."""
+    """Verify the checksums of all chunks: Pillow does not verify those of the pixels, and zlib verifies its own only at
+    the end of the data."""
     view = memoryview(data)
     for kind, start, end in png_chunks(data):
         if crc32(view[start - 4 : end]) != int.from_bytes(view[end : end + 4], "big"):
@@ -430,8 +441,10 @@ def _check_png_sums(data: bytes) -> None:
 
 
 def _check_png_rows(data: bytes, header: Probe, image: Image.Image) -> None:
-    """Whether a PNG's data holds all of its rows: Pillow leaves missing ones zero and says nothing. Inflating the data
-    again costs half of a decode, so it is done only where the last row is zero, or rows are stored in several passes.
+    """Raise `ImageError` if a PNG lacks rows, which Pillow silently leaves zero.
+
+    Inflating the data again costs half of a decode, so it is only done if the last row is zero or the image is
+    interlaced.
     """
     interlaced = data[28] == 1
     last_row = image.crop((0, header.height - 1, header.width, header.height))
@@ -453,11 +466,11 @@ def _check_png_rows(data: bytes, header: Probe, image: Image.Image) -> None:
 
 
 _ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
-"""Passes of an interlaced PNG: first column, first row, columns and rows between."""
+"""Passes of an interlaced PNG: first column, first row, column step and row step."""
 
 
 def _to_rgb(image: Image.Image, header: Probe, background: tuple[int, int, int]) -> Image.Image:
-    """Any of Pillow's modes as RGB: alpha over the background, more than 8 bits scaled down, CMYK by its profile."""
+    """Convert any Pillow mode to RGB: alpha over the background, more than 8 bits scaled down, CMYK by profile."""
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         image = _narrowed(image)
     elif "transparency" in image.info and header.format == "png":
@@ -473,7 +486,7 @@ def _to_rgb(image: Image.Image, header: Probe, background: tuple[int, int, int])
 
 
 def _transparent_level(level: Any, mode: str) -> Any:
-    """The transparent colour of a PNG in the 8-bit values that Pillow made of its pixels; Pillow leaves it unscaled."""
+    """Scale the transparent colour of a PNG to 8 bits; Pillow scales only the pixels."""
     bits = int(mode.partition(";")[2] or 8)
     if mode.startswith("RGB;"):
         return tuple(value >> 8 for value in level)
@@ -481,17 +494,18 @@ def _transparent_level(level: Any, mode: str) -> Any:
 
 
 def _narrowed(image: Image.Image) -> Image.Image:
-    """16-bit, 32-bit and float grey as `L`, or as `LA` where one level is transparent.
+    """Convert 16-bit, 32-bit and float grey images to `L`, or to `LA` if one level is transparent.
 
-    16-bit: the high byte, as Pillow does for 16-bit RGB. Fewer bits in a TIFF are shifted likewise. 32-bit integers and
-    floats have no white level: the smallest of 1 (floats only), 255, 65535 and 2^32 - 1 that holds all values is taken.
+    16-bit values are reduced to the high byte, as Pillow does for 16-bit RGB; TIFFs with fewer bits are shifted
+    likewise. 32-bit integers and floats have no defined white level: it is the smallest of 1 (floats only), 255, 65535
+    and 2^32 - 1 that no value exceeds.
     """
     values = np.asarray(image)
     level = image.info.get("transparency")
     if image.mode.startswith("I;16"):
         tags = image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
         grey = (values >> (tags.get(258, (16,))[0] - 8)).astype(np.uint8)
-        if tags.get(262) == 0:  # WhiteIsZero, which Pillow minds for 8 bits only
+        if tags.get(262) == 0:  # WhiteIsZero, which Pillow handles for 8 bits only
             grey = 255 - grey
     else:
         if not (np.isfinite(values).all() and values.min() >= 0):
@@ -516,18 +530,18 @@ _TURNS: dict[int, Callable[[npt.NDArray[np.void]], npt.NDArray[np.void]]] = {
     7: lambda image: image[::-1, ::-1].T,
     8: lambda image: image.T[::-1],
 }
-"""EXIF orientation → the upright view of a stored image (h, w)."""
+"""Functions that return the upright view of a stored image (h, w), by EXIF orientation."""
 
 
 def _turn(header: Probe) -> int:
-    """The orientation that is left to apply to decoded pixels: Pillow turns TIFF images itself."""
+    """The orientation that remains to be applied to decoded pixels: Pillow has already rotated TIFF images."""
     return 1 if header.format == "tiff" else header.orientation
 
 
 def _upright(pixels: Pixels, orientation: int) -> Pixels:
     if orientation == 1:
         return pixels
-    # One item per pixel: numpy copies that twice as fast as an axis of 3.
+    # One item per pixel: NumPy copies this twice as fast as an axis of 3.
     channels = pixels.shape[2]
     items = np.ascontiguousarray(pixels).view(f"V{channels}")[:, :, 0]
     turned = np.ascontiguousarray(_TURNS[orientation](items))
@@ -537,11 +551,11 @@ def _upright(pixels: Pixels, orientation: int) -> Pixels:
 _BY_PROFILE = {"L": "L", "I;16": "L", "L;2": "L", "L;4": "L", "1": "L", "LA": "L", "LA;16": "L"} | dict.fromkeys(
     ("RGB", "RGBA", "RGB;16", "RGBA;16", "P", "P;1", "P;2", "P;4"), "RGB"
 )
-"""Mode of a file → the mode of Pillow that its profile speaks of. (CMYK is converted while it is decoded.)"""
+"""Pillow's mode that the profile refers to, by the mode of the file. (CMYK is converted while decoding.)"""
 
 
 def _converted(pixels: Pixels, icc: bytes, mode: str) -> Pixels:
-    """RGB pixels (h, w, c), made of what `mode` says, in sRGB: (h, w, 3)."""
+    """Convert RGB pixels (h, w, c), decoded from `mode`, to sRGB (h, w, 3)."""
     image = Image.fromarray(np.ascontiguousarray(pixels[:, :, 0] if mode == "L" else pixels[:, :, :3]))
     return np.asarray(color.to_srgb(image, icc))
 
@@ -550,11 +564,11 @@ def _converted(pixels: Pixels, icc: bytes, mode: str) -> Pixels:
 
 
 def _resize_stored(pixels: Pixels, scale: int, header: Probe, size: Size, rules: Rules) -> Pixels:
-    """An image as it is stored, decoded at 1/`scale` of its size, brought to `size` (upright).
+    """Resize an image as stored, decoded at 1/`scale` of its size, to `size` (upright).
 
-    A fraction that does not divide the size leaves a last row and column of which only a part lies in the image:
-    taking them as whole ones would shift it by up to a pixel, which costs 6 dB. All orientations give the same pixels:
-    an image that lies on its side is resized along the other axis first.
+    If `scale` does not divide the size, only a part of the last row and column lies in the image; treating them as
+    complete would shift the image by up to a pixel, which costs 6 dB. All orientations give the same pixels, because an
+    image stored sideways is resized along the other axis first.
     """
     backend, kind = rules.resize, rules.interpolation
     width, height = header.upright if header.format == "tiff" else (header.width, header.height)
@@ -583,7 +597,7 @@ def _resize_stored(pixels: Pixels, scale: int, header: Probe, size: Size, rules:
 
 
 def encode(pixels: Pixels, format: str, quality: int = 95) -> bytes:
-    """`pixels` (h, w, c) as `jpeg` (4:2:0: set here because libraries' defaults differ), `png` or `webp`."""
+    """Encode `pixels` (h, w, c) as `jpeg` (4:2:0, explicitly, because libraries' defaults differ), `png` or `webp`."""
     pixels = np.ascontiguousarray(pixels)
     if format == "jpeg":
         return bytes(simplejpeg.encode_jpeg(pixels, quality, "RGBX" if pixels.shape[2] == 4 else "RGB", "420"))
@@ -594,7 +608,7 @@ def encode(pixels: Pixels, format: str, quality: int = 95) -> bytes:
 
 
 def _encode_format(header: Probe, rules: Rules) -> str:
-    """What an image that changes is written as: one of `FORMATS`."""
+    """The output format of a changed image, one of `FORMATS`."""
     if rules.encode_format == "auto":
         return "png" if header.format in LOSSLESS_FORMATS else "jpeg"
     return "jpeg" if rules.encode_format == "jpg" else rules.encode_format

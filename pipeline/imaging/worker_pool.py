@@ -1,16 +1,16 @@
-"""The isolated decoder: processes within a rank that work on bytes that may be hostile.
+"""Isolated worker processes of a rank that process possibly hostile bytes.
 
-A crash, a hang, a flood of memory or a wrong answer costs one task, never the rank. A worker is a fresh interpreter (no
-fork: ranks have threads), joined to its rank by a socket, over which it answers in plain bytes, nothing that the rank
-would execute or unpickle. Large results of a fixed size go through memory that both share (:class:`Slots`).
+A crash, a hang, excessive memory use or an invalid answer costs one task, never the rank. A worker is a new interpreter
+(not forked, because ranks have threads) connected to its rank by a socket. Its answers are plain bytes, which the rank
+never executes or unpickles. Large results of a fixed size are written to shared memory (:class:`Slots`).
 
-A worker does its tasks in order and answers with their numbers, so that the first one without an answer is to blame for
-its death; the others go to its successor. It ends by itself when its rank is gone, when a task exceeds its time (an
-alarm, which also ends code that is stuck in C), and between two tasks when it has grown beyond its memory. The rank
-ends one whose answer cannot be right. What is under way is bounded in number and bytes.
+A worker processes its tasks in order and answers with their numbers, so the first unanswered task caused its death; the
+others are passed to its successor. It exits when its rank is gone, when a task exceeds the time limit (by an alarm,
+which also stops code that hangs in C), and between two tasks when it exceeds its memory limit. The rank kills a worker
+that gives an invalid answer. The number and the bytes of pending tasks are limited.
 
-A worker that somebody has taken over can write into all slots of its rank, so it can change the pixels of other images
-of the batches under way. It can do no more than that to the rank.
+A compromised worker can write to all slots of its rank, and thus change the pixels of other images in the current
+batches, but cannot affect the rank in any other way.
 """
 
 from __future__ import annotations
@@ -43,15 +43,15 @@ from pipeline.imaging.slots import Slots, mapped
 Token = TypeVar("Token")
 Answer = bytes | bytearray
 
-_DEPTH = 3  # tasks that a worker has, so that the next one is there when one is done
-_TASKS = 32  # per worker: taken in and not yet handed out, in all; one that hangs holds up those behind it
-_BYTES = 2**26  # the same in bytes, of tasks and results
-_LARGEST = 2**31  # bytes of an answer
-_GRACE = 10.0  # seconds after twice its time that a worker may fail to end itself, in a system call for instance
-_STARTS = 3  # workers in a row that may die before their first word
-_DEFECTS = 16  # tasks at which the function may raise before any task has been answered
-_ASKED = struct.Struct(">IIIQ")  # number of the task, its slot, lengths of its key and its data
-_SAID = struct.Struct(">BIQ")  # kind of message, number of the task, length of the body
+_DEPTH = 3  # tasks queued per worker, so that it never waits for the next one
+_TASKS = 32  # pending tasks per worker, since one that hangs delays all after it
+_BYTES = 2**26  # pending bytes of tasks and results per worker
+_LARGEST = 2**31  # maximum bytes of an answer
+_GRACE = 10.0  # seconds beyond twice the timeout before a worker is killed
+_STARTS = 3  # consecutive workers that may die before their first message
+_DEFECTS = 16  # tasks that may fail before the first one succeeds
+_ASKED = struct.Struct(">IIIQ")  # task number, slot, lengths of key and data
+_SAID = struct.Struct(">BIQ")  # kind of message, task number, length of the body
 _HELLO, _RESULT, _FAILED, _LEAVING = range(4)
 
 
@@ -59,12 +59,12 @@ log = logging.getLogger("pipeline")
 
 
 class WorkerError(RuntimeError):
-    """Workers do not start, or the function raises whatever the data: a defect, never bad data."""
+    """Workers do not start, or the function raises for all data: a defect, not bad data."""
 
 
 @dataclass(frozen=True, slots=True)
 class Lost:
-    """The result of a task whose worker died at it, raised, or gave an answer that cannot be right."""
+    """The result of a task whose worker died, raised an exception, or gave an invalid answer."""
 
     reason: str
     """`crash` or `timeout`."""
@@ -73,14 +73,14 @@ class Lost:
 
 @dataclass(frozen=True)
 class WorkerLimits:
-    """What a worker may take for one task: seconds, and bytes beyond what it starts with; 0: any."""
+    """Limits of a worker: seconds per task, and bytes beyond its initial memory; 0: no limit."""
 
     timeout: float = 60.0
     memory: int = 2**31
 
     @classmethod
     def of(cls, config: Any) -> WorkerLimits:
-        """As ``decode_timeout=`` and ``worker_memory=`` (MiB) say."""
+        """The limits set by ``decode_timeout=`` and ``worker_memory=`` (MiB)."""
         return cls(config.decode_timeout, config.worker_memory * 2**20)
 
 
@@ -89,14 +89,14 @@ DEFAULT_WORKER_LIMITS = WorkerLimits()
 
 @dataclass(slots=True)
 class _Load:
-    """Bytes of tasks taken in and not yet handed out, and of their answers: their owner may still need both."""
+    """Bytes of pending tasks and their answers, both of which the owner may still need."""
 
     bytes: int = 0
 
 
 @dataclass(slots=True, eq=False)
 class Task:
-    """Something for a worker to do; ``result`` is there once it is ``done``."""
+    """A task for a worker; ``result`` is set once it is ``done``."""
 
     data: bytes
     slot: int = 0
@@ -130,23 +130,23 @@ class _Worker:
     inbox: bytearray = field(default_factory=lambda: bytearray(_SAID.size))
     received: int = 0
     head: tuple[int, int] | None = None
-    """Kind and number of the message whose body is being received; None: the next is a head."""
+    """Kind and task number of the message whose body is being received; None: a header comes next."""
     greeted: bool = False
     leaving: bool = False
-    since: float = 0.0  # when it was free for the first of its tasks, by our clock
+    since: float = 0.0  # when it could start the first of its tasks, by our clock
 
     def send(self, *parts: bytes) -> None:
         self.outbox += map(memoryview, filter(None, parts))
 
     def flush(self) -> bool:
-        """Send what the socket takes; whether that is all."""
+        """Send as much as the socket accepts; return whether everything was sent."""
         while self.outbox:
             try:
                 sent = self.socket.sendmsg(self.outbox[:_VECTORS])
             except BlockingIOError:
                 return False
             except OSError:
-                self.outbox.clear()  # it is gone; what it said before is still to be read
+                self.outbox.clear()  # it is gone, but earlier messages can still be read
                 return True
             while self.outbox and sent >= len(self.outbox[0]):
                 sent -= len(self.outbox.pop(0))
@@ -155,11 +155,11 @@ class _Worker:
         return True
 
     def messages(self, largest: int) -> Iterator[tuple[int, int, bytearray]]:
-        """What it has said so far: kind, number of the task, body.
+        """Yield the messages received so far: kind, task number, body.
 
         Raises:
-            EOFError: it is gone.
-            _WrongAnswer: a body of more than ``largest`` bytes is announced.
+            EOFError: the worker is gone.
+            _WrongAnswer: a message announces a body of more than ``largest`` bytes.
         """
         while True:
             while self.received < len(self.inbox):
@@ -186,12 +186,12 @@ class _Worker:
 
 _VECTORS = 512  # buffers of one sendmsg; Linux takes 1024
 _TEXT = 2**16  # bytes of a traceback
-_LINES = 40  # of a traceback that are shown
+_LINES = 40  # lines of a traceback that are shown
 _DETAIL = 400  # characters
 
 
 class _WrongAnswer(Exception):
-    """A worker does what none of ours should; ``certain``: at the task that it is at, not perhaps at another."""
+    """A worker violated the protocol; ``certain``: the current task caused it, not possibly another one."""
 
     def __init__(self, what: str, certain: bool = False) -> None:
         super().__init__(what)
@@ -206,15 +206,16 @@ class Pool:
     """Runs ``module:function`` on bytes, in ``workers`` processes (0: in this one, unprotected).
 
     Args:
-        function: called as ``function(data, *arguments)``, with ``slots`` as ``function(slot, data, key, *arguments)``,
-            where ``slot`` is uint8 (size,); returns bytes. A task at which it raises is lost.
-        timeout: seconds that a task may take; what takes longer twice is lost. 0: any time.
-        memory: bytes that a worker may allocate beyond what it starts with; 0: any. More is a ``MemoryError`` in it.
-        slots: the memory that tasks are done into.
-        read: ``read(answer, data)`` gives a task's result; raises ValueError if the answer cannot be right: then the
-            task is lost and its worker is ended. The default gives the answer as it is.
-        largest: bytes that an answer may have.
-        depth: tasks that a worker is given at once.
+        function: called as ``function(data, *arguments)``, or with ``slots`` as ``function(slot, data, key,
+            *arguments)``, where ``slot`` is uint8 (size,); returns bytes. A task for which it raises is lost.
+        timeout: maximum seconds per task; a task that exceeds it twice is lost. 0: no limit.
+        memory: bytes that a worker may allocate beyond its initial memory; more raises ``MemoryError`` in it. 0: no
+            limit.
+        slots: shared memory for results.
+        read: ``read(answer, data)`` returns a task's result, or raises ValueError if the answer is invalid: the task is
+            then lost and its worker killed. By default, the result is the answer itself.
+        largest: maximum bytes of an answer.
+        depth: maximum tasks queued per worker.
     """
 
     def __init__(
@@ -250,14 +251,14 @@ class Pool:
         self._finalizer = weakref.finalize(self, _end, self._workers, self._selector)
 
     def close(self) -> None:
-        """End all workers; they start again when there is work."""
+        """Kill all workers; they are restarted when there is work."""
         for worker in self._workers:
             self._selector.unregister(worker.socket)
         _end_all(self._workers)
 
     @property
     def pids(self) -> list[int]:
-        """Process ids of the workers that run."""
+        """Process IDs of the running workers."""
         return [worker.process.pid for worker in self._workers]
 
     # ---- tasks
@@ -265,9 +266,10 @@ class Pool:
     def map(
         self, tasks: Iterable[tuple[Token, bytes | None]], tick: Callable[[], None] = lambda: None
     ) -> Iterator[tuple[Token, Any]]:
-        """(token, result) of each (token, data) in order; without data the result is None. For pools without slots.
+        """Yield (token, result) for each (token, data) in order; the result is None without data. Not for pools with
+        slots.
 
-        ``tick`` is called now and then while waiting, and may raise.
+        ``tick`` is called regularly while waiting and may raise.
 
         Raises:
             WorkerError: see there.
@@ -305,7 +307,7 @@ class Pool:
                     task.given_up = True
 
     def submit(self, data: bytes, slot: int = 0, key: str = "") -> Task:
-        """Have ``data`` worked on; with slots into ``slot``, which must not be in use."""
+        """Queue ``data``; with slots, the result is written to ``slot``, which must not be in use."""
         return self._submit(Task(data, slot, key.encode(errors="surrogatepass")))
 
     def _submit(self, task: Task) -> Task:
@@ -318,13 +320,13 @@ class Pool:
         return task
 
     def push(self) -> None:
-        """Give waiting tasks to workers, if there are enough of them to be worth it; see what workers have said."""
+        """Send queued tasks to workers if there are enough of them, and process answers."""
         if len(self._queue) >= self._depth:
             self._assign()
             self._exchange(0)
 
     def wait(self, task: Task) -> Any:
-        """The result of ``task``.
+        """Wait for ``task`` and return its result.
 
         Raises:
             WorkerError: see there.
@@ -335,11 +337,11 @@ class Pool:
         return task.result
 
     def drain(self) -> None:
-        """Forget what waits, and wait for what is being worked on: then all slots are free."""
+        """Discard queued tasks and wait for running ones, after which all slots are free."""
         self._queue.clear()
         while any(worker.tasks for worker in self._workers):
             self._exchange(1.0)
-            self._queue.clear()  # what a worker that died had left
+            self._queue.clear()  # tasks left by a worker that died
 
     def _run_here(self, task: Task) -> Any:
         run = _function(self._function)
@@ -351,7 +353,7 @@ class Pool:
     # ---- workers
 
     def _assign(self) -> None:
-        """Give waiting tasks to workers that have few, several at once; starts workers that are missing."""
+        """Send queued tasks to workers with few tasks, several at once; start missing workers."""
         while self._queue:
             while len(self._workers) < self._count:
                 self._workers.append(self._start())
@@ -359,11 +361,11 @@ class Pool:
             if len(worker.tasks) > self._depth // 2:
                 return
             if not worker.tasks and worker.process.poll() is not None:
-                self._bury(worker)  # it has died meanwhile, over no task
+                self._bury(worker)  # it died while idle
                 continue
             if not worker.tasks:
                 worker.since = time.monotonic()
-            share = -(-len(self._queue) // self._count)  # as many for each, if there are few
+            share = -(-len(self._queue) // self._count)  # distribute few tasks evenly
             for _ in range(min(self._depth - len(worker.tasks), share)):
                 task = self._queue.popleft()
                 if not task.given_up:
@@ -372,7 +374,7 @@ class Pool:
             self._flush(worker)
 
     def _flush(self, worker: _Worker) -> None:
-        """Send what can be sent; the rest when the socket takes it."""
+        """Send as much as possible now, and the rest when the socket is ready."""
         events = selectors.EVENT_READ | (0 if worker.flush() else selectors.EVENT_WRITE)
         if self._selector.get_key(worker.socket).events != events:
             self._selector.modify(worker.socket, events, worker)
@@ -398,7 +400,7 @@ class Pool:
         return worker
 
     def _exchange(self, timeout: float) -> None:
-        """Send and receive what is due, waiting at most ``timeout`` seconds; tasks of workers that died go back."""
+        """Send and receive messages, waiting at most ``timeout`` seconds; requeue the tasks of dead workers."""
         for key, events in self._selector.select(timeout):
             worker: _Worker = key.data
             if events & selectors.EVENT_WRITE:
@@ -417,7 +419,7 @@ class Pool:
                 worker.process.kill()
 
     def _take(self, worker: _Worker, kind: int, number: int, body: bytearray) -> None:
-        """What a worker has said; raises _WrongAnswer if no worker of ours would."""
+        """Process a worker's message; raises _WrongAnswer if it violates the protocol."""
         if kind in (_RESULT, _FAILED) and worker.tasks:
             task = worker.tasks[0]
             if number != task.number:
@@ -438,10 +440,10 @@ class Pool:
             raise _WrongAnswer("gave no answer")
 
     def _defect(self, traceback: str) -> str:
-        """What to say of a task at which the function raised; the first traceback is logged.
+        """Describe a task for which the function raised; the first traceback is logged.
 
         Raises:
-            WorkerError: it raises at all tasks, not only at some images.
+            WorkerError: it raises for all tasks, not only for some images.
         """
         lines = ["".join(c if c.isprintable() else "?" for c in line) for line in traceback.splitlines()] or [""]
         self._defects += 1
@@ -453,16 +455,16 @@ class Pool:
         return f"failed with {lines[-1][:_DETAIL]}"
 
     def _bury(self, worker: _Worker, wrong: _WrongAnswer | None = None) -> None:
-        """Forget a worker that has died, or whose answer was ``wrong``; its tasks go to another. The one it was at is
-        blamed, but not at the first time where it may be another's doing: a suspended job, somebody short of memory,
-        the task before that answered twice or made the worker leave."""
+        """Remove a worker that died or gave a ``wrong`` answer, and requeue its tasks. Its current task is lost, but
+        only at the second time if something else may be the cause: a suspended job, a lack of memory on the node, or the
+        previous task, if that answered twice or made the worker leave."""
         self._selector.unregister(worker.socket)
         self._workers.remove(worker)
         worker.socket.close()
         if not wrong:
             with suppress(subprocess.TimeoutExpired):
                 worker.process.wait(1)
-        worker.process.kill()  # no more than its socket may be closed
+        worker.process.kill()  # it may only have closed its socket
         code = worker.process.wait()
         if not worker.greeted:
             self._failed_starts += 1
@@ -503,10 +505,10 @@ def _end_all(workers: list[_Worker]) -> None:
 
 
 def available_cpus(local_world_size: int = 1) -> int:
-    """CPUs for each of a node's ranks, at least 1: by the affinity, the cgroup's quota, and what SLURM granted.
+    """Number of CPUs for each rank of a node, at least 1, from CPU affinity, cgroup quota and SLURM allocation.
 
-    srun binds each task to its own share; a task may be one rank, or a torchrun that starts several. Never
-    ``os.cpu_count()``, which counts the CPUs of the whole node.
+    srun binds each task to its share; a task can be one rank, or a torchrun that starts several. ``os.cpu_count()`` is
+    not used because it counts all CPUs of the node.
     """
     cpus = len(os.sched_getaffinity(0))
     with suppress(OSError, ValueError):
@@ -527,7 +529,7 @@ def _cgroup_file(name: str) -> Path:
 
 
 def worker_count(setting: str, local_world_size: int = 1) -> int:
-    """How many processes ``workers=`` asks for: a number, or ``auto`` for the CPUs of this rank."""
+    """Number of processes for ``workers=``: a number, or ``auto`` for the number of this rank's CPUs."""
     return available_cpus(local_world_size) if setting == "auto" else int(setting)
 
 
@@ -535,9 +537,9 @@ def worker_count(setting: str, local_world_size: int = 1) -> int:
 
 
 def main(descriptor: int) -> None:
-    """A worker's life, on the socket with this number."""
+    """Run a worker on the socket with this file descriptor."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)  # meant for the rank: a worker ends with it
+        signal.signal(number, signal.SIG_IGN)  # meant for the rank; a worker exits with its rank
     with suppress(ConnectionError, EOFError), socket.socket(fileno=descriptor) as rank:
         _serve(rank)
 
@@ -553,7 +555,7 @@ def _serve(rank: socket.socket) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (virtual + memory, virtual + memory))
         most = own + memory // 2
     _say(rank, _HELLO)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # libraries have much to say about bad files
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # libraries write messages about bad files
     while True:
         number, slot, key, data = _receive(rank)
         signal.setitimer(signal.ITIMER_REAL, timeout)
@@ -575,7 +577,7 @@ def _function(name: str) -> Callable[..., Any]:
 
 
 def _memory() -> tuple[int, int]:
-    """Virtual memory of this process, and the resident memory that is its own, without slots; in bytes."""
+    """Virtual memory of this process and its private resident memory (without slots), in bytes."""
     virtual, resident, shared = map(int, Path("/proc/self/statm").read_text().split()[:3])
     return virtual * resource.getpagesize(), (resident - shared) * resource.getpagesize()
 
@@ -587,14 +589,14 @@ def _say(rank: socket.socket, kind: int, number: int = 0, data: bytes = b"") -> 
 
 
 def _receive(rank: socket.socket) -> tuple[int, int, str, bytes]:
-    """Number of a task, its slot, key and data."""
+    """Receive a task: number, slot, key, data."""
     number, slot, key, data = _ASKED.unpack(_exactly(rank, _ASKED.size))
     return number, slot, _exactly(rank, key).decode(errors="surrogatepass"), _exactly(rank, data)
 
 
 def _exactly(rank: socket.socket, length: int) -> bytes:
     data = rank.recv(length, socket.MSG_WAITALL) if length else b""
-    while len(data) < length:  # a signal came in between, or it is more than Linux gives at once
+    while len(data) < length:  # interrupted by a signal, or more than Linux returns at once
         more = rank.recv(length - len(data), socket.MSG_WAITALL)
         if not more:
             raise EOFError

@@ -1,19 +1,19 @@
-"""Answers of image workers as plain bytes: the workers decode hostile data, so nothing from them is unpickled.
+"""Encodes the answers of image workers as plain bytes: workers decode hostile data, so their answers are not unpickled.
 
-Each kind of answer has a function that a worker runs, and one that reads the answer and refuses with ValueError what
-the first cannot have said:
+For each kind of answer, there is a function that the worker runs and one that reads the answer and raises ValueError if
+it is invalid:
 
 ===========================  ========================  =============================================
 function of the worker       read by                   gives
 ===========================  ========================  =============================================
-:func:`answer`               :func:`understood`        what stage=filter stores
-:func:`answer_with_boxes`    :func:`with_boxes`        the same, some boxes of it blurred
+:func:`answer`               :func:`understood`        the image that stage=filter stores
+:func:`answer_with_boxes`    :func:`with_boxes`        the same with blurred boxes
 :func:`pixels`               :func:`read_pixels`       the whole image, uint8 (h, w, 3)
-:func:`size`                 :func:`read_size`         (height, width) of an image that decodes whole
-:func:`header_size`          :func:`read_size`         (height, width) that an image's header says
+:func:`size`                 :func:`read_size`         (height, width) after decoding completely
+:func:`header_size`          :func:`read_size`         (height, width) from the header
 ===========================  ========================  =============================================
 
-The bytes of an image that passes through the filter untouched are not sent back.
+The bytes of an image that the filter leaves unchanged are not sent back.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from pipeline.imaging.headers import DEFAULT_LIMITS, FORMATS, ImageError, Limits
 from pipeline.imaging.transform import Dropped, Pixels, Result, Rules, decode, judge
 
 _KEPT, _UNCHANGED, _DROPPED, _ERROR = range(4)
-_RESULT = struct.Struct("<BBIIII?16s")  # kind, format, width and height now and before, whether there is a hash, hash
+_RESULT = struct.Struct("<BBIIII?16s")  # kind, format, new and original size, has hash, hash
 _SIZE = struct.Struct("<BII")  # kind, height, width
 _REASON = re.compile(r"[a-z0-9_]{1,40}")
 _DETAIL = 400  # characters
 _EDGE = 2**31
 _REFUSED: dict[int, type[Dropped] | type[ImageError]] = {_DROPPED: Dropped, _ERROR: ImageError}
 SMALL = 4096
-"""Bytes that an answer without pixels may have."""
+"""Maximum bytes of an answer without pixels."""
 
 
 def answer(data: bytes, rules: Rules, limits: Limits = DEFAULT_LIMITS) -> bytes:
@@ -45,13 +45,13 @@ def answer(data: bytes, rules: Rules, limits: Limits = DEFAULT_LIMITS) -> bytes:
 
 
 def answer_with_boxes(task: bytes, rules: Rules, limits: Limits = DEFAULT_LIMITS) -> bytes:
-    """`answer` to an image and its boxes, as :func:`pipeline.imaging.blur.packed` gives them."""
+    """`answer` for an image with boxes, packed by :func:`pipeline.imaging.blur.packed`."""
     boxes, data = blur.unpacked(task)
     return _said(judge(data, rules, limits, boxes))
 
 
 def with_boxes(said: bytes | bytearray, task: bytes) -> Result | ImageError | Dropped:
-    """What `answer_with_boxes` said of `task`; raises ValueError if it cannot have said that."""
+    """Read the answer of `answer_with_boxes` to `task`; raises ValueError if it is invalid."""
     boxes, data = blur.unpacked(task)
     found = understood(said, data)
     if isinstance(found, Result) and boxes and not found.changed:
@@ -69,7 +69,7 @@ def _said(found: Result | ImageError | Dropped) -> bytes:
 
 
 def understood(said: bytes | bytearray, data: bytes) -> Result | ImageError | Dropped:
-    """What `answer` said of `data`; raises ValueError if it cannot have said that."""
+    """Read the answer of `answer` to `data`; raises ValueError if it is invalid."""
     kind = said[0] if said else -1
     if kind in _REFUSED:
         return _read_refusal(said)
@@ -91,7 +91,7 @@ def pixels(data: bytes, limits: Limits = DEFAULT_LIMITS) -> bytes:
 
 
 def read_pixels(said: bytes | bytearray, data: bytes = b"") -> Pixels | ImageError:
-    """What `pixels` said, uint8 (h, w, 3); raises ValueError if it cannot have said that."""
+    """Read the answer of `pixels`, uint8 (h, w, 3); raises ValueError if it is invalid."""
     if said[:1] == bytes([_ERROR]):
         return _read_error(said)
     height, width = _read_head(said)
@@ -101,12 +101,12 @@ def read_pixels(said: bytes | bytearray, data: bytes = b"") -> Pixels | ImageErr
 
 
 def size(data: bytes, limits: Limits = DEFAULT_LIMITS) -> bytes:
-    """The size of an image, once all of it has been decoded; for a worker."""
+    """The size of an image after decoding it completely, for a worker."""
     return _decoded(data, limits, lambda image: b"")
 
 
 def header_size(data: bytes, limits: Limits = DEFAULT_LIMITS) -> bytes:
-    """The size of an upright image, as its header says; for a worker."""
+    """The upright size of an image from its header, for a worker."""
     try:
         width, height = probe(data, limits).upright
     except ImageError as error:
@@ -115,7 +115,7 @@ def header_size(data: bytes, limits: Limits = DEFAULT_LIMITS) -> bytes:
 
 
 def read_size(said: bytes | bytearray, data: bytes = b"") -> tuple[int, int] | ImageError:
-    """What `size` said, (height, width); raises ValueError if it cannot have said that."""
+    """Read the answer of `size` or `header_size`, (height, width); raises ValueError if it is invalid."""
     if said[:1] == bytes([_ERROR]):
         return _read_error(said)
     if len(said) != _SIZE.size:
@@ -157,12 +157,12 @@ def _read_error(said: bytes | bytearray) -> ImageError:
 
 
 def reason_bytes(reason: str, detail: str) -> bytes:
-    """Why an image was refused, as part of an answer."""
+    """Encode the reason for rejecting an image, as part of an answer."""
     return f"{reason}\0{detail[:_DETAIL]}".encode(errors="backslashreplace")
 
 
 def read_reason(said: bytes | bytearray) -> tuple[str, str]:
-    """Reason and detail; raises ValueError if :func:`reason_bytes` cannot have said that."""
+    """Inverse of :func:`reason_bytes`; raises ValueError if the bytes are invalid."""
     reason, _, detail = said.decode().partition("\0")
     if not _REASON.fullmatch(reason) or len(said) > SMALL:
         raise ValueError("no reason")

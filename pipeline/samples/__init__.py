@@ -18,10 +18,10 @@ import xxhash
 from pipeline.samples.captions import captions_of, repaired
 
 Row = dict[str, Any]
-"""One sample as a storage format holds it: column name → value."""
+"""A sample as a storage format holds it: maps column names to values."""
 
 Schema = dict[str, str]
-"""Column name → type: str, int, bytes, json, or jpeg (image bytes of any format, as MDS calls it)."""
+"""Maps column names to types: str, int, bytes, json, or jpeg (MDS's name for image bytes of any format)."""
 
 Status = Literal["kept", "dropped", "failed"]
 
@@ -38,7 +38,7 @@ EXTENSIONS = {
     "avif": "avif",
     "jpeg2000": "jp2",
 }
-"""File extension of each image format that we take."""
+"""File extension of each supported image format."""
 
 FORMATS = {extension: name for name, extension in EXTENSIONS.items()} | {
     "jpeg": "jpeg",
@@ -56,7 +56,7 @@ FORMATS = {extension: name for name, extension in EXTENSIONS.items()} | {
     "jpx": "jpeg2000",
     "svg": "svg",
 }
-"""Image format that a file extension promises."""
+"""Image format of each file extension."""
 
 _SAFE = re.compile(r"[^A-Za-z0-9_,@+/-]")
 _MAX_KEY = 200
@@ -65,11 +65,11 @@ _DEEPEST = 32
 
 
 TAKEN = "takedown"
-"""Reason of samples that were kept and then removed for good (stage=takedown). Each still has its place among those
-that were kept, so that positions in plans go on meaning the same samples."""
+"""Reason of samples that were kept and later removed permanently (stage=takedown). They retain their positions among
+the kept samples, so that positions in plans stay valid."""
 
 TAKEN_UNKEPT = "takedown_unkept"
-"""Reason of samples removed for good that had not been kept anyway."""
+"""Reason of permanently removed samples that had not been kept."""
 
 
 class SampleError(Exception):
@@ -78,7 +78,7 @@ class SampleError(Exception):
     Args:
         reason: A snake_case identifier by which rows are counted.
         detail: Details, which must be the same in every run (no memory address, time or absolute path).
-        retryable: Whether another try may succeed.
+        retryable: Whether a retry may succeed.
     """
 
     def __init__(self, reason: str, detail: str = "", *, retryable: bool = False) -> None:
@@ -89,8 +89,8 @@ class SampleError(Exception):
 
 
 def in_words(error: BaseException) -> str:
-    """An exception for a detail: its type and the first line of its message, without addresses, which differ between
-    runs."""
+    """Format an exception as a detail: its type and the first line of its message, without memory addresses, which
+    differ between runs."""
     first = repaired(re.sub(r" at 0x[0-9a-f]+", "", str(error).partition("\n")[0])[:200])
     return f"{type(error).__name__}: {first}" if first else type(error).__name__
 
@@ -99,9 +99,9 @@ def in_words(error: BaseException) -> str:
 class Outcome:
     """The outcome of one input sample, or (``container``) of one archive that holds samples.
 
-    ``source``, ``member`` and ``offset`` say where the input lay, relative to the stage's input; ``source_hash`` is
-    the XXH3-128 of its bytes, ``source_pixels`` how many pixels it had, ``phash`` how it looks. ``count`` and
-    ``complete`` are a container's: samples found in it, end marker seen.
+    ``source``, ``member`` and ``offset`` give the position of the input, relative to the stage's input; ``source_hash``
+    is the XXH3-128 of its bytes, ``source_pixels`` its number of pixels, and ``phash`` its perceptual hash. Only
+    containers use ``count``, the number of samples found, and ``complete``, whether the end marker was read.
     """
 
     key: str
@@ -125,7 +125,7 @@ class Outcome:
 
 
 def image_format(name: str) -> str:
-    """The image format of a file name's extension; empty if it is not one of an image."""
+    """The image format of a file name's extension; empty if it is not an image extension."""
     return FORMATS.get(name.rpartition(".")[2].lower(), "") if "." in name else ""
 
 
@@ -135,7 +135,7 @@ def content_hash(data: bytes) -> str:
 
 
 def path_text(path: str) -> str:
-    """A path as text that every file format can store; a path that is not UTF-8 is percent-quoted after ``%:``."""
+    """Encode a path as text that every file format can store; if it is not UTF-8, it is percent-quoted after ``%:``."""
     try:
         path.encode()
     except UnicodeEncodeError:
@@ -144,7 +144,7 @@ def path_text(path: str) -> str:
 
 
 def real_path(text: str) -> str:
-    """The path from which :func:`path_text` made this text."""
+    """Decode the result of :func:`path_text` to the original path."""
     return os.fsdecode(unquote_to_bytes(text[len(_QUOTED) :])) if text.startswith(_QUOTED) else text
 
 
@@ -152,8 +152,8 @@ def make_key(path: str) -> str:
     """The key of the sample at ``path`` (``<archive>/<member>`` or a relative file path): stable, unique and safe.
 
     ``a dir/b.c.jpg`` → ``a=20dir/b=2Ec-jpg``: characters outside ``[A-Za-z0-9_,@+/-]`` become ``=`` and two hexadecimal
-    digits per UTF-8 byte, the last dot a ``-``. Different paths have different keys, and no key has a dot, as
-    WebDataset's naming asks. Very long ones end in a hash.
+    digits per UTF-8 byte, the last dot a ``-``. Different paths have different keys. Keys contain no dot, as WebDataset
+    requires; very long ones end in a hash.
     """
     stem, dot, extension = path.rpartition(".")
     if not dot or "/" in extension or not extension.isalnum() or not extension.isascii():
@@ -171,16 +171,16 @@ def _escape(text: str) -> str:
 def caption_fields(captions: Any) -> Row:
     """The caption columns ``caption`` (the first) and ``captions`` (all), as valid UTF-8.
 
-    Samples of every source get their captions here, from whatever
-    :func:`~pipeline.samples.captions.captions_of` understands.
+    All sources use this function. ``captions`` is any value that :func:`~pipeline.samples.captions.captions_of`
+    accepts.
     """
     texts = captions_of(captions)
     return {"caption": texts[0] if texts else "", "captions": texts}
 
 
 def plain(value: Any, depth: int = 0) -> Any:
-    """``value`` in a form that can be stored as JSON. NaN becomes null, times become ISO 8601, decimals and infinities
-    text.
+    """Convert ``value`` to a form that can be stored as JSON: NaN becomes null, times become ISO 8601, decimals and
+    infinities become text.
 
     Raises:
         SampleError: ``bad_field`` for values without such a form, such as bytes that are not text.
@@ -214,7 +214,7 @@ def plain(value: Any, depth: int = 0) -> Any:
 
 
 def label_of(value: Any) -> int | None:
-    """The number of a class; None if there is no label (null, NaN, an empty text).
+    """Convert ``value`` to a class number; None if there is no label (null, NaN, empty text).
 
     Raises:
         SampleError: ``bad_label`` for a value that is not an integer of at least 0.
@@ -222,7 +222,7 @@ def label_of(value: Any) -> int | None:
     if hasattr(value, "item") and not isinstance(value, str):
         try:
             value = value.item()
-        except (ValueError, RuntimeError):  # an array of several
+        except (ValueError, RuntimeError):  # an array with several values
             raise SampleError("bad_label", f"{type(value).__name__} of several values") from None
     if isinstance(value, str | bytes):
         text = repaired(value).strip()

@@ -164,7 +164,7 @@ def import_dataset(dataset: MapDataset, /, rank: Rank | None = None, **settings:
 
     Raises:
         ConfigError, StorageError: As for stage=download, for a setting that has no effect here, and for an object
-        that is not a map-style dataset.
+            that is not a map-style dataset.
     """
     _require_items(dataset)
     known = [field.name for field in fields(DownloadConfig)]
