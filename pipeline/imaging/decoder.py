@@ -37,8 +37,11 @@ class ImageDecoder:
     def pixels(
         self, images: Iterable[tuple[Token, bytes | None]], tick: Callable[[], None] = lambda: None
     ) -> Iterator[tuple[Token, Pixels | ImageError | None]]:
-        """Yield (token, image) for each (token, file) in order. An image is uint8 (h, w, 3), an error if it cannot be
-        decoded, or None without a file. ``tick`` is called regularly while waiting."""
+        """Yield (token, image) for each (token, file) in order.
+
+        An image is uint8 (h, w, 3), an error if it cannot be decoded, or None without a file. ``tick`` is called
+        regularly while waiting.
+        """
         return _answers(self._pixels, images, tick)
 
     def sizes(

@@ -455,9 +455,11 @@ class Pool:
         return f"failed with {lines[-1][:_DETAIL]}"
 
     def _bury(self, worker: _Worker, wrong: _WrongAnswer | None = None) -> None:
-        """Remove a worker that died or gave a ``wrong`` answer, and requeue its tasks. Its current task is lost, but
-        only at the second time if something else may be the cause: a suspended job, a lack of memory on the node, or the
-        previous task, if that answered twice or made the worker leave."""
+        """Remove a worker that died or gave a ``wrong`` answer, and requeue its tasks.
+
+        Its current task is lost, but only at the second time if something else may be the cause: a suspended job, lack
+        of memory on the node, or the previous task, if that answered twice or made the worker leave.
+        """
         self._selector.unregister(worker.socket)
         self._workers.remove(worker)
         worker.socket.close()
