@@ -60,7 +60,7 @@ class Estimate:
 
     Attributes:
         hours: duration; None if unknown.
-        output_bytes, inodes: size of its output and number of files in it; -1 if unknown.
+        output_bytes, inodes: bytes and inodes of its output; -1 if unknown.
         basis: where the numbers come from, or why there are none.
         finished: whether there is nothing left to do.
         proposal: options that would be suitable for the job.

@@ -336,7 +336,7 @@ def _needs(job: Job, other: Job) -> bool:
 
 
 def _stage_needs(stage: str, other: str) -> bool:
-    """Stages that use a finished run need datasets and training; any other stage needs all stages before it."""
+    """Stages that use a finished run need dataset stages and training; any other stage needs all before it."""
     return not traits_of(stage).reads_run or _makes_data(other) or traits_of(other).lockstep
 
 

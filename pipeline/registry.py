@@ -5,8 +5,8 @@ A decorator registers a class under a name::
     @sources.register("zarr", ZarrOptions)
     class Zarr(Source): ...
 
-Built-in names stand in a table together with the module that registers them, so that listing the names and their
-options imports none of these modules. An installed package adds a name with an entry point of the registry's group
+Built-in names are listed in a table together with the module that registers them, so that listing names and options
+imports none of these modules. An installed package adds a name with an entry point of the registry's group
 (``latentmill.sources``, ``latentmill.formats``, ``latentmill.autoencoders``, ``latentmill.text_encoders``,
 ``latentmill.image_encoders``, ``latentmill.vision_encoders``, ``latentmill.tasks``, ``latentmill.stages``,
 ``latentmill.scorers``). The entry point has the same name, and refers to the decorated class or to its module.
@@ -43,7 +43,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 @dataclass(frozen=True)
 class Builtin:
-    """Where a built-in name is registered."""
+    """The module that registers a built-in name, and its options."""
 
     module: str
     options: str = ""

@@ -87,7 +87,7 @@ class Folder:
     def __repr__(self) -> str:
         return f"Folder({str(self.path)!r})"
 
-    # ---- looking
+    # ---- reading
 
     def in_place(self) -> bool:
         """Whether ``path`` still leads to this folder, which means that nobody has moved or removed it."""

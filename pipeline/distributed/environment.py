@@ -62,8 +62,10 @@ class Place:
 def find_place(
     environment: Mapping[str, str], *, expect_world_size: int = 0, rank_offset: int = 0, world_size: int = 0
 ) -> Place:
-    """Find rank and world size of this process from the variables of, in this order, torchrun or accelerate, a SLURM
-    step, or an indexed Job of Kubernetes; without any, it is a single process.
+    """Find the rank and world size of this process.
+
+    The variables of torchrun (and accelerate) are used first, then those of a SLURM step, then those of an indexed Job
+    of Kubernetes; without any of them, this is a single process.
 
     Args:
         expect_world_size: required number of processes started together (by one element of an array); 0: any.

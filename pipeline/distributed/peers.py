@@ -79,7 +79,7 @@ class Peers:
         self._see("")
         threading.Thread(target=self._watch, name="latentmill-peers", daemon=True).start()
 
-    # ---- waiting for each other
+    # ---- barriers and broadcasts
 
     def barrier(self, name: str, timeout: float | None = None) -> None:
         """Wait until every rank has called this.

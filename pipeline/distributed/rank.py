@@ -251,7 +251,7 @@ class Rank:
             if cost and self.is_main:
                 self.log.warning("%s", cost)
 
-    # ---- the end
+    # ---- ending
 
     def close(self, how: str = FINISHED, linger: float = LINGER) -> None:
         """Disconnect from the other ranks and report how this one ended. Idempotent.

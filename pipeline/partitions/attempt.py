@@ -113,7 +113,7 @@ class Attempt:
         """Write all ``outcomes``, check that they balance, and commit them.
 
         Args:
-            shard_bytes: size of data files in bytes.
+            shard_bytes: maximum bytes of a data file.
             step: called after each outcome; may raise.
             adapted: may wrap the format's writer.
 

@@ -36,7 +36,7 @@ Value = TypeVar("Value")
 
 
 class Unfinished(ConfigError):
-    """A stage was asked to read a dataset directory that is missing or not complete."""
+    """A dataset directory that is to be read is missing or not complete."""
 
 
 class Released(StorageError):
@@ -280,7 +280,7 @@ class Dataset:
     """
 
     def __init__(self, root: Folder, generations: int | None = None) -> None:
-        """``generations``: read only this many generations."""
+        """``generations``: number of generations to read (None: all)."""
         self.root = root
         self.plans: list[Plan] = read_plans(root)[:generations]
         if not self.plans:
@@ -448,7 +448,7 @@ class Dataset:
         return found
 
     def blocks(self) -> npt.NDArray[Any]:
-        """Blocks of data files before each partition, then the total number of blocks: int64 (partitions + 1,)."""
+        """Number of blocks of files before each partition, then their total number: int64 (partitions + 1,)."""
         files = self._manifest("files")
         counts = blocks_of(files.values.field("bytes").to_numpy())
         found: npt.NDArray[Any] = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)[files.offsets.to_numpy()]
@@ -460,7 +460,7 @@ class Dataset:
     def _manifest(self, name: str) -> Any:
         """A column of the manifest, as an Arrow array."""
         expected = self.require_success()["digests"][MANIFEST]
-        with os.fdopen(self.root.open_file(MANIFEST), "rb") as file:  # opened once: it may be replaced meanwhile
+        with os.fdopen(self.root.open_file(MANIFEST), "rb") as file:  # opened once: it may be replaced
             if digest(file.read()) != expected:
                 raise StorageError(
                     f"{self.root.path / MANIFEST} is damaged, or was extended while we ran: run the same command again "

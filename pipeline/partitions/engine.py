@@ -48,7 +48,7 @@ def run(stage: AnyStage, planned: Callable[[], None] = lambda: None) -> dict[str
     Raises:
         ConfigError: settings, upstream and output do not match.
         StorageError: the output cannot be written.
-        Superseded: the output was moved aside.
+        Superseded: the output was removed or moved aside.
         Stopped: a signal asked this process to stop.
     """
     try:
@@ -117,7 +117,7 @@ class Worker:
         finally:
             self.claims.close()
 
-    # ---- which partition next
+    # ---- choice of partitions
 
     def work(self) -> None:
         """Commit partitions until none is left: first this rank's own range, then any that are open."""
@@ -319,7 +319,7 @@ class Worker:
     def tell_hang(self) -> None:
         self.events.emit("hang", seconds=self.config.hang_timeout)
 
-    # ---- the end
+    # ---- finishing
 
     def finish(self) -> dict[str, Any]:
         """Finish the dataset, or wait until another process has finished it."""
@@ -371,7 +371,7 @@ class Worker:
             name = f"claims/{bucket:03d}.{current.plans[-1].generation}.full"
             current.root.unlink(name, missing_ok=True)
 
-    # ---- small things
+    # ---- waiting
 
     def _sleep(self, seconds: float) -> None:
         end = time.monotonic() + seconds

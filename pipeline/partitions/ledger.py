@@ -24,7 +24,7 @@ SCHEMA = pa.schema(
         ("reason", pa.dictionary(pa.int32(), pa.string())),
         ("detail", pa.string()),
         ("retryable", pa.bool_()),
-        ("source", pa.string()),  # where the input lay, relative to the stage's input
+        ("source", pa.string()),  # file of the input, relative to the stage's input
         ("member", pa.string()),
         ("source_offset", pa.int64()),
         ("source_bytes", pa.int64()),
@@ -33,7 +33,7 @@ SCHEMA = pa.schema(
         ("height", pa.int32()),
         ("count", pa.int64()),  # containers: samples found inside
         ("complete", pa.bool_()),  # containers: the end marker was seen
-        ("file", pa.dictionary(pa.int32(), pa.string())),  # where a kept sample went, in the partition's folder
+        ("file", pa.dictionary(pa.int32(), pa.string())),  # file of a kept sample in the partition's folder
         ("offset", pa.int64()),
         ("length", pa.int64()),
     ]

@@ -119,7 +119,7 @@ class Packs:
             return data
         if (data := self._in_folder(path)) is not None:
             return data
-        names = self._of(bucket, again=True)  # it may have been packed since we looked
+        names = self._of(bucket, again=True)  # it may have been packed since the last listing
         if (data := self._in_packs(names, member)) is not None:
             return data
         for name in names:

@@ -188,7 +188,7 @@ class Publication(Contents):
     def claim_target(self, overwrite: bool = False, is_main: bool = True) -> None:
         """Make sure that the destination is empty or contains an earlier state of this dataset.
 
-        With ``overwrite``, the main rank clears the destination, and the others wait for it.
+        With ``overwrite``, the main rank deletes what marks the destination as occupied, and the others wait for it.
 
         Raises:
             ConfigError: the destination contains something else.

@@ -189,7 +189,7 @@ class HubPublication(Contents):
     # ---- the card
 
     def card(self, with_images: bool) -> str:
-        """``README.md``: what the Hub's viewer needs, and counts, source, terms, settings and reasons for people."""
+        """Text of ``README.md``: metadata for the Hub's viewer, and source, terms, counts, reasons and settings."""
         dataset, success = self.dataset, self.success
         kept = success["counts"]["kept"]
         text = dataset_card.card(
@@ -241,7 +241,7 @@ def _about(name: str) -> dict[str, str]:
     """The ``about`` section of the dataset's configuration; ``name`` is the value of ``dataset=``."""
     try:
         found = dataset_settings(name).get("about") or {} if name else {}
-    except ConfigError:  # only a name
+    except ConfigError:  # there is no configuration of this name
         return {}
     return {str(key): str(value) for key, value in dict(found).items()}
 

@@ -183,7 +183,7 @@ class Stage(ABC, Generic[ConfigT]):
         return identity(self.config)
 
     def origin(self) -> str:
-        """The folder that rows refer to, if the format holds references."""
+        """The folder that rows refer to, if the format stores references."""
         return ""
 
 

@@ -54,7 +54,7 @@ def without_taken(dataset: Dataset, index: int, outcome: Outcome) -> Outcome:
 
 
 def rewritten(dataset: Dataset, index: int) -> Iterator[Outcome]:
-    """The outcomes of partition ``index`` before the newest takedown, without the samples that it removes.
+    """The outcomes of partition ``index`` before the generation that rewrites it, without samples taken down.
 
     Raises:
         StorageError: the old data of the partition are damaged.
@@ -95,7 +95,7 @@ def rewritten(dataset: Dataset, index: int) -> Iterator[Outcome]:
 
 
 def released_ledger(dataset: Dataset, index: int) -> tuple[bytes, dict[str, Any]]:
-    """The ledger of a released partition ``index``, and the fields of its record that change.
+    """The ledger for partition ``index``, whose data are released, and the fields of its record that change.
 
     Raises:
         StorageError: the ledger is damaged.

@@ -124,7 +124,7 @@ class StoreOutput(StoreFolder):
     def _parent_of(self, path: Path) -> Folder:
         return Folder(os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY), path.parent)
 
-    # ---- looking
+    # ---- reading
 
     def _children(self, path: str) -> dict[str, Object | None]:
         return self._listed(path)

@@ -125,7 +125,7 @@ class Store:
         return Object(path, got.meta["size"], got.meta["e_tag"] or ""), str(got.attributes.get(HASH, ""))
 
     def exists(self, path: str) -> bool:
-        """Whether there is such an object."""
+        """Whether the object exists."""
         try:
             self.head(path)
         except StoreError as error:

@@ -166,7 +166,7 @@ def fold(root: Folder, bucket: str, rank: int) -> None:
             return
         lines = [line for lines in past.values() for line in lines]
         if sum(map(len, lines)) > _MOST_BYTES:
-            lines = list({_identity(json.loads(line)): line for line in lines}.values())  # the newest of each
+            lines = list({_identity(json.loads(line)): line for line in lines}.values())  # the newest of each process
         folder.write_atomic(f"{rank:05d}.{uuid.uuid4().hex}.past.jsonl", b"".join(lines))
         for name in past:
             folder.unlink(name, missing_ok=True)
