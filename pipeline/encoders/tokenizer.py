@@ -49,8 +49,7 @@ class Tokenizer:
         return found
 
     def encode(self, texts: Sequence[str], max_length: int, questions: Sequence[str] | None = None) -> npt.NDArray[Any]:
-        """Encode texts as ``<s> text </s>`` or ``<s> question <answer> text </s>``: int64 (b, max_length), padded or
-        cut.
+        """Encode ``<s> text </s>`` or ``<s> question <answer> text </s>``: int64 (b, max_length), padded or cut.
 
         Raises:
             ConfigError: a question leaves no room for an answer.

@@ -254,7 +254,7 @@ class Filter(Stage[FilterConfig]):
         return not reason
 
     def _described(self, outcome: Outcome, row: Row) -> bool:
-        """Clean the captions; whether captions and score columns pass, so that the image has to be judged."""
+        """Clean the captions; returns whether captions and score columns pass, so that the image has to be judged."""
         captions = [clean_caption(caption, self.config.max_caption_length) for caption in row["captions"]]
         good, reason = rules.good_captions(captions, self.caption_checks)
         row |= caption_fields([caption for caption in good if caption])

@@ -215,7 +215,7 @@ class Precompute(EncodingStage[PrecomputeConfig]):
 
     @cached_property
     def upstream(self) -> Dataset:
-        """The output of stage=texts, if it was run and has encoded captions; else samples with images.
+        """The output of stage=texts, whose captions are encoded, if it was run; else samples with images.
 
         Raises:
             Unfinished: it is missing or incomplete, or its texts do not cover all current samples.

@@ -190,7 +190,7 @@ def captioning(dataset: Dataset) -> dict[str, float]:
 
 
 def recaptioned(dataset: Dataset, most: int) -> Iterator[dict[str, Any]]:
-    """Some images with all their captions and the sources of these."""
+    """Some images with all their captions and the captions' sources."""
     for _, stored in spread_samples(dataset, most):
         try:
             row = stored.read()

@@ -1,6 +1,6 @@
 """stage=texts: encode captions alone, as MDS, for stage=precompute to store the text states with latents.
 
-Then a text encoder with billions of parameters and an autoencoder need not fit on a GPU together, and latents at
+This way, a text encoder with billions of parameters and an autoencoder need not fit on a GPU together, and latents at
 several resolutions or from several autoencoders can share the states of one run. Images are not read.
 """
 

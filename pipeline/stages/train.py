@@ -52,7 +52,7 @@ def main(rank: Rank, config: TrainConfig) -> None:
         for remark in task.remarks(config):
             rank.log.warning("%s", remark)
     about = _about(config, dataset)
-    training = Training(task, data, config, rank, run, valid, about)  # before the run changes
+    training = Training(task, data, config, rank, run, valid, about)  # raises before the run is changed
     rank.now = {"of": config.steps}
     try:
         with Events(run, rank).around():

@@ -44,7 +44,7 @@ def _load(run: Folder, name: str, rank: Rank) -> bool:
 def save_compiled(run: Folder, rank: Rank) -> None:
     """Save what was compiled so far, if anything; to be called by one rank. Failure to write is only a warning.
 
-    torch returns artifacts that are new since the previous call, so each result gets its own file.
+    What torch returns can only load artifacts that are new since the previous call, so each result gets its own file.
     """
     made = torch.compiler.save_cache_artifacts()
     if made is None:

@@ -147,7 +147,7 @@ class Augmentation:
         self._config, self._size = config, size
         names = ("shift", "flip", "rotate", "shear", "randaugment", "erase")
         self.given = [name for name in names if getattr(config, name)] + ["crop_scale"] * (config.crop_scale < 1)
-        """Settings with an effect."""
+        """Names of the settings that have an effect."""
 
     def __call__(self, pixels: Tensor, keys: Keys) -> Tensor:
         """uint8 (b, 3, h, w) → the same or (b, 3, size, size); each image depends only on (seed, epoch, position)."""

@@ -1,4 +1,4 @@
-"""Several datasets as one, sampled in proportion to their weights."""
+"""Several datasets as one, with samples repeated in proportion to their dataset's weight."""
 
 from __future__ import annotations
 
@@ -69,7 +69,9 @@ def _seed(seed: int, size: tuple[int, ...]) -> int:
 
 
 class Mixed:
-    """Several datasets as one, sampled in proportion to their weights, see :class:`pipeline.loading.loader.Weighted`.
+    """Several datasets as one, with samples repeated in proportion to their dataset's weight.
+
+    See :class:`pipeline.loading.sampler.Weighted`.
 
     Args:
         parts: datasets with their weights, all above 0.

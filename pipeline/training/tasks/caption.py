@@ -129,7 +129,7 @@ def texts_of(row: Row, questions: bool) -> list[tuple[str, str]]:
 
 @tasks.register("caption", CaptionTaskOptions)
 class Caption(Task):
-    """A :class:`Captioner`, trained on another of a sample's texts in each epoch.
+    """A :class:`Captioner`, trained on a different text of each sample in each epoch.
 
     Args:
         references: captions of the evaluated samples, for CIDEr's word frequencies.
@@ -241,8 +241,8 @@ class Caption(Task):
             self.model.load_state_dict(start.tensors["ema"])
 
     def prepare(self, batch: Batch, keys: Keys) -> Batch:
-        """Select a text of each sample, cut to the longest: by epoch in training, the first in an evaluation; the
-        latter also keeps all texts."""
+        """Select a text of each sample (by epoch in training, else the first), cut to the longest; evaluations keep all
+        texts as well."""
         count = batch["count"].numpy()
         shift = np.array([keyed_seed(self.seed, "text", int(position)) for position in keys.positions])
         turn = np.zeros_like(count) if keys.step < 0 else (shift % count + keys.epochs) % count

@@ -109,7 +109,7 @@ class Diffuse(Task):
         self._shown = _first(data, config.seed, config.show) if config.show else []
 
     def prepare(self, batch: Batch, keys: Keys) -> Batch:
-        """Draw the random part of a step, see :class:`Drawn`.
+        """Normalise latents and draw the random part of a step, see :class:`Drawn`.
 
         ``x``: normalised latents (b, c, h, w); from stored moments, a new sample at every step. ``text``: as stored. In
         an evaluation, levels are spread as in training, noise is fixed, and nothing is dropped or masked; ``quarter``
