@@ -8,7 +8,6 @@ JOBS ?= 2
 PYTEST_ARGS ?=
 CAPTIONS ?= demo_data/captions
 UV_VERSION ?= 0.13.8
-AZURITE_VERSION ?= 3.37.0
 
 # where this is set, each of the many processes would compile all that it imports
 unexport PYTHONDONTWRITEBYTECODE
@@ -16,7 +15,7 @@ unexport PYTHONDONTWRITEBYTECODE
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help setup slurm test lint docs wheel format stores demo demo-classify demo-diffuse demo-caption bench bench-fashion gpu chaos crash-points chaos-stores fuzz fuzz-sources clean
+.PHONY: help setup slurm azurite test lint docs wheel format stores demo demo-classify demo-diffuse demo-caption bench bench-fashion gpu chaos crash-points chaos-stores fuzz fuzz-sources clean
 
 help:
 	@echo "make demo     install, then run the whole pipeline on embedded data"
@@ -27,7 +26,8 @@ help:
 	@echo "make setup    only install, into $(VENV)"
 	@echo "make slurm    only install what the tests on a real SLURM need (Debian, root)"
 	@echo "make lint     formatting, ruff, mypy       make format   mend what can be mended"
-	@echo "make stores   start an S3 server on loopback to try things with, and install Azurite (npm) for the tests"
+	@echo "make stores   start the object stores of the tests on loopback, to try things with"
+	@echo "make azurite  only install what the tests on Azure need"
 	@echo "make docs     build the documentation into docs/_build/html"
 	@echo "make wheel    build the wheel, install it elsewhere and run the first stages from there"
 	@echo "make bench    measure against peers        make clean    remove what was made here"
@@ -70,10 +70,10 @@ lint: setup
 	$(BIN)/mypy pipeline launch
 	$(BIN)/lint-imports
 
+azurite: setup
+	@tests/install_azurite.sh $(BIN)/uv $(BIN)/python
+
 stores: setup
-	@if command -v npm > /dev/null; then test -d .stores/node_modules/azurite || \
-		npm install --silent --prefix .stores azurite@$(AZURITE_VERSION); \
-	else echo "npm is not there: tests with Azurite will be skipped"; fi
 	PYTHONPATH=tests $(BIN)/python -m object_stores
 
 docs: setup

