@@ -80,14 +80,15 @@ def _extended(stage: AnyStage, dataset: Dataset, upstream: dict[str, Any] | None
         upstream = _upstream_state(stage)
         append = _check_upstream(stage, dataset, upstream)
     if stage.rank.is_main:
+        reads = not dataset.released or stage.config.retry_failed or stage.config.restore
+        if stage.rechecks and reads and not ours:
+            _recheck(stage, dataset)
         if append:
             _append(stage, dataset, upstream)
         elif stage.config.retry_failed:
             _retry(stage, dataset)
         elif stage.config.restore:
             _restore(stage, dataset)
-        elif len(dataset.plans) == 1 and stage.rechecks and not ours:
-            _recheck(stage, dataset)
     elif append or stage.config.retry_failed or (stage.config.restore and dataset.released):
         _await_generation(stage, dataset)
     return Dataset(dataset.root)
@@ -341,19 +342,41 @@ def last_upstream(dataset: Dataset) -> dict[str, Any] | None:
 
 
 def _recheck(stage: AnyStage, dataset: Dataset) -> None:
-    """Plan again and compare; raises Stale if the inputs differ from the planned ones."""
+    """Plan again and compare; raises Stale if the inputs differ from those of the first plan, which all later
+    generations use."""
     if dataset.header["config"].get("mirror", "") != getattr(stage.config, "mirror", ""):
         return  # the same files from another server
     if inputs_digest(_partitions(stage)) == dataset.header["inputs_digest"]:
         return
-    planned = (file for index in range(dataset.planned_by(0).stop) for file in dataset.partition(index).inputs)
-    if "watched" not in dataset.header and not any(map(stage.changed, planned)):
+    if "watched" not in dataset.header and not any(map(stage.changed, _planned_inputs(dataset))):
         return  # planned by an earlier version, which chose files by other rules: the files it chose are unchanged
-    planned = (file for index in range(dataset.planned_by(0).stop) for file in dataset.partition(index).inputs)
-    now = (file for partition in _partitions(stage) for file in partition.inputs)
-    raise Stale(
-        f"{dataset.root.path}: the input has changed since it was planned ({first_difference(planned, now)}): {_CURE}"
+    if _only_as_expected(stage, dataset):
+        return
+    difference = first_difference(_planned_inputs(dataset), _inputs_now(stage))
+    raise Stale(f"{dataset.root.path}: the input has changed since it was planned ({difference}): {_CURE}")
+
+
+def _planned_inputs(dataset: Dataset) -> Iterator[Input]:
+    return (file for index in range(dataset.planned_by(0).stop) for file in dataset.partition(index).inputs)
+
+
+def _inputs_now(stage: AnyStage) -> Iterator[Input]:
+    return (file for partition in _partitions(stage) for file in partition.inputs)
+
+
+def _only_as_expected(stage: AnyStage, dataset: Dataset) -> bool:
+    """Whether only inputs of taken-down samples were removed and only inputs that a retry reads were added."""
+    retry = stage.config.retry_failed or any(plan.header["kind"] == "retry" for plan in dataset.plans)
+    may_be_added = retry and stage.retries_added
+    if not may_be_added and not dataset.taken:
+        return False
+    before, now = (
+        {(file.path, file.start, file.stop): file for file in files}
+        for files in (_planned_inputs(dataset), _inputs_now(stage))
     )
+    if any(now.get(place, file) != file for place, file in before.items()):
+        return False
+    return len(before.keys() - now.keys()) <= len(dataset.taken) and (may_be_added or now.keys() <= before.keys())
 
 
 _WINDOW = 10_000  # inputs to look ahead, to tell whether an input was added or removed

@@ -67,6 +67,7 @@ class Stage(ABC, Generic[ConfigT]):
         reads_upstream: Whether its input is the dataset directory of another stage.
         writes_to_stores: Whether its output may be in an object store; it then accesses it only through the engine.
         rechecks: Whether to plan again and compare if a plan exists, because the inputs may have changed.
+        retries_added: Whether inputs that were added since belong to failed samples, which ``retry_failed=true`` reads.
     """
 
     name: ClassVar[str]
@@ -74,6 +75,7 @@ class Stage(ABC, Generic[ConfigT]):
     reads_upstream: ClassVar[bool] = True
     writes_to_stores: ClassVar[bool] = False
     rechecks: ClassVar[bool] = False
+    retries_added: ClassVar[bool] = False
 
     def __init__(self, config: ConfigT, rank: Rank) -> None:
         self.config = config

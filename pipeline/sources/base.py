@@ -21,6 +21,9 @@ class Source(ABC):
     rechecks: bool = False
     """Whether planning is cheap and contacts no server, so that it can be repeated to detect changed inputs."""
 
+    retries_added: bool = False
+    """Whether inputs that were added since belong to failed samples, which ``retry_failed=true`` reads."""
+
     format: str = "tar"
     """Storage format of the samples."""
 

@@ -55,6 +55,10 @@ class UrlList(Source):
     def rechecks(self) -> bool:  # type: ignore[override]
         return self.mirror is not None
 
+    @property
+    def retries_added(self) -> bool:  # type: ignore[override]
+        return self.mirror is not None
+
     @cached_property
     def mirror(self) -> Mirror | None:
         """The folder that replaces the network, for both lists and images."""

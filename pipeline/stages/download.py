@@ -31,6 +31,10 @@ class Download(Stage[DownloadConfig]):
         return self.source.rechecks
 
     @property
+    def retries_added(self) -> bool:  # type: ignore[override]
+        return self.source.retries_added
+
+    @property
     def format(self) -> str:
         return self.source.format
 

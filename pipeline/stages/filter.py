@@ -52,6 +52,10 @@ class Filter(Stage[FilterConfig]):
     def rechecks(self) -> bool:  # type: ignore[override]
         return bool(self.config.fuse) and self.source.rechecks
 
+    @property
+    def retries_added(self) -> bool:  # type: ignore[override]
+        return bool(self.config.fuse) and self.source.retries_added
+
     @cached_property
     def source(self) -> Source:
         """The source that samples are read from with ``fuse=true``."""

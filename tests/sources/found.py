@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import json
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from itertools import accumulate
 from pathlib import Path
@@ -18,6 +18,7 @@ import h5py
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 from PIL import Image
 from sources.packing import tar_of, zip_of
 
@@ -25,6 +26,9 @@ from pipeline.config.schema import DownloadConfig
 from pipeline.distributed import Rank
 from pipeline.partitions import engine
 from pipeline.partitions.dataset import Dataset
+from pipeline.partitions.plan import Partition
+from pipeline.partitions.stage import Context
+from pipeline.samples import Outcome
 from pipeline.stages.download import Download
 
 Samples = Sequence[tuple[bytes, Any]]
@@ -262,6 +266,24 @@ def download(folder: Path, settings: dict[str, Any], **more: Any) -> dict[str, A
     """Run stage=download; what ``_SUCCESS`` says."""
     given = {"output": str(folder / "download"), "max_failed_fraction": 1.0, "retries": 0, **settings, **more}
     return engine.run(Download(DownloadConfig(**given), Rank()))
+
+
+def download_by_retry(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """Download with one sample that comes in the second run only, which ``retry_failed=true`` adds."""
+    process, failed = Download.process, False
+
+    def failing(self: Download, partition: Partition, context: Context) -> Iterator[Outcome]:
+        nonlocal failed
+        for outcome in process(self, partition, context):
+            if outcome.row is not None and not failed:
+                failed = True
+                outcome = Outcome(outcome.key, "failed", "busy", retryable=True)
+            yield outcome
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Download, "process", failing)
+        assert download(folder, settings)["reasons"] == {"failed:busy": 1}
+    return download(folder, settings, retry_failed=True)
 
 
 def kept(folder: Path) -> list[dict[str, Any]]:

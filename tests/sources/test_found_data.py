@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from sources.found import LAYOUTS, download, jsonl, kept, photo, write
+from sources.found import LAYOUTS, download, download_by_retry, jsonl, kept, photo, write
 from sources.packing import tar_of, zip_of
 from sources.server import Server
 from sources.test_datasets import CASES, NAMES, OWN
@@ -29,12 +29,14 @@ from sources.test_datasets import run as run_stage
 from stages.conftest import run_stage as run_with
 
 from pipeline.config.schema import ConfigError
+from pipeline.distributed import Rank
 from pipeline.partitions.dataset import Dataset
 from pipeline.partitions.finalize import Unbalanced
 from pipeline.partitions.planning import Stale
 from pipeline.sources import torchvision
 from pipeline.sources.torch_dataset import import_dataset
 from pipeline.stages import report
+from pipeline.stages.takedown import takedown
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 BY_TEXT = (
@@ -209,17 +211,18 @@ def test_an_archive_that_failed_says_why(memory: Path) -> None:
 # ---- changed inputs are noticed
 
 
+@pytest.mark.parametrize("retried", [False, True], ids=["plain", "retried"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_whatever_was_changed_is_named(memory: Path, layout: str) -> None:
+def test_whatever_was_changed_is_named(memory: Path, layout: str, retried: bool) -> None:
     settings = LAYOUTS[layout](memory, [(photo(0), "one"), (photo(1), "two")])
-    before = download(memory, settings)
-    assert download(memory, settings) == before
+    before = download_by_retry(memory, settings) if retried else download(memory, settings)
+    assert before["counts"]["kept"] == 2 and download(memory, settings) == before
     for path in sorted(path for path in memory.rglob("*") if path.is_file() and "download" not in path.parts):
         old, times = path.read_bytes(), path.stat()
         path.write_bytes(old + b"\n")
         name = path.name if path.suffix != ".txt" else path.with_suffix(".jpg").name
         with pytest.raises(Stale, match=rf"{name}\b.* was modified"):
-            download(memory, settings)
+            download(memory, settings, retry_failed=retried)
         path.write_bytes(old)
         os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
     assert download(memory, settings) == before
@@ -253,6 +256,33 @@ def test_a_file_of_captions_that_was_added_or_removed_is_named(memory: Path) -> 
     download(memory, settings, overwrite=True)
     write(memory / "i/captions.csv", "image,caption\n0.jpg,x\n")
     with pytest.raises(Stale, match="captions.csv was added since"):
+        download(memory, settings)
+
+
+def test_a_retry_takes_what_was_added_to_the_mirror_and_nothing_else(memory: Path) -> None:
+    write(memory / "list.txt", "https://h.example/a.jpg\nhttps://h.example/b.jpg\n")
+    write(memory / "m/a.jpg", photo(0))
+    settings = {"source": "url_list", "input": str(memory / "list.txt"), "mirror": str(memory / "m")}
+    assert download(memory, settings)["reasons"] == {"failed:not_in_mirror": 1}
+    write(memory / "m/b.jpg", photo(1))
+    before = download(memory, settings, retry_failed=True)
+    assert before["counts"]["kept"] == 2 and download(memory, settings) == before
+    write(memory / "m/a.jpg", photo(2))
+    for retry in (True, False):
+        with pytest.raises(Stale, match="the input has changed since it was planned"):
+            download(memory, settings, retry_failed=retry)
+
+
+def test_only_the_inputs_of_samples_that_were_taken_down_may_be_removed(memory: Path) -> None:
+    settings = LAYOUTS["image_folder with texts"](memory, [(photo(number), str(number)) for number in range(3)])
+    download(memory, settings)
+    write(memory / "optouts.txt", "1-jpg\n")
+    assert takedown(memory / "download", memory / "optouts.txt", Rank()).complete
+    (memory / "i/1.jpg").unlink()
+    (memory / "i/1.txt").unlink()
+    assert download(memory, settings)["counts"]["kept"] == 2
+    (memory / "i/2.jpg").unlink()
+    with pytest.raises(Stale, match=r"was removed"):
         download(memory, settings)
 
 

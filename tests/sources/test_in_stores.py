@@ -151,6 +151,17 @@ def test_an_object_that_changes_is_noticed(s3: Proxy, place: str, run: Run, memo
         run(source="webdataset", input=f"{place}/")
 
 
+def test_an_object_that_changes_after_a_retry_is_noticed(s3: Proxy, place: str, run: Run, memory: Path) -> None:
+    store = Store(place)
+    for name in "ab":
+        store.put(f"{name}.tar", tar_of({f"{name}.jpg": photo(1)}))
+    settings = {"source": "webdataset", "input": f"{place}/", "output": str(memory / "download")}
+    found.download_by_retry(memory, {"check_space": False, **settings})
+    store.put("b.tar", tar_of({"b.jpg": photo(2)}))
+    with pytest.raises(Stale, match=r"b\.tar was modified"):
+        run(**settings)
+
+
 def test_an_object_that_is_cut_off_goes_on_where_it_ended(s3: Proxy, place: str, run: Run, memory: Path) -> None:
     data = tar_of({"1.jpg": photo(1), "1.txt": b"one", "more.bin": bytes(9 << 20)})
     Store(place).put("a.tar", data)
