@@ -22,8 +22,8 @@ MIXED = 1 << 15
 class Slots:
     """Which sample of which folder is in each slot of an epoch. An epoch has as many slots as there are samples.
 
-    Without weights, every sample is in an epoch once. With weights, every 1024 slots contain samples of the folders in
-    these proportions, and each folder is repeated, with every sample once per round.
+    Without weights, every sample is in an epoch once. With weights, each block of 1024 slots contains samples of the
+    folders in these proportions, and each folder is repeated, with every sample once per round.
 
     Attributes:
         sizes: Number of samples of each folder.

@@ -232,7 +232,7 @@ class Mixture:
         self._firsts = Parts([stream.n for stream in streams]).starts
 
     def _given(self, block: int) -> npt.NDArray[Any]:
-        """How many places each dataset has before ``block``: int64 (datasets,)."""
+        """Number of positions of each dataset before ``block``: int64 (datasets,)."""
         bounds = [floor(share * block * self._block + Fraction(1, 2)) for share in self._shares]
         return np.diff([0, *bounds])
 
@@ -250,7 +250,7 @@ class Mixture:
             found = np.empty(len(wanted), np.int64)
             for number, stream in enumerate(self.streams):
                 mine = owners == number
-                rank = np.cumsum(mine) - 1  # how many of this dataset came before in the block
+                rank = np.cumsum(mine) - 1  # earlier positions of this dataset in the block
                 here = mine[wanted]
                 found[here] = self._firsts[number] + stream.samples(before[number] + rank[wanted[here]])
             result[chosen] = found
@@ -303,7 +303,7 @@ class Sampler:
         return self.epochs > 0 and self.position >= self.n * self.epochs
 
     def _size(self) -> int:
-        """Samples in the next global batch: those after it are none, or enough for all ranks if that can be."""
+        """Size of the next global batch; leaves no samples, or (if possible) enough for all ranks."""
         if not self.epochs:
             return self.batch_size
         left = self.n * self.epochs - self.position

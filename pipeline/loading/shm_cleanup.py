@@ -12,23 +12,23 @@ _PROCESSES = Path("/proc")
 
 
 def remove_stale(names: list[str], shared: Path = _SHARED) -> list[str]:
-    """Remove this user's shared memory ``<six digits>_<one of names>`` unless a process that lives has it mapped.
+    """Remove this user's shared memory ``<six digits>_<one of names>`` unless a running process has it mapped.
 
-    A run has one number; if any of its memory is in use, all of it stays. Unlike streaming's own
-    ``clean_stale_shared_memory``, other jobs on the machine are not disturbed.
+    The digits identify a run; if any of its memory is in use, all of it is kept. Unlike streaming's own
+    ``clean_stale_shared_memory``, this does not affect other jobs on the machine.
 
     Returns:
-        What was removed.
+        Names of the files removed.
     """
     if not _PROCESSES.is_dir():
-        return []  # who lives is not known
+        return []  # running processes are unknown
     ours = re.compile(rf"(\d{{6}})_({'|'.join(map(re.escape, names))})")
     found = [match for match in map(ours.fullmatch, _names_in(shared)) if match and _is_mine(shared / match[0])]
     used = {match[1] for name in _mapped(shared) if (match := ours.fullmatch(name))} if found else set()
     removed = []
     for match in found:
         if match[1] not in used:
-            with suppress(FileNotFoundError):  # another rank was faster
+            with suppress(FileNotFoundError):  # another rank has removed it
                 (shared / match[0]).unlink()
             removed.append(match[0])
     return sorted(removed)
@@ -49,6 +49,6 @@ def _mapped(shared: Path) -> set[str]:
     names: set[str] = set()
     pattern = re.compile(rf"{re.escape(str(shared))}/(\S+)$", re.MULTILINE)
     for process in _PROCESSES.glob("[0-9]*"):
-        with suppress(OSError):  # it has ended, or is another user's
+        with suppress(OSError):  # the process has ended, or belongs to another user
             names.update(pattern.findall((process / "maps").read_text(errors="replace")))
     return names
