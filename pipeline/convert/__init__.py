@@ -1,1 +1,1 @@
-"""From a folder or a Dataset in Python into a storage format."""
+"""Conversion of a folder or a Python Dataset to a storage format."""

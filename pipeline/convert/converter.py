@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from pipeline.partitions.dataset import Dataset
 
 _GIB = 1 << 30
-_FINE = b""  # what a process says when all is well; else the error, pickled
+_FINE = b""  # a process's message of success; otherwise, it sends the pickled error
 
 
 class Converter:
@@ -59,9 +59,9 @@ class Converter:
     """
 
     format: ClassVar[str | Format] = ""
-    """Storage format: the name of a known one, or one of your own, see :mod:`pipeline.formats.extension`."""
+    """Storage format: the name of a known format, or a custom one; see :mod:`pipeline.formats.extension`."""
     _family: ClassVar[str] = ""
-    """The known format whose settings one's own takes: any of the same kind."""
+    """Known format of the same kind, whose settings a custom format uses."""
 
     def __init__(
         self,
@@ -97,10 +97,10 @@ class Converter:
         self.config: ShardConfig = cli.build(ShardConfig, given)
 
     def _known_format(self) -> str:
-        """Find out ``format_name``; what the config is to say, which knows only our own formats.
+        """Set ``format_name``, and return the format for the config, which only allows built-in formats.
 
         Raises:
-            ConfigError: there is no such format, or it is of the other kind.
+            ConfigError: there is no such format, or it does not match the base class.
         """
         if not self._family:
             raise ConfigError(f"{type(self).__name__}: derive it from ConverterFixedSize or ConverterFlexibleSize")
@@ -131,7 +131,7 @@ class Converter:
         return Path(self.config.output)
 
     def _check_readable(self) -> None:
-        """Raises ConfigError if what one's own writing has written cannot be read."""
+        """Raise ConfigError if the output of a custom ``_write_data_to_disk`` is unreadable."""
         known = (ConverterFixedSize, ConverterFlexibleSize)
         if any(type(self)._write_data_to_disk is cls._write_data_to_disk for cls in known):  # type: ignore[attr-defined]
             return
@@ -178,7 +178,7 @@ class Converter:
             engine.run(_stage_of(self, config, rank), planned)
 
     def _convert_in_processes(self, place: Place) -> None:
-        """Each process is a rank of its own; they are forked, so that any Dataset will do. The first of them plans."""
+        """Each process is a rank; the first one plans. Processes are forked, so the Dataset need not be picklable."""
         run_id = uuid.uuid4().hex if not self.dist else ""
         count = self.num_workers
         processes: list[_Process] = []
@@ -196,10 +196,10 @@ class Converter:
                 process.join()
 
     def _child(self, say: Callable[[bytes], None], place: Place, run_id: str) -> None:
-        """The life of a process: it says when there is a plan, if it is the first, and how it ends."""
+        """Run a process: report the plan, if it is the first one, and the result."""
         keep_freed_memory()
-        gc.freeze()  # what was there before the fork is not looked through for garbage
-        if self.config.input:  # else the Dataset may need pandas
+        gc.freeze()  # do not scan objects from before the fork for garbage
+        if self.config.input:  # otherwise, the Dataset may need pandas
             without_pandas()
         try:
             self._run(place, run_id, lambda: say(_FINE) if not place.local_rank else None)
@@ -245,19 +245,21 @@ class _Hooked(Writer):
 
 
 class ConverterFixedSize(Converter):
-    """Formats that hold pixels, all of one size and mode: give ``shape`` and ``im_mode`` where images differ; without
-    a ``format``, ``.npy`` files."""
+    """Converter to formats that store pixels of one size and mode; without a ``format``, ``.npy`` files.
+
+    Give ``shape`` and ``im_mode`` if images differ.
+    """
 
     _family = "memmap"
 
     def _init_arrays(self, writer: FixedWriter, count: int, first: Row) -> dict[str, npt.NDArray[Any]]:
-        """The arrays (count, h, w[, c]) that one file's samples are put in; ``first`` is the first of them."""
+        """Allocate the arrays (count, h, w[, c]) for the samples of a file; ``first`` is the first sample."""
         return writer.init_arrays(count, first)
 
     def _write_data_to_disk(
         self, writer: FixedWriter, number: int, arrays: Mapping[str, npt.NDArray[Any]], rows: list[Row]
     ) -> list[Location]:
-        """Write data file ``number``; where the image of each row lies in it."""
+        """Write data file ``number`` and return the location of each row's image."""
         return writer.write_file(number, dict(arrays), rows)
 
     def _adapted(self, writer: Writer) -> Writer:
@@ -304,7 +306,7 @@ def _stage_of(converter: Converter, config: ShardConfig, rank: Rank) -> Shard:
 
 
 class _Process:
-    """A process that converts, and what it says."""
+    """A conversion process and the pipe for its messages."""
 
     def __init__(self, life: Callable[..., None], *args: Any) -> None:
         context = multiprocessing.get_context("fork")
@@ -314,7 +316,7 @@ class _Process:
         sender.close()
 
     def heard(self) -> None:
-        """Wait for what it says next; raises what went wrong."""
+        """Wait for the next message; raise the error if it reports one."""
         try:
             said = self.receiver.recv()
         except EOFError:
@@ -333,7 +335,7 @@ class _Process:
 
 
 def _await_all(processes: Iterable[_Process]) -> None:
-    """Wait until all processes are done; raises what the first that failed has said."""
+    """Wait for all processes; raise the error of the first one that fails."""
     pending: dict[Any, _Process] = {process.receiver: process for process in processes}
     while pending:
         for ready in wait(list(pending)):
@@ -345,7 +347,7 @@ def _portable(error: BaseException) -> bytes:
         data = pickle.dumps(error)
         pickle.loads(data)
         return data
-    except Exception:  # whatever a user's exception does when it is copied
+    except Exception:  # a user's exception may not be picklable
         return pickle.dumps(RuntimeError(f"{type(error).__name__}: {error}"))
 
 
@@ -384,9 +386,9 @@ class ResizeAndConvert:
         return decoded.resize((width, height), Image.Resampling.BICUBIC, box=box)
 
     def _box(self, width: int, height: int) -> tuple[float, float, float, float]:
-        """The middle of an image that has our aspect ratio: left, upper, right, lower."""
+        """The central part of an image with the aspect ratio of ``size``: left, upper, right, lower."""
         scale = min(width / self.size[1], height / self.size[0])
-        w, h = min(self.size[1] * scale, width), min(self.size[0] * scale, height)  # not above by a rounding error
+        w, h = min(self.size[1] * scale, width), min(self.size[0] * scale, height)  # not exceeded by a rounding error
         return ((width - w) / 2, (height - h) / 2, (width + w) / 2, (height + h) / 2)
 
     def _cut(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -427,7 +429,7 @@ class PairedFolders:
 
 
 class _Dense(Converter):
-    """Dense labels: ``input_data`` may also be a pair of folders, of images and of masks with the same names."""
+    """For dense labels: ``input_data`` may also be a pair of folders with images and masks of the same names."""
 
     def __init__(self, input_data: Any, *args: Any, **kwargs: Any) -> None:
         if isinstance(input_data, (tuple, list)) and len(input_data) == 2 and isinstance(input_data[0], (str, Path)):

@@ -1,1 +1,1 @@
-"""Selection of samples: rules, lists of keys, duplicates, scores and splits."""
+"""Selection of samples by rules, key lists, duplicates, scores and splits."""

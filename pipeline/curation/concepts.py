@@ -1,9 +1,9 @@
-"""Which concepts captions name, and how many samples of each go on: MetaCLIP's balancing.
+"""Finds the concepts that captions name, and balances the samples per concept as MetaCLIP does.
 
-Xu et al., Demystifying CLIP Data (arXiv:2309.16671), algorithm 1: a caption names an entry of a list if the entry is a
-part of it, from one word boundary to another. An entry that n samples name is drawn with the probability min(1, t / n)
-for each of them, and a sample goes on if any of its entries is drawn: rare concepts stay, common ones are thinned out.
-Here each draw is keyed by the seed, the sample's key and the entry, so that it does not depend on ranks or order.
+Xu et al., Demystifying CLIP Data (arXiv:2309.16671), algorithm 1: a caption matches an entry of a list if it
+contains the entry between two word boundaries. For each of the n samples that match an entry, the entry is drawn with
+probability min(1, t / n), and a sample is selected if any of its entries is drawn: rare concepts are kept, common ones
+thinned out. Draws are keyed by seed, sample key and entry, so they do not depend on ranks or order.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ from pipeline.randomness import mix
 from pipeline.sources.text_files import lines_of, list_errors, open_text, suffix_of
 
 _APART = str.maketrans({mark: f" {mark} " for mark in ",.;:?!`"})
-"""Punctuation that is a word of its own, as in the paper's code."""
+"""Punctuation that is treated as a word, as in the paper's code."""
 _UNIT = 2.0**-53
 
 
 def normalised(text: str) -> str:
-    """Words, with a space between them: punctuation stands apart, and upper and lower case are the same."""
+    """Normalize a text to lower-case words and punctuation marks separated by single spaces."""
     return " ".join(text.casefold().translate(_APART).split())
 
 
 @dataclass(frozen=True)
 class Matches:
-    """The entries that the captions of n samples name.
+    """The entries that the captions of n samples match.
 
     Attributes:
-        starts: where those of each sample begin, and the end: int64 (n + 1,).
-        entries: their numbers, int32 (m,), of a sample each once.
+        starts: start of each sample's entries in ``entries``, and the end: int64 (n + 1,).
+        entries: indices of the entries, int32 (m,), without repetition within a sample.
     """
 
     starts: npt.NDArray[np.int64]
@@ -47,15 +47,15 @@ class Matches:
 
     @property
     def samples(self) -> npt.NDArray[np.int64]:
-        """The sample of each entry, (m,)."""
+        """Index of the sample of each item of ``entries``, (m,)."""
         return np.repeat(np.arange(len(self.starts) - 1), np.diff(self.starts))
 
 
 class Concepts:
-    """The entries in a file: a JSON list of texts, as MetaCLIP's ``metadata.json``, or a text with one on each line.
+    """The entries in a file: a JSON list of texts, such as MetaCLIP's ``metadata.json``, or a text with one per line.
 
     Raises:
-        ConfigError: the file cannot be read, or there is no entry in it.
+        ConfigError: the file cannot be read or contains no entries.
     """
 
     def __init__(self, path: str) -> None:
@@ -75,7 +75,7 @@ class Concepts:
         return len(self.names)
 
     def named(self, captions: Iterable[str]) -> list[int]:
-        """Numbers of the entries that any of the captions names, each once, in ascending order."""
+        """Sorted indices of the entries that match any of the captions."""
         found = set()
         for caption in captions:
             words = normalised(caption).split()
@@ -87,13 +87,13 @@ class Concepts:
         return sorted(found)
 
     def matches(self, samples: Iterable[Iterable[str]]) -> Matches:
-        """The same for each sample, of which the captions are given."""
+        """The matching entries of each sample, given its captions."""
         named = [self.named(captions) for captions in samples]
         starts = np.cumsum([0, *map(len, named)], dtype=np.int64)
         return Matches(starts, np.fromiter((one for entries in named for one in entries), np.int32, int(starts[-1])))
 
     def counts(self, settled: Mapping[str, int]) -> npt.NDArray[np.int64]:
-        """How many samples name each entry, (entries,), where ``settled`` says so by name; 0 of others."""
+        """Convert counts by entry name to an array (entries,); entries not in ``settled`` get 0."""
         counts = np.zeros(len(self), np.int64)
         for name, count in settled.items():
             counts[self._numbers[name]] = count
@@ -102,12 +102,12 @@ class Concepts:
     def drawn(
         self, matches: Matches, draws: npt.NDArray[np.uint64], counts: npt.NDArray[np.int64], most: int
     ) -> npt.NDArray[np.bool_]:
-        """Which samples go on, (n,).
+        """Whether each sample is selected, (n,).
 
         Args:
             draws: a random word for each sample, (n,).
-            counts: of the entries that more than ``most`` samples name, how many do, (entries,); of others any number
-                up to ``most``.
+            counts: number of samples that match each entry, (entries,); if it is at most ``most``, any value up to
+                ``most``.
             most: the paper's t.
         """
         going = np.zeros(len(draws), bool)
@@ -119,10 +119,10 @@ class Concepts:
 
 
 def rarest(matches: Matches, counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
-    """Of each sample the entry with the smallest count, (n,); -1 of those that name none."""
+    """Index of each sample's entry with the smallest count, (n,); -1 if it has none."""
     found = np.full(len(matches.starts) - 1, -1, np.int32)
     samples = matches.samples
-    order = np.lexsort((-counts[matches.entries], samples))  # of equal indices the last assignment stays
+    order = np.lexsort((-counts[matches.entries], samples))  # for equal indices, the last assignment wins
     found[samples[order]] = matches.entries[order]
     return found
 

@@ -1,16 +1,18 @@
-"""Finds exact and near duplicates in a whole dataset, and chooses which to keep, in bounded memory.
+"""Finds exact and near duplicates in a dataset and selects which ones to keep, in bounded memory.
 
-Exact: equal source bytes (their XXH3-128). Near: perceptual hashes (:mod:`pipeline.imaging.phash`) that differ in at
-most `hamming` bits. Duplicates are the connected components of both; the highest-resolution copy stays, among equals
-the one with the smallest key. All of it is a function of the samples alone, in whatever order they come.
+Exact duplicates have equal source bytes (XXH3-128). Near duplicates have perceptual hashes
+(:mod:`pipeline.imaging.phash`) that differ in at most `hamming` bits. Groups are the connected components of both
+relations; the copy with the highest resolution is kept, and among equals the one with the smallest key. The result
+depends only on the samples, not on their order.
 
-Near pairs are found by locality-sensitive hashing: two are compared if they agree in all of some randomly chosen bits,
-in any of `TABLES` choices (fixed ones). Among n samples a choice has about log2(n) bits, so that the work grows as
-n log n. Of a million, pairs that differ in 8 bits are found with a probability of 99.99 %, in 16 with 90 %.
+Near pairs are found by locality-sensitive hashing: two samples are compared if they agree in all bits of any of
+`TABLES` fixed, randomly chosen sets of bits. For n samples, a set has about log2(n) bits, so the work grows as n log n.
+Among a million samples, pairs that differ in 8 bits are found with a probability of 99.99 %, in 16 bits with 90 %.
 
-The work falls into units, each of one choice of bits (or the content) and of one bucket, the samples whose chosen bits
-have the same remainder: a unit looks at all samples in turn, but holds those of its bucket only, at `ROW_COST` bytes
-each. What a unit finds it says as links: a star for each group. Their union does not depend on the number of buckets.
+The work is divided into units. A unit has one set of bits (or the content hash) and one bucket, the samples whose
+chosen bits have the same remainder. It reads all samples, but holds only those of its bucket in memory, at `ROW_COST`
+bytes each. Its result is a list of links that form a star for each group; the union over all units does not depend on
+the number of buckets.
 """
 
 from __future__ import annotations
@@ -26,22 +28,22 @@ from pipeline.imaging.phash import BITS
 
 TABLES = 32
 ROW_COST = 128
-"""Bytes of memory that a unit takes for each sample of its bucket, sorting included."""
+"""Memory in bytes that a unit needs per sample of its bucket, including sorting."""
 ROW = np.dtype([("content", "<u8", 2), ("look", "<u8", 2), ("known", "?", 2), ("pixels", "<i8"), ("place", "<i8")])
-"""A sample: hash of its bytes, perceptual hash, whether it has them, pixels, position in the dataset."""
+"""A sample: content hash, perceptual hash, whether it has each of them, number of pixels, position in the dataset."""
 Rows = npt.NDArray[np.void]
 Links = npt.NDArray[np.int64]
-"""(n, 2): places of two samples that belong together, the smallest of its group first."""
+"""(n, 2): positions of two samples of the same group, the smallest position of the group first."""
 NO_LINKS: Links = np.empty((0, 2), np.int64)
 
-_MOST = 2000  # neighbours that a sample is compared with in a table: if more agree, all are alike
-_AT_ONCE = 1 << 22  # pairs that are held before they are made a forest
+_MOST = 2000  # maximum neighbours to compare a sample with, in each table
+_AT_ONCE = 1 << 22  # pairs that are collected before they are reduced to a forest
 _CONTENT = -1
 
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """A piece of the work: bucket number `bucket` of `buckets` in the choice of bits `table` (-1: by content)."""
+    """A unit of work: bucket `bucket` of `buckets` for the set of bits `table` (-1: content hash)."""
 
     table: int
     bucket: int
@@ -49,7 +51,7 @@ class Unit:
 
 
 def rows(content: Iterable[str], look: Iterable[str], pixels: npt.ArrayLike, places: npt.ArrayLike) -> Rows:
-    """Samples (n,) of type `ROW`; hashes as hexadecimal digits, empty where there is none."""
+    """Build samples (n,) of type `ROW` from hashes in hexadecimal digits (empty: none), pixels and positions."""
     words, known = zip(_words(content), _words(look), strict=True)
     found = np.empty(len(words[0]), ROW)
     found["content"], found["look"] = words
@@ -59,7 +61,7 @@ def rows(content: Iterable[str], look: Iterable[str], pixels: npt.ArrayLike, pla
 
 
 def _words(hashes: Iterable[str]) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.bool_]]:
-    """Hashes (n, 2), and which there are."""
+    """Hashes as words (n, 2), and whether each exists, (n,)."""
     digits = list(hashes)
     words = np.frombuffer(bytes.fromhex("".join([text or _NOTHING for text in digits])), "<u8").reshape(-1, 2)
     return words, np.array([bool(text) for text in digits], bool)
@@ -69,14 +71,14 @@ _NOTHING = "0" * 32
 
 
 def units(count: int, hamming: int, memory: int) -> list[Unit]:
-    """The work on `count` samples, in pieces that take about `memory` bytes; `hamming` below 0: only exact ones."""
+    """Divide the work on `count` samples into units of about `memory` bytes; `hamming` < 0: only exact duplicates."""
     buckets = max(1, -(-count * ROW_COST // memory))
     tables = [_CONTENT, *(range(TABLES) if hamming >= 0 else ())]
     return [Unit(table, bucket, buckets) for table in tables for bucket in range(buckets)]
 
 
 def links(samples: Iterable[Rows], unit: Unit, count: int, hamming: int) -> Links:
-    """What belongs together by `unit`, of `samples` that come in pieces, `count` in all."""
+    """Find the links of `unit` among `samples`, which arrive in pieces with `count` samples in total."""
     width = min(32, max(12, count.bit_length()))
     parts = [_of_bucket(some, unit, width) for some in samples]
     words, values, places = (np.concatenate(column) for column in zip(*parts, strict=True))
@@ -89,7 +91,7 @@ def links(samples: Iterable[Rows], unit: Unit, count: int, hamming: int) -> Link
 def _of_bucket(
     samples: Rows, unit: Unit, width: int
 ) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64], npt.NDArray[np.int64]]:
-    """Hashes (n, 2), their values and the places of what is of the unit's bucket and has a hash."""
+    """Hashes (n, 2), values of the chosen bits and positions of the samples with a hash in the unit's bucket."""
     by_content = unit.table == _CONTENT
     words = samples["content" if by_content else "look"]
     values = words[:, 0] if by_content else _values(words, _chosen_bits(unit.table, width))
@@ -102,7 +104,7 @@ def _chosen_bits(table: int, width: int) -> list[int]:
 
 
 def _values(words: npt.NDArray[np.uint64], chosen: list[int]) -> npt.NDArray[np.uint64]:
-    """The chosen bits of hashes (n, 2), as numbers (n,)."""
+    """Extract the chosen bits of hashes (n, 2) as numbers (n,)."""
     octets = np.ascontiguousarray(words).view(np.uint8).reshape(-1, BITS // 8)
     number = np.arange(256)
     values = np.zeros(len(words), np.uint64)
@@ -117,7 +119,7 @@ def _values(words: npt.NDArray[np.uint64], chosen: list[int]) -> npt.NDArray[np.
 
 
 def _by_word(words: npt.NDArray[np.uint64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
-    """An order in which equal hashes (n, 2) are neighbours, and where in it another one begins."""
+    """An order that makes equal hashes (n, 2) adjacent, and whether each position starts a new hash."""
     order = np.lexsort((words[:, 1], words[:, 0]))
     new = np.ones(len(order), bool)
     new[1:] = (words[order[1:]] != words[order[:-1]]).any(1)
@@ -125,7 +127,7 @@ def _by_word(words: npt.NDArray[np.uint64]) -> tuple[npt.NDArray[np.int64], npt.
 
 
 def _same(places: npt.NDArray[np.int64], new: npt.NDArray[np.bool_]) -> Links:
-    """Links of those that follow one another up to the next `new` one."""
+    """Link each sample to the first one of its run; `new` marks the starts of runs."""
     found: Links = np.stack([places[new][np.cumsum(new) - 1], places], 1)[~new]
     return found
 
@@ -133,7 +135,7 @@ def _same(places: npt.NDArray[np.int64], new: npt.NDArray[np.bool_]) -> Links:
 def _near(
     words: npt.NDArray[np.uint64], values: npt.NDArray[np.uint64], places: npt.NDArray[np.int64], hamming: int
 ) -> Links:
-    """Samples of equal hashes, and of hashes that differ in at most `hamming` bits among those of equal values."""
+    """Link samples with equal hashes, and those with equal values whose hashes differ in at most `hamming` bits."""
     order, new = _by_word(words)
     same = _same(places[order], new)
     order = order[new]
@@ -156,7 +158,7 @@ def _near(
 
 
 def forest(parts: Iterable[Links]) -> Links:
-    """The same groups as all of `parts` make together, each as a star around its smallest place, in order."""
+    """Merge links into connected components, each as a star around its smallest position, in order."""
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
@@ -175,29 +177,29 @@ def forest(parts: Iterable[Links]) -> Links:
 
 @dataclass(frozen=True, slots=True)
 class Verdicts:
-    """What goes, in the order of places: (n,) each."""
+    """The duplicates to drop, sorted by position; each array is (n,)."""
 
     places: npt.NDArray[np.int64]
     exact: npt.NDArray[np.bool_]
-    """Whether its bytes are those of the one that stays."""
+    """Whether the bytes equal those of the copy that is kept."""
     stays: npt.NDArray[np.int64]
-    """Place of the one that stays."""
+    """Position of the copy that is kept."""
 
 
 def members(stars: Links) -> npt.NDArray[np.int64]:
-    """Places of all samples in groups, in order."""
+    """Sorted positions of all samples in groups."""
     return np.unique(stars)
 
 
 def decide(
     stars: Links, samples: Rows, by_key: npt.NDArray[np.int64], age: npt.NDArray[np.int64] | None = None
 ) -> Verdicts:
-    """What goes of the groups `stars`.
+    """Decide which samples of the groups `stars` to drop.
 
     Args:
         samples: rows of all `members`, in that order.
-        by_key: rank of each by its key.
-        age: generation that each came with: what came first stays, whatever came later.
+        by_key: rank of each sample when sorted by key.
+        age: generation of each sample; one of the oldest generation is kept.
     """
     places = members(stars)
     centre = places.copy()
@@ -213,7 +215,7 @@ def decide(
 
 
 def batches(sizes: npt.NDArray[np.int64], most: int) -> Iterator[range]:
-    """Ranges of consecutive partitions or cells that hold about `most` samples together; `sizes`: of each."""
+    """Yield ranges of consecutive partitions or cells with about `most` samples in total, given their `sizes`."""
     first, held = 0, 0
     for index, size in enumerate(sizes.tolist()):
         if held and held + size > most:

@@ -1,11 +1,11 @@
-"""Conditions on columns, such as ``sharpness > q10 and language == 'en'``, over whole columns at a time.
+"""Evaluates conditions such as ``sharpness > q10 and language == 'en'`` on whole columns.
 
-The syntax is Python's, of which only this is allowed: names of columns, numbers, texts, ``and``, ``or``, ``not``,
+The syntax is a subset of Python's: column names, numbers, texts, ``and``, ``or``, ``not``,
 comparisons (also chained), ``in`` and ``not in`` a list, ``+ - * /``, ``abs(x)``, ``top(column, share)``,
-``missing(column)``, and ``q10``: the 10th percentile of the column that it is compared with (``q2_5``: 2.5). A text is
-parsed, and the tree is walked by this module; nothing of it is ever run as code.
+``missing(column)``, and ``q10``: the 10th percentile of the column that it is compared with (``q2_5``: 2.5). The
+expression is parsed and evaluated by this module and never run as code.
 
-A comparison with a missing value is neither true nor false, as in SQL, and a sample goes on only where a condition is
+A comparison with a missing value is neither true nor false, as in SQL. A sample is selected only if all conditions are
 true.
 """
 
@@ -25,7 +25,7 @@ import numpy.typing as npt
 from pipeline.config.options import ConfigError
 
 Column = npt.NDArray[Any]
-"""(n,): float64 with NaN where there is no value, or texts (object) with None."""
+"""(n,): float64 with NaN for missing values, or texts (object) with None."""
 Mask = npt.NDArray[np.bool_]
 
 _QUANTILE = re.compile(r"q(\d{1,2}(?:_\d+)?)")
@@ -49,8 +49,7 @@ _DEEPEST = 50
 
 @dataclass(frozen=True)
 class Threshold:
-    """A value of a column that depends on all samples: where ``share`` of those that have a value are at or below it,
-    or (``top``) at or above it."""
+    """A quantile of a column: ``share`` of its values are at most (``top``: at least) this value."""
 
     column: str
     share: float
@@ -58,18 +57,18 @@ class Threshold:
 
     @property
     def name(self) -> str:
-        """How plans call it."""
+        """Name of the threshold in plans."""
         return f"{'top' if self.top else 'q'}({self.column}, {self.share:g})"
 
     def rank(self, count: int) -> int:
-        """Which of ``count`` values in ascending order it is."""
+        """Its index among ``count`` values in ascending order."""
         taken = min(count, max(1, math.ceil(self.share * count - 1e-9)))
         return count - taken if self.top else taken - 1
 
 
 @dataclass(frozen=True)
 class Condition:
-    """One of the conditions that all have to hold."""
+    """One of several conditions that must all hold."""
 
     text: str
     node: ast.expr = field(repr=False)
@@ -77,11 +76,11 @@ class Condition:
     thresholds: tuple[Threshold, ...]
 
     def holds(self, columns: Mapping[str, Column], values: Mapping[str, float]) -> Mask:
-        """Where it is true, (n,).
+        """Whether the condition is true for each sample, (n,).
 
         Args:
-            columns: by name, those that the condition is about.
-            values: of the thresholds, by their names.
+            columns: the columns that the condition uses, by name.
+            values: values of the thresholds, by name.
 
         Raises:
             ConfigError: a text is compared with a number.
@@ -91,10 +90,10 @@ class Condition:
 
 
 def parse(text: str) -> list[Condition]:
-    """The conditions in ``text`` that all have to hold: what stands between the outermost ``and``.
+    """Split ``text`` at the outermost ``and`` into conditions that must all hold.
 
     Raises:
-        ConfigError: it is not such an expression.
+        ConfigError: the expression is invalid.
     """
     if not text.strip():
         return []
@@ -119,7 +118,7 @@ def parse(text: str) -> list[Condition]:
 
 
 class _Check:
-    """Goes through a tree once, before anything is read: is it allowed, and what does it need?"""
+    """Validates an expression tree before any data are read, and collects its columns and thresholds."""
 
     def __init__(self, text: str) -> None:
         self._text = text
@@ -127,7 +126,7 @@ class _Check:
         self.thresholds: dict[Threshold, None] = {}
 
     def visit(self, node: ast.AST, depth: int) -> bool:
-        """Whether ``node`` is true or false, and not a number or a text."""
+        """Whether ``node`` is a condition, not a number or a text."""
         if depth > _DEEPEST:
             raise ConfigError(f"where=: nested more than {_DEEPEST} levels deep")
         match node:
@@ -203,13 +202,13 @@ class _Check:
 
 
 def quantile_of(node: ast.expr) -> float | None:
-    """The share that ``q10`` and the like stand for; None for anything else."""
+    """The share of a percentile such as ``q10``; None for other nodes."""
     match = _QUANTILE.fullmatch(node.id) if isinstance(node, ast.Name) else None
     return float(match[1].replace("_", ".")) / 100 if match else None
 
 
 Truth = tuple[Any, Any]
-"""Where it is true and where it is false; neither where values are missing."""
+"""Masks of where a condition is true and where it is false; both are False for missing values."""
 
 
 class _Walk:
@@ -296,4 +295,4 @@ class _Walk:
 
 
 def _known(value: npt.NDArray[Any]) -> Any:
-    return np.array(value != None) if value.dtype == object else ~np.isnan(value)  # noqa: E711 - of each element
+    return np.array(value != None) if value.dtype == object else ~np.isnan(value)  # noqa: E711 - elementwise

@@ -1,4 +1,4 @@
-"""Lists of keys in files, to keep or to deny samples by: of 100 million keys, 1.6 GB in memory."""
+"""Key lists in files, to keep or drop samples; 100 million keys need 1.6 GB of memory."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _BLOCK = 1 << 22
 
 
 class KeyList:
-    """The keys in a file: text with one on each line, a table or parquet file with a column of them (or its only one),
-    or ``.npy`` as DataComp's subsets are, pairs of uint64 for uids of 32 hexadecimal digits.
+    """The keys in a file: a text with one per line, a table or Parquet file with a column of keys (or only one column),
+    or a ``.npy`` like DataComp's subsets, with pairs of uint64 for uids of 32 hexadecimal digits.
 
-    Of each its XXH3-128 is held, 16 bytes: two keys of one hash are not to be expected before 2^64 of them.
+    Only the XXH3-128 of each key is stored (16 bytes); collisions are not expected for fewer than 2^64 keys.
 
     Args:
         path: the file.
@@ -63,7 +63,7 @@ def _keys(path: Path, column: str) -> Iterator[str]:
 
 
 def _listed_keys(path: Path, column: str) -> Iterator[str]:
-    """The keys in a column of a list; numbers count as they are written."""
+    """Yield the keys in a column of a list; numbers are converted to text."""
     listed = open_list(path, "a list of keys")
     names = listed.columns or list(dict.fromkeys(name for row in islice(listed.rows(), 100) for name in row.values))
     found = next((name for name in names if name.lower() == column.lower()), "")
@@ -71,7 +71,7 @@ def _listed_keys(path: Path, column: str) -> Iterator[str]:
         if len(names) != 1:
             raise ConfigError(f"{path}: it has no column {column}; it has {shown_names(names)}")
         found = names[0]
-        if suffix_of(path) in (".csv", ".tsv"):  # what looked like a heading is a key
+        if suffix_of(path) in (".csv", ".tsv"):  # the apparent header is a key
             listed = open_list(path, heading=False)
             found = "0"
     for number, row in enumerate(listed.rows(), 1):
@@ -83,7 +83,7 @@ def _listed_keys(path: Path, column: str) -> Iterator[str]:
 
 
 def _array_keys(path: Path) -> Iterator[str]:
-    """Keys of an array: texts, whole numbers, or pairs of uint64 that are a uid's upper and lower half."""
+    """Yield the keys in an array: texts, integers, or pairs of uint64 with the upper and lower half of a uid."""
     with list_errors(path):
         try:
             array = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -103,7 +103,7 @@ def _array_keys(path: Path) -> Iterator[str]:
 
 
 def key_digest(path: str) -> str:
-    """XXH3-128 of the file; empty for no path. Raises ConfigError if it cannot be read."""
+    """XXH3-128 of a file; empty if ``path`` is empty. Raises ConfigError if the file cannot be read."""
     whole = xxhash.xxh3_128()
     try:
         if path:

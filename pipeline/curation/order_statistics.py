@@ -1,4 +1,4 @@
-"""The exact k-th smallest of many numbers that arrive in pieces, in memory that does not depend on their number."""
+"""Exact k-th smallest of many numbers that arrive in pieces, in memory independent of their count."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ _SIGN = np.uint64(1 << 63)
 def order_statistics(
     pieces: Callable[[], Iterable[npt.NDArray[np.float64]]], ranks: Callable[[int], Sequence[int]]
 ) -> list[float]:
-    """The numbers at ``ranks`` of all numbers in ascending order; NaN ones do not count.
+    """Return the numbers at ``ranks`` (from 0) of all numbers in ascending order, ignoring NaN.
 
-    A radix selection: four passes over the pieces, each of which settles 16 bits of the answers.
+    This is a radix selection with four passes over the pieces, each of which determines 16 bits of the results.
 
     Args:
-        pieces: called for each pass.
-        ranks: which are asked for, of how many numbers there are. Not called if there are none.
+        pieces: called in each pass to iterate over the numbers.
+        ranks: called with the count of numbers; returns the requested ranks. Not called if there are no numbers.
 
     Returns:
         One number for each rank; empty if there are no numbers.
@@ -31,7 +31,7 @@ def order_statistics(
 def word_statistics(
     pieces: Callable[[], Iterable[npt.NDArray[np.uint64]]], ranks: Callable[[int], Sequence[int]]
 ) -> list[int]:
-    """The same of whole numbers from 0 to 2^64 - 1."""
+    """Like :func:`order_statistics`, for integers from 0 to 2^64 - 1."""
     return _select(pieces, ranks)
 
 
@@ -60,8 +60,8 @@ def _select(pieces: Callable[[], Iterable[npt.NDArray[np.uint64]]], ranks: Calla
 
 
 def _words(numbers: npt.NDArray[np.float64]) -> npt.NDArray[np.uint64]:
-    """Words in the order of the numbers: of negative ones all bits are turned, of others the sign."""
-    numbers = numbers[~np.isnan(numbers)] + 0.0  # of two zeros, one
+    """Map floats to words with the same order: invert all bits of negative numbers, otherwise only the sign."""
+    numbers = numbers[~np.isnan(numbers)] + 0.0  # -0.0 becomes 0.0
     words = numbers.view(np.uint64)
     return np.where(words & _SIGN, ~words, words | _SIGN)
 

@@ -13,7 +13,7 @@ from pipeline.samples import TAKEN, Schema
 
 
 class PointerStage(Stage[ConfigT]):
-    """Its rows are pointers to samples of the upstream, or, where that holds scores, of what the scores are about."""
+    """A stage whose rows are pointers to samples of the upstream, or, if that holds scores, to the scored samples."""
 
     @property
     def format(self) -> str:
@@ -21,7 +21,7 @@ class PointerStage(Stage[ConfigT]):
 
     @cached_property
     def images(self) -> Dataset:
-        """The dataset directory that the pointers lead to."""
+        """The dataset directory that the pointers refer to."""
         return images_of(self.upstream)
 
     def schema(self) -> Schema:
@@ -34,8 +34,8 @@ class PointerStage(Stage[ConfigT]):
         return str(self.images.root.path)
 
     def image_places(self, index: int) -> Iterator[int]:
-        """Where the images of the samples of partition ``index`` of the upstream lie, of all that were ever kept there;
-        -1 of those that have been taken down."""
+        """Yield the positions of the images of the upstream's partition ``index`` among all images ever kept; -1 for
+        samples that have been taken down."""
         if self.images is self.upstream:
             first = int(self.upstream.places[index])
             yield from range(first, int(self.upstream.places[index + 1]))
@@ -51,6 +51,6 @@ class PointerStage(Stage[ConfigT]):
 
 
 def images_of(dataset: Dataset) -> Dataset:
-    """``dataset``, or, if it holds scores, the dataset directory that they are about."""
+    """``dataset``, or, if it holds scores, the dataset directory that was scored."""
     upstream = last_upstream(dataset) if dataset.format.name == "scores" else None
     return dataset if upstream is None else Dataset.open(upstream["path"])

@@ -1,6 +1,6 @@
-"""Rules that leave out samples by their metadata: small checks that return a reason, or "" for a good sample.
+"""Rules that drop samples by their metadata: small checks that return a reason, or "" if the sample passes.
 
-A check is a function of one caption, of one key, or of one row; stages combine as many as they like. They know no
+A check is a function of a caption, a key or a row; stages combine several of them. Checks do not depend on the
 language.
 """
 
@@ -21,21 +21,21 @@ KeyCheck = Callable[[str], str]
 _URL = re.compile(r"\s*(https?://|www\.)\S+\s*", re.IGNORECASE)
 _SCORE = re.compile(r"([^\W\d][\w.-]*)(<=|>=|<|>)(-?\d+(?:\.\d+)?(?:e-?\d+)?)")
 _COMPARE = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
-_LOOKED_AT = 200  # characters of a caption; long texts repeat themselves more
+_LOOKED_AT = 200  # characters that are checked; long texts are more repetitive
 
 
 def empty(caption: str) -> str:
-    """No letter and no digit of any script."""
+    """Reject captions without letters or digits of any script."""
     return "" if any(character.isalnum() for character in caption) else "caption_empty"
 
 
 def url(caption: str) -> str:
-    """Nothing but an address."""
+    """Reject captions that consist of a URL."""
     return "caption_url" if _URL.fullmatch(caption) else ""
 
 
 def repetitive(caption: str) -> str:
-    """Of 40 characters and more, less than a quarter of the runs of three are different."""
+    """Reject captions of at least 40 characters in which less than a quarter of all character trigrams are distinct."""
     text = caption[:_LOOKED_AT].casefold()
     runs = [text[at : at + 3] for at in range(len(text) - 2)]
     return "caption_repetitive" if len(text) >= 40 and len(set(runs)) < len(runs) / 4 else ""
@@ -45,7 +45,7 @@ CAPTION_CHECKS: dict[str, CaptionCheck] = {"empty": empty, "url": url, "repetiti
 
 
 def at_least(length: int) -> CaptionCheck:
-    """So many characters."""
+    """Require at least ``length`` characters."""
     return lambda caption: "caption_short" if len(caption) < length else ""
 
 
@@ -54,24 +54,24 @@ def first_reason(caption: str, checks: Iterable[CaptionCheck]) -> str:
 
 
 def good_captions(captions: Sequence[str], checks: Sequence[CaptionCheck]) -> tuple[list[str], str]:
-    """The captions that pass all checks; if none does, why not: the reason of the first (`caption_empty` of none)."""
+    """The captions that pass all checks, and, if none does, the reason of the first (no captions: `caption_empty`)."""
     reasons = [first_reason(caption, checks) for caption in captions]
     good = [caption for caption, reason in zip(captions, reasons, strict=True) if not reason]
     return good, "" if good or not checks else next(iter(reasons), "caption_empty")
 
 
 def kept_by(keys: Container[str]) -> KeyCheck:
-    """Only what is in the list."""
+    """Keep only keys in the list."""
     return lambda key: "" if key in keys else "key_not_kept"
 
 
 def denied_by(keys: Container[str]) -> KeyCheck:
-    """Nothing of what is in the list."""
+    """Drop keys in the list."""
     return lambda key: "key_denied" if key in keys else ""
 
 
 def column_value(row: Row, column: str) -> Any:
-    """The value of a column of ``row``, or of a field of its ``meta``, whatever the case; None if there is none."""
+    """The value of a column of ``row`` or of a field in its ``meta``, ignoring case; None if there is none."""
     for place in (row, row.get("meta")):
         if isinstance(place, dict):
             if column in place:
@@ -83,7 +83,7 @@ def column_value(row: Row, column: str) -> Any:
 
 
 def columns_in(rows: Iterable[Row]) -> list[str]:
-    """Names of the columns and fields that some of ``rows`` have."""
+    """Names of all columns and fields in ``rows``."""
     names: dict[str, None] = {}
     for row in rows:
         names |= dict.fromkeys(name for name in row if name != "meta")
@@ -92,16 +92,17 @@ def columns_in(rows: Iterable[Row]) -> list[str]:
 
 
 def score_column(text: str) -> str:
-    """The column that a condition is about. Raises ConfigError for what is none."""
+    """The column in a condition. Raises ConfigError if the condition is invalid."""
     return _parsed(text)[0]
 
 
 def score(text: str) -> RowCheck:
-    """A condition on a numeric column or field, as `nsfw<0.5`: what does not meet it is `score_<column>`, and so
-    is what has no number there. Numbers as lists write them, as text, count.
+    """Create the check for a condition on a numeric column or field, such as `nsfw<0.5`.
+
+    Rows that do not meet it, or have no number there, get the reason `score_<column>`. Numbers may be given as text.
 
     Raises:
-        ConfigError: no such condition.
+        ConfigError: the condition is invalid.
     """
     column, compare, limit = _parsed(text)
 

@@ -1,7 +1,7 @@
 """The search for duplicates, shared by ranks: each piece of work is a file in ``partial/``.
 
-The last of these files holds the verdicts: which samples go, and for which others. It makes up for all before it, which
-are deleted then.
+The last of these files holds the verdicts: which samples are dropped, and in favour of which others. Once it exists,
+all other files are deleted.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from pipeline.samples import TAKEN
 from pipeline.storage import GONE, Folder, HashedFile
 
 ROWS_AT_ONCE = 1 << 20
-_GROUP = 1 << 16  # verdicts that are read at once
+_GROUP = 1 << 16  # verdicts per row group
 _POLL = 0.2
 _VERDICTS = "verdicts.parquet"
 _LOOKS = ("source_hash", "phash", "source_pixels")
 Job = Callable[[HashedFile], None]
-"""Fills a file of the search."""
+"""Writes a file of the search."""
 
 
 class Search(ABC):
-    """A search among the first ``ends[-1]`` partitions of a stage's upstream, which came in generations up to ``ends``.
+    """A search in the first ``ends[-1]`` partitions of a stage's upstream; ``ends`` are the ends of its generations.
 
     Attributes:
-        near: reason of a sample that is not the same as the one that stays, byte by byte.
+        near: reason of a dropped sample whose bytes differ from those of the copy that is kept.
     """
 
     near: str
@@ -57,27 +57,27 @@ class Search(ABC):
     @property
     @abstractmethod
     def name(self) -> str:
-        """Its folder's: different for searches with different results."""
+        """Name of its folder, which differs between searches with different results."""
 
     @property
     @abstractmethod
     def rows_at_once(self) -> int:
-        """Samples that a rank holds in memory."""
+        """Maximum samples that a rank holds in memory."""
 
     @abstractmethod
     def steps(self, folder: Folder) -> Iterator[dict[str, Job]]:
-        """The files to be made, step by step: those of a step need all of the steps before."""
+        """Yield the files to be written in each step; a step needs all files of the previous steps."""
 
     @abstractmethod
     def found(self, folder: Folder) -> Iterator[Links]:
-        """The links that the steps have found, in pieces."""
+        """Yield the links found by all steps, in pieces."""
 
     @abstractmethod
     def rows_of(self, index: int) -> Rows:
-        """What is to know of the samples of partition ``index`` of the upstream that take part."""
+        """Rows of the participating samples of the upstream's partition ``index``."""
 
     def verdicts(self, first: int, stop: int) -> dict[int, tuple[str, str]]:
-        """Place → (reason, key of the one that stays), of what goes among the places ``first … stop - 1``."""
+        """Reason, and key of the kept copy, of each dropped sample at the positions [first, stop), by position."""
         with self._folder() as folder:
             if not folder.exists(_VERDICTS):
                 self._work(folder)
@@ -85,7 +85,7 @@ class Search(ABC):
                 found: dict[int, tuple[str, str]] = {}
                 for group in range(file.metadata.num_row_groups):
                     known = file.metadata.row_group(group).column(0).statistics
-                    if known is not None and known.max >= first and known.min < stop:  # None: of no rows
+                    if known is not None and known.max >= first and known.min < stop:  # None: no rows
                         table = file.read_row_group(group, use_threads=False)
                         mine = table.filter(pc.and_(pc.greater_equal(table[0], first), pc.less(table[0], stop)))
                         for place, exact, other in zip(*(column.to_pylist() for column in mine.columns), strict=True):
@@ -99,7 +99,7 @@ class Search(ABC):
             return root.folder(f"{PARTIAL}/{self.name}")
 
     def _work(self, folder: Folder) -> None:
-        """Do what is open, and wait for what others are at, until the verdicts are there."""
+        """Do the remaining work, and wait for that of other ranks, until the verdicts exist."""
         self._stage.rank.log.info("%s: searching %d samples for duplicates", self._stage.output, self._count)
         claims = Claims(folder, self._stage.config.lease)
         try:
@@ -108,7 +108,7 @@ class Search(ABC):
                     self._all(folder, claims, jobs)
             except OSError as error:
                 if error.errno not in GONE or not folder.exists(_VERDICTS):
-                    raise  # else others were done with it all, and have deleted what a step looks at
+                    raise  # otherwise, other ranks have finished and deleted files of a step
             self._all(folder, claims, {_VERDICTS: lambda file: self._judge(folder, file)})
         finally:
             claims.close()
@@ -117,7 +117,7 @@ class Search(ABC):
                 folder.unlink(name, missing_ok=True)
 
     def _all(self, folder: Folder, claims: Claims, jobs: dict[str, Job]) -> None:
-        """Have all files made that ``jobs`` make, by whomever; the verdicts make up for all others."""
+        """Ensure that this or another rank writes all files of ``jobs``; none is needed once the verdicts exist."""
         order = list(jobs)
         start = len(order) * self._stage.rank.rank // self._stage.rank.world_size
         open_jobs = order[start:] + order[:start]
@@ -130,7 +130,7 @@ class Search(ABC):
                         folder.write_stream_by(name, jobs[name])
                     except OSError as error:
                         if error.errno not in GONE or not folder.exists(_VERDICTS):
-                            raise  # else others were done with it all, and have deleted what it is made of
+                            raise  # otherwise, others have finished and deleted its inputs
                     finally:
                         claims.release(name)
                     progress = True
@@ -146,7 +146,7 @@ class Search(ABC):
 
     @cached_property
     def batches(self) -> list[range]:
-        """Ranges of partitions that one job reads."""
+        """Ranges of partitions, one per job."""
         return list(batches(np.diff(self._places[: self._partitions + 1]), self.rows_at_once))
 
     def rows_jobs(self) -> dict[str, Job]:
@@ -163,7 +163,7 @@ class Search(ABC):
     def ledger(
         self, index: int, columns: tuple[str, ...]
     ) -> tuple[pa.Table, npt.NDArray[np.bool_], npt.NDArray[np.int64]]:
-        """The ledger of a partition, which of its rows are kept samples, and the places of these."""
+        """The ledger of a partition, the mask of its kept samples, and their positions."""
         ledger = SlotReader(self._upstream, index).ledger(["container", "outcome", "reason", *columns])
         sample = pc.invert(ledger["container"])
         kept = pc.and_(pc.equal(ledger["outcome"], "kept"), sample)
@@ -198,7 +198,7 @@ class Search(ABC):
         pq.write_table(table, file, row_group_size=_GROUP)
 
     def _keys(self, places: npt.NDArray[np.int64]) -> pa.Array:
-        """The keys of the samples at ``places``, which are in order."""
+        """The keys of the samples at the sorted positions ``places``."""
         parts = [pa.array([], pa.string())]
         for index in np.unique(np.searchsorted(self._places, places, side="right") - 1).tolist():
             self._stage.rank.check_stop()
@@ -208,7 +208,7 @@ class Search(ABC):
 
 
 class HashSearch(Search):
-    """By the source's bytes and by perceptual hashes, of what ``filter`` made (:mod:`pipeline.curation.duplicates`)."""
+    """Searches the output of ``filter`` by source bytes and perceptual hashes (:mod:`pipeline.curation.duplicates`)."""
 
     near = "near_duplicate"
     rows_at_once = ROWS_AT_ONCE

@@ -1,14 +1,14 @@
-"""Finds samples with similar content, by the cosine of their embeddings, in bounded memory.
+"""Finds samples with similar content by the cosine of their embeddings, in bounded memory.
 
-Vectors fall into cells, by the centre that they have the largest inner product with: centres of spherical k-means on a
-sample of them. Each vector is compared with those of its own cell, and of the cells of its next nearest centres
-(`probes`). Pairs whose cosine is at least a threshold are linked, and groups are the connected components of all links
+Each vector is assigned to the cell of the centre with the largest inner product; centres are computed by spherical
+k-means on a sample of vectors. A vector is compared with those in its own cell and in the cells of its next nearest
+centres (`probes`). Pairs with a cosine of at least a threshold are linked; groups are the connected components
 (:func:`pipeline.curation.duplicates.forest`).
 
-The result is a function of the vectors alone. Products of float16 numbers are multiples of 2^-48, so sums of them are
-exact in float64 for vectors about as long as 1, in whatever order they are added. What float32 leaves undecided (which
-centre is nearest, whether a cosine reaches the threshold) is therefore computed again in float64, and comes out the
-same with any number of threads on any machine.
+The result depends only on the vectors. Products of float16 numbers are multiples of 2^-48, so for vectors of length
+about 1 their sums are exact in float64, in any order of summation. Decisions that float32 leaves open (which centre is
+nearest, whether a cosine reaches the threshold) are therefore repeated in float64, with the same result on any machine
+and for any number of threads.
 
 The work grows as n * sqrt(n): n vectors have about sqrt(probes * n) cells.
 """
@@ -26,32 +26,32 @@ from scipy.sparse.csgraph import connected_components
 from pipeline.curation.duplicates import NO_LINKS, Links, forest
 
 Vectors = npt.NDArray[np.float16]
-"""(n, d), each about as long as 1."""
+"""(n, d), each of length about 1."""
 Places = npt.NDArray[np.int64]
 
 EMBEDDING = "embedding"
-"""Column of ``stage=score`` that they come from."""
+"""Column of ``stage=score`` with the embeddings."""
 ITERATIONS = 10
 PER_CELL = 32
-"""Vectors for each centre that k-means works on."""
+"""Vectors per centre in the k-means sample."""
 MOST_CELLS = 1 << 16
-_FEW = 4096  # vectors that need no cells: all pairs are compared
-_SURE = 1e-4  # by how much a float32 inner product may be wrong, with a wide margin
-_ROWS, _COLUMNS = 512, 8192  # vectors that are compared at once
+_FEW = 4096  # maximum vectors for which all pairs are compared, without cells
+_SURE = 1e-4  # error bound of a float32 inner product, with a wide margin
+_ROWS, _COLUMNS = 512, 8192  # vectors compared at once
 
 
 def cells_for(count: int, probes: int, sampled: int) -> int:
-    """How many cells `count` vectors should have, of which k-means sees `sampled`."""
+    """Number of cells for `count` vectors, `sampled` of which are used for k-means."""
     if count <= _FEW:
         return 1
     return max(1, min(MOST_CELLS, math.isqrt(probes * count), sampled // 8))
 
 
 def centres(sample: Vectors, count: int) -> Vectors:
-    """Centres (count or fewer, d) of the vectors of `sample`, by spherical k-means (Dhillon and Modha, Machine Learning
-    42, 2001) that begins with the first `count` different ones.
+    """Compute at most `count` centres (k, d) of `sample` by spherical k-means (Dhillon and Modha, Machine Learning 42,
+    2001), starting with the first `count` distinct vectors.
 
-    Centres are rounded to float16. One that no vector is nearest to stays as it was.
+    Centres are rounded to float16. A centre that is nearest to no vector stays unchanged.
     """
     _, first = np.unique(sample, axis=0, return_index=True)
     found: Vectors = sample[np.sort(first)[:count]]
@@ -62,10 +62,10 @@ def centres(sample: Vectors, count: int) -> Vectors:
         order = np.argsort(cell, kind="stable")
         here, starts = np.unique(cell[order], return_index=True)
         sums = np.empty((len(here), sample.shape[1]))
-        for column in range(0, sample.shape[1], 64):  # float64 of some columns at a time; exact, see above
+        for column in range(0, sample.shape[1], 64):  # some columns at a time in float64; exact, see above
             part = sample[order, column : column + 64].astype(np.float64)
             sums[:, column : column + 64] = np.add.reduceat(part, starts)
-        length = np.sqrt(np.cumsum(sums * sums, axis=1)[:, -1])  # rounded in one order on all machines
+        length = np.sqrt(np.cumsum(sums * sums, axis=1)[:, -1])  # fixed order of rounding on all machines
         good = length > 0
         moved: Vectors = found.copy()
         moved[here[good]] = sums[good] / length[good, None]
@@ -76,8 +76,7 @@ def centres(sample: Vectors, count: int) -> Vectors:
 
 
 def nearest(vectors: Vectors, centres: Vectors, count: int) -> npt.NDArray[np.int32]:
-    """Numbers of the `count` centres with the largest inner products, the largest first, of equals the first: (n,
-    count)."""
+    """Indices (n, count) of the centres with the largest inner products, in descending order; ties by index."""
     count = min(count, len(centres))
     found = np.empty((len(vectors), count), np.int32)
     whole = np.ascontiguousarray(centres.T, np.float32)
@@ -89,7 +88,7 @@ def nearest(vectors: Vectors, centres: Vectors, count: int) -> npt.NDArray[np.in
 
 
 def _nearest(vectors: Vectors, centres: Vectors, near: npt.NDArray[np.float32], count: int) -> npt.NDArray[np.int32]:
-    """Of inner products `near` (n, k) that are right to :data:`_SURE`."""
+    """:func:`nearest`, given inner products `near` (n, k) with an error of at most :data:`_SURE`."""
     kept = min(count + 1, near.shape[1])
     best = np.argpartition(near, near.shape[1] - kept, axis=1)[:, near.shape[1] - kept :]
     values = np.take_along_axis(near, best, 1)
@@ -105,13 +104,13 @@ def _nearest(vectors: Vectors, centres: Vectors, near: npt.NDArray[np.float32], 
 
 @dataclass(frozen=True)
 class Block:
-    """Vectors that are compared with others.
+    """A block of vectors to compare with others.
 
     Attributes:
-        places: of their samples, (n,).
+        places: positions of the samples, (n,).
         vectors: (n, d).
-        unit: the same in float32, of length 1.
-        squares: of their lengths, (n,), exact.
+        unit: the vectors in float32, normalized to length 1.
+        squares: exact squared lengths, (n,).
     """
 
     places: Places
@@ -131,8 +130,10 @@ class Block:
 
 
 def linked(left: Block, right: Block, cosine: float) -> Links:
-    """Links between a sample of `left` and one of `right`, or, if these are the same, two of it. Their connected
-    components are those of all pairs with a cosine of at least `cosine`."""
+    """Links between samples of `left` and `right`, or within one block if they are the same.
+
+    Their connected components are those of all pairs with a cosine of at least `cosine`.
+    """
     same, count = left is right, len(left.places)
     total = count if same else count + len(right.places)
     links, group = NO_LINKS, np.arange(total, dtype=np.int32)
@@ -150,8 +151,10 @@ def linked(left: Block, right: Block, cosine: float) -> Links:
 
 
 def _of_tile(left: Block, right: Block, row: int, column: int, cosine: float, group: npt.NDArray[np.int32]) -> Links:
-    """Of some rows of `left` and some of `right`: links that join two groups, as numbers of samples, those of `right`
-    following those of `left` (or being the same)."""
+    """Links that join two groups, between some rows of `left` and some of `right`.
+
+    Samples are numbered consecutively in `left`, then `right` (unless they are the same).
+    """
     behind = 0 if left is right else len(left.places)
     high, low = left.unit[row : row + _ROWS], right.unit[column : column + _COLUMNS]
     above, across = group[row : row + len(high)], group[behind + column : behind + column + len(low)]
@@ -167,7 +170,7 @@ def _of_tile(left: Block, right: Block, row: int, column: int, cosine: float, gr
         some = unsure[start : start + _COLUMNS]
         keep[some] = _reaches(left, right, rows[some] + row, columns[some] + column, cosine)
     rows, columns = rows[keep], columns[keep]
-    # all rows that a column is linked with are linked with each other: each with the first of them is enough
+    # rows linked to the same column form a group: it suffices to link each of them to the first
     first = np.full(len(low), -1, np.int64)
     first[columns[::-1]] = rows[::-1]
     there = np.flatnonzero(first >= 0)
@@ -183,7 +186,7 @@ def _of_tile(left: Block, right: Block, row: int, column: int, cosine: float, gr
 
 
 def _reaches(left: Block, right: Block, rows: Places, columns: Places, cosine: float) -> npt.NDArray[np.bool_]:
-    """Whether the cosines of these pairs are at least `cosine`, exactly."""
+    """Whether the cosine of each pair is at least `cosine`, computed exactly."""
     one, other = (block.vectors[at].astype(np.float64) for block, at in ((left, rows), (right, columns)))
     lengths = np.sqrt(left.squares[rows] * right.squares[columns])
     return np.einsum("ij,ij->i", one, other) >= cosine * lengths  # type: ignore[no-any-return]
@@ -194,11 +197,11 @@ def _reaches(left: Block, right: Block, rows: Places, columns: Places, cosine: f
 
 @dataclass(frozen=True)
 class Sorted:
-    """Vectors in the order of their cells: of each cell first its own ones, then those that visit it.
+    """Vectors sorted by cell: for each cell, first its own vectors, then its visitors from other cells.
 
     Attributes:
-        starts: where those of each begin, and the end: (2 * cells + 1,).
-        places, vectors: in that order.
+        starts: starts of each cell's own vectors and visitors, and the end: (2 * cells + 1,).
+        places, vectors: positions and vectors, in that order.
     """
 
     starts: Places
@@ -207,7 +210,7 @@ class Sorted:
 
 
 def by_cell(places: Places, vectors: Vectors, chosen: npt.NDArray[np.int32], cells: int) -> Sorted:
-    """Vectors (n, d), each in its own cell and in those that it visits; `chosen` (n, 1 + probes): the nearest ones."""
+    """Sort vectors (n, d) by cell; `chosen` (n, 1 + probes) has the own cell of each vector, then those it visits."""
     rows, visits = np.indices(chosen.shape)
     number = (2 * chosen.astype(np.int64) + (visits > 0)).ravel()
     order = np.lexsort((places[rows.ravel()], number))

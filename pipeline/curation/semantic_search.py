@@ -1,7 +1,7 @@
-"""The search for samples with similar embeddings (of ``stage=score``), shared by ranks.
+"""The search for samples with similar embeddings (from ``stage=score``), shared by ranks.
 
-Steps: of each batch of partitions, what is to know of its samples, and those that k-means sees, chosen by their keys;
-the centres; the batch's vectors, sorted by cell; of each unit of cells, the links.
+Steps: for each batch of partitions, the rows of its samples; its sample for k-means, drawn by key; the centres; for
+each batch, its vectors sorted by cell; for each unit of cells, the links.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ from pipeline.partitions.stage import Stage
 from pipeline.storage import Folder, HashedFile
 
 _CENTRES = "centres"
-_UNITS = 256  # number of pieces of the comparison, if each fits into memory
+_UNITS = 256  # number of units of the comparison
 _LOOKS = ("key", "source_hash", "source_pixels", "width", "height")
 _Chunk = list[tuple[int, int, int]]
-"""Number of a sorted file, and the rows of it that are meant."""
+"""Ranges of rows: the number of a sorted file, start and stop."""
 
 
 class SemanticSearch(Search):
-    """By the cosine of embeddings (:mod:`pipeline.curation.semantic`)."""
+    """Searches by the cosine of embeddings (:mod:`pipeline.curation.semantic`)."""
 
     near = "semantic_duplicate"
 
@@ -62,14 +62,14 @@ class SemanticSearch(Search):
 
     @property
     def name(self) -> str:
-        """Another for other embeddings, even of the same samples."""
+        """Depends on the embeddings, too, even for the same samples."""
         states = [dataset.require_success()["content_digest"] for dataset in (self._upstream, self._scores)]
         said = f"{states} {self._probes} {self._cells} {self._stage.config.cosine!r} {self._stage.config.seed}"
         return f"semantic-{xxhash.xxh3_64_hexdigest(said)}-{self._partitions}-{len(self.batches)}"
 
     @property
     def rows_at_once(self) -> int:
-        """As many vectors as fit into memory, with their copies for the cells that they visit."""
+        """Number of vectors that fit into memory together with their copies for other cells."""
         return max(1, min(ROWS_AT_ONCE, self._memory // (2 * self._width * (self._probes + 4))))
 
     def steps(self, folder: Folder) -> Iterator[dict[str, Job]]:
@@ -84,10 +84,10 @@ class SemanticSearch(Search):
         for unit in self._units(folder):
             yield np.frombuffer(folder.read(f"links-{unit.start}"), np.int64).reshape(-1, 2)
 
-    # ---- what is read
+    # ---- inputs
 
     def rows_of(self, index: int) -> Rows:
-        """Hash of the source and pixels as the ledger of what was scored has them, of samples with an embedding."""
+        """Source hash and pixels of samples with an embedding, from the ledger of the scored dataset."""
         ledger, kept, places = self.ledger(index, ("key",))
         keys = ledger["key"].filter(kept).to_pylist()
         known = self._vectors_of(index)
@@ -102,7 +102,7 @@ class SemanticSearch(Search):
         return {row["key"]: (row.get("source_hash") or "", _pixels(row)) for row in ledger}
 
     def _vectors(self, span: range) -> Iterator[tuple[list[str], Places, Vectors]]:
-        """Keys, places and embeddings of the samples of each of some partitions of the upstream."""
+        """Yield keys, positions and embeddings of the samples of each partition in ``span``."""
         for index in span:
             self._stage.rank.check_stop()
             ledger, kept, places = self.ledger(index, ("key",))
@@ -113,7 +113,7 @@ class SemanticSearch(Search):
             yield [key for key, _ in mine], np.array([place for _, place in mine], np.int64), vectors
 
     def _vectors_of(self, index: int) -> dict[str, npt.NDArray[np.float16]]:
-        """Embeddings of the samples of partition ``index`` of the upstream, by key; of those that have a direction."""
+        """Nonzero embeddings of the samples of the upstream's partition ``index``, by key."""
         known: dict[str, npt.NDArray[np.float16]] = {}
         for number in self._scores_at[self._scored(index)[1]]:
             reader = SlotReader(self._scores, number)
@@ -128,14 +128,14 @@ class SemanticSearch(Search):
 
     @cached_property
     def _scores_at(self) -> dict[int, list[int]]:
-        """Partitions of the scores, by the partition of what was scored."""
+        """Partitions of the scores, by partition of the scored dataset."""
         found: dict[int, list[int]] = defaultdict(list)
         for number in range(self._scores.partitions):
             found[self._scores.partition(number).inputs[0].start].append(number)
         return found
 
     def _scored(self, index: int) -> tuple[Dataset, int]:
-        """What was scored, and which partition of it the upstream's partition ``index`` was made of."""
+        """The scored dataset, and its partition from which the upstream's partition ``index`` was made."""
         for dataset in self._line[:-1]:
             index = dataset.partition(index).inputs[0].start
         return self._line[-1], index
@@ -160,7 +160,7 @@ class SemanticSearch(Search):
         return write
 
     def _find_centres(self, folder: Folder, file: HashedFile) -> None:
-        """K-means on the vectors that were drawn, in the order of their draws: whichever partitions they are in."""
+        """Run k-means on the drawn vectors, sorted by draw, so that the order does not depend on partitions."""
         draws, vectors = [np.empty(0, np.uint64)], [np.empty((0, self._width), np.float16)]
         for number in range(len(self.batches)):
             data = folder.read(f"sample-{number}")
@@ -189,7 +189,7 @@ class SemanticSearch(Search):
         return write
 
     def _starts(self, folder: Folder) -> npt.NDArray[np.int64]:
-        """Of each sorted file, where each cell begins: (files, 2 * cells + 1)."""
+        """Starts of the cells in each sorted file: (files, 2 * cells + 1)."""
         size = 8 * (2 * len(self._centres(folder)) + 1)
         found = [_part(folder, f"cells-{number}", 0, size) for number in range(len(self.batches))]
         return np.stack([np.frombuffer(data, np.int64) for data in found])
@@ -203,7 +203,7 @@ class SemanticSearch(Search):
 
     @property
     def _at_once(self) -> int:
-        """Vectors of a chunk, of which two are held, in float16 and in float32."""
+        """Vectors per chunk; two chunks are held in memory, in float16 and float32."""
         return max(1, self._memory // (2 * 8 * self._width))
 
     def _links_job(self, folder: Folder, unit: range) -> Job:
@@ -217,7 +217,7 @@ class SemanticSearch(Search):
         return write
 
     def _in_cell(self, folder: Folder, starts: npt.NDArray[np.int64], cell: int) -> Iterator[Links]:
-        """Among the cell's own samples, and of these with its visitors; chunk by chunk, where they are too many."""
+        """Yield links among the cell's own samples and between these and its visitors, chunk by chunk."""
         cosine = self._stage.config.cosine
         own, visitors = (self._chunks(starts[:, 2 * cell + part], starts[:, 2 * cell + part + 1]) for part in (0, 1))
         for number, chunk in enumerate(own):
@@ -227,7 +227,7 @@ class SemanticSearch(Search):
                 yield linked(left, self._block(folder, starts, other), cosine)
 
     def _chunks(self, first: npt.NDArray[np.int64], last: npt.NDArray[np.int64]) -> list[_Chunk]:
-        """Rows ``first … last - 1`` of each file, in pieces that fit into memory."""
+        """Divide the rows [first, last) of each file into chunks that fit into memory."""
         chunks: list[_Chunk] = []
         room = 0
         for number, (start, stop) in enumerate(zip(first.tolist(), last.tolist(), strict=True)):
@@ -271,15 +271,15 @@ def _pixels(row: dict[str, Any]) -> int:
     return int(row.get("source_pixels") or 0) or int(row.get("width") or 0) * int(row.get("height") or 0)
 
 
-# ---- which scores
+# ---- finding the scores
 
 
 def scores_of(upstream: Dataset, given: str) -> Dataset:
-    """The scores with the embeddings of the samples of ``upstream``: in the folder ``given``, else ``upstream`` itself
-    or what it was made from.
+    """Return the scores with the embeddings of the samples of ``upstream``: in the folder ``given``, or, if empty, the
+    first scores among ``upstream`` and its ancestors.
 
     Raises:
-        ConfigError: there are none, they have no embedding, or they are of other samples.
+        ConfigError: there are none, they have no embeddings, or they belong to other samples.
     """
     if given:
         scores = Dataset.open(given)
@@ -303,10 +303,10 @@ def scores_of(upstream: Dataset, given: str) -> Dataset:
 
 
 def line_to(upstream: Dataset, scores: Dataset) -> list[Dataset]:
-    """``upstream``, what it was made from, and so on, up to what ``scores`` is about.
+    """``upstream`` and its ancestors up to the dataset that was scored.
 
     Raises:
-        ConfigError: that is not among them, or it has changed since.
+        ConfigError: it is not among them, or has changed since.
     """
     about = last_upstream(scores)
     assert about is not None
@@ -325,11 +325,11 @@ def line_to(upstream: Dataset, scores: Dataset) -> list[Dataset]:
 
 
 _FOLLOWING = ("dedup", "score", "select", "recaption")
-"""Stages whose partitions are those of their upstream."""
+"""Stages whose partitions correspond to those of their upstream."""
 
 
 def _ancestry(dataset: Dataset) -> Iterator[Dataset]:
-    """``dataset``, and what it was made from, as long as partitions are made of one partition each."""
+    """Yield ``dataset`` and its ancestors, as long as each partition is made from one partition."""
     yield dataset
     while dataset.stage in _FOLLOWING and (upstream := last_upstream(dataset)) is not None:
         dataset = Dataset.open(upstream["path"])
@@ -337,11 +337,11 @@ def _ancestry(dataset: Dataset) -> Iterator[Dataset]:
 
 
 def fingerprint_of(scores: Dataset) -> str:
-    """What the embeddings depend on besides the samples: those of equal ones can be compared."""
+    """What the embeddings depend on besides the samples; embeddings with equal fingerprints are comparable."""
     found: dict[str, str] = scores.header["extra"]["scorers"]
     return next(said for name, said in found.items() if name.partition(":")[0] == EMBEDDING)
 
 
 def width_of(scores: Dataset) -> int:
-    """Numbers of an embedding."""
+    """Dimension of the embeddings."""
     return int(scores.schema[EMBEDDING].removeprefix(VECTOR))

@@ -1,4 +1,4 @@
-"""Assigns images to splits by a file, such as Karpathy's ``dataset_flickr30k.json``."""
+"""Assigns images to splits according to a file, such as Karpathy's ``dataset_flickr30k.json``."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ _MEANS = {"restval": "train", "val": "valid", "dev": "valid", "validation": "val
 
 
 class Splits:
-    """Splits of images by file name, or by the last parts of the path, whatever folder or archive the image lies in.
+    """Splits of images by file name or by the last components of the path, independent of the folder or archive.
 
-    The file is JSON, ``{"images": [{"filename": …, "split": …}, …]}`` as Karpathy and Fei-Fei (CVPR 2015) published
-    theirs, or another list with a column of names (filename, file_name, image, …) and a column ``split``.
-    ``restval`` counts as train; val, dev and validation as valid.
+    The file is JSON, ``{"images": [{"filename": …, "split": …}, …]}`` as published by Karpathy and Fei-Fei (CVPR 2015),
+    or another list with a column of names (filename, file_name, image, …) and a column ``split``. ``restval`` counts as
+    train; val, dev and validation as valid.
 
     Raises:
-        ConfigError: it is not there, or not like that; a name comes twice with different splits.
+        ConfigError: the file is missing or has another layout, or a name has two different splits.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -50,20 +50,20 @@ class Splits:
 
     @staticmethod
     def name(split: str) -> str:
-        """What we call a split."""
+        """Normalized name of a split."""
         return _MEANS.get(split, split)
 
     def of(self, name: str) -> str:
-        """The split of a file, or of the sample with this key; "" if the file does not tell."""
+        """The split of a file, or of the sample with this key; "" if it is not listed."""
         parts = name.split("/")
         ends = ("/".join(parts[first:]) for first in range(len(parts)))
         return next((self._of[key] for end in ends for key in (end, make_key(end)) if key in self._of), "")
 
     def chosen(self, keys: Sequence[str], split: str) -> list[int]:
-        """Which of ``keys`` are in ``split``.
+        """Indices of the ``keys`` that are in ``split``.
 
         Raises:
-            ConfigError: none is.
+            ConfigError: there are none.
         """
         found = [place for place, key in enumerate(keys) if self.of(key) == split]
         if not found:

@@ -72,7 +72,7 @@ _OWNERS = {
 
 
 def __getattr__(name: str) -> Any:
-    """Classes are imported when they are asked for: converters need the engine, which needs this package."""
+    """Import classes lazily: converters need the engine, which needs this package."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     usual = "pipeline.loading.reader" if name.endswith("Reader") else "pipeline.convert.converter"

@@ -6,7 +6,7 @@ two families:
 
 - *flexible* (tar, mds, parquet, ipc, reference): store the bytes of the image file;
 - *fixed* (memmap, hdf5): pixels of one size and mode. Their rows look the same from outside: the image is then a
-  lossless PNG (``npy`` where a PNG cannot hold it), made when it is asked for.
+  lossless PNG (``npy`` if a PNG cannot hold it), encoded on request.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Writer(ABC):
 
 
 class BufferedWriter(Writer):
-    """Collects rows up to ``shard_bytes`` and writes them as one file."""
+    """Collects rows up to ``shard_bytes`` and writes them to one file."""
 
     def __init__(self, create: Create, shard_bytes: int) -> None:
         self._create = create
@@ -77,7 +77,7 @@ class BufferedWriter(Writer):
         self._rows, self._size, self._files = [], 0, self._files + 1
 
     def _size_of(self, row: Row) -> int:
-        """Size of a row in bytes, about."""
+        """Approximate size of a row in bytes."""
         return sum(len(value) for value in row.values() if isinstance(value, (bytes, str)))
 
     @abstractmethod
@@ -122,7 +122,7 @@ class Format(ABC):
 
     name: str
     fixed: bool = False
-    """Whether it holds pixels, all of one size, instead of image files."""
+    """Whether it stores pixels of one size instead of image files."""
 
     @abstractmethod
     def writer(self, create: Create, partition: int, schema: Schema, shard_bytes: int, compression: str = "") -> Writer:
@@ -142,10 +142,10 @@ class Format(ABC):
         """
 
     index_file: str = ""
-    """Name of what the format's own readers expect in the root; most need nothing there."""
+    """Name of the file that the format's own readers expect in the root; empty if they need none."""
 
     pattern: str = ""
-    """Glob of a partition's data files, where the Hugging Face library reads them; else empty."""
+    """Glob of a partition's data files if the Hugging Face library can read them, otherwise empty."""
 
     def features(self, schema: Schema, classes: Sequence[str]) -> list[dict[str, Any]]:
         """The columns in the YAML form of the Hugging Face library; ``classes`` are the names of the labels."""
@@ -181,7 +181,7 @@ def get_format(name: str) -> Format:
 
 
 _FORMATS: dict[type, Format] = {}
-"""One instance of each class: formats have no state."""
+"""One instance per class, as formats have no state."""
 
 
 def chunked(parts: Iterable[bytes]) -> Iterator[bytes]:

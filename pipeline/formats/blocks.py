@@ -1,4 +1,4 @@
-"""Random access to a committed data file, each block of 4 MiB checked against its hash before its bytes are used."""
+"""Random access to committed data files; each block of 4 MiB is checked against its hash before it is used."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ class Damaged(ValueError):
 
 
 def blocks_of(sizes: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Number of blocks of files of these sizes in bytes; an empty one has one, too."""
+    """Number of blocks of files with these sizes in bytes; an empty file has one block."""
     return np.maximum(1, -(-sizes // BLOCK))
 
 
 class MappedBytes(np.ndarray[Any, np.dtype[Any]]):
-    """Bytes of a file as they lie in memory: uint8 (n,), read-only.
+    """Memory-mapped bytes of a file: uint8 (n,), read-only.
 
-    Sent to another process on this machine (by a DataLoader's worker, say), they go as their place in the file, which
-    the other maps too; pickled in any other way, as a copy.
+    When they are sent to another local process (such as from a DataLoader worker), only their position in the file is
+    transferred, and the receiver maps the file; other pickling copies the bytes.
     """
 
     path: str
@@ -42,7 +42,7 @@ class MappedBytes(np.ndarray[Any, np.dtype[Any]]):
 
     @staticmethod
     def whole(fd: int, path: str) -> MappedBytes:
-        """All bytes of an open file."""
+        """Map a whole open file."""
         state = os.fstat(fd)
         data = mmap.mmap(fd, state.st_size, prot=mmap.PROT_READ) if state.st_size else b""
         mapped = np.frombuffer(data, np.uint8).view(MappedBytes)
@@ -84,19 +84,19 @@ ForkingPickler.register(MappedBytes, _place)
 
 
 class BlockFile:
-    """A data file, read by position, so that processes that were forked share it without harm.
+    """A data file that is read by position, so that forked processes can share it.
 
     Args:
-        fd: descriptor of the file; it is ours from now on.
+        fd: file descriptor, which this object then owns.
         name: for messages.
-        size: bytes that the file must have.
+        size: expected size in bytes.
         blocks: XXH3-128 of each block.
-        verify: ``first``: check a block when it is first touched; ``always``: at every touch; ``never``.
-        seen: a byte for each block, not 0 once it was checked; shared with other processes, each is checked once.
-        path: where the file lies, for processes that get bytes of it by their place.
+        verify: ``first``: check a block on first access; ``always``: on every access; ``never``.
+        seen: a byte for each block, nonzero once it has been checked; can be shared between processes.
+        path: path of the file, for processes that receive bytes by position.
 
     Raises:
-        Damaged: the file has another size.
+        Damaged: the file has a different size.
     """
 
     def __init__(
@@ -123,14 +123,14 @@ class BlockFile:
         if found != size:
             raise Damaged(f"{name} has {found} bytes instead of {size}")
 
-    def __del__(self, close: Callable[[int], None] = os.close) -> None:  # bound: modules go first when Python ends
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:  # bound: modules may be gone at exit
         close(self._fd)
 
     def __len__(self) -> int:
         return self._size
 
     def check(self, offset: int, length: int) -> None:
-        """Raises Damaged unless the blocks that hold these bytes are as they were written."""
+        """Raise Damaged if a block that contains these bytes has changed."""
         if offset < 0 or length < 0 or offset + length > self._size:
             raise Damaged(f"{self.name} ends before byte {offset + length}")
         seen = self._seen
@@ -148,10 +148,10 @@ class BlockFile:
             seen[number] = 1
 
     def bytes(self, offset: int, length: int) -> bytes:
-        """A copy of ``length`` bytes from ``offset`` on.
+        """Copy ``length`` bytes from ``offset``.
 
         Raises:
-            Damaged: they are not what was written, or the file ends before them.
+            Damaged: the bytes have changed, or the file ends before them.
         """
         self.check(offset, length)
         data = os.pread(self._fd, length, offset)
@@ -168,18 +168,18 @@ class BlockFile:
         return (self._map if self._map is not None else self.unchecked())[offset : offset + length]
 
     def unpack(self, layout: struct.Struct, offset: int) -> tuple[Any, ...]:
-        """Numbers that lie at ``offset``; raises Damaged as :meth:`bytes` does."""
+        """Unpack numbers at ``offset``; raises Damaged like :meth:`bytes`."""
         self.check(offset, layout.size)
         return layout.unpack_from(self.unchecked().data, offset)
 
     def unchecked(self) -> MappedBytes:
-        """All bytes, as they lie in memory."""
+        """All bytes, memory-mapped and not checked."""
         if self._map is None:
             self._map = MappedBytes.whole(self._fd, self._path)
         return self._map
 
     def file(self) -> io.BufferedIOBase:
-        """A file object of the whole, for libraries that want one; it checks what is read, and only that."""
+        """A file object for libraries that need one; only the blocks that are read are checked."""
         return _File(self)
 
 

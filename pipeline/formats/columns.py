@@ -1,4 +1,4 @@
-"""Columns of Arrow tables: what parquet, ipc and the formats of fixed size keep next to the image."""
+"""Columns of Arrow tables, which parquet, ipc and the formats of fixed size store next to the image."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ WIDE = ("bytes", "jpeg")
 
 
 def ordered(schema: Schema) -> list[str]:
-    """Columns with small values first, then those of bytes, the image last: small ones lie together in a file."""
+    """Order columns so that small ones are adjacent in a file: small values, then bytes, then the image."""
     return sorted(schema, key=lambda name: (schema[name] in WIDE, name == IMAGE, name))
 
 
 def arrow_schema(schema: Schema, names: Iterable[str]) -> pa.Schema:
-    """The fields ``names``; ``json`` is text."""
+    """Arrow schema of the columns ``names``; ``json`` is stored as text."""
     return pa.schema([(name, _TYPES[schema[name]]) for name in names])
 
 
 def arrow_table(rows: Sequence[Row], schema: Schema, names: Sequence[str]) -> pa.Table:
-    """The columns ``names`` of ``rows``."""
+    """Arrow table with the columns ``names`` of ``rows``."""
     fields = arrow_schema(schema, names)
     columns = [pa.array([stored(schema[name], row[name]) for row in rows], fields.field(name).type) for name in names]
     return pa.table(columns, fields)
 
 
 def stored(kind: str, value: Any) -> Any:
-    """The value of a column of type ``kind`` as Arrow gets it."""
+    """Convert a value of type ``kind`` for Arrow."""
     return json.dumps(value, ensure_ascii=False) if kind == "json" else value
 
 
@@ -51,21 +51,21 @@ class TableFormat(Format):
 
 
 def feature(name: str, kind: str, classes: Sequence[str]) -> dict[str, Any]:
-    """What a column holds, in that YAML: a label with class names is one of these."""
+    """Type of a column in the YAML form of the Hugging Face library; a label with class names becomes a class label."""
     if name == "label" and kind == "int" and classes:
         return {"dtype": {"class_label": {"names": {str(number): text for number, text in enumerate(classes)}}}}
     return {"dtype": _FEATURES[kind]}
 
 
 class Columns:
-    """Columns of some rows in memory, to take single rows out of fast."""
+    """Columns in memory, for fast access to single rows."""
 
     def __init__(self, table: pa.Table, schema: Schema) -> None:
         self._values: dict[str, Any] = {}
         self._kinds = {name: schema[name] for name in table.column_names}
         for name in table.column_names:
             column = table[name].combine_chunks()
-            if isinstance(column, pa.ChunkedArray):  # of no rows
+            if isinstance(column, pa.ChunkedArray):  # without rows
                 column = column.chunk(0) if column.num_chunks else pa.array([], column.type)
             self._values[name] = column.to_numpy(zero_copy_only=False) if schema[name] == "int" else column
 
@@ -74,14 +74,14 @@ class Columns:
         return list(self._values)
 
     def __getitem__(self, name: str) -> Any:
-        """The whole column: int64 (n,) of integers, else an Arrow array."""
+        """The whole column: int64 (n,) for integers, otherwise an Arrow array."""
         return self._values[name]
 
     def value(self, name: str, number: int) -> Any:
         """The value of row ``number``.
 
         Raises:
-            ValueError: it is no JSON, or there is no such row.
+            ValueError: it is not valid JSON, or there is no such row.
         """
         kind = self._kinds[name]
         try:

@@ -1,4 +1,4 @@
-"""Storage formats of your own: define how samples are packed into the bytes of a file, and how they are unpacked.
+"""Custom storage formats: define how samples are packed into the bytes of a file, and how they are unpacked.
 
 Partitions, commits, hashes, ledgers, resuming, random access and verification work for every format.
 """
@@ -20,11 +20,11 @@ from pipeline.formats.fixed import FixedReader, FixedWriter
 from pipeline.samples import Row, Schema
 from pipeline.storage import Folder
 
-_UNPACKED = 4  # files whose content stays in memory, in each process
+_UNPACKED = 4  # files whose unpacked content each process keeps in memory
 
 
 def columns_file(number: int) -> str:
-    """Name of the file next to data file ``number`` with the columns that are not arrays."""
+    """Name of the file with the non-array columns of data file ``number``."""
     return f"columns.{number:05d}.arrow"
 
 
@@ -34,7 +34,7 @@ def write_columns(create: Create, number: int, table: pa.Table) -> None:
 
 
 def read_columns(open: Open, name: str, schema: Schema) -> Columns:
-    """The columns next to the data file ``name``; raises ValueError if they are damaged."""
+    """Read the columns that belong to the data file ``name``; raises ValueError if they are damaged."""
     number = int(name.split(".")[1])
     try:
         table = pa.ipc.open_file(pa.PythonFile(open(columns_file(number)).file(), mode="r")).read_all()
@@ -51,7 +51,7 @@ class FixedFiles(Format):
 
     fixed = True
     suffix: str = ".bin"
-    """End of the data files' names."""
+    """Suffix of the data files."""
 
     @abstractmethod
     def pack(self, arrays: dict[str, npt.NDArray[Any]]) -> bytes:
@@ -90,7 +90,7 @@ class FlexibleFiles(Format):
     """
 
     suffix: str = ".bin"
-    """End of the data files' names."""
+    """Suffix of the data files."""
 
     @abstractmethod
     def pack(self, rows: Sequence[Row]) -> bytes:

@@ -1,4 +1,4 @@
-"""Common code of the formats of fixed size: images and masks as arrays, other columns next to them."""
+"""Common code of the formats of fixed size, which store images and masks as arrays and other columns separately."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ARRAYS = (IMAGE, MASK)
 
 
 class FixedWriter(BufferedWriter):
-    """Collects arrays up to ``shard_bytes`` and writes them as one file; the arrays of a file have one shape."""
+    """Collects arrays up to ``shard_bytes`` and writes them to one file; all arrays of a file have the same shape."""
 
     def __init__(self, create: Create, schema: Schema, shard_bytes: int) -> None:
         super().__init__(create, shard_bytes)
@@ -46,12 +46,12 @@ class FixedWriter(BufferedWriter):
         return self.store(number, arrays, self._rows)
 
     def init_arrays(self, count: int, first: Row) -> dict[str, npt.NDArray[Any]]:
-        """Arrays (count, h, w[, c]) for the samples of one file, of which ``first`` is one."""
+        """Allocate arrays (count, h, w[, c]) for the samples of a file with the shapes and types of ``first``."""
         return {name: np.empty((count, *first[name].shape), first[name].dtype) for name in ARRAYS if name in first}
 
     @abstractmethod
     def write_file(self, number: int, arrays: dict[str, npt.NDArray[Any]], rows: list[Row]) -> list[Location]:
-        """Write data file ``number``; where the image of each row lies."""
+        """Write data file ``number`` and return the location of each row's image."""
 
 
 class FixedReader(FileReader):

@@ -1,6 +1,6 @@
-"""HDF5: ``images`` and ``masks`` in chunks of one sample each, compressed if asked; every other column a dataset.
+"""HDF5: ``images`` and ``masks`` with one chunk per sample, optionally compressed; other columns as datasets.
 
-Pixels are read from the chunk's place in the file, not through the HDF5 library: no handle is shared by processes.
+Pixels are read directly from the chunk's position in the file, so that processes share no handle of the HDF5 library.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from pipeline.samples import Row, Schema
 from pipeline.storage import Folder
 
 COMPRESSIONS = ("", "gzip")
-_GROWTH = 16 << 20  # bytes by which a file in memory grows
+_GROWTH = 16 << 20  # increment in bytes of a file in memory
 _NAMES = {IMAGE: "images", MASK: "masks"}
 
 
 class Hdf5Writer(FixedWriter):
-    """Each file is put together in memory, because HDF5 writes back and forth."""
+    """Builds each file in memory, because HDF5 does not write sequentially."""
 
     def __init__(self, create: Create, schema: Schema, shard_bytes: int, compression: str) -> None:
         super().__init__(create, schema, shard_bytes)
@@ -39,7 +39,7 @@ class Hdf5Writer(FixedWriter):
     def write_file(self, number: int, arrays: dict[str, npt.NDArray[Any]], rows: list[Row]) -> list[Location]:
         name = f"images.{number:05d}.h5"
         with h5py.File(name, "w", driver="core", backing_store=False, block_size=_GROWTH) as file:
-            for column in self.small:  # first, so that they lie together
+            for column in self.small:  # first, so that they are adjacent
                 _add_column(file, column, self.schema, rows)
             for column, array in arrays.items():
                 file.create_dataset(
@@ -92,7 +92,7 @@ class Hdf5Reader(FixedReader):
 
 
 class _Chunks:
-    """Where the items of a dataset lie in the file."""
+    """Positions of the items of an HDF5 dataset in the file."""
 
     def __init__(self, dataset: h5py.Dataset) -> None:
         self._shape, self._dtype = dataset.shape[1:], dataset.dtype

@@ -1,4 +1,4 @@
-"""Arrow IPC files: one record batch each, memory-mapped, so that an image is read at the cost of copying its bytes."""
+"""Arrow IPC files with one record batch each, memory-mapped, so that reading an image only copies its bytes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pipeline.storage import Folder, HashedFile
 
 
 class IpcWriter(BufferedWriter):
-    """One record batch for each file."""
+    """Writes one record batch per file."""
 
     def __init__(self, create: Create, schema: Schema, shard_bytes: int) -> None:
         super().__init__(create, shard_bytes)
@@ -40,14 +40,16 @@ class IpcWriter(BufferedWriter):
             )
             with pa.ipc.new_file(splice, fields) as writer:
                 writer.write_batch(batch)
-                end = file.tell()  # the last column's data ends here, padded to 8 bytes
+                end = file.tell()  # end of the last column's data, padded to 8 bytes
         at = end - sum(sizes) - -sum(sizes) % 8
         return [(name, at + start, size) for start, size in zip(np.cumsum([0, *sizes]).tolist(), sizes, strict=False)]
 
 
 class _Splice:
-    """A file for Arrow, which wants all values of a column in one piece: to be spared putting them together, it gets
-    memory that is never touched, in whose place the values are written."""
+    """A file for Arrow that avoids concatenating the values of a column, which Arrow expects in one buffer.
+
+    Arrow gets a buffer of memory that is never touched, and the values are written in its place.
+    """
 
     def __init__(self, file: HashedFile, values: Sequence[bytes], size: int) -> None:
         self._file = file
@@ -72,7 +74,7 @@ class _Splice:
         return self._file.tell()
 
     def flush(self) -> None:
-        """Nothing need be on disk before the end."""
+        """Do nothing: data need not be on disk before the end."""
 
     def writable(self) -> bool:
         return True
@@ -85,13 +87,13 @@ class _Splice:
 
 
 class IpcReader(FileReader):
-    """Small columns in memory; values of bytes are taken from where they lie."""
+    """Keeps small columns in memory and reads values of type bytes directly from the file."""
 
     def __init__(self, data: BlockFile, schema: Schema) -> None:
         self._data = data
         self._schema = schema
         small = [number for number, name in enumerate(ordered(schema)) if schema[name] not in WIDE]
-        try:  # through the file object: footer, metadata and small columns are checked before they are believed
+        try:  # the file object checks footer, metadata and small columns
             checked = pa.ipc.open_file(
                 pa.PythonFile(data.file(), mode="r"), options=pa.ipc.IpcReadOptions(included_fields=small)
             )
@@ -101,7 +103,7 @@ class IpcReader(FileReader):
         self._wide = self._spans()
 
     def _spans(self) -> dict[str, tuple[int, npt.NDArray[Any]]]:
-        """Of each column of bytes: where its data begins in the file, and the offsets (n + 1,) of its values in it."""
+        """Start of the data of each bytes column in the file, and the offsets (n + 1,) of its values."""
         whole = pa.py_buffer(self._data.unchecked())
         batch = pa.ipc.open_file(whole).get_batch(0)
         spans = {}

@@ -1,7 +1,7 @@
-"""MDS, the format of mosaicml-streaming: StreamingDataset reads a finished dataset directory as it is.
+"""MDS, the format of mosaicml-streaming: StreamingDataset can read a finished dataset directory directly.
 
-A shard is ``uint32 n``, ``uint32 offset[n + 1]``, the shard's config as JSON, then the samples; a sample is the uint32
-sizes of its columns of variable size, then the columns, sorted by name (layout version 2).
+A shard consists of ``uint32 n``, ``uint32 offset[n + 1]``, its config as JSON, and the samples. A sample consists of
+the uint32 sizes of its variable-size columns, followed by all columns, sorted by name (layout version 2).
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def shard_config(schema: Schema, shard_bytes: int) -> dict[str, Any]:
 
 
 class MdsWriter(Writer):
-    """Collects samples up to ``shard_bytes`` and writes them as one shard: its header is only known then."""
+    """Collects samples up to ``shard_bytes`` and writes them as a shard, because the header depends on all of them."""
 
     def __init__(self, create: Create, schema: Schema, shard_bytes: int) -> None:
         self._create = create
@@ -120,7 +120,7 @@ class MdsReader(FileReader):
         return next(self._data.view(at, size) for name, _, at, size in self._spans(offset, length) if name == IMAGE)
 
     def _spans(self, offset: int, length: int) -> list[tuple[str, str, int, int]]:
-        """Name, type, place and size of each column of the sample at ``offset``."""
+        """Name, type, position and size of each column of the sample at ``offset``."""
         sizes = iter(self._data.unpack(self._head, offset))
         at = offset + self._head.size
         spans = []

@@ -1,4 +1,4 @@
-"""``.npy`` files with their header: ``np.load(…, mmap_mode="r")`` reads images, masks and labels of a partition."""
+"""Standard ``.npy`` files: ``np.load(…, mmap_mode="r")`` reads the images, masks and labels of a partition."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _header(array: npt.NDArray[Any]) -> bytes:
 
 
 class MemmapWriter(FixedWriter):
-    """``images.<n>.npy``; ``masks.<n>.npy`` and ``labels.<n>.npy`` where there are some; all else in an Arrow file."""
+    """Writes ``images.<n>.npy``, ``masks.<n>.npy`` and ``labels.<n>.npy`` if there are any, and an Arrow file."""
 
     def write_file(self, number: int, arrays: dict[str, npt.NDArray[Any]], rows: list[Row]) -> list[Location]:
         table = arrow_table(rows, self.schema, self.small)
@@ -48,7 +48,7 @@ _FILES = {IMAGE: "images", MASK: "masks", _LABEL: "labels"}
 
 
 class _Array:
-    """The array in a ``.npy`` file, taken item by item without a copy."""
+    """The array in a ``.npy`` file; items are read without copying."""
 
     def __init__(self, data: BlockFile) -> None:
         head = io.BytesIO(data.bytes(0, min(_MAX_HEADER, len(data))))

@@ -1,8 +1,8 @@
-"""Parquet: row groups of a few MiB. Values of bytes are stored plain, so that they can be taken from where they lie.
+"""Parquet with row groups of a few MiB. Bytes columns are stored uncompressed, so that values can be read in place.
 
-Files are written here: with pyarrow's writer, which copies each value five times and does not say where it lies in the
-file, the whole stage=shard takes 2.1 times as long (benchmarks/parquet_writer.py, 133 kB JPEGs, in memory). The format
-(https://parquet.apache.org): pages of values, each after its header, and a footer that says where they lie.
+pyarrow's writer is not used because it copies each value five times and does not report positions in the file: with it,
+stage=shard takes 2.1 times as long (benchmarks/parquet_writer.py, 133 kB JPEGs, in memory). The format
+(https://parquet.apache.org) consists of pages of values, each after its header, and a footer with their positions.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _INT64, _BYTE_ARRAY = I32(2), I32(6)
 _PLAIN, _RLE = I32(0), I32(3)
 _OPTIONAL = I32(1)
 _TEXT = {6: I32(0), 10: {1: {}}}
-"""Of a field, that its bytes are UTF-8: as ConvertedType and as LogicalType."""
+"""Marks a field as UTF-8, both as ConvertedType and as LogicalType."""
 _CODECS = {"": I32(0), "zstd": I32(6)}
 
 
@@ -62,7 +62,7 @@ class ParquetWriter(Writer):
         self._size += size
 
     def _flush(self) -> None:
-        """Write the rows so far as a row group."""
+        """Write the collected rows as a row group."""
         if self._file is None:
             self._file = self._create(f"samples.{self._files:05d}.parquet")
             self._file.write(_MAGIC)
@@ -77,7 +77,7 @@ class ParquetWriter(Writer):
         self._rows, self._size = [], 0
 
     def _chunk(self, name: str, file: HashedFile) -> dict[int, Any]:
-        """Write a column of the row group; what the footer says of it."""
+        """Write a column of the row group; return its entry in the footer."""
         start, kind = file.tell(), self._schema[name]
         values = [stored(kind, row[name]) for row in self._rows]
         codec, unpacked = "", 0
@@ -137,7 +137,7 @@ class ParquetWriter(Writer):
 
 
 _BARE = ("int", *WIDE)
-"""Types of columns that are no text."""
+"""Types of columns that are not text."""
 
 
 def _pages(values: Sequence[bytes | None]) -> Iterator[list[bytes | None]]:
@@ -154,7 +154,7 @@ def _pages(values: Sequence[bytes | None]) -> Iterator[list[bytes | None]]:
 
 
 def _write_page(values: Sequence[bytes | None], file: HashedFile) -> list[tuple[int, int]]:
-    """A page of bytes as they are; where each value lies, and its length."""
+    """Write an uncompressed page of bytes; return position and length of each value."""
     levels = _levels(values)
     size = len(levels) + sum(4 + len(value) for value in values if value is not None)
     file.write(_header(len(values), size, size) + levels)
@@ -169,7 +169,7 @@ def _write_page(values: Sequence[bytes | None], file: HashedFile) -> list[tuple[
 
 
 def _write_packed(values: Sequence[Any], kind: str, file: HashedFile) -> int:
-    """A compressed page of short values; its size if it were not compressed, with its header."""
+    """Write a compressed page of short values; return its uncompressed size, including the header."""
     there = [value for value in values if value is not None]
     if kind == "int":
         plain = np.array(there, np.int64).tobytes()
@@ -183,7 +183,7 @@ def _write_packed(values: Sequence[Any], kind: str, file: HashedFile) -> int:
 
 
 def _levels(values: Sequence[Any]) -> bytes:
-    """Which values are there (definition levels), as runs of equal ones after their size."""
+    """Definition levels (whether a value is not null), run-length encoded, after their size."""
     runs = b"".join(
         thrift.varint(sum(1 for _ in run) << 1) + bytes([there])
         for there, run in groupby(value is not None for value in values)
@@ -198,7 +198,7 @@ def _header(count: int, size: int, packed: int) -> bytes:
 
 
 class ParquetReader(FileReader):
-    """Small columns in memory; the image from where it lies; other columns of bytes by row group."""
+    """Keeps small columns in memory, reads the image in place, and other bytes columns by row group."""
 
     def __init__(self, data: BlockFile, schema: Schema) -> None:
         self._data = data

@@ -1,4 +1,4 @@
-"""Image files to arrays of pixels and back without loss, for the formats of fixed size."""
+"""Converts image files to pixel arrays and back without loss, for the formats of fixed size."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pipeline.imaging import transform
 from pipeline.samples import SampleError
 
 MODES = ("L", "LA", "RGB", "RGBA", "I;16")
-"""Pillow's names of the pixels that an array of 8 or 16 bits and a PNG hold alike."""
+"""Pillow modes that both an array of 8 or 16 bits and a PNG can represent."""
 _NEAREST = {"1": "L", "P": "RGB", "PA": "RGBA", "CMYK": "RGB", "YCbCr": "RGB", "LAB": "RGB", "HSV": "RGB", "I": "I;16"}
 _BY_CHANNELS = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 _NPY = b"\x93NUMPY"
@@ -21,10 +21,10 @@ _LIMITS = transform.Limits()
 
 
 def natural_mode(data: bytes) -> str:
-    """The mode of ``MODES`` that loses nothing of the image, or the least.
+    """The mode in ``MODES`` that preserves the image best.
 
     Raises:
-        SampleError: no image.
+        SampleError: it is not a valid image.
     """
     with _opened(data) as image:
         mode = image.mode if image.mode != "P" or "transparency" not in image.info else "PA"
@@ -32,14 +32,14 @@ def natural_mode(data: bytes) -> str:
 
 
 def to_array(data: bytes, mode: str = "RGB", size: tuple[int, int] | None = None) -> npt.NDArray[Any]:
-    """Pixels of an image file, upright: uint8 (h, w, 3) of RGB, (h, w) of L; uint16 (h, w) of I;16; or a ``.npy``.
+    """Decode an image file or a ``.npy`` to upright pixels: uint8 (h, w, 3) for RGB, (h, w) for L; uint16 for I;16.
 
     Args:
-        mode: of ``MODES``; RGB is what :func:`pipeline.imaging.transform.decode` gives, alpha over white.
-        size: (height, width) to bring it to, in antialiased bicubic interpolation.
+        mode: one of ``MODES``; RGB is decoded by :func:`pipeline.imaging.transform.decode`, with alpha over white.
+        size: (height, width) to resize to, with antialiased bicubic interpolation.
 
     Raises:
-        SampleError: the image is damaged, or of a kind that is refused.
+        SampleError: the image is damaged, or its format is not supported.
     """
     if data.startswith(_NPY):
         return from_npy(data)
@@ -66,13 +66,13 @@ def to_array(data: bytes, mode: str = "RGB", size: tuple[int, int] | None = None
 
 
 def mask_array(data: bytes, size: tuple[int, int] | None = None) -> npt.NDArray[Any]:
-    """Values of a dense label, unchanged: (h, w) or (h, w, c); those of a palette image are its indices.
+    """Read the values of a dense label, (h, w) or (h, w, c), unchanged; palette images give their indices.
 
     Args:
-        size: (height, width) to bring it to; each pixel is that of the nearest one.
+        size: (height, width) to resize to, by nearest neighbour.
 
     Raises:
-        SampleError: it is no image and no ``.npy``.
+        SampleError: it is neither an image nor a ``.npy``.
     """
     if data.startswith(_NPY):
         values = from_npy(data)
@@ -85,14 +85,14 @@ def mask_array(data: bytes, size: tuple[int, int] | None = None) -> npt.NDArray[
 
 
 def nearest(values: npt.NDArray[Any], size: tuple[int, int]) -> npt.NDArray[Any]:
-    """``values`` (h, w, ...) at ``size`` (height, width), without a value that was not there."""
+    """Resize ``values`` (h, w, ...) to ``size`` (height, width) by nearest neighbour, without creating new values."""
     rows, columns = ((np.arange(n) * 2 + 1) * old // (2 * n) for n, old in zip(size, values.shape, strict=False))
     found: npt.NDArray[Any] = values[rows][:, columns]
     return found
 
 
 def to_bytes(array: npt.NDArray[Any]) -> tuple[bytes, str]:
-    """A file without loss, and its format: ``png``, or ``npy`` where a PNG cannot hold the array."""
+    """Encode an array without loss; return the file and its format: ``png``, or ``npy`` if PNG cannot hold it."""
     channels = array.shape[2] if array.ndim == 3 else 1
     squeezed = array[:, :, 0] if array.ndim == 3 and channels == 1 else array
     if array.ndim in (2, 3) and (
@@ -105,7 +105,7 @@ def to_bytes(array: npt.NDArray[Any]) -> tuple[bytes, str]:
 
 
 def to_image(array: npt.NDArray[Any]) -> Image.Image:
-    """A PIL image of pixels; raises TypeError where there is none of that kind."""
+    """Convert pixels to a PIL image; raises TypeError if PIL has no such mode."""
     return Image.fromarray(array[:, :, 0] if array.ndim == 3 and array.shape[2] == 1 else array)
 
 
@@ -127,6 +127,6 @@ def _opened(data: bytes) -> Any:
     try:
         image = Image.open(io.BytesIO(data))
         image.load()
-    except Exception as error:  # Pillow's plugins raise anything
+    except Exception as error:  # Pillow's plugins raise any exception
         raise SampleError("decode_error", type(error).__name__) from None
     return image

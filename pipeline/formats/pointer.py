@@ -1,6 +1,6 @@
-"""Pointers: ``samples.jsonl`` says which sample of the upstream each row is; the bytes stay there, in its format.
+"""Pointers: ``samples.jsonl`` refers to samples of the upstream, where the bytes stay in its format.
 
-A row may have columns of its own, such as captions that were written again.
+A row may add or replace columns, such as rewritten captions.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     from pipeline.partitions.dataset import RandomAccess
 
 
-_LINES = 1024  # that are written at once
+_LINES = 1024  # lines written at once
 _encode = json.JSONEncoder().encode
 
 
 class PointerWriter(Writer):
-    """A row needs ``key`` and ``place``: its position among all samples that the upstream ever kept. Further columns of
-    it stand instead of the sample's own, or next to them."""
+    """A row needs ``key`` and ``place``, its position among all samples that the upstream ever kept. Other columns
+    replace those of the sample or are added to them."""
 
     def __init__(self, create: Create) -> None:
         self._file = create("samples.jsonl")

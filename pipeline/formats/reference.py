@@ -1,4 +1,4 @@
-"""References: ``samples.jsonl`` holds everything but the image bytes, which stay in the folder they came from."""
+"""References: ``samples.jsonl`` holds everything except the image bytes, which stay in their original folder."""
 
 from __future__ import annotations
 

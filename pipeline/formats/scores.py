@@ -1,6 +1,6 @@
-"""Scores: a Parquet file for each partition, with a column for each score; no images.
+"""Scores: a Parquet file per partition with a column for each score, without images.
 
-Types of columns: those of other formats, ``float`` (float64) and ``vector:<n>`` (n numbers of float16, as bytes).
+Additional column types: ``float`` (float64) and ``vector:<n>`` (n float16 numbers).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def arrow_type(kind: str) -> pa.DataType:
 
 
 class ScoresWriter(Writer):
-    """Rows hold numbers, texts, and vectors as float16 (n,); None where there is no score."""
+    """Rows hold numbers, texts and float16 vectors (n,); None if there is no score."""
 
     def __init__(self, create: Create, schema: Schema) -> None:
         self._create = create
@@ -80,7 +80,7 @@ class ScoresReader(FileReader):
         self._columns: dict[str, Any] = {}
 
     def table(self, columns: Collection[str] | None = None) -> pa.Table:
-        """Columns of all rows.
+        """Read columns of all rows.
 
         Raises:
             ValueError: the file is damaged.
@@ -93,7 +93,7 @@ class ScoresReader(FileReader):
             raise ValueError(f"{self._data.name}: {error}") from None
 
     def vectors(self, column: str) -> tuple[npt.NDArray[np.float16], npt.NDArray[np.bool_]]:
-        """The vectors of a column, (n, d), and which of them are there and have a direction, (n,).
+        """Read the vectors of a column, (n, d), and whether each is present and nonzero, (n,).
 
         Raises:
             ValueError: the file is damaged.

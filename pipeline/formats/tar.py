@@ -19,12 +19,12 @@ from pipeline.storage import Folder
 
 
 def _member(name: str, data: bytes) -> Sequence[bytes]:
-    """The pieces of a member."""
+    """Header, data and padding of a member."""
     return _header(name, len(data)), data, bytes(-len(data) % tarfile.BLOCKSIZE)
 
 
 def _header(name: str, size: int) -> bytes:
-    """As the standard library makes it, which takes 30 times as long."""
+    """The same header as that of the standard library, which takes 30 times as long."""
     text = name.encode()
     if len(text) > 100 or not name.isascii() or size >= 8**11:
         return _slow_header(name, size)
@@ -43,12 +43,12 @@ def _slow_header(name: str, size: int) -> bytes:
 
 
 _EMPTY = _slow_header("", 0)
-_EMPTY_SUM = sum(_EMPTY) - sum(_EMPTY[124:135]) - sum(_EMPTY[148:156]) + sum(b" " * 8)  # blanks stand for the sum
+_EMPTY_SUM = sum(_EMPTY) - sum(_EMPTY[124:135]) - sum(_EMPTY[148:156]) + sum(b" " * 8)  # checksum field as blanks
 _as_json = json.JSONEncoder(sort_keys=True, ensure_ascii=False).encode
 
 
 def _binary_columns(schema: Schema) -> list[str]:
-    """Columns of bytes next to the image: each is a member of its own, ``<key>.<column>.<extension>``."""
+    """Bytes columns other than the image; each is a separate member, ``<key>.<column>.<extension>``."""
     return sorted(name for name, kind in schema.items() if kind in WIDE and name != IMAGE)
 
 
@@ -60,7 +60,7 @@ _PNG, _NPY = b"\x89PNG", b"\x93NUMPY"
 
 
 class TarWriter(Writer):
-    """One tar per partition; members carry no times or owners, so that equal samples give equal bytes."""
+    """Writes one tar per partition; members have no times or owners, so that equal samples give equal bytes."""
 
     def __init__(self, create: Create, partition: int, schema: Schema) -> None:
         self._file = create(f"{partition:05d}.tar")
@@ -88,7 +88,7 @@ class TarWriter(Writer):
 
 
 class TarReader(FileReader):
-    """Walks the members of one sample; headers are parsed here, as the standard library takes longer than the read."""
+    """Reads the members of a sample; headers are parsed here, as the standard library takes longer than the read."""
 
     def __init__(self, data: BlockFile, schema: Schema) -> None:
         self._data = data
@@ -116,7 +116,7 @@ class TarReader(FileReader):
         raise ValueError("a tar sample without an image")
 
     def _column_of(self, member: str) -> str:
-        """The column that a member holds; of the caption's and that of all others, none."""
+        """The bytes column that a member holds; empty for the caption and the JSON member."""
         stem, _, extension = member.rpartition(".")
         if extension in ("json", "txt"):
             return ""
@@ -129,7 +129,7 @@ class TarReader(FileReader):
             header = self._data.bytes(at, block)
             size = int(header[124:136].rstrip(b"\0 ") or b"0", 8)
             kind = header[156:157]
-            if kind in (b"x", b"g"):  # a long name, in the extended header before the member's own
+            if kind in (b"x", b"g"):  # a long name in an extended header
                 yield from self._long(at, stop)
                 return
             yield header[:100].rstrip(b"\0").decode("utf-8", "replace"), at + block, size
@@ -156,7 +156,8 @@ class Tar(Format):
         return TarReader(open(name), schema)
 
     def features(self, schema: Schema, classes: Sequence[str]) -> list[dict[str, Any]]:
-        """One for each kind of member: an image is in the column of its extension, the others of its row are null."""
+        """One feature per kind of member; an image is in the column of its extension, the other image columns are
+        null."""
         images = [{"name": extension, "dtype": "image"} for extension in EXTENSIONS.values()]
         masks = [{"name": f"{name}.{end}", "dtype": kind} for name in _binary_columns(schema) for end, kind in _ENDS]
         rest = [

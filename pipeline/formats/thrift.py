@@ -1,4 +1,4 @@
-"""Thrift's compact protocol, as far as the headers and the footer of a Parquet file need it; writing only.
+"""Writes Thrift's compact protocol, as far as headers and footers of Parquet files need it.
 
 https://github.com/apache/thrift/blob/master/doc/specs/thrift-compact-protocol.md
 """
@@ -9,20 +9,20 @@ from typing import Any
 
 
 class I32(int):
-    """A number of 32 bits, or one of an enumeration."""
+    """A 32-bit integer or an enumeration value."""
 
 
 class I64(int):
-    """A number of 64 bits."""
+    """A 64-bit integer."""
 
 
 _I32, _I64, _BINARY, _LIST, _STRUCT = 5, 6, 8, 9, 12
 _SHORT = 15
-"""Steps between fields, and lengths of lists, below this share a byte with the type."""
+"""Field steps and list lengths below this share a byte with the type."""
 
 
 def packed(struct: dict[int, Any]) -> bytes:
-    """A struct by the numbers of its fields, in order: I32, I64, str, lists of one type that are not empty, structs."""
+    """Encode a struct, given as a dict of ordered field numbers to I32, I64, str, structs, or non-empty lists."""
     parts = []
     before = 0
     for number, value in struct.items():
@@ -54,12 +54,12 @@ _KINDS = {I32: _I32, I64: _I64, str: _BINARY, list: _LIST, dict: _STRUCT}
 
 
 def _number(value: int) -> bytes:
-    """Zigzag: small ones of either sign are short."""
+    """Zigzag encoding: numbers with small absolute values are short."""
     return varint(value << 1 if value >= 0 else ~(value << 1))
 
 
 def varint(value: int) -> bytes:
-    """Seven bits a byte, the lowest first; all bytes but the last have the top bit."""
+    """Seven bits per byte, lowest first; all bytes except the last have the top bit set."""
     data = bytearray()
     while value > 0x7F:
         data.append(value & 0x7F | 0x80)

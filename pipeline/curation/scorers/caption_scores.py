@@ -1,4 +1,4 @@
-"""Scores that are computed from a sample's captions: functions of one text, most of them of no language."""
+"""Scores that are computed from a sample's caption; most do not depend on the language."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from pipeline.curation.scorers.base import scorer
 _WORD = re.compile(r"\S+")
 _PLAIN = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*")
 _PUNCTUATION = ".,;:!?\"'()[]{}«»“”‘’…"
-_RUN = 3  # words of a phrase that is looked for again
-_REPEATS = re.compile(r"(\w)\1{3}")  # no word has a letter four times in a row
+_RUN = 3  # words of a phrase
+_REPEATS = re.compile(r"(\w)\1{3}")  # no real word repeats a letter four times in a row
 
 
 @scorer("caption", "int")
 def caption_length(text: str) -> int:
-    """Characters."""
+    """Number of characters."""
     return len(text)
 
 
 @scorer("caption", "int")
 def caption_words(text: str) -> int:
-    """Words: runs of characters between spaces."""
+    """Number of words: runs of characters between spaces."""
     return len(_WORD.findall(text))
 
 
 @scorer("caption")
 def caption_repetition(text: str) -> float:
-    """Share of phrases of three words that came before in the caption, in 0..1 (Rae et al., arXiv:2112.11446)."""
+    """Share of three-word phrases that occur earlier in the caption, in 0..1 (Rae et al., arXiv:2112.11446)."""
     words = text.casefold().split()
     phrases = Counter(zip(*(words[start:] for start in range(_RUN)), strict=False))
     total = sum(phrases.values())
@@ -39,8 +39,8 @@ def caption_repetition(text: str) -> float:
 
 @scorer("caption")
 def caption_nonwords(text: str) -> float:
-    """Share of words that are no word of letters, such as ``DSC_0042.JPG``, ``#tbt`` or ``aaaaa``, in 0..1. Numbers
-    count as words."""
+    """Share of words that do not consist of letters, such as ``DSC_0042.JPG`` or ``#tbt``, or look like ``aaaaa``, in
+    0..1. Numbers count as words."""
     words = [word.strip(_PUNCTUATION) for word in text.split()]
     words = [word for word in words if word]
     return sum(not _is_word(word) for word in words) / len(words) if words else 1.0
@@ -54,14 +54,16 @@ def _is_word(word: str) -> bool:
 
 @scorer("caption", "str", revision=2, package="py3langid")
 def language(text: str) -> str:
-    """ISO 639-1 code of the language that is most probable (py3langid, a naive Bayes classifier of 97 languages, whose
-    model is part of the package); empty for a text without letters."""
+    """ISO 639-1 code of the most probable language; empty for a text without letters.
+
+    Uses py3langid, a naive Bayes classifier for 97 languages whose model is part of the package.
+    """
     return _classified(text)[0]
 
 
 @scorer("caption", package="py3langid")
 def language_probability(text: str) -> float:
-    """How probable that language is, in 0..1: low for captions of a few words, 0 for those without letters."""
+    """Probability of that language, in 0..1: low for captions of a few words, 0 for those without letters."""
     return _classified(text)[1]
 
 

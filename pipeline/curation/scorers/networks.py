@@ -1,4 +1,4 @@
-"""Scores of small networks that packages bring with them: nothing is downloaded. They run where images are decoded."""
+"""Scores of small networks that are part of packages, so nothing is downloaded. They run in the decoding workers."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from pipeline.curation.scorers.pixels import EDGE, View
 
 @scorer("pixels", package="rapidocr")
 def text_area(view: View) -> float:
-    """Share of the image that the boxes around text cover, in 0..1 (PP-OCR, by RapidOCR). What looks like text to its
-    detector counts if it can also be read."""
+    """Share of the image covered by text boxes, in 0..1 (PP-OCR, by RapidOCR). A detected box counts only if its text
+    can be recognized."""
     small = view.small
     height, width = small.shape[:2]
     found = _reader()(np.ascontiguousarray(small[:, :, ::-1]), use_det=True, use_cls=False, use_rec=True)

@@ -1,8 +1,7 @@
-"""Scores that are computed from the pixels of an image, on a CPU.
+"""Scores that are computed from the pixels of an image on the CPU.
 
-Each is a function of a :class:`View`, which holds what several of them need, and gives a number. Scores about detail
-are computed at a common scale, the longer edge at most :data:`EDGE` pixels, so that images of different sizes can be
-compared.
+Each is a function from a :class:`View`, which caches shared intermediate results, to a number. Scores of detail use a
+common scale, with the longer edge at most :data:`EDGE` pixels, so that images of different sizes can be compared.
 """
 
 from __future__ import annotations
@@ -18,21 +17,21 @@ from pipeline.imaging.headers import Probe
 from pipeline.imaging.transform import Pixels
 
 EDGE = 512
-"""Longest edge, in pixels, at which detail is measured."""
+"""Maximum longer edge, in pixels, at which detail is measured."""
 Grey = npt.NDArray[np.float32]
 
 _BLACK, _WHITE = 3, 252
-_SHADES = 4  # of the 8 bits of a channel, those that tell colours apart in flat_share
-_NEUTRAL = 10  # levels by which the channels of a grey pixel may differ; JPEG adds a few
-_PARTS = 8  # of each edge
-_NOISE = 25.0  # variance of luma, in squared levels, that the noise of a camera or of JPEG can have
-_UNIFORM = 6.0  # standard deviation, in levels, of a row that is part of a border
-_SEAM = 24.0  # levels between the two sides of a seam
-_MARGIN = 0.1  # share of an edge that is not searched for seams: frames lie there
+_SHADES = 4  # bits per channel that distinguish colours in flat_share
+_NEUTRAL = 10  # maximum difference of a grey pixel's channels, in levels; JPEG adds a few
+_PARTS = 8  # parts per edge
+_NOISE = 25.0  # variance of luma, in squared levels, of camera and JPEG noise
+_UNIFORM = 6.0  # maximum standard deviation, in levels, of a row of a border
+_SEAM = 24.0  # minimum difference between the two sides of a seam, in levels
+_MARGIN = 0.1  # share of an edge that is not searched for seams because of frames
 
 
 class View:
-    """An image (h, w, 3) of uint8, its encoded bytes and its header."""
+    """An image, uint8 (h, w, 3), its encoded bytes and its header."""
 
     def __init__(self, pixels: Pixels, data: bytes, header: Probe) -> None:
         self.pixels = pixels
@@ -41,7 +40,8 @@ class View:
 
     @cached_property
     def small(self) -> Pixels:
-        """uint8 (h', w', 3): averaged over squares until the longer edge is at most :data:`EDGE` pixels."""
+        """The image, averaged over squares so that its longer edge has at most :data:`EDGE` pixels: uint8 (h', w',
+        3)."""
         factor = -(-max(self.pixels.shape[:2]) // EDGE)
         return self.pixels if factor == 1 else np.asarray(Image.fromarray(self.pixels).reduce(factor))
 
@@ -57,7 +57,7 @@ class View:
 
     @cached_property
     def laplacian(self) -> Grey:
-        """Of :attr:`grey`, float32 (h' - 2, w' - 2); empty if it has fewer than three rows or columns."""
+        """Laplacian of :attr:`grey`, float32 (h' - 2, w' - 2); empty if that has fewer than three rows or columns."""
         grey = self.grey
         if min(grey.shape) < 3:
             return np.empty((0, 0), np.float32)
@@ -66,12 +66,12 @@ class View:
 
     @cached_property
     def histogram(self) -> npt.NDArray[np.int64]:
-        """Pixels of each level of luma, (256,)."""
+        """Number of pixels at each luma level, (256,)."""
         return np.bincount(self.levels.ravel(), minlength=256)
 
     @cached_property
     def steps(self) -> tuple[Grey, Grey]:
-        """Absolute differences of neighbours in luma: across (h', w' - 1) and down (h' - 1, w')."""
+        """Absolute differences of adjacent luma values: across (h', w' - 1) and down (h' - 1, w')."""
         return np.abs(np.diff(self.grey, axis=1)), np.abs(np.diff(self.grey, axis=0))
 
 
@@ -83,8 +83,8 @@ def sharpness(view: View) -> float:
 
 @scorer("pixels")
 def local_sharpness(view: View) -> float:
-    """Of the image's 8 x 8 parts, the largest ratio of the variance of the Laplacian to that of luma (and noise): small
-    only where nothing in the image is in focus, whatever its contrast."""
+    """Maximum, over 8 x 8 parts of the image, of the variance of the Laplacian divided by that of luma (plus noise):
+    small only if nothing in the image is in focus, independent of contrast."""
     height, width = (edge // _PARTS for edge in view.laplacian.shape)
     if not (height and width):
         return 0.0
@@ -112,21 +112,21 @@ def brightness(view: View) -> float:
 
 @scorer("pixels")
 def clipped(view: View) -> float:
-    """Share of pixels that are black or white, in 0..1: large where an image is under- or overexposed."""
+    """Share of black or white pixels, in 0..1: large if the image is under- or overexposed."""
     counts = view.histogram
     return float((counts[:_BLACK].sum() + counts[_WHITE + 1 :].sum()) / counts.sum())
 
 
 @scorer("pixels")
 def entropy(view: View) -> float:
-    """Entropy of the histogram of luma, in bits: 0 for one level, 8 for all levels alike."""
+    """Entropy of the luma histogram, in bits: 0 for a single level, 8 for a uniform distribution."""
     share = view.histogram[view.histogram > 0] / view.histogram.sum()
     return float(-(share * np.log2(share)).sum()) + 0.0
 
 
 @scorer("pixels")
 def flat_share(view: View) -> float:
-    """Share of the most common colour among 4,096, in 0..1: large in screenshots, drawings and placeholders."""
+    """Share of the most common of 4,096 colours, in 0..1: large in screenshots, drawings and placeholders."""
     coarse = (view.small >> (8 - _SHADES)).astype(np.int32)
     codes = coarse[..., 0] << 2 * _SHADES | coarse[..., 1] << _SHADES | coarse[..., 2]
     return float(np.bincount(codes.ravel()).max() / codes.size)
@@ -134,7 +134,7 @@ def flat_share(view: View) -> float:
 
 @scorer("pixels")
 def border(view: View) -> float:
-    """Share of the image that is uniform rows or columns at its edges (letterboxes, frames), in 0..1."""
+    """Share of the image in uniform rows or columns at its edges (letterboxes, frames), in 0..1."""
     grey = view.grey
     top, bottom = _uniform(grey)
     if top + bottom >= len(grey):
@@ -147,16 +147,16 @@ def border(view: View) -> float:
 
 @scorer("pixels")
 def seam(view: View) -> float:
-    """Length of the longest straight edge that runs along a whole row or column within the image, as a share of it, in
-    0..1: close to 1 in collages, whose images meet there."""
+    """Largest share of a row or column in the image that is a straight edge, in 0..1: close to 1 in collages, where two
+    images meet."""
     across, down = view.steps
     return max(_longest_seam(across), _longest_seam(down.T))
 
 
 @scorer("pixels")
 def colourfulness(view: View) -> float:
-    """Of Hasler and Süsstrunk (Measuring colourfulness in natural images, SPIE 2003): 0 for grey, over 100 for vivid
-    colours."""
+    """Colourfulness (Hasler and Süsstrunk, Measuring colourfulness in natural images, SPIE 2003): 0 for grey, over 100
+    for vivid colours."""
     red, green, blue = (view.small[..., channel].astype(np.float32) for channel in range(3))
     first, second = red - green, (red + green) / 2 - blue
     spread = np.hypot(first.std(), second.std())
@@ -186,9 +186,9 @@ def min_edge(view: View) -> float:
 
 @scorer("pixels")
 def jpeg_quality(view: View) -> float:
-    """Quality setting, 1..100, of the quantization table of a JPEG's luma if libjpeg made it; NaN for other formats.
+    """Quality setting, 1..100, estimated from a JPEG's luma quantization table; NaN for other formats.
 
-    The inverse of jpeg_quality_scaling() of the Independent JPEG Group's library, of the mean ratio to its base table.
+    Applies the inverse of libjpeg's jpeg_quality_scaling() to the mean ratio to libjpeg's base table.
     """
     if view.header.format != "jpeg":
         return float("nan")
@@ -205,7 +205,7 @@ def _mean(view: View) -> float:
 
 
 def _uniform(grey: Grey) -> tuple[int, int]:
-    """Rows from the first and from the last on that are uniform, and alike."""
+    """Number of uniform and similar rows at the top and at the bottom."""
     plain = grey.std(axis=1) < _UNIFORM
     if not (plain[0] or plain[-1]):
         return 0, 0
@@ -218,7 +218,7 @@ def _uniform(grey: Grey) -> tuple[int, int]:
 
 
 def _longest_seam(steps: Grey) -> float:
-    """The largest share of a column of ``steps`` (h, w) that is an edge, where its neighbours are none."""
+    """The largest share of a column of ``steps`` (h, w) that is an edge, minus that of nearby columns."""
     width = steps.shape[1]
     margin = max(2, round(_MARGIN * width))
     if width < 2 * margin + 3 or not len(steps):
@@ -237,11 +237,11 @@ _BASE = np.array(
     ],
     np.float64,
 )
-"""Table K.1 of ITU-T T.81; in whatever order, as only its mean counts."""
+"""Table K.1 of ITU-T T.81; the order is irrelevant, as only the mean is used."""
 
 
 def _quantization(data: bytes) -> npt.NDArray[np.float64] | None:
-    """Table 0 of a JPEG (64,); None if it has none before its pixels."""
+    """Quantization table 0 of a JPEG (64,); None if there is none before the first scan."""
     at = 2
     while at + 4 <= len(data) and data[at] == 0xFF:
         marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")

@@ -22,7 +22,7 @@ _SIZE = struct.Struct("<II")
 
 
 class Cut(Protocol):
-    """How an encoder cuts an image; see :class:`pipeline.encoders.crop.Crop`."""
+    """How an encoder crops an image; see :class:`pipeline.encoders.crop.Crop`."""
 
     @property
     def bytes(self) -> int: ...
@@ -32,7 +32,7 @@ class Cut(Protocol):
 
 @dataclass(frozen=True)
 class Scored:
-    """Of one image: width and height, a number of each scorer, and what each encoder takes of it, uint8 (e, e, 3)."""
+    """Results for an image: width, height, the value of each scorer, and the crop for each encoder, uint8 (e, e, 3)."""
 
     width: int
     height: int
@@ -41,7 +41,7 @@ class Scored:
 
 
 def answer(data: bytes, names: Sequence[str], crops: Sequence[Cut], limits: Limits) -> bytes:
-    """Decode ``data`` once; the scores ``names`` of it, and its ``crops``."""
+    """Decode ``data`` once; return its scores ``names`` and its ``crops``."""
     try:
         header = probe(data, limits)
         view = View(decode(data, header, limits), data, header)
@@ -54,7 +54,7 @@ def answer(data: bytes, names: Sequence[str], crops: Sequence[Cut], limits: Limi
 
 
 def understood(said: bytes | bytearray, scores: int, crops: Sequence[Cut]) -> Scored | ImageError:
-    """What :func:`answer` said; raises ValueError if it cannot have said that."""
+    """Read the answer of :func:`answer`; raises ValueError if it is invalid."""
     if said[:1] == bytes([_REFUSED]):
         reason, _, detail = bytes(said[1:]).decode().partition("\0")
         if not _REASON.fullmatch(reason):
