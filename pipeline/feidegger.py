@@ -60,7 +60,7 @@ class FeideggerMambaDataset(Dataset[dict[str, Tensor]]):
         return len(self.captions)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """``image`` float32 (3, h, w) in [0, 1], ``input_ids`` and ``attention_mask`` int64 (max_length,)."""
+        """Return ``image`` float32 (3, h, w) in [0, 1], ``input_ids`` and ``attention_mask`` int64 (max_length,)."""
         caption = int(self.captions[index])
         image = torch.from_numpy(self.file["images"][int(self.image_index[caption])])
         return {

@@ -1,1 +1,1 @@
-"""Captioners: models of transformers, servers with OpenAI's interface, and trained runs."""
+"""Captioners: transformers models, servers with OpenAI's interface, and trained runs."""

@@ -1,4 +1,4 @@
-"""Decides whether an answer is a caption, and not a refusal, an endless repetition, empty, or cut off."""
+"""Decides whether an answer is a caption or a refusal, an endless repetition, empty or truncated."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pipeline.curation.scorers.caption_scores import caption_repetition
 from pipeline.samples.captions import clean_caption
 
 REASONS = ("refusal", "loop", "empty", "cut_off")
-"""Why an answer is no caption."""
+"""Why an answer is not a caption."""
 _REFUSAL = re.compile(
     r"(?:(?:i\s*['’]?\s*a?m|we\s*['’]?\s*a?re)\s+(?:very\s+|really\s+)?sorry\b"
     r"|sorry,?\s+(?:but\b|i\b|as\b)"
@@ -24,12 +24,12 @@ _REFUSAL = re.compile(
     r"|(?:no|there\s+is\s+no)\s+image\s+(?:was|is|has\s+been)?\s*(?:provided|attached|visible|uploaded))",
     re.IGNORECASE,
 )
-"""How models begin an answer that they refuse."""
+"""Typical beginnings of refusals."""
 _SENTENCE = re.compile(r".*(?:[.!?…](?=[\s\"'”’)]|$)|[。！？])[\"'”’)]*", re.DOTALL)
-_LONG_WORD = 40  # characters on average, from which on a text counts as written without spaces
-_COVERED = 8  # words that a repeated phrase at the end covers, at least
-_TIMES = 4  # that it is repeated
-_MUCH = 0.5  # share of phrases that came before, of a text of at least _MANY words
+_LONG_WORD = 40  # mean word length above which a text is treated as written without spaces
+_COVERED = 8  # minimum words covered by repetitions of a phrase at the end
+_TIMES = 4  # minimum number of repetitions
+_MUCH = 0.5  # maximum share of repeated phrases in a text of at least _MANY words
 _MANY = 24
 
 
@@ -38,8 +38,8 @@ class Said:
     """An answer as received.
 
     Attributes:
-        cut: it ends because it may not be longer.
-        refused: the model's own mark of a refusal.
+        cut: whether it was truncated at the maximum length.
+        refused: whether the model marked it as a refusal.
     """
 
     text: str
@@ -50,12 +50,13 @@ class Said:
 
 
 def judge(said: Said, refusals: Sequence[str] = ()) -> tuple[str, str]:
-    """The caption in an answer, or the reason why it is none: ``refusal``, ``loop``, ``empty`` or ``cut_off``.
+    """Return the caption in an answer, and the reason if there is none: ``refusal``, ``loop``, ``empty`` or
+    ``cut_off``.
 
-    An answer that was cut keeps its whole sentences.
+    A truncated answer is reduced to its complete sentences.
 
     Args:
-        refusals: further beginnings of answers that are refusals; upper and lower case are the same.
+        refusals: additional beginnings of refusals; case is ignored.
     """
     text = clean_caption(said.text)
     if said.refused or is_refusal(text, refusals):
@@ -71,13 +72,13 @@ def judge(said: Said, refusals: Sequence[str] = ()) -> tuple[str, str]:
 
 
 def is_refusal(text: str, refusals: Sequence[str] = ()) -> bool:
-    """Whether a text begins as refusals do."""
+    """Whether a text begins like a refusal."""
     start = text.lstrip(" \"'“‘*_").casefold()
     return _REFUSAL.match(start) is not None or any(start.startswith(other.casefold()) for other in refusals if other)
 
 
 def is_loop(text: str) -> bool:
-    """Whether a text repeats itself: the same phrase again and again at its end, or most phrases more than once."""
+    """Whether a text repeats the same phrase at its end, or consists mostly of repeated phrases."""
     words = text.casefold().split()
     if words and len(text) > _LONG_WORD * len(words):
         words = list(text)

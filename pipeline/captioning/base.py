@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One caption that is asked for.
+    """A request for a caption.
 
     Attributes:
-        key: of the sample, and ``number``: which of its captions; what is drawn at random depends on both.
+        key: key of the sample; random draws depend on it and on ``number``, the index of the caption.
         image: uint8 (h, w, 3).
-        source_hash: of the file that the image was decoded from.
+        source_hash: hash of the file from which the image was decoded.
     """
 
     key: str
@@ -39,7 +39,7 @@ class Question:
 
 @dataclass(slots=True)
 class Written:
-    """What came of a question: a caption, or the reason why there is none; and what it took."""
+    """The result of a question: a caption, or the reason why there is none, and the cost."""
 
     text: str = ""
     reason: str = ""
@@ -49,10 +49,10 @@ class Written:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     noted: Counter[str] = field(default_factory=Counter)
-    """Answers that were refused, by reason, and other things that happened on the way."""
+    """Number of rejected answers by reason, and of other events."""
 
     def take(self, said: Said, refusals: Sequence[str]) -> bool:
-        """Count an answer, and take its text if it is a caption; whether it is."""
+        """Count an answer, use its text if it is a caption, and return whether it is."""
         self.prompt_tokens += said.prompt_tokens
         self.completion_tokens += said.completion_tokens
         self.text, self.reason = judge(said, refusals)
@@ -63,16 +63,16 @@ class Written:
         return not self.reason
 
     def give_up(self, attempts: int, retryable: bool) -> None:
-        """No attempt gave a caption."""
+        """Record that no attempt resulted in a caption."""
         self.detail = f"in each of {attempts} attempts" if attempts > 1 else ""
         self.retryable = retryable
 
 
 class Captioner(ABC):
-    """Writes captions; made once for each rank.
+    """Writes captions; created once per rank.
 
     Attributes:
-        chats: whether it takes prompts of the user's choice.
+        chats: whether it accepts custom prompts.
     """
 
     chats = True
@@ -84,34 +84,34 @@ class Captioner(ABC):
     def write(
         self, questions: Iterator[Question], journal: Journal | None, step: Callable[[], None]
     ) -> Iterator[Written]:
-        """What comes of each question, in order; ``step`` is called now and then, and may raise.
+        """Yield the result of each question in order; ``step`` is called regularly and may raise.
 
         ``journal`` holds the answers of earlier attempts, and receives the new ones.
         """
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
-        """JSON-able: what the captions depend on next to the settings."""
+        """What the captions depend on besides the settings; JSON-serializable."""
 
     def temperature(self, attempt: int) -> float:
-        """Of the answer to a question that is asked for the ``attempt``-th time, from 0 on."""
+        """Temperature for attempt number ``attempt`` (from 0) at a question."""
         return float(self.config.retry_temperature if attempt else self.config.temperature)
 
     def spent(self, tokens: int) -> None:
-        """So many tokens were spent for what is committed, by all ranks; of interest where they cost money."""
+        """Called with the tokens that all ranks have spent on committed partitions; used if tokens cost money."""
         return
 
     def close(self) -> None:
-        """Let go of connections."""
+        """Close connections."""
         return
 
 
 class BatchCaptioner(Captioner):
-    """One whose model runs here: questions go to it in batches, and those without a good answer once more."""
+    """A captioner whose model runs locally: answers questions in batches, and repeats those with unusable answers."""
 
     @abstractmethod
     def generate(self, questions: Sequence[Question], attempt: int) -> list[Said]:
-        """The answer to each question."""
+        """Return the answer to each question."""
 
     def write(
         self, questions: Iterator[Question], journal: Journal | None, step: Callable[[], None]
@@ -135,7 +135,7 @@ class BatchCaptioner(Captioner):
 
 
 def captioner(config: Any, rank: Rank) -> Captioner:
-    """The captioner that ``captioner=<kind>:<place>`` names.
+    """Create the captioner for ``captioner=<kind>:<place>``.
 
     Raises:
         ConfigError: there is no such kind, model, run or key.

@@ -1,4 +1,4 @@
-"""The columns for captions from several sources, and the conditions that they must meet."""
+"""Columns for captions from several sources, and the consistency checks for them."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from pipeline.samples import Row
 from pipeline.samples.captions import ORIGINAL, SOURCES, sources_of
 
 WRITTEN = "recaptions"
-"""What was written again: a list of ``{source, caption, model, prompt}``."""
+"""Column of added captions: a list of ``{source, caption, model, prompt}``."""
 
 
 def joined(row: Mapping[str, Any], texts: Sequence[Mapping[str, str]], source: str, model: str, first: bool) -> Row:
-    """The columns of captions of a sample that has got new ones.
+    """Return the caption columns of a sample after adding new captions.
 
     Args:
-        texts: ``caption`` and ``prompt`` of each new one.
-        first: whether they go before those that the sample has.
+        texts: ``caption`` and ``prompt`` of each new caption.
+        first: whether to put them before the existing captions.
     """
     had, had_sources = list(row.get("captions") or ()), sources_of(row)
     new = [text["caption"] for text in texts]
@@ -35,10 +35,10 @@ def joined(row: Mapping[str, Any], texts: Sequence[Mapping[str, str]], source: s
 
 
 def fault_of(row: Mapping[str, Any], upstream: Mapping[str, Any] | None = None) -> str:
-    """What is wrong with the columns of captions of a sample; empty if nothing is.
+    """Describe what is wrong with the caption columns of a sample; empty if they are consistent.
 
     Args:
-        upstream: the sample as it was before it got the last captions.
+        upstream: the sample before the last captions were added.
     """
     captions, sources, written = row.get("captions") or [], row.get(SOURCES), row.get(WRITTEN)
     if sources is None:

@@ -1,6 +1,6 @@
 """Answers of a server, stored until the partition is committed, so that a restarted rank does not pay for them twice.
 
-Each attempt at a partition appends to a file of its own below ``partial/answers``; the next attempt reads them all.
+Each attempt at a partition appends to a separate file in ``partial/answers``; the next attempt reads all of them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _FOLDER = f"{PARTIAL}/answers"
 
 
 class Journal:
-    """Answers for partition ``index`` of the output ``root``. One that is damaged or of another question is no answer.
+    """Answers for partition ``index`` of the output ``root``. Damaged entries are ignored.
 
     Raises:
         OSError: the output cannot be written.
@@ -53,11 +53,11 @@ class Journal:
             return  # the last line of a process that was killed
 
     def get(self, question: Question) -> Written | None:
-        """What was answered before."""
+        """The stored answer to ``question``; None if there is none."""
         return self._known.get(_name(question))
 
     def add(self, question: Question, written: Written) -> None:
-        """Keep an answer."""
+        """Store an answer."""
         name = _name(question)
         body = {field: getattr(written, field) for field in Written.__dataclass_fields__} | {
             "noted": dict(written.noted)
@@ -66,7 +66,7 @@ class Journal:
         self._root.append(self._name, json.dumps(entry, sort_keys=True).encode() + b"\n")
 
     def discard(self) -> None:
-        """The partition is committed: what was kept for it is of no use."""
+        """Delete the answers, once the partition is committed."""
         try:
             for name in self._files():
                 self._root.unlink(f"{_FOLDER}/{name}", missing_ok=True)

@@ -1,8 +1,8 @@
-"""Captions from a server with OpenAI's interface for chats (vLLM, SGLang, llama.cpp, Ollama, OpenAI itself).
+"""Captions from a server with OpenAI's chat interface (vLLM, SGLang, llama.cpp, Ollama, or OpenAI).
 
-Requests run in an event loop in a thread of its own, a bounded number at a time. What may pass is tried again with
-growing pauses; what a person must mend (a wrong key, no such model, an empty account) ends the rank at once, and so
-does a server that answers none of a rank's questions.
+A limited number of requests runs concurrently, in an event loop in a separate thread. Transient errors are retried with
+increasing pauses. Errors that a person must fix (a wrong key, an unknown model, no credit) end the rank immediately, as
+does a server that answers none of its questions.
 """
 
 from __future__ import annotations
@@ -37,27 +37,27 @@ if TYPE_CHECKING:
     from pipeline.captioning.journal import Journal
     from pipeline.distributed import Rank
 
-_LOOK = 0.5  # seconds between looks whether we are to stop
-_AHEAD = 4  # questions that wait for each that is asked, so that a slow answer holds up no other
-_LONGEST_ANSWER = 1 << 22  # bytes
-_LONGEST_PAUSE = 60.0  # seconds between two tries; a server that asks for more is taken at its word, up to _PATIENCE
+_LOOK = 0.5  # seconds between checks whether to stop
+_AHEAD = 4  # pending questions per connection, so that a slow answer does not delay others
+_LONGEST_ANSWER = 1 << 22  # maximum bytes
+_LONGEST_PAUSE = 60.0  # maximum seconds between tries, unless the server asks for more (up to _PATIENCE)
 _PATIENCE = 600.0
 _CONNECT = 30.0
 _AGAIN = (408, 409, 425, 429, 500, 502, 503, 504)
-_BUSY = (429, 503)  # what a server says of itself, not of one request
-_PERSON = (401, 402, 403, 404, 405)  # what a person must mend
+_BUSY = (429, 503)  # concerns the server, not one request
+_PERSON = (401, 402, 403, 404, 405)  # a person must fix these
 _NO_MONEY = ("insufficient_quota", "billing_hard_limit_reached", "billing_not_active")
-_SILENT = 16  # questions in a row without an answer, of a server that has not answered a single one, that end the rank
-_QUALITY = 90  # of the JPEGs that are sent
-_LARGEST_COUNT = 10**9  # tokens that a server may say to have used for one answer
+_SILENT = 16  # unanswered questions that end the rank if the server has never answered
+_QUALITY = 90  # of JPEGs that are sent
+_LARGEST_COUNT = 10**9  # maximum plausible tokens per answer
 
 
 class Unanswered(Exception):
-    """The server did not answer a request as it should.
+    """The server did not answer a request, or answered incorrectly.
 
     Args:
-        reason: one snake_case word.
-        again: whether another try may help, ``wait``: after how many seconds at least.
+        reason: a snake_case identifier.
+        again: whether a retry may succeed, after at least ``wait`` seconds.
     """
 
     def __init__(self, reason: str, detail: str = "", *, again: bool = True, wait: float = 0.0) -> None:
@@ -70,16 +70,16 @@ class Unanswered(Exception):
 
 @dataclass
 class Budget:
-    """Tokens that may be spent, by all ranks together."""
+    """Limit on the tokens spent by all ranks."""
 
     most: int
     elsewhere: int = 0
-    """Spent for partitions that are committed by others, or were by an earlier life."""
+    """Tokens spent on committed partitions."""
     here: int = 0
-    """Spent by this process."""
+    """Tokens spent by this process since then."""
 
     def require(self) -> None:
-        """Raises ConfigError if nothing is left."""
+        """Raise ConfigError if the limit is reached."""
         if self.most and self.elsewhere + self.here >= self.most:
             raise ConfigError(
                 f"token_budget={self.most} is spent ({self.elsewhere + self.here} tokens); committed partitions "
@@ -88,11 +88,11 @@ class Budget:
 
 
 class ChatClient:
-    """Sends requests to one server; for use within one event loop.
+    """Sends requests to a server, within one event loop.
 
     Args:
-        base_url: as ``http://host:8000/v1``.
-        key: sent as a bearer token; empty: none.
+        base_url: URL such as ``http://host:8000/v1``.
+        key: bearer token; empty for none.
         share: this rank's share of the limits on requests and tokens per minute.
     """
 
@@ -112,7 +112,7 @@ class ChatClient:
             await self._session.close()
 
     async def models(self) -> list[str]:
-        """Names of the models that the server says to have; empty if it does not say."""
+        """Names of the models on the server; empty if it does not list them."""
         try:
             body = await self._send("GET", "models", None)
             return [str(entry["id"]) for entry in body["data"]]
@@ -120,11 +120,11 @@ class ChatClient:
             return []
 
     async def ask(self, body: Mapping[str, Any], budget: Budget) -> tuple[Said, int]:
-        """The answer to a chat, and the number of requests that it took; its tokens are taken from ``budget``.
+        """Send a chat; return the answer and the number of requests, and deduct the tokens from ``budget``.
 
         Raises:
-            Unanswered: there is none.
-            ConfigError: there will be none before a person has mended something, or the budget is spent.
+            Unanswered: there is no valid answer.
+            ConfigError: a person must fix something first, or the budget is spent.
         """
         async with self._places:
             for attempt in range(self._config.retries + 1):
@@ -148,7 +148,7 @@ class ChatClient:
         """Wait until the limits allow a request.
 
         Raises:
-            ConfigError: as of an earlier request.
+            ConfigError: the error of an earlier request that a person must fix.
         """
         while True:
             if self._refusal is not None:
@@ -161,7 +161,7 @@ class ChatClient:
             await asyncio.sleep(wait)
 
     async def _send(self, method: str, path: str, body: Mapping[str, Any] | None) -> Any:
-        """The JSON of an answer with status 200."""
+        """Send a request and return the JSON of the response with status 200."""
         if self._session is None:
             self._session = aiohttp.ClientSession(
                 timeout=aiohttp.ClientTimeout(total=self._config.timeout, sock_connect=_CONNECT),
@@ -191,7 +191,7 @@ class ChatClient:
             raise Unanswered("bad_answer", "no JSON") from None
 
     def _refused(self, response: aiohttp.ClientResponse, data: bytes) -> Exception:
-        """What an answer with another status means."""
+        """The exception for a response with another status."""
         code, message = error_of(data)
         status = response.status
         if status in _PERSON or code in _NO_MONEY:
@@ -219,10 +219,10 @@ class ChatClient:
 
 
 async def _limited(response: aiohttp.ClientResponse) -> bytes:
-    """The body of an answer.
+    """Read the body of a response.
 
     Raises:
-        Unanswered: it is longer than an answer can be.
+        Unanswered: it is too long.
     """
     pieces: list[bytes] = []
     size = 0
@@ -236,7 +236,7 @@ async def _limited(response: aiohttp.ClientResponse) -> bytes:
 
 
 def error_of(data: bytes) -> tuple[str, str]:
-    """Code and message in the body of an answer that is an error; empty where there are none."""
+    """Code and message in the body of an error response; empty if there are none."""
     try:
         body = json.loads(data)
         error = body.get("error", body) if isinstance(body, dict) else {}
@@ -249,10 +249,10 @@ def error_of(data: bytes) -> tuple[str, str]:
 
 
 def understood(body: Any, max_tokens: int) -> Said:
-    """What the JSON of an answer says.
+    """Parse the JSON of a response.
 
     Raises:
-        Unanswered: ``bad_answer``: it is no answer to a chat.
+        Unanswered: ``bad_answer`` if it is not a valid chat response.
     """
     try:
         choice = body["choices"][0]
@@ -286,10 +286,10 @@ def _count(value: Any) -> int | None:
 
 @captioners.register("openai")
 class ChatServer(Captioner):
-    """The server at ``place``, a base URL. Its key comes from the environment and goes nowhere else.
+    """The server at the base URL ``place``. The key is read from the environment and sent only to this server.
 
     Raises:
-        ConfigError: it is no URL, has a password in it, or no model is named.
+        ConfigError: ``place`` is not a URL or contains a password, or no model is named.
     """
 
     def __init__(self, place: str, config: Any, rank: Rank) -> None:
@@ -317,7 +317,7 @@ class ChatServer(Captioner):
             self.close_after(self._client.models())
 
     def close_after(self, models: Any) -> None:
-        """Raises ConfigError that names the models that the server has."""
+        """Close the client and raise a ConfigError that lists the models on the server."""
         names = asyncio.run_coroutine_threadsafe(models, self._loop).result(self.config.timeout + _CONNECT)
         self.close()
         served = f"; the server has {', '.join(names[:10])}" if names else ""
@@ -359,7 +359,7 @@ class ChatServer(Captioner):
                 future.cancel()
 
     def _ended(self, future: Future[Written], step: Callable[[], None]) -> Written | None:
-        """The result of ``future``, if it is there within a moment."""
+        """The result of ``future``, or None if it is not available within a short time."""
         step()
         try:
             return future.result(_LOOK)
@@ -403,7 +403,7 @@ class ChatServer(Captioner):
         return written
 
     def _missed(self, error: Unanswered) -> None:
-        """Raises StorageError if the server seems to be down, or to understand nothing of what we ask."""
+        """Raise StorageError if the server seems to be down or unable to process our requests."""
         self._silent = 0 if self._answered else self._silent + 1
         if self._silent >= _SILENT:
             raise StorageError(

@@ -1,4 +1,4 @@
-"""Prompts with fields of the sample: ``What is a {class_name} doing here?``"""
+"""Prompts that contain fields of the sample: ``What is a {class_name} doing here?``"""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def fields_of(prompt: str) -> list[str]:
     """The names of the fields in ``prompt``.
 
     Raises:
-        ConfigError: a brace without its partner; write ``{{`` and ``}}`` for literal braces.
+        ConfigError: a brace is not matched; write ``{{`` and ``}}`` for literal braces.
     """
     names = []
     for match in _FIELD.finditer(prompt):
@@ -31,14 +31,14 @@ def fields_of(prompt: str) -> list[str]:
 
 
 def check(prompt: str, columns: Collection[str]) -> None:
-    """Raises ConfigError for a field that is none of ``columns``."""
+    """Raise ConfigError if a field is not in ``columns``."""
     for name in fields_of(prompt):
         if name not in columns:
             raise ConfigError(f"caption_prompt={prompt}: samples have no column {name}; they have {', '.join(columns)}")
 
 
 def filled(prompt: str, row: Mapping[str, Any]) -> str:
-    """``prompt`` with the values of ``row``; those of lists are separated by semicolons.
+    """Fill in the values of ``row``; items of lists are separated by semicolons.
 
     Raises:
         SampleError: ``no_prompt_field``: the sample has no value for a field.

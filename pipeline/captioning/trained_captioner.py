@@ -1,4 +1,4 @@
-"""Captions by a run of ``stage=train task=caption``."""
+"""Captions from a run of ``stage=train task=caption``."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 @captioners.register("checkpoint")
 class Run(BatchCaptioner):
-    """The run at ``place``: its folder, a checkpoint, or an export. Its prompts are those that it was trained with.
+    """The run at ``place``: its folder, a checkpoint, or an export. Prompts must be of the kind it was trained with.
 
     Raises:
-        ConfigError: there is no such run, or a prompt is given to one that takes none.
+        ConfigError: there is no such run, or it does not accept prompts but one is given.
     """
 
     def __init__(self, place: str, config: Any, rank: Rank) -> None:

@@ -24,7 +24,7 @@ from pipeline.training.tasks.caption import marks_of
 
 @dataclass(frozen=True)
 class CaptionWriter:
-    """All that it takes to write about images; ``step`` of training that the weights are from."""
+    """A trained model with everything needed to generate texts; ``step`` is the training step of the weights."""
 
     model: Captioner
     encoder: VisionEncoder
@@ -45,7 +45,7 @@ class CaptionWriter:
         questions: Sequence[str] = (),
         keys: Sequence[str] | None = None,
     ) -> list[str]:
-        """A text about each image, uint8 (h, w, 3), of any sizes; with ``questions``, the answer to that of each."""
+        """Generate a text for each image, uint8 (h, w, 3), of any size, or an answer to each of ``questions``."""
         return self.describe(self.encoder.preprocess(images), how, questions, keys)
 
     @torch.no_grad()
@@ -56,7 +56,7 @@ class CaptionWriter:
         questions: Sequence[str] = (),
         keys: Sequence[str] | None = None,
     ) -> list[str]:
-        """The same for preprocessed images, (b, 3, r, r)."""
+        """Like :meth:`write`, for preprocessed images (b, 3, r, r)."""
         device = self.model.places.device
         prompts = self.tokenizer.prompts(list(questions) or [None] * len(x))
         with autocast(self.precision, device):
@@ -68,10 +68,10 @@ class CaptionWriter:
 def load_writer(
     checkpoint: str | Path, device: str | torch.device = "cpu", precision: str = "float32"
 ) -> CaptionWriter:
-    """From a run's folder (its best checkpoint), one checkpoint, or an export folder; nothing else is needed.
+    """Load a run from its folder (the best checkpoint), a checkpoint, or an export folder.
 
     Raises:
-        ConfigError: none of them, or of another task.
+        ConfigError: it is none of these, or belongs to another task.
     """
     place, device = Path(checkpoint), torch.device(device)
     set_matmul_precision(precision, device)

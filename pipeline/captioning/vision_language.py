@@ -1,4 +1,4 @@
-"""Captions by image-text-to-text models of the transformers library: LLaVA, Qwen-VL, Idefics, PaliGemma, BLIP, ..."""
+"""Captions from image-text-to-text models of the transformers library: LLaVA, Qwen-VL, Idefics, PaliGemma, BLIP, ..."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ class VisionLanguageModel(BatchCaptioner):
     """A model that transformers' ``AutoModelForImageTextToText`` loads, from ``place``: ``owner/name[@revision]`` or a
     folder with the model and its processor.
 
-    Prompts go through the processor's chat template, or, where it has none, behind the image's token as they are.
-    Without a temperature the likeliest token is taken; with one, tokens are drawn by numbers that depend on the seed,
-    the sample's key and the caption's number alone, never on what else is in the batch.
+    Prompts are formatted by the processor's chat template or, if it has none, appended to the image token. Without a
+    temperature, decoding is greedy; with one, tokens are sampled with random numbers that depend only on the seed, the
+    sample's key, and the numbers of the caption and the attempt, not on the rest of the batch.
 
     Raises:
         ConfigError: the model cannot be loaded.
@@ -102,7 +102,7 @@ class VisionLanguageModel(BatchCaptioner):
         )
         width = prompt.shape[1]
         if tokens.shape[1] >= width and bool((tokens[:, :width] == prompt).all()):
-            tokens = tokens[:, width:]  # decoders give the prompt back
+            tokens = tokens[:, width:]  # decoder-only models return the prompt, too
         counts = inputs["attention_mask"].sum(1).tolist()
         return [self._said(row, count) for row, count in zip(tokens.tolist(), counts, strict=True)]
 
@@ -141,8 +141,8 @@ class VisionLanguageModel(BatchCaptioner):
 
 
 class Draws:
-    """A logits processor that makes the likeliest token one that is drawn, by adding noise (Gumbel-max; Maddison et
-    al., "A* sampling", 2014). Each row of a batch has a stream of its own.
+    """A logits processor that turns greedy decoding into sampling by adding noise (Gumbel-max; Maddison et al., "A*
+    sampling", 2014). Each row of a batch has its own random stream.
 
     Args:
         seeds: one for each row.
@@ -153,7 +153,7 @@ class Draws:
         self._streams = [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Scores (b, vocabulary) → the same, float32."""
+        """Return ``scores`` (b, vocabulary) divided by the temperature, plus noise, as float32."""
         shape = scores.shape[1]
         uniform = torch.stack([torch.rand(shape, generator=stream) for stream in self._streams])
         noise = -torch.log(-torch.log(uniform.clamp(1e-20, 1 - 1e-7)))

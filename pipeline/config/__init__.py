@@ -1,1 +1,1 @@
-"""Options: how they are declared, read from command lines and YAML files, and what a program does at its start."""
+"""Declaration of options, parsing of command lines and YAML files, and startup of programs."""

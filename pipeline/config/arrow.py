@@ -14,10 +14,11 @@ class _Without(MetaPathFinder):
 
 
 def without_pandas() -> None:
-    """Make pyarrow believe, in this process, that there is no pandas, unless that is loaded.
+    """Make pyarrow behave as if pandas were not installed, unless it is already imported.
 
-    For the first array that it makes of a list, it would import pandas to see if the list is a Series: a second of CPU
-    in each process of a stage, which never has any. pandas itself can be imported as ever.
+    When pyarrow converts the first list to an array, it imports pandas to check whether the list is a Series. This
+    takes a second of CPU time in every process of a stage, which never uses a Series. pandas itself can still be
+    imported.
     """
     if "pyarrow" not in sys.modules or "pandas" in sys.modules:
         return

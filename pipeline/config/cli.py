@@ -1,7 +1,7 @@
-"""From the command line to a config: ``key=value``, ``--key value``, ``--key=value`` → a frozen dataclass.
+"""Converts command lines (``key=value``, ``--key value``, ``--key=value``) to configs, which are frozen dataclasses.
 
-Layers, later ones win: defaults < ``conf/dataset/<name>.yaml`` < command line. A key may be qualified by a stage
-(``train.batch_size=64``), in a YAML file by a section of that name; it then counts for that stage alone.
+Settings override each other in this order: defaults < ``conf/dataset/<name>.yaml`` < command line. A key qualified by a
+stage (``train.batch_size=64``, or in a section of that name in a YAML file) applies only to that stage.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ from pipeline.registry import formats, scorers, sources, stages, tasks
 Config = TypeVar("Config", bound=Options)
 Settings = dict[str, Any]
 CONF = Path(__file__).parents[1] / "conf"
-_WIDEST, _NARROWEST = 110, 40  # columns of a help text
+_WIDEST, _NARROWEST = 110, 40  # width of a help text in columns
 
 
 def parse(arguments: Sequence[str]) -> dict[str, str]:
-    """Split arguments into settings, still as text: ``--key a b`` is ``[a,b]``, ``--flag`` alone is ``true``.
+    """Split arguments into settings, as text: ``--key a b`` becomes ``[a,b]``, and ``--flag`` alone ``true``.
 
     Raises:
         ConfigError: an argument that is neither ``key=value`` nor ``--key``, or a key given twice.
@@ -69,13 +69,13 @@ def parse(arguments: Sequence[str]) -> dict[str, str]:
         key = key.replace("-", "_")
         if key in settings:
             raise ConfigError(f"{key} is given more than once")
-        # bash leaves the tilde of input=~/images as it is
+        # bash does not expand the tilde in input=~/images
         settings[key] = os.path.expanduser(value) if value == "~" or value.startswith("~/") else value
     return settings
 
 
 def _joined(values: Sequence[str]) -> str:
-    """Several words as one list; what is quoted already stays as it is."""
+    """Join several words to a list; words that are already quoted are unchanged."""
     return "[" + ",".join(v if v[:1] in "\"'" and v[-1:] == v[:1] else shown([v])[1:-1] for v in values) + "]"
 
 
@@ -85,7 +85,7 @@ def _is_setting(word: str) -> bool:
 
 
 def known_keys() -> set[str]:
-    """Every key of every stage, and of every option that an installed package adds."""
+    """All keys of all stages, including options that installed packages add."""
     registries = (stages, sources, formats, tasks, scorers)
     added = (registry.options(name) for registry in registries for name in registry.installed())
     return _own_keys() | {f.name for cls in filter(None, added) for f in dataclasses.fields(cls)}
@@ -93,13 +93,13 @@ def known_keys() -> set[str]:
 
 @cache
 def _own_keys() -> set[str]:
-    """Every key of every stage that is built in, for which no installed package has to be looked for."""
+    """All keys of the built-in stages, found without searching for installed packages."""
     classes = (*(STAGES[stage] for stage in stages.builtin), LaunchConfig)
     return {f.name for cls in classes for f in dataclasses.fields(cls)}
 
 
 def options_of(stage: str, settings: Mapping[str, Any]) -> type[Options]:
-    """The config class of ``stage`` for these settings: with the options of what they choose, where it adds any."""
+    """The config class of ``stage`` for these settings, with the options of installed packages that they select."""
     section = settings.get(stage)
     own = dict(section) if isinstance(section, Mapping) else {}
     own |= {key.removeprefix(f"{stage}."): value for key, value in settings.items() if key.startswith(f"{stage}.")}
@@ -127,15 +127,16 @@ def _settings_of(kind: str, name: str) -> Settings:
 
 
 def yaml_name(name: str) -> str:
-    """The name of the file that ``dataset=<name>`` or ``recipe=<name>`` means, for messages."""
+    """Name of the file for ``dataset=<name>`` or ``recipe=<name>``, for messages."""
     return name if name.endswith((".yaml", ".yml")) else f"{name}.yaml"
 
 
 def chosen(settings: Settings, split: str, subset: str, where: str) -> Settings:
-    """``settings`` with those of its sections ``splits`` and ``subsets`` (a split's too) for ``split``, ``subset``.
+    """Merge the sections of ``split`` and ``subset`` in ``splits`` and ``subsets`` (also within a split) into
+    ``settings``.
 
     Raises:
-        ConfigError: the sections have none of that name.
+        ConfigError: there is no such split or subset.
     """
     plain = {name: value for name, value in settings.items() if name not in ("about", "splits", "subsets")}
     splits = settings.get("splits") or {}
@@ -156,15 +157,15 @@ def phases_of(recipe: str) -> list[str]:
 
 
 def published_of(recipe: str) -> str:
-    """What a recipe's authors say that it took, to compare with; empty if the recipe does not tell."""
+    """The cost that a recipe's authors report, for comparison; empty if it is not given."""
     return str(_settings_of("recipe", recipe).get("published") or "")
 
 
 def recipe_settings(recipe: str, phase: str) -> Settings:
-    """Settings of one phase of a recipe: those of all phases, then its own. It starts from the phase before it.
+    """Settings of a phase of a recipe: those of all phases, then its own. It starts from the previous phase.
 
     Raises:
-        ConfigError: no such recipe, phase or key.
+        ConfigError: there is no such recipe, phase or key.
     """
     settings = _settings_of("recipe", recipe)
     settings.pop("published", None)
@@ -181,10 +182,10 @@ def recipe_settings(recipe: str, phase: str) -> Settings:
 
 
 def select(settings: Mapping[str, Any], stage: str, where: str) -> Settings:
-    """Of ``settings`` for any stage, what ``stage`` takes; qualified keys win over plain ones.
+    """Select the settings that apply to ``stage``; qualified keys take precedence over plain ones.
 
     Raises:
-        ConfigError: a key that no stage knows, or a qualified key that its stage does not know.
+        ConfigError: a key is unknown to all stages, or a qualified key is unknown to its stage.
     """
     fields = {f.name for f in dataclasses.fields(options_of(stage, settings))}
     plain: Settings = {}
@@ -210,10 +211,10 @@ def select(settings: Mapping[str, Any], stage: str, where: str) -> Settings:
 
 
 def build(cls: type[Config], settings: Mapping[str, Any]) -> Config:
-    """Check and convert ``settings`` and make the config of them.
+    """Check and convert ``settings``, and create the config.
 
     Raises:
-        ConfigError: unknown key, missing value, wrong type, value that is not among the choices or out of range.
+        ConfigError: a key is unknown, a value is missing, or a value has the wrong type or is not allowed.
     """
     cls = extended(cls, settings)
     fields = {f.name: f for f in dataclasses.fields(cls)}
@@ -232,7 +233,7 @@ def build(cls: type[Config], settings: Mapping[str, Any]) -> Config:
 
 
 def load(stage: str, arguments: Sequence[str]) -> Any:
-    """The config of ``stage`` from command-line ``arguments``, the recipe's YAML and the dataset's."""
+    """Create the config of ``stage`` from command-line ``arguments`` and the YAML files of recipe and dataset."""
     own: Settings = {}
     for key, value in parse(arguments).items():
         section, dot, name = key.partition(".")
@@ -244,10 +245,10 @@ def load(stage: str, arguments: Sequence[str]) -> Any:
 
 
 def ineffective(stage: str, own: Settings) -> dict[str, str]:
-    """Of the settings ``own`` of a stage, those that cannot have an effect in it, each with what is wrong.
+    """Find the settings in ``own`` that cannot have an effect in their stage, each with an explanation.
 
     Raises:
-        ConfigError: as :func:`build`.
+        ConfigError: see :func:`build`.
     """
     config: Any = build(STAGES[stage], {**_from_files(stage, own)[1], **own})
     found = without_effect(config, own)
@@ -255,7 +256,7 @@ def ineffective(stage: str, own: Settings) -> dict[str, str]:
 
 
 def _from_files(stage: str, own: Settings) -> tuple[Settings, Settings]:
-    """All that the dataset's YAML says for this split and subset; of that and the recipe's YAML, this stage's part."""
+    """All settings in the dataset's YAML for this split and subset, and this stage's settings in both YAML files."""
     values: Settings = {}
     settings: Settings = {}
     if own.get("dataset") and issubclass(STAGES[stage], RunConfig):
@@ -276,8 +277,8 @@ def _of_dataset(own: Settings) -> Settings:
 
 
 def asked_for(stage: str, given: Settings, others: Iterable[str]) -> bool:
-    """Whether a command, the dataset's YAML or a recipe of curation says anything of ``stage``: in a section or with
-    its name before the key, or by an option that none of the stages ``others`` has.
+    """Whether the command, the dataset's YAML or a curation recipe configures ``stage``: in a section, by a qualified
+    key, or by an option that none of the stages ``others`` has.
 
     Args:
         given: the command's settings.
@@ -297,10 +298,10 @@ def asked_for(stage: str, given: Settings, others: Iterable[str]) -> bool:
 
 
 def _one_length(own: Settings, settings: Settings) -> None:
-    """How long to train is said by ``steps`` or by ``epochs``: what a command says takes the place of a file's.
+    """Let ``steps`` or ``epochs`` in a command replace either of them in a file, since both set the training length.
 
     Raises:
-        ConfigError: a command says both.
+        ConfigError: the command sets both.
     """
     given = [name for name in ("steps", "epochs") if str(own.get(name, "0")) not in ("0", "0.0")]
     if len(given) == 2:
@@ -310,10 +311,10 @@ def _one_length(own: Settings, settings: Settings) -> None:
 
 
 def build_given(cls: type[Config], settings: Mapping[str, Any], given: Mapping[str, Any]) -> Config:
-    """The config of ``settings``, from files, and of what was ``given`` in a command, which wins.
+    """Create the config from ``settings`` in files and those ``given`` in a command, which take precedence.
 
     Raises:
-        ConfigError: as :func:`build`; or what was given cannot have an effect.
+        ConfigError: see :func:`build`; or a setting in the command cannot have an effect.
     """
     config = build(cls, {**settings, **given})
     for key, condition in without_effect(config, given).items():
@@ -329,9 +330,10 @@ def _without_effect(key: str, value: Any, condition: str, config: Any) -> str:
 
 
 def _require_effect_of_file(stage: str, values: Settings, settings: Settings, config: Any, where: str) -> None:
-    """Refuse settings of a YAML file that cannot have an effect, neither by that file alone nor in this run.
+    """Raise ConfigError for settings in a YAML file that cannot have an effect, either with that file alone or in this
+    run.
 
-    What stands there for all stages may be meant for another one, and for a choice that a command makes.
+    Settings for all stages are accepted, as they may be meant for another stage or for a choice made by a command.
     """
     cls = STAGES[stage]
     if not (inert := without_effect(config, settings)):
@@ -352,13 +354,13 @@ def _may_have_effect(stage: str, key: str, values: Settings) -> bool:
 
 
 def _completed(cls: type, settings: Mapping[str, Any]) -> Settings:
-    """``settings`` with something instead of what is required."""
+    """``settings`` with placeholders for missing required values."""
     missing = [f.name for f in dataclasses.fields(cls) if default_value(f) is dataclasses.MISSING]
     return {**dict.fromkeys(missing, "..."), **settings}
 
 
 def dump(config: Any) -> str:
-    """The settings that differ from the defaults, one ``key = value`` a line; plans and checkpoints hold all."""
+    """The settings that differ from the defaults, one ``key = value`` per line; plans and checkpoints hold all."""
     given = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     given = {f.name: given[f.name] for f in dataclasses.fields(config) if given[f.name] != default_value(f)}
     width = max(map(len, given), default=0)
@@ -368,7 +370,7 @@ def dump(config: Any) -> str:
 
 
 def arguments_of(config: Any) -> list[str]:
-    """``key=value`` arguments that :func:`load` turns into ``config`` again, without those at their default."""
+    """``key=value`` arguments from which :func:`load` recreates ``config``, without default values."""
     arguments = []
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
@@ -378,12 +380,12 @@ def arguments_of(config: Any) -> list[str]:
 
 
 def to_json(config: Any) -> dict[str, Any]:
-    """The resolved config as JSON-able values, without secrets."""
+    """The resolved config as JSON-serializable values, without secrets."""
     return {f.name: public(getattr(config, f.name)) for f in dataclasses.fields(config)}
 
 
 def help_text(cls: type, usage: str, hidden: Collection[str] = (), width: int | None = None) -> str:
-    """Every option with its meaning and its default, by groups, except those that are ``hidden``.
+    """Help on all options with their defaults, by group, except those in ``hidden``.
 
     Args:
         width: Columns of the text (default: those of the terminal).
@@ -425,7 +427,8 @@ def _help(field: dataclasses.Field[Any]) -> str:
 
 
 def program(name: str) -> str:
-    """How this process names a program: as ``latentmill run`` if it was started so, else ``python launch/submit.py``.
+    """The command to start a program: ``latentmill run`` if this process was started that way, else ``python
+    launch/submit.py``.
 
     Args:
         name: ``submit``, ``status``, ``doctor``, or a stage.
@@ -436,9 +439,9 @@ def program(name: str) -> str:
 
 
 def by_group(cls: type, fields: Sequence[dataclasses.Field[Any]]) -> dict[str, list[dataclasses.Field[Any]]]:
-    """Options by the class that declares them, under the first sentence of its docstring; the stage's own come first.
+    """Group options by the class that declares them; headings are the first sentences of the docstrings.
 
-    The stage's own options are under an empty heading.
+    The stage's own options come first, under an empty heading.
     """
     groups: dict[str, list[dataclasses.Field[Any]]] = {"": []}
     for base in _help_order(cls):
@@ -462,10 +465,10 @@ def _heading(cls: type) -> str:
 
 
 def help_for(stage: str, arguments: Sequence[str]) -> str:
-    """Help of a stage: all options, or with other arguments, such as ``task=classify``, those that have an effect.
+    """Help of a stage: all options, or, with other arguments such as ``task=classify``, only those that have an effect.
 
     Raises:
-        ConfigError: as :func:`load`.
+        ConfigError: see :func:`load`.
     """
     rest = [word for word in arguments if not wants_help([word])]
     cls: type[Options] = STAGES[stage]
@@ -486,7 +489,7 @@ def wants_help(arguments: Sequence[str]) -> bool:
 
 
 def config_for(stage: str, arguments: Sequence[str] | None = None) -> Any:
-    """What the program of a stage starts with: its config, or help or one line of error and the end of the program."""
+    """Return the config of a stage's program, or print help or a one-line error and exit."""
     without_pandas()
     arguments = sys.argv[1:] if arguments is None else arguments
     with errors_as_one_line():
@@ -496,12 +499,12 @@ def config_for(stage: str, arguments: Sequence[str] | None = None) -> Any:
         try:
             return load(stage, arguments)
         except ConfigError as error:
-            Life().ended(2, f"error: {error}")  # the job script shall know that another try is useless
+            Life().ended(2, f"error: {error}")  # tells the job script not to retry
             raise
 
 
 class errors_as_one_line:  # noqa: N801 - used like a function
-    """Context: a :class:`ConfigError` becomes one line on stderr and exit code 2; a reader that leaves is no error."""
+    """Context manager: a :class:`ConfigError` becomes one line on stderr and exit code 2; a closed pipe is ignored."""
 
     def __enter__(self) -> None:
         return None
@@ -516,5 +519,5 @@ class errors_as_one_line:  # noqa: N801 - used like a function
                 return
         except BrokenPipeError:
             pass
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # python flushes once more at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes again at exit
         raise SystemExit(0) from None

@@ -137,5 +137,5 @@ class FilterConfig(SourceOptions, StageConfig, DecodingConfig):
     )
 
     def source_config(self) -> SourceConfig:
-        """The config of the source that ``fuse=true`` reads; it stores copies of nothing but what the filter keeps."""
+        """The config of the source that ``fuse=true`` reads, with ``copy`` set so that rows contain the image bytes."""
         return part_of(self, SourceConfig, copy=True)

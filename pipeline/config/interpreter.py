@@ -1,6 +1,6 @@
-"""Restarts a command in the Python environment of ``make setup`` if the current one lacks the packages.
+"""Restarts a command in the Python environment of ``make setup`` if the current one lacks packages.
 
-Imported before anything else of Latentmill; it needs nothing but the standard library, of any Python 3.
+Imported before all other modules of Latentmill; it needs only the standard library of any Python 3.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ _MARK = "LATENTMILL_REEXECUTED"
 
 
 def ensure(root: str) -> None:
-    """Start the same command again with ``<root>/.venv/bin/python`` where packages are missing; else say what to do."""
+    """If packages are missing, restart the command with ``<root>/.venv/bin/python``, or explain what to do."""
     if os.environ.get("LATENTMILL_LIFE"):
-        return  # the job script has chosen the environment, and says what it lacks
+        return  # the job script chose the environment and reports what is missing
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if not missing and sys.version_info >= (3, 11):
         return

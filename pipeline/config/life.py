@@ -1,7 +1,7 @@
 """Reports of a rank to its job script (slurm/job.sh), by which the script decides whether to requeue the job.
 
-Exit codes alone do not say enough: srun ends the other ranks when one fails, and torchrun has a code of its own. So a
-rank leaves small files in the folder that the script made for this life and named in ``LATENTMILL_LIFE``:
+Exit codes are not sufficient: srun kills the other ranks when one fails, and torchrun has its own exit code. A rank
+therefore writes small files to the folder that the script created for this life and named in ``LATENTMILL_LIFE``:
 
     <rank>.alive    rewritten as a sign of life: SLURM step, node, and the seconds for which it is good. How old it is
                     is judged by the file server's clock, which gives it its modification time: clocks of nodes differ
@@ -9,7 +9,7 @@ rank leaves small files in the folder that the script made for this life and nam
     <rank>.<code>   how the rank ended; its node; steps made and seconds at work; why; the
                     folder that it wrote to: one line each
 
-Without the variable, or on a disk that refuses them, nothing is written: the work does not depend on it.
+Nothing is written without the variable or if the disk rejects the files; the work does not depend on them.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from contextlib import suppress
 from pathlib import Path
 
 LONGEST = 600
-"""Characters of a reason."""
+"""Maximum characters of a reason."""
 
 
 class Life:
-    """This life of the job, as rank number ``rank`` sees it (default: what the launcher's environment says)."""
+    """The current life of the job, for rank ``rank`` (default: from the launcher's environment)."""
 
     def __init__(self, rank: int | None = None) -> None:
         folder = os.environ.get("LATENTMILL_LIFE", "")
@@ -34,24 +34,24 @@ class Life:
         self._node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
         self._saved = False
         self.work = ""
-        """The folder that the rank writes to, as soon as it is known."""
+        """The output folder of the rank, once it is known."""
 
     def alive(self, seconds: float) -> None:
-        """Not to be worried about for the next ``seconds``."""
+        """Report that the rank is alive; the report is valid for ``seconds``."""
         step = ".".join(os.environ.get(name, "") for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
         if self._folder is not None:
             with suppress(OSError):
                 path = self._folder / f"{self._rank}.alive"
                 if not path.exists():
                     path.write_text(f"{step} {self._node} {seconds:g}\n")
-                os.utime(path)  # no time given: the server's
+                os.utime(path)  # without a time: that of the file server
 
     def saved(self) -> None:
-        """Something was done for good."""
+        """Report permanent progress."""
         self._saved = self._saved or self._leave("saved")
 
     def ended(self, code: int, reason: str = "", steps: int = 0, seconds: float = 0.0) -> None:
-        """The rank ends with exit code ``code``, after ``steps`` that took it ``seconds`` without waiting."""
+        """Report exit code ``code``, after ``steps`` steps and ``seconds`` of work without waiting."""
         why = " ".join(reason.split())[:LONGEST]
         self._leave(f"{self._rank}.{code}", f"{self._node}\n{steps} {seconds:.1f}\n{why}\n{self.work}\n")
         if self._folder is not None:
@@ -59,7 +59,7 @@ class Life:
                 (self._folder / f"{self._rank}.alive").unlink(missing_ok=True)
 
     def _leave(self, name: str, text: str = "") -> bool:
-        """Whether the file is there now."""
+        """Write a file and return whether that succeeded."""
         if self._folder is None:
             return True
         try:

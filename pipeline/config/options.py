@@ -1,7 +1,7 @@
-"""How an option is declared: its default, its help, its range, and when it has an effect.
+"""Declaration of options: default, help, range, and when they have an effect.
 
-All of this stands next to the default (:func:`option`), and is checked in one place: whatever makes a config, a command
-line, a YAML file or Python code, passes through :meth:`Options.__post_init__`.
+:func:`option` declares all of these together, and they are checked in one place: every config, whether made from a
+command line, a YAML file or Python code, passes through :meth:`Options.__post_init__`.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from pipeline.registry import nearest as nearest
 
 Part = TypeVar("Part", bound="Options")
 NEVER = "never"
-"""As ``when`` of an option: it is inherited, but this stage has no use for it."""
+"""Value of ``when`` for an inherited option that a stage does not use."""
 LARGEST = 2**63 - 1
-"""No whole number is larger: the file formats and libraries below store 64 bits."""
-_USUAL, _MOST = 3, 0.8  # options of a group, and their share, that have a condition before its heading states it
+"""Largest allowed integer, because file formats and libraries store 64 bits."""
+_USUAL, _MOST = 3, 0.8  # minimum number and share of a group's options with a condition to state it in the heading
 _COMPARISONS = {
     "ge": ("at least", operator.ge),
     "gt": ("more than", operator.gt),
@@ -90,9 +90,9 @@ class Options:
     """
 
     traits: ClassVar[Traits] = Traits()
-    """Of a stage's config: how the stage runs."""
+    """How the stage of this config runs."""
     inherited: ClassVar[Mapping[str, str]] = {}
-    """By the name of an inherited option, or of the base that declares it: when it has an effect in this class."""
+    """When inherited options have an effect in this class, by name of the option or of the base that declares it."""
     help_order: ClassVar[tuple[type, ...]] = ()
     """Bases of this class in the order in which help shows them (default: the order of inheritance)."""
 
@@ -107,12 +107,12 @@ def default_value(field: dataclasses.Field[Any]) -> Any:
 
 
 def number_text(value: float) -> str:
-    """A number as it is written in a setting: large whole numbers in full, others short."""
+    """Format a number for a setting: large integers in full, other numbers in short form."""
     return str(int(value)) if float(value).is_integer() and abs(value) >= 1e5 else f"{value:g}"
 
 
 def shown(value: Any) -> str:
-    """A setting as it is written on a command line; texts of a list that hold a comma are quoted."""
+    """Format a setting for the command line; list items that contain a comma are quoted."""
     if isinstance(value, tuple | list):
         return "[" + ",".join(_quoted(str(part)) for part in value) + "]"
     return str(value).lower() if isinstance(value, bool) else str(value)
@@ -125,7 +125,7 @@ def _quoted(text: str) -> str:
 
 
 def range_text(field: dataclasses.Field[Any]) -> str:
-    """What a value of ``field`` must be, in words: ``at least 0, less than 1``; empty if anything will do."""
+    """Describe the range of ``field``: ``at least 0, less than 1``; empty if there is none."""
     meta = field.metadata
     choices = [choice or '""' for choice in meta.get("choices") or ()]
     bounds = [f"{_COMPARISONS[name][0]} {number_text(bound)}" for name, bound in (meta.get("bounds") or {}).items()]
@@ -138,7 +138,7 @@ def range_text(field: dataclasses.Field[Any]) -> str:
 
 
 def check_value(field: dataclasses.Field[Any], value: Any) -> None:
-    """Raises ConfigError unless ``value`` is one that ``field`` can have."""
+    """Raise ConfigError unless ``value`` is allowed for ``field``."""
     meta = field.metadata
     lengths = meta.get("lengths") or ()
     if lengths and len(value) not in lengths:
@@ -181,10 +181,10 @@ def _check_number(field: dataclasses.Field[Any], value: float) -> None:
 
 
 def converted(field: dataclasses.Field[Any], value: Any) -> Any:
-    """``value``, of a command line or a YAML file, as a value of the type that ``field`` is declared with.
+    """Convert ``value``, from a command line or a YAML file, to the declared type of ``field``.
 
     Raises:
-        ConfigError: it is none of that type.
+        ConfigError: it cannot be converted.
     """
     kind = field.type.__name__ if isinstance(field.type, type) else str(field.type)
     several = kind.startswith("tuple[")
@@ -211,7 +211,7 @@ def _items(field: dataclasses.Field[Any], value: Any) -> Iterable[Any]:
 
 
 def _whole_number(value: Any) -> int:
-    if type(value) not in (str, int):  # neither a fraction nor true
+    if type(value) not in (str, int):  # reject floats and booleans
         raise ValueError
     return int(value)
 
@@ -245,33 +245,33 @@ _CONVERSIONS: dict[str, tuple[Callable[[Any], Any], str, str]] = {
     "bool": (_true_or_false, "true or false", "true or false"),
     "str": (_text, "text", "texts"),
 }
-"""By type: what converts a value, and what is expected, of one value and of a list of them."""
+"""For each type: the conversion, and descriptions of the expected value and list of values."""
 
 
 # ---- when an option has an effect
 
 
 def condition_of(cls: type, field: dataclasses.Field[Any]) -> str:
-    """When ``field`` has an effect in ``cls``, as :func:`option` takes it; empty: always."""
+    """When ``field`` has an effect in ``cls``, as a ``when`` of :func:`option`; empty: always."""
     own = str(field.metadata.get("when") or "")
     return both(inherited_condition(cls, field), own)
 
 
 def both(one: str, two: str) -> str:
-    """The condition that two conditions hold."""
+    """The conjunction of two conditions."""
     if not (one and two):
         return one or two
     return " or ".join(f"{left} and {right}" for left in one.split(" or ") for right in two.split(" or "))
 
 
 def inherited_condition(cls: type, field: dataclasses.Field[Any]) -> str:
-    """When ``field`` has an effect in ``cls`` that it need not have in the class that declares it."""
+    """The additional condition of ``field`` in ``cls``, compared to the class that declares it."""
     inherited: Mapping[str, str] = getattr(cls, "inherited", {})
     return inherited.get(field.name) or inherited.get(owner_of(cls, field.name).__name__) or ""
 
 
 def owner_of(cls: type, name: str) -> type:
-    """The class that declares the option ``name`` of ``cls``: its group."""
+    """The class that declares the option ``name`` of ``cls``, which is its group."""
     return next((base for base in cls.__mro__ if name in inspect.get_annotations(base)), cls)
 
 
@@ -281,7 +281,7 @@ def groups_of(cls: type) -> list[str]:
 
 
 def part_of(config: Options, cls: type[Part], **changes: Any) -> Part:
-    """The options of ``config`` that ``cls`` has too, as a config of their own; also those of installed packages."""
+    """The options of ``config`` that ``cls`` also has, as a config, including those of installed packages."""
     extension = type(config).__dict__.get("extension")
     if extension and (added := tuple(one for one in extension[1] if not issubclass(cls, one[1]))):
         cls = _extended(cls, added)
@@ -289,14 +289,15 @@ def part_of(config: Options, cls: type[Part], **changes: Any) -> Part:
     return cls(**{**values, **changes})
 
 
-# ---- options of what an installed package has registered
+# ---- options that installed packages add
 
 
 def extended(cls: type[Part], settings: Mapping[str, Any]) -> type[Part]:
-    """``cls`` with the options of whatever ``settings`` choose that is not built in: a source, a task, ...
+    """Extend ``cls`` with the options of everything that ``settings`` select from installed packages: a source, a task,
+    ...
 
     Raises:
-        ConfigError: two of them declare an option of the same name.
+        ConfigError: two packages declare an option of the same name.
     """
     added: list[tuple[str, type[Options]]] = []
     for field in dataclasses.fields(cls):
@@ -314,7 +315,7 @@ def extended(cls: type[Part], settings: Mapping[str, Any]) -> type[Part]:
 
 
 def _extended(cls: type[Any], added: tuple[tuple[str, type[Options]], ...]) -> Any:
-    """``cls`` with the options in ``added``, each with the condition under which it has an effect; made once."""
+    """Extend ``cls`` with the options in ``added`` and the conditions under which they have an effect; cached."""
     found = _EXTENDED.get((cls, added))
     if found is None:
         found = _EXTENDED[cls, added] = _made(cls, added)
@@ -350,7 +351,7 @@ def _made(cls: type[Any], added: tuple[tuple[str, type[Options]], ...]) -> Any:
 
 
 def _reduced(self: Any) -> tuple[Any, ...]:
-    """How a config with added options is pickled: its class is made again where it is read."""
+    """Pickle a config with added options so that its class is recreated when it is loaded."""
     return _again, (*type(self).extension, {f.name: getattr(self, f.name) for f in dataclasses.fields(self)})
 
 
@@ -359,7 +360,7 @@ def _again(cls: type, added: tuple[tuple[str, type[Options]], ...], values: dict
 
 
 def holds(condition: str, values: Mapping[str, Any]) -> bool:
-    """Whether a condition is met by the settings ``values``."""
+    """Whether the settings ``values`` meet a condition."""
     return not condition or any(
         all(_term_holds(term, values) for term in choice.split(" and ")) for choice in condition.split(" or ")
     )
@@ -379,7 +380,7 @@ def _term_holds(term: str, values: Mapping[str, Any]) -> bool:
 
 
 def condition_names(condition: str) -> set[str]:
-    """The options that a condition looks at."""
+    """Names of the options in a condition."""
     return {term.partition("=")[0].strip("!^") for term in _terms(condition) if term != NEVER}
 
 
@@ -389,7 +390,7 @@ def _terms(condition: str) -> Iterator[str]:
 
 
 def condition_text(condition: str) -> str:
-    """A condition as messages and help show it: ``source=url_list or parquet``, ``task=caption and encoder set``."""
+    """Format a condition for messages and help: ``source=url_list or parquet``, ``task=caption and encoder set``."""
     return ", or ".join(" and ".join(map(_term_text, choice.split(" and "))) for choice in condition.split(" or "))
 
 
@@ -406,13 +407,13 @@ def _term_text(term: str) -> str:
 
 
 def common_condition(conditions: Sequence[str]) -> tuple[str, list[str]]:
-    """What a group of options can say once about when they have an effect, and what each has to add.
+    """Split the conditions of a group of options into a common part and the rest of each.
 
     Args:
         conditions: The condition of each option of the group.
 
     Returns:
-        A text for the heading of the group, and one for each option; empty where there is nothing to say.
+        A text for the heading of the group, and one for each option; empty if there is no condition.
     """
     shared = set.intersection(*(set(choice.split(" and ")) for c in conditions for choice in c.split(" or ")))
     rest = [_without(condition, shared) for condition in conditions]
@@ -447,10 +448,10 @@ def _addition(condition: str, usual: str, shared: bool) -> str:
 
 
 def option_text(cls: type, field: dataclasses.Field[Any], condition: str | None = None) -> str:
-    """What is to know of an option but its default: its help, its range, and when it has an effect.
+    """Describe an option, without its default: its help, its range, and when it has an effect.
 
     Args:
-        condition: The text about when it has an effect, from :func:`common_condition`. None: the whole condition.
+        condition: Text of the condition, from :func:`common_condition`. None: the whole condition.
     """
     if condition is None:
         condition = f"[only with {condition_text(own)}]" if (own := condition_of(cls, field)) else ""
@@ -461,9 +462,9 @@ def option_text(cls: type, field: dataclasses.Field[Any], condition: str | None 
 
 
 def without_effect(config: Any, given: Iterable[str]) -> dict[str, str]:
-    """Of the options named in ``given``, those that cannot have an effect in ``config``, with their conditions.
+    """Find the options in ``given`` that cannot have an effect in ``config``, with their conditions.
 
-    A value that is the default is what happens anyway: it is no error.
+    Options with their default value are ignored.
     """
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     found = {}
@@ -479,7 +480,7 @@ def without_effect(config: Any, given: Iterable[str]) -> dict[str, str]:
 
 
 def list_items(text: str) -> list[str]:
-    """The items of a list as it is written in a setting: ``[a,b]`` or ``a,b``; quotes keep a comma within an item.
+    """Parse a list in a setting, ``[a,b]`` or ``a,b``; quotes allow commas within an item.
 
     An item that begins with ``"`` or ``'`` ends at the same mark; within, ``\\`` takes the next character as it is.
 

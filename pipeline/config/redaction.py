@@ -1,4 +1,4 @@
-"""Settings without their secrets, to be stored and shown."""
+"""Removes secrets from settings, so that they can be stored and shown."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ _SIGNATURE = re.compile(
     r"sig|hmac|token|secret|pass|pwd|credential|expire|policy|auth|amz|goog|session|hdn|(access|pair)[_-]?(key[_-]?)?id"
     r"|^(_nc_|q-)|^(o[he]|s[eprstv]|srt|spr|sip|sk[estv]|sk[ot]id|exp|jwt)$",
     re.IGNORECASE,
-)  # parameters of URLs that grant access, or change with every signature
-_KEY = re.compile(r"key", re.IGNORECASE)  # of parameters that may be a secret, or the name of what is meant
+)  # URL parameters that grant access, or change with every signature
+_KEY = re.compile(r"key", re.IGNORECASE)  # parameters that may hold a secret or the name of a file
 
 
 def public(value: Any) -> Any:
-    """A setting as it may be stored and shown: JSON-able, without passwords and signatures in URLs.
+    """Return a setting in a form that may be stored and shown: JSON-serializable, without passwords and URL signatures.
 
-    Parameters that sign a URL do not count for the identity either: the file is the same when it is signed again. What
-    may be a secret as well as the name of the file is replaced by a digest, so that different files stay different.
+    Signatures are not part of the identity, since a newly signed URL refers to the same file. Values that may be a
+    secret or the name of a file are replaced by a digest, so that different files stay distinguishable.
     """
     if isinstance(value, (tuple, list)):
         return [public(part) for part in value]
@@ -31,14 +31,14 @@ def public(value: Any) -> Any:
         parts = urlsplit(value.strip())
         port = f":{parts.port}" if parts.port is not None else ""
     except ValueError:
-        return f"{scheme[1]}://..."  # no URL: who knows which part of it is a password
+        return f"{scheme[1]}://..."  # an invalid URL: any part could be a password
     host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname or ""
     query = "".join(_public_parameter(text) for text in re.split("([&;])", parts.query))
     return f"{parts.scheme}://{host}{port}{parts.path}{'?' if query else ''}{query}"
 
 
 def public_text(text: str) -> str:
-    """A text, such as a command, with all URLs in it as :func:`public` shows them."""
+    """Apply :func:`public` to all URLs in a text, such as a command."""
     return _URL.sub(lambda match: str(public(match[0])), text)
 
 
@@ -49,7 +49,7 @@ def _public_parameter(text: str) -> str:
         return f"{name}=..."
     if equals and _KEY.search(plain):
         return f"{name}={_digest(value)}"
-    return text if equals or len(text) < 16 else _digest(text)  # a long word without a name may be a token
+    return text if equals or len(text) < 16 else _digest(text)  # a long unnamed value may be a token
 
 
 def _digest(secret: str) -> str:

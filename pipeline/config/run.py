@@ -1,4 +1,4 @@
-"""Options of every stage, and the folders that follow from them."""
+"""Options of every stage, and the folders that they determine."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class RunConfig(Options):
 
     @property
     def default_variant(self) -> str:
-        """The suffix of the stage's folder where ``variant`` is empty."""
+        """The suffix of the stage's folder if ``variant`` is empty."""
         return ""
 
 
@@ -80,7 +80,7 @@ class CurationConfig(StageConfig):
 
 
 def stage_folder(config: RunConfig, stage: str, variant: str = "") -> Path:
-    """Where ``stage`` of this dataset lies: ``<data_dir>/<dataset>/<split>/<stage>[-<variant>]``."""
+    """The folder of ``stage`` for this dataset: ``<data_dir>/<dataset>/<split>/<stage>[-<variant>]``."""
     if not config.data_dir or not config.dataset:
         raise ConfigError(f"give data_dir= and dataset=, or input= and output=, to place stage {stage!r}")
     name = f"{stage}-{variant}" if variant else stage
@@ -88,7 +88,7 @@ def stage_folder(config: RunConfig, stage: str, variant: str = "") -> Path:
 
 
 def run_folder(config: RunConfig, name: str) -> Path:
-    """Where a training run lies: ``<data_dir>/<dataset>/runs/<name>``."""
+    """The folder of a training run: ``<data_dir>/<dataset>/runs/<name>``."""
     if not config.data_dir or not config.dataset:
         raise ConfigError("give data_dir= and dataset=, or output=, to place the run")
     return Path(config.data_dir) / dataset_name(config.dataset, config.subset) / "runs" / name

@@ -1,9 +1,9 @@
-"""All configs in one place, and functions that apply to any of them.
+"""All configs, and functions that apply to any of them.
 
-Each owner declares its options in a module of its own in this package: a frozen dataclass whose fields are made by
-:func:`pipeline.config.options.option`. Two runs whose identity fields, inputs and stage versions agree write the same
-bytes; ranks, workers, time-outs and paths are not part of the identity. How ``key=value`` becomes one of these is in
-:mod:`pipeline.config.cli`.
+Each module of this package declares the options of one owner as a frozen dataclass whose fields are created by
+:func:`pipeline.config.options.option`. Two runs with the same identity fields, inputs and stage versions write the same
+bytes; ranks, workers, time-outs and paths are not part of the identity. :mod:`pipeline.config.cli` converts
+``key=value`` settings to configs.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ __all__ = [
 
 
 class _StageConfigs(Mapping[str, type[Options]]):
-    """The config of each stage by its name; those of installed packages are found when they are asked for."""
+    """The config class of each stage by name; those of installed packages are loaded on request."""
 
     def __getitem__(self, name: str) -> type[Options]:
         if name not in stages:
@@ -133,20 +133,20 @@ class _StageConfigs(Mapping[str, type[Options]]):
 STAGES: Mapping[str, type[Options]] = _StageConfigs()
 MAIN_LINE = ("download", "filter", "shard", "precompute", "train")
 CURATION = ("dedup", "score", "select", "recaption")
-"""Stages between filter and shard, which stage=all takes where they are asked for."""
+"""Stages between filter and shard, which stage=all runs if they are configured."""
 
 
 def traits_of(stage: str) -> Traits:
-    """How a stage runs; the stage itself is not imported. What is not a stage, such as a packed job, has no traits."""
+    """How a stage runs, without importing it. Names that are not stages, such as packed jobs, have no traits."""
     if stage not in stages:
         return Traits()
     return (stages.options(stage) or Options).traits
 
 
 def identity(config: Any) -> dict[str, Any]:
-    """The fields of ``config`` that the bytes of the result depend on, as JSON-able values.
+    """The fields of ``config`` on which the bytes of the result depend, as JSON-serializable values.
 
-    A group of options that the config has taken over from another stage counts only where it has an effect.
+    Options that a config shares with another stage are included only if they have an effect.
     """
     values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     return {
@@ -157,12 +157,12 @@ def identity(config: Any) -> dict[str, Any]:
 
 
 def default_of(cls: type, name: str) -> Any:
-    """Default of a field in JSON-able form, for settings that an older plan did not know yet."""
+    """Default of a field as a JSON-serializable value, for settings that are missing in older plans."""
     field = next(f for f in dataclasses.fields(cls) if f.name == name)
     value = default_value(field)
     return list(value) if isinstance(value, tuple) else value
 
 
 def default_variant(config: RunConfig) -> str:
-    """The suffix of a stage's folder: as given, else what distinguishes results of this stage."""
+    """The suffix of a stage's folder: as given, or otherwise the one that distinguishes results of this stage."""
     return config.variant or config.default_variant

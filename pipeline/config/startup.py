@@ -1,6 +1,6 @@
-"""Reports to the job script of processes that fail while modules are imported, before they are ranks.
+"""Reports to the job script from processes that fail while importing modules, before they become ranks.
 
-Needs nothing but the standard library, as anything else may be what is missing.
+Needs only the standard library, because other packages may be missing.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ _EXIT_ENVIRONMENT = 78  # pipeline.distributed.EXIT_ENVIRONMENT
 
 
 def report_missing_modules() -> None:
-    """An ImportError that nobody catches ends this process with a code of its own, and its reason in the job's log.
+    """Let an uncaught ImportError end this process with a specific exit code and its reason in the job's log.
 
-    The job script (slurm/job.sh) then tries other nodes, if any have what is missing on this one, and otherwise none.
-    Outside of a job, a last line says which extra of Latentmill to install.
+    The job script (slurm/job.sh) then tries other nodes that have the missing module, if there are any. Outside a job,
+    a last line names the extra of Latentmill to install.
     """
     previous = sys.excepthook
     in_job = bool(os.environ.get("LATENTMILL_LIFE"))
@@ -37,17 +37,17 @@ def report_missing_modules() -> None:
 
 
 _DISTRIBUTIONS = {"open_clip": "open-clip-torch", "sklearn": "scikit-learn", "streaming": "mosaicml-streaming"}
-"""Packages that are not called what their modules are."""
+"""Packages whose names differ from those of their modules."""
 
 
 def missing(error: ImportError) -> str:
-    """``No module named 'torch' (/venv/bin/python)``, and what to install if an extra of Latentmill has it."""
+    """The message ``No module named 'torch' (/venv/bin/python)``, with the extra of Latentmill to install, if any."""
     hint = extra_for(error.name or "")
     return f"{error} ({sys.executable})" + (f"; install it with: {hint}" if hint else "")
 
 
 def extra_for(module: str) -> str:
-    """The command that installs the extra with ``module``; empty if no extra has it."""
+    """The command that installs the extra that contains ``module``; empty if there is none."""
     import re
     from importlib.metadata import PackageNotFoundError, requires
 

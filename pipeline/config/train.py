@@ -10,7 +10,7 @@ from pipeline.config.run import DeviceConfig, RunConfig
 from pipeline.registry import Traits, tasks
 
 _DIFFUSE, _CLASSIFY, _CAPTION = "task=diffuse", "task=classify", "task=caption"
-_AUGMENTED = "task=classify or task=caption and encoder"  # training decodes the images
+_AUGMENTED = "task=classify or task=caption and encoder"  # training decodes images
 
 
 @dataclass(frozen=True, kw_only=True)

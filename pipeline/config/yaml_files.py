@@ -1,4 +1,4 @@
-"""YAML files with settings: datasets, recipes, presets of a cluster."""
+"""Reads YAML files with settings: datasets, recipes, cluster presets."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import yaml
 from pipeline.config.options import ConfigError
 
 
-class _Loader(yaml.SafeLoader):  # type: ignore[misc] # PyYAML ships no types
-    """YAML 1.2's plain values: ``no``, ``on``, ``012`` and ``12:30`` are text; no key comes twice."""
+class _Loader(yaml.SafeLoader):  # type: ignore[misc] # PyYAML has no type hints
+    """Uses YAML 1.2's scalar types (``no``, ``on``, ``012`` and ``12:30`` are text), and rejects duplicate keys."""
 
-    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012 - as PyYAML has it
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012 - as in PyYAML
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
@@ -45,7 +45,8 @@ def read_settings(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file.
 
     Raises:
-        ConfigError: it cannot be read, is not YAML in UTF-8 (or UTF-16 with its mark), or is not a mapping.
+        ConfigError: the file cannot be read, is not YAML in UTF-8 (or UTF-16 with a byte order mark), or is not a
+            mapping.
     """
     try:
         values = yaml.load(path.read_bytes(), _Loader)

@@ -156,8 +156,7 @@ class Tar(Format):
         return TarReader(open(name), schema)
 
     def features(self, schema: Schema, classes: Sequence[str]) -> list[dict[str, Any]]:
-        """One feature per kind of member; an image is in the column of its extension, the other image columns are
-        null."""
+        """One feature per kind of member; an image is in the column of its extension, and the others are null."""
         images = [{"name": extension, "dtype": "image"} for extension in EXTENSIONS.values()]
         masks = [{"name": f"{name}.{end}", "dtype": kind} for name in _binary_columns(schema) for end, kind in _ENDS]
         rest = [

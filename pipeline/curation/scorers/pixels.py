@@ -40,8 +40,7 @@ class View:
 
     @cached_property
     def small(self) -> Pixels:
-        """The image, averaged over squares so that its longer edge has at most :data:`EDGE` pixels: uint8 (h', w',
-        3)."""
+        """The image averaged over squares, so that its longer edge is at most :data:`EDGE`: uint8 (h', w', 3)."""
         factor = -(-max(self.pixels.shape[:2]) // EDGE)
         return self.pixels if factor == 1 else np.asarray(Image.fromarray(self.pixels).reduce(factor))
 
