@@ -111,6 +111,40 @@ def save_dino(path: Path) -> Path:
     return path
 
 
+def save_dino_with_registers(path: Path) -> Path:
+    """A DINOv2 with four register tokens; images and states as of :func:`save_dino`."""
+    from transformers import BitImageProcessor, Dinov2WithRegistersConfig, Dinov2WithRegistersModel
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    torch.manual_seed(0)
+    Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**sizes)).save_pretrained(path)
+    BitImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 28, "width": 28}).save_pretrained(path)
+    return path
+
+
+def save_dino3(path: Path) -> Path:
+    """A DINOv3 of transformers with four register tokens: images of 32 pixels squashed to squares, 16 numbers."""
+    from transformers import DINOv3ViTConfig, DINOv3ViTImageProcessorFast, DINOv3ViTModel
+
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    DINOv3ViTModel(DINOv3ViTConfig(**sizes, image_size=32, num_register_tokens=4)).save_pretrained(path)
+    DINOv3ViTImageProcessorFast(size={"height": 32, "width": 32}).save_pretrained(path)
+    return path
+
+
+def save_swin(path: Path) -> Path:
+    """A Swin of transformers, which merges patches; images of 32 pixels."""
+    from transformers import SwinConfig, SwinModel, ViTImageProcessor
+
+    torch.manual_seed(0)
+    SwinModel(SwinConfig(image_size=32, embed_dim=8, depths=[1, 1], num_heads=[1, 1], window_size=4)).save_pretrained(
+        path
+    )
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(path)
+    return path
+
+
 def save_classifier(path: Path, names: tuple[str, ...] = ("dog", "cat", "car")) -> Path:
     """A ViT of transformers that tells classes called ``names`` apart; images of 32 pixels."""
     from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from pipeline.encoders.crop import BucketCrop, Crop
     from pipeline.encoders.preprocessing import Preprocessing
     from pipeline.imaging.buckets import Buckets
     from pipeline.imaging.transform import Pixels
@@ -106,14 +107,15 @@ class Autoencoder(Encoder):
         Raises:
             ImageError: the image fits no bucket.
         """
-        if buckets is None:
-            return self.preprocess([image], resolution)
-        import torch
+        return self.preprocessing.of_one(image, self.crop(resolution, buckets, seed), self.device, key)
 
+    def crop(self, resolution: int, buckets: Buckets | None = None, seed: int = 0) -> Crop | BucketCrop:
+        """The crop of an image for :meth:`encode`; arguments as for :meth:`preprocess_for`."""
+        if buckets is None:
+            return self.preprocessing.crop(resolution)
         from pipeline.encoders.crop import BucketCrop
 
-        cut = BucketCrop(buckets, seed, self.preprocessing.mode).cut(image, key)
-        return self.preprocessing.normalise(torch.from_numpy(cut.copy())[None].to(self.device))
+        return BucketCrop(buckets, seed, self.preprocessing.mode)
 
     @abstractmethod
     def moments(self, x: Tensor) -> Tensor:
@@ -171,12 +173,22 @@ class TextEncoder(Encoder):
 
 
 class ImageEncoder(Encoder):
-    """Images to one vector each, for filtering and retrieval."""
+    """Images to one vector each, for filtering and retrieval; some encoders also give one for each patch.
+
+    Attributes:
+        patch_width: width of the vector of a patch.
+    """
 
     width: int
+    patch_width: int = 0
     resolution: int
     device: torch.device
     preprocessing: Preprocessing
+
+    @property
+    def patch(self) -> int:
+        """Edge of a patch of :meth:`encode_patches` in pixels; 0: the encoder has no features of patches."""
+        return 0
 
     def preprocess(self, images: Sequence[Pixels]) -> Tensor:
         """Images uint8 (h, w, 3) of any sizes → (b, 3, resolution, resolution), for :meth:`encode`."""
@@ -185,6 +197,17 @@ class ImageEncoder(Encoder):
     @abstractmethod
     def encode(self, x: Tensor) -> Tensor:
         """(b, 3, resolution, resolution) → float32 (b, width), of unit length."""
+
+    def encode_patches(self, x: Tensor) -> Tensor:
+        """(b, 3, h, w) of whole patches → float32 (b, n, patch_width), row by row, without class and register tokens."""
+        raise NotImplementedError(f"{self.name} has no features of patches")
+
+    def describe_patches(self) -> dict[str, Any]:
+        """The manifest's entry for features of patches."""
+        known = ("resolution", "width", "preprocessing")
+        said = {name: value for name, value in self.describe().items() if name not in known}
+        how = self.preprocessing.describe() | {"resize": f"{self.preprocessing.mode}, antialiased, crop of the latents"}
+        return {**said, "width": self.patch_width, "patch": self.patch, "preprocessing": how}
 
 
 class TextTower(ABC):
@@ -249,6 +272,23 @@ def image_encoder(name: str, device: str | torch.device = "cpu", dtype: str = "f
     _check_dtype(dtype)
     spec = ModelSpec.parse("image_encoder", name)
     found: ImageEncoder = spec.find(image_encoders).from_spec(spec, device, dtype)
+    return found
+
+
+def patch_encoder(name: str, device: str | torch.device = "cpu", dtype: str = "float32") -> ImageEncoder:
+    """The image encoder called ``name`` for features of patches: ``embedded``, or ``hf:<repo or folder>``.
+
+    Raises:
+        ConfigError: no such name, model, weights or dtype, or the encoder has no features of patches.
+    """
+    _check_dtype(dtype)
+    spec = ModelSpec.parse("image_features", name)
+    kind = spec.find(image_encoders)
+    if kind.encode_patches is ImageEncoder.encode_patches:
+        raise spec.error("this encoder gives one vector for an image: use hf:<repo or folder>, or embedded")
+    found: ImageEncoder = kind.from_spec(spec, device, dtype)
+    if not found.patch:
+        raise spec.error("this is not a vision transformer that gives one token for each patch of images of any size")
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cache
 
@@ -9,8 +10,9 @@ import numpy as np
 from cykooz_resizer import CropBox, FilterType, ResizeAlg, ResizeOptions, Resizer
 from PIL import Image
 
-from pipeline.imaging.buckets import Buckets, covering
+from pipeline.imaging.buckets import Buckets, Size, covering
 from pipeline.imaging.headers import ImageError
+from pipeline.imaging.patches import PatchGrid
 from pipeline.imaging.transform import Pixels
 
 FILTERS = {
@@ -21,6 +23,8 @@ FILTERS = {
     "box": ResizeAlg.convolution(FilterType.box),
 }
 """Interpolations by name; all except nearest are antialiased."""
+Box = tuple[float, float, float, float]
+"""Left, top, right and bottom of a part of an image, in pixels."""
 _SUPPORT = 3  # pixels on each side that the widest filter reads, times the scale
 
 
@@ -48,44 +52,29 @@ class Crop:
     def bytes(self) -> int:
         return 3 * self.edge**2
 
-    def cut(self, pixels: Pixels, key: str = "") -> Pixels:
-        """uint8 (h, w, 3), or (h, w, 4) whose last channel is ignored → uint8 (edge, edge, 3)."""
-        height, width = pixels.shape[:2]
+    @property
+    def sizes(self) -> tuple[Size, ...]:
+        """Sizes of crops."""
+        return ((self.edge, self.edge),)
+
+    def box(self, source: Size, key: str = "") -> tuple[Box, Size]:
+        """The part to crop from an image of size ``source``, and the size to resize it to."""
+        height, width = source
         square = (self.edge, self.edge)
         if self.squash:
-            return (
-                pixels[:, :, :3] if (height, width) == square else self.resized(pixels, (0, 0, width, height), square)
-            )
+            return (0, 0, width, height), square
         short, shorter = min(height, width), self.shorter or self.edge
         across, down = (shorter if edge == short else int(shorter * edge / short) for edge in (width, height))
         left, top = self._offset(across), self._offset(down)
-        if shorter == short:
-            return pixels[top : top + self.edge, left : left + self.edge, :3]
         x, y = width / across, height / down
-        return self.resized(pixels, (left * x, top * y, (left + self.edge) * x, (top + self.edge) * y), square)
+        return (left * x, top * y, (left + self.edge) * x, (top + self.edge) * y), square
+
+    def cut(self, pixels: Pixels, key: str = "") -> Pixels:
+        """uint8 (h, w, 3), or (h, w, 4) whose last channel is ignored → uint8 (edge, edge, 3)."""
+        return _cut(pixels, *self.box(pixels.shape[:2]), self.mode)
 
     def _offset(self, size: int) -> int:
         return (size - self.edge) // 2 if self.floor else round((size - self.edge) / 2)
-
-    def resized(self, pixels: Pixels, box: tuple[float, float, float, float], size: tuple[int, int]) -> Pixels:
-        """Resize the part within ``box`` (left, top, right, bottom) to ``size`` (height, width). Filters also read
-        pixels around the box, as if the whole image had been resized before cropping; rows are resized before
-        columns."""
-        height, width = pixels.shape[:2]
-        down, across = size
-        left, top, right, bottom = box[0], box[1], min(box[2], width), min(box[3], height)
-        margin = int(_SUPPORT * max(1.0, (bottom - top) / down)) + 1
-        first, last = max(0, int(top) - margin), min(height, int(bottom) + margin)
-        image = self._pass(_image(pixels[first:last]), (across, last - first), (left, 0, right - left, last - first))
-        image = self._pass(image, (across, down), (0, top - first, across, bottom - top))
-        return np.asarray(image)[:, :, :3]
-
-    def _pass(self, image: Image.Image, size: tuple[int, int], box: tuple[float, float, float, float]) -> Image.Image:
-        if [*image.size, *box] == [*size, 0, 0, *size]:
-            return image
-        sized = Image.new(image.mode, size)
-        _resizer().resize_pil(image, sized, ResizeOptions(FILTERS[self.mode], crop_box=CropBox(*box)))
-        return sized
 
 
 @dataclass(frozen=True)
@@ -106,22 +95,90 @@ class BucketCrop:
         """Number of bytes of the largest bucket."""
         return 3 * self.buckets.largest
 
+    @property
+    def sizes(self) -> tuple[Size, ...]:
+        """Sizes of crops."""
+        return self.buckets.sizes
+
+    def box(self, source: Size, key: str = "") -> tuple[Box, Size]:
+        """The part to crop from an image of size ``source``, and the size of its bucket.
+
+        Raises:
+            ImageError: the image fits no bucket.
+        """
+        place = self.buckets.place_of(source[0], source[1], self.seed, key)
+        if place is None:
+            raise ImageError("size_mismatch", f"{source[1]}x{source[0]} has no bucket")
+        (down, across), (height, width) = place.size, covering(source, place.size)
+        y, x = source[0] / height, source[1] / width
+        return (place.left * x, place.top * y, (place.left + across) * x, (place.top + down) * y), place.size
+
     def cut(self, pixels: Pixels, key: str = "") -> Pixels:
         """uint8 (h, w, 3), or (h, w, 4) whose last channel is ignored → uint8 with its bucket's height and width.
 
         Raises:
             ImageError: the image fits no bucket.
         """
-        source = pixels.shape[:2]
-        place = self.buckets.place_of(source[0], source[1], self.seed, key)
-        if place is None:
-            raise ImageError("size_mismatch", f"{source[1]}x{source[0]} has no bucket")
-        (down, across), (height, width) = place.size, covering(source, place.size)
-        if (height, width) == source:
-            return pixels[place.top : place.top + down, place.left : place.left + across, :3]
-        y, x = source[0] / height, source[1] / width
-        box = (place.left * x, place.top * y, (place.left + across) * x, (place.top + down) * y)
-        return Crop(0, self.mode).resized(pixels, box, place.size)
+        return _cut(pixels, *self.box(pixels.shape[:2], key), self.mode)
+
+
+@dataclass(frozen=True)
+class PatchCrop:
+    """The input of an image encoder, whole patches of the part of an image that latents are made of.
+
+    Attributes:
+        latents: the crop of the latents.
+        mode: one of :data:`FILTERS`.
+    """
+
+    latents: Crop | BucketCrop
+    grid: PatchGrid
+    mode: str = "bicubic"
+
+    @property
+    def bytes(self) -> int:
+        """Number of bytes of the largest crop."""
+        return 3 * max(math.prod(self.grid.pixels(size)) for size in self.latents.sizes)
+
+    def cut(self, pixels: Pixels, key: str = "") -> Pixels:
+        """uint8 (h, w, 3), or (h, w, 4) whose last channel is ignored → uint8, whole patches.
+
+        Raises:
+            ImageError: the image fits no bucket.
+        """
+        box, size = self.latents.box(pixels.shape[:2], key)
+        return _cut(pixels, box, self.grid.pixels(size), self.mode)
+
+
+AnyCrop = Crop | BucketCrop | PatchCrop
+
+
+def _cut(pixels: Pixels, box: Box, size: Size, mode: str) -> Pixels:
+    """Crop ``box`` and resize it to ``size``."""
+    left, top, right, bottom = map(int, box)
+    if all(float(edge).is_integer() for edge in box) and (bottom - top, right - left) == size:
+        return pixels[top:bottom, left:right, :3]
+    return _resized(pixels, box, size, mode)
+
+
+def _resized(pixels: Pixels, box: Box, size: Size, mode: str) -> Pixels:
+    """Resize the part within ``box`` to ``size`` (height, width). Filters also read pixels around the box, as if the
+    whole image had been resized before cropping; rows are resized before columns."""
+    height, width = pixels.shape[:2]
+    down, across = size
+    left, top, right, bottom = box[0], box[1], min(box[2], width), min(box[3], height)
+    margin = int(_SUPPORT * max(1.0, (bottom - top) / down)) + 1
+    first, last = max(0, int(top) - margin), min(height, int(bottom) + margin)
+    image = _pass(_image(pixels[first:last]), (across, last - first), (left, 0, right - left, last - first), mode)
+    return np.asarray(_pass(image, (across, down), (0, top - first, across, bottom - top), mode))[:, :, :3]
+
+
+def _pass(image: Image.Image, size: tuple[int, int], box: Box, mode: str) -> Image.Image:
+    if [*image.size, *box] == [*size, 0, 0, *size]:
+        return image
+    sized = Image.new(image.mode, size)
+    _resizer().resize_pil(image, sized, ResizeOptions(FILTERS[mode], crop_box=CropBox(*box)))
+    return sized
 
 
 def _image(pixels: Pixels) -> Image.Image:

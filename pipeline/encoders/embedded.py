@@ -236,12 +236,14 @@ def _sinusoids(length: int, width: int) -> npt.NDArray[Any]:
 
 @image_encoders.register("embedded")
 class EmbeddedImageEncoder(ImageEncoder):
-    """The image at 8 x 8 pixels, minus its mean, of unit length: similar for images of similar composition."""
+    """The image at 8 x 8 pixels, minus its mean, of unit length: similar for images of similar composition;
+    and the pixels of each patch of 8 x 8, in [-1, 1]."""
 
     name = "embedded"
     version = 1
     resolution = _BLOCK
-    width = 3 * _BLOCK * _BLOCK
+    width = patch_width = 3 * _BLOCK * _BLOCK
+    patch = _BLOCK
     preprocessing = Preprocessing()
 
     def __init__(self, device: str | torch.device = "cpu") -> None:
@@ -255,6 +257,10 @@ class EmbeddedImageEncoder(ImageEncoder):
         """float (b, 3, 8, 8) → float32 (b, 192)."""
         flat = x.to(self.device, torch.float32).flatten(1)
         return F.normalize(flat - flat.mean(1, keepdim=True), dim=1)
+
+    def encode_patches(self, x: Tensor) -> Tensor:
+        """float (b, 3, h, w) → float32 (b, h/8 * w/8, 192): channels, rows and columns of each patch."""
+        return F.unfold(x.to(self.device, torch.float32), _BLOCK, stride=_BLOCK).transpose(1, 2)
 
     def describe(self) -> dict[str, Any]:
         return {"name": self.name, "version": self.version, "width": self.width, "resolution": self.resolution}

@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -12,7 +13,7 @@ import torch
 from pipeline.config.options import ConfigError
 from pipeline.encoders.base import ImageEncoder, TextTower, image_encoder, sent
 from pipeline.encoders.spec import ModelSpec
-from pipeline.encoders.transformers import Loaded, load_image_model, load_text, preprocessing_of
+from pipeline.encoders.transformers import Loaded, load_image_model, load_image_processor, load_text, preprocessing_of
 from pipeline.registry import image_encoders
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ _IMAGE_PARTS = ("vision_model", "visual_projection")
 _TEXT_PARTS = ("text_model", "text_projection")
 """Names of the towers in transformers' two-tower models."""
 _POOLER = "pooler"
+_CLASS_TOKENS = 2  # at most: DeiT has one for its teacher, too
 _UNMASKED = ("siglip", "siglip2")
 """Models that were trained on padded texts without an attention mask."""
 _LENGTH = 77
@@ -68,7 +70,8 @@ def _for(setting: str, other: str, make: Callable[[], T]) -> T:
 @image_encoders.register("hf")
 class HfImageEncoder(Loaded, ImageEncoder):
     """The image side of any model of transformers, of unit length: the projection if the model has a text side, else
-    the output of its pooler, else the state of its first token.
+    the output of its pooler, else the state of its first token. Vision transformers also give the last
+    states of patches.
 
     Raises:
         ConfigError: there is no such repository, folder or safetensors file, or images are not resized to a square.
@@ -79,13 +82,13 @@ class HfImageEncoder(Loaded, ImageEncoder):
         return cls(spec.place, str(spec), device, dtype)
 
     def __init__(self, place: str, setting: str, device: str | torch.device = "cpu", dtype: str = "float32") -> None:
-        from transformers import AutoImageProcessor, AutoModel
+        from transformers import AutoModel
 
         model, steps, missing = load_image_model(
             setting,
             place,
             AutoModel.from_pretrained,
-            partial(AutoImageProcessor.from_pretrained, use_fast=False),
+            load_image_processor,
             optional=_POOLER,
         )
         self._projects = hasattr(model, "get_image_features")
@@ -95,6 +98,39 @@ class HfImageEncoder(Loaded, ImageEncoder):
         self.preprocessing, self.resolution = preprocessing_of(steps, setting)
         super().__init__("hf", _without(model, _TEXT_PARTS), place, device, dtype)
         self.width = int(self.encode(torch.zeros(1, 3, self.resolution, self.resolution)).shape[1])
+        self._tower = getattr(self._model, "vision_model", self._model)
+        sized = "interpolate_pos_encoding" in inspect.signature(self._tower.forward).parameters
+        self._sized = {"interpolate_pos_encoding": True} if sized else {}
+        self.patch_width = int(getattr(self._tower.config, "hidden_size", 0))
+
+    def compile(self) -> None:
+        self._tower.compile(dynamic=True)
+
+    @cached_property
+    def patch(self) -> int:
+        """Edge of a patch; 0 if an image of 2 x 3 patches does not give 6 tokens, class and register tokens aside."""
+        edge = getattr(self._tower.config, "patch_size", 0)
+        if not isinstance(edge, int) or not edge:
+            return 0
+        try:
+            states = self._states(torch.zeros(1, 3, 2 * edge, 3 * edge))
+        except (ValueError, RuntimeError):  # the model takes images of one size only, or larger ones
+            return 0
+        most = _CLASS_TOKENS + int(getattr(self._tower.config, "num_register_tokens", 0))
+        fits = states.ndim == 3 and 6 <= states.shape[1] <= 6 + most and states.shape[2] == self.patch_width
+        return edge if fits else 0
+
+    @torch.no_grad()
+    def encode_patches(self, x: Tensor) -> Tensor:
+        """float (b, 3, h, w) of whole patches → float32 (b, n, patch_width), the ``last_hidden_state`` of
+        patches, which are the last tokens."""
+        count = (x.shape[2] // self.patch) * (x.shape[3] // self.patch)
+        return self._states(x)[:, -count:].float()
+
+    @torch.no_grad()
+    def _states(self, x: Tensor) -> Tensor:
+        found: Tensor = self._tower(pixel_values=x.to(self.device, self.dtype), **self._sized).last_hidden_state
+        return found
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> Tensor:
@@ -123,13 +159,13 @@ class HfClassifier(Loaded):
     """
 
     def __init__(self, place: str, setting: str, device: str | torch.device = "cpu", dtype: str = "float32") -> None:
-        from transformers import AutoImageProcessor, AutoModelForImageClassification
+        from transformers import AutoModelForImageClassification
 
         model, steps, _ = load_image_model(
             setting,
             place,
             AutoModelForImageClassification.from_pretrained,
-            partial(AutoImageProcessor.from_pretrained, use_fast=False),
+            load_image_processor,
         )
         self.preprocessing, self.resolution = preprocessing_of(steps, setting)
         super().__init__("hf", model, place, device, dtype)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.encoders.crop import Crop
+from pipeline.encoders.crop import AnyCrop, Crop
 from pipeline.imaging.transform import Pixels
 
 
@@ -33,6 +33,14 @@ class Preprocessing:
     def __call__(self, images: Sequence[Pixels], resolution: int, device: str | torch.device) -> Tensor:
         """Images uint8 (h, w, 3) of any sizes → float32 (b, 3, resolution, resolution) on ``device``."""
         return self.normalise(fit(images, self.crop(resolution)).to(device))
+
+    def of_one(self, image: Pixels, crop: AnyCrop, device: str | torch.device, key: str = "") -> Tensor:
+        """An image uint8 (h, w, 3) → its crop, float32 (1, 3, h, w) on ``device``.
+
+        Raises:
+            ImageError: the image fits no bucket.
+        """
+        return self.normalise(torch.from_numpy(crop.cut(image, key).copy())[None].to(device))
 
     def crop(self, resolution: int) -> Crop:
         """The crop of an image for the encoder."""

@@ -321,6 +321,18 @@ def load_image_model(
     return model.float(), processor, missing
 
 
+def load_image_processor(name: str, **where: Any) -> Any:
+    """The image processor of a model, without torchvision if possible: only its settings are used."""
+    from transformers import AutoImageProcessor
+
+    try:
+        return AutoImageProcessor.from_pretrained(name, use_fast=False, **where)
+    except ValueError as error:
+        if "does not have a slow version" not in str(error):
+            raise
+        return AutoImageProcessor.from_pretrained(name, use_fast=True, **where)
+
+
 def _needed(folder: str = "") -> list[str]:
     """Files of a model, whose weights may be split over several."""
     return [f"{folder}config.json", f"{folder}model.safetensors|{folder}model.safetensors.index.json"]

@@ -163,18 +163,16 @@ class _Transformers(_Network):
 
     def __init__(self, name: str, place: str, features: str, device: str | torch.device, dtype: str) -> None:
         super().__init__(name, place, features, device, dtype)
-        from transformers import AutoImageProcessor, CLIPVisionModel, ViTModel
+        from transformers import CLIPVisionModel, ViTModel
 
-        from pipeline.encoders.transformers import load_image_model, preprocessing_of
+        from pipeline.encoders.transformers import load_image_model, load_image_processor, preprocessing_of
 
         load = (
             CLIPVisionModel.from_pretrained
             if name.startswith("clip:")
             else partial(ViTModel.from_pretrained, add_pooling_layer=False)
         )
-        self.model, processor, _ = load_image_model(
-            f"encoder={name}", place, load, partial(AutoImageProcessor.from_pretrained, use_fast=False)
-        )
+        self.model, processor, _ = load_image_model(f"encoder={name}", place, load, load_image_processor)
         self.preprocessing, resolution = preprocessing_of(processor, f"encoder={name}")
         self._freeze(resolution)
 

@@ -11,9 +11,18 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_networks import save_classifier, save_clip, save_dino, save_siglip
+from tiny_networks import (
+    save_classifier,
+    save_clip,
+    save_dino,
+    save_dino3,
+    save_dino_with_registers,
+    save_siglip,
+    save_swin,
+)
 
 from pipeline.config.options import ConfigError
+from pipeline.encoders.base import patch_encoder
 from pipeline.encoders.image_text import HfClassifier, image_tower, text_tower
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -97,6 +106,42 @@ def test_image_models_without_a_text_side_are_pooled_as_they_pool(saved: Saved, 
         tower = image_tower(f"hf:{plain}", "scorers=x")
         torch.testing.assert_close(tower.encode(x), unit(expected))
     assert tower.describe() == image_tower(f"hf:{plain}", "scorers=x").describe()
+
+
+OTHERS = {save_dino: 1, save_dino_with_registers: 5, save_dino3: 5, save_siglip: 0, save_clip: 1, save_classifier: 1}
+"""Kinds of models, with how many class and register tokens come before the patches."""
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("save", OTHERS)
+def test_features_of_patches_are_the_last_states_that_transformers_gives(
+    saved: Saved, save: Callable[[Path], Path]
+) -> None:
+    from transformers import AutoImageProcessor, AutoModel
+
+    place = saved(save)
+    direct, encoder = AutoModel.from_pretrained(place).eval(), patch_encoder(f"hf:{place}")
+    tower = getattr(direct, "vision_model", direct)
+    for rows, columns in ((2, 2), (3, 5)):
+        height, width = rows * encoder.patch, columns * encoder.patch
+        image = np.random.default_rng(rows).integers(0, 256, (height, width, 3), np.uint8)
+        processor = AutoImageProcessor.from_pretrained(place)
+        x = processor(image, do_resize=False, do_center_crop=False, return_tensors="pt")["pixel_values"]
+        torch.testing.assert_close(encoder.preprocessing.normalise(torch.from_numpy(image)[None]), x)
+        sized = {} if "dino" in save.__name__ else {"interpolate_pos_encoding": True}
+        expected = tower(x, **sized).last_hidden_state
+        assert expected.shape[1] - OTHERS[save] == rows * columns
+        torch.testing.assert_close(encoder.encode_patches(x), expected[:, OTHERS[save] :])
+    assert encoder.describe_patches()["width"] == encoder.patch_width == expected.shape[2]
+
+
+def test_encoders_without_a_token_for_each_patch_are_refused(saved: Saved) -> None:
+    with pytest.raises(ConfigError, match=r"^image_features=hf:.*: this is not a vision transformer that gives"):
+        patch_encoder(f"hf:{saved(save_swin)}")
+    with pytest.raises(ConfigError, match=r"^image_features=openclip:ViT-B-32: this encoder gives one vector"):
+        patch_encoder("openclip:ViT-B-32")
+    with pytest.raises(ConfigError, match=r"^image_features=hf:x#layer=2: hf takes no options"):
+        patch_encoder("hf:x#layer=2")
 
 
 @torch.no_grad()
