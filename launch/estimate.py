@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from launch.job import Job
     from pipeline.partitions.dataset import Dataset
 
+_NETWORKS = ("vae", "image_resolutions", "text_encoder", "image_features", "features_resolution")
+"""Options that say which networks a stage has, and what for."""
 RATES = Path(__file__).parent / "rates.yaml"
 INODES = 4
 """Inodes per partition: its folder, record, ledger and one data file."""
@@ -95,10 +97,12 @@ def predicted(stage: str, settings: Mapping[str, Any], sample_bytes: float, gpus
     """CPU seconds, or GPU seconds with ``gpus``, per sample according to the table; None if it has no such entry."""
     table = rates()
     texts = settings.get("text_encoder", ())
-    networks = {"precompute": [str(settings.get("vae", ""))], "texts": texts}.get(stage, [])
+    vision = str(settings.get("image_features", "")) or "embedded"
+    networks = {"precompute": [str(settings.get("vae", "")), vision], "texts": texts}.get(stage, [])
     if any(not name.startswith("embedded") for name in networks):
         edges = settings.get("image_resolutions", ()) if stage == "precompute" else ()
-        operations = sum(table["models"]["vae_tflop_256"] * (edge / 256) ** 2 for edge in edges)
+        operations = _patches(settings) * table["models"]["patch_tflop"] if stage == "precompute" else 0.0
+        operations += sum(table["models"]["vae_tflop_256"] * (edge / 256) ** 2 for edge in edges)
         operations += table["models"]["text_tflop"] * len(texts)
         return float(operations / table["models"]["tflops_of_a_gpu" if gpus else "tflops_of_a_cpu"])
     entry = table["stages"].get(stage)
@@ -310,6 +314,7 @@ def output_bytes(job: Job, work: Work) -> float:
     table = rates()["bytes"]
     if job.stage in ("precompute", "texts"):
         latents = sum(_latent_bytes(config, edge) for edge in getattr(config, "image_resolutions", ()))
+        latents += _feature_bytes(config) if job.stage == "precompute" else 0.0
         text = table["text_states"] if any(name != "embedded" for name in config.text_encoder) else table["embedded"]
         return work.samples * float(latents + text * len(config.text_encoder))
     if refers(job):
@@ -335,6 +340,23 @@ def _latent_bytes(config: Any, edge: int) -> float:
     channels = 16 if str(config.vae) == "embedded16" else 4
     number = 4 if config.save_dtype == "float32" else 2
     return channels * (edge / 8) ** 2 * number * (2 if config.latent == "moments" else 1)
+
+
+def _patches(settings: Mapping[str, Any]) -> float:
+    """Patches that image features of a sample are of, with edges of 16 pixels (embedded: 8)."""
+    if not settings.get("image_features"):
+        return 0.0
+    edge = 8 if settings["image_features"] == "embedded" else 16
+    own = [size / edge for size in settings.get("features_resolution", ())]
+    return float(sum(across**2 for across in own or [size / 16 for size in settings["image_resolutions"]]))
+
+
+def _feature_bytes(config: Any) -> float:
+    if not config.image_features:
+        return 0.0
+    numbers: int = rates()["features"]["embedded" if config.image_features == "embedded" else "patch"]
+    number = 4 if config.save_dtype == "float32" else 2
+    return _patches(vars(config)) * (numbers * number if config.features_storage == "dense" else numbers + 2)
 
 
 # ---- the estimate
@@ -383,7 +405,7 @@ def _estimate(job: Job, before: Work | None, walk: bool) -> Estimate:
         return Estimate(job.stage, work, output_bytes=size, inodes=inodes, basis=f"samples are {known}")
     gpus = pack.uses_gpus(job)
     past = history(_place(job), job.stage)
-    settings = {name: getattr(job.config, name, ()) for name in ("vae", "image_resolutions", "text_encoder")}
+    settings = {name: getattr(job.config, name, ()) for name in _NETWORKS}
     each = predicted(job.stage, settings, work.sample_bytes, gpus)
     measured = past.gpu_runs if gpus else past.runs
     factor = past.gpu if gpus else past.cpu

@@ -128,6 +128,21 @@ def test_autoencoders_are_reckoned_by_their_operations() -> None:
     assert predicted("precompute", settings, 1e5, False) > 100 * expected
 
 
+def test_image_features_take_time_and_bytes(tmp_path: Path) -> None:
+    def size(*settings: str) -> float:
+        line = jobs(tmp_path, "stage=download,precompute", "dataset=shapes", "count=100", *settings)
+        return {one.stage: one for one in estimates(line)}["precompute"].output_bytes
+
+    plain, features = size(), "image_features=hf:facebook/dinov2-base"
+    assert size(features) - plain == 100 * 4 * 4 * 768 * 2, "one patch for 2 x 2 latents of 64 px"
+    assert size(features, "features_storage=int8", "features_resolution=[96]") - plain == 100 * 6 * 6 * 770
+    assert size("image_features=embedded", "save_dtype=float32") - size("save_dtype=float32") == 100 * 16 * 192 * 4
+    hf = {"vae": "embedded", "image_resolutions": (256,), "image_features": "hf:facebook/dinov2-base"}
+    models = rates()["models"]
+    expected = (models["vae_tflop_256"] + 256 * models["patch_tflop"]) / models["tflops_of_a_gpu"]
+    assert predicted("precompute", hf, 1e5, True) == pytest.approx(expected)
+
+
 @pytest.fixture
 def past(tmp_path: Path) -> Callable[..., Path]:
     """Makes a finished stage whose events say that it took ``slower`` times what the table says."""

@@ -105,6 +105,28 @@ class PrecomputeConfig(EncodingConfig, TextStatesConfig):
         "folder> (SigLIP, DINO, ViT) or program:<file>",
         identity=True,
     )
+    image_features: str = option(
+        "",
+        "store image_features_<resolution> too, tokens of the patches of what latents are made of, for representation "
+        "alignment: hf:<repo or folder> (DINOv2, DINOv3, SigLIP, CLIP, ViT) or embedded",
+        identity=True,
+    )
+    features_storage: str = option(
+        "dense",
+        "image features in save_dtype, or in 8 bits with a scale per token",
+        identity=True,
+        choices=("dense", "int8", "fp8"),
+        when="image_features",
+    )
+    features_resolution: tuple[int, ...] = option(
+        (),
+        "for each of image_resolutions, edge of the square that the encoder gets, a multiple of its patch (default: a "
+        "patch for 2 x 2 latents)",
+        identity=True,
+        ge=1,
+        le=65536,
+        when="image_features",
+    )
     image_resolutions: tuple[int, ...] = option(
         (256, 512),
         "edges of the square crops to encode; with aspect=buckets, of squares of as many pixels",

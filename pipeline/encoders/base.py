@@ -199,7 +199,7 @@ class ImageEncoder(Encoder):
         """(b, 3, resolution, resolution) → float32 (b, width), of unit length."""
 
     def encode_patches(self, x: Tensor) -> Tensor:
-        """(b, 3, h, w) of whole patches → float32 (b, n, patch_width), row by row, without class and register tokens."""
+        """(b, 3, h, w) of whole patches → float32 (b, n, patch_width), row by row; no class or register tokens."""
         raise NotImplementedError(f"{self.name} has no features of patches")
 
     def describe_patches(self) -> dict[str, Any]:

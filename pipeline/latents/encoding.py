@@ -23,8 +23,9 @@ from torch import Tensor
 
 from pipeline.config.schema import ConfigError
 from pipeline.encoders.base import Autoencoder, ImageEncoder, TextEncoder, sampled, sent
-from pipeline.encoders.crop import BucketCrop, Crop
+from pipeline.encoders.crop import AnyCrop, PatchCrop
 from pipeline.imaging.buckets import Buckets, Size
+from pipeline.imaging.patches import FEATURES, PatchGrid
 from pipeline.latents.image_decoding import Layout, Noise
 from pipeline.latents.transfers import Transfers, Transit, out_of_memory
 from pipeline.loading import text_storage
@@ -142,9 +143,9 @@ class TextEncoding:
 
             def encode(part: slice, chosen: list[str] = chosen) -> list[Tensor]:
                 if not pooled:
-                    return self._packed(encoder.encode(chosen[part]))
+                    return self._packed(encoder.encode(chosen[part]), self.storage)
                 states, embedding = encoder.encode_pooled(chosen[part])
-                packed, good = self._packed(states)
+                packed, good = self._packed(states, self.storage)
                 stored = embedding.to(getattr(torch, self.dtype))
                 return [packed, good & flags(embedding, stored), stored.contiguous().view(torch.uint8)]
 
@@ -161,11 +162,11 @@ class TextEncoding:
         shape = (encoder.length, encoder.width)
         return lambda packed, number: text_storage.cut(packed, tokens[number], shape, *self._how)
 
-    def _packed(self, states: Tensor) -> list[Tensor]:
+    def _packed(self, states: Tensor, storage: str) -> list[Tensor]:
         """Stored bytes of states (b, l, d), uint8 (b, bytes), and whether they are finite, bool (b, 2)."""
-        dense = text_storage.kind_of(self.storage) == "dense"
+        dense = text_storage.kind_of(storage) == "dense"
         stored = states.to(getattr(torch, self.dtype)) if dense else states
-        return [text_storage.pack(states, *self._how), flags(states, stored)]
+        return [text_storage.pack(states, storage, self.dtype), flags(states, stored)]
 
     @property
     def _how(self) -> tuple[str, str]:
@@ -213,6 +214,9 @@ class Encoding(TextEncoding):
         seed: of the noise with which latents are sampled from their posterior; None: they are not sampled.
         buckets: one for each resolution; empty: images are square.
         crop_seed: keys random crop positions, with buckets.
+        patch_encoder: encoder of image features; None: there are none.
+        grids: patches of the image features, one for each resolution.
+        features_storage: how image features are stored, see :mod:`pipeline.loading.text_storage`.
     """
 
     vae: Autoencoder
@@ -222,6 +226,9 @@ class Encoding(TextEncoding):
     seed: int | None = None
     buckets: Sequence[Buckets] = ()
     crop_seed: int = 0
+    patch_encoder: ImageEncoder | None = None
+    grids: Sequence[PatchGrid] = ()
+    features_storage: str = "dense"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -232,11 +239,14 @@ class Encoding(TextEncoding):
 
     def _slot(self) -> Layout:
         """The layout of a decoded image's slot."""
-        mode = self.vae.preprocessing.mode
-        crops: list[Crop | BucketCrop] = [BucketCrop(buckets, self.crop_seed, mode) for buckets in self.buckets]
-        crops = crops or [self.vae.preprocessing.crop(resolution) for resolution in self.resolutions]
+        buckets: Sequence[Buckets | None] = self.buckets or [None] * len(self.resolutions)
+        latents = [self.vae.crop(r, each, self.crop_seed) for r, each in zip(self.resolutions, buckets, strict=True)]
+        crops: list[AnyCrop] = [*latents]
         if self.image_encoder is not None:
             crops.append(self.image_encoder.preprocessing.crop(self.image_encoder.resolution))
+        if self.patch_encoder is not None:
+            mode = self.patch_encoder.preprocessing.mode
+            crops += [PatchCrop(crop, grid, mode) for crop, grid in zip(latents, self.grids, strict=True)]
         if self.seed is None:
             return Layout(tuple(crops))
         if not self.buckets:
@@ -286,8 +296,16 @@ class Encoding(TextEncoding):
             pixels = self._pixels(slots, len(self.resolutions), (edge, edge))
             values["image_embedding"] = self.image_encoder.encode(self.image_encoder.preprocessing.normalise(pixels))
         stored = {name: tensor.to(getattr(torch, self.dtype)) for name, tensor in values.items()}
-        finite = torch.stack([flags(values[name], stored[name]) for name in values]).all(0)
-        return {name: tensor.contiguous().flatten(1).view(torch.uint8) for name, tensor in stored.items()}, finite
+        columns = {name: tensor.contiguous().flatten(1).view(torch.uint8) for name, tensor in stored.items()}
+        finite = [flags(values[name], stored[name]) for name in values]
+        if self.patch_encoder is not None:
+            first = len(self.slot.crops) - len(self.grids)
+            for place, (grid, size) in enumerate(zip(self.grids, sizes, strict=True), first):
+                x = self.patch_encoder.preprocessing.normalise(self._pixels(slots, place, grid.pixels(size)))
+                features = self.patch_encoder.encode_patches(x)
+                columns[f"{FEATURES}{grid.resolution}"], good = self._packed(features, self.features_storage)
+                finite.append(good)
+        return columns, torch.stack(finite).all(0)
 
     def _pixels(self, slots: Tensor, place: int, size: Size) -> Tensor:
         """Pixels of crop ``place``, uint8 (n, h, w, 3)."""

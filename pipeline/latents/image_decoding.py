@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.encoders.crop import BucketCrop, Crop
+from pipeline.encoders.crop import AnyCrop
 from pipeline.imaging import transform
 from pipeline.imaging.slots import Slots
 from pipeline.imaging.worker_pool import DEFAULT_WORKER_LIMITS, Lost, Pool, Task, WorkerLimits
@@ -60,14 +60,14 @@ class Noise:
 class Layout:
     """The content of a slot, in this order."""
 
-    crops: tuple[Crop | BucketCrop, ...]
+    crops: tuple[AnyCrop, ...]
     noises: tuple[Noise, ...] = ()
 
     @property
     def starts(self) -> list[int]:
         """Byte offset of each part, followed by the size of the slot."""
         starts = [0]
-        parts: tuple[Crop | BucketCrop | Noise, ...] = (*self.crops, *self.noises)
+        parts: tuple[AnyCrop | Noise, ...] = (*self.crops, *self.noises)
         for part in parts:
             starts.append(starts[-1] + -(-part.bytes // _ALIGNED) * _ALIGNED)
         return starts

@@ -8,7 +8,7 @@ are tried one by one to find the cause.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -21,10 +21,21 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from pipeline.encoders.base import Autoencoder, TextEncoder, autoencoder, posterior_noise, sampled, text_encoder
+from pipeline.encoders.base import (
+    Autoencoder,
+    ImageEncoder,
+    TextEncoder,
+    autoencoder,
+    patch_encoder,
+    posterior_noise,
+    sampled,
+    text_encoder,
+)
+from pipeline.encoders.crop import PatchCrop
 from pipeline.imaging.buckets import BUCKET_COLUMNS, ORIGINAL_COLUMNS, Runs, Size
 from pipeline.imaging.decoder import ImageDecoder
 from pipeline.imaging.headers import ImageError
+from pipeline.imaging.patches import FEATURES as _FEATURES
 from pipeline.latents.stored_texts import images_of, sources_of
 from pipeline.loading import text_storage
 from pipeline.loading.caption_choice import TOKENS, ends_of, tokens_column
@@ -92,11 +103,17 @@ class Validator:
         self.device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
         self.columns = [name for name in dataset.schema if name.startswith(_IMAGE)]
         self.text_columns = [name for name in dataset.schema if name.startswith(_TEXT)]
+        self.feature_columns = [name for name in dataset.schema if name.startswith(_FEATURES)]
         self._statistics: dict[int, dict[str, Statistics]] = {}
 
     @cached_property
     def vae(self) -> Autoencoder:
         return autoencoder(self.config["vae"], self.device)
+
+    @cached_property
+    def patch_encoder(self) -> ImageEncoder:
+        """The encoder of image features."""
+        return patch_encoder(self.config["image_features"], self.device)
 
     @cached_property
     def texts(self) -> dict[str, TextEncoder]:
@@ -186,7 +203,7 @@ class Validator:
                 yield f"{column} says that it was cut at {found[2:]} (top, left) of its image, but that is {right[2:]}"
 
     def _faults(self, row: Row) -> Iterator[str]:
-        for column in [*self.columns, *self.text_columns]:
+        for column in [*self.columns, *self.feature_columns, *self.text_columns]:
             size = self.layout.size_in(row, column)
             data, expected = row[column], self.layout.bytes_of(column, size)
             if column in self.text_columns and self.layout.sources:
@@ -251,7 +268,7 @@ class Validator:
         return self.texts[column].tokens([caption])[0]
 
     def _values(self, column: str, data: bytes, size: Size | None = None) -> Tensor:
-        """Stored bytes as float32 (channels, h, w), for buckets with ``size`` in pixels, or (l, d).
+        """Stored bytes as float32 (channels, h, w) or (n, d), for buckets with ``size`` in pixels, or (l, d).
 
         Raises:
             ValueError: the bytes are not a whole number of tokens.
@@ -264,6 +281,8 @@ class Validator:
         raw = torch.from_numpy(stored.copy())[None]
         if column in self.text_columns:
             return self.layout.text(raw, column)[0].float()
+        if column in self.feature_columns:
+            return self.layout.image_features(raw, column, size)[0].float()
         return self.layout.stored_image(raw, column, size)[0].float()
 
     # ---- comparison of partitions
@@ -321,6 +340,8 @@ class Validator:
         now = {name: text.describe() for name, text in self.texts.items()}
         if self.columns:
             said["vae"], now["vae"] = self.extra["vae"], self.vae.describe()
+        if self.feature_columns:
+            said["image_features"], now["image_features"] = self.layout.features, self.patch_encoder.describe()
         facts = ("weights_xxh3", "version", "scaling", "shift")
         return [
             f"{name}: {fact} is {now[name].get(fact)}, was {before[fact]}"
@@ -446,6 +467,48 @@ class Validator:
                 f"{column} decodes to its image with {now:.1f} dB instead of {best:.1f}, "
                 f"and is off by {error:.0%}: {reason}"
             )
+        for column in self.feature_columns:
+            yield from self._compare_features(row, column, pixels, neighbours, decoder)
+
+    def _compare_features(
+        self,
+        row: Row,
+        column: str,
+        pixels: npt.NDArray[Any],
+        neighbours: Sequence[Stored],
+        decoder: ImageDecoder,
+    ) -> Iterator[str]:
+        size = self.layout.size_in(row, column)
+        x, encode = self._patches_of(pixels, column, row["key"]), self.patch_encoder.encode_patches
+        expected = encode(x)
+        found = self._values(column, row[column], size)[None].to(expected)
+        error = _error(found, expected)
+        if error <= _ERROR:
+            return
+        inputs = {n.key: self._patches_of(decoder.decode(n.read()["jpg"]), column, n.key) for n in neighbours}
+        rows, columns = x.shape[2] // self.patch_encoder.patch, x.shape[3] // self.patch_encoder.patch
+        scale = float((found * expected).sum() / expected.square().sum().clamp(min=1e-12))
+        mistakes = {
+            "red and blue were swapped": encode(x.flip(1)),
+            "images were mirrored": encode(x.flip(3)),
+            "rows and columns of patches were swapped": expected.unflatten(1, (rows, columns))
+            .transpose(1, 2)
+            .flatten(1, 2),
+            **{
+                f"they are those of sample {key}": encode(other)
+                for key, other in inputs.items()
+                if other.shape == x.shape
+            },
+            f"wrong scale: they are {scale:.3g} times what they should be": expected * scale,
+        }
+        yield f"{column} is off by {error:.0%}: {_likeliest(found, expected, mistakes)}"
+
+    def _patches_of(self, pixels: npt.NDArray[Any], column: str, key: str) -> Tensor:
+        """An image, uint8 (h, w, 3), as the input of the encoder of image features, (1, 3, h, w)."""
+        grid, prepared = self.layout.patches[column], self.patch_encoder.preprocessing
+        buckets = self.layout.buckets.get(f"{_IMAGE}{grid.resolution}")
+        latents = self.vae.crop(grid.resolution, buckets, self.config["seed"])
+        return prepared.of_one(pixels, PatchCrop(latents, grid, prepared.mode), self.device, key)
 
     def _cut(self, pixels: npt.NDArray[Any], column: str, key: str) -> Tensor:
         """An image, uint8 (h, w, 3), as the autoencoder's input, (1, 3, h, w)."""
@@ -475,10 +538,15 @@ class Validator:
             mistakes[f"wrong shift: they are {shift:.3g} more than they should be"] = expected + shift
         nearest = _channel_order(found[0], expected[0])
         mistakes[f"the latents' channels are in the order {nearest}"] = expected[:, nearest]
-        errors = {name: _error(found, wrong) for name, wrong in mistakes.items()}
-        likeliest = min(errors, key=errors.__getitem__)
-        explained = errors[likeliest] <= _ERROR and errors[likeliest] < 0.5 * _error(found, expected)
-        return likeliest if explained else "none of the usual mistakes explains it"
+        return _likeliest(found, expected, mistakes)
+
+
+def _likeliest(found: Tensor, expected: Tensor, mistakes: Mapping[str, Tensor]) -> str:
+    """The one of ``mistakes``, by name with the values it leads to, that explains ``found``."""
+    errors = {name: _error(found, wrong) for name, wrong in mistakes.items()}
+    likeliest = min(errors, key=errors.__getitem__)
+    explained = errors[likeliest] <= _ERROR and errors[likeliest] < 0.5 * _error(found, expected)
+    return likeliest if explained else "none of the usual mistakes explains it"
 
 
 def _size(size: Sequence[int]) -> str:

@@ -19,6 +19,7 @@ from pipeline.config.cli import nearest
 from pipeline.config.schema import ConfigError
 from pipeline.encoders.base import sampled
 from pipeline.imaging.buckets import BUCKET_COLUMNS, ORIGINAL_COLUMNS, Buckets, Size, buckets_in
+from pipeline.imaging.patches import FEATURES, PatchGrid, grids_in
 from pipeline.loading import text_storage
 from pipeline.loading.caption_choice import TOKENS, ends_of, tokens_column
 from pipeline.partitions.bucket_index import NAME as BUCKETS
@@ -49,6 +50,8 @@ class Layout:
         downsample: with buckets, pixels per latent along an edge.
         sources: of captions, if the text states of all captions of a sample are stored; empty: only those of one
             caption are stored.
+        patches: by column of image features. Shapes of these columns are those of squares.
+        features: the manifest's entry for image features; empty: there are none.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
@@ -58,6 +61,8 @@ class Layout:
     buckets: Mapping[str, Buckets] = field(default_factory=dict)
     downsample: int = 1
     sources: tuple[str, ...] = ()
+    patches: Mapping[str, PatchGrid] = field(default_factory=dict)
+    features: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, manifest: Mapping[str, Any]) -> Layout:
@@ -68,17 +73,24 @@ class Layout:
             shapes[name] = (shapes[name][0], edge, edge)
         storage = manifest.get("text_storage", {}).get("kind", "dense")
         sources = tuple(manifest.get(SOURCES, ()))
-        return cls(shapes, manifest["dtype"], manifest.get("latent", "sample"), storage, buckets, downsample, sources)
+        patches, features = grids_in(manifest), manifest.get("image_features", {})
+        shapes |= {name: (grid.count(), shapes[name][1]) for name, grid in patches.items()}
+        latent = manifest.get("latent", "sample")
+        return cls(
+            shapes, manifest["dtype"], latent, storage, buckets, downsample, sources, patches=patches, features=features
+        )
 
     def size_in(self, row: Mapping[str, Any], column: str) -> Size | None:
         """Height and width in pixels of the bucket recorded in a stored row; None without buckets."""
-        if column not in self.buckets:
+        resolution = column.removeprefix(IMAGE).removeprefix(FEATURES)
+        if not (column in self.buckets or (column in self.patches and self.buckets)):
             return None
-        resolution = column[len(IMAGE) :]
         return int(row[f"height_{resolution}"]), int(row[f"width_{resolution}"])
 
     def shape_of(self, column: str, size: Size | None = None) -> tuple[int, ...]:
         """Stored shape of a sample; ``size``: height and width of its bucket in pixels."""
+        if column in self.patches:
+            return self.patches[column].count(size), self.shapes[column][1]
         if size is None or column not in self.buckets:
             return self.shapes[column]
         return (self.shapes[column][0], *(edge // self.downsample for edge in size))
@@ -86,6 +98,8 @@ class Layout:
     def bytes_of(self, column: str, size: Size | None = None) -> int:
         if column.startswith(TEXT):
             return text_storage.size_of(self.shapes[column], self.storage, self.dtype)
+        if column in self.patches:
+            return text_storage.size_of(self.shape_of(column, size), self.features["storage"], self.dtype)
         return int(np.prod(self.shape_of(column, size))) * np.dtype(self.dtype).itemsize
 
     def image_shape(self, column: str, size: Size | None = None) -> tuple[int, int, int]:
@@ -105,6 +119,10 @@ class Layout:
     def text(self, raw: Tensor, column: str = TEXT) -> Tensor:
         """Unpack text states: uint8 (b, bytes) → (b, l, d)."""
         return text_storage.unpack(raw, self.shapes[column], self.storage, self.dtype)
+
+    def image_features(self, raw: Tensor, column: str, size: Size | None = None) -> Tensor:
+        """Unpack image features: uint8 (b, bytes) → (b, n, d)."""
+        return text_storage.unpack(raw, self.shape_of(column, size), self.features["storage"], self.dtype)
 
 
 @dataclass(frozen=True)
@@ -486,3 +504,14 @@ class LatentFolder:
         if self.has_manifest:
             self.expected.check(self.name, self.layout, column)
         return column
+
+    def features_column(self, column: str) -> str:
+        """The column of image features that belongs to the latents in ``column``.
+
+        Raises:
+            ConfigError: there are none.
+        """
+        found = FEATURES + column[len(IMAGE) :]
+        if found not in self.layout.patches:
+            raise ConfigError(f"{self.name}: its latents were made without image_features=")
+        return found

@@ -159,6 +159,7 @@ class LatentDataset:
         column: of the latents, ``latents_<image_size>``.
         seed: with ``epoch``, keys the posterior samples that are drawn from stored moments.
         size_conditions: whether batches include them, see :meth:`LatentFolder.size_conditions`.
+        image_features: whether batches include the image features stored with the latents.
         captions: if text states of several captions are stored: ``draw`` one in each epoch by the sample's key, use the
             ``first``, or ``all``.
         caption_weights: for drawing, by caption source; see :func:`pipeline.loading.caption_choice.chosen`.
@@ -169,6 +170,7 @@ class LatentDataset:
     seed: int = 0
     epoch: int = 0
     size_conditions: bool = False
+    image_features: bool = False
     captions: str = "draw"
     caption_weights: Mapping[str, float] = field(default_factory=dict)
 
@@ -203,7 +205,8 @@ class LatentDataset:
 
         Returns:
             ``image_latents`` (b, c, h, w) and ``caption_latents`` (b, 1, l, d); for ragged text states also
-            ``caption_mask``, bool (b, l), True at tokens; with ``size_conditions`` also these, int64 (b, 6).
+            ``caption_mask``, bool (b, l), True at tokens; with ``size_conditions`` also these, int64 (b, 6);
+            with ``image_features`` also these, (b, n, d).
         """
         parts, places = [], []
         for number in np.unique(folders):
@@ -218,7 +221,8 @@ class LatentDataset:
         folder = self.folders[number]
         layout = folder.layout
         which = self._captions(folder, epoch, positions)
-        raw = folder.read(positions, [self.column, _TEXT], size, which)
+        features = folder.features_column(self.column) if self.image_features else ""
+        raw = folder.read(positions, [self.column, _TEXT, *([features] if features else [])], size, which)
         noise = None
         if layout.latent == "moments":
             shape = layout.image_shape(self.column, size)
@@ -238,6 +242,8 @@ class LatentDataset:
             batch["caption_mask"] = mask if self.captions == "all" else mask[:, 0]
         if self.size_conditions:
             batch["size_conditions"] = folder.size_conditions(positions, self.column)
+        if features:
+            batch["image_features"] = layout.image_features(raw[features], features, size)
         return batch
 
     def _captions(self, folder: LatentFolder, epoch: int, positions: list[int]) -> list[int] | None:
@@ -317,6 +323,7 @@ def build_streaming_latents_dataloader(
     buckets: bool = False,
     balance: str = "samples",
     size_conditions: bool = False,
+    image_features: bool = False,
     captions: str = "draw",
     caption_weights: Mapping[str, float] | None = None,
     **options: Any,
@@ -341,6 +348,8 @@ def build_streaming_latents_dataloader(
         balance: With buckets, ``samples`` (all batches have ``batch_size``) or ``tokens``: see :class:`BucketLoader`.
         size_conditions: Whether batches have ``size_conditions``, int64 (b, 6): see
             :meth:`LatentFolder.size_conditions`.
+        image_features: For latents made with ``image_features=``: batches also have ``image_features`` (b, n, d) of
+            n patches, row by row, of the same part of each image.
         captions: For latents made with ``encode_captions=all``: ``draw`` one of a sample's captions in each epoch,
             keyed by the seed and the sample's key; use the ``first``; or use ``all``: then ``caption_latents`` are
             (b, n, l, d), zero-padded to the largest number n of captions, with ``caption_counts`` (b,) and masks
@@ -370,8 +379,17 @@ def build_streaming_latents_dataloader(
     if caption_weights and captions != "draw":
         raise ConfigError(f"caption_weights have no effect with captions={captions}")
     drawn = caption_weights_for(caption_weights or {}, folders)
+    column = columns.pop()
+    if image_features:
+        _check_features(folders, column)
     dataset = LatentDataset(
-        folders, columns.pop(), seed, size_conditions=size_conditions, captions=captions, caption_weights=drawn
+        folders,
+        column,
+        seed,
+        size_conditions=size_conditions,
+        image_features=image_features,
+        captions=captions,
+        caption_weights=drawn,
     )
     if buckets:
         order = BucketSlots(tuple(dataset.indexes), seed, shuffle, tuple(weights), far)
@@ -385,6 +403,18 @@ def build_streaming_latents_dataloader(
     blocks = tuple(tuple(folder.starts.tolist()) for folder in folders) if far else ()
     slots = Slots(tuple(len(folder) for folder in folders), seed, shuffle, tuple(weights), blocks)
     return LatentLoader(dataset, slots, batch_size, cap_drop_prob, drop_last, rank, world_size, **_ahead(options))
+
+
+def _check_features(folders: Sequence[LatentFolder], column: str) -> None:
+    """Raises ConfigError unless all folders have image features of the same patches by the same encoder."""
+    first = None
+    for folder in folders:
+        name, encoder = folder.features_column(column), folder.layout.features
+        weights = encoder.get("weights_xxh3") or encoder["name"]
+        found = {"weights": weights, "width": encoder["width"], **folder.layout.patches[name].describe()}
+        first = first or found
+        if wrong := [f"{key} {found[key]}, not {first[key]}" for key in found if found[key] != first[key]]:
+            raise ConfigError(f"{folder.name}: its image features have {', '.join(wrong)} as in {folders[0].name}")
 
 
 def open_latents(

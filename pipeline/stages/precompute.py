@@ -20,8 +20,10 @@ from pipeline.encoders.base import (
     autoencoder,
     image_encoder,
     model_files,
+    patch_encoder,
 )
 from pipeline.imaging.buckets import BUCKET_COLUMNS, ORIGINAL_COLUMNS, Buckets, Size, buckets_in
+from pipeline.imaging.patches import FEATURES, PatchGrid
 from pipeline.imaging.worker_pool import Pool, WorkerLimits
 from pipeline.latents.bucketing import by_bucket, header_pool
 from pipeline.latents.encoder_stage import AHEAD, EncodingStage, Job, Lap, Work, of_one_shape, read
@@ -74,6 +76,8 @@ class Precompute(EncodingStage[PrecomputeConfig]):
         schema |= dict.fromkeys(self._size_columns, "int")
         schema |= {BACK: "int"} if self.texts.shared else {}
         schema |= {"image_embedding": "bytes"} if self.config.image_encoder else {}
+        if self.config.image_features:
+            schema |= {f"{FEATURES}{r}": "bytes" for r in self.config.image_resolutions}
         return schema | ({"jpg": "jpeg"} if self.config.save_images else {})
 
     def extra(self) -> dict[str, Any]:
@@ -94,13 +98,22 @@ class Precompute(EncodingStage[PrecomputeConfig]):
         if self.embedder is not None:
             shapes["image_embedding"] = [self.embedder.width]
             extra["image_encoder"] = self.embedder.describe()
+        if self.patch_encoder is not None:
+            width = self.patch_encoder.patch_width
+            for name, grid in self.grids.items():
+                shapes[name] = [None if self.buckets else grid.count(), width]
+            extra["image_features"] = {
+                **self.patch_encoder.describe_patches(),
+                "storage": self.config.features_storage,
+                "patches": {name: grid.describe() for name, grid in self.grids.items()},
+            }
         if self.config.batch_size == "auto":
             extra["batch_size"] = self.batch_size
         return {"shapes": shapes, **extra}
 
     def model_files(self) -> dict[str, str]:
         texts = self.config.text_encoder if self.texts.encodes else ()
-        return model_files([self.config.vae, *texts, self.config.image_encoder])
+        return model_files([self.config.vae, *texts, self.config.image_encoder, self.config.image_features])
 
     # ---- buckets
 
@@ -141,6 +154,27 @@ class Precompute(EncodingStage[PrecomputeConfig]):
         name = self.config.image_encoder
         return image_encoder(name, self.rank.device, self._dtype) if name else None
 
+    @cached_property
+    def patch_encoder(self) -> ImageEncoder | None:
+        name = self.config.image_features
+        return patch_encoder(name, self.rank.device, self._dtype) if name else None
+
+    @cached_property
+    def grids(self) -> dict[str, PatchGrid]:
+        """Of image features, by column; none without."""
+        if self.patch_encoder is None:
+            return {}
+        config, patch = self.config, self.patch_encoder.patch
+        resolutions, edges = config.image_resolutions, config.features_resolution
+        if edges and (len(edges) != len(resolutions) or any(edge % patch for edge in edges)):
+            raise ConfigError(
+                f"features_resolution={list(edges)}: give a multiple of {patch}, the edge of a patch of "
+                f"image_features={config.image_features}, for each of image_resolutions={list(resolutions)}"
+            )
+        pixels = _PATCH * self.vae.downsample
+        edges = edges or tuple(max(1, round(resolution / pixels)) * patch for resolution in resolutions)
+        return {f"{FEATURES}{r}": PatchGrid(r, edge, patch) for r, edge in zip(resolutions, edges, strict=True)}
+
     @property
     def _dtype(self) -> str:
         return str(self.config.model_dtype) if self.on_gpu else "float32"
@@ -156,6 +190,8 @@ class Precompute(EncodingStage[PrecomputeConfig]):
             self.vae.compile()
             for text in self.texts.encoders.values():
                 text.compile()
+            if self.patch_encoder is not None:
+                self.patch_encoder.compile()
         return Encoding(
             device=self.rank.device,
             vae=self.vae,
@@ -169,6 +205,9 @@ class Precompute(EncodingStage[PrecomputeConfig]):
             pooled=self.texts.pooled,
             buckets=self.buckets,
             crop_seed=config.seed,
+            patch_encoder=self.patch_encoder,
+            grids=tuple(self.grids.values()),
+            features_storage=config.features_storage,
         )
 
     @cached_property
@@ -189,10 +228,15 @@ class Precompute(EncodingStage[PrecomputeConfig]):
             for resolution in self.config.image_resolutions:
                 edge = resolution - resolution % self.vae.downsample
                 self.vae.moments(torch.zeros((1, 3, edge, edge), device=device))
+        with torch.inference_mode(), flop_counter() as features:
+            if self.patch_encoder is not None:
+                for grid in self.grids.values():
+                    self.patch_encoder.encode_patches(torch.zeros((1, 3, grid.edge, grid.edge), device=device))
         with torch.inference_mode(), flop_counter() as captions:
             for text in self.texts.encoders.values():
                 text.encode(self.texts.first_captions[:1])
-        return images.get_total_flops() / peaks[0], captions.get_total_flops() / peaks[1]
+        for_image = images.get_total_flops() / peaks[0] + features.get_total_flops() / peaks[1]
+        return for_image, captions.get_total_flops() / peaks[1]
 
     @property
     def slot(self) -> Layout:
@@ -261,7 +305,12 @@ class Precompute(EncodingStage[PrecomputeConfig]):
             return AHEAD
         extra = self.extra()
         largest = {name: each.largest // self.vae.downsample**2 for name, each in buckets_in(extra).items()}
-        numbers = (largest[n] * s[0] if n in largest else math.prod(s) for n, s in extra["shapes"].items())
+        shapes = {name: shape for name, shape in extra["shapes"].items() if name not in self.grids}
+        numbers = [largest[name] * shape[0] if name in largest else math.prod(shape) for name, shape in shapes.items()]
+        sizes = {each.resolution: each.sizes for each in self.buckets}
+        for name, grid in self.grids.items():
+            patches = max(map(grid.count, sizes.get(grid.resolution, (None,))))
+            numbers.append(patches * extra["shapes"][name][1])
         return int(min(64, max(AHEAD, _BUFFER // (self.batch_size * sum(numbers) * 4))))
 
     def batches(self, rows: Iterator[Job], size: int) -> Iterator[tuple[list[Job], Captions]]:

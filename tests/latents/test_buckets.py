@@ -5,11 +5,13 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from fake_stage import rank_of
 from latents.test_crashes import killed
 from stages.conftest import digests, run_stage
@@ -19,10 +21,13 @@ from pipeline.config.cli import build
 from pipeline.config.schema import PrecomputeConfig
 from pipeline.distributed import Rank
 from pipeline.encoders.base import posterior_noise, sampled
-from pipeline.encoders.embedded import EmbeddedAutoencoder
+from pipeline.encoders.crop import PatchCrop
+from pipeline.encoders.embedded import EmbeddedAutoencoder, EmbeddedImageEncoder
 from pipeline.imaging import transform
 from pipeline.imaging.buckets import BUCKET_COLUMNS, Buckets
+from pipeline.imaging.patches import PatchGrid
 from pipeline.loading.latent_folder import LatentFolder
+from pipeline.loading.latents import build_streaming_latents_dataloader
 from pipeline.partitions import engine
 from pipeline.partitions.bucket_index import NAME, BucketIndex
 from pipeline.partitions.dataset import Dataset, RandomAccess, SlotReader, Stored
@@ -42,7 +47,10 @@ SETTINGS: dict[str, Any] = {
     "bucket_step": 16,
     "image_resolutions": (48, 64),
     "batch_size": "5",
+    "image_features": "embedded",
+    "features_storage": "int8",
 }
+READ = ("image_latents", "image_features")
 CANVASES = ("1:1", "3:2", "2:3", "5:3", "1:3")
 COUNT = 47
 
@@ -90,6 +98,31 @@ def test_each_image_is_encoded_in_its_own_bucket(scenes: Path, sound: Path) -> N
             assert np.array_equal(latents(row, resolution), alone), "bytes do not depend on the batch"
             shapes.add(alone.shape)
     assert len(shapes) == 6  # 48: a square, 32 x 64 and 64 x 32; 64: a square, 48 x 80 and 80 x 48
+
+
+def test_image_features_are_those_of_the_crop_that_latents_are_made_of(scenes: Path, sound: Path) -> None:
+    sources = {row["key"]: row["jpg"] for row in rows_of(scenes)}
+    encoder, vae, shapes = EmbeddedImageEncoder(), EmbeddedAutoencoder("embedded"), set()
+    rows = {row["key"]: row for row in rows_of(sound)}
+    loader: Any = build_streaming_latents_dataloader(
+        sound, 4, 64, 16, 64, shuffle=False, drop_last=False, buckets=True, image_features=True
+    )
+    loaded = [(image, features) for batch in loader for image, features in zip(*map(batch.get, READ), strict=True)]
+    by_latents = {image.numpy().tobytes(): features for image, features in loaded}
+    for key, row in rows.items():
+        pixels = transform.decode(sources[key], transform.probe(sources[key]))
+        for resolution, grid in ((48, PatchGrid(48, 24, 8)), (64, PatchGrid(64, 32, 8))):
+            crop = PatchCrop(vae.crop(resolution, Buckets(resolution, 16)), grid)
+            exact = encoder.encode_patches(encoder.preprocessing.of_one(pixels, crop, "cpu"))[0]
+            size = (row[f"height_{resolution}"], row[f"width_{resolution}"])
+            assert len(exact) == size[0] * size[1] // 16**2, "one patch for 2 x 2 latents"
+            stored = np.frombuffer(row[f"image_features_{resolution}"], np.uint8)
+            scales, values = stored[: 2 * len(exact)].view(np.float16), stored[2 * len(exact) :].view(np.int8)
+            found = torch.from_numpy(values.reshape(exact.shape).astype(np.float32) * scales[:, None])
+            assert float((found - exact).norm() / exact.norm()) < 0.01
+            shapes.add((resolution, len(exact)))
+        torch.testing.assert_close(by_latents[row["latents_64"]].float(), found, rtol=1e-3, atol=1e-4)
+    assert len(by_latents) == COUNT and shapes == {(48, 9), (48, 8), (64, 16), (64, 15)}
 
 
 def test_samples_lie_bucket_by_bucket_and_the_index_says_so(sound: Path) -> None:
@@ -309,6 +342,69 @@ def test_what_was_written_wrong_is_found_and_made_again(
     repair(place, Rank(), deep=True, workers=1)
     assert content_digest(place) == content_digest(sound)
     assert list(findings_of(place, deep=True)[1]) == []
+
+
+def features_of_the_next(stage: Precompute, rows: list[Row]) -> None:
+    for _, group in groupby(rows, key=lambda row: row["height_64"]):
+        alike = list(group)
+        values = [row["image_features_64"] for row in alike]
+        for row, other in zip(alike, values[1:] + values[:1], strict=True):
+            row["image_features_64"] = other
+
+
+def wrong_scale_of_features(stage: Precompute, rows: list[Row]) -> None:
+    for row in rows:
+        stored = np.frombuffer(row["image_features_64"], np.uint8).copy()
+        scales = stored[: 2 * (len(stored) // (2 + 192))].view(np.float16)
+        scales *= np.float16(2)
+        row["image_features_64"] = stored.tobytes()
+
+
+def turned_features(stage: Precompute, rows: list[Row]) -> None:
+    for row in rows:
+        (height, width), sizes = (row["height_64"] // 16, row["width_64"] // 16), (2, 192)
+        stored, at, parts = np.frombuffer(row["image_features_64"], np.uint8), 0, []
+        for size in sizes:
+            stop = at + height * width * size
+            parts.append(stored[at:stop].reshape(height, width, size).transpose(1, 0, 2).ravel())
+            at = stop
+        row["image_features_64"] = np.concatenate(parts).tobytes()
+
+
+def short_features(stage: Precompute, rows: list[Row]) -> None:
+    rows[0]["image_features_48"] = rows[0]["image_features_48"][:-1]
+
+
+OF_FEATURES: tuple[tuple[Callable[[Precompute, list[Row]], None], str], ...] = (
+    (features_of_the_next, "they are those of sample "),
+    (wrong_scale_of_features, "wrong scale: they are 2 times what they should be"),
+    (turned_features, "rows and columns of patches were swapped"),
+    (short_features, "image_features_48 has "),
+)
+
+
+def test_wrong_image_features_are_found_and_made_again(
+    scenes: Path, sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fault of its own in each partition."""
+
+    def wrong(self: Precompute, partition: Partition, context: Context) -> Iterator[Outcome]:
+        outcomes = list(process(self, partition, context))
+        OF_FEATURES[partition.index][0](self, [outcome.row for outcome in outcomes if outcome.row])
+        yield from outcomes
+
+    place = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(Precompute, "process", wrong)
+        run_stage("precompute", input=str(scenes), output=str(place), **SETTINGS)
+    assert list(findings_of(place)[1]) == []
+    found = list(findings_of(place, deep=True)[1])
+    for partition, (_, what) in enumerate(OF_FEATURES):
+        there = [finding for finding in found if finding.partition == partition]
+        assert there and all("image_features_" in finding.what and finding.key for finding in there), there
+        assert any(what in finding.what for finding in there), there
+    repair(place, Rank(), deep=True, workers=1)
+    assert content_digest(place) == content_digest(sound)
 
 
 # ---- seen by people

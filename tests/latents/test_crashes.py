@@ -18,7 +18,8 @@ from pipeline.partitions import engine
 from pipeline.partitions.dataset import Dataset
 from pipeline.stages.precompute import Precompute
 
-SETTINGS = {"image_resolutions": (32, 64), "vae": "embedded16", "batch_size": "5"}
+FEATURES = {"image_features": "embedded", "features_resolution": (24, 32)}
+SETTINGS = {"image_resolutions": (32, 64), "vae": "embedded16", "batch_size": "5", **FEATURES}
 _KILLED = """
 import os, signal, sys
 from importlib import import_module
@@ -48,7 +49,7 @@ def killed(rank: int, ranks: int, sample: int, *settings: str, stage: str = "pre
 
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_killed_ranks_lose_and_repeat_nothing(make: Make, tmp_path: Path, ranks: int) -> None:
-    reference = make("batches-of-five", batch_size="5")
+    reference = make("batches-of-five", batch_size="5", **FEATURES)
     place = tmp_path / "latents"
     given = [f"{name}={list(value) if isinstance(value, tuple) else value}" for name, value in SETTINGS.items()]
     given += [f"input={reference.header['upstream']['path']}", f"output={place}", "workers=1"]

@@ -57,6 +57,35 @@ def test_batches_hold_what_is_stored(make: Make) -> None:
         assert image.numpy().tobytes() == row["latents_64"] and text.numpy().tobytes() == row["caption_latents"]
 
 
+@pytest.mark.parametrize(("storage", "most"), [("dense", 0.0005), ("int8", 0.01), ("fp8", 0.04)])
+def test_image_features_come_with_their_latents(make: Make, storage: str, most: float) -> None:
+    features = {"image_features": "embedded", "features_storage": storage, "save_dtype": "float16"}
+    place = make(f"features-{storage}", **features).root.path
+    exact = make("features-exact", image_features="embedded", save_dtype="float32")
+    batch = next(iter(build(place, 47, image_features=True)))
+    expected = next(iter(build(exact.root.path, 47, image_features=True)))["image_features"]
+    assert batch["image_features"].shape == (47, 16, 192) and batch["image_features"].dtype == torch.float16
+    assert expected.dtype == torch.float32
+    error = float((batch["image_features"].float() - expected).norm() / expected.norm())
+    assert error < most
+    assert "image_features" not in next(iter(build(place)))
+    row = RandomAccess(exact).rows([5])[0]
+    one = build(exact.root.path, image_size=32, image_features=True).dataset[5]["image_features"]
+    assert one.shape == (4, 192) and one.numpy().tobytes() == row["image_features_32"]
+
+
+def test_image_features_that_are_not_there_or_not_alike_are_refused(make: Make, dense: Path) -> None:
+    place = make("features-dense", image_features="embedded").root.path
+    with pytest.raises(ConfigError, match=r"dense: its latents were made without image_features="):
+        build([place, dense], image_features=True)
+    finer = make("features-finer", image_features="embedded", features_resolution=(32, 64)).root.path
+    with pytest.raises(ConfigError, match=r"finer: its image features have edge 64, not 32 as in .*features-dense"):
+        build([place, finer], image_features=True)
+    for wrong in ((32,), (20, 32)):
+        with pytest.raises(ConfigError, match=r"features_resolution=.*: give a multiple of 8, the edge of a patch of"):
+            make(f"features-{wrong}", image_features="embedded", features_resolution=wrong)
+
+
 RAGGED = ["ragged", "ragged+dedup", "int8+ragged", "fp8+ragged+dedup"]
 
 

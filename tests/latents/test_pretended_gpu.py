@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from stages.conftest import run_stage
-from tiny_networks import save_autoencoder, save_clip
+from tiny_networks import save_autoencoder, save_clip, save_dino, save_dino3, save_siglip
 from transfer_double import Gpus
 
 from pipeline.encoders.embedded import EmbeddedTextEncoder
@@ -25,21 +26,29 @@ from pipeline.stages import verify
 from pipeline.stages.features import Features
 from pipeline.stages.precompute import Precompute
 
+_SAVED: dict[str, Callable[[Path], Path]] = {
+    "vae": partial(save_autoencoder, latent_channels=4),
+    "clip": save_clip,
+    "dino": save_dino,
+    "dino3": save_dino3,
+    "siglip": save_siglip,
+}
+
 
 @pytest.fixture(scope="module", autouse=True)
 def networks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Saved before anything is pretended: diffusers makes types of what torch.cuda has when it is imported."""
     place = tmp_path_factory.mktemp("networks")
-    for name in ("vae", "clip", "vit"):
+    for name in (*_SAVED, "vit"):
         (place / name).mkdir()
-    save_autoencoder(place / "vae", latent_channels=4)
-    save_clip(place / "clip")
+    for name, save in _SAVED.items():
+        save(place / name)
     from transformers import ViTConfig, ViTImageProcessor, ViTModel
 
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
     ViTModel(ViTConfig(**sizes, image_size=32, patch_size=16), add_pooling_layer=False).save_pretrained(place / "vit")
     ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(place / "vit")
-    return {name: str(place / name) for name in ("vae", "clip", "vit")}
+    return {name: str(place / name) for name in (*_SAVED, "vit")}
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +86,19 @@ PRECOMPUTE: dict[str, Callable[[dict[str, str]], dict[str, Any]]] = {
     "mode": lambda n: {"vae": n["vae"], "text_encoder": [f"clip:{n['clip']}"], "pooled": True},
     "moments": lambda n: {"vae": n["vae"], "latent": "moments", "text_storage": "ragged"},
     "sample": lambda n: {"vae": n["vae"], "latent": "sample", "text_storage": "dedup"},
+    "features of DINOv2": lambda n: {"vae": "embedded16", "image_features": f"hf:{n['dino']}"},
+    "features of DINOv3": lambda n: {
+        "vae": "embedded16",
+        "image_features": f"hf:{n['dino3']}",
+        "features_storage": "int8",
+    },
+    "features of SigLIP": lambda n: {
+        "vae": "embedded16",
+        "image_features": f"hf:{n['siglip']}",
+        "features_resolution": (48, 48),
+        "aspect": "buckets",
+        "bucket_step": 16,
+    },
 }
 
 

@@ -35,6 +35,7 @@ def findings(dataset: Dataset) -> list[Finding]:
         {},
         {"latent": "moments"},
         {"vae": "embedded"},
+        {"image_features": "embedded"},
         *({"text_storage": kind} for kind in ("int8+dedup", "fp8", "ragged", "int8+ragged+dedup")),
     ],
     ids=lambda settings: "-".join(settings.values()) or "dense",

@@ -48,6 +48,15 @@ def test_eight_bits_are_half_the_size_and_near(states: torch.Tensor, storage: st
     assert 0 < error["mean"] <= error["max"] < most
 
 
+def test_eight_bits_are_off_by_half_a_scale_at_most(states: torch.Tensor) -> None:
+    plain = torch.randn(2, 256, 768, generator=torch.Generator().manual_seed(1))  # as wide as DINOv2's patches
+    for values, most in ((plain, 0.009), (states, 0.06)):
+        back = unpack(pack(values, "int8", "float16"), values.shape[1:], "int8", "float16").float()
+        scales = values.abs().amax(2, keepdim=True) / 127
+        assert bool(((back - values).abs() <= scales * 0.5 + values.abs() * 1e-3).all())
+        assert float((back - values).norm() / values.norm()) < most
+
+
 @pytest.mark.parametrize("storage", ["int8", "fp8"])
 def test_very_quiet_very_loud_and_broken_tokens(storage: str) -> None:
     states = torch.ones(1, 3, 8) * torch.tensor([1e-5, 3e4, float("nan")])[None, :, None]
