@@ -50,8 +50,7 @@ class Said:
 
 
 def judge(said: Said, refusals: Sequence[str] = ()) -> tuple[str, str]:
-    """Return the caption in an answer, and the reason if there is none: ``refusal``, ``loop``, ``empty`` or
-    ``cut_off``.
+    """Return the caption in an answer and, if there is none, the reason, one of :data:`REASONS`.
 
     A truncated answer is reduced to its complete sentences.
 

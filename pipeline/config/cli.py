@@ -427,8 +427,7 @@ def _help(field: dataclasses.Field[Any]) -> str:
 
 
 def program(name: str) -> str:
-    """The command to start a program: ``latentmill run`` if this process was started that way, else ``python
-    launch/submit.py``.
+    """The command that starts a program: ``latentmill run`` if this process was started so, or else ``python ...``.
 
     Args:
         name: ``submit``, ``status``, ``doctor``, or a stage.

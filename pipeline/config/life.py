@@ -3,11 +3,10 @@
 Exit codes are not sufficient: srun kills the other ranks when one fails, and torchrun has its own exit code. A rank
 therefore writes small files to the folder that the script created for this life and named in ``LATENTMILL_LIFE``:
 
-    <rank>.alive    rewritten as a sign of life: SLURM step, node, and the seconds for which it is good. How old it is
-                    is judged by the file server's clock, which gives it its modification time: clocks of nodes differ
-    saved           something was done for good (a commit, a checkpoint): this life was not in vain
-    <rank>.<code>   how the rank ended; its node; steps made and seconds at work; why; the
-                    folder that it wrote to: one line each
+    <rank>.alive    rewritten regularly: SLURM step, node, and the seconds for which it is valid. Its age is measured by
+                    the file server's clock, which sets the modification time, because the clocks of nodes differ
+    saved           permanent progress was made (a commit, a checkpoint)
+    <rank>.<code>   how the rank ended, one item per line: node, steps and seconds of work, reason, output folder
 
 Nothing is written without the variable or if the disk rejects the files; the work does not depend on them.
 """

@@ -61,9 +61,9 @@ def option(
         names: Registry of the allowed values. Names registered by installed packages are allowed, too, and their
             options become options of the config (:func:`extended`).
         when: When the option has an effect (empty: always): ``name=value|value`` (another option has one of these
-            values), ``name!=value|value``, ``name^=text|text`` (its value begins so), ``name`` (it is set) or ``!name``
-            (it is not), joined by ``and`` and, weaker, ``or``; :data:`NEVER`.
-            :func:`pipeline.config.cli.load` refuses a setting that cannot have an effect.
+            values), ``name!=value|value``, ``name^=text|text`` (its value begins with one of these), ``name`` (it is
+            set) or ``!name`` (it is not), joined by ``and`` and, weaker, ``or``; :data:`NEVER`.
+            :func:`pipeline.config.cli.load` rejects a setting that cannot have an effect.
     """
     bounds = {name: bound for name, bound in (("ge", ge), ("gt", gt), ("le", le), ("lt", lt)) if bound is not None}
     metadata = {
@@ -293,8 +293,7 @@ def part_of(config: Options, cls: type[Part], **changes: Any) -> Part:
 
 
 def extended(cls: type[Part], settings: Mapping[str, Any]) -> type[Part]:
-    """Extend ``cls`` with the options of everything that ``settings`` select from installed packages: a source, a task,
-    ...
+    """Extend ``cls`` with the options of all sources, tasks etc. from installed packages that ``settings`` select.
 
     Raises:
         ConfigError: two packages declare an option of the same name.
@@ -482,7 +481,7 @@ def without_effect(config: Any, given: Iterable[str]) -> dict[str, str]:
 def list_items(text: str) -> list[str]:
     """Parse a list in a setting, ``[a,b]`` or ``a,b``; quotes allow commas within an item.
 
-    An item that begins with ``"`` or ``'`` ends at the same mark; within, ``\\`` takes the next character as it is.
+    An item that begins with ``"`` or ``'`` ends at the same mark; within, ``\\`` escapes the next character.
 
     Raises:
         ConfigError: a quote is not closed, or something follows it.

@@ -105,7 +105,7 @@ class Concepts:
         """Whether each sample is selected, (n,).
 
         Args:
-            draws: a random word for each sample, (n,).
+            draws: a random 64-bit number for each sample, (n,).
             counts: number of samples that match each entry, (entries,); if it is at most ``most``, any value up to
                 ``most``.
             most: the paper's t.

@@ -5,8 +5,8 @@ Readers open one data file at a time and read rows by their location, which cost
 two families:
 
 - *flexible* (tar, mds, parquet, ipc, reference): store the bytes of the image file;
-- *fixed* (memmap, hdf5): pixels of one size and mode. Their rows look the same from outside: the image is then a
-  lossless PNG (``npy`` if a PNG cannot hold it), encoded on request.
+- *fixed* (memmap, hdf5): pixels of one size and mode. Their readers return the same rows: the image is encoded on
+  request as a lossless PNG (``npy`` if a PNG cannot hold it).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ MASK = "mask"
 """Column of the dense label's bytes, a PNG or ``.npy``; in rows for a fixed format, an array (h, w) or (h, w, c)."""
 
 Location = tuple[str, int, int]
-"""File in the partition's folder, offset and length in bytes: of the row, or of its image where columns lie apart."""
+"""File in the partition's folder, offset and length in bytes: of the row, or of its image if stored separately."""
 
 Create = Callable[[str], HashedFile]
 """Makes a data file of the partition being written."""
@@ -99,7 +99,7 @@ class FileReader(ABC):
         """
 
     def view(self, number: int, offset: int, length: int) -> npt.NDArray[Any] | bytes:
-        """The bytes of the image, uint8 (n,): a view of the file if they are contiguous, else a copy."""
+        """The bytes of the image, uint8 (n,): a view of the file if they are contiguous, otherwise a copy."""
         data: bytes = self.row(number, offset, length, (IMAGE,))[IMAGE]
         return data
 

@@ -121,7 +121,7 @@ class _FlexibleFilesWriter(BufferedWriter):
 
 
 class _Content:
-    """What a file holds, in memory as long as it is among those used last."""
+    """Unpacked content of a file, kept in memory while it is among the last ones loaded."""
 
     _kept: ClassVar[deque[_Content]] = deque()
 
@@ -136,7 +136,7 @@ class _Content:
         if content is None:
             try:
                 content = self._format.unpack(self._data.bytes(0, len(self._data)))
-            except Exception as error:  # whatever a format of somebody else raises for bytes that it does not know
+            except Exception as error:  # a custom format may raise any exception
                 raise ValueError(f"{self._data.name}: {type(error).__name__}: {error}") from error
             self._content = content
             self._kept.append(self)

@@ -58,7 +58,7 @@ class PointerReader(FileReader):
         self._upstream: RandomAccess | None = None
 
     def row(self, number: int, offset: int, length: int, columns: Collection[str] | None = None) -> Row:
-        """Raises SampleError ``missing`` or ``changed_since_plan`` if the upstream is not what was recorded."""
+        """Raise SampleError ``missing`` or ``changed_since_plan`` if the upstream is missing or has changed."""
         from pipeline.partitions.dataset import Dataset, RandomAccess, Unfinished
 
         pointer = self.copied(number, offset, length)

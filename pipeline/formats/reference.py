@@ -38,7 +38,7 @@ class ReferenceReader(FileReader):
         self._origin = origin
 
     def row(self, number: int, offset: int, length: int, columns: Collection[str] | None = None) -> Row:
-        """Raises SampleError ``missing`` or ``changed_since_plan`` if the file is not what was recorded."""
+        """Raise SampleError ``missing``, ``unreadable`` or ``changed_since_plan`` if the file is not as recorded."""
         row: Row = json.loads(self._data.bytes(offset, length))
         path, expected = row.pop("path"), row.pop("hash")
         if columns is None or IMAGE in columns:

@@ -1,4 +1,4 @@
-"""Reusable memory buffers."""
+"""Settings of the C library's memory allocator."""
 
 from __future__ import annotations
 

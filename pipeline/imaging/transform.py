@@ -576,7 +576,7 @@ def _resize_stored(pixels: Pixels, scale: int, header: Probe, size: Size, rules:
     if _turn(header) < 5:
         return resize(pixels, size, backend, box, kind)
     across, down = size[::-1]
-    if backend == "fast":  # columns first; Pillow: rows first
+    if backend == "fast":  # resizes columns first; Pillow resizes rows first
         return resize(
             resize(pixels, (across, pixels.shape[0]), backend, (0, 0, box[2], pixels.shape[0]), kind),
             (across, down),

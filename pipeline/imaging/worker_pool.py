@@ -272,7 +272,7 @@ class Pool:
         ``tick`` is called regularly while waiting and may raise.
 
         Raises:
-            WorkerError: see there.
+            WorkerError: workers do not start, or the function always raises.
         """
         source = iter(tasks)
         under_way: deque[tuple[Token, Task | None]] = deque()
@@ -329,7 +329,7 @@ class Pool:
         """Wait for ``task`` and return its result.
 
         Raises:
-            WorkerError: see there.
+            WorkerError: workers do not start, or the function always raises.
         """
         while not task.done:
             self._assign()

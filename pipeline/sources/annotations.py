@@ -259,7 +259,7 @@ def _caltech256(name: str) -> Entry | None:
 
 
 def _folders(name: str) -> Entry | None:
-    """The folder is the caption."""
+    """The name of the image's folder is the caption."""
     folder = name.rpartition("/")[0].rpartition("/")[2]
     return Entry([folder]) if folder else None
 
@@ -520,7 +520,7 @@ def _candidates(name: str) -> Iterator[str]:
 
 
 def archive_class(archive: str) -> str:
-    """``sub/n01440764.tar`` → ``n01440764``."""
+    """The class name of an archive: ``n01440764`` for ``sub/n01440764.tar``."""
     return archive.rpartition("/")[2].partition(".")[0]
 
 

@@ -1,6 +1,6 @@
 """Scores of samples by name.
 
-``stage=score`` takes those named in ``scorers=``. Scores from pixels and captions are functions, made known by
+``stage=score`` computes those named in ``scorers=``. Scores from pixels and captions are functions, registered by
 :func:`scorer`; those from models (``embedding:<model>``, ``head:<file>``, ...) are subclasses of
 :class:`pipeline.encoders.model_scores.ModelScorer`. An installed package adds either with an entry point of the group
 ``latentmill.scorers``.
