@@ -1,5 +1,5 @@
-# What every container needs, whatever runs in it: the checkout, the logs (where ranks say how they ended), the data,
-# the GPUs. job.sh and launch/doctor.py source this; it completes CONTAINER and SRUN_ARGS (job.sh says what they are).
+# What every container needs: the checkout, the logs (where ranks report how they ended), the data and the GPUs.
+# Sourced by job.sh and launch/doctor.py; completes CONTAINER and SRUN_ARGS, which job.sh describes.
 # shellcheck shell=bash
 
 : "${CONTAINER:=}" "${SRUN_ARGS:=}" "${BINDS:=}" "${LOGS:=}"
@@ -11,7 +11,7 @@ if [[ ${CONTAINER%% *} =~ ^(.*/)?(apptainer|singularity)$ ]]; then
   CONTAINER=${CONTAINER/"${BASH_REMATCH[0]}"/"${BASH_REMATCH[0]}$lm_nv--bind $lm_binds "}
 elif [[ $SRUN_ARGS = *--container-image* ]]; then
   SRUN_ARGS+=" --container-mounts=$lm_binds"
-  # enroot shows a container the driver and the devices only where these say so
+  # enroot exposes the driver and the devices to a container only if these are set
   [ "${SLURM_GPUS_ON_NODE:-0}" = 0 ] || export NVIDIA_VISIBLE_DEVICES=${NVIDIA_VISIBLE_DEVICES:-all} \
     NVIDIA_DRIVER_CAPABILITIES=${NVIDIA_DRIVER_CAPABILITIES:-compute,utility}
 fi

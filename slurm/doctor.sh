@@ -1,7 +1,7 @@
-# What launch/doctor.py has each task of its job do first, as the text of `bash -c`: no file of the node is needed to
-# say that it has no checkout, no environment or no Python. Findings are lines that pipeline/doctor/finding.py reads.
+# What each task of launch/doctor.py's job runs first. It is passed as the text of `bash -c`, so that a node without a
+# checkout, an environment or Python can still report that. pipeline/doctor/finding.py reads the findings, one per line.
 #
-# From the environment: LATENTMILL_HOME, DOCTOR_SETUP (shell lines), DOCTOR_LIMIT (seconds); arguments: of the check.
+# Environment: LATENTMILL_HOME, DOCTOR_SETUP (shell lines), DOCTOR_LIMIT (seconds). Arguments: those of the check.
 # shellcheck shell=bash disable=SC1091,SC2086
 
 say() { # say CHECK STATE TEXT ADVICE

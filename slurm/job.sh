@@ -1,37 +1,37 @@
-# The part that all job scripts share: each sources this after its settings and env.sh, and then starts its ranks with
+# Shared by all job scripts. A script sources this after its settings and env.sh, and then starts its ranks with one of
 #
-#   run COMMAND...                one process per task; each can do the work alone (all stages but train)
-#   run_together COMMAND...       one process per task; they wait for each other (train)
-#   run_torchrun ARGUMENTS...     one torchrun per node, NPROC_PER_NODE processes each
-#   run_accelerate ARGUMENTS...   one `accelerate launch` per node, NPROC_PER_NODE processes each
+#   run COMMAND...                one process per task, independent of each other (all stages except train)
+#   run_together COMMAND...       one process per task, which communicate (train)
+#   run_torchrun ARGUMENTS...     one torchrun per node with NPROC_PER_NODE processes
+#   run_accelerate ARGUMENTS...   one `accelerate launch` per node with NPROC_PER_NODE processes
 #
-# A script may run several steps, one after another; step_size says how much of the job the next ones use. A job that
-# begins again goes on with the first step that has not finished.
+# A script may run several steps one after another; step_size sets how much of the job the following steps use. A
+# requeued job continues with the first step that has not finished.
 #
-# It returns when the work is done. Otherwise the script ends there, with the exit code of the rank that failed or else
-# of srun. If another try makes sense, the job goes back into SLURM's queue first: when it was told to stop (preemption,
-# time limit: SIGTERM or SIGUSR2), when a rank failed, was killed or hung. Nodes that did badly while others did well
-# are left out of the next life (nodes.sh). What no other try can heal (a wrong setting, a full disk) ends it at once.
-# SLURM by itself starts a job again only when a node fails or something more important needs its place.
+# These return when the work is done. Otherwise they end the script with the exit code of the rank that failed, or that
+# of srun. If a retry makes sense, the job is requeued first: after a preemption or at its time limit (SIGTERM or
+# SIGUSR2), and after a rank failed, was killed or hung. Nodes that failed while others did not are excluded from the
+# next life (nodes.sh). An error that a retry cannot fix (a wrong setting, a full disk) ends the job at once. SLURM
+# alone restarts a job only after a node failure or a preemption.
 #
 # Settings, from the environment:
-#   LOGS=$PWD/logs    one log per task, <job name>-<job id>-<task>.log; the lives of a job follow each other in it
+#   LOGS=$PWD/logs    one log per task, <job name>-<job id>-<task>.log, to which each life of the job appends
 #   LIVES=5           give up after this many lives in a row without progress: no partition committed, no checkpoint
-#   BAD_NODES=2       how many nodes may be left out for doing badly, in all lives together (0: none)
-#   WAIT=60           seconds that other tasks have when the first one has finished, before they are killed (0: any)
-#   LOOK=30           seconds between two looks for ranks that show no life
-#   STAGGER=          seconds over which the starts of ranks are spread; default: one second per 50 ranks, at most 60
+#   BAD_NODES=2       at most this many nodes are excluded in all lives together (0: none)
+#   WAIT=60           seconds after the first task has finished until the others are killed (0: never)
+#   LOOK=30           seconds between two checks for ranks that show no sign of life
+#   STAGGER=          seconds over which ranks are started; default: one second per 50 ranks, at most 60
 #   NPROC_PER_NODE=1  for run_torchrun and run_accelerate
-#   CONTAINER         put before each command, for example CONTAINER="apptainer exec image.sif"
-#   SRUN_ARGS         more options for srun, for example SRUN_ARGS="--container-image=image.sqsh" (pyxis)
-#   BINDS             folders that a container sees besides the checkout and the logs: BINDS=/data,/scratch
-#   NOTIFY            a URL that gets a small JSON message when the job has finished, or has failed for good
+#   CONTAINER         prefix of each command, for example CONTAINER="apptainer exec image.sif"
+#   SRUN_ARGS         additional options of srun, for example SRUN_ARGS="--container-image=image.sqsh" (pyxis)
+#   BINDS             folders mounted in a container besides the checkout and the logs: BINDS=/data,/scratch
+#   NOTIFY            a URL to which a small JSON message is sent when the job has finished or finally failed
 #
-# The elements of an array (sbatch --array=0-9 slurm/filter.sbatch) share a stage's work: they pass "${ELEMENT[@]}".
-# Settings of a script that an argument may override: settings KEY=VALUE... -- "$@", then pass "${SETTINGS[@]}" "$@".
+# The tasks of an array (sbatch --array=0-9 slurm/filter.sbatch) share the work of a stage: pass "${ELEMENT[@]}".
+# For settings that an argument overrides: settings KEY=VALUE... -- "$@", then pass "${SETTINGS[@]}" "$@".
 # shellcheck shell=bash disable=SC2016,SC2034
 
-settings() { # settings KEY=VALUE... -- ARGUMENT...: SETTINGS are those whose key no argument gives
+settings() { # settings KEY=VALUE... -- ARGUMENT...: sets SETTINGS to those whose key is not among the arguments
   local word given=" "
   local -a mine=()
   SETTINGS=()
@@ -46,7 +46,7 @@ settings() { # settings KEY=VALUE... -- ARGUMENT...: SETTINGS are those whose ke
   done
 }
 
-if [ -n "${LATENTMILL_CHECK:-}" ]; then # on a login node: only say whether the work is done (slurm/pipeline.sh)
+if [ -n "${LATENTMILL_CHECK:-}" ]; then # on a login node: only report whether the work is done (slurm/pipeline.sh)
   ELEMENT=()
   run() { shift 2; exec python -m launch.finished "$@"; }
   run_together() { run "$@"; }
@@ -61,16 +61,16 @@ fi
 export -n NOTIFY # it may hold a secret, and ranks do not need it
 LOGS=$(realpath -m "$LOGS")
 : "${SLURM_NTASKS:=$((SLURM_NNODES * ${SLURM_NTASKS_PER_NODE:-1}))}"
-# left over from a job around the one that submitted this, they would bind our tasks to its CPUs
+# inherited from the job that submitted this one, they would bind our tasks to its CPUs
 unset "${!SLURM_CPU_BIND@}" "${!SLURM_MEM_BIND@}" SLURM_DISTRIBUTION
 
 lm_id=$SLURM_JOB_ID
 lm_life=${SLURM_RESTART_COUNT:-0}
-lm_steps=0            # that this life has begun
-lm_size=()            # options of srun, where a step does not use all of the job
+lm_steps=0            # steps begun in this life
+lm_size=()            # options of srun if a step does not use the whole job
 lm_first=0            # number of this job's first rank
-lm_ending=""          # whether SLURM is ending this job already
-lm_last=""            # whether the last line has been said
+lm_ending=""          # whether SLURM is already ending this job
+lm_last=""            # whether the last line was printed
 ELEMENT=()
 if [ -n "${SLURM_ARRAY_JOB_ID:-}" ]; then
   lm_id=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID # SLURM_JOB_ID alone may mean the whole array to scontrol
@@ -82,16 +82,16 @@ fi
 
 lm_say() { printf '%s job %s, life %s: %s\n' "$(date '+%F %T')" "$lm_id" "$lm_life" "$*" 2>/dev/null || true; }
 
-# ---- folders: the work decides how a job ends, not its logs
+# ---- folders: a job does not fail because its logs cannot be written
 
-# What the ranks have to say (pipeline/config/life.py) goes into a folder for each life and step. A first life
-# begins again: SLURM gives job ids out again when its controller has lost its memory.
+# Reports of the ranks (pipeline/config/life.py): one folder for each life and step. The first life removes what it
+# finds: SLURM reuses job ids when its controller has lost its state.
 lm_logs=$LOGS/$SLURM_JOB_NAME-$SLURM_JOB_ID
-export LATENTMILL_TASK_OUTPUT=$lm_logs # for launch/status.py: where a rank's log is, and the job's
+export LATENTMILL_TASK_OUTPUT=$lm_logs # for launch/status.py: where the logs of ranks and of the job are
 LATENTMILL_JOB_OUTPUT=$(readlink /proc/$$/fd/1) && export LATENTMILL_JOB_OUTPUT || true
 lm_state=$LOGS/.$SLURM_JOB_NAME-$SLURM_JOB_ID
 lm_writable() { mkdir -p "$LOGS" "$lm_state" 2>/dev/null && { : > "$lm_state/life"; } 2>/dev/null; }
-lm_note() { { printf '%s\n' "$2" > "$lm_state/$1"; } 2>/dev/null || true; } # lm_note NAME VALUE: for the lives to come
+lm_note() { { printf '%s\n' "$2" > "$lm_state/$1"; } 2>/dev/null || true; } # lm_note NAME VALUE: for later lives
 lm_noted() { cat "$lm_state/$1" 2>/dev/null || true; }
 
 # shellcheck source=slurm/container.sh
@@ -103,8 +103,7 @@ lm_writable || lm_say "WARNING: $LOGS cannot be written: the work continues, wit
 
 source "$LATENTMILL_HOME/slurm/nodes.sh"
 
-# A log folder that is deleted while the job runs comes back, so that a later life finds a place for its logs. (SLURM
-# would fail a job whose .out file has no folder.)
+# Recreate the logs folder if it was deleted while the job ran. (SLURM fails a job whose .out file has no folder.)
 lm_keep_folders() {
   local deleted=""
   [ -d "$LATENTMILL_LIFE" ] || deleted=1
@@ -122,15 +121,15 @@ run() { lm_each=1 lm_run alone "${lm_tasks:-$SLURM_NTASKS}" "${lm_size[@]}" "$@"
 
 run_together() { lm_each=1 lm_run together "${lm_tasks:-$SLURM_NTASKS}" "${lm_size[@]}" "$@"; }
 
-# Jobs of several stages: what each of them uses of the job.
-step_size() { # step_size NODES TASKS-PER-NODE CPUS-PER-TASK: for run and run_together from here on
+# Jobs of several stages: the part of the job that each of them uses.
+step_size() { # step_size NODES TASKS-PER-NODE CPUS-PER-TASK: for the following run and run_together
   lm_tasks=$(($1 * $2)) lm_nodes=$1
   lm_size=(--nodes="$1" --ntasks="$lm_tasks" --ntasks-per-node="$2" --cpus-per-task="$3")
   export OMP_NUM_THREADS=$3 MKL_NUM_THREADS=$3
 }
 
-# The agents of torchrun and accelerate are deaf to what SLURM sends to every process: ranks get it directly, and have
-# all the time until SLURM's SIGKILL to save what they have. (Agents would send it again, and kill them after 30 s.)
+# The agents of torchrun and accelerate ignore the signals that SLURM sends to every process: the ranks receive them
+# directly and can save until SLURM's SIGKILL. (Agents would send them again, and kill the ranks after 30 s.)
 run_torchrun() {
   lm_meet
   lm_each=$NPROC_PER_NODE lm_run together "$((SLURM_NNODES * NPROC_PER_NODE))" \
@@ -149,7 +148,7 @@ run_accelerate() {
       --main_process_ip="$MASTER_ADDR" --main_process_port="$MASTER_PORT" "$@"' accelerate "$@"
 }
 
-lm_meet() { # on the first node, and at another port than an earlier life, whose processes may live on unseen
+lm_meet() { # on the first node, at another port than earlier lives, whose processes may still run
   local nodes
   mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
   export MASTER_ADDR=${nodes[0]} NPROC_PER_NODE
@@ -157,8 +156,8 @@ lm_meet() { # on the first node, and at another port than an earlier life, whose
   export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-110}
 }
 
-# What each task does first: see that its node has the environment, and let the others go first (a thousand ranks that
-# import Python at the same moment are a storm for a file server).
+# What each task does first: check that its node has the environment, and wait for its turn (a thousand ranks that
+# import Python at the same moment overload a file server).
 lm_task='
 rank=$((LM_FIRST + SLURM_PROCID * LM_EACH))
 if [ -n "$LM_PYTHON" ] && [ "$(command -v python)" != "$LM_PYTHON" ]; then
@@ -186,10 +185,10 @@ lm_run() { # lm_run alone|together RANKS [SRUN-OPTION...] COMMAND...
   if lm_writable && mkdir -p "$LATENTMILL_LIFE"; then
     options+=(--open-mode=append --output="$LOGS/%x-%j-%t.log")
   fi
-  export TORCH_FR_DUMP_TEMP_FILE=$LATENTMILL_LIFE/flight- # torch adds the rank
+  export TORCH_FR_DUMP_TEMP_FILE=$LATENTMILL_LIFE/flight- # torch appends the rank
   export LM_FIRST=$lm_first LM_WORLD=${lm_world:-$ranks} LM_EACH=$lm_each LM_PYTHON=""
   [[ -n $CONTAINER || $SRUN_ARGS = *--container* ]] || LM_PYTHON=$(command -v python || true)
-  [[ $LM_PYTHON = /* ]] || LM_PYTHON="" # a shell function of the site
+  [[ $LM_PYTHON = /* ]] || LM_PYTHON="" # a shell function defined by the site
   [ -z "$LM_PYTHON" ] || lm_note python "$LM_PYTHON"
   export LM_STAGGER=${STAGGER:-$((LM_WORLD >= 6000 ? 60 : LM_WORLD / 50))}
   [[ -z $LM_PYTHON && $LM_STAGGER = 0 ]] || task=(bash -c "$lm_task" task)
@@ -197,7 +196,7 @@ lm_run() { # lm_run alone|together RANKS [SRUN-OPTION...] COMMAND...
   lm_srun=$(mktemp "${TMPDIR:-/tmp}/latentmill-srun.XXXXXX" 2>/dev/null) || lm_srun=""
   exec 9> >(exec tee ${lm_srun:+-a "$lm_srun"} >&2)
   tee=$!
-  # In the background, because bash acts on a signal only when what it waits for has ended.
+  # In the background, because bash handles a signal only after its foreground command has ended.
   # shellcheck disable=SC2086 # SRUN_ARGS and CONTAINER are several words each
   srun --export=ALL --kill-on-bad-exit=1 --wait="$WAIT" "${options[@]}" $SRUN_ARGS \
     "${task[@]}" $CONTAINER "$@" 2>&9 9>&- &
@@ -209,9 +208,9 @@ lm_run() { # lm_run alone|together RANKS [SRUN-OPTION...] COMMAND...
   kill "$watcher" 2>/dev/null || true
   wait "$tee" || true
   lm_keep_folders
-  { : > "$LATENTMILL_LIFE/ended"; } 2>/dev/null || true # and so NFS looks at the folder again
+  { : > "$LATENTMILL_LIFE/ended"; } 2>/dev/null || true # this also makes NFS refresh the folder
   lm_judge "$how" "$rc" "$ranks"
-  # Without the mark another life starts the step again, which finds that all is done.
+  # Without this mark, another life repeats the step, which then finds that everything is done.
   [[ " ${lm_code[*]} " != *" 0 "* ]] && ! lm_is_ours "$(lm_ask)" || { : > "$done"; } 2>/dev/null || true
 }
 
@@ -222,7 +221,7 @@ lm_module_of() { # lm_module_of COMMAND...: what `python -m` runs; empty if it i
   done
 }
 
-lm_forget_old_lives() { # what the lives before the last one left behind has been judged
+lm_forget_old_lives() { # removes the reports of lives before the previous one
   local life
   for life in "$lm_state"/[0-9]*.[0-9]*; do
     life=${life##*/}
@@ -232,17 +231,17 @@ lm_forget_old_lives() { # what the lives before the last one left behind has bee
 
 # ---- how it ended
 
-lm_judge() { # lm_judge alone|together RC RANKS: return if the work is done, else end the script
+lm_judge() { # lm_judge alone|together RC RANKS: return if the work is done, otherwise end the script
   local how=$1 rc=$2 story codes
   lm_read "$3"
   codes=" ${lm_code[*]} "
   [[ $rc != 0 || $codes = *\ [1-9]* ]] || lm_unheard "$how" "$codes" || return 0
   story="srun ended with code $rc; $(lm_story "$3")"
   [ "$rc" != 0 ] || rc=1
-  for code in $codes; do # srun's is the highest of all, which is rarely that of the rank that failed
+  for code in $codes; do # srun returns the highest, which is rarely that of the rank that failed first
     [[ ! $code =~ ^[0-9]+$ || $code =~ ^(0|75|76)$ ]] || rc=$code
   done
-  if [[ $how = alone && $codes = *" 0 "* ]]; then # a rank that finishes has seen the whole work done
+  if [[ $how = alone && $codes = *" 0 "* ]]; then # a rank finishes only after the whole work is done
     lm_say "done, though $story"
     return 0
   fi
@@ -258,15 +257,15 @@ lm_judge() { # lm_judge alone|together RC RANKS: return if the work is done, els
   lm_again "$rc" "$story"
 }
 
-# srun ends with 0 where SLURM has given up the node of this script: its ranks may go on, and have not finished.
-lm_unheard() { # lm_unheard alone|together CODES: ranks have begun that never said how they ended
+# srun returns 0 if SLURM has given up the node of this script, although its ranks may still run.
+lm_unheard() { # lm_unheard alone|together CODES: whether some ranks started but never reported how they ended
   compgen -G "$LATENTMILL_LIFE/*.alive" > /dev/null && [[ $1 = together || $2 != *" 0 "* ]]
 }
 
-declare -A lm_code=() lm_node=() lm_pace=() lm_why=() # of each rank of this life
+declare -A lm_code=() lm_node=() lm_pace=() lm_why=() # for each rank of this life
 lm_work=""                                            # the folder that the ranks write to
 
-lm_read() { # lm_read RANKS: what the ranks said, or else what srun said of them
+lm_read() { # lm_read RANKS: reads the ranks' reports, or what srun reported of them
   local file name rank node pace why work
   lm_code=() lm_node=() lm_pace=() lm_why=()
   lm_place "$1"
@@ -283,7 +282,7 @@ lm_read() { # lm_read RANKS: what the ranks said, or else what srun said of them
   done
 }
 
-lm_place() { # lm_place RANKS: on which node each rank was, as SLURM distributes tasks unless told otherwise
+lm_place() { # lm_place RANKS: the node of each rank, by SLURM's default distribution of tasks
   local nodes counts=() part rank=$lm_first node task
   mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST" 2>/dev/null)
   part=${SLURM_TASKS_PER_NODE:-1}
@@ -302,12 +301,12 @@ lm_place() { # lm_place RANKS: on which node each rank was, as SLURM distributes
   done
 }
 
-# srun names tasks that ended badly: "srun: error: node1: tasks 0-1,3: Exited with exit code 78". A node that does not
-# see the folder of the logs has no other way to say so.
+# srun names tasks that failed: "srun: error: node1: tasks 0-1,3: Exited with exit code 78". A node that does not see
+# the logs folder can report in no other way.
 lm_ask_srun() {
   local line tasks span task
   [ "$LM_EACH" = 1 ] || return 0 # one agent for several ranks
-  [ -n "$lm_srun" ] || return 0 # its messages could not be kept
+  [ -n "$lm_srun" ] || return 0 # its messages could not be stored
   while read -r line; do
     [[ $line =~ ^srun:\ error:\ .*:\ tasks?\ ([0-9,-]+):\ Exited\ with\ exit\ code\ ([0-9]+)$ ]] || continue
     tasks=${BASH_REMATCH[1]}
@@ -344,7 +343,7 @@ lm_story() { # lm_story RANKS: how they ended
   echo "ranks ${name:0:400}"
 }
 
-lm_nodes_of() { # lm_nodes_of RANKS: the nodes that they were on, a blank before each
+lm_nodes_of() { # lm_nodes_of RANKS: their nodes, each preceded by a blank
   local rank seen=" "
   for rank in $1; do
     [[ $seen = *" ${lm_node[$rank]:-?} "* ]] || seen+="${lm_node[$rank]:-?} "
@@ -353,7 +352,7 @@ lm_nodes_of() { # lm_nodes_of RANKS: the nodes that they were on, a blank before
   echo "${seen:0:200}"
 }
 
-lm_first_error() { # ". rank 3: error: ...", of the lowest rank that gave a reason or whose log has one
+lm_first_error() { # ". rank 3: error: ...", of the lowest rank whose report or log has a reason
   local rank why looks=5
   for rank in $(printf '%s\n' "${!lm_code[@]}" | sort -n); do
     [[ ! ${lm_code[$rank]} =~ ^(0|75|76)$ ]] || continue
@@ -367,7 +366,7 @@ lm_first_error() { # ". rank 3: error: ...", of the lowest rank that gave a reas
   done
 }
 
-lm_again() { # lm_again RC WHY: another life for this job, unless it gets nowhere; ends the script
+lm_again() { # lm_again RC WHY: requeue the job unless it makes no progress; ends the script
   local rc=$1 why=$2 state try fruitless
   trap '' TERM
   fruitless=$(lm_fruitless)
@@ -376,9 +375,9 @@ lm_again() { # lm_again RC WHY: another life for this job, unless it gets nowher
   fi
   lm_note fruitless "$fruitless"
   lm_note node "$(lm_only_node)"
-  for try in {1..30}; do # the controller may be away for a while
+  for try in {1..30}; do # the controller may be unavailable for a while
     if state=$(lm_ask); then
-      # SIGNALING is RUNNING, seen while SLURM still sends the signal that the ranks may just have died of
+      # SIGNALING is RUNNING while SLURM is still sending the signal, from which ranks may already have ended
       if [[ -z $lm_ending && ! $state =~ JobState=(RUNNING|SIGNALING)" " ]] || ! lm_is_ours "$state"; then
         lm_end "$rc" "$why. SLURM has ended this life of the job itself"
       fi
@@ -394,18 +393,18 @@ lm_again() { # lm_again RC WHY: another life for this job, unless it gets nowher
 
 lm_ask() { scontrol show job --oneliner "$lm_id" 2>/dev/null; }
 
-# A node that SLURM lost sight of may live on, and this script there, while the job runs again elsewhere.
+# A node that SLURM has lost may still run this script while the job already runs again elsewhere.
 lm_is_ours() { [[ $1 = *" Restarts=$lm_life "* ]]; } # lm_is_ours WHAT-SLURM-SAYS
 
-lm_fruitless() { # how many lives in a row, this one included, ended without having got anything done
+lm_fruitless() { # number of lives in a row, including this one, that ended without progress
   local before
   before=$(lm_noted fruitless)
   if compgen -G "$lm_state/$lm_life.*/saved" > /dev/null; then
     echo 0
   elif [[ " ${lm_code[*]} " = *" 78 "* && ${#lm_bad[@]} -gt 0 ]]; then
-    echo "${before:-0}" # a node without its environment does not count: BAD_NODES limits how often
+    echo "${before:-0}" # a node without the environment does not count; BAD_NODES limits how often
   else
-    echo "$((${before:-$lm_life} + 1))" # where nothing could be noted, all lives count
+    echo "$((${before:-$lm_life} + 1))" # if nothing could be stored, all lives count
   fi
 }
 
@@ -424,7 +423,7 @@ lm_give_up() { # lm_give_up CODE WHY: the same, for good
 
 lm_notify() { # lm_notify finished|failed|cancelled WHY
   [ -n "$NOTIFY" ] || return 0
-  if [ -n "${SLURM_ARRAY_JOB_ID:-}" ]; then # of all elements one tells
+  if [ -n "${SLURM_ARRAY_JOB_ID:-}" ]; then # only one task of an array notifies
     case $1 in
       finished) [ "$(squeue --noheader --jobs="$SLURM_ARRAY_JOB_ID" 2>/dev/null | wc -l)" -le 1 ] || return 0 ;;
       *) mkdir "$LOGS/.$SLURM_JOB_NAME-$SLURM_ARRAY_JOB_ID.$1" 2>/dev/null || return 0 ;;
@@ -437,7 +436,7 @@ lm_notify() { # lm_notify finished|failed|cancelled WHY
 trap lm_exited EXIT
 lm_exited() {
   local rc=$?
-  [ "$BASHPID" = "$$" ] || return 0 # a child that a signal met before it had dropped our traps
+  [ "$BASHPID" = "$$" ] || return 0 # a child that received a signal before it had reset our traps
   [ -z "${lm_srun:-}" ] || rm -f "$lm_srun" 2>/dev/null || true
   [ -z "$lm_last" ] || return 0
   if [ "$rc" = 0 ]; then
@@ -450,13 +449,13 @@ lm_exited() {
 }
 lm_duration() { printf '%d:%02d:%02d' "$((SECONDS / 3600))" "$((SECONDS / 60 % 60))" "$((SECONDS % 60))"; }
 
-# While a job ends, its state is COMPLETING. SLURM's line in the output says who ended it, unless that was scancel.
+# While a job ends, its state is COMPLETING. SLURM's line in the output says what ended it, except for scancel.
 lm_cancelled() {
   [ -f "/proc/$$/fd/2" ] && tail -n 10 "/proc/$$/fd/2" | grep -q '\*\*\* JOB .* CANCELLED AT [^ ]* \*\*\*'
 }
 
-# Whoever ends this job (scancel, a preemption, a failed node, somebody's requeue) has decided what becomes of it: to
-# requeue it now would undo a scancel. Only a job at its time limit whose ranks did not stop in time would be forgotten.
+# Whatever ends this job (scancel, a preemption, a failed node, a requeue) also decides whether it runs again; a requeue
+# here would undo a scancel. Only a job at its time limit whose ranks did not stop in time has to be requeued here.
 trap lm_terminated TERM
 lm_terminated() {
   local state
@@ -476,8 +475,8 @@ lm_terminated() {
   lm_end 143 "SLURM ends this life of the job (${state%% *}): if it is in the queue again, it resumes where it stopped"
 }
 
-# A rank whose process is frozen (stopped, or stuck in C or the kernel) cannot say so: its file <rank>.alive grows old,
-# by the file server's clock, as those of the nodes may differ.
+# A rank whose process is frozen (stopped, or stuck in C or the kernel) cannot report it; instead, its file <rank>.alive
+# becomes old by the file server's clock (the clocks of nodes may differ).
 lm_frozen() {
   local now seconds
   { : > "$LATENTMILL_LIFE/now"; } 2>/dev/null || return 0
@@ -491,11 +490,11 @@ lm_frozen() {
 lm_watch() { # lm_watch PID-OF-SRUN
   local frozen before="" step
   trap - EXIT TERM
-  set +e # it goes on looking, whatever fails once
+  set +e # continue to check even if a command fails once
   while sleep "$LOOK"; do
     lm_keep_folders
     frozen=$(lm_frozen)
-    # twice, as after a suspension all look frozen for a moment
+    # twice, because after a suspension all ranks look frozen for a moment
     if [ -n "$frozen" ] && [ "$frozen" = "$before" ] && lm_is_ours "$(lm_ask)"; then
       echo "$frozen " > "$LATENTMILL_LIFE/frozen"
       lm_say "no life from ranks$frozen: ending this life. All ranks write where they are into their logs"
@@ -506,7 +505,7 @@ lm_watch() { # lm_watch PID-OF-SRUN
       sleep "$LOOK"
       scancel --signal=KILL "$step"
       sleep "$LOOK"
-      kill -KILL "$1" # srun may wait for what does not answer any more
+      kill -KILL "$1" # srun may wait for tasks that no longer answer
       return
     fi
     before=$frozen
@@ -514,10 +513,10 @@ lm_watch() { # lm_watch PID-OF-SRUN
 }
 
 lm_say "$SLURM_NTASKS tasks on $SLURM_JOB_NODELIST; their logs: $lm_logs-<task>.log"
-lm_python=$(lm_noted python) # of earlier lives: another one on this node may lack what they had
+lm_python=$(lm_noted python) # the Python of earlier lives: that of this node may lack packages
 [[ -z $lm_python || -x $lm_python ]] ||
   LATENTMILL_BROKEN="there is no $lm_python, which earlier lives used, on $(hostname)"
-if [ -n "${LATENTMILL_BROKEN:-}" ]; then # says slurm/env.sh of this node
+if [ -n "${LATENTMILL_BROKEN:-}" ]; then # set by slurm/env.sh on this node
   lm_code=([$lm_first]=78) lm_node=([$lm_first]=${SLURMD_NODENAME:-$(hostname)})
   lm_bad=("${lm_node[$lm_first]}")
   lm_keep_what_may_be_left_out

@@ -1,15 +1,15 @@
-# Which nodes did badly in a life of a job while others did well, and how they are left out of the next: part of job.sh.
+# Finds the nodes that failed in a life of a job while others did not, and excludes them from the next. Part of job.sh.
 #
-# A node did badly if a rank on it failed, hung, was killed or lost, had no environment, was refused by its file system,
-# or was three times slower than on the other nodes. It is left out if other nodes did well: what goes wrong everywhere
-# is no node's fault. A job on a single node tries another one if the environment is missing on the first, or when two
-# lives in a row got nothing done on it. At most BAD_NODES nodes are left out in all lives together, and never so many
-# that SLURM could not start the job any more.
+# A node is bad if one of its ranks failed, hung, was killed or lost, had no environment, could not use the file system,
+# or was three times slower than those on other nodes. It is excluded only if other nodes did well: an error that
+# occurs everywhere is not the fault of a node. A job on a single node tries another one if the first has no
+# environment, or after two lives in a row without progress. At most BAD_NODES nodes are excluded in all lives together,
+# and never so many that SLURM could no longer start the job.
 # shellcheck shell=bash
 
-lm_bad=()  # nodes to leave out
-lm_sick="" # nodes on which nothing can be written, or the environment is missing: asked, not guessed
-: "${SLOW_AFTER:=60}" # seconds of work of a rank after which its speed says something
+lm_bad=()  # nodes to exclude
+lm_sick="" # nodes that were checked and cannot write, or lack the environment
+: "${SLOW_AFTER:=60}" # seconds of work after which the speed of a rank is meaningful
 
 lm_find_bad_nodes() { # lm_find_bad_nodes alone|together RANKS: sets lm_bad
   local rank node bad=" " well=" " codes=" ${lm_code[*]} " blamed
@@ -24,7 +24,7 @@ lm_find_bad_nodes() { # lm_find_bad_nodes alone|together RANKS: sets lm_bad
         if [[ $blamed = *" $rank "* ]]; then
           [[ $bad = *" $node "* ]] || bad+="$node "
         elif [ -s "$LATENTMILL_LIFE/frozen" ] && [ -n "${lm_code[$rank]:-}" ]; then
-          well+="$node " # it only waited for those that froze
+          well+="$node " # it only waited for the frozen ranks
         fi
         ;;
     esac
@@ -45,7 +45,7 @@ lm_find_bad_nodes() { # lm_find_bad_nodes alone|together RANKS: sets lm_bad
   lm_keep_what_may_be_left_out
 }
 
-# Of the ranks that did not end well, those that began it: srun kills others, and others wait for them in vain.
+# The ranks that failed first: the others were killed by srun or only waited for them.
 lm_blamed() { # prints " 3 5 "
   local rank said=" " silent=" "
   if [ -s "$LATENTMILL_LIFE/frozen" ]; then
@@ -62,13 +62,13 @@ lm_blamed() { # prints " 3 5 "
   if [ "$said" != " " ]; then echo "$said"; else echo "$silent"; fi
 }
 
-# A file system that refuses, or an environment that lacks something, may be those of a single node or of all: ask each.
-lm_probe() { # lm_probe CODES: prints "node1 node2" of those where it is so
+# Whether the file system or the environment is broken on a single node or on all: check each.
+lm_probe() { # lm_probe CODES: prints the broken ones: "node1 node2"
   local rank module=${lm_module:-pipeline}
   for rank in "${!lm_why[@]}"; do
     [[ ! ${lm_why[$rank]} =~ "No module named '"([A-Za-z0-9_.]+)"'" ]] || module=${BASH_REMATCH[1]}
   done
-  # shellcheck disable=SC2016,SC2086 # the nodes expand it; SRUN_ARGS are several words
+  # shellcheck disable=SC2016,SC2086 # expanded on the nodes; SRUN_ARGS are several words
   LM_CODES=$1 LM_WORK=${lm_work:-$PWD} LM_MODULE=$module LM_CONTAINER=$CONTAINER timeout 120 srun --export=ALL \
     --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --kill-on-bad-exit=0 --overlap $SRUN_ARGS bash -c '
     good=1
@@ -84,7 +84,7 @@ lm_probe() { # lm_probe CODES: prints "node1 node2" of those where it is so
     [ "$good" = 1 ] || echo "$SLURMD_NODENAME"' 2>/dev/null | sort -u | tr '\n' ' ' || true
 }
 
-# Speed while at work, in steps per second: the mean of a node's ranks against the median of the other nodes.
+# Steps per second of work: the mean over a node's ranks, compared with the median over the other nodes.
 lm_slow_nodes() { # lm_slow_nodes KNOWN-TO-BE-BAD
   local rank
   for rank in "${!lm_pace[@]}"; do
@@ -103,7 +103,7 @@ lm_slow_nodes() { # lm_slow_nodes KNOWN-TO-BE-BAD
     }'
 }
 
-lm_keep_what_may_be_left_out() { # of lm_bad those that BAD_NODES and SLURM allow
+lm_keep_what_may_be_left_out() { # limits lm_bad to what BAD_NODES and SLURM allow
   local node kept=() before state excluded
   before=$(lm_noted excluded)
   state=$(lm_ask || true)
@@ -142,7 +142,7 @@ lm_enough_without() { # lm_enough_without NODES WHAT-SLURM-SAYS: whether the job
 
 lm_only_node() { [ "$SLURM_NNODES" != 1 ] || echo "$SLURM_JOB_NODELIST"; }
 
-# While the job waits; SLURM changes this of no job that runs.
+# Possible only while the job is pending.
 lm_leave_out_bad_nodes() {
   local try excluded nodes
   [ "${#lm_bad[@]}" -gt 0 ] || return 0
