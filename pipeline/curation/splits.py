@@ -67,5 +67,5 @@ class Splits:
         """
         found = [place for place, key in enumerate(keys) if self.of(key) == split]
         if not found:
-            raise ConfigError(f"split_file={self.path}: assigns none of these {len(keys)} images into {split}")
+            raise ConfigError(f"split_file={self.path}: assigns none of these {len(keys)} images to {split}")
         return found

@@ -33,7 +33,7 @@ def test_splits_go_by_file_name_wherever_the_file_lies(tmp_path: Path, kind: str
     assert splits.of("some folder/a b.c.jpg") == splits.of("a=20b=2Ec-jpg") == "train"
     assert (splits.of("10.png"), splits.of("2-jpg"), splits.of("3.jpg")) == ("valid", "test", "")
     assert splits.chosen(["x/2-jpg", "3-jpg", "10-png", "y/10-png"], "valid") == [2, 3]
-    with pytest.raises(ConfigError, match=r"split_file=.*none of these 1 images into train"):
+    with pytest.raises(ConfigError, match=r"split_file=.*none of these 1 images to train"):
         splits.chosen(["3-jpg"], "train")
 
 

@@ -152,7 +152,7 @@ def test_what_does_not_go_together_is_said(data: Path, tmp_path: Path) -> None:
         Caption.from_config(settings(data, f"split_file={file}", "valid_fraction=0.1"), features)
     other = tmp_path / "other.csv"
     other.write_text("filename,split\n1.jpg,train\n")
-    with pytest.raises(ConfigError, match="assigns none of these 24 images into train"):
+    with pytest.raises(ConfigError, match="assigns none of these 24 images to train"):
         Caption.from_config(settings(data, f"split_file={other}"), features)
     with pytest.raises(ConfigError, match="flip=0.5: .*encoder="):
         Caption.from_config(replace(settings(data, f"split_file={file}"), flip=0.5), features)
