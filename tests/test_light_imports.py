@@ -36,7 +36,14 @@ def imported(module: str, *arguments: str) -> list[str]:
 def test_stages_without_a_network_run_without_heavy_packages(tmp_path: Path) -> None:
     common = ["dataset=shapes", f"data_dir={tmp_path}"]
     source = ["source=shapes", "count=12"]
-    stages: dict[str, list[str]] = {"download": source, "filter": [], "shard": [], "dedup": [], "verify": []}
+    stages: dict[str, list[str]] = {
+        "download": source,
+        "filter": [],
+        "shard": [],
+        "dedup": [],
+        "score": [],
+        "verify": [],
+    }
     for stage, settings in stages.items():
         where = common if stage != "verify" else [f"input={tmp_path}/shapes/train/shard-mds"]
         assert imported(f"pipeline.stages.{stage}", *where, *settings) == [], stage

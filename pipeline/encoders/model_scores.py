@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from pipeline.encoders.base import ImageEncoder
-    from pipeline.encoders.image_text import HfClassifier
 
 Vectors = npt.NDArray[np.float16]
 EMBEDDING = "embedding"
@@ -76,14 +75,26 @@ class ModelScorer(ABC):
     def describe(self) -> dict[str, Any]:
         """What the values depend on besides the sample, as JSON-serialisable values."""
 
-    @abstractmethod
-    def score(
-        self, crops: Sequence[npt.NDArray[Any]], captions: Sequence[str], embeddings: Vectors | None
-    ) -> list[list[Any]]:
-        """Compute the values of each column for b samples.
+    def encode(self, images: Tensor | None, captions: Sequence[str]) -> tuple[Tensor, ...]:
+        """Run the network on b samples, without waiting for the device; by default there is no network.
 
         Args:
-            crops: uint8 (edge, edge, 3) each, if :attr:`crop` is set.
+            images: uint8 (b, edge, edge, 3) on the device, if :attr:`crop` is set.
+            captions: one for each sample.
+
+        Returns:
+            Tensors (b, ...) on the device, of types that NumPy has; :meth:`values` receives them.
+        """
+        return ()
+
+    @abstractmethod
+    def values(
+        self, encoded: Sequence[npt.NDArray[Any]], captions: Sequence[str], embeddings: Vectors | None
+    ) -> list[list[Any]]:
+        """Compute the values of each column for b samples, on the host.
+
+        Args:
+            encoded: the result of :meth:`encode`.
             captions: one for each sample.
             embeddings: float16 (b, d), if :attr:`wants_embedding` is set.
         """
@@ -125,10 +136,13 @@ class Embedding(ModelScorer):
     def describe(self) -> dict[str, Any]:
         return self._tower.describe()
 
-    def score(
-        self, crops: Sequence[npt.NDArray[Any]], captions: Sequence[str], embeddings: Vectors | None
+    def encode(self, images: Tensor | None, captions: Sequence[str]) -> tuple[Tensor, ...]:
+        return (_vectors(self._tower, images),)
+
+    def values(
+        self, encoded: Sequence[npt.NDArray[Any]], captions: Sequence[str], embeddings: Vectors | None
     ) -> list[list[Any]]:
-        return [list(_encoded(self._tower, crops).cpu().numpy().astype(np.float16))]
+        return [list(encoded[0].astype(np.float16))]
 
 
 @scorers.register("clip_similarity")
@@ -151,12 +165,14 @@ class ClipSimilarity(ModelScorer):
             "from": EMBEDDING if self.wants_embedding else "images",
         }
 
-    def score(
-        self, crops: Sequence[npt.NDArray[Any]], captions: Sequence[str], embeddings: Vectors | None
+    def encode(self, images: Tensor | None, captions: Sequence[str]) -> tuple[Tensor, ...]:
+        texts = self._texts.encode(captions)
+        return (texts,) if self.wants_embedding else (texts, _vectors(self._images, images))
+
+    def values(
+        self, encoded: Sequence[npt.NDArray[Any]], captions: Sequence[str], embeddings: Vectors | None
     ) -> list[list[Any]]:
-        images = embeddings if embeddings is not None else _encoded(self._images, crops).cpu().numpy()
-        images = images.astype(np.float32)
-        texts = self._texts.encode(captions).cpu().numpy()
+        texts, images = encoded[0], (encoded[1] if embeddings is None else embeddings).astype(np.float32)
         length = np.maximum(np.linalg.norm(images, axis=1), 1e-12)
         values = (images * texts).sum(1) / length
         return [[float(value) if caption else None for value, caption in zip(values, captions, strict=True)]]
@@ -185,8 +201,8 @@ class HeadScorer(ModelScorer):
     def describe(self) -> dict[str, Any]:
         return {"head": self._head.digest, EMBEDDING: self._embedding}
 
-    def score(
-        self, crops: Sequence[npt.NDArray[Any]], captions: Sequence[str], embeddings: Vectors | None
+    def values(
+        self, encoded: Sequence[npt.NDArray[Any]], captions: Sequence[str], embeddings: Vectors | None
     ) -> list[list[Any]]:
         assert embeddings is not None
         return self._head(embeddings).T.astype(float).tolist()  # type: ignore[no-any-return]
@@ -206,22 +222,22 @@ class Classifier(ModelScorer):
     def describe(self) -> dict[str, Any]:
         return self._model.describe()
 
-    def score(
-        self, crops: Sequence[npt.NDArray[Any]], captions: Sequence[str], embeddings: Vectors | None
+    def encode(self, images: Tensor | None, captions: Sequence[str]) -> tuple[Tensor, ...]:
+        assert images is not None
+        probability, number = self._model.probabilities(self._model.preprocessing.normalise(images)).max(-1)
+        return probability, number
+
+    def values(
+        self, encoded: Sequence[npt.NDArray[Any]], captions: Sequence[str], embeddings: Vectors | None
     ) -> list[list[Any]]:
-        probability, number = self._model.probabilities(_prepared(self._model, crops)).max(-1)
+        probability, number = encoded
         return [[self._model.classes[index] for index in number.tolist()], probability.tolist()]
 
 
-def _encoded(tower: ImageEncoder, crops: Sequence[npt.NDArray[Any]]) -> Tensor:
-    """Crops uint8 (edge, edge, 3) → float32 (b, width), of unit length."""
-    return tower.encode(_prepared(tower, crops))
-
-
-def _prepared(model: ImageEncoder | HfClassifier, crops: Sequence[npt.NDArray[Any]]) -> Tensor:
-    import torch
-
-    return model.preprocessing.normalise(torch.from_numpy(np.stack(crops)).to(model.device))
+def _vectors(tower: ImageEncoder, images: Tensor | None) -> Tensor:
+    """uint8 (b, edge, edge, 3) → float32 (b, width), of unit length."""
+    assert images is not None
+    return tower.encode(tower.preprocessing.normalise(images))
 
 
 def fingerprint(described: dict[str, Any]) -> str:

@@ -5,10 +5,19 @@ from __future__ import annotations
 import mmap
 import os
 import weakref
+from collections.abc import Iterable
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+_ALIGNED = 64  # bytes
+
+
+def starts_of(sizes: Iterable[int]) -> list[int]:
+    """Byte offset of each part of a slot, given the sizes of the parts, followed by the size of the slot."""
+    return list(accumulate((-(-size // _ALIGNED) * _ALIGNED for size in sizes), initial=0))
 
 
 class Slots:

@@ -17,19 +17,18 @@ from functools import cached_property
 from itertools import groupby, islice
 from queue import SimpleQueue
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
-from pipeline.config.schema import CaptionConfig, EncodingConfig
+import numpy.typing as npt
+
+from pipeline.config.schema import CaptionConfig, EncodingConfig, ScoreConfig
 from pipeline.imaging.worker_pool import WorkerLimits, available_cpus
-from pipeline.latents.image_decoding import Decoded, Decoders, Layout
+from pipeline.latents.image_decoding import Decoded, Decoders, SlotLayout
 from pipeline.loading.prefetch import Ahead
 from pipeline.partitions.dataset import Stored
 from pipeline.partitions.plan import Partition
 from pipeline.partitions.stage import Context, Stage, follow_upstream
 from pipeline.samples import Outcome, Row, SampleError, content_hash
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 AHEAD = 2  # batches being decoded, and encoded batches that may wait for the writer on a CPU
 _IN_FLIGHT = AHEAD + 3  # plus batches that wait for the encoder or are being encoded
@@ -73,7 +72,7 @@ class Work:
         self.free.put(self.region)
 
 
-EncodingT = TypeVar("EncodingT", bound=EncodingConfig | CaptionConfig, covariant=True)
+EncodingT = TypeVar("EncodingT", bound=EncodingConfig | CaptionConfig | ScoreConfig, covariant=True)
 
 
 class EncodingStage(Stage[EncodingT]):
@@ -88,8 +87,8 @@ class EncodingStage(Stage[EncodingT]):
 
     @property
     @abstractmethod
-    def slot(self) -> Layout:
-        """The crops taken of each image."""
+    def slot(self) -> SlotLayout:
+        """The crops taken of each image, or whatever else decoding leaves of it."""
 
     @property
     @abstractmethod
@@ -97,7 +96,7 @@ class EncodingStage(Stage[EncodingT]):
         """Number of images encoded at once."""
 
     @abstractmethod
-    def encode(self, work: Work, slots: Tensor) -> Any:
+    def encode(self, work: Work, slots: npt.NDArray[Any]) -> Any:
         """Encode a batch; runs in its own thread. The result is passed to :meth:`finish`.
 
         Must call ``work.copied`` as soon as ``slots`` may be overwritten.
@@ -230,18 +229,20 @@ class EncodingStage(Stage[EncodingT]):
 
     def begin_thread(self) -> None:
         """Apply the settings of torch that are per thread."""
-        import torch
+        threads = getattr(self.config, "threads", 0)
+        if threads:
+            import torch
 
-        torch.set_num_threads(self.config.threads)
+            torch.set_num_threads(threads)
         if self.on_gpu:
+            import torch
+
             torch.cuda.set_device(self.rank.device)
 
     def encoded(self, batches: Ahead[Work | None]) -> Iterator[tuple[Work, Any] | None]:
         """Yield each batch with its result, and None after each partition; runs in its own thread."""
-        import torch
-
         self.begin_thread()
-        size, memory = self.batch_size, torch.from_numpy(self.decoders.memory)
+        size, memory = self.batch_size, self.decoders.memory
         with closing(batches):
             starved = 0.0
             for work in batches:
@@ -280,7 +281,7 @@ class EncodingStage(Stage[EncodingT]):
         for jobs, more in self.batches(self.rows(partition), size):
             work = Work(jobs, free.get(), more, free)
             for place, job in enumerate(jobs):
-                if job.row:
+                if "jpg" in job.row:
                     job.image = self.decoders.submit(job.row["jpg"], work.region * size + place, job.outcome.key)
             if self.pads:
                 self.decoders.memory[work.region * size + len(jobs) : (work.region + 1) * size] = 0
@@ -337,7 +338,7 @@ class _Line:
         queued: partitions that went in and are not yet complete.
     """
 
-    def __init__(self, stage: EncodingStage[EncodingConfig | CaptionConfig]) -> None:
+    def __init__(self, stage: EncodingStage[EncodingConfig | CaptionConfig | ScoreConfig]) -> None:
         self.queued: list[Partition] = []
         self._partitions: SimpleQueue[Partition | None] = SimpleQueue()
         self._decoded = Ahead(stage.decoded(self._partitions), 1)
@@ -386,5 +387,6 @@ def read(stored: Stored, columns: Sequence[str] | set[str] | None) -> Job:
     except SampleError as error:
         outcome.reason, outcome.detail, outcome.retryable = error.reason, error.detail, error.retryable
         return Job(outcome, {})
-    outcome.source_bytes, outcome.source_hash = len(row["jpg"]), content_hash(row["jpg"])
+    if "jpg" in row:
+        outcome.source_bytes, outcome.source_hash = len(row["jpg"]), content_hash(row["jpg"])
     return Job(outcome, row)

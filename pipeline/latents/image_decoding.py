@@ -11,26 +11,34 @@ import struct
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from pipeline.encoders.crop import AnyCrop
 from pipeline.imaging import transform
-from pipeline.imaging.slots import Slots
+from pipeline.imaging.slots import Slots, starts_of
 from pipeline.imaging.worker_pool import DEFAULT_WORKER_LIMITS, Lost, Pool, Task, WorkerLimits
 from pipeline.imaging.worker_protocol import SMALL, read_reason, reason_bytes
 from pipeline.randomness import normals
 
 FILL = "pipeline.latents.image_decoding:fill"
 """Function that the workers run."""
-_ALIGNED = 64  # bytes
 _DEPTH = 8  # images queued per worker: small ones take it less than a millisecond
 _SIZE = struct.Struct("<II")  # width, height
 _EDGE = 2**31
 Said = tuple[int, int, str, str]
 """Width and height of the image (upright, before cropping), and reason and detail of a failure."""
+
+
+class SlotLayout(Protocol):
+    """Fills a slot from an image; see :class:`Layout`."""
+
+    @property
+    def starts(self) -> list[int]: ...
+
+    def fill(self, slot: npt.NDArray[Any], data: bytes, key: str) -> Said: ...
 
 
 @dataclass(frozen=True)
@@ -66,11 +74,8 @@ class Layout:
     @property
     def starts(self) -> list[int]:
         """Byte offset of each part, followed by the size of the slot."""
-        starts = [0]
         parts: tuple[AnyCrop | Noise, ...] = (*self.crops, *self.noises)
-        for part in parts:
-            starts.append(starts[-1] + -(-part.bytes // _ALIGNED) * _ALIGNED)
-        return starts
+        return starts_of(part.bytes for part in parts)
 
     def fill(self, slot: npt.NDArray[Any], data: bytes, key: str) -> Said:
         """Decode ``data`` into ``slot``, uint8 (bytes,); if that fails, fill it with zeros."""
@@ -97,8 +102,8 @@ class Layout:
         return width, height, "", ""
 
 
-def fill(slot: npt.NDArray[Any], data: bytes, key: str, layout: Layout) -> bytes:
-    """:meth:`Layout.fill` for workers, with its result as bytes."""
+def fill(slot: npt.NDArray[Any], data: bytes, key: str, layout: SlotLayout) -> bytes:
+    """:meth:`SlotLayout.fill` for workers, with its result as bytes."""
     width, height, reason, detail = layout.fill(slot, data, key)
     return _SIZE.pack(width, height) + (reason_bytes(reason, detail) if reason else b"")
 
@@ -147,7 +152,9 @@ class Decoders:
         memory: uint8 (slots, bytes).
     """
 
-    def __init__(self, workers: int, slots: int, layout: Layout, limits: WorkerLimits = DEFAULT_WORKER_LIMITS) -> None:
+    def __init__(
+        self, workers: int, slots: int, layout: SlotLayout, limits: WorkerLimits = DEFAULT_WORKER_LIMITS
+    ) -> None:
         self._slots = Slots(slots, layout.starts[-1])
         self.memory = self._slots.memory
         self._pool = Pool(

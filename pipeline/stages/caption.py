@@ -127,10 +127,10 @@ class Caption(EncodingStage[CaptionConfig]):
     def prepare(self) -> None:
         evaluate(self.writer, self.transfers)
 
-    def encode(self, work: Work, slots: torch.Tensor) -> list[str]:
+    def encode(self, work: Work, slots: npt.NDArray[Any]) -> list[str]:
         """Captions of the images that were decoded."""
         places = [place for place, job in enumerate(work.jobs) if job.good]
-        (there,) = self.transfers.upload([slots], work.copied)
+        (there,) = self.transfers.upload([torch.from_numpy(slots)], work.copied)
         crop, encoder = self.slot.crops[0], self.writer.encoder
         edge = encoder.resolution
         good = sent(torch.tensor(places, dtype=torch.long), there.device)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+import numpy.typing as npt
+
 from pipeline.config.cli import config_for
 from pipeline.config.schema import FeaturesConfig
 from pipeline.distributed import Rank, distributed
@@ -88,12 +90,12 @@ class Features(EncodingStage[FeaturesConfig]):
         self.allow_tf32()
         evaluate(self.encoder, self.transfers)
 
-    def encode(self, work: Work, slots: Tensor) -> Described:
+    def encode(self, work: Work, slots: npt.NDArray[Any]) -> Described:
         import torch
 
         transfers, crop, edge = self.transfers, self.slot.crops[0], self.encoder.resolution
         with torch.inference_mode():
-            (there,) = transfers.upload([slots], work.copied)
+            (there,) = transfers.upload([torch.from_numpy(slots)], work.copied)
             transfers.begin()
             pixels = there[:, : crop.bytes].unflatten(1, (edge, edge, 3))
             values = self.encoder.encode(self.encoder.preprocessing.normalise(pixels))

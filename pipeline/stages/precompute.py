@@ -10,6 +10,8 @@ from functools import cached_property
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+import numpy.typing as npt
+
 from pipeline.config.cli import config_for
 from pipeline.config.schema import ConfigError, PrecomputeConfig
 from pipeline.distributed import Rank, distributed
@@ -39,8 +41,6 @@ from pipeline.samples import Outcome, Row, Schema
 from pipeline.stages import release
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from pipeline.latents.encoding import Encoded, Encoding
 
 _PATCH = 2
@@ -360,10 +360,12 @@ class Precompute(EncodingStage[PrecomputeConfig]):
         if headers is not None:
             headers.close()
 
-    def encode(self, work: Work, slots: Tensor) -> Encoded:
+    def encode(self, work: Work, slots: npt.NDArray[Any]) -> Encoded:
+        import torch
+
         from pipeline.latents.encoding import Batch
 
-        return self.encoding.encode(Batch(slots, work.more.new, work.copied, work.jobs[0].sizes))
+        return self.encoding.encode(Batch(torch.from_numpy(slots), work.more.new, work.copied, work.jobs[0].sizes))
 
     def begin(self) -> None:
         self._memory = _Memory(self)

@@ -8,11 +8,10 @@ bytes of the result are the same either way.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,29 +19,58 @@ import numpy.typing as npt
 from pipeline.config.cli import config_for
 from pipeline.config.schema import ConfigError, ScoreConfig
 from pipeline.curation.scorers import Scorer, get_scorers
-from pipeline.curation.scorers.worker import Scored, understood
+from pipeline.curation.scorers.layout import ScoreLayout
 from pipeline.distributed import Rank, distributed
 from pipeline.encoders.base import model_files
 from pipeline.encoders.model_scores import EMBEDDING, ModelScorer, fingerprint, model_of, model_scorers
-from pipeline.imaging.headers import ImageError, Limits
-from pipeline.imaging.worker_pool import Answer, Lost, Pool, worker_count
+from pipeline.imaging.worker_pool import worker_count
+from pipeline.latents.encoder_stage import EncodingStage, Job, Lap, Work, read
 from pipeline.partitions import engine
 from pipeline.partitions.dataset import Dataset, SlotReader, Stored, find_datasets
 from pipeline.partitions.plan import Partition
 from pipeline.partitions.planning import last_upstream
-from pipeline.partitions.stage import Context, Stage, follow_upstream
+from pipeline.partitions.stage import evaluate
 from pipeline.registry import stages
-from pipeline.samples import Outcome, Row, SampleError, Schema, content_hash
+from pipeline.samples import Outcome, Row, Schema
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pipeline.latents.transfers import Transfers, Transit
+
+_BATCH, _PER_PROCESS = 32, 8
+"""Images per batch if no model runs: minimum, and number for each decoding process."""
+
+
+@dataclass(slots=True)
+class ScoreJob(Job):
+    """A sample in progress, with its scores so far and its caption."""
+
+    scores: Row = field(default_factory=dict)
+    caption: str = ""
+
+    @property
+    def good(self) -> bool:
+        """Whether the sample could be read and decoded."""
+        return not self.outcome.reason
 
 
 @dataclass
-class Job:
-    """A sample in progress: its outcome and scores so far, and its caption."""
+class Scored:
+    """Scores of a batch.
 
-    outcome: Outcome
-    scores: Row
-    caption: str
-    crops: dict[str, npt.NDArray[Any]]
+    Attributes:
+        pixels: values of the scorers from pixels, float64 (n, scorers).
+        encoded: results of each model; valid after waiting for ``transit``.
+    """
+
+    pixels: npt.NDArray[np.float64]
+    encoded: Sequence[Sequence[Tensor]] = ()
+    transit: Transit | None = None
+
+    @property
+    def seconds(self) -> float:
+        return 0.0 if self.transit is None else self.transit.seconds
 
 
 @dataclass
@@ -57,10 +85,10 @@ _NOTHING = Known({}, {})
 
 
 @stages.register("score", ScoreConfig)
-class Score(Stage[ScoreConfig]):
+class Score(EncodingStage[ScoreConfig]):
     name = "score"
     version = 1
-    function = "pipeline.curation.scorers.worker:answer"
+    writes_to_stores = False
 
     @property
     def format(self) -> str:
@@ -116,22 +144,7 @@ class Score(Stage[ScoreConfig]):
     def plan(self, since: int = 0) -> Iterator[Partition]:
         if self.upstream.format.name == "scores":
             raise ConfigError(f"{self.upstream.root.path} holds scores, not images: give input= the folder of images")
-        return follow_upstream(self.upstream, since)
-
-    @cached_property
-    def pool(self) -> Pool:
-        config = self.config
-        return Pool(
-            self.function,
-            (tuple(self._from_pixels), tuple(self._crops.values()), Limits()),
-            workers=worker_count(config.workers, self.rank.local_world_size),
-            timeout=config.decode_timeout,
-            memory=config.worker_memory * 2**20,
-        )
-
-    def close(self) -> None:
-        if "pool" in self.__dict__:
-            self.pool.close()
+        return super().plan(since)
 
     @property
     def _functions(self) -> list[Scorer]:
@@ -211,96 +224,125 @@ class Score(Stage[ScoreConfig]):
 
     # ---- work
 
-    def process(self, partition: Partition, context: Context) -> Iterator[Outcome]:
+    @cached_property
+    def slot(self) -> ScoreLayout:
+        return ScoreLayout(tuple(self._from_pixels), tuple(self._crops.values()))
+
+    @cached_property
+    def batch_size(self) -> int:
+        """As configured if a model runs; otherwise enough to keep all decoding processes busy."""
+        return self.config.batch_size if self._asked else max(_BATCH, _PER_PROCESS * self.decoding_processes())
+
+    @property
+    def on_gpu(self) -> bool:
+        return bool(self._asked) and super().on_gpu
+
+    def decoding_processes(self) -> int:
+        return worker_count(self.config.workers, self.rank.local_world_size)
+
+    @cached_property
+    def transfers(self) -> Transfers:
+        from pipeline.latents.transfers import Transfers
+
+        return Transfers(self.rank.device)
+
+    def prepare(self) -> None:
+        evaluate(self._from_captions, self.slot, self.batch_size)
+        if self._asked:
+            evaluate(self.transfers)
+
+    def rows(self, partition: Partition) -> Iterator[Job]:
         (span,) = partition.inputs
         known = self._known(span.start) if self._reused else {}
-        stored = (sample for sample in self.upstream.samples(span.start) if partition.wants(sample.key))
-        tasks = self._tasks(stored, known)
-        jobs = (self._scored(job, said) for job, said in self.pool.map(tasks, self.rank.check_stop))
-        if not self._asked:
-            yield from (self._finished(job) for job in jobs)
-            return
-        while batch := list(islice(jobs, self.config.batch_size)):
-            self._ask(batch)
-            yield from map(self._finished, batch)
-
-    def _tasks(self, samples: Iterator[Stored], known: dict[str, Known]) -> Iterator[tuple[Job, bytes | None]]:
-        """Jobs, with the image if a scorer needs it."""
-        looks = bool(self._from_pixels or self._crops)
+        looks = bool(self.slot.names or self.slot.crops)
         columns = [name for name in self.upstream.schema if name in ("key", "captions", *(("jpg",) if looks else ()))]
-        for stored in samples:
-            outcome = Outcome(stored.key, "failed", source=stored.source, offset=stored.offset)
-            earlier = known.get(stored.key, _NOTHING)
-            job = Job(outcome, dict(earlier.scores), "", {})
-            for name, value in earlier.ledger.items():
-                setattr(outcome, name, value)
-            if outcome.reason:
-                yield job, None  # failed in the earlier result, and would fail again
-                continue
-            try:
-                row = stored.read(columns)
-            except SampleError as error:
-                outcome.reason, outcome.detail, outcome.retryable = error.reason, error.detail, error.retryable
-                yield job, None
-                continue
-            job.caption = next(iter(row["captions"]), "")
+        for stored in self.samples(span.start):
+            if partition.wants(stored.key):
+                yield self._job(stored, known.get(stored.key, _NOTHING), columns)
+
+    def _job(self, stored: Stored, known: Known, columns: Sequence[str]) -> Job:
+        if known.ledger.get("reason"):  # failed in the earlier result, and would fail again
+            job = ScoreJob(Outcome(stored.key, "failed", source=stored.source, offset=stored.offset), {})
+        else:
+            found = read(stored, columns)
+            job = ScoreJob(found.outcome, found.row, scores=dict(known.scores))
+        for name, value in known.ledger.items():
+            if not getattr(job.outcome, name):
+                setattr(job.outcome, name, value)
+        if job.row:
+            job.caption = next(iter(job.row["captions"]), "")
             for scorer in self._from_captions:
                 job.scores[scorer.name] = scorer.function(job.caption)
-            if looks:
-                outcome.source_bytes, outcome.source_hash = len(row["jpg"]), content_hash(row["jpg"])
-                yield job, row["jpg"]
-            else:
-                outcome.status = "kept"
-                yield job, None
-
-    def _scored(self, job: Job, said: Answer | Lost | None) -> Job:
-        if said is None:
-            return job
-        outcome = job.outcome
-        match self._understood(said):
-            case Scored() as found:
-                outcome.status, outcome.width, outcome.height = "kept", found.width, found.height
-                for name, value in zip(self._from_pixels, found.values, strict=True):
-                    job.scores[name] = value if math.isfinite(value) else None
-                job.crops = dict(zip(self._crops, found.crops, strict=True))
-            case ImageError() as error:
-                outcome.reason, outcome.detail = error.reason, error.detail
-            case Lost() as lost:
-                outcome.reason, outcome.detail, outcome.retryable = f"decoder_{lost.reason}", lost.detail, True
         return job
 
-    def _understood(self, said: Answer | Lost) -> Scored | ImageError | Lost:
-        if isinstance(said, Lost):
-            return said
-        try:
-            return understood(said, len(self._from_pixels), list(self._crops.values()))
-        except ValueError as error:
-            return Lost("crash", f"the worker gave {error}")
+    def encode(self, work: Work, slots: npt.NDArray[Any]) -> Scored:
+        for job in work.jobs:
+            job.row = {}  # its image is decoded
+        scored = Scored(self.slot.scores(slots[: len(work.jobs)]))
+        if self._asked and any(job.good for job in work.jobs):
+            self._ask(work, slots, scored)
+        else:
+            work.copied()
+        return scored
 
-    def _ask(self, batch: list[Job]) -> None:
-        """Score a batch with the models, skipping samples that could not be read."""
-        good = [job for job in batch if job.outcome.status == "kept"]
-        if not good:
-            return
-        captions = [job.caption for job in good]
-        for model in self._asked.values():
-            vectors = np.stack([job.scores[EMBEDDING] for job in good]) if model.wants_embedding else None
-            crops = [job.crops[repr(model.crop)] for job in good] if model.crop is not None else []
-            for column, values in zip(model.columns, model.score(crops, captions, vectors), strict=True):
-                for job, value in zip(good, values, strict=True):
+    def _ask(self, work: Work, slots: npt.NDArray[Any], scored: Scored) -> None:
+        """Run the models on a batch. Samples that could not be read are left out or, with padded batches, ignored later."""
+        import torch
+
+        transfers, places = self.transfers, self._places(work)
+        jobs: list[Any] = work.jobs
+        captions = [job.caption if job.good else "" for job in jobs]
+        captions += [""] * (len(slots) - len(captions))
+        with torch.inference_mode():
+            (there,) = transfers.upload([torch.from_numpy(slots)], work.copied)
+            transfers.begin()
+            if not self.pads and len(places) < len(jobs):
+                there, captions = there[places], [captions[place] for place in places]
+            images = {
+                name: there[:, start : start + crop.bytes].unflatten(1, (crop.edge, crop.edge, 3))
+                for (name, crop), start in zip(self._crops.items(), self.slot.starts[1:], strict=False)
+            }
+            scored.encoded = [
+                [transfers.download(tensor) for tensor in model.encode(images.get(repr(model.crop)), captions)]
+                for model in self._asked.values()
+            ]
+            scored.transit = transfers.end()
+        if not self.on_gpu:
+            work.copied()
+
+    @staticmethod
+    def _places(work: Work) -> list[int]:
+        """Positions in the batch of the samples that could be read."""
+        return [place for place, job in enumerate(work.jobs) if job.good]
+
+    def finish(self, work: Work, encoded: Scored) -> Iterator[Outcome]:
+        if encoded.transit is not None:
+            encoded.transit.wait()
+        places = self._places(work)
+        jobs: list[Any] = [work.jobs[place] for place in places]
+        for job, numbers in zip(jobs, encoded.pixels[places].tolist(), strict=True):
+            for name, value in zip(self.slot.names, numbers, strict=True):
+                job.scores[name] = value if math.isfinite(value) else None
+        captions = [job.caption for job in jobs]
+        for model, tensors in zip(self._asked.values(), encoded.encoded, strict=False):
+            arrays = [tensor.numpy()[places] if self.pads else tensor.numpy() for tensor in tensors]
+            vectors = np.stack([job.scores[EMBEDDING] for job in jobs]) if model.wants_embedding else None
+            for column, values in zip(model.columns, model.values(arrays, captions, vectors), strict=True):
+                for job, value in zip(jobs, values, strict=True):
                     job.scores[column] = value
-        for job in good:
-            job.crops = {}
-
-    def _finished(self, job: Job) -> Outcome:
-        outcome = job.outcome
-        if outcome.status == "kept":
-            if any(not _is_finite(value) for value in job.scores.values()):
-                outcome.status, outcome.reason = "failed", "not_finite"
+        for job in jobs:
+            outcome = job.outcome
+            if all(map(_is_finite, job.scores.values())):
+                outcome.status, outcome.row = "kept", {"key": outcome.key} | job.scores
+            else:
+                outcome.reason = "not_finite"
                 outcome.detail = "a model gave NaN or infinity: model_dtype=float32 may help"
-                return outcome
-            outcome.row = {"key": outcome.key} | job.scores
-        return outcome
+        for job in work.jobs:
+            yield job.outcome
+
+    def lap_done(self, lap: Lap, busy: float, images: int, notes: dict[str, Any]) -> None:
+        if self._asked:
+            super().lap_done(lap, busy, images, notes)
 
 
 def _is_finite(value: Any) -> bool:

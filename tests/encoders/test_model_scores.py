@@ -130,6 +130,12 @@ def crops(scorer: ModelScorer, count: int) -> list[np.ndarray]:
     return [rng.integers(0, 256, (scorer.crop.edge, scorer.crop.edge, 3), np.uint8) for _ in range(count)]
 
 
+def scored(scorer: ModelScorer, images: list[np.ndarray], captions: list[str], embeddings: Any = None) -> list:
+    """All at once, on the CPU."""
+    given = torch.from_numpy(np.stack(images)) if images else None
+    return scorer.values([tensor.numpy() for tensor in scorer.encode(given, captions)], captions, embeddings)
+
+
 @torch.no_grad()
 def test_similarities_are_those_of_direct_calls(tmp_path: Path) -> None:
     from transformers import CLIPModel, CLIPTokenizer
@@ -139,7 +145,7 @@ def test_similarities_are_those_of_direct_calls(tmp_path: Path) -> None:
     (scorer,) = found.values()
     images, captions = crops(scorer, 3), ["red dog", "", "a cat"]
     assert not scorer.wants_embedding and scorer.columns == {"clip_similarity": "float"}
-    (values,) = scorer.score(images, captions, None)
+    (values,) = scored(scorer, images, captions)
     model = CLIPModel.from_pretrained(place).eval()
     mean, std = (np.array(x) for x in ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)))
     x = torch.from_numpy(((np.stack(images) / 255 - mean) / std).transpose(0, 3, 1, 2)).float()
@@ -151,9 +157,9 @@ def test_similarities_are_those_of_direct_calls(tmp_path: Path) -> None:
     both = scorers(f"clip_similarity:hf:{place}", f"embedding:hf:{place}")
     embedding, similarity = both.values()
     assert similarity.wants_embedding and similarity.crop is None
-    (vectors,) = embedding.score(images, captions, None)
+    (vectors,) = scored(embedding, images, captions)
     assert vectors[0].dtype == np.float16 and embedding.columns == {"embedding": "vector:8"}
-    (again,) = similarity.score([], captions, np.stack(vectors))
+    (again,) = scored(similarity, [], captions, np.stack(vectors))
     np.testing.assert_allclose([again[0], again[2]], expected[[0, 2]], atol=2e-3)
     assert fingerprint(similarity.describe()) != fingerprint(scorer.describe()), (
         "float16 vectors are not quite the same"
@@ -177,7 +183,7 @@ def test_a_heads_values_depend_on_the_embedding_too(tmp_path: Path) -> None:
         for model in ("embedded", f"program:{tmp_path / 'a.pt2'}", f"program:{tmp_path / 'b.pt2'}")
     ]
     assert len(set(described)) == 3
-    (values,) = scorers("embedding:embedded", head)[head].score([], [], np.eye(192, dtype=np.float16)[:5])
+    (values,) = scored(scorers("embedding:embedded", head)[head], [], [""] * 5, np.eye(192, dtype=np.float16)[:5])
     assert scorers("embedding:embedded", head)[head].columns == {"taste": "float"} and len(values) == 5
 
 
@@ -188,7 +194,7 @@ def test_classes_and_their_probabilities(tmp_path: Path) -> None:
     name = f"classifier:{save_classifier(tmp_path)}"
     scorer = scorers(name)[name]
     images = crops(scorer, 8)
-    names, shares = scorer.score(images, [""] * 8, None)
+    names, shares = scored(scorer, images, [""] * 8)
     x = torch.from_numpy(np.stack(images).transpose(0, 3, 1, 2) / 127.5 - 1).float()
     expected = ViTForImageClassification.from_pretrained(tmp_path).eval()(x).logits.softmax(-1)
     assert names == [("dog", "cat", "car")[index] for index in expected.argmax(-1)]

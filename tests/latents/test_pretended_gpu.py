@@ -11,13 +11,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from stages.conftest import run_stage
-from tiny_networks import save_autoencoder, save_clip, save_dino, save_dino3, save_siglip
+from tiny_networks import save_autoencoder, save_classifier, save_clip, save_dino, save_dino3, save_siglip
 from transfer_double import Gpus
 
 from pipeline.encoders.embedded import EmbeddedTextEncoder
+from pipeline.encoders.image_text import HfImageEncoder
 from pipeline.encoders.transformers import ClipTextEncoder
 from pipeline.encoders.vision import _Patches
 from pipeline.latents.validation import Validator
@@ -25,6 +27,7 @@ from pipeline.partitions.dataset import Dataset
 from pipeline.stages import verify
 from pipeline.stages.features import Features
 from pipeline.stages.precompute import Precompute
+from pipeline.stages.score import Score
 
 _SAVED: dict[str, Callable[[Path], Path]] = {
     "vae": partial(save_autoencoder, latent_channels=4),
@@ -32,6 +35,7 @@ _SAVED: dict[str, Callable[[Path], Path]] = {
     "dino": save_dino,
     "dino3": save_dino3,
     "siglip": save_siglip,
+    "classifier": save_classifier,
 }
 
 
@@ -43,12 +47,13 @@ def networks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         (place / name).mkdir()
     for name, save in _SAVED.items():
         save(place / name)
+    torch.save(torch.nn.Linear(8, 1).state_dict(), place / "taste.pth")
     from transformers import ViTConfig, ViTImageProcessor, ViTModel
 
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
     ViTModel(ViTConfig(**sizes, image_size=32, patch_size=16), add_pooling_layer=False).save_pretrained(place / "vit")
     ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(place / "vit")
-    return {name: str(place / name) for name in (*_SAVED, "vit")}
+    return {name: str(place / name) for name in (*_SAVED, "vit", "taste.pth")}
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +83,7 @@ def watched(gpus: Gpus, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
     watch(Precompute)
     watch(Features)
+    watch(Score)
     return seen
 
 
@@ -124,7 +130,38 @@ def test_no_batch_of_features_waits_for_the_device(
     assert counts["kept"] == 28 and watched["features"] == 5
 
 
+@pytest.mark.parametrize("embeds", [True, False])
+def test_no_batch_of_scores_waits_for_the_device(
+    embeds: bool, networks: dict[str, str], source: str, gpus: Gpus, watched: Counter[str], tmp_path: Path
+) -> None:
+    clip = f"hf:{networks['clip']}"
+    own = [f"embedding:{clip}", f"head:{networks['taste.pth']}"] if embeds else []
+    networks_alone = (f"classifier:{networks['classifier']}",)
+    scorers = (*own, f"clip_similarity:{clip}", *networks_alone, "sharpness", "caption_words")
+    settings: dict[str, Any] = {"scorers": scorers, "batch_size": 8, "workers": "0", "reuse": False, "input": source}
+    run_stage("score", **settings, output=str(tmp_path / "gpu"))
+    assert watched["score"] == 5
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        run_stage("score", **settings, output=str(tmp_path / "cpu"))
+    ours, theirs = (table_of(tmp_path / name) for name in ("gpu", "cpu"))
+    assert len(ours) == 28 and ours.keys() == theirs.keys()
+    for key, row in ours.items():
+        for name, value in row.items():
+            same = np.allclose(value, theirs[key][name], atol=2e-3) if name in _CLOSE else value == theirs[key][name]
+            assert same, (key, name)
+
+
+_CLOSE = ("embedding", "taste", "clip_similarity", "class_probability")
+
+
+def table_of(place: Path) -> dict[str, dict[str, Any]]:
+    dataset = Dataset.open(place)
+    return {stored.key: stored.read() for index in range(dataset.partitions) for stored in dataset.samples(index)}
+
+
 PLANTED = {
+    "score: a value that is looked at": (HfImageEncoder, "encode", lambda vectors: vectors.max().item()),
     "precompute: a blocking copy": (ClipTextEncoder, "encode_pooled", lambda states: states[0].cpu()),
     "precompute: a value that is looked at": (
         EmbeddedTextEncoder,
@@ -158,6 +195,8 @@ def test_a_planted_fault_is_named_by_its_line(
     monkeypatch.setattr(owner, method, harmed)
     stage = fault.partition(":")[0]
     settings: dict[str, Any] = {"batch_size": 8}
+    if stage == "score":
+        settings |= {"scorers": (f"embedding:hf:{networks['clip']}",), "workers": "0"}
     if stage == "precompute":
         text = f"clip:{networks['clip']}" if owner is ClipTextEncoder else "embedded"
         settings = {"batch_size": "8", "image_resolutions": (32,), "text_encoder": [text]}

