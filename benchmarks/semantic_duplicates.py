@@ -1,24 +1,30 @@
-"""What `dedup method=semantic` finds of planted duplicates, against perceptual hashes; and the cost of the search.
+"""What `dedup method=semantic` finds of planted duplicates, beside perceptual hashes; and what the search costs.
 
     python benchmarks/semantic_duplicates.py photos=<folder> [model=embedded] [count=2000] [cosines=0.9,0.95,0.98]
     python benchmarks/semantic_duplicates.py rows=100000,1000000 [width=512] [probes=2] [seconds=60]
 
 The first cuts photos into tiles (see dedup.py) and plants copies of a tenth of them in each of four ways: cropped by
 10 to 25 % of each edge, mirrored, recoloured (saturation, brightness and contrast, or grey), and rendered again (small
-and enlarged, few colours, low quality). Recall is the fraction of planted copies that are in the group of their
-original; precision the fraction of samples to be dropped that were planted.
+and enlarged, few colours, low quality). Recall is the share of the planted ones that are in the group of their
+original; precision the share of the samples that would go which were planted.
 
-The second generates random vectors, a tenth of them near duplicates of others, and times the parts of the search:
-finding centres, sorting into cells, and comparing some of the cells, extrapolated to all. The last line fits a power of
-the number of samples, and extrapolates to 10^9. If faiss is installed, the comparison is also run with it.
+The second makes vectors at random, a tenth of them near duplicates of others, and measures CPU seconds of the parts of
+the search, with one thread: to find the centres, to sort all vectors into cells, and to compare some of the cells, from
+which all of them follow. The last line fits a power of the number of samples to the sums, and says what 10^9 would
+take. Beside it: range_search of faiss on the largest cell, if faiss is installed, and, for the first number of samples,
+SemDeDup (Abbas et al., arXiv:2303.09540) as it is published: k-means with as many clusters, all cosines within a
+cluster, and a sample goes if one of its cluster that is further from the centre is too similar.
 """
 
 from __future__ import annotations
 
+import os
 import random
 import sys
 from pathlib import Path
-from time import perf_counter
+from time import process_time
+
+os.environ |= {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}  # before NumPy is imported
 
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
@@ -28,8 +34,19 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from dedup import jpeg, looked_at, tiles
 
 from pipeline.curation.duplicates import Links, decide, forest, links, members, rows, units
-from pipeline.curation.semantic import PER_CELL, Block, Vectors, by_cell, cells_for, centres, linked, nearest
+from pipeline.curation.semantic import (
+    ITERATIONS,
+    PER_CELL,
+    Block,
+    Vectors,
+    by_cell,
+    cells_for,
+    centres,
+    linked,
+    nearest,
+)
 
+REPEATS = 5
 KINDS = ("cropped", "mirrored", "recoloured", "rendered again")
 
 
@@ -51,7 +68,7 @@ def changed(image: Image.Image, kind: str, rng: random.Random) -> Image.Image:
 
 
 def search(vectors: Vectors, cosine: float, probes: int = 2) -> Links:
-    """All steps of the search, on vectors in memory."""
+    """All steps of the search on vectors in memory."""
     middle = centres(vectors, cells_for(len(vectors), probes, len(vectors)))
     ordered = by_cell(np.arange(len(vectors)), vectors, nearest(vectors, middle, 1 + probes), len(middle))
     found: list[Links] = []
@@ -115,60 +132,117 @@ def simulated(count: int, width: int) -> Vectors:
     rng = np.random.default_rng(0)
     themes = rng.normal(size=(200, width)).astype(np.float32)
     found = np.empty((count, width), np.float16)
-    for start in range(0, count, 1 << 16):
-        stop = min(count, start + (1 << 16))
-        part = themes[rng.integers(0, 200, stop - start)] + rng.normal(size=(stop - start, width)).astype(np.float32)
-        tenth = (stop - start) // 10
-        noise = rng.normal(size=(tenth, width)).astype(np.float32)
+    for start, stop, tenth in parts(count):
+        part = themes[rng.integers(0, 200, stop - start)]
+        part += rng.standard_normal((stop - start, width), np.float32)
+        noise = rng.standard_normal((tenth, width), np.float32)
         part[:tenth] = part[tenth : 2 * tenth] + 0.3 * noise
         found[start:stop] = part / np.linalg.norm(part, axis=1, keepdims=True)
     return found
 
 
+def planted(count: int) -> np.ndarray:
+    """The near duplicates in :func:`simulated`, pairs (n, 2)."""
+    first = np.concatenate([np.arange(start, start + tenth) for start, _, tenth in parts(count)])
+    return np.stack([first, first + np.concatenate([np.full(tenth, tenth) for *_, tenth in parts(count)])], 1)
+
+
+def parts(count: int) -> list[tuple[int, int, int]]:
+    """Where each begins and ends, and how many near duplicates are in it."""
+    starts = range(0, count, 1 << 16)
+    return [(start, stop, (stop - start) // 10) for start in starts for stop in [min(count, start + (1 << 16))]]
+
+
 def cost(count: int, width: int, probes: int, seconds: float) -> float:
+    """CPU seconds of the whole search, of which the comparisons are measured for ``seconds``."""
     vectors, cosine = simulated(count, width), 0.95
     cells = cells_for(count, probes, count)
-    begin = perf_counter()
+    begin = process_time()
     middle = centres(vectors[: PER_CELL * cells], cells)
-    trained = perf_counter() - begin
-    some = min(count, 100_000)
-    begin = perf_counter()
-    nearest(vectors[:some], middle, 1 + probes)
-    sorting = (perf_counter() - begin) * count / some
+    trained = process_time() - begin
+    begin = process_time()
     ordered = by_cell(np.arange(count), vectors, nearest(vectors, middle, 1 + probes), len(middle))
-    done, rate, found = 0, 0.0, 0
-    begin = perf_counter()
+    sorting = process_time() - begin
+    done = 0
+    begin = process_time()
     for cell in np.random.default_rng(0).permutation(len(middle)).tolist():
         own, visitors = blocks(ordered, cell)
-        found += len(linked(own, own, cosine)) + len(linked(own, visitors, cosine))
+        linked(own, own, cosine)
+        linked(own, visitors, cosine)
         done += 1
-        if perf_counter() - begin > seconds:
+        if process_time() - begin > seconds:
             break
-    rate = (perf_counter() - begin) / done
-    comparing = rate * len(middle)
+    comparing = (process_time() - begin) / done * len(middle)
     total = trained + sorting + comparing
     print(
         f"{count:>10} vectors, {len(middle):>6} cells: centres {trained:.1f} s, sorting {sorting:.1f} s, comparing "
-        f"{comparing:.1f} s ({done} cells measured), together {total:.0f} s"
+        f"{comparing:.1f} s ({done} cells measured), together {total:.0f} s",
+        flush=True,
     )
     beside_faiss(blocks(ordered, int((ordered.starts[1::2] - ordered.starts[:-1:2]).argmax()))[0], cosine)
     return total
+
+
+def beside_semdedup(count: int, width: int, probes: int) -> None:
+    """Which of the planted duplicates this search and SemDeDup find, and what each takes in all."""
+    vectors, cosine = simulated(count, width), 0.95
+    pairs = planted(count)
+    begin = process_time()
+    stars = search(vectors, cosine, probes)
+    ours = process_time() - begin
+    group = np.arange(count)
+    group[stars[:, 1]] = stars[:, 0]
+    begin = process_time()
+    goes = semdedup(vectors, cosine, cells_for(count, probes, count))
+    theirs = process_time() - begin
+    found = (group[pairs[:, 0]] == group[pairs[:, 1]]).mean()
+    gone = goes[pairs].any(1).mean()
+    print(f"{'':>10} planted duplicates found: {found:.2%} in {ours:.1f} s, by SemDeDup {gone:.2%} in {theirs:.1f} s")
+    print(f"{'':>10} samples that go: {len(stars)}, by SemDeDup {goes.sum()}")
+
+
+def semdedup(vectors: Vectors, cosine: float, clusters: int) -> np.ndarray:
+    """Which samples go, bool (n,), by SemDeDup with spherical k-means on all samples."""
+    unit = vectors.astype(np.float32)
+    unit /= np.linalg.norm(unit, axis=1, keepdims=True)
+    middle = unit[np.random.default_rng(0).choice(len(unit), clusters, replace=False)]
+    for _ in range(ITERATIONS):
+        cluster = np.concatenate([(unit[at : at + 8192] @ middle.T).argmax(1) for at in range(0, len(unit), 8192)])
+        for number in range(clusters):
+            total = unit[cluster == number].sum(0)
+            if length := np.linalg.norm(total):
+                middle[number] = total / length
+    goes = np.zeros(len(unit), bool)
+    for number in range(clusters):
+        mine = np.flatnonzero(cluster == number)
+        mine = mine[np.argsort(unit[mine] @ middle[number], kind="stable")]  # the furthest from the centre stays
+        similar = np.triu(unit[mine] @ unit[mine].T, 1)
+        goes[mine] = similar.max(0, initial=0) >= cosine
+    return goes
 
 
 def beside_faiss(block: Block, cosine: float) -> None:
     try:
         import faiss
     except ImportError:
+        print(f"{'':>10} without faiss, which is not installed")
         return
-    begin = perf_counter()
-    linked(block, block, cosine)
-    ours = perf_counter() - begin
-    index = faiss.IndexFlatIP(block.unit.shape[1])
-    begin = perf_counter()
-    index.add(block.unit)
-    index.range_search(block.unit, cosine)
-    theirs = perf_counter() - begin
-    print(f"{'':>10} a cell of {len(block.places)}: {ours:.3f} s, range_search of faiss {theirs:.3f} s")
+    faiss.omp_set_num_threads(1)
+    times = {}
+    for name in ("ours", "theirs"):
+        begin = process_time()
+        for _ in range(REPEATS):
+            if name == "ours":
+                linked(block, block, cosine)
+            else:
+                index = faiss.IndexFlatIP(block.unit.shape[1])
+                index.add(block.unit)
+                index.range_search(block.unit, cosine)
+        times[name] = (process_time() - begin) / REPEATS
+    print(
+        f"{'':>10} a cell of {len(block.places)}: {times['ours']:.4f} s, range_search of faiss {times['theirs']:.4f} s",
+        flush=True,
+    )
 
 
 def main() -> None:
@@ -180,10 +254,11 @@ def main() -> None:
         counts = [int(text) for text in options["rows"].split(",")]
         settings = int(options.get("width", 512)), int(options.get("probes", 2)), float(options.get("seconds", 60))
         took = [cost(count, *settings) for count in counts]
+        beside_semdedup(counts[0], *settings[:2])
         if len(counts) > 1:
             power, factor = np.polyfit(np.log(counts), np.log(took), 1)
             hours = np.exp(factor + power * np.log(1e9)) / 3600
-            print(f"grows as n^{power:.2f}: 10^9 would take {hours:.0f} hours of this machine")
+            print(f"grows as n^{power:.2f}: 10^9 would take {hours:.0f} CPU hours")
     else:
         print("photos=<folder>, or rows=<numbers>: see the top of this file")
 

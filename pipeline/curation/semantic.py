@@ -89,11 +89,14 @@ def nearest(vectors: Vectors, centres: Vectors, count: int) -> npt.NDArray[np.in
 
 def _nearest(vectors: Vectors, centres: Vectors, near: npt.NDArray[np.float32], count: int) -> npt.NDArray[np.int32]:
     """:func:`nearest`, given inner products `near` (n, k) with an error of at most :data:`_SURE`."""
-    kept = min(count + 1, near.shape[1])
-    best = np.argpartition(near, near.shape[1] - kept, axis=1)[:, near.shape[1] - kept :]
-    values = np.take_along_axis(near, best, 1)
-    order = np.argsort(-values, axis=1)
-    best, values = np.take_along_axis(best, order, 1), np.take_along_axis(values, order, 1)
+    kept, rows = min(count + 1, near.shape[1]), np.arange(len(near))
+    best = np.empty((len(near), kept), np.int64)
+    values = np.empty((len(near), kept), np.float32)
+    for place in range(kept):  # much faster than argpartition
+        best[:, place] = near.argmax(1)
+        values[:, place] = near[rows, best[:, place]]
+        near[rows, best[:, place]] = -np.inf
+    np.put_along_axis(near, best, values, 1)
     for row in np.flatnonzero((-np.diff(values, axis=1) < _SURE).any(1)):
         might = np.flatnonzero(near[row] > values[row, count - 1] - _SURE)
         exact = centres[might].astype(np.float64) @ vectors[row].astype(np.float64)
