@@ -393,7 +393,7 @@ scorers: Registry[Any] = Registry(
         **_scorers("pipeline.curation.scorers.networks", "text_area", "nsfw"),
         **_scorers(
             "pipeline.encoders.model_scores",
-            *("embedding", "clip_similarity", "head", "classifier"),
+            *("embedding", "clip_similarity", "head", "classifier", "perplexity"),
         ),
     },
 )

@@ -84,6 +84,17 @@ def save_language_model(path: Path) -> Path:
     return path
 
 
+def save_causal_language_model(path: Path) -> Path:
+    """The same, with a head that predicts the next token."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    save_tokenizer(path)
+    torch.manual_seed(0)
+    config = Qwen3Config(**SMALL, head_dim=8, num_key_value_heads=1, initializer_range=0.5)
+    Qwen3ForCausalLM(config).save_pretrained(path)
+    return path
+
+
 def save_siglip(path: Path) -> Path:
     """A SigLIP of transformers: texts of 10 tokens, images of 32 pixels squashed to squares, vectors of 16 numbers."""
     from transformers import SiglipConfig, SiglipImageProcessor, SiglipModel

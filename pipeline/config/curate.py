@@ -21,7 +21,7 @@ class ScoreConfig(DeviceConfig, CurationConfig, DecodingConfig):
     scorers: tuple[str, ...] = option(
         ("sharpness", "contrast", "entropy", "flat_share", "border", "seam", "caption_words"),
         "scores to compute: names, or embedding:<model>, clip_similarity:<model>, head:<file>, classifier:<repo or "
-        "folder>",
+        "folder>, perplexity:<repo or folder>",
         identity=True,
     )
     reuse: bool = option(

@@ -23,6 +23,9 @@ _UNMASKED = ("siglip_text_model", "siglip2_text_model")
 _TOWERS = ("language_model", "text_model")
 """Attributes of multimodal models that hold the part that reads text."""
 _LENGTH = 256
+_LOGITS = 1 << 28
+"""Numbers that a language model may say about tokens at once."""
+_IGNORED = -100
 
 
 @text_encoders.register("hf")
@@ -195,6 +198,72 @@ class LanguageModelEncoder(Loaded, TextEncoder):
             "prefix_tokens_dropped": self._prefix,
             "padding": "zeros" if self.mask else "states",
         }
+
+
+class CausalLanguageModel(Loaded):
+    """How well a model of transformers that predicts the next token predicts captions.
+
+    Args:
+        place: a repository (``owner/name[@revision]``) or folder.
+        setting: the setting and its value, for messages.
+
+    Attributes:
+        length: captions are cut to this many tokens.
+
+    Raises:
+        ConfigError: the model cannot be loaded, or does not predict tokens.
+    """
+
+    def __init__(self, place: str, setting: str, device: str | torch.device = "cpu", dtype: str = "float32") -> None:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        def load(name: str, **where: Any) -> Any:
+            make: Any = AutoModelForCausalLM.from_pretrained
+            found, about = make(name, output_loading_info=True, **where)
+            if about["missing_keys"]:
+                raise ConfigError(f"{setting}: {place} does not predict tokens: it has no {min(about['missing_keys'])}")
+            return found
+
+        try:
+            model, self._tokenizer = load_text("hf", place, load, AutoTokenizer.from_pretrained)
+        except ConfigError as error:
+            raise ConfigError(str(error).replace(f"text_encoder=hf:{place}", setting, 1)) from error
+        super().__init__("hf", model.float(), place, device, dtype)
+        config = model.config.get_text_config()
+        self._vocabulary = int(config.vocab_size)
+        self.length = min(_LENGTH, int(getattr(config, "max_position_embeddings", _LENGTH)))
+        self._tokenizer.padding_side = self._tokenizer.truncation_side = "right"
+        if self._tokenizer.pad_token is None:
+            self._tokenizer.pad_token = self._tokenizer.eos_token
+
+    @torch.no_grad()
+    def loss(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Sum of the negative log-likelihoods of each caption's tokens given those before, float32 (b,), and how many
+        tokens these are, all but the first, int64 (b,)."""
+        tokens = self._tokenizer(
+            list(captions), padding="longest", max_length=self.length, truncation=True, return_tensors="pt"
+        )
+        count = tokens["attention_mask"].sum(1).sub(1).clamp(min=0)
+        width = tokens["input_ids"].shape[1]
+        if width < 2:
+            return torch.zeros(len(captions), device=self.device), sent(count, self.device)
+        ids, mask = (sent(tokens[name].long(), self.device) for name in ("input_ids", "attention_mask"))
+        rows = max(1, _LOGITS // (width * self._vocabulary))
+        sums = [self._losses(ids[at : at + rows], mask[at : at + rows]) for at in range(0, len(captions), rows)]
+        return torch.cat(sums), sent(count, self.device)
+
+    def _losses(self, ids: Tensor, mask: Tensor) -> Tensor:
+        # no token looks at the padding behind it: a mask would only make the host wait for the device
+        logits = self._model(input_ids=ids, use_cache=False).logits[:, :-1]
+        labels = ids[:, 1:].masked_fill(mask[:, 1:] == 0, _IGNORED)
+        losses = torch.nn.functional.cross_entropy(
+            logits.float().transpose(1, 2), labels, ignore_index=_IGNORED, reduction="none"
+        )
+        total: Tensor = losses.sum(1)
+        return total
+
+    def describe(self) -> dict[str, Any]:
+        return {**self._said(), "class": type(self._model).__name__, "length": self.length}
 
 
 def _layers(spec: ModelSpec) -> tuple[int, ...] | None:

@@ -234,6 +234,30 @@ class Classifier(ModelScorer):
         return [[self._model.classes[index] for index in number.tolist()], probability.tolist()]
 
 
+@scorers.register("perplexity")
+class Perplexity(ModelScorer):
+    """The perplexity of the caption under a language model: exp of the mean negative log-likelihood of its tokens, all
+    but the first. Captions of fewer than two tokens have none."""
+
+    def __init__(self, name: str, model: str, models: Models) -> None:
+        from pipeline.encoders.language_model import CausalLanguageModel
+
+        self._model = CausalLanguageModel(model, f"scorers={name}", models.device, models.dtype)
+        self.columns = {"perplexity": "float"}
+
+    def describe(self) -> dict[str, Any]:
+        return self._model.describe()
+
+    def encode(self, images: Tensor | None, captions: Sequence[str]) -> tuple[Tensor, ...]:
+        return self._model.loss(captions)
+
+    def values(
+        self, encoded: Sequence[npt.NDArray[Any]], captions: Sequence[str], embeddings: Vectors | None
+    ) -> list[list[Any]]:
+        said = zip(*(array.tolist() for array in encoded), captions, strict=True)
+        return [[float(np.exp(total / count)) if count and caption.strip() else None for total, count, caption in said]]
+
+
 def _vectors(tower: ImageEncoder, images: Tensor | None) -> Tensor:
     """uint8 (b, edge, edge, 3) → float32 (b, width), of unit length."""
     assert images is not None

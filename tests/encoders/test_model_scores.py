@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny_networks import save_classifier, save_clip
+from tiny_networks import save_causal_language_model, save_classifier, save_clip, save_language_model
 from torch import Tensor, nn
 
 from pipeline.config.options import ConfigError
 from pipeline.curation.scorers import get_scorers
+from pipeline.encoders import language_model
 from pipeline.encoders.heads import load_head
 from pipeline.encoders.model_scores import ModelScorer, fingerprint, model_scorers
 
@@ -200,6 +201,35 @@ def test_classes_and_their_probabilities(tmp_path: Path) -> None:
     assert names == [("dog", "cat", "car")[index] for index in expected.argmax(-1)]
     np.testing.assert_allclose(shares, expected.max(-1).values, atol=1e-5)
     assert scorer.columns == {"class_name": "str", "class_probability": "float"}
+
+
+@torch.no_grad()
+def test_perplexity_is_that_of_transformers_own_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    name = f"perplexity:{save_causal_language_model(tmp_path)}"
+    captions = ["a red dog", "", "describe a cat a dog a red cat", "dog", "  ", "a cat"]
+    model, tokenizer = (kind.from_pretrained(tmp_path) for kind in (AutoModelForCausalLM, AutoTokenizer))
+    expected = []
+    for caption in captions:
+        ids = tokenizer(caption, return_tensors="pt")["input_ids"]
+        expected.append(float(model(input_ids=ids.long(), labels=ids.long()).loss.exp()) if ids.shape[1] > 1 else None)
+    assert [value is None for value in expected] == [False, True, False, True, True, False]
+    scorer = scorers(name)[name]
+    assert scorer.columns == {"perplexity": "float"} and scorer.crop is None
+    for at_once in (language_model._LOGITS, 1):
+        monkeypatch.setattr(language_model, "_LOGITS", at_once)
+        (values,) = scored(scorer, [], captions)
+        assert values == [one if one is None else pytest.approx(one, rel=1e-4) for one in expected]
+    assert scored(scorer, [], ["", " "]) == [[None, None]]
+
+
+def test_a_model_that_predicts_no_tokens_has_no_perplexity(tmp_path: Path) -> None:
+    save_language_model(tmp_path)
+    with pytest.raises(ConfigError, match=r"scorers=perplexity:.* does not predict tokens: it has no lm_head"):
+        scorers(f"perplexity:{tmp_path}")
+    with pytest.raises(ConfigError, match="scorers=perplexity:nowhere/"):
+        scorers("perplexity:nowhere/")
 
 
 def test_scorers_that_do_not_go_together_are_refused(tmp_path: Path) -> None:

@@ -15,7 +15,15 @@ import numpy as np
 import pytest
 import torch
 from stages.conftest import run_stage
-from tiny_networks import save_autoencoder, save_classifier, save_clip, save_dino, save_dino3, save_siglip
+from tiny_networks import (
+    save_autoencoder,
+    save_causal_language_model,
+    save_classifier,
+    save_clip,
+    save_dino,
+    save_dino3,
+    save_siglip,
+)
 from transfer_double import Gpus
 
 from pipeline.encoders.embedded import EmbeddedTextEncoder
@@ -36,6 +44,7 @@ _SAVED: dict[str, Callable[[Path], Path]] = {
     "dino3": save_dino3,
     "siglip": save_siglip,
     "classifier": save_classifier,
+    "language": save_causal_language_model,
 }
 
 
@@ -136,7 +145,7 @@ def test_no_batch_of_scores_waits_for_the_device(
 ) -> None:
     clip = f"hf:{networks['clip']}"
     own = [f"embedding:{clip}", f"head:{networks['taste.pth']}"] if embeds else []
-    networks_alone = (f"classifier:{networks['classifier']}",)
+    networks_alone = (f"classifier:{networks['classifier']}", f"perplexity:{networks['language']}")
     scorers = (*own, f"clip_similarity:{clip}", *networks_alone, "sharpness", "caption_words")
     settings: dict[str, Any] = {"scorers": scorers, "batch_size": 8, "workers": "0", "reuse": False, "input": source}
     run_stage("score", **settings, output=str(tmp_path / "gpu"))
@@ -152,7 +161,7 @@ def test_no_batch_of_scores_waits_for_the_device(
             assert same, (key, name)
 
 
-_CLOSE = ("embedding", "taste", "clip_similarity", "class_probability")
+_CLOSE = ("embedding", "taste", "clip_similarity", "class_probability", "perplexity")
 
 
 def table_of(place: Path) -> dict[str, dict[str, Any]]:
