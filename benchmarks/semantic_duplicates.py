@@ -9,11 +9,12 @@ and enlarged, few colours, low quality). Recall is the share of the planted ones
 original; precision the share of the samples that would go which were planted.
 
 The second makes vectors at random, a tenth of them near duplicates of others, and measures CPU seconds of the parts of
-the search, with one thread: to find the centres, to sort all vectors into cells, and to compare some of the cells, from
-which all of them follow. The last line fits a power of the number of samples to the sums, and says what 10^9 would
-take. Beside it: range_search of faiss on the largest cell, if faiss is installed, and, for the first number of samples,
-SemDeDup (Abbas et al., arXiv:2303.09540) as it is published: k-means with as many clusters, all cosines within a
-cluster, and a sample goes if one of its cluster that is further from the centre is too similar.
+the search, with one thread: to find centres, to sort all vectors into cells, and to compare some of the cells, from
+which all of them follow. With n vectors in sqrt(probes * n) cells, all parts but the first grow as n^1.5 at last; the
+last line says what 10^9 would take by that. Beside it: range_search of faiss on the largest cell, if faiss is
+installed, and, for the first number of samples, SemDeDup (Abbas et al., arXiv:2303.09540) as it is published: k-means
+with as many clusters, all cosines within a cluster, and a sample goes if one of its cluster that is further from the
+centre is too similar.
 """
 
 from __future__ import annotations
@@ -256,9 +257,11 @@ def main() -> None:
         took = [cost(count, *settings) for count in counts]
         beside_semdedup(counts[0], *settings[:2])
         if len(counts) > 1:
-            power, factor = np.polyfit(np.log(counts), np.log(took), 1)
-            hours = np.exp(factor + power * np.log(1e9)) / 3600
-            print(f"grows as n^{power:.2f}: 10^9 would take {hours:.0f} CPU hours")
+            power = np.log(took[-1] / took[-2]) / np.log(counts[-1] / counts[-2])
+            hours = took[-1] * (1e9 / counts[-1]) ** 1.5 / 3600
+            print(
+                f"grows as n^{power:.2f} between the last two; with n^1.5 from there, 10^9 take {hours:.0f} CPU hours"
+            )
     else:
         print("photos=<folder>, or rows=<numbers>: see the top of this file")
 
