@@ -1,20 +1,20 @@
-"""What `dedup method=semantic` finds of planted duplicates, beside perceptual hashes; and what the search costs.
+"""What `dedup method=semantic` finds of planted duplicates, against perceptual hashes; and the cost of the search.
 
     python benchmarks/semantic_duplicates.py photos=<folder> [model=embedded] [count=2000] [cosines=0.9,0.95,0.98]
     python benchmarks/semantic_duplicates.py rows=100000,1000000 [width=512] [probes=2] [seconds=60]
 
 The first cuts photos into tiles (see dedup.py) and plants copies of a tenth of them in each of four ways: cropped by
 10 to 25 % of each edge, mirrored, recoloured (saturation, brightness and contrast, or grey), and rendered again (small
-and enlarged, few colours, low quality). Recall is the share of the planted ones that are in the group of their
-original; precision the share of the samples that would go which were planted.
+and enlarged, few colours, low quality). Recall is the fraction of planted copies that are in the group of their
+original; precision the fraction of samples to be dropped that were planted.
 
-The second makes vectors at random, a tenth of them near duplicates of others, and measures CPU seconds of the parts of
-the search, with one thread: to find centres, to sort all vectors into cells, and to compare some of the cells, from
-which all of them follow. With n vectors in sqrt(probes * n) cells, all parts but the first grow as n^1.5 at last; the
-last line says what 10^9 would take by that. Beside it: range_search of faiss on the largest cell, if faiss is
-installed, and, for the first number of samples, SemDeDup (Abbas et al., arXiv:2303.09540) as it is published: k-means
-with as many clusters, all cosines within a cluster, and a sample goes if one of its cluster that is further from the
-centre is too similar.
+The second generates random vectors, a tenth of them near duplicates of others, and measures the CPU time of the parts
+of the search, with one thread: finding centres, sorting all vectors into cells, and comparing some of the cells,
+extrapolated to all. n vectors are sorted into sqrt(probes * n) cells, so all parts but the first grow as n^1.5 at last;
+the last line extrapolates to 10^9 by that. If faiss is installed, its range_search is timed on the largest cell. For the
+first number of rows, the search is compared with SemDeDup (Abbas et al., arXiv:2303.09540) as published: k-means with
+as many clusters, all cosines within a cluster, and a sample is dropped if a sample of its cluster that is further from
+the centre is too similar.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def changed(image: Image.Image, kind: str, rng: random.Random) -> Image.Image:
 
 
 def search(vectors: Vectors, cosine: float, probes: int = 2) -> Links:
-    """All steps of the search on vectors in memory."""
+    """All steps of the search, on vectors in memory."""
     middle = centres(vectors, cells_for(len(vectors), probes, len(vectors)))
     ordered = by_cell(np.arange(len(vectors)), vectors, nearest(vectors, middle, 1 + probes), len(middle))
     found: list[Links] = []

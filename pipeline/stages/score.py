@@ -286,7 +286,7 @@ class Score(EncodingStage[ScoreConfig]):
         return scored
 
     def _ask(self, work: Work, slots: npt.NDArray[Any], scored: Scored) -> None:
-        """Run the models on a batch. Samples that could not be read are left out or, with padded batches, ignored later."""
+        """Run the models on a batch, without the samples that could not be read unless batches are padded."""
         import torch
 
         transfers, places = self.transfers, self._places(work)
