@@ -11,7 +11,7 @@ original; precision the fraction of samples to be dropped that were planted.
 The second generates random vectors, a tenth of them near duplicates of others, and measures the CPU time of the parts
 of the search, with one thread: finding centres, sorting all vectors into cells, and comparing some of the cells,
 extrapolated to all. n vectors are sorted into sqrt(probes * n) cells, so all parts but the first grow as n^1.5 at last;
-the last line extrapolates to 10^9 by that. If faiss is installed, its range_search is timed on the largest cell. For the
+the last line extrapolates to 10^9 by that. If faiss is installed, its range_search is timed on the largest cell. On the
 first number of rows, the search is compared with SemDeDup (Abbas et al., arXiv:2303.09540) as published: k-means with
 as many clusters, all cosines within a cluster, and a sample is dropped if a sample of its cluster that is further from
 the centre is too similar.
