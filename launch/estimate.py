@@ -20,6 +20,7 @@ from launch.quantities import clock, mebibytes, minutes
 from launch.script import Script
 from launch.site import Limits, Room, Site
 from pipeline.config.schema import ConfigError, traits_of
+from pipeline.partitions.stage import input_folder
 from pipeline.storage import StorageError
 from pipeline.telemetry.units import duration
 
@@ -267,13 +268,20 @@ def work_of(job: Job, before: Work | None, walk: bool) -> tuple[Work, str]:
         return input_of(dataset), "its plan"
     if job.stage == "download" or (job.stage == "filter" and job.config.fuse):
         return _source(job) if walk else (Work(), "known when it is planned")
-    upstream = _opened(getattr(job.config, "input", ""))
+    upstream = _opened(_input_of(job))
     if upstream is not None and upstream.success is not None:
         work = _result_of(upstream)
         return replace(work, partitions=_partitions(job, work)), "its input"
     if before is not None and before.samples >= 0:
         return replace(before, partitions=_partitions(job, before)), "the previous stage, if it keeps all samples"
     return Work(), "known when the previous stage is planned"
+
+
+def _input_of(job: Job) -> Path | None:
+    try:
+        return input_folder(job.config, job.stage)
+    except ConfigError:
+        return None
 
 
 def _source(job: Job) -> tuple[Work, str]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from launch import site
 from launch.estimate import Estimate, amount, estimates, idle_gpus, span
+from pipeline.telemetry.units import counted
 
 if TYPE_CHECKING:
     from launch.job import Job
@@ -73,14 +74,15 @@ def summary(estimate: Estimate) -> str:
     """Amount of work, time, CPU and GPU hours, bytes and inodes, as far as they are known."""
     work = estimate.work
     if estimate.finished:
-        return f"finished: {work.samples:,} samples, {amount(estimate.output_bytes)} in {work.partitions:,} partitions"
+        partitions = counted(work.partitions, "partition")
+        return f"finished: {work.samples:,} samples, {amount(estimate.output_bytes)} in {partitions}"
     said = [f"{work.samples:,} samples" if work.samples >= 0 else "unknown samples"]
     if work.bytes > 0:
         said[0] += f" ({amount(work.bytes)})"
     if work.samples < 0 > work.partitions and estimate.hours is None:
         return estimate.basis
     if work.partitions >= 0:
-        said[0] += f" in {work.partitions:,} partition{'s' * (work.partitions != 1)}"
+        said[0] += f" in {counted(work.partitions, 'partition')}"
     said.append("time unknown" if estimate.hours is None else f"about {span(estimate.hours)}")
     for hours, name in ((estimate.cpu_hours, "CPU"), (estimate.gpu_hours, "GPU")):
         if hours:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -133,7 +134,7 @@ def _report(job: Job, ranks: list[subprocess.Popen[bytes]], logs: Path | None) -
     worst = min(bad, key=lambda number: (codes[number] in (-signal.SIGTERM, -signal.SIGKILL), number), default=None)
     for number in range(len(ranks)) if worst is None else [worst]:
         if logs and (worst is not None or number == 0):
-            brief = codes[worst] == 2 if worst is not None else not is_single(job.stage, job.arguments)
+            brief = worst is None and not is_single(job.stage, job.arguments)
             _tail(logs / f"rank{number}.log", 1 if brief else 40)
     if worst is None:
         return 0
@@ -145,8 +146,10 @@ def _report(job: Job, ranks: list[subprocess.Popen[bytes]], logs: Path | None) -
 
 
 def _tail(path: Path, lines: int) -> None:
+    """Show the end of a log: what went wrong, if its last line says so, else its last lines."""
     text = path.read_bytes()[-20_000:].decode("utf-8", "replace").splitlines()
-    print("\n".join(text[-lines:]), flush=True)
+    plain = bool(text) and re.search(r"(^|\] )error: ", text[-1])
+    print("\n".join(text[-1:] if plain else text[-lines:]), flush=True)
 
 
 class _Interrupt:

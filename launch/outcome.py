@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import shlex
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launch.finished import finished_at, made_from_input, makes_data
+from launch.job import Job
 from launch.local import last_logged
 from pipeline.config import cli
-from pipeline.config.schema import public_text
+from pipeline.config.schema import ConfigError, public_text
 from pipeline.partitions.dataset import Dataset, Unfinished
 from pipeline.partitions.finalize import common_failures
 from pipeline.storage import StorageError
@@ -22,8 +25,6 @@ from pipeline.training.uploads import problem
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.text import Text
-
-    from launch.job import Job
 
 _NEXT = {
     "download": "filter",
@@ -59,33 +60,40 @@ class Made:
     dropped: str = ""
     """The most common reasons for which samples were dropped."""
     notes: tuple[str, ...] = ()
+    already: str = ""
+    """When it was finished, if that was before the command."""
 
 
-def show(jobs: Sequence[Job], spans: Sequence[tuple[float, float]]) -> None:
+def show(
+    jobs: Sequence[Job], spans: Sequence[tuple[float, float]], before: Sequence[float | None] | None = None
+) -> None:
     """Print the results: a table on a terminal, plain lines elsewhere.
 
     Args:
         spans: Start and end time of each job, in seconds since the epoch.
+        before: When each job's result had been finished, if it was there before the job started (default: unknown).
     """
     if sys.stdout.isatty():
         from rich.console import Console
 
-        Console(highlight=False).print(table(jobs, spans))
+        Console(highlight=False).print(table(jobs, spans, before))
         for line in _next_line(jobs):
             print(line)  # not wrapped, so that it can be copied
     else:
-        print("\n".join(summary(jobs, spans[-1][1] - spans[0][0])))
+        print("\n".join(summary(jobs, spans[-1][1] - spans[0][0], before)))
 
 
-def summary(jobs: Sequence[Job], seconds: float) -> list[str]:
+def summary(jobs: Sequence[Job], seconds: float, before: Sequence[float | None] | None = None) -> list[str]:
     """Lines about all results, and the command that usually comes next."""
     lines = [f"done in {duration(seconds)}:"]
-    for made in map(_made, jobs):
+    for made in _all_made(jobs, before):
         lines += [f"  {made.stage:<11} {said}" for said in filter(None, [_line(made), *made.notes])]
     return [*lines, *_next_line(jobs)]
 
 
-def table(jobs: Sequence[Job], spans: Sequence[tuple[float, float]]) -> RenderableType:
+def table(
+    jobs: Sequence[Job], spans: Sequence[tuple[float, float]], before: Sequence[float | None] | None = None
+) -> RenderableType:
     """The same as a table for a terminal, with the time and the rate of each stage."""
     from rich.console import Group
     from rich.text import Text
@@ -94,8 +102,7 @@ def table(jobs: Sequence[Job], spans: Sequence[tuple[float, float]]) -> Renderab
 
     rows: list[dict[str, str | Text]] = []
     notes = []
-    for job, (began, ended) in zip(jobs, spans, strict=True):
-        made = _made(job)
+    for job, made, (began, ended) in zip(jobs, _all_made(jobs, before), spans, strict=True):
         failed = made.counts.get("failed", 0)
         processed = _processed(job.output, began) if made.counts and job.output else 0
         rows.append(
@@ -109,19 +116,25 @@ def table(jobs: Sequence[Job], spans: Sequence[tuple[float, float]]) -> Renderab
                 "output": _short(made.output),
             }
         )
-        said = [made.text, f"dropped: {made.dropped}" if made.dropped else "", *(note.strip() for note in made.notes)]
+        said = [made.text, f"dropped: {made.dropped}" if made.dropped else "", _nothing_to_do(made)]
+        said += [note.strip() for note in made.notes]
         notes += [f"{made.stage}: {text}" for text in said if text]
     done = f"done in {duration(spans[-1][1] - spans[0][0])}"
     return Group(done, FittingTable(rows, _LEAST, folded="output"), *map(Text, notes))
 
 
 def _line(made: Made) -> str:
-    if not made.counts:
-        return ": ".join(filter(None, [str(made.output or ""), made.text]))
-    said = f"{made.output}: {made.counts['kept']} of {made.counts['in']} samples kept"
-    if made.counts["dropped"]:
-        said += f", {made.counts['dropped']} dropped ({made.dropped})"
-    return said + (f", {made.counts['failed']} failed" if made.counts["failed"] else "")
+    said = made.text
+    if made.counts:
+        said = f"{made.counts['kept']} of {made.counts['in']} samples kept"
+        if made.counts["dropped"]:
+            said += f", {made.counts['dropped']} dropped ({made.dropped})"
+        said += f", {made.counts['failed']} failed" if made.counts["failed"] else ""
+    return ": ".join(filter(None, [str(made.output or ""), "; ".join(filter(None, [said, _nothing_to_do(made)]))]))
+
+
+def _nothing_to_do(made: Made) -> str:
+    return f"already finished on {made.already}, nothing to do" if made.already else ""
 
 
 def _next_line(jobs: Sequence[Job]) -> list[str]:
@@ -137,6 +150,12 @@ def _short(path: Path | None) -> str:
 def _processed(output: Path, began: float) -> int:
     """Samples processed by this run, without those of earlier runs."""
     return sum(event["totals"].get("in", 0) for event in last_events(output) if event["begin"] >= began)
+
+
+def _all_made(jobs: Sequence[Job], before: Sequence[float | None] | None) -> Iterator[Made]:
+    for job, was in zip(jobs, before or [None] * len(jobs), strict=True):
+        already = was is not None and was == finished_at(job) and not getattr(job.config, "overwrite", False)
+        yield replace(_made(job), already=time.strftime("%Y-%m-%d %H:%M", time.localtime(was)) if already else "")
 
 
 def _made(job: Job) -> Made:
@@ -187,25 +206,50 @@ def _commonest(reasons: dict[str, int], outcome: str) -> str:
 
 
 def next_command(job: Job) -> str:
-    """The command that usually follows; empty if there is none, or if it depends on more than this job."""
+    """The command that usually follows; empty if there is none, or if it depends on more than this job.
+
+    Stages that have their results already, made from those of this job, are passed over.
+    """
+    while (following := _following(job)) is not None:
+        try:
+            after = Job.of(*following)
+        except ConfigError:
+            break  # the command itself says what is missing
+        if not _up_to_date(after, job):
+            break
+        job = after
+    if following is None:
+        return ""
+    stage, words = following
+    placed = job.config.data_dir and job.config.dataset
+    command = [*cli.program("submit").split(), f"stage={stage}"] if placed else cli.program(stage).split()
+    return public_text(shlex.join([*command, *words]))
+
+
+def _up_to_date(job: Job, source: Job) -> bool:
+    """Whether the result of ``job`` is there, and was made from that of ``source`` as it is now."""
+    if makes_data(job.stage) and job.output is not None:
+        variants = job.output.parent.glob(f"{job.stage}-*") if job.config.dataset else ()
+        return any(made_from_input(job, place) for place in (job.output, *variants))
+    made, read = finished_at(job), finished_at(source)
+    return made is not None and (read is None or made >= read)
+
+
+def _following(job: Job) -> tuple[str, list[str]] | None:
+    """The stage that usually follows, and its settings."""
     task = getattr(job.config, "task", "diffuse")
     stage = _AFTER_TRAINING.get(task, "") if job.stage == "train" else _NEXT.get(job.stage, "")
     if not stage:
-        return ""
+        return None
     config = job.config
+    more = ["task=caption"] if job.stage == "features" else []
     if not (config.data_dir and config.dataset):
         if stage in ("generate", "evaluate", "caption", "report") or job.output is None:
-            return ""
-        place = job.output.parent / stage
-        more = ["task=caption"] if job.stage == "features" else []
-        return shlex.join([*cli.program(stage).split(), f"input={job.output}", f"output={place}", *more])
-    words = [f"stage={stage}", f"dataset={config.dataset}", f"data_dir={config.data_dir}"]
-    if stage != "report":
-        words += [
-            f"{name}={value}" for name in ("split", "subset") if (value := getattr(config, name)) not in ("", "train")
-        ]
+            return None
+        return stage, [f"input={job.output}", f"output={job.output.parent / stage}", *more]
+    words = cli.dataset_of(config)
+    if stage == "report":
+        words = [word for word in words if not word.startswith(("split=", "subset="))]
     if job.stage == "train" and config.name:
         words.append(f"name={config.name}")
-    if job.stage == "features":
-        words.append("task=caption")
-    return public_text(shlex.join([*cli.program("submit").split(), *words]))
+    return stage, [*words, *more]

@@ -5,17 +5,20 @@ Also compares the settings of a job with those of a job that SLURM already has f
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config import cli
-from pipeline.config.schema import ConfigError, identity, public_text, traits_of
-from pipeline.partitions.dataset import Dataset, Unfinished
+from pipeline.config.options import require_files
+from pipeline.config.schema import STAGES, ConfigError, identity, public_text, traits_of
+from pipeline.partitions.dataset import Dataset
 from pipeline.partitions.planning import Stale, require_same
-from pipeline.partitions.stage import input_folder
+from pipeline.partitions.stage import input_folder, open_input, upstreams_of
+from pipeline.registry import tasks
 from pipeline.storage import StorageError
 
 if TYPE_CHECKING:
@@ -33,34 +36,49 @@ def check(job: Job, coming: Collection[str]) -> None:
     Raises:
         ConfigError: the input does not exist or is not finished, or the output was made with other settings.
     """
+    require_files(job.config)
     _check_input(job, coming)
     if traits_of(job.stage).partitioned and job.output is not None and not job.config.overwrite:
         _check_output(job)
 
 
+def check_inputs(jobs: Sequence[Job]) -> None:
+    """Raise ConfigError if an input is missing or not finished that none of ``jobs`` makes before it is needed."""
+    coming: set[str] = set()
+    for job in jobs:
+        require_files(job.config)
+        _check_input(job, coming)
+        coming |= {str(job.output)} if job.output else set()
+
+
 def _check_input(job: Job, coming: Collection[str]) -> None:
-    source = str(getattr(job.config, "input", "") or "")
-    traits = traits_of(job.stage)
-    reads_dataset = traits.partitioned and bool(traits.upstream)
-    if not source and reads_dataset:
-        try:
-            source = str(input_folder(job.config, job.stage))
-        except ConfigError:
-            return  # not known yet: the previous stage may still be pending
-    if not source or "://" in source or any(letter in source for letter in "*?[,"):
+    given = str(getattr(job.config, "input", "") or "")
+    if getattr(job.config, "wait", 0.0) or "://" in given:
         return
-    path = Path(source).absolute()
+    upstreams = () if given or job.stage not in STAGES else upstreams_of(job.config, job.stage)
+    if not given and (not upstreams or not _is_known(job.config)):
+        return
+    try:
+        path = Path(given).absolute() if given else input_folder(job.config, job.stage)
+    except ConfigError:
+        return  # not known yet: the previous stage may still be pending
     if str(path) in coming or str(path / "data") in coming:
         return
-    if not path.exists():
-        raise ConfigError(f"input={source}: there is no such file or folder")
-    if reads_dataset and (path / "plan").is_dir():
+    if given and not os.path.exists(path):
+        if any(letter in given for letter in "*?[{,"):
+            return  # a pattern or a list
+        raise ConfigError(f"input={given}: there is no such file or folder")
+    if not given or (traits_of(job.stage).upstream and (path / "plan").is_dir()):
         try:
-            Dataset.open(path).require_success()
-        except Unfinished as error:
-            raise ConfigError(f"stage {job.stage} cannot start: {error}") from None
+            open_input(job.config, job.stage)
         except (StorageError, OSError, KeyError, TypeError):
             return  # damaged: the stage will report how
+
+
+def _is_known(config: Any) -> bool:
+    """Whether the default input follows from the settings: an installed package's task may read something else."""
+    task = getattr(config, "task", "")
+    return not task or task in tasks.builtin
 
 
 def _check_output(job: Job) -> None:

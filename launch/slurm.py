@@ -11,7 +11,6 @@ import io
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import time
 from dataclasses import dataclass, replace
@@ -22,6 +21,7 @@ import submitit
 from submitit.core.utils import FailedJobError
 
 from launch import forecast, pack, precheck
+from launch.finished import already_done, finished_as_asked, makes_data
 from launch.notify import host_of, require_url
 from launch.script import Array, Script
 from launch.slurm_commands import (
@@ -35,9 +35,10 @@ from launch.slurm_commands import (
     outer_job_forgotten,
     persistently,
     require_slurm,
+    without_slurm,
 )
 from pipeline.config import cli
-from pipeline.config.schema import ConfigError, dataset_name, identity, public_text, traits_of
+from pipeline.config.schema import ConfigError, dataset_name, public_text, traits_of
 from pipeline.distributed.standard_output import forgive
 
 if TYPE_CHECKING:
@@ -191,7 +192,7 @@ def _script_text(path: str) -> str:
 
 def only_looks(job: Job) -> bool:
     """Whether the job only has to check that its source is unchanged."""
-    return _makes_data(job.stage) and not traits_of(job.stage).upstream and finished_as_asked(job)
+    return makes_data(job.stage) and not traits_of(job.stage).upstream and finished_as_asked(job)
 
 
 def _small(script: Script) -> Script:
@@ -229,15 +230,15 @@ def _on(script: Script, partition: str) -> Script:
 
 def rehearse(jobs: list[Job]) -> int:
     """Print the scripts, and SLURM's answer to each; returns 1 if it would refuse one."""
-    available = shutil.which("sbatch") is not None
+    why = without_slurm()
     accepted = True
     for job in jobs:
-        for script in scripts_of(job, max_array_size() if available and job.request.config.array else 0):
+        for script in scripts_of(job, 0 if why or not job.request.config.array else max_array_size()):
             print(f"# ==== {job.stage}: {job.output or ''}\n{_public(script)}")
-            good, said = test_only(script) if available else (True, "no SLURM on this machine to check this with")
+            good, said = (True, f"not checked: {why}") if why else test_only(script)
             accepted &= good
             print(f"# ==== {job.stage}: {'' if good else 'refused: '}{said}\n")
-    forecast.print_for_slurm(jobs, available)
+    forecast.print_for_slurm(jobs, not why)
     return 0 if accepted else 1
 
 
@@ -337,53 +338,7 @@ def _needs(job: Job, other: Job) -> bool:
 
 def _stage_needs(stage: str, other: str) -> bool:
     """Stages that use a finished run need dataset stages and training; any other stage needs all before it."""
-    return not traits_of(stage).reads_run or _makes_data(other) or traits_of(other).lockstep
-
-
-def _makes_data(stage: str) -> bool:
-    return traits_of(stage).partitioned
-
-
-def already_done(job: Job) -> bool:
-    """Whether the job's output is finished, and was made with these settings from the current state of its input.
-
-    False in case of doubt: the stage itself then reports the problem.
-    """
-    from pipeline.partitions.dataset import Dataset
-    from pipeline.partitions.stage import input_folder
-    from pipeline.storage import StorageError
-
-    if job.parts:
-        return all(map(already_done, job.parts))
-    if not (_makes_data(job.stage) and traits_of(job.stage).upstream) or not finished_as_asked(job):
-        return False  # the first stage must check its source again
-    try:
-        dataset, upstream = Dataset.open(job.output or ""), Dataset.open(input_folder(job.config, job.stage))
-        newest = dataset.plans[-1].header
-        return (
-            upstream.success is not None and newest["upstream"]["content_digest"] == upstream.success["content_digest"]
-        )
-    except (ConfigError, StorageError, OSError, KeyError, TypeError):
-        return False
-
-
-def finished_as_asked(job: Job) -> bool:
-    """Whether the job's output is finished, and was made with these settings."""
-    from pipeline.partitions.dataset import Dataset
-    from pipeline.stages import get_stage
-    from pipeline.storage import StorageError
-
-    if job.config.overwrite or job.config.retry_failed:
-        return False
-    try:
-        dataset = Dataset.open(job.output or "")
-        return (
-            dataset.success is not None
-            and dataset.header["stage_version"] == get_stage(job.stage).version_with(job.config)
-            and dataset.header["identity"] == identity(job.config)
-        )
-    except (ConfigError, StorageError, OSError, KeyError, TypeError):
-        return False
+    return not traits_of(stage).reads_run or makes_data(other) or traits_of(other).lockstep
 
 
 # ---- calls of sbatch

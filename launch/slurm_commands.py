@@ -26,6 +26,8 @@ _AWAY = re.compile(
     "unable to establish control|unexpected message|backup controller",
     re.IGNORECASE,
 )
+_UNCONFIGURED = re.compile("config(?:uration)? source|unable to process configuration file", re.IGNORECASE)
+_SECONDS = 20.0  # that the controller may take to say how it is configured
 _KEPT = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_JWT")
 
 
@@ -37,13 +39,23 @@ class SlurmError(ConfigError):
         self.passing = bool(_AWAY.search(message))
 
 
-def require_slurm() -> None:
-    """Raises SlurmError if SLURM's commands are not installed."""
+def without_slurm() -> str:
+    """Why this machine cannot submit jobs; empty if it can. That the controller does not answer is not a reason."""
     missing = [name for name in ("sbatch", "squeue", "srun") if shutil.which(name) is None]
     if missing:
-        raise SlurmError(
-            f"cluster=slurm: no {missing[0]} on this machine: submit from a login node of the cluster, or cluster=local"
-        )
+        return f"no {missing[0]} on this machine"
+    try:
+        ask("scontrol", "show", "config", seconds=_SECONDS)
+    except SlurmError as error:
+        if _UNCONFIGURED.search(str(error)):
+            return "SLURM's commands are installed on this machine, but belong to no cluster (there is no slurm.conf)"
+    return ""
+
+
+def require_slurm() -> None:
+    """Raises SlurmError if this machine cannot submit jobs."""
+    if why := without_slurm():
+        raise SlurmError(f"cluster=slurm: {why}: submit from a login node of the cluster, or cluster=local")
 
 
 @contextlib.contextmanager

@@ -16,7 +16,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -25,8 +24,10 @@ from pipeline.config.interpreter import ensure
 if __name__ == "__main__":
     ensure(sys.path[0])
 
-from launch import local, notify
+from launch import local, notify, precheck
+from launch.finished import finished_at
 from launch.job import Job as Job
+from launch.job import output_of
 from launch.outcome import show
 from launch.request import PRESETS, Launch, Request, read
 from launch.script import is_single
@@ -38,16 +39,12 @@ from pipeline.config.schema import (
     STAGES,
     ConfigError,
     LaunchConfig,
-    RunConfig,
-    default_variant,
     public_text,
-    run_folder,
-    stage_folder,
     traits_of,
 )
 from pipeline.distributed import EXIT_STOPPED
 from pipeline.registry import stages
-from pipeline.stores import is_url
+from pipeline.telemetry.units import counted
 
 ALL = (*MAIN_LINE, "generate", "evaluate", "report")
 
@@ -175,26 +172,6 @@ def _own(settings: dict[str, str], stage: str, chosen: list[str]) -> dict[str, s
     return {key: str(value) for key, value in cli.select(settings, stage, "").items()}
 
 
-def output_of(stage: str, config: Any) -> Path | None:
-    """The output of the stage; None if it is a tool without an output.
-
-    Raises:
-        ConfigError: the output is in an object store, which has no place for logs.
-    """
-    if not isinstance(config, RunConfig):
-        return None
-    if is_url(config.output):
-        raise ConfigError(
-            f"output={config.output}: jobs keep their logs next to their output: run {cli.program(stage)} "
-            "under srun or torchrun to write to an object store, or choose a local output= and stage=publish"
-        )
-    if config.output:
-        return Path(config.output).absolute()
-    if stage in ("train", "generate", "evaluate"):
-        return run_folder(config, getattr(config, "name", "") or getattr(config, "task", "diffuse")).absolute()
-    return stage_folder(config, stage, default_variant(config)).absolute()
-
-
 def describe(job: Job) -> str:
     """The text of a dry run about a job: its size, as far as it is known, and its command."""
     ranks = f"{job.ranks} rank{'s' * (job.ranks > 1)}"
@@ -210,14 +187,15 @@ def size_of(job: Job) -> str:
         return "one process" if is_single(job.stage, job.arguments) else "one run"
     try:
         dataset = Dataset.open(job.output or "")
-        return f"{dataset.partitions} partitions, {'finished' if dataset.success else 'begun'}"
+        state = f"finished: {dataset.success['counts']['kept']} samples kept" if dataset.success else "begun"
+        return f"{counted(dataset.partitions, 'partition')}, {state}"
     except Unfinished:
         pass
     try:
         partitions = samples = 0
         for partition in get_stage(job.stage)(job.config, local.planner()).partitions():
             partitions, samples = partitions + 1, samples + max(partition.count, 0)
-        return f"{partitions} partitions, {samples or 'unknown'} samples"
+        return f"{counted(partitions, 'partition')}, {samples or 'unknown'} samples"
     except Unfinished:
         return "size known when the previous stage has finished"
 
@@ -250,7 +228,6 @@ def _run(argv: list[str]) -> int:
 
 def rehearse(jobs: list[Job]) -> int:
     """Print what would be done, and errors with which a stage would stop at its start; returns 2 if there are any."""
-    from launch import precheck
     from launch.forecast import print_for_here
 
     refused = 0
@@ -271,11 +248,14 @@ def run_here(jobs: list[Job], launch: Launch) -> int:
     """Run the jobs on this machine, one after the other; returns the first exit code that is not 0."""
     for url in {job.request.config.notify for job in jobs} - {""}:
         notify.require_url(url)
-    spans = []
+    precheck.check_inputs(jobs)
+    spans: list[tuple[float, float]] = []
+    before: list[float | None] = []
     with Submission(next((job.output for job in jobs if job.output), None), [job.stage for job in jobs]) as submission:
         for number, job in enumerate(jobs, 1):
             submission.at(number)
             begin = time.time()
+            before.append(finished_at(job))
             print(f"[{number}/{len(jobs)}] {': '.join(filter(None, (job.stage, str(job.output or ''))))}", flush=True)
             try:
                 code = inline(job) if launch.kind == "inline" else local.run(job)
@@ -286,7 +266,7 @@ def run_here(jobs: list[Job], launch: Launch) -> int:
             if code:
                 return code
             spans.append((begin, time.time()))
-    show(jobs, spans)
+    show(jobs, spans, before)
     return 0
 
 

@@ -34,6 +34,11 @@ class ConfigError(ValueError):
         super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))
 
 
+class ExpectedError(RuntimeError):
+    """Something that a person can mend, such as damaged data. Programs show the message as one line, without a
+    traceback, and exit with code 1."""
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """The end of an error message: names similar to ``word``, or all names."""
     names = sorted(known)

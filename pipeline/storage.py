@@ -24,6 +24,8 @@ from typing import Any, TypeVar
 
 import xxhash
 
+from pipeline.registry import ExpectedError
+
 T = TypeVar("T")
 BLOCK = 4 << 20  # bytes per block hash
 _BUFFER = 1 << 20
@@ -38,7 +40,7 @@ TRASH = ".trash."
 interpose: Callable[[str, str, Callable[[], Any]], Any] | None = None
 
 
-class StorageError(RuntimeError):
+class StorageError(ExpectedError):
     """The file system failed, lacks a required guarantee, or contains something unexpected."""
 
 

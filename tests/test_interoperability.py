@@ -23,10 +23,12 @@ import torch
 from PIL import Image
 from sources.test_foreign import picture
 from stages.conftest import run_stage
+from torch.utils.data import ConcatDataset, Subset, TensorDataset, random_split
 
 from pipeline.encoders.base import autoencoder, text_encoder
 from pipeline.loading.latents import build_streaming_latents_dataloader
 from pipeline.partitions.dataset import Dataset, RandomAccess
+from pipeline.sources.torch_dataset import import_dataset
 
 COUNT = 20
 
@@ -181,3 +183,19 @@ def test_an_index_that_is_merged_already_survives_merge_index(stages: Path) -> N
         util.merge_index(str(stages / "mds"))
     assert (stages / "mds/index.json").read_bytes() == before
     assert [sample["key"] for sample in streamed(stages / "mds")] == [row["key"] for row in rows(stages / "mds")]
+
+
+def test_subsets_and_concatenations_of_torch_are_imported_with_labels_and_names_of_classes(tmp_path: Path) -> None:
+    pixels = torch.arange(4 * 5 * 6 * 3).reshape(4, 5, 6, 3).to(torch.uint8)
+    whole = TensorDataset(pixels, torch.tensor([2, 0, 1, 2]))
+    whole.classes = ["cat", "dog", "eel"]
+    parts = random_split(whole, [3, 1], torch.Generator().manual_seed(0))
+    concatenated = ConcatDataset([Subset(whole, [1, 0]), parts[1]])
+    for name, dataset in (("part", parts[0]), ("nested", Subset(parts[0], [2])), ("concatenated", concatenated)):
+        assert import_dataset(dataset, output=str(tmp_path / name))["counts"]["kept"] == len(dataset)
+        stored = Dataset.open(tmp_path / name)
+        rows = RandomAccess(stored).rows(range(len(stored)))
+        for row, (image, label) in zip(rows, dataset, strict=True):
+            assert row["label"] == int(label)
+            assert np.array_equal(np.asarray(Image.open(io.BytesIO(row["jpg"]))), image.numpy())
+        assert stored.header["extra"]["classes"] == whole.classes

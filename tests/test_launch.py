@@ -6,12 +6,16 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from stages.conftest import run_stage
 
-from launch import local
-from launch.submit import jobs_of
+from launch import local, precheck
+from launch.job import Job
+from launch.request import Launch, read
+from launch.submit import jobs_of, main, run_here
 from pipeline.config.schema import ConfigError, LaunchConfig
 from pipeline.partitions.dataset import Dataset
 from pipeline.partitions.verify import verify
@@ -77,11 +81,69 @@ def test_a_dry_run_tells_sizes_and_commands_and_writes_nothing(tmp_path: Path) -
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_stage_without_its_upstream_fails_and_stops_the_chain(tmp_path: Path) -> None:
-    done = submit("stage=filter,shard", "dataset=shapes", f"data_dir={tmp_path}")
-    assert done.returncode == 2
-    assert "stage filter cannot start" in done.stdout
-    assert "[2/2]" not in done.stdout
+def requested(*arguments: str) -> tuple[Launch, list[Job]]:
+    launch = read(list(arguments))
+    return launch, jobs_of(launch.config, launch.settings, launch.requests)
+
+
+@pytest.mark.parametrize(
+    ("stage", "settings", "missing", "makes_it"),
+    [
+        ("filter,shard", [], "filter cannot start: {}/shapes/train/download does not exist", "download"),
+        ("train", [], "train cannot start: {}/shapes/train/precompute does not", "download,filter,shard,precompute"),
+        ("train", ["task=classify"], "/train/shard does not exist", "download,filter,shard"),
+        ("train", ["task=caption"], "/train/features does not exist", "download,filter,shard,features"),
+        ("dedup", ["method=semantic"], "/train/score does not exist", "download,filter,score"),
+        ("shard", ["split=valid"], "/valid/filter does not exist", "download,filter"),
+    ],
+)
+def test_a_missing_upstream_is_named_with_the_command_that_makes_it_before_anything_starts(
+    tmp_path: Path, stage: str, settings: list[str], missing: str, makes_it: str
+) -> None:
+    launch, jobs = requested(f"stage={stage}", "dataset=shapes", f"data_dir={tmp_path}", *settings)
+    with pytest.raises(ConfigError) as error:
+        run_here(jobs, launch)
+    assert missing.format(tmp_path) in str(error.value)
+    command = f"python launch/submit.py stage={makes_it} dataset=shapes data_dir={tmp_path}"
+    split = [word for word in settings if word.startswith("split=")]
+    assert str(error.value).endswith(f"; make it with: {' '.join([command, *split])}")
+    assert list(tmp_path.iterdir()) == []
+    _, jobs = requested(*command.split()[2:])
+    assert [job.stage for job in jobs] == makes_it.split(",")
+
+
+def test_of_the_stages_before_only_those_that_are_missing_are_proposed(tmp_path: Path) -> None:
+    download = tmp_path / "shapes/train/download"
+    run_stage("download", output=str(download), source="shapes", count=3, image_size=16)
+    _, jobs = requested("stage=shard", "dataset=shapes", f"data_dir={tmp_path}")
+    with pytest.raises(ConfigError, match=r"make it with: python launch/submit.py stage=filter dataset"):
+        precheck.check_inputs(jobs)
+    (download / "_SUCCESS").unlink()
+    _, (job,) = requested("stage=filter", "dataset=shapes", f"data_dir={tmp_path}")
+    with pytest.raises(ConfigError, match=r"is not finished .* make it with: .* stage=download dataset"):
+        precheck.check_inputs([job])
+    precheck.check_inputs([replace(job, config=replace(job.config, wait=60.0))])  # the stage itself waits
+
+
+@pytest.mark.parametrize("stage", ["filter", "shard", "download", "train"])
+def test_a_missing_input_is_found_before_anything_starts(
+    tmp_path: Path, stage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = ["source=image_folder"] if stage == "download" else []
+    with pytest.raises(SystemExit) as error:
+        main([f"stage={stage}", *source, f"input={tmp_path}/nosuch", f"output={tmp_path}/out"])
+    said = capsys.readouterr()
+    assert (error.value.code, said.out) == (2, "")
+    assert said.err == f"error: input={tmp_path}/nosuch: there is no such file or folder\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_output_that_cannot_be_made_is_one_line() -> None:
+    done = submit("stage=download", "dataset=shapes", "data_dir=/proc/xx")
+    assert done.returncode == 1
+    why = "error: output /proc/xx/shapes/train/download cannot be made: No such file or directory"
+    assert done.stderr.splitlines()[-2].endswith(why)
+    assert "Traceback" not in done.stderr
 
 
 def test_ctrl_c_stops_cleanly_and_the_same_command_resumes(tmp_path: Path) -> None:

@@ -67,6 +67,8 @@ def test_what_is_finished_takes_nothing_and_tells_the_next_stage_its_size(tmp_pa
     stored = Dataset.open(tmp_path / "shapes/train/download").require_success()["counts"]["bytes"]
     assert (filter_.work.samples, filter_.work.bytes, filter_.work.partitions) == (60, stored, 3)
     assert "60 samples" in next(lines(download))
+    (alone,) = estimates(jobs(tmp_path, "stage=filter", "dataset=shapes"))
+    assert alone.work == filter_.work
 
 
 def test_later_stages_are_told_the_size_of_what_pointers_lead_to(tmp_path: Path) -> None:

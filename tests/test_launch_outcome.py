@@ -10,17 +10,22 @@ import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
 from stages.conftest import run_stage
 
 from launch import outcome, submit
+from launch.finished import finished_at
 from launch.monitor.status_table import FittingTable
 from launch.monitor.watch import Watch
 from launch.submission import Submission, going_on
 from pipeline.config import cli
 from pipeline.config.schema import FilterConfig
+from pipeline.distributed import Rank
+from pipeline.storage import Folder
+from pipeline.telemetry.events import Events
 from pipeline.training import uploads
 
 SHAPES = ["dataset=shapes", "source=shapes", "count=30", "image_size=64", "download.partition_size=10"]
@@ -50,6 +55,47 @@ def test_a_command_ends_with_what_was_made_where_and_what_is_next(
     assert "0 of 30 samples kept, 30 dropped (30 too_small)" in capsys.readouterr().out
 
 
+def test_what_was_finished_already_says_so_and_is_not_proposed(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def said(*arguments: str) -> tuple[str, str]:
+        assert submitted(*arguments, "dataset=shapes", f"data_dir={data}") == 0
+        lines = capsys.readouterr().out.splitlines()
+        return "\n".join(lines), lines[-1]
+
+    source, filtered = SHAPES[1:], ["workers=0", "min_image_size=64"]
+    assert "already finished" not in said("stage=download,filter", *source, *filtered)[0]
+    again, following = said("stage=download,filter", *source, *filtered)
+    when = r"\d{4}-\d\d-\d\d \d\d:\d\d"
+    assert len(re.findall(rf"30 of 30 samples kept; already finished on {when}, nothing to do", again)) == 2
+    assert "stage=shard" in following
+    assert "stage=shard" in said("stage=download", *source)[1]  # filter is there
+    assert "stage=precompute" in said("stage=shard", "format=parquet")[1]
+    assert "stage=precompute" in said("stage=filter", *filtered)[1]  # there are shards, if in another format
+    anew, following = said("stage=download", *source, "overwrite=true")
+    assert "already finished" not in anew and "stage=precompute" in following  # the same content as before
+    other, following = said("stage=download", *source[:1], "count=31", *source[2:], "overwrite=true")
+    assert "already finished" not in other and "stage=filter" in following
+
+
+def test_a_training_run_is_finished_until_it_is_extended(data: Path) -> None:
+    launch = submit.read(["stage=train", "task=diffuse", "dataset=shapes", f"data_dir={data}"])
+    (job,) = submit.jobs_of(launch.config, launch.settings, launch.requests)
+    run = data / "shapes/runs/diffuse"
+    (run / "checkpoints/step_000002").mkdir(parents=True)
+    (run / "checkpoints/step_000002/checkpoint.json").write_text("{}")
+    assert finished_at(job) is None
+    with Folder.open(run) as folder, Events(folder, Rank()).around():
+        assert finished_at(job) is None
+    assert finished_at(job) == (run / "checkpoints/step_000002/checkpoint.json").stat().st_mtime
+    assert "already finished on " in "".join(outcome.summary([job], 1.0, [finished_at(job)]))
+    assert "already finished" not in "".join(outcome.summary([job], 1.0, [1.0]))
+    assert "stage=generate" in outcome.next_command(job)
+    (run / "samples").mkdir()
+    (run / "samples/samples.json").write_text("{}")
+    assert "stage=report" in outcome.next_command(job)
+    (data / "shapes/report.html").write_text("")
+    assert outcome.next_command(job) == ""
+
+
 def test_failures_are_told_with_their_reasons_and_an_example(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -67,15 +113,15 @@ def test_failures_are_told_with_their_reasons_and_an_example(
 
 @pytest.mark.parametrize("width", [120, 80, 40])
 def test_a_terminal_gets_a_table_with_times_and_rates(data: Path, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(submit, "show", lambda jobs, spans: shown.append((jobs, spans)))
-    shown: list[tuple[list[submit.Job], list[tuple[float, float]]]] = []
+    monkeypatch.setattr(submit, "show", lambda *made: shown.append(made))
+    shown: list[tuple[Any, ...]] = []
     given = ["stage=download,filter", *SHAPES, f"data_dir={data}", "min_image_size=65", "workers=0"]
     assert submitted(*given) == 0
     assert submitted(*given) == 0
     texts = []
-    for jobs, spans in shown:
+    for made in shown:
         console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-        console.print(outcome.table(jobs, spans))
+        console.print(outcome.table(*made))
         texts.append(console.export_text())
         assert max(map(len, texts[-1].splitlines())) <= width
     row = next(line.split() for line in texts[0].splitlines() if line.startswith("download"))
@@ -83,6 +129,7 @@ def test_a_terminal_gets_a_table_with_times_and_rates(data: Path, width: int, mo
     assert "30 too_small" in " ".join(texts[0].split())
     assert (" rate " in texts[0].splitlines()[1]) == (width > 40)
     assert " rate " not in texts[1].splitlines()[1]  # both were finished already
+    assert "already finished" not in texts[0] and texts[1].count("already finished on") == 2
 
 
 def test_a_table_is_for_terminals(data: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,6 +15,7 @@ from launch import precheck, slurm
 from launch.request import PRESETS, Request, read
 from launch.script import Array, Script
 from launch.submit import Job, jobs_of
+from launch.submit import main as submit_main
 from pipeline.config.schema import MAIN_LINE, STAGES, ConfigError, LaunchConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -434,12 +435,32 @@ def test_a_dry_run_shows_of_a_webhook_only_its_host(tmp_path: Path) -> None:
     assert "hush" not in done.stdout + done.stderr
 
 
-def test_a_dry_run_without_slurm_shows_the_scripts_all_the_same(tmp_path: Path) -> None:
-    arguments = ["stage=filter", "dataset=shapes", f"data_dir={tmp_path}", "cluster=slurm", "dry_run=true"]
-    done = submit(*arguments, environment={**os.environ, "PATH": str(tmp_path)})
-    assert done.returncode == 0
-    assert "#SBATCH --requeue" in done.stdout and "no SLURM on this machine" in done.stdout
-    assert list(tmp_path.iterdir()) == []
+UNCONFIGURED = """#!/bin/sh
+echo "scontrol: error: resolve_ctls_from_dns_srv: res_nsearch error: Unknown host" >&2
+echo "scontrol: fatal: Could not establish a configuration source" >&2
+exit 1
+"""
+
+
+@pytest.mark.parametrize("commands", [(), ("sbatch", "squeue", "srun", "scontrol")])
+def test_a_dry_run_without_slurm_shows_the_scripts_all_the_same(
+    tmp_path: Path, commands: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in commands:
+        (tmp_path / name).write_text(UNCONFIGURED)
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    arguments = ["stage=filter", "dataset=shapes", f"data_dir={tmp_path}", "cluster=slurm"]
+    assert submit_main([*arguments, "dry_run=true"]) == 0
+    said = capsys.readouterr()
+    why = "belong to no cluster" if commands else "no sbatch on this machine"
+    assert "#SBATCH --requeue" in said.out and said.out.count(why) == 1
+    assert "resolve" not in said.out + said.err
+    with pytest.raises(SystemExit) as refused:
+        submit_main(arguments)
+    said = capsys.readouterr()
+    assert refused.value.code == 2 and said.err.startswith("error: ") and why in said.err
+    assert {path.name for path in tmp_path.iterdir()} == set(commands)
 
 
 def test_variables_of_a_job_around_the_launcher_do_not_leak(monkeypatch: pytest.MonkeyPatch) -> None:

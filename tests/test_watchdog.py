@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -21,6 +22,7 @@ HEAD = """
 import os, sys, time
 from pipeline.config.schema import ConfigError, FilterConfig
 from pipeline.distributed import distributed
+from pipeline.storage import StorageError
 
 @distributed
 def main(rank, config):
@@ -151,12 +153,21 @@ def test_usr1_shows_the_stacks_and_ends_nothing(tmp_path: Path) -> None:
         ("sys.exit(5)", ["0.5"]),
         ("raise PermissionError(13, 'Permission denied', '/data')", [f"0.{EXIT_STORAGE}"]),
         ("import no_such_module", [f"0.{EXIT_ENVIRONMENT}"]),
+        ("raise StorageError('output') from OSError(30, 'Read-only file system')", [f"0.{EXIT_STORAGE}"]),
         ("raise ValueError('output') from OSError(28, 'No space left on device')", [f"0.{EXIT_STORAGE}"]),
     ],
 )
 def test_how_a_rank_ended_stands_in_its_life(tmp_path: Path, body: str, left: list[str]) -> None:
     run(tmp_path, body, timeout=0)
     assert marks(tmp_path) == left
+
+
+@pytest.mark.parametrize("rank", [{}, {"RANK": "0", "WORLD_SIZE": "1"}])
+@pytest.mark.parametrize(("error", "code"), [("ConfigError", 2), ("StorageError", 1)])
+def test_what_a_person_can_mend_is_one_line(tmp_path: Path, rank: dict[str, str], error: str, code: int) -> None:
+    ended, said = run(tmp_path, f"raise {error}('the data are damaged')", timeout=0, rank=rank)
+    assert ended == code
+    assert re.search(r"(^|\] |\n)error: the data are damaged$", said.strip()) and "Traceback" not in said
 
 
 def test_the_reason_stands_beside_the_node_and_the_work_done(tmp_path: Path) -> None:

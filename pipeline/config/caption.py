@@ -21,7 +21,7 @@ class CaptionConfig(DeviceConfig, StageConfig, DecodingConfig):
     checkpoint: str = option("", "run folder, checkpoint, or export folder (default: the dataset's run)", identity=True)
     name: str = option("", "name of the run folder, as in stage=train", when="!checkpoint")
     image_path: str = option("", "image, folder of images, URL of an image, or dataset directory")
-    split_file: str = option("", "only the images that this file assigns to split=", when="image_path")
+    split_file: str = option("", "only the images that this file assigns to split=", when="image_path", path="file")
     question: str = option(
         "",
         "the question to answer, for runs with prompt=question (default: the questions of the dataset)",
@@ -66,3 +66,7 @@ class CaptionConfig(DeviceConfig, StageConfig, DecodingConfig):
         2**26, "largest size of one data file", identity=True, ge=1, le=2**32 - 1, when="!image_path"
     )
     threads: int = option(1, "CPU threads per rank", ge=1, le=1024)
+
+    @property
+    def upstreams(self) -> tuple[str, ...]:
+        return () if self.image_path else self.traits.upstream

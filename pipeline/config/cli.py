@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shlex
 import shutil
 import sys
 import textwrap
@@ -31,13 +32,14 @@ from pipeline.config.options import (
     holds,
     option_text,
     owner_of,
+    require_files,
     shown,
     without_effect,
 )
 from pipeline.config.options import nearest as nearest
-from pipeline.config.schema import CURATION, STAGES, ConfigError, LaunchConfig, RunConfig, public
+from pipeline.config.schema import CURATION, STAGES, ConfigError, LaunchConfig, RunConfig, public, public_text
 from pipeline.config.yaml_files import read_settings
-from pipeline.registry import formats, scorers, sources, stages, tasks
+from pipeline.registry import ExpectedError, formats, scorers, sources, stages, tasks
 
 Config = TypeVar("Config", bound=Options)
 Settings = dict[str, Any]
@@ -437,6 +439,18 @@ def program(name: str) -> str:
     return f"python -m {stages.module(name)}" if name in STAGES else f"python launch/{name}.py"
 
 
+def command_for(stage: str, config: Any, *more: str) -> str:
+    """The command that runs ``stage`` (several: ``a,b``) on the dataset of ``config``, with the settings ``more``."""
+    words = [*program("submit").split(), f"stage={stage}", *dataset_of(config), *more]
+    return public_text(shlex.join(words))
+
+
+def dataset_of(config: Any) -> list[str]:
+    """The settings that choose the dataset of ``config``, and its place."""
+    given = {name: getattr(config, name, "") for name in ("dataset", "data_dir", "split", "subset")}
+    return [f"{name}={value}" for name, value in given.items() if value and (name, value) != ("split", "train")]
+
+
 def by_group(cls: type, fields: Sequence[dataclasses.Field[Any]]) -> dict[str, list[dataclasses.Field[Any]]]:
     """Group options by the class that declares them; headings are the first sentences of the docstrings.
 
@@ -496,22 +510,25 @@ def config_for(stage: str, arguments: Sequence[str] | None = None) -> Any:
             print(help_for(stage, arguments))
             raise SystemExit(0)
         try:
-            return load(stage, arguments)
+            config = load(stage, arguments)
+            require_files(config)
+            return config
         except ConfigError as error:
             Life().ended(2, f"error: {error}")  # tells the job script not to retry
             raise
 
 
 class errors_as_one_line:  # noqa: N801 - used like a function
-    """Context manager: a :class:`ConfigError` becomes one line on stderr and exit code 2; a closed pipe is ignored."""
+    """Context manager: a :class:`ConfigError` becomes one line on stderr and exit code 2, an :class:`ExpectedError` the
+    same with exit code 1; a closed pipe is ignored."""
 
     def __enter__(self) -> None:
         return None
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, ConfigError):
+        if isinstance(error, ConfigError | ExpectedError):
             print(f"error: {error}", file=sys.stderr)
-            raise SystemExit(2) from None
+            raise SystemExit(2 if isinstance(error, ConfigError) else 1) from None
         try:
             if not isinstance(error, BrokenPipeError):
                 sys.stdout.flush()

@@ -66,6 +66,7 @@ class SelectConfig(CurationConfig):
         "file of concepts (text or JSON list, as MetaCLIP's metadata.json): drop samples whose captions name none, and "
         "thin out those whose concepts are all common",
         identity=True,
+        path="file",
     )
     per_concept: int = option(
         20_000,
@@ -81,8 +82,12 @@ class SelectConfig(CurationConfig):
     sample: int = option(
         0, "maximum number of samples in total, chosen by the seed and their keys (0: no limit)", identity=True, ge=0
     )
-    keep_keys: str = option("", "file of keys (text, table, parquet or .npy): drop all other samples", identity=True)
-    deny_keys: str = option("", "file of keys (text, table, parquet or .npy): drop these samples", identity=True)
+    keep_keys: str = option(
+        "", "file of keys (text, table, parquet or .npy): drop all other samples", identity=True, path="file"
+    )
+    deny_keys: str = option(
+        "", "file of keys (text, table, parquet or .npy): drop these samples", identity=True, path="file"
+    )
     key_column: str = option(
         "",
         "the column or field that these files list and export= writes, as uid or url (default: key)",

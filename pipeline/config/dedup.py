@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from pipeline.config.options import option
-from pipeline.config.run import CurationConfig
+from pipeline.config.run import CurationConfig, seed_option
 from pipeline.registry import Traits
 
 SEMANTIC = "semantic"
@@ -53,8 +53,13 @@ class DedupConfig(CurationConfig):
         le=64,
         when="method=semantic",
     )
+    seed: int = seed_option(when="method=semantic")
     memory: int = option(1024, "memory that a rank may use for the hashes or embeddings of samples, in MiB", ge=1)
 
     @property
     def default_variant(self) -> str:
         return SEMANTIC if self.method == SEMANTIC else ""
+
+    @property
+    def upstreams(self) -> tuple[str, ...]:
+        return ("select", "score") if self.method == SEMANTIC else self.traits.upstream

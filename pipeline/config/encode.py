@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from pipeline.config.decoding import DecodingConfig
 from pipeline.config.options import option
-from pipeline.config.run import DeviceConfig, StageConfig
+from pipeline.config.run import DeviceConfig, StageConfig, seed_option
 from pipeline.registry import Traits
 
 
@@ -158,6 +158,7 @@ class PrecomputeConfig(EncodingConfig, TextStatesConfig):
         choices=("true", "smaller", "false"),
         when="aspect=buckets",
     )
+    seed: int = seed_option(when="latent=sample or bucket_crop=random")
     bucket_crop: str = option(
         "center",
         "crop a resized image at its centre, or at a random position that depends on the seed and the sample",

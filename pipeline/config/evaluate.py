@@ -35,6 +35,8 @@ class EvaluateConfig(DeviceConfig, RunConfig, DecodingConfig):
         "",
         "TorchScript file that computes features, such as inception-2015-12-05.pt; pixels: average colours",
         when="metric=fidelity and reference",
+        path="file",
+        words=("pixels",),
     )
     clip: str = option("", "<model>:<weights> of open_clip, for the CLIP score", when="metric=fidelity")
     objects: int = option(1, "number of objects in the prompts, 1 or 2", ge=1, le=2, when="metric=shapes")

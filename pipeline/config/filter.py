@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from pipeline.config.decoding import DecodingConfig
-from pipeline.config.options import groups_of, option, part_of
-from pipeline.config.run import StageConfig
-from pipeline.config.sources import SourceConfig, SourceOptions
+from pipeline.config.options import both, groups_of, option, part_of
+from pipeline.config.run import StageConfig, seed_option
+from pipeline.config.sources import SEEDED, SourceConfig, SourceOptions
 from pipeline.registry import Traits
 
 
@@ -17,7 +17,10 @@ class FilterConfig(SourceOptions, StageConfig, DecodingConfig):
     """stage=filter: convert every image to an upright RGB image of limited size, or record why it is left out."""
 
     traits: ClassVar = Traits(upstream=("download",), partitioned=True)
-    inherited: ClassVar = dict.fromkeys(groups_of(SourceOptions), "fuse=true") | {"DecodingConfig": "workers!=0"}
+    inherited: ClassVar = dict.fromkeys(groups_of(SourceOptions), "fuse=true") | {
+        "DecodingConfig": "workers!=0",
+        "wait": "fuse=false",
+    }
 
     fuse: bool = option(
         False,
@@ -120,8 +123,12 @@ class FilterConfig(SourceOptions, StageConfig, DecodingConfig):
     scores: tuple[str, ...] = option(
         (), "drop samples that do not meet these conditions on columns, as [nsfw<0.5,aesthetic>=5]", identity=True
     )
-    keep_keys: str = option("", "file of keys (text, table, parquet or .npy): drop all other samples", identity=True)
-    deny_keys: str = option("", "file of keys (text, table, parquet or .npy): drop these samples", identity=True)
+    keep_keys: str = option(
+        "", "file of keys (text, table, parquet or .npy): drop all other samples", identity=True, path="file"
+    )
+    deny_keys: str = option(
+        "", "file of keys (text, table, parquet or .npy): drop these samples", identity=True, path="file"
+    )
     key_column: str = option(
         "",
         "the column or field that these files list, as uid or url (default: key)",
@@ -135,6 +142,12 @@ class FilterConfig(SourceOptions, StageConfig, DecodingConfig):
         ge=0,
         le=1024,
     )
+
+    seed: int = seed_option(when=both("fuse=true", SEEDED))
+
+    @property
+    def upstreams(self) -> tuple[str, ...]:
+        return () if self.fuse else self.traits.upstream
 
     def source_config(self) -> SourceConfig:
         """The config of the source that ``fuse=true`` reads, with ``copy`` set so that rows contain the image bytes."""

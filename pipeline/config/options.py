@@ -10,8 +10,10 @@ import dataclasses
 import inspect
 import math
 import operator
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from pipeline.registry import ConfigError as ConfigError
@@ -46,6 +48,8 @@ def option(
     lengths: tuple[int, ...] = (),
     when: str = "",
     names: Registry[Any] | None = None,
+    path: str = "",
+    words: tuple[str, ...] = (),
 ) -> Any:
     """Declare an option.
 
@@ -64,6 +68,9 @@ def option(
             values), ``name!=value|value``, ``name^=text|text`` (its value begins with one of these), ``name`` (it is
             set) or ``!name`` (it is not), joined by ``and`` and, weaker, ``or``; :data:`NEVER`.
             :func:`pipeline.config.cli.load` rejects a setting that cannot have an effect.
+        path: What the value names: ``file``, or ``file or folder``, which must exist when a stage starts
+            (:func:`require_files`).
+        words: Values of such an option that name no file.
     """
     bounds = {name: bound for name, bound in (("ge", ge), ("gt", gt), ("le", le), ("lt", lt)) if bound is not None}
     metadata = {
@@ -75,6 +82,8 @@ def option(
         "lengths": lengths,
         "when": when,
         "names": names,
+        "path": path,
+        "words": words,
     }
     if isinstance(default, tuple):
         return dataclasses.field(default_factory=lambda: default, metadata=metadata)
@@ -99,6 +108,11 @@ class Options:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             check_value(field, getattr(self, field.name))
+
+    @property
+    def upstreams(self) -> tuple[str, ...]:
+        """Of a stage's config: the stages whose output it reads by default, with these settings."""
+        return self.traits.upstream
 
 
 def default_value(field: dataclasses.Field[Any]) -> Any:
@@ -148,6 +162,30 @@ def check_value(field: dataclasses.Field[Any], value: Any) -> None:
             _check_text(field, part)
         elif isinstance(part, int | float) and not isinstance(part, bool):
             _check_number(field, part)
+
+
+def require_files(config: Options) -> None:
+    """Raise ConfigError if an option names a file that is not there or cannot be read."""
+    for field in dataclasses.fields(config):
+        kind, words = field.metadata.get("path"), field.metadata.get("words", ())
+        value = getattr(config, field.name) if kind else ""
+        if value and value not in words and "://" not in value:
+            try:
+                _require_file(Path(value), kind, Path(getattr(config, "input", "") or ""))
+            except ConfigError as error:
+                instead = f" (or: {', '.join(words)})" if words else ""
+                raise ConfigError(f"{field.name}={value}: {error}{instead}") from None
+
+
+def _require_file(path: Path, kind: str, folder: Path) -> None:
+    """``path`` may be relative to the current folder or to the input ``folder``."""
+    found = next((place for place in (path, folder / path) if os.path.exists(place)), None)
+    if found is None:
+        raise ConfigError(f"the {kind} does not exist")
+    if kind == "file" and found.is_dir():
+        raise ConfigError("is a folder, not a file")
+    if not os.access(found, os.R_OK):
+        raise ConfigError("cannot be read: no permission")
 
 
 def _check_text(field: dataclasses.Field[Any], value: str) -> None:

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pipeline.config.options import ConfigError, Options, option
+
+
+def seed_option(when: str = "") -> Any:
+    """``seed``, which a stage declares again where it has no effect with some settings."""
+    return option(0, "seed; all randomness is keyed by it and the sample's key", identity=True, ge=0, when=when)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +29,7 @@ class RunConfig(Options):
     )
     output: str = option("", "folder to write, instead of the stage's folder below data_dir")
     variant: str = option("", "suffix of the stage's folder, to keep several results side by side")
-    seed: int = option(0, "seed; all randomness is keyed by it and the sample's key", identity=True, ge=0)
+    seed: int = seed_option()
     expect_world_size: int = option(0, "stop unless exactly this many ranks were started (0: any number)", ge=0)
     rank_offset: int = option(0, "array jobs: added to the rank of this job's first task", ge=0)
     world_size: int = option(0, "array jobs: ranks of all elements together", ge=0)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from pipeline.config.options import option
-from pipeline.config.run import StageConfig
+from pipeline.config.run import StageConfig, seed_option
 from pipeline.registry import Traits, formats
 
 FORMATS = ("mds", "tar", "parquet", "ipc", "memmap", "hdf5")
@@ -53,13 +53,24 @@ class ShardConfig(StageConfig):
     quality: int = option(95, "quality of re-encoded images", identity=True, ge=1, le=100, when="encode=jpeg|webp")
     compression: str = option("", "compress each image", identity=True, choices=("", "gzip"), when="format=hdf5")
     captions: str = option(
-        "none", "folders of images: auto, txt, folder, none, or a captions .json/.jsonl/.csv file", identity=True
+        "none",
+        "folders of images: auto, txt, folder, none, or a captions .json/.jsonl/.csv file",
+        identity=True,
+        path="file",
+        words=("auto", "txt", "folder", "none"),
     )
     labels: str = option(
-        "", "folders of images: file of image names and classes, if there are no class folders", identity=True
+        "",
+        "folders of images: file of image names and classes, if there are no class folders",
+        identity=True,
+        path="file",
     )
+    seed: int = seed_option(when="shuffle")
     classes: str = option(
-        "", "folders of images: class names in order: a converted dataset, a folder, a .json or .txt", identity=True
+        "",
+        "folders of images: class names in order: a converted dataset, a folder, a .json or .txt",
+        identity=True,
+        path="file or folder",
     )
 
     @property

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from pipeline.config.options import Options, option
-from pipeline.config.run import StageConfig
+from pipeline.config.options import NEVER, Options, option
+from pipeline.config.run import StageConfig, seed_option
 from pipeline.registry import Traits, sources
 
 _SHAPES = "source=shapes"
+SEEDED = "source!=" + "|".join(name for name in sources.builtin if name != "shapes")
+"""The sources that draw at random: generated scenes, and those of installed packages that do."""
 _URL_LIST = "source=url_list"
 _ARCHIVES = "source=http_archive|huggingface|webdataset|parquet|mds|ipc|hdf5|npy"
 _FETCHED = "source=url_list|http_archive|huggingface|webdataset|parquet|mds|ipc|hdf5|npy|torchvision"
@@ -74,6 +76,8 @@ class ImageFolderOptions(Options):
         "of COCO, TextCaps or Flickr30k)",
         identity=True,
         when="source=image_folder",
+        path="file",
+        words=("auto", "txt", "folder", "none"),
     )
 
 
@@ -271,3 +275,6 @@ class DownloadConfig(SourceConfig):
     """stage=download: read the samples of a dataset and store them, each with its key, captions and content hash."""
 
     traits: ClassVar = Traits(partitioned=True)
+    inherited: ClassVar = {"wait": NEVER}
+
+    seed: int = seed_option(when=SEEDED)

@@ -75,7 +75,8 @@ class TakedownConfig(Options):
     traits: ClassVar = Traits(single=True)
 
     takedown: str = option(
-        help="text file with a sample per line: its key, file name, URL, or source file's hash (32 hex digits)"
+        help="text file with a sample per line: its key, file name, URL, or source file's hash (32 hex digits)",
+        path="file",
     )
     data_dir: str = option(help="data_dir, or any folder below it")
     dataset: str = option("", "only <data_dir>/<dataset>")
@@ -139,6 +140,7 @@ class FeideggerConfig(Options):
     data_path: str = option(
         "https://raw.githubusercontent.com/zalandoresearch/feidegger/master/data/FEIDEGGER_release_1.1.json",
         "the release's JSON: URL or file",
+        path="file",
     )
     output_dir: str = option(help="folder for the result and the downloaded files")
     image_size: tuple[int, ...] = option((224, 224), "height and width", ge=1, le=65535, lengths=(2,))

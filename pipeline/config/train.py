@@ -226,6 +226,7 @@ class CaptionTaskOptions(Options):
         "JSON, CSV or TSV file that assigns images to train, valid and test by file name",
         identity=True,
         when=_CAPTION,
+        path="file",
     )
 
 
@@ -297,6 +298,12 @@ class TrainConfig(AugmentationOptions, CaptionTaskOptions, ClassifyOptions, Diff
 
     traits: ClassVar = Traits(upstream=("precompute",), lockstep=True, gpus=True)
     inherited: ClassVar = {"variant": NEVER}
+
+    @property
+    def upstreams(self) -> tuple[str, ...]:
+        if self.task == "caption":
+            return ("shard",) if self.encoder else ("features",)
+        return ("shard",) if self.task == "classify" else self.traits.upstream
 
     task: str = option(
         "diffuse", "task to train for", identity=True, choices=("diffuse", "classify", "caption"), names=tasks

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from pipeline.config.schema import ConfigError
 from pipeline.samples import make_key
-from pipeline.samples.captions import shown_names
+from pipeline.samples.captions import shown_counts, shown_names
 from pipeline.sources.lists import NAME_COLUMNS, open_list
 
 _MEANS = {"restval": "train", "val": "valid", "dev": "valid", "validation": "valid"}
@@ -67,5 +68,8 @@ class Splits:
         """
         found = [place for place, key in enumerate(keys) if self.of(key) == split]
         if not found:
-            raise ConfigError(f"split_file={self.path}: assigns none of these {len(keys)} images to {split}")
+            raise ConfigError(
+                f"split_file={self.path}: assigns none of these {len(keys)} images to {split}; all that it names are "
+                f"in {shown_counts(Counter(self._of.values()))}"
+            )
         return found

@@ -24,6 +24,7 @@ from pipeline.distributed.rank import TIMEOUT, Rank
 from pipeline.distributed.signals import EXIT_ENVIRONMENT, EXIT_PEER, EXIT_STOPPED, EXIT_STORAGE, Stopped
 from pipeline.distributed.standard_output import forgive
 from pipeline.distributed.watchdog import Watchdog, show_stacks_on_request
+from pipeline.registry import ExpectedError
 
 P = ParamSpec("P")
 Result = TypeVar("Result")
@@ -49,10 +50,11 @@ def distributed(function: Callable[..., Any] | None = None, *, timeout: float = 
     ``LATENTMILL_LOG`` (INFO) on, with the rank at the beginning of each line.
 
     A process that a launcher started ends here if the function raises. Its exit code is that of ``SystemExit``; 2 for a
-    :class:`ConfigError` (logged as one line); 130 for Ctrl-C; :data:`EXIT_STOPPED` for :class:`Stopped`;
-    :data:`EXIT_PEER` if another rank failed; :data:`EXIT_HUNG` if it was stuck; :data:`EXIT_STORAGE` if the file system
-    cannot be written; :data:`EXIT_ENVIRONMENT` if a module is missing; otherwise 1, with the traceback. In a single
-    process, the exception is raised as by any function; if it is not caught, the process ends with the same codes.
+    :class:`ConfigError` and 1 for an :class:`ExpectedError` (logged as one line); 130 for Ctrl-C; :data:`EXIT_STOPPED`
+    for :class:`Stopped`; :data:`EXIT_PEER` if another rank failed; :data:`EXIT_HUNG` if it was stuck;
+    :data:`EXIT_STORAGE` if the file system cannot be written; :data:`EXIT_ENVIRONMENT` if a module is missing;
+    otherwise 1, with the traceback. In a single process, the exception is raised as by any function; if it is not
+    caught, the process ends with the same codes.
 
     Args:
         timeout: maximum seconds to wait for other ranks.
@@ -129,7 +131,8 @@ def _end(rank: Rank, error: BaseException) -> None:
         _end_if_uncaught(error, code)
         return
     if message:
-        trace = error if code in (1, EXIT_ENVIRONMENT) and not isinstance(error, SystemExit) else None
+        plain = isinstance(error, SystemExit | ExpectedError)
+        trace = error if code in (1, EXIT_ENVIRONMENT) and not plain else None
         rank.log.log(logging.INFO if code == EXIT_STOPPED else logging.ERROR, message, exc_info=trace)
     if code in (0, EXIT_STOPPED):
         rank.close(STOPPED if code else FINISHED)
@@ -155,13 +158,16 @@ def _verdict(rank: Rank, error: BaseException) -> tuple[int, str]:
         return 130, "interrupted"
     if isinstance(error, ConfigError):
         return 2, f"error: {error}"
+    refused = _refused(error)
+    if isinstance(error, ExpectedError) and not refused:
+        return 1, f"error: {error}"
     if isinstance(error, Exception) and (peer := rank.failed_peer()):
         return EXIT_PEER, f"{peer}; this rank ends as well"
     if isinstance(error, PeerFailed):
         return EXIT_PEER, str(error)
     if isinstance(error, ImportError):
         return EXIT_ENVIRONMENT, missing(error)
-    if refused := _refused(error):
+    if refused:
         return EXIT_STORAGE, f"error: {error if str(refused) in str(error) else f'{error}: {refused}'}"
     return 1, f"{type(error).__name__}: {error}"
 
@@ -186,7 +192,7 @@ def _end_if_uncaught(error: BaseException, code: int) -> None:
         if raised is not error:
             previous(kind, raised, trace)
             return
-        if isinstance(error, ConfigError):
+        if isinstance(error, ConfigError | ExpectedError):
             print(f"error: {error}", file=sys.stderr)
         elif isinstance(error, KeyboardInterrupt):
             print("interrupted", file=sys.stderr)

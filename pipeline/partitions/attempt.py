@@ -20,11 +20,12 @@ from pipeline.partitions.dataset import RECORD, Dataset, SlotReader, before_redo
 from pipeline.partitions.ledger import FILE as LEDGER
 from pipeline.partitions.ledger import Ledger
 from pipeline.partitions.plan import FORMAT_VERSION
+from pipeline.registry import ExpectedError
 from pipeline.samples import Outcome
 from pipeline.storage import GONE, Folder, HashedFile, StorageError, commit, seal
 
 
-class Superseded(RuntimeError):
+class Superseded(ExpectedError):
     """The output was removed or moved aside while this process worked on it: its work no longer counts."""
 
 

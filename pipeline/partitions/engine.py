@@ -6,14 +6,14 @@ import random
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Generator
+from contextlib import closing
 from itertools import zip_longest
 from typing import Any
 
 from pipeline.config import cli
 from pipeline.distributed import Rank
-from pipeline.partitions.attempt import Attempt, AttemptRemoved, Superseded, require_output, unless_removed
+from pipeline.partitions.attempt import Attempt, AttemptRemoved, require_output, unless_removed
 from pipeline.partitions.claims import Claims
 from pipeline.partitions.compact import compact, uncompacted
 from pipeline.partitions.dataset import Dataset
@@ -56,7 +56,8 @@ def run(stage: AnyStage, planned: Callable[[], None] = lambda: None) -> dict[str
         planned()
         with unless_removed(dataset.root):
             if dataset.success is not None:
-                stage.rank.log.info("%s: already finished", dataset.root.path)
+                if stage.rank.is_main:
+                    stage.rank.log.info("%s: already finished, nothing to do", dataset.root.path)
                 if stage.config.compact and stage.rank.is_main and (left := uncompacted(dataset)):
                     compact(dataset, left, stage.rank.check_stop)
                 return dataset.success
@@ -391,8 +392,7 @@ def main(make: Callable[[Any, Rank], AnyStage], config: Any, rank: Rank) -> None
     if rank.is_main:
         rank.log.info("%s\n%s", type(config).__name__, cli.dump(config))
     stage = make(config, rank)
-    with expected_errors(rank):
-        success = run(stage)
+    success = run(stage)
     if rank.is_main:
         counts = success["counts"]
         shown = ", ".join(f"{counts[name]} {name}" for name in ("in", "kept", "dropped", "failed"))
@@ -400,16 +400,3 @@ def main(make: Callable[[Any, Rank], AnyStage], config: Any, rank: Rank) -> None
         rank.log.info("%s: finished: %s%s", stage.output, shown, reasons)
         for remark in stage.remarks(success):
             rank.log.warning("%s: %s", stage.output, remark)
-
-
-@contextmanager
-def expected_errors(rank: Rank) -> Iterator[None]:
-    """Context: log errors that a person can fix as one line instead of a traceback, and exit.
-
-    ConfigError and Stopped are handled elsewhere.
-    """
-    try:
-        yield
-    except (StorageError, Superseded) as error:
-        rank.log.error("%s", error)
-        raise SystemExit(1) from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 import uuid
 from collections import defaultdict
@@ -12,7 +13,7 @@ from typing import Any
 
 from pipeline import stores
 from pipeline.config import cli
-from pipeline.config.options import extended
+from pipeline.config.options import condition_of, default_value, extended, holds
 from pipeline.config.schema import STAGES, ConfigError, default_of
 from pipeline.partitions.attempt import unless_removed
 from pipeline.partitions.claims import Claims
@@ -304,9 +305,12 @@ def require_same(dataset: Dataset, stage: str, version: int, identity: dict[str,
         raise Stale(
             f"{place} was made by version {header['stage_version']} of stage {stage}, this is {version}: {_CURE}"
         )
+    cls = extended(STAGES[stage], identity)
+    options = {f.name: f for f in dataclasses.fields(cls)}
+    values = {name: default_value(f) for name, f in options.items()} | identity
     for name, value in identity.items():
-        was = header["identity"].get(name, default_of(extended(STAGES[stage], identity), name))
-        if was != value:
+        was = header["identity"].get(name, default_of(cls, name))
+        if was != value and holds(condition_of(cls, options[name]), values):
             raise Stale(f"{place} was made with {name}={_shown(was)}, now {name}={_shown(value)} is requested: {_CURE}")
 
 

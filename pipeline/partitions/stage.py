@@ -6,6 +6,7 @@ wrong.
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -14,7 +15,9 @@ from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
 from pipeline import stores
+from pipeline.config import cli
 from pipeline.config.schema import (
+    STAGES,
     ConfigError,
     StageConfig,
     default_variant,
@@ -24,7 +27,7 @@ from pipeline.config.schema import (
 )
 from pipeline.distributed import Rank
 from pipeline.formats.base import Writer
-from pipeline.partitions.dataset import Dataset
+from pipeline.partitions.dataset import Dataset, Unfinished
 from pipeline.partitions.plan import Input, LeftOut, Partition
 from pipeline.samples import Outcome, Schema
 from pipeline.storage import StorageError
@@ -217,10 +220,16 @@ def input_folder(config: Any, stage: str) -> Path:
     """
     if config.input:
         return Path(config.input) if stores.is_url(config.input) else Path(config.input).absolute()
-    upstreams = traits_of(stage).upstream
+    upstreams = upstreams_of(config, stage)
     if not upstreams:
         raise ConfigError(f"stage {stage} reads no other stage's output: give input=")
     return place_of(config, *upstreams)
+
+
+def upstreams_of(config: Any, stage: str) -> tuple[str, ...]:
+    """The stages whose output ``stage`` reads by default; ``config`` may be of another stage that reads the same."""
+    own: tuple[str, ...] = config.upstreams if isinstance(config, STAGES[stage]) else traits_of(stage).upstream
+    return own
 
 
 def place_of(config: Any, *upstreams: str) -> Path:
@@ -264,8 +273,6 @@ def _ancestors(place: Path) -> set[Path] | None:
 
     A folder of the upstream's name next to ``place`` is taken for the upstream, since both may have been moved.
     """
-    from pipeline.partitions.dataset import Unfinished
-
     found: set[Path] = set()
     while True:
         try:
@@ -282,11 +289,11 @@ def _ancestors(place: Path) -> set[Path] | None:
 
 
 def open_input(config: Any, stage: str) -> Dataset:
-    """The finished dataset directory that ``stage`` reads; waits ``config.wait`` seconds for it."""
-    import time
+    """The finished dataset directory that ``stage`` reads; waits ``config.wait`` seconds for it.
 
-    from pipeline.partitions.dataset import Unfinished
-
+    Raises:
+        Unfinished: It is missing or not finished. The message has the command that makes it.
+    """
     deadline = time.monotonic() + getattr(config, "wait", 0.0)
     while True:
         try:
@@ -295,8 +302,25 @@ def open_input(config: Any, stage: str) -> Dataset:
             return dataset
         except Unfinished as error:
             if time.monotonic() >= deadline:
-                raise Unfinished(f"stage {stage} cannot start: {error}") from None
+                raise Unfinished(f"stage {stage} cannot start: {error}{_command_for_input(config, stage)}") from None
             time.sleep(1.0)
+
+
+def _command_for_input(config: Any, stage: str) -> str:
+    """The end of a message: the command that makes the default input of ``stage``; empty if ``input=`` is set."""
+    missing: list[str] = []
+    upstreams = () if config.input else upstreams_of(config, stage)
+    while upstreams and not (missing and _is_finished(config, upstreams)):
+        missing.insert(0, upstreams[-1])
+        upstreams = traits_of(upstreams[-1]).upstream
+    return f"; make it with: {cli.command_for(','.join(missing), config)}" if missing else ""
+
+
+def _is_finished(config: Any, stages: tuple[str, ...]) -> bool:
+    try:
+        return Dataset.open(place_of(config, *stages)).success is not None
+    except (ConfigError, StorageError, OSError):
+        return False
 
 
 def follow_upstream(upstream: Dataset, since: int) -> Iterator[Partition]:

@@ -110,6 +110,13 @@ def shown_names(names: Iterable[Any]) -> str:
     return ", ".join(short) + (f" and {len(listed) - 20} more" if len(listed) > 20 else "") if listed else "none"
 
 
+def shown_counts(counts: Mapping[Any, int]) -> str:
+    """Values for a message, the commonest first, each with how often it is there: ``train (900), test (80)``."""
+    commonest = sorted(counts.items(), key=lambda item: -item[1])
+    listed = [f"{shown_names([value])} ({count:,})" for value, count in commonest[:10]]
+    return ", ".join(listed) + (f" and {len(counts) - 10} more" if len(counts) > 10 else "") or "none"
+
+
 def caption_columns(names: Iterable[Any]) -> list[str]:
     """Caption columns in `names`, ignoring case, in order of precedence; titles only if there are no others."""
     lower = {name.lower(): name for name in names if isinstance(name, str)}

@@ -25,7 +25,7 @@ import xxhash
 
 from pipeline.config.schema import ConfigError, SourceConfig, public
 from pipeline.samples import SampleError, Schema, content_hash, in_words, plain
-from pipeline.samples.captions import captions_of, shown_names
+from pipeline.samples.captions import captions_of, shown_counts, shown_names
 from pipeline.sources.archives import members
 from pipeline.sources.archives.compression import unpacked
 from pipeline.sources.clutter import in_clutter
@@ -38,6 +38,7 @@ _MOST = 1 << 40  # maximum bytes of a file with annotations, unpacked
 _LARGEST = 4 << 30  # maximum bytes of a JSON document
 _SMALL = 1 << 16  # bytes read of a file that holds one caption
 _BATCH = 10_000
+_VALUES = 1000  # of a column of splits that are counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,13 +161,17 @@ def _flickr30k(file: IO[bytes], config: SourceConfig, left_out: LeftOutRows) -> 
     _, names = next(rows, (0, list[str]()))
     if missing := [name for name in ("raw", "filename", "split") if name not in names]:
         raise ConfigError(f"no column {', '.join(missing)}; there are {shown_names(names)}")
+    others: Counter[str] = Counter()
+    matched = False
     for number, fields in rows:
         row, place = dict(zip(names, fields, strict=False)), f"line {number}"
         if len(fields) != len(names):
             left_out.note("bad_row", f"{place}: {len(fields)} fields instead of {len(names)}")
             continue
         if config.metadata_split not in ("", row["split"]):
+            others[row["split"] if row["split"] in others or len(others) < _VALUES else "..."] += 1
             continue
+        matched = True
         try:
             raw = json.loads(row["raw"])
         except (ValueError, RecursionError):
@@ -176,6 +181,8 @@ def _flickr30k(file: IO[bytes], config: SourceConfig, left_out: LeftOutRows) -> 
         captions = [text.strip() for text in _noted(raw, place, left_out)] if name else []
         if captions:
             yield name, Entry(captions, {"image_id": row.get("img_id", "")})
+    if others and not matched:
+        raise ConfigError(f"metadata_split={config.metadata_split}: no row has this split; {shown_counts(others)}")
 
 
 def _name(value: Any, place: str, left_out: LeftOutRows) -> str:

@@ -61,6 +61,10 @@ class TorchDataset(Source):
     def schema(self) -> Schema:
         return {**IMAGE_COLUMNS, **({"label": "int"} if self.config.labels else {})}
 
+    def extra(self) -> dict[str, Any]:
+        names = class_names(self._dataset) if self.config.labels else []
+        return {"classes": names} if names else {}
+
     def plan(self) -> Iterator[Partition]:
         size, total = self.config.partition_size, len(self._dataset)
         if size < 1:
@@ -92,6 +96,19 @@ class TorchDataset(Source):
         except Exception as error:  # any exception of a user's dataset concerns one item only
             outcome.reason, outcome.detail, outcome.retryable = "item_failed", in_words(error), True
         return outcome
+
+
+def class_names(dataset: Any) -> list[str]:
+    """Names of the classes of a Dataset, or of the datasets that it is made of (Subset, ConcatDataset); empty if it
+    does not say, or if they differ."""
+    names = getattr(dataset, "classes", None)
+    if names is None and isinstance(features := getattr(dataset, "features", None), Mapping):  # of Hugging Face
+        names = next((getattr(features[name], "names", None) for name in _LABELS if name in features), None)
+    if isinstance(names, list | tuple):
+        return [str(name) for name in names]
+    parts = getattr(dataset, "datasets", None) or [part for part in [getattr(dataset, "dataset", None)] if part]
+    found = [class_names(part) for part in parts]
+    return found[0] if found and all(one == found[0] for one in found) else []
 
 
 def _parts(item: Any) -> tuple[Any, Entry]:

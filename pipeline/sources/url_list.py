@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
@@ -15,17 +16,19 @@ from urllib.parse import unquote, urlsplit
 from multidict import MultiMapping
 
 from pipeline import stores
+from pipeline.config.options import shown
 from pipeline.config.schema import ConfigError, public
 from pipeline.imaging.headers import ImageError, sniff
 from pipeline.partitions.plan import Input, Partition, file_state
 from pipeline.partitions.stage import Context
 from pipeline.registry import sources
 from pipeline.samples import IMAGE_COLUMNS, Outcome, SampleError, Schema, make_key, path_text
-from pipeline.samples.captions import repaired
+from pipeline.samples.captions import repaired, shown_counts
 from pipeline.sources.annotations import Entry
 from pipeline.sources.archive_samples import settle
 from pipeline.sources.archives.compression import unpacked
 from pipeline.sources.base import Source
+from pipeline.sources.clutter import in_clutter
 from pipeline.sources.files import check_settings, check_space, local_input, policy, user_agent
 from pipeline.sources.http import FetchError, Head, Policy, check, fetch
 from pipeline.sources.http.crawler import Crawler
@@ -41,6 +44,7 @@ from pipeline.sources.trees import get_tree, objects
 _LARGEST = 64 << 20  # maximum bytes of an image
 _LONGEST_URL, _SHOWN = 4096, 200  # characters of a URL in the ledger, and of a URL longer than that
 _IDLE, _DEADLINE = 10.0, 60.0
+_VALUES = 1000  # of a column of splits that are counted
 _HASHES = {32: "md5", 40: "sha1", 64: "sha256"}
 
 
@@ -82,16 +86,27 @@ class UrlList(Source):
             raise ConfigError("split_column= needs split_values=[...]")
         check_space(config, self.home, None)
         self.left_out.clear()
+        self.left_out.add("other_file", *self._other_files())
         names = [path.name for path in self.lists]
         if len(set(names)) < len(names):
             raise ConfigError(f"two lists are called {next(name for name in names if names.count(name) > 1)}")
+        others: Counter[str] = Counter()
+        planned_any = False
         for path in self.lists:
             planned = local_input(str(path), path.name)
             if path in self._versions:  # the modification time of a copy is meaningless
                 planned = replace(planned, mtime_ns=-1)
-            yield from self._spans(path, planned)
+            for partition in self._spans(path, planned, others):
+                planned_any = True
+                yield partition
+        if others and not planned_any:
+            raise ConfigError(
+                f"split_values={shown(config.split_values)}: no row has one of these in the column "
+                f"{config.split_column}, which has {shown_counts(others)}"
+            )
 
-    def _spans(self, path: Path, planned: Input) -> Iterator[Partition]:
+    def _spans(self, path: Path, planned: Input, others: Counter[str]) -> Iterator[Partition]:
+        """The partitions of a list; ``others`` counts values of the column of splits that are not wanted."""
         columns = self._columns_of(path)
         rows = open_list(path)
         if columns is None:
@@ -103,7 +118,7 @@ class UrlList(Source):
             spans = iter(every[: share(len(every), self.config.fraction)])
         for span in spans:
             file = Input(path.name, span.start, span.stop, planned.size, planned.mtime_ns, self._etag(path, span))
-            count, images = self._rows(rows, span, columns)
+            count, images = self._rows(rows, span, columns, others)
             if count:
                 yield Partition((file, *images), count)
 
@@ -121,11 +136,16 @@ class UrlList(Source):
         """Roles of the columns of each list."""
         return {}
 
-    def _rows(self, rows: List, span: Span, columns: Columns) -> tuple[int, list[Input]]:
+    def _rows(self, rows: List, span: Span, columns: Columns, others: Counter[str]) -> tuple[int, list[Input]]:
         """Number of wanted rows in a span, and the images in the mirror that they refer to."""
         if not self.config.split_column and not self.mirror:
             return span.stop - span.start, []
-        wanted = [said for said in (record(row, columns, self.config) for row in rows.rows(span)) if self._wanted(said)]
+        wanted = []
+        for said in (record(row, columns, self.config) for row in rows.rows(span)):
+            if self._wanted(said):
+                wanted.append(said)
+            else:
+                others[said.split if said.split in others or len(others) < _VALUES else "..."] += 1
         if not self.mirror:
             return len(wanted), []
         images: dict[str, Input] = {}
@@ -168,6 +188,15 @@ class UrlList(Source):
         if not path.is_file():
             raise ConfigError(f"input={config.input}: no such file or folder")
         return [path]
+
+    def _other_files(self) -> list[str]:
+        """Files in the folder of lists that are no lists."""
+        folder = Path(self.config.input).absolute()
+        if not self.config.input or stores.is_url(self.config.input) or self.config.urls or not folder.is_dir():
+            return []
+        return sorted(
+            p.name for p in folder.iterdir() if p.is_file() and not is_list(p.name) and not in_clutter(p.name)
+        )
 
     def _fetched(self, urls: list[str]) -> Iterator[Path]:
         for url in urls:

@@ -44,6 +44,7 @@ from pipeline.partitions.stage import evaluate
 from pipeline.registry import stages
 from pipeline.samples import FORMATS, Outcome, Schema
 from pipeline.storage import Folder
+from pipeline.training.checkpoint import require_run
 
 _THUMBNAIL = 224  # pixels
 _SHOWN = 500  # images on a page
@@ -79,8 +80,7 @@ def decoding_of(config: CaptionConfig, writer: CaptionWriter, questions: Sequenc
 def checkpoint_of(config: CaptionConfig) -> str:
     """Path of the checkpoint or run; raises ConfigError if it does not exist."""
     place = config.checkpoint or str(run_folder(config, config.name or "caption").absolute())
-    if not Path(place).is_dir():
-        raise ConfigError(f"checkpoint={place}: there is no such training run")
+    require_run(config, Path(place), "caption")
     return place
 
 

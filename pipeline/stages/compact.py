@@ -11,7 +11,6 @@ from pathlib import Path
 from pipeline.config.cli import config_for
 from pipeline.config.schema import CompactConfig
 from pipeline.distributed import Rank, distributed
-from pipeline.partitions import engine
 from pipeline.partitions.attempt import unless_removed
 from pipeline.partitions.compact import buckets_of, compact
 from pipeline.partitions.dataset import Unfinished, find_datasets
@@ -45,10 +44,9 @@ def compact_below(folder: Path, rank: Rank) -> Iterator[tuple[Path, int | None]]
 @stages.register("compact", CompactConfig)
 @distributed
 def main(rank: Rank, config: CompactConfig) -> None:
-    with engine.expected_errors(rank):
-        for place, removed in compact_below(Path(config.input).absolute(), rank):
-            said = "not finished, left as it is" if removed is None else f"{removed} files fewer"
-            print(f"{place}: {said}", flush=True)
+    for place, removed in compact_below(Path(config.input).absolute(), rank):
+        said = "not finished, left as it is" if removed is None else f"{removed} files fewer"
+        print(f"{place}: {said}", flush=True)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -22,7 +21,7 @@ from pipeline.distributed import Rank, distributed
 from pipeline.partitions import engine
 from pipeline.partitions.dataset import Dataset, SlotReader
 from pipeline.partitions.plan import Partition
-from pipeline.partitions.stage import Context, follow_upstream, open_input, place_of
+from pipeline.partitions.stage import Context, follow_upstream
 from pipeline.registry import stages
 from pipeline.samples import TAKEN, Outcome
 
@@ -31,13 +30,6 @@ from pipeline.samples import TAKEN, Outcome
 class Dedup(PointerStage[DedupConfig]):
     name = "dedup"
     version = 2
-
-    @cached_property
-    def upstream(self) -> Dataset:
-        config = self.config
-        if config.method == SEMANTIC and not config.input:
-            config = replace(config, input=str(place_of(config, "select", "score")))
-        return open_input(config, self.name)
 
     def identity(self) -> dict[str, Any]:
         """Scores are identified by what their embeddings were computed with, not by their path."""

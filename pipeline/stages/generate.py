@@ -38,7 +38,7 @@ from pipeline.registry import stages
 from pipeline.samples import IMAGE_COLUMNS, Outcome, Schema, caption_fields, content_hash
 from pipeline.sources.text_files import lines_of
 from pipeline.storage import Folder
-from pipeline.training.checkpoint import FOLDER, RECORD, find_checkpoint, open_checkpoint, step_of
+from pipeline.training.checkpoint import FOLDER, RECORD, find_checkpoint, open_checkpoint, require_run, step_of
 from pipeline.training.parallel import autocast, set_matmul_precision
 from pipeline.training.tasks.diffuse import Normalisation
 
@@ -356,8 +356,8 @@ def run_of(config: GenerateConfig | EvaluateConfig) -> Path:
     else:
         folders = [run_folder(config, name).absolute() for name in ([config.name] if config.name else _RUNS)]
         run = next((folder for folder in folders if folder.is_dir()), folders[0])
-    if not run.is_dir():
-        raise ConfigError(f"{run}: there is no such training run; checkpoint= names one")
+    task = "classify" if getattr(config, "metric", "") == "classes" else "diffuse"
+    require_run(config, run, task)
     return run
 
 

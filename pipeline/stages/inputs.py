@@ -42,6 +42,7 @@ from pipeline.sources.image_folder import ImageFolder, walk
 from pipeline.sources.lists import NAME_COLUMNS, open_list
 from pipeline.sources.memory_images import pixels_of, storable, upright
 from pipeline.sources.text_files import suffix_of
+from pipeline.sources.torch_dataset import class_names
 
 _PARTITIONS = 32
 """Minimum number of partitions, so that ranks share the work evenly, unless partitions would become too small."""
@@ -268,8 +269,8 @@ class Objects(Items):
         return {name: known.get(name) or kind_of(value) for name, value in row.items()}
 
     def extra(self) -> dict[str, Any]:
-        classes = getattr(self.dataset, "classes", None)
-        return {"classes": [str(name) for name in classes]} if classes else {}
+        classes = class_names(self.dataset)
+        return {"classes": classes} if classes else {}
 
     def plan(self, since: int, sample_bytes: int) -> Iterator[Partition]:
         total = len(self.dataset)

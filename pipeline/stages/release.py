@@ -31,13 +31,11 @@ def main(
 ) -> None:
     """The body of a stage's ``main``; with ``release_raw``, removes the upstream's data when the stage is done."""
     stage = make(config, rank)
-    with engine.expected_errors(rank):
-        if stage.reads_upstream:
-            finish_release(input_folder(config, stage.name), rank)  # that an earlier life may have left unfinished
+    if stage.reads_upstream:
+        finish_release(input_folder(config, stage.name), rank)  # that an earlier life may have left unfinished
     engine.main(make, config, rank)
     if release_raw and stage.reads_upstream and rank.is_main:
-        with engine.expected_errors(rank):
-            release_upstream(stage.output, rank, whole_line=whole_line)
+        release_upstream(stage.output, rank, whole_line=whole_line)
 
 
 def release_upstream(made: Path, rank: Rank, *, whole_line: bool) -> None:

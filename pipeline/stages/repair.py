@@ -122,8 +122,7 @@ def _to_redo(dataset: Dataset, findings: list[Finding]) -> set[int]:
 @stages.register("repair", RepairConfig)
 @distributed
 def main(rank: Rank, config: RepairConfig) -> None:
-    with engine.expected_errors(rank):
-        after = repair(config.input, rank, config.deep, config.workers, limits=WorkerLimits.of(config))
+    after = repair(config.input, rank, config.deep, config.workers, limits=WorkerLimits.of(config))
     rank.log.info("%s: %s", config.input, "repaired" if after else "no damage found, nothing to repair")
 
 

@@ -174,9 +174,8 @@ def _prove(dataset: Dataset, keys: set[str]) -> None:
 @stages.register("takedown", TakedownConfig)
 @distributed
 def main(rank: Rank, config: TakedownConfig) -> int:
-    with engine.expected_errors(rank):
-        folder = Path(config.data_dir, dataset_name(config.dataset)).absolute()
-        taken = takedown(folder, Path(config.takedown), rank, config.count_only)
+    folder = Path(config.data_dir, dataset_name(config.dataset)).absolute()
+    taken = takedown(folder, Path(config.takedown), rank, config.count_only)
     for path, count in taken.removed.items():
         print(f"{path}: {count} samples {'would be removed' if config.count_only else 'removed'}")
     print("\n".join(report(taken.lines)))

@@ -34,7 +34,7 @@ def main(rank: Rank, config: TrainConfig) -> None:
     dataset = kind.input(config)
     import torch
 
-    from pipeline.training.loop import NotFinite, Training
+    from pipeline.training.loop import Training
 
     torch.set_num_threads(config.threads or available_cpus(rank.local_world_size))
     if config.deterministic:
@@ -54,11 +54,8 @@ def main(rank: Rank, config: TrainConfig) -> None:
     about = _about(config, dataset)
     training = Training(task, data, config, rank, run, valid, about)  # raises before the run is changed
     rank.now = {"of": config.steps}
-    try:
-        with Events(run, rank).around():
-            state = training.run()
-    except NotFinite as error:
-        raise SystemExit(f"error: {error}") from None
+    with Events(run, rank).around():
+        state = training.run()
     if rank.is_main:
         rank.log.info("%s: finished after %d steps", place, state.step)
 

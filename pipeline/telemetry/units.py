@@ -20,3 +20,8 @@ def size(count: int) -> str:
     if not count:
         return ""
     return f"{count / 1e6:.0f} MB" if count < 1e9 else f"{count / 1e9:.1f} GB"
+
+
+def counted(count: int, noun: str) -> str:
+    """``1 partition``, ``1,200 partitions``."""
+    return f"{count:,} {noun}{'s' * (count != 1)}"

@@ -32,6 +32,7 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Tenso
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 
+from pipeline.config import cli
 from pipeline.config.schema import ConfigError
 from pipeline.distributed import Rank
 from pipeline.storage import Folder, StorageError, commit, seal
@@ -204,6 +205,18 @@ def names(folder: Folder) -> list[str]:
 def step_of(name: str) -> int:
     """The step in the name of a checkpoint."""
     return int(name.rpartition("_")[2])
+
+
+def require_run(config: Any, run: Path, task: str = "diffuse") -> None:
+    """Raise ConfigError, saying what makes it, unless the folder ``run`` is there; ``config`` may name it by
+    ``checkpoint`` or ``name``."""
+    if run.is_dir():
+        return
+    if config.checkpoint:
+        raise ConfigError(f"checkpoint={config.checkpoint}: there is no such training run")
+    more = [f"task={task}"] * (task != "diffuse") + [f"name={config.name}"] * bool(config.name)
+    command = cli.command_for("train", replace(config, split="train"), *more)
+    raise ConfigError(f"there is no training run in {run}; make it with: {command}; or choose another with checkpoint=")
 
 
 def find_checkpoint(path: str | Path, which: str = "last") -> Path:

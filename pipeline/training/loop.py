@@ -27,6 +27,7 @@ from pipeline.imaging.contact_sheet import grid, png
 from pipeline.loading import Batches, Sampler
 from pipeline.loading.bucketed import BucketSampler
 from pipeline.randomness import keyed_seed
+from pipeline.registry import ExpectedError
 from pipeline.storage import Folder
 from pipeline.training.checkpoint import (
     Checkpoints,
@@ -58,7 +59,7 @@ from pipeline.training.verdicts import StopRequests, Verdicts
 SHOWN = "shown"
 
 
-class NotFinite(RuntimeError):
+class NotFinite(ExpectedError):
     """The loss or the gradient was NaN or infinite too often; the weights are those of the last good step."""
 
 

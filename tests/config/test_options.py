@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from stages.conftest import run_stage
 
 from launch.request import read
 from launch.submit import jobs_of
@@ -24,6 +25,7 @@ from pipeline.config.options import (
     holds,
     list_items,
     option,
+    require_files,
     shown,
 )
 from pipeline.config.schema import STAGES, LaunchConfig, StatusConfig
@@ -312,3 +314,63 @@ def test_settings_of_a_yaml_file_have_an_effect_too(
 def test_what_a_file_says_for_training_may_be_overridden() -> None:
     config = cli.load("train", ["dataset=cifar10", "task=diffuse"])
     assert config.mixup > 0 and config.task == "diffuse"
+
+
+FILES = sorted({(name, f.name) for name, f in EVERY if f.metadata["path"]})
+
+
+@pytest.mark.parametrize(("stage", "name"), FILES)
+def test_a_file_that_a_setting_names_must_be_there(tmp_path: Path, stage: str, name: str) -> None:
+    cls = CONFIGS[stage]
+    field = next(f for f in fields(cls) if f.name == name)
+    settings = {**required(cls), **settings_for(cls, condition_of(cls, field).split(" or ")[0])}
+
+    def check(value: str) -> None:
+        require_files(cli.build(cls, {**settings, name: value}))
+
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file.txt").write_text("x")
+    kind = field.metadata["path"]
+    with pytest.raises(ConfigError, match=rf"^{name}={tmp_path}/nofile.txt: the {kind} does not exist( \(or: .*\))?$"):
+        check(f"{tmp_path}/nofile.txt")
+    for value in (f"{tmp_path}/file.txt", *field.metadata["words"], "https://example.org/nofile.txt"):
+        check(value)
+    if kind == "file":
+        with pytest.raises(ConfigError, match=f"^{name}={tmp_path}/folder: is a folder, not a file"):
+            check(f"{tmp_path}/folder")
+
+
+def test_a_file_is_looked_for_when_a_stage_starts(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.config_for("takedown", ["takedown=nofile.txt", "data_dir=/d"])
+    assert end.value.code == 2
+    assert capsys.readouterr().err == "error: takedown=nofile.txt: the file does not exist\n"
+    assert {name for _, name in FILES} >= {"takedown", "keep_keys", "deny_keys", "concepts", "captions", "split_file"}
+
+
+@pytest.mark.parametrize(
+    ("stage", "settings", "message"),
+    [
+        ("download", ["source=image_folder", "seed=3"], "seed=3 has no effect with source=image_folder"),
+        ("download", ["source=shapes", "seed=3"], ""),
+        ("filter", ["seed=3"], "seed=3 has no effect: it needs fuse=true and source"),
+        ("filter", ["fuse=true", "source=shapes", "seed=3"], ""),
+        ("shard", ["seed=3"], "it needs shuffle set"),
+        ("precompute", ["seed=3", "latent=mode"], "it needs latent=sample, or bucket_crop=random"),
+        ("dedup", ["seed=3"], "it needs method=semantic"),
+        ("download", ["source=shapes", "wait=3"], "wait=3 has no effect"),
+    ],
+)
+def test_a_seed_is_for_stages_that_draw(stage: str, settings: list[str], message: str) -> None:
+    if not message:
+        assert cli.load(stage, settings).seed == 3
+        return
+    with pytest.raises(ConfigError) as error:
+        cli.load(stage, settings)
+    assert message in str(error.value)
+
+
+def test_a_setting_without_effect_does_not_make_a_result_stale(tmp_path: Path) -> None:
+    given = {"source": "digits", "output": str(tmp_path / "out"), "run_id": "x"}
+    run_stage("download", **given, seed=3)  # as an earlier version stored it for every source
+    assert run_stage("download", **given)["counts"]["failed"] == 0

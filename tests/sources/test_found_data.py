@@ -8,10 +8,12 @@ import io
 import json
 import os
 import struct
+import sys
 import urllib.error
 import urllib.request
+from collections import defaultdict
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +30,18 @@ from sources.test_datasets import CASES, NAMES, OWN
 from sources.test_datasets import run as run_stage
 from stages.conftest import run_stage as run_with
 
-from pipeline.config.schema import ConfigError
+from pipeline.config.options import condition_of, holds
+from pipeline.config.schema import ConfigError, DownloadConfig
+from pipeline.curation.splits import Splits
 from pipeline.distributed import Rank
+from pipeline.partitions import engine
 from pipeline.partitions.dataset import Dataset
 from pipeline.partitions.finalize import Unbalanced
 from pipeline.partitions.planning import Stale
 from pipeline.sources import torchvision
 from pipeline.sources.torch_dataset import import_dataset
 from pipeline.stages import report
+from pipeline.stages.download import Download
 from pipeline.stages.takedown import takedown
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
@@ -334,12 +340,21 @@ def test_what_looks_like_data_in_a_folder_but_is_not_used_is_counted(memory: Pat
     assert "unread_image_format" in shown and "cat/2.heic, cat/3.PSD" in shown
 
 
+ARCHIVES: dict[str, dict[str, Any]] = {
+    "webdataset": {"input": "{}/a.tar"},
+    "http_archive": {"urls": ("https://h.example/a.tar",), "mirror": "{}"},
+    "huggingface": {"repo": "o/n", "files": ("a.tar",), "mirror": "{}"},
+}
+
+
+@pytest.mark.parametrize("source", ARCHIVES)
 @pytest.mark.parametrize("pack", [tar_of, zip_of])
-def test_what_looks_like_data_in_an_archive_but_is_not_used_is_counted(memory: Path, pack: Any) -> None:
+def test_what_looks_like_data_in_an_archive_but_is_not_used_is_counted(memory: Path, pack: Any, source: str) -> None:
     files = {name: photo(0) for name in ("cat/0.jpg", "cat/._0.jpg", "__MACOSX/cat/0.jpg", ".x/1.jpg")}
     files |= {"cat/2.heic": b"x", "lost.txt": b"x", "cat/1.jpg": photo(1), "cat/1.json": b"{cut", "inner.zip": b"x"}
     write(memory / "a.tar", pack(files))
-    download(memory, {"source": "webdataset", "input": str(memory / "a.tar")})
+    settings = {k: v.format(memory) if isinstance(v, str) else v for k, v in ARCHIVES[source].items()}
+    download(memory, {"source": source, **settings})
     assert [row["member"] for row in fake_stage.rows(memory / "download") if row["member"]] == [
         "cat/0.jpg",
         "cat/1.jpg",
@@ -360,6 +375,69 @@ def test_files_that_a_source_does_not_read_are_counted(memory: Path, layout: str
         write(memory / "i" / name, b"x")
     download(memory, settings)
     assert left_out(memory) == {"other_file": (2, ["more.rar", "sub/part.tar.zst"])}
+
+
+def test_every_row_of_a_list_is_in_the_ledger_and_other_files_next_to_lists_are_counted(memory: Path) -> None:
+    for number in range(2):
+        write(memory / f"m/{number}.jpg", photo(number))
+    rows = ["https://h.example/0.jpg,one", "https://h.example/1.jpg,two", "https://h.example/9.jpg,gone", ",lost"]
+    write(memory / "l/a.csv", "url,caption\n" + "".join(f"{row}\n" for row in rows))
+    for name in ("more.rar", "list.xlsx", "._a.csv", ".hidden", "a.csv.md5"):
+        write(memory / "l" / name, b"x")
+    success = download(memory, {"source": "url_list", "input": str(memory / "l"), "mirror": str(memory / "m")})
+    assert success["counts"]["in"] == 4 and success["counts"]["kept"] == 2
+    assert success["reasons"] == {"failed:not_in_mirror": 1, "failed:bad_url": 1}
+    assert left_out(memory) == {"other_file": (3, ["a.csv.md5", "list.xlsx", "more.rar"])}
+
+
+def test_a_choice_that_matches_no_row_says_what_there_is(memory: Path) -> None:
+    rows = ["0,train", "1,train", "2,test"]
+    write(memory / "l.csv", "url,fold\n" + "".join(f"https://h.example/{row}\n" for row in rows))
+    settings = {"source": "url_list", "input": str(memory / "l.csv"), "split_column": "fold"}
+    with pytest.raises(ConfigError, match=r"split_values=\[dev\]: .* column fold, which has train \(2\), test \(1\)$"):
+        download(memory, {**settings, "split_values": ("dev",)})
+    settings = LAYOUTS["flickr30k"](memory, [(photo(0), "one"), (photo(1), "two")])
+    with pytest.raises(ConfigError, match=r"metadata_split=dev: no row has this split; train \(2\)"):
+        download(memory, {**settings, "metadata_split": "dev"})
+    split_file = write(memory / "s.csv", "filename,split\na.jpg,train\nb.jpg,train\nc.jpg,val\n")
+    with pytest.raises(ConfigError, match=r"assigns none of these 2 images to test; .* in train \(2\), valid \(1\)"):
+        Splits(split_file).chosen(["a.jpg", "b.jpg"], "test")
+
+
+# ---- a setting that has no effect is an error
+
+ELSEWHERE = frozenset(("dataset", "data_dir", "split", "subset", "variant", "expect_world_size", "rank_offset"))
+ELSEWHERE |= {"world_size", "hang_timeout", "run_id"}
+"""Options that place the output or the process: the launcher and the engine read them."""
+ON_A_NETWORK = frozenset(["allow_private_hosts", "expected_gb", "opt_outs", "revision", "robots_txt"])
+OF_TABLES = frozenset(("caption_column", "image_column"))
+"""Of archives too, which may hold tables."""
+
+
+def test_a_source_reads_each_option_that_it_takes(memory: Path) -> None:
+    taken: dict[str, set[str]] = defaultdict(set)
+    read: dict[str, set[str]] = defaultdict(set)
+    names = {field.name: field for field in fields(DownloadConfig)}
+
+    class Recording(DownloadConfig):
+        def __getattribute__(self, name: str) -> Any:
+            caller = sys._getframe(1).f_code.co_filename
+            if name in names and "/pipeline/" in caller and "/pipeline/config/" not in caller:
+                read[object.__getattribute__(self, "source")].add(name)
+            return object.__getattribute__(self, name)
+
+    drawn = {"source": "shapes", "count": 2, "image_size": 16}
+    for number, layout in enumerate([*LAYOUTS.values(), lambda *_: drawn]):
+        folder = memory / str(number)
+        folder.mkdir()
+        settings = layout(folder, [(photo(0), "one"), (photo(1), "two")])
+        config = Recording(output=str(folder / "download"), max_failed_fraction=1.0, retries=0, **settings)
+        values = {name: object.__getattribute__(config, name) for name in names}
+        taken[config.source] |= {n for n, field in names.items() if holds(condition_of(DownloadConfig, field), values)}
+        engine.run(Download(config, Rank()))
+    unread = {source: taken[source] - read[source] - ELSEWHERE - ON_A_NETWORK - OF_TABLES for source in taken}
+    assert not any(unread.values()), unread
+    assert len(taken) >= 11
 
 
 def test_archives_and_tables_without_a_single_sample_are_an_error(memory: Path) -> None:

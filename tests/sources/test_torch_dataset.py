@@ -23,7 +23,7 @@ from pipeline.config.schema import ConfigError, DownloadConfig
 from pipeline.formats import Reader
 from pipeline.partitions.finalize import Unbalanced
 from pipeline.partitions.planning import Stale
-from pipeline.sources.torch_dataset import import_dataset
+from pipeline.sources.torch_dataset import class_names, import_dataset
 
 
 class Items(list[Any]):
@@ -67,6 +67,45 @@ def test_labels(memory: Path) -> None:
 
 
 # ---- the rules of all sources
+
+
+def test_datasets_that_wrap_others_keep_labels_and_names_of_classes(memory: Path) -> None:
+    """Stand-ins of torch's Subset, what random_split returns, and ConcatDataset, with the same attributes."""
+
+    class Classes(Items):
+        def __init__(self, count: int, classes: list[str]) -> None:
+            super().__init__((photo(number), number % 3) for number in range(count))
+            self.classes = classes
+
+    class Subset:
+        def __init__(self, dataset: Any, indices: list[int]) -> None:
+            self.dataset, self.indices = dataset, indices
+
+        def __len__(self) -> int:
+            return len(self.indices)
+
+        def __getitem__(self, index: int) -> Any:
+            return self.dataset[self.indices[index]]
+
+    class Concatenated(Items):
+        def __init__(self, datasets: list[Any]) -> None:
+            super().__init__(dataset[index] for dataset in datasets for index in range(len(dataset)))
+            self.datasets = datasets
+
+    names = ["cat", "dog", "eel"]
+    part = Subset(Classes(6, names), [5, 0, 4])
+    both = Concatenated([part, Subset(Classes(3, names), [1])])
+    for name, dataset, labels in (("part", part, [2, 0, 1]), ("both", both, [2, 0, 1, 1])):
+        import_dataset(dataset, output=str(memory / name))
+        rows = rows_of(memory / name)
+        assert [row["label"] for row in rows] == labels
+        assert [row["key"] for row in rows] == [f"{number:09d}-" for number in range(len(labels))]
+        assert Reader(memory / name).classes == names
+    import_dataset(part, output=str(memory / "texts"), labels=False)
+    assert Reader(memory / "texts").classes == []
+    assert class_names(Concatenated([Classes(1, names), Classes(1, ["other"])])) == []
+    label = type("ClassLabel", (), {"names": names})()
+    assert class_names(type("HubDataset", (), {"features": {"image": None, "label": label}})()) == names
 
 
 def test_texts_are_repaired_and_nothing_is_invented(memory: Path) -> None:

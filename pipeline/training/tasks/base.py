@@ -49,7 +49,8 @@ class Task(ABC):
 
     @classmethod
     def input(cls, config: TrainConfig) -> Dataset | None:
-        """The finished dataset directory to train on: ``input=``, or by default the output of stage=precompute.
+        """The finished dataset directory to train on: ``input=``, or by default the output of
+        ``config.upstreams``.
 
         None: the task reads something else, which :meth:`from_config` opens.
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -26,7 +25,7 @@ from pipeline.metrics.caption_metrics import Cider, bleu_counts, bleu_of, rouge_
 from pipeline.models.captioner import Captioner, CaptionerConfig, captioner_config
 from pipeline.models.text_generation import Decoding, Marks, write
 from pipeline.partitions.dataset import Dataset, RandomAccess
-from pipeline.partitions.stage import open_input, place_of
+from pipeline.partitions.stage import open_input
 from pipeline.randomness import keyed_seed
 from pipeline.registry import tasks
 from pipeline.samples import Row
@@ -146,10 +145,7 @@ class Caption(Task):
         """Features or, with ``encoder=``, images; None: the HDF5 file of captions made by stage=feidegger."""
         if config.input.endswith(".h5"):
             return None
-        if config.input:
-            return open_input(config, "train")
-        upstream = "shard" if config.encoder else "features"
-        return open_input(replace(config, input=str(place_of(config, upstream))), "train")
+        return open_input(config, "train")
 
     @classmethod
     def from_config(

@@ -46,7 +46,7 @@ class Classify(Task):
     @classmethod
     def input(cls, config: TrainConfig) -> Dataset:
         """Images with labels; by default the output of stage=shard."""
-        return open_input(config, "precompute")
+        return open_input(config, "train")
 
     @classmethod
     def from_config(
