@@ -202,3 +202,15 @@ def test_all_metrics_are_explained_and_no_others():
 
 def test_all_states_of_ranks_are_explained():
     assert {*ranks.LIVE, *ranks.BAD, *ranks._ENDED.values()} - {"running"} <= _first_column("howto/watch.md")
+
+
+def test_what_the_documentation_includes_is_linked_too() -> None:
+    """GitHub shows an include as nothing but its path: the link next to it leads to the file."""
+    found = [
+        (path, match)
+        for path in sorted((ROOT / "docs").rglob("*.md"))
+        for match in re.finditer(r"(\[[^\]]*\]\((\S+)\):\n\n)?```\{literalinclude\} (\S+)", path.read_text())
+    ]
+    assert len(found) >= 7
+    for path, match in found:
+        assert match[2] == match[3] and (path.parent / match[3]).is_file(), f"{path}: {match[3]}"

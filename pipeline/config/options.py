@@ -167,7 +167,7 @@ def check_value(field: dataclasses.Field[Any], value: Any) -> None:
 def require_files(config: Options) -> None:
     """Raise ConfigError if an option names a file that is not there or cannot be read."""
     for field in dataclasses.fields(config):
-        kind, words = field.metadata.get("path"), field.metadata.get("words", ())
+        kind, words = str(field.metadata.get("path") or ""), field.metadata.get("words", ())
         value = getattr(config, field.name) if kind else ""
         if value and value not in words and "://" not in value:
             try:

@@ -84,12 +84,19 @@ def page(folder: Path, samples: int, price: float = 0.0, links: Mapping[str, str
     for facts in datasets:
         widest[facts["path"].parent] = max(widest[facts["path"].parent], facts.get("counts", {}).get("in", 0))
     for facts in datasets:
-        facts |= {"name": os.path.relpath(facts["path"], folder.parent), "widest": widest[facts["path"].parent]}
+        facts |= {"name": name_of(facts["path"], folder), "widest": widest[facts["path"].parent]}
         facts["why"] = [f"{reason} {number}" for outcome, reason, number in facts.get("reasons", [])[:_REASONS]]
-    runs = [{**describe_run(run, price), "name": os.path.relpath(run, folder.parent)} for run in find_runs(folder)]
+    runs = [{**describe_run(run, price), "name": name_of(run, folder)} for run in find_runs(folder)]
     return environment.get_template("report.html").render(
         folder=folder, datasets=datasets, runs=runs, links=(links or {}).items(), made=time.strftime("%Y-%m-%d %H:%M")
     )
+
+
+def name_of(path: Path, folder: Path) -> str:
+    """``<dataset>/<split>/<stage>`` or ``<dataset>/runs/<name>``, with all folders between it and ``folder``, which may
+    be the data directory or the dataset's own folder."""
+    below = path.relative_to(folder)
+    return str(below if len(below.parts) > 2 else path.relative_to(folder.parent))
 
 
 # ---- training runs

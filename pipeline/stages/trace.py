@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import textwrap
 from collections.abc import Iterator
@@ -9,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.config.schema import ConfigError
+from pipeline.config.options import Options, default_value, extended, shown
+from pipeline.config.schema import STAGES, ConfigError
 from pipeline.imaging import transform
 from pipeline.imaging.buckets import buckets_in, covering
 from pipeline.partitions.dataset import Dataset, Released, SlotReader
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 
 _PANEL = 256  # edge of a panel in pixels
 _TEXT = 15
+_COLUMNS, _INDENT = 80, 4  # of what is printed
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,23 @@ class Station:
             captions = zip(sources_of(sample), sample["captions"], strict=True)
             facts["captions"] = [f"{source}: {caption}" for source, caption in captions]
         return facts
+
+    def lines(self) -> Iterator[str]:
+        """The same for people, with the settings that differ from their defaults."""
+        facts = self.facts()
+        identity = facts["made_with"]
+        cls = extended(STAGES[self.dataset.stage], identity) if self.dataset.stage in STAGES else Options
+        defaults = {f.name: default_value(f) for f in dataclasses.fields(cls)}
+        chosen = [f"{n}={shown(v)}" for n, v in identity.items() if n not in defaults or shown(v) != shown(defaults[n])]
+        rest = len(identity) - len(chosen)
+        facts["made_with"] = ", ".join([*chosen, *([f"{rest} settings at their defaults"] if rest else [])])
+        yield f"{facts.pop('stage')}: {facts.pop('outcome')} {facts.pop('reason', '')}".rstrip()
+        for name, value in facts.items():
+            indent = " " * (_INDENT + 14)
+            text = f"{' ' * _INDENT}{name:<13} {value}"
+            yield from textwrap.wrap(
+                text, _COLUMNS, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+            )
 
     def _buckets(self) -> dict[str, str]:
         """For latents with buckets, the crop at each resolution."""
@@ -125,9 +145,7 @@ def tell(places: list[Path], key: str, show: str, as_json: bool) -> int:
         print(json.dumps([station.facts() for station in way], indent=1))
     else:
         for station in way:
-            facts = station.facts()
-            print(f"{facts.pop('stage')}: {facts.pop('outcome')} {facts.pop('reason', '')}".rstrip())
-            print("\n".join(f"    {name:<13} {value}" for name, value in facts.items()))
+            print("\n".join(station.lines()))
         if not way:
             print(f"no dataset directory in this folder contains {key}")
     if show and way:

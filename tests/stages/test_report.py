@@ -52,6 +52,21 @@ def test_counts_reasons_pictures_and_captions_are_on_the_page(data: Path) -> Non
     assert dropped == "small-png" and "broken-png" in page  # of a broken one there is but the name
 
 
+@pytest.mark.parametrize(
+    ("folder", "path", "name"),
+    [
+        ("/d", "/d/mine/train/filter", "mine/train/filter"),
+        ("/d/mine", "/d/mine/train/filter", "mine/train/filter"),
+        ("/d/mine/train", "/d/mine/train/filter", "train/filter"),
+        ("/d", "/d/mine/runs/diffuse", "mine/runs/diffuse"),
+        ("/d", "/d/old/mine/train/filter", "old/mine/train/filter"),
+        ("/d/filter", "/d/filter", "filter"),
+    ],
+)
+def test_headings_begin_with_the_dataset(folder: str, path: str, name: str) -> None:
+    assert report.name_of(Path(path), Path(folder)) == name
+
+
 def test_a_report_shows_no_images_of_samples_whose_data_are_gone(data: Path) -> None:
     shutil.rmtree(data / "mine/train/download")
     page = report.page(data, 24)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -156,6 +157,9 @@ def test_the_way_of_a_dropped_sample_ends_where_it_was_dropped(line: Path) -> No
     done = tell(line, "07-png")
     assert "filter: dropped too_small" in done.stdout and "shard" not in done.stdout
     assert tell(line, "07.png").stdout == done.stdout, "the path of the file will do"
+    assert max(map(len, done.stdout.splitlines())) <= 80 or str(line) in done.stdout
+    words = " ".join(done.stdout.split())
+    assert re.search(r"made_with .*min_image_size=\d+.* \d+ settings at their defaults partition", words)
     done = tell(line, "nobody")
     assert done.returncode == 1 and "no dataset directory in this folder contains nobody" in done.stdout
 
