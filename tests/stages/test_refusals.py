@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from stages.conftest import digests, run_stage
 
+from pipeline.distributed import EXIT_STORAGE
 from pipeline.partitions.dataset import Dataset
 from pipeline.partitions.verify import verify
 
@@ -80,7 +81,7 @@ def test_a_full_disk_loses_nothing_and_the_run_goes_on_when_there_is_room(small_
     settings = {**SHAPES, "count": 400, "image_size": 256}
     arguments = [f"{key}={value}" for key, value in settings.items()]
     done = stage("download", f"output={small_disk / 'download'}", *arguments)
-    assert done.returncode == 1
+    assert done.returncode == EXIT_STORAGE
     assert "No space left on device" in said(done)
     assert "run the same command again" in said(done)
     dataset = Dataset.open(small_disk / "download")
@@ -96,5 +97,5 @@ def test_a_full_disk_loses_nothing_and_the_run_goes_on_when_there_is_room(small_
 def test_a_read_only_output(small_disk: Path) -> None:
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     done = stage("download", f"output={small_disk / 'download'}", "source=shapes", "count=5")
-    assert done.returncode == 1
+    assert done.returncode == EXIT_STORAGE
     assert "cannot be made: Read-only file system" in said(done)
