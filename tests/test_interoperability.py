@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import tarfile
 from functools import partial
 from pathlib import Path
@@ -183,6 +184,14 @@ def test_an_index_that_is_merged_already_survives_merge_index(stages: Path) -> N
         util.merge_index(str(stages / "mds"))
     assert (stages / "mds/index.json").read_bytes() == before
     assert [sample["key"] for sample in streamed(stages / "mds")] == [row["key"] for row in rows(stages / "mds")]
+
+
+def test_merge_index_joins_datasets_by_their_index_files(stages: Path, tmp_path: Path) -> None:
+    util = pytest.importorskip("streaming.base.util")
+    for name in ("one", "two"):
+        shutil.copytree(stages / "mds", tmp_path / name)
+    util.merge_index([str(tmp_path / name / "index.json") for name in ("one", "two")], str(tmp_path))
+    assert [sample["key"] for sample in streamed(tmp_path)] == 2 * [row["key"] for row in rows(stages / "mds")]
 
 
 def test_subsets_and_concatenations_of_torch_are_imported_with_labels_and_names_of_classes(tmp_path: Path) -> None:
