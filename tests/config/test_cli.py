@@ -78,10 +78,10 @@ def test_a_tilde_that_the_shell_has_left_is_the_home_directory(monkeypatch: pyte
 
 def test_command_line_wins_over_yaml_wins_over_defaults(tmp_path) -> None:
     yaml = tmp_path / "mine.yaml"
-    yaml.write_text("min_image_size: 100\nseed: 5\nfilter:\n  max_image_size: 700\nshard:\n  seed: 9\n")
-    config = cli.load("filter", [f"dataset={yaml}", "seed=6"])
-    assert (config.min_image_size, config.max_image_size, config.seed, config.encode_quality) == (100, 700, 6, 95)
-    assert cli.load("shard", [f"dataset={yaml}"]).seed == 9
+    yaml.write_text("min_image_size: 100\nlease: 5\nfilter:\n  max_image_size: 700\nshard:\n  lease: 9\n")
+    config = cli.load("filter", [f"dataset={yaml}", "lease=6"])
+    assert (config.min_image_size, config.max_image_size, config.lease, config.encode_quality) == (100, 700, 6, 95)
+    assert cli.load("shard", [f"dataset={yaml}"]).lease == 9
 
 
 def test_a_yaml_with_an_unknown_key_names_file_and_key(tmp_path) -> None:

@@ -153,7 +153,7 @@ def test_settings_without_effect_or_out_of_range_are_refused(
 
 TAKEN = {
     *("data_dir", "dataset", "split", "output", "variant", "run_id", "overwrite", "retry_failed", "compact", "restore"),
-    *("max_failed_fraction", "lease", "wait", "partition_size", "max_member_bytes", "labels"),
+    *("max_failed_fraction", "lease", "partition_size", "max_member_bytes", "labels"),
 }
 """Settings of stage=download that have an effect on an import."""
 
