@@ -19,7 +19,7 @@ import torch
 from fake_stage import rank_of
 from PIL import Image
 from stages.conftest import digests, run_stage
-from tiny_networks import save_autoencoder, save_language_model
+from tiny_networks import save_autoencoder, save_dino3, save_language_model
 
 from pipeline.config.cli import build
 from pipeline.config.schema import ConfigError, PrecomputeConfig
@@ -133,6 +133,30 @@ def test_values_are_those_of_direct_calls(
         torch.testing.assert_close(
             values(dataset, row, "caption_latents"), clip.ln_final(states)[0], rtol=2e-3, atol=1e-3
         )
+
+
+@torch.no_grad()
+def test_image_features_are_those_of_direct_calls(
+    encoded: Callable[..., Dataset], upstream: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoImageProcessor, AutoModel
+
+    (tmp_path / "dino").mkdir()
+    place = save_dino3(tmp_path / "dino")
+    settings = {"vae": "embedded", "text_encoder": ("embedded",), "image_resolutions": (64,)}
+    dataset = encoded(**settings, image_features=f"hf:{place}", features_resolution=(64,))
+    assert str(place / "model.safetensors") in dataset.header["model_files"]
+    extra = dataset.header["extra"]["image_features"]
+    assert (extra["name"], extra["width"], len(extra["weights_xxh3"])) == (f"hf:{place}", 16, 32)
+    direct, processor = AutoModel.from_pretrained(place).eval(), AutoImageProcessor.from_pretrained(place)
+    sources = rows_of(Dataset.open(upstream))
+    for key, row in list(rows_of(dataset).items())[::5]:
+        picture = transform.decode(sources[key]["jpg"], transform.probe(sources[key]["jpg"]))
+        x = processor(Crop(64, "bilinear").cut(picture), do_resize=False, return_tensors="pt")["pixel_values"]
+        expected = direct(x).last_hidden_state[0, 5:]
+        found = values(dataset, row, "image_features_64")
+        assert found.shape == (16, 16)
+        torch.testing.assert_close(found, expected, rtol=2e-3, atol=1e-3)
 
 
 def test_neither_batches_nor_workers_change_what_is_stored(encoded: Callable[..., Dataset]) -> None:
