@@ -21,6 +21,8 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 TOKEN = "hf_hushhush"
 _REGULAR = 200  # bytes up to which a file is part of its commit
+STALL = -1
+"""A fault: the Hub never answers."""
 _ERRORS = (401, 403, 404)
 
 
@@ -50,7 +52,8 @@ def _send_part(handler: BaseHTTPRequestHandler, data: bytes, cut: bool = False) 
 
 
 class FakeHub:
-    """A context; ``fault`` of a method and a path is the status that the Hub answers with, 0 for what it should.
+    """A context; ``fault`` of a method and a path is the status that the Hub answers with, 0 for what it should,
+    :data:`STALL` for none.
 
     Attributes:
         files: of each repository, path → content, as of the last commit.
@@ -75,6 +78,7 @@ class FakeHub:
         self.received = 0
         self.fault: Callable[[str, str], int] = lambda method, path: 0
         self._lock = threading.Lock()
+        self._over = threading.Event()
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -133,6 +137,7 @@ class FakeHub:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self._over.set()
         for server in self._servers:
             server.shutdown()
             server.server_close()
@@ -140,6 +145,8 @@ class FakeHub:
     def answer(self, method: str, address: str, body: bytes, authorization: str) -> tuple[int, Any]:
         path = unquote(urlsplit(address).path)
         if status := self.fault(method, path):
+            if status == STALL:
+                self._over.wait()
             return status, {"error": "broken"}
         if method == "PUT":
             with self._lock:

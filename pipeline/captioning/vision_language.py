@@ -13,6 +13,7 @@ from pipeline.captioning.base import BatchCaptioner, Question
 from pipeline.config.schema import ConfigError
 from pipeline.encoders.base import commit_of, repository, weights_digest
 from pipeline.encoders.failures import UNLOADABLE, not_loaded
+from pipeline.encoders.from_hub import expect_model
 from pipeline.randomness import keyed_seed
 from pipeline.registry import captioners
 
@@ -46,6 +47,7 @@ class VisionLanguageModel(BatchCaptioner):
 
         super().__init__(config)
         torch.set_num_threads(config.threads)
+        expect_model(f"captioner=transformers:{place}", place)
         name, revision = repository(place)
         dtype = getattr(torch, config.model_dtype if rank.device.type == "cuda" else "float32")
         try:

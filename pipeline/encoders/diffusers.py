@@ -17,6 +17,7 @@ from pipeline.config.cli import nearest
 from pipeline.config.schema import ConfigError
 from pipeline.encoders.base import Autoencoder, commit_of, repository, weights_digest
 from pipeline.encoders.failures import UNLOADABLE, not_loaded
+from pipeline.encoders.from_hub import expect_model
 from pipeline.encoders.preprocessing import Preprocessing
 from pipeline.encoders.spec import ModelSpec
 from pipeline.registry import autoencoders
@@ -195,6 +196,7 @@ def _load(name: str) -> tuple[str, Any]:
     """Class and model, in float32 on the CPU, so that the digest of the weights depends on neither device nor dtype."""
     import diffusers
 
+    expect_model(f"vae={name}", name)
     place, revision = repository(name)
     subfolders = [None, "vae"]
     if (Path(place) / "vae").is_dir():

@@ -13,6 +13,7 @@ import torch
 from pipeline.config.cli import nearest
 from pipeline.config.schema import ConfigError
 from pipeline.encoders.base import ImageEncoder, TextEncoder, TextTower, commit_of, sent, weights_digest
+from pipeline.encoders.from_hub import expect_model
 from pipeline.encoders.preprocessing import Preprocessing
 from pipeline.encoders.spec import LAYERS, ModelSpec
 from pipeline.registry import image_encoders, text_encoders
@@ -135,6 +136,8 @@ def _create(name: str, model_name: str, pretrained: str) -> Any:
                 f"{name}: name the weights, as openclip:{model_name}:<pretrained>, with one of "
                 f"{', '.join([*tags, _RANDOM])}, or a file"
             )
+    if model_name.startswith("hf-hub:"):
+        expect_model(name, model_name.removeprefix("hf-hub:"))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         try:

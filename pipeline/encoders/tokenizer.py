@@ -15,6 +15,7 @@ from tokenizers import decoders as byte_decoders
 from tokenizers import models, pre_tokenizers, trainers
 
 from pipeline.config.schema import ConfigError
+from pipeline.encoders.from_hub import expect_model
 
 PAD, BEGIN, END, ANSWER = "<pad>", "<s>", "</s>", "<answer>"
 """Padding, start and end of a text; ``<answer>`` separates a question from its answer."""
@@ -135,6 +136,7 @@ def pretrained(name: str) -> Tokenizer:
         elif folder.is_dir():
             raise ConfigError(f"tokenizer={name}: the folder has no tokenizer.json, and no vocab.json with merges.txt")
         else:
+            expect_model(f"tokenizer={name}", name)
             core = tokenizers.Tokenizer.from_pretrained(name)
     except ConfigError:
         raise

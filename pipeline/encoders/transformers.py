@@ -19,6 +19,7 @@ from pipeline.encoders.base import (
     weights_digest,
 )
 from pipeline.encoders.failures import UNLOADABLE, not_loaded
+from pipeline.encoders.from_hub import expect_model
 from pipeline.encoders.preprocessing import Preprocessing
 from pipeline.encoders.spec import LAYERS, ModelSpec
 from pipeline.registry import image_encoders, text_encoders
@@ -274,6 +275,7 @@ def _part(place: str) -> tuple[str, str]:
 def load_text(kind: str, place: str, load: Any, load_tokenizer: Any) -> tuple[Any, Any]:
     """Load the model on the CPU, and its tokenizer; from a pipeline, its first text encoder unless another is named."""
     whole, part = _part(place)
+    expect_model(f"text_encoder={kind}:{place}", whole)
     name, revision = repository(whole)
     error, within = Exception(), ""
     for subfolder in (part,) if part else _SUBFOLDERS:
@@ -304,6 +306,7 @@ def load_image_model(
         ConfigError: there is no such repository, folder or safetensors file, or weights are missing, which transformers
             would initialise randomly.
     """
+    expect_model(setting, place)
     name, revision = repository(place)
     try:
         model, said = load(name, revision=revision, use_safetensors=True, output_loading_info=True)

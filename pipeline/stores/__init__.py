@@ -14,7 +14,7 @@ from pipeline.stores.address import HUB, SCHEMES, canonical, is_hub, is_pattern,
 from pipeline.stores.cache import Cache
 from pipeline.stores.errors import StoreError
 from pipeline.stores.folder import StoreFolder, open_folder
-from pipeline.stores.hub import SHA256, hub_api, hub_explained
+from pipeline.stores.hub import SHA256, hub_api, hub_explained, limit_waits, require_model
 from pipeline.stores.output import StoreOutput, open_output
 from pipeline.stores.patterns import matching
 from pipeline.stores.store import HASH, PART, Object, Store
@@ -37,8 +37,10 @@ __all__ = [
     "is_hub",
     "is_pattern",
     "is_url",
+    "limit_waits",
     "matching",
     "open_folder",
     "open_output",
     "pinned",
+    "require_model",
 ]

@@ -24,6 +24,9 @@ from pipeline.stores.library import obstore
 SHA256 = "sha256:"
 """Prefix of the version of a file whose SHA-256 the Hub knows."""
 _BUSY = (408, 425, 429)  # status codes worth retrying soon, as are all from 500 on
+_CONNECT_SECONDS = 10.0
+_ANSWER_SECONDS = 60.0
+"""Longest wait for a part of an answer."""
 _LOGIN = "give a token that may do this as HF_TOKEN or by `huggingface-cli login`"
 
 T = TypeVar("T")
@@ -36,9 +39,47 @@ def hub_api() -> Any:
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
     disable_progress_bars()
+    limit_waits()
     token = get_token()
     hide(token)
     return HfApi(endpoint=os.environ.get("HF_ENDPOINT") or constants.ENDPOINT, token=token or False)
+
+
+def limit_waits() -> None:
+    """Limit the time that ``huggingface_hub`` waits for an answer, in this process, where it sets no limit itself."""
+    from huggingface_hub.utils import _http
+
+    factory = getattr(_http, "_GLOBAL_BACKEND_FACTORY", None)  # from version 1 on there is none
+    if factory is not None and not isinstance(factory, _LimitedSessions):
+        _http.configure_http_backend(_LimitedSessions(factory))
+
+
+@dataclass(frozen=True)
+class _LimitedSessions:
+    """Makes sessions as ``factory`` does, whose requests time out.
+
+    Raises:
+        TimeoutError: By a request; the client would try again after other exceptions, up to twenty times.
+    """
+
+    factory: Callable[[], Any]
+
+    def __call__(self) -> Any:
+        import requests
+
+        session = self.factory()
+        send = session.send
+
+        def limited(request: Any, **options: Any) -> Any:
+            if options.get("timeout") is not None:
+                return send(request, **options)
+            try:
+                return send(request, **{**options, "timeout": (_CONNECT_SECONDS, _ANSWER_SECONDS)})
+            except requests.Timeout as error:
+                raise TimeoutError(str(error)) from error
+
+        session.send = limited
+        return session
 
 
 @contextmanager
@@ -80,8 +121,32 @@ def hub_explained(place: str) -> Iterator[None]:
         raise StoreError(
             f"{place}: the Hub does not answer ({said}): check the network and HF_ENDPOINT, and run the same command "
             "again",
-            "cut",
+            "failed" if _timed_out(error) else "cut",  # it has been waited for long enough
         ) from None
+
+
+def _timed_out(error: BaseException) -> bool:
+    return isinstance(error, TimeoutError) or "Timeout" in type(error).__name__
+
+
+def require_model(repository: str, revision: str | None, seconds: float) -> None:
+    """Ask the Hub once whether it has a model; a Hub that answers that it is busy counts as having it.
+
+    Raises:
+        StoreError: There is no such model, it cannot be accessed, or the Hub does not answer within ``seconds``.
+    """
+    from huggingface_hub import errors
+
+    def ask() -> None:
+        try:
+            hub_api().model_info(repository, revision=revision, timeout=seconds)
+        except errors.HfHubHTTPError as error:
+            status = int(getattr(error.response, "status_code", 0) or 0)
+            if status not in _BUSY and status < 500:
+                raise
+
+    with hub_explained(repository):
+        ask()
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import safetensors.torch
 
 from pipeline.config.schema import TrainConfig
 from pipeline.storage import Folder, json_bytes
+from pipeline.stores import limit_waits
 from pipeline.training.checkpoint import FOLDER as CHECKPOINTS
 from pipeline.training.checkpoint import open_checkpoint
 from pipeline.training.model_card import model_card
@@ -133,6 +134,7 @@ class Uploads:
         try:
             from huggingface_hub import HfApi
 
+            limit_waits()  # training waits for the upload at its end
             api = HfApi()
             api.create_repo(self._repository, private=True, exist_ok=True)
             api.upload_folder(repo_id=self._repository, folder_path=folder, commit_message=folder.name)

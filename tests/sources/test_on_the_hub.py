@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_hub import TOKEN, FakeHub
+from fake_hub import STALL, TOKEN, FakeHub
 from sources import found
 from sources.found import LAYOUTS, photo
 from sources.packing import tar_of
@@ -169,6 +169,20 @@ def test_who_may_not_read_is_told_how(
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(StoreError, match="the Hub does not answer .*: check the network and HF_ENDPOINT"):
         run(**settings)
+
+
+@pytest.mark.parametrize("source", ["webdataset", "huggingface"])
+def test_a_hub_that_never_answers_is_an_error(
+    hub: FakeHub, run: Run, monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
+    """It is asked once: each request waits as long as is allowed."""
+    monkeypatch.setattr("pipeline.stores.hub._ANSWER_SECONDS", 0.3)
+    hub.put("o/d", {"a.tar": b""})
+    hub.fault = lambda method, path: STALL if "/tree/" in path else 0
+    given = {"repo": "o/d", "files": ("*.tar",)} if source == "huggingface" else {"input": "hf://datasets/o/d"}
+    with pytest.raises((ConfigError, StoreError), match=r"o/d.*the Hub does not answer .*HF_ENDPOINT"):
+        run(source=source, **given)
+    assert len([asked for asked in hub.requests if "/tree/" in asked]) == 1
 
 
 def test_the_hub_is_only_read(hub: FakeHub, memory: Path, run: Run) -> None:
