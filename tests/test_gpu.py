@@ -102,7 +102,7 @@ def test_latents_are_made_and_verified(data: Path, networks: list[str], dtype: s
     assert record["counts"]["kept"] > 0 and not record["counts"].get("failed")
     assert json.loads((output / "manifest.json").read_text())["dtype"] == saved
     found = program("verify", f"input={output}", "deep=true", status=1)
-    assert "1 findings" in found and "brings back a smooth image with" in found, found  # not with random weights
+    assert "1 findings" in found and "reconstructs a smooth image with" in found, found  # not with random weights
 
 
 # ---- training: tasks, precisions, parallel modes

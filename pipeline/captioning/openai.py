@@ -266,7 +266,7 @@ def understood(body: Any, max_tokens: int) -> Said:
         parts = [part.get("text") for part in content if isinstance(part, dict)]
         content = "".join(part for part in parts if isinstance(part, str))
     if content is not None and not isinstance(content, str):
-        raise Unanswered("bad_answer", "its content is no text")
+        raise Unanswered("bad_answer", "its content is not text")
     usage = body.get("usage")
     usage = usage if isinstance(usage, dict) else {}
     prompt, completion = (_count(usage.get(name)) for name in ("prompt_tokens", "completion_tokens"))

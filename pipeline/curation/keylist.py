@@ -77,7 +77,7 @@ def _listed_keys(path: Path, column: str) -> Iterator[str]:
     for number, row in enumerate(listed.rows(), 1):
         key = row.values.get(found)
         if row.error or isinstance(key, float | list | dict):
-            raise ConfigError(f"{path}: row {number}: {row.error or f'{key!r} is no key'}")
+            raise ConfigError(f"{path}: row {number}: {row.error or f'{key!r} is not a key'}")
         if key is not None and (text := str(key).strip()):
             yield text
 

@@ -62,7 +62,7 @@ class Watchdog:
     def _end(self) -> None:
         """Report the hang and exit, without the logging module: the main thread may hold its lock, or any other."""
         threading.Thread(target=self._force, daemon=True).start()
-        os.write(2, f"no progress for {self._timeout:g} s (hang_timeout): this rank ends. It was here:\n".encode())
+        os.write(2, f"no progress for {self._timeout:g} s (hang_timeout): this rank ends; its stack:\n".encode())
         faulthandler.dump_traceback(2, all_threads=True)
         self._life.ended(EXIT_HUNG, f"no progress for {self._timeout:g} s (hang_timeout)")
         self._tell()

@@ -154,7 +154,7 @@ class Rules:
         try:
             self.background_rgb  # noqa: B018
         except ValueError:
-            raise ValueError(f"background={self.background} is no colour: give a name or #rrggbb") from None
+            raise ValueError(f"background={self.background} is not a colour: give a name or #rrggbb") from None
 
     @property
     def background_rgb(self) -> tuple[int, int, int]:

@@ -363,7 +363,7 @@ class Validator:
         if found < self.vae.floor:
             yield Finding(
                 -1,
-                f"vae={self.config['vae']} brings back a smooth image with {found:.1f} dB, less than "
+                f"vae={self.config['vae']} reconstructs a smooth image with {found:.1f} dB, less than "
                 f"{self.vae.floor:.0f}: its weights, its scaling or its input are wrong",
             )
 

@@ -207,7 +207,7 @@ def plain(value: Any, depth: int = 0) -> Any:
         try:
             return bytes(value).decode()
         except UnicodeDecodeError:
-            raise SampleError("bad_field", "bytes that are no UTF-8 text") from None
+            raise SampleError("bad_field", "bytes that are not UTF-8 text") from None
     if hasattr(value, "tolist"):  # an array, a tensor, or one of their scalars
         return plain(value.tolist(), depth + 1)
     raise SampleError("bad_field", f"a value of type {type(value).__name__}")
@@ -229,11 +229,11 @@ def label_of(value: Any) -> int | None:
         if not text:
             return None
         if not re.fullmatch(r"[0-9]{1,18}", text):
-            raise SampleError("bad_label", f"{text[:80]!r} is no number of a class")
+            raise SampleError("bad_label", f"{text[:80]!r} is not a class index")
         return int(text)
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return None
     if not isinstance(value, int | float) or not 0 <= value < 2**63 or value != int(value):
         shown = str(value)[:80] if isinstance(value, int | float) else type(value).__name__
-        raise SampleError("bad_label", f"{shown} is no number of a class")
+        raise SampleError("bad_label", f"{shown} is not a class index")
     return int(value)

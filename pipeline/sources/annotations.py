@@ -175,7 +175,7 @@ def _flickr30k(file: IO[bytes], config: SourceConfig, left_out: LeftOutRows) -> 
         try:
             raw = json.loads(row["raw"])
         except (ValueError, RecursionError):
-            left_out.note("bad_row", f"{place}: raw is no JSON")
+            left_out.note("bad_row", f"{place}: raw is not JSON")
             continue
         name = _name(row["filename"], place, left_out)
         captions = [text.strip() for text in _noted(raw, place, left_out)] if name else []

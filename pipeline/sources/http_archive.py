@@ -49,7 +49,7 @@ class HttpArchive(FileSource):
             raise ConfigError(f"sha256: {len(config.sha256)} hashes for {len(listed)} urls")
         for digest in config.sha256:
             if not re.fullmatch(r"([0-9a-fA-F]{64})?", digest):
-                raise ConfigError(f"sha256: {digest} is no SHA-256 (64 hexadecimal digits; empty: not known)")
+                raise ConfigError(f"sha256: {digest} is not a SHA-256 (64 hexadecimal digits; empty: not known)")
         for _, url in listed:
             check_url(url)
         names = [name or unquote(urlsplit(url).path).rpartition("/")[2] or "archive" for name, url in listed]

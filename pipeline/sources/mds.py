@@ -187,7 +187,7 @@ def _decoded(kind: str, data: bytes) -> Any:
     base = kind.partition(":")[0]
     if base in _NUMBERS:
         if len(data) != np.dtype(_NUMBERS[base]).itemsize:
-            raise ValueError(f"{len(data)} bytes are no {kind}")
+            raise ValueError(f"{len(data)} bytes are not a {kind}")
         return np.frombuffer(data, _NUMBERS[base])[0].item()
     if base not in _DECODERS:
         why = "pickled objects are not read: they can run code" if base == "pkl" else "this encoding is not read"

@@ -154,5 +154,5 @@ def _kind(value: Any) -> str:
     if isinstance(value, dict):
         return "a path without bytes" if value.get("path") else "neither bytes nor path"
     if isinstance(value, str):
-        return "a text that is no image in base64; for paths take source=image_folder, for addresses source=url_list"
+        return "a text that is not an image in base64; for paths use source=image_folder, for URLs source=url_list"
     return "null" if value is None else "no bytes" if value == b"" else type(value).__name__

@@ -109,7 +109,7 @@ class Wanted:
             raise ConfigError("seeds=, images_per_prompt=: give only one of them: each seed gives one image")
         prompts, sizes = prompts_of(config), _sizes(config)
         if not prompts:
-            raise ConfigError("prompts=: there is nothing to draw")
+            raise ConfigError("prompts=: there are no prompts")
         if len(sizes) not in (0, 1, len(prompts)):
             raise ConfigError(f"sizes=: {len(sizes)} for {len(prompts)} prompts: give one for each, or size= for all")
         return cls(prompts, len(config.seeds) or config.images_per_prompt, config.seed, config.seeds, sizes)
@@ -200,7 +200,7 @@ def drawn(painter: Painter, wanted: Wanted, manner: Manner) -> list[npt.NDArray[
         ConfigError: there are no prompts, or the run cannot generate a requested size.
     """
     if not wanted.prompts:
-        raise ConfigError("prompts=: there is nothing to draw")
+        raise ConfigError("prompts=: there are no prompts")
     batches = _batches(wanted, range(len(wanted)), _BATCH)
     return [image for numbers in batches for image in _batch(painter, wanted, numbers, manner)]
 

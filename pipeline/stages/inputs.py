@@ -226,7 +226,7 @@ class Folder(Items):
             file = path.rpartition("/")[2]
             name = self.labels.get(path) or self.labels.get(file) or self.labels.get(file.rpartition(".")[0]) or ""
         if name not in numbers:
-            raise SampleError("no_label", f"{name!r} is no class" if name else "not in the file of labels")
+            raise SampleError("no_label", f"{name!r} is not a class" if name else "not in the file of labels")
         return numbers[name]
 
     def some(self) -> Iterator[Row]:

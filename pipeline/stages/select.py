@@ -208,9 +208,7 @@ class Select(PointerStage[SelectConfig]):
         if _CLUSTER in self._score_columns:
             raise ConfigError(f"{setting}: {self.upstream.root.path} has a column {_CLUSTER} already")
         if _CLUSTER not in self._needed:
-            raise ConfigError(
-                f"{setting}: nothing asks for them: add cap=[{_CLUSTER}:<number>], or {_CLUSTER} to where="
-            )
+            raise ConfigError(f"{setting}: they are not used: add cap=[{_CLUSTER}:<number>], or {_CLUSTER} to where=")
 
     def _check_key_column(self) -> None:
         """Raises ConfigError if none of the first samples has the column ``key_column``."""

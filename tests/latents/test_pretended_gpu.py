@@ -235,5 +235,5 @@ def test_the_deep_check_waits_for_what_it_compares_and_not_for_each_sample(
 
     monkeypatch.setattr(Validator, "check", counted)
     found = [finding.what for finding in verify.findings_of(tmp_path / "out", deep=True)[1]]
-    assert len(found) == 1 and "brings back a smooth" in found[0], "random weights, and nothing else to find"
+    assert len(found) == 1 and "reconstructs a smooth" in found[0], "random weights, and nothing else to find"
     assert waits[1] == waits[2] > 0, "of 12 samples and of 4, as many are compared"

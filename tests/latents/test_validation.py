@@ -158,7 +158,7 @@ def test_an_autoencoder_that_brings_nothing_back_is_found(make: Make, tmp_path: 
     AutoencoderKL(block_out_channels=(8, 16), norm_num_groups=4, **blocks).save_pretrained(tmp_path)
     found = findings(make("random-weights", vae=str(tmp_path), image_resolutions=(32,)))
     assert [finding.partition for finding in found] == [-1]
-    assert "brings back a smooth image with" in found[0].what
+    assert "reconstructs a smooth image with" in found[0].what
 
 
 def test_other_weights_than_those_that_made_them_are_found(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -96,7 +96,7 @@ def test_labels_that_are_none_fail_their_rows(memory: Path) -> None:
     success = download(memory, bad_parquet(memory))
     assert success["reasons"] == {"failed:bad_label": 1, "failed:no_label": 1}
     (row,) = [row for row in fake_stage.rows(memory / "download") if row["reason"] == "bad_label"]
-    assert row["detail"] == "'cat' is no number of a class"
+    assert row["detail"] == "'cat' is not a class index"
 
 
 def test_labels_beside_images_of_archives_fail_their_samples(memory: Path) -> None:

@@ -666,7 +666,7 @@ def test_a_flood_of_members_that_are_no_images_leaves_nothing_behind(server: Ser
         ({"urls": ("/local/a.tar",)}, "only http and https"),
         ({"urls": ("http://host:port/a.tar",)}, "cannot be understood"),
         ({"sha256": ("0" * 64, "1" * 64)}, "2 hashes for 1 urls"),
-        ({"sha256": ("abc",)}, "no SHA-256"),
+        ({"sha256": ("abc",)}, "not a SHA-256"),
         ({"timeout": -1.0}, "timeout=-1.0"),
         ({"deadline": -1.0}, "deadline=-1.0"),
         ({"max_members": 0}, "max_members=0"),

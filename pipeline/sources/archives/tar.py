@@ -161,7 +161,7 @@ def _completed(entry: _Entry, said: dict[bytes, bytes]) -> _Entry:
     entry.name = said.get(b"GNU.sparse.name") or said.get(b"path") or entry.name
     if size := said.get(b"size"):
         if not size.isdigit() or len(size) > 20:
-            raise damaged("a size is no number")
+            raise damaged("a size is not a number")
         entry.size = int(size)
     entry.sparse = entry.kind == _SPARSE or any(key.startswith(b"GNU.sparse.") for key in said)
     return entry
@@ -213,10 +213,10 @@ def _records(data: bytes) -> Iterator[tuple[bytes, bytes]]:
     while at < len(data):
         digits = data[at : at + 20].partition(b" ")[0]
         if not digits.isdigit():
-            raise damaged("a pax header makes no sense")
+            raise damaged("a pax header is malformed")
         stop = at + int(digits)
         key, equals, value = data[at + len(digits) + 1 : stop - 1].partition(b"=")
         if stop > len(data) or not equals or data[stop - 1 : stop] != b"\n":
-            raise damaged("a pax header makes no sense")
+            raise damaged("a pax header is malformed")
         yield key, value
         at = stop

@@ -200,7 +200,7 @@ def _read(file: IO[bytes], entry: _Entry, wanted: int) -> bytes:
     if len(data) != wanted:
         raise damaged("it is shorter than it says")
     if wanted == entry.size and zlib.crc32(data) != entry.crc:
-        raise damaged("its check sum is wrong")
+        raise damaged("its checksum is wrong")
     return data
 
 
