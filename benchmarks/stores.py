@@ -1,6 +1,7 @@
 """Object stores: bytes sent and received by one process, against other clients; then latents read for training.
 
-    python benchmarks/stores.py [delay=0.02] [megabytes=256] [samples=1500] [shard_megabytes=[2,16]] [rounds=2]
+    python benchmarks/stores.py [delay=0.02] [megabytes=256] [small=500] [samples=1500] [shard_megabytes=[2,16]]
+        [rounds=2]
 
 The store is moto's S3 server on loopback, in its own process, behind a proxy in another that waits ``delay`` seconds
 before it forwards a request. s3fs is measured if it is installed. The store limits all of them.
@@ -8,7 +9,8 @@ before it forwards a request. s3fs is measured if it is installed. The store lim
 Latents are as in latents.py: text states (77, 1024) and latents (4, 32, 32), float16. An epoch starts with an empty
 cache, and is timed from the creation of the loader to its last batch, each time in a new process. StreamingDataset uses
 a DataLoader with no or two workers, of which the faster counts. The limit is the time in which the library alone
-downloads all shards, eight at a time. ``samples=0`` skips this part, ``megabytes=0`` the first.
+downloads all shards, eight at a time. ``samples=0`` skips this part, ``megabytes=0`` the one large object, and
+``small=0`` the many small ones.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import tempfile
 import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -34,6 +37,7 @@ from object_stores import BUCKET, Proxy, s3_environment, s3_server  # noqa: E402
 from pipeline.stores import Object, Store  # noqa: E402
 
 SHARD = 8 << 20
+SMALL = 64 << 10
 AT_ONCE = 8
 
 
@@ -85,6 +89,11 @@ def clients(place: str, folder: Path, size: int) -> dict[str, dict[str, Callable
         with ThreadPoolExecutor(AT_ONCE) as pool:
             list(pool.map(lambda at: obstore.get_range(raw, path, start=at, end=min(at + SHARD, size)), starts))
 
+    def one_get() -> None:
+        with target.open("wb") as file:
+            for piece in obstore.get(store._raw, f"{prefix}/one").stream():
+                file.write(piece)
+
     def received() -> None:
         target.touch()
         store.download(Object("ours", size, store.head("ours").etag), target)
@@ -93,6 +102,10 @@ def clients(place: str, folder: Path, size: int) -> dict[str, dict[str, Callable
         "obstore, bare": {
             "send": lambda: obstore.put(store._raw, f"{prefix}/bare", source, chunk_size=SHARD),
             "receive": parallel_gets,
+        },
+        "obstore, one read": {
+            "send": lambda: obstore.put(store._raw, f"{prefix}/one", source, chunk_size=SHARD),
+            "receive": one_get,
         },
         "pipeline.stores": {"send": lambda: store.upload("ours", pieces, size, ""), "receive": received},
         "boto3": {
@@ -112,17 +125,55 @@ def clients(place: str, folder: Path, size: int) -> dict[str, dict[str, Callable
     return found
 
 
-def objects(work: Path, megabytes: int, delay: float) -> None:
+def objects(work: Path, megabytes: int, delay: float, rounds: int) -> None:
     """Send and receive one object."""
     size = megabytes << 20
     (work / "data").write_bytes(os.urandom(size))
     print(f"one object of {megabytes} MiB, {delay * 1e3:.0f} ms a request; MB/s, and as a share of the bare client's")
     bare: dict[str, float] = {}
     for name, calls in clients(f"s3://{BUCKET}/{uuid.uuid4().hex}", work, size).items():
-        rates = {what: size / 1e6 / min(timed(do) for _ in range(2)) for what, do in calls.items()}
+        rates = {what: size / 1e6 / min(timed(do) for _ in range(rounds)) for what, do in calls.items()}
         bare = bare or rates
         shown = "  ".join(f"{what} {rate:6.0f} ({rate / bare[what]:.2f})" for what, rate in rates.items())
         print(f"  {name:<18} {shown}", flush=True)
+
+
+def small_objects(count: int, delay: float, rounds: int) -> None:
+    """Many objects, each read whole."""
+    import boto3
+    import obstore
+
+    place = f"s3://{BUCKET}/{uuid.uuid4().hex}"
+    bucket, _, prefix = place.removeprefix("s3://").partition("/")
+    store, names = Store(place), [f"{number:06}" for number in range(count)]
+    for name in names:
+        store.put(name, os.urandom(SMALL))
+    paths = [f"{prefix}/{name}" for name in names]
+    made = boto3.client("s3", endpoint_url=os.environ["AWS_ENDPOINT_URL"])
+
+    def each(read: Callable[[str], Any], of: list[str]) -> Callable[[], Any]:
+        def do() -> None:
+            with ThreadPoolExecutor(AT_ONCE) as pool:
+                assert sum(len(data) for data in pool.map(read, of)) == count * SMALL
+
+        return do
+
+    reads = {
+        "obstore, bare": each(lambda path: obstore.get(store._raw, path).bytes(), paths),
+        "pipeline.stores": each(store.read, names),
+        "boto3": each(lambda path: made.get_object(Bucket=bucket, Key=path)["Body"].read(), paths),
+    }
+    with suppress(ImportError):
+        import s3fs
+
+        files = s3fs.S3FileSystem(endpoint_url=os.environ["AWS_ENDPOINT_URL"])
+        reads["s3fs"] = lambda: files.cat([f"{bucket}/{path}" for path in paths], batch_size=AT_ONCE)
+    print(f"{count} objects of {SMALL >> 10} KiB, {AT_ONCE} at a time; reads/s, and as a share of the bare client's")
+    bare = 0.0
+    for name, do in reads.items():
+        rate = count / min(timed(do) for _ in range(rounds))
+        bare = bare or rate
+        print(f"  {name:<18} {rate:6.0f} ({rate / bare:.2f})", flush=True)
 
 
 # ---- latents for training
@@ -213,6 +264,7 @@ def latents(work: Path, samples: int, shard_megabytes: list[float], rounds: int,
 def main(
     delay: float = 0.02,
     megabytes: int = 256,
+    small: int = 500,
     samples: int = 1500,
     shard_megabytes: Sequence[float] = (2, 16),
     rounds: int = 2,
@@ -223,7 +275,9 @@ def main(
     os.environ.update({**s3_environment(port), "S3_ENDPOINT_URL": f"http://127.0.0.1:{port}"})
     try:
         if megabytes:
-            objects(work, megabytes, delay)
+            objects(work, megabytes, delay, rounds)
+        if small:
+            small_objects(small, delay, rounds)
         if samples:
             latents(work, samples, list(shard_megabytes), rounds, delay)
     finally:
