@@ -16,7 +16,7 @@ from object_stores import Proxy, random_faults
 from pipeline import stores
 from pipeline.config.schema import ConfigError
 from pipeline.storage import StorageError
-from pipeline.stores import Cache, Object, Store, StoreError, StoreFolder, open_folder
+from pipeline.stores import PART, Cache, Object, Store, StoreError, StoreFolder, open_folder
 from pipeline.stores.bucket_client import forget_clients
 
 MANY = (12 << 20) + 7  # bytes: two parts
@@ -34,7 +34,8 @@ def pieces(size: int = MANY) -> Iterator[bytes]:
         size -= len(piece)
 
 
-def test_objects_are_stored_listed_and_read(store: Store, tmp_path: Path) -> None:
+def test_objects_are_stored_listed_and_read(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.stores.store._RANGE", PART)
     etag = store.upload("a/large", pieces, MANY, "abc")
     store.put("a/small", b"one", hashed="def")
     store.put("ab", b"beside")

@@ -16,7 +16,8 @@ from pipeline.stores.errors import CUTS, StoreError, explained, retried
 
 HASH = "latentmill_xxh3"
 """Name of the metadata with the XXH3-128 of an object that we wrote."""
-PART = 8 << 20  # bytes per part of a multipart upload or download
+PART = 8 << 20  # bytes per part of a multipart upload
+_RANGE = 16 << 20  # bytes per request of a download: smaller objects take a single request
 _MOST_PARTS = 9000  # stores accept 10,000
 _PARTS_AT_ONCE = 4  # parallel requests when an object is downloaded
 
@@ -171,7 +172,7 @@ class Store:
             StoreError: the object does not exist, has changed, or cannot be read.
         """
         os.truncate(path, found.size)
-        spans = [(start, min(start + PART, found.size)) for start in range(0, found.size, PART)]
+        spans = [(start, min(start + _RANGE, found.size)) for start in range(0, found.size, _RANGE)]
 
         def part(span: tuple[int, int]) -> None:
             with open(path, "r+b", buffering=0) as file:
