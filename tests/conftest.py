@@ -114,12 +114,12 @@ def gcs_port() -> Iterator[int]:
 
 @pytest.fixture(scope="session")
 def azure_port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
-    """Azurite on loopback. Where it is not installed, its tests are skipped, or fail if REQUIRE_NETWORK=1."""
+    """Azurite on loopback. Where it is not installed, its tests are skipped, or fail if REQUIRE_AZURITE=1."""
     from object_stores import azure_server, azurite
 
     if not azurite():
         missing = "Azurite is not installed: make azurite"
-        pytest.fail(missing) if os.environ.get("REQUIRE_NETWORK") == "1" else pytest.skip(missing)
+        pytest.fail(missing) if os.environ.get("REQUIRE_AZURITE") == "1" else pytest.skip(missing)
     with azure_server(tmp_path_factory.mktemp("azurite")) as port:
         yield port
 
