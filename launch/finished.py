@@ -11,7 +11,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from launch.job import Job
-from pipeline.config.schema import ConfigError, dataset_name, identity, traits_of
+from pipeline.config.schema import ConfigError, dataset_name, traits_of
+from pipeline.distributed import Rank
 from pipeline.partitions.dataset import SUCCESS, Dataset
 from pipeline.partitions.planning import require_same
 from pipeline.partitions.stage import input_folder
@@ -58,7 +59,7 @@ def finished_as_asked(job: Job) -> bool:
         return False
     try:
         dataset = Dataset.open(job.output or "")
-        require_same(dataset, job.stage, get_stage(job.stage).version_with(job.config), identity(job.config))
+        require_same(dataset, get_stage(job.stage)(job.config, Rank()))
         return dataset.success is not None
     except _DAMAGE:
         return False

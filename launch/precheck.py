@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.config import cli
 from pipeline.config.options import require_files
 from pipeline.config.schema import STAGES, ConfigError, identity, public_text, traits_of
+from pipeline.distributed import Rank
 from pipeline.partitions.dataset import Dataset
 from pipeline.partitions.planning import Stale, require_same
 from pipeline.partitions.stage import input_folder, open_input, upstreams_of
@@ -86,7 +87,7 @@ def _check_output(job: Job) -> None:
 
     try:
         dataset = Dataset.open(job.output or "")
-        require_same(dataset, job.stage, get_stage(job.stage).version_with(job.config), identity(job.config))
+        require_same(dataset, get_stage(job.stage)(job.config, Rank()))
     except Stale:
         raise
     except (ConfigError, StorageError, OSError, KeyError, TypeError):

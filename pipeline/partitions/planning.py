@@ -13,8 +13,8 @@ from typing import Any
 
 from pipeline import stores
 from pipeline.config import cli
-from pipeline.config.options import condition_of, default_value, extended, holds
-from pipeline.config.schema import STAGES, ConfigError, default_of
+from pipeline.config.options import condition_of, holds
+from pipeline.config.schema import ConfigError, default_of
 from pipeline.partitions.attempt import unless_removed
 from pipeline.partitions.claims import Claims
 from pipeline.partitions.dataset import Dataset, SlotReader
@@ -71,7 +71,7 @@ def _extended(stage: AnyStage, dataset: Dataset, upstream: dict[str, Any] | None
 
     ``ours``: this process has just made the plan, from the current inputs.
     """
-    require_same(dataset, stage.name, stage.version_with(stage.config), stage.identity())
+    require_same(dataset, stage)
     if stage.rank.is_main:
         _check_watched(stage, dataset)
     try:
@@ -295,22 +295,27 @@ def _upstream_state(stage: AnyStage) -> dict[str, Any] | None:
 # ---- checks of an existing plan
 
 
-def require_same(dataset: Dataset, stage: str, version: int, identity: dict[str, Any]) -> None:
-    """Raise Stale, naming the first difference between the existing output and the requested one."""
+def require_same(dataset: Dataset, stage: AnyStage) -> None:
+    """Raise Stale, naming the first difference between the existing output and the one that ``stage`` would make.
+
+    A setting that has no effect together with the others makes no difference.
+    """
     header = dataset.header
     place = dataset.root.path
-    if header["stage"] != stage:
-        raise Stale(f"{place} is the output of stage {header['stage']}, not {stage}: {_CURE}")
+    if header["stage"] != stage.name:
+        raise Stale(f"{place} is the output of stage {header['stage']}, not {stage.name}: {_CURE}")
+    version = stage.version_with(stage.config)
     if header["stage_version"] != version:
         raise Stale(
-            f"{place} was made by version {header['stage_version']} of stage {stage}, this is {version}: {_CURE}"
+            f"{place} was made by version {header['stage_version']} of stage {stage.name}, this is {version}: {_CURE}"
         )
-    cls = extended(STAGES[stage], identity)
-    options = {f.name: f for f in dataclasses.fields(cls)}
-    values = {name: default_value(f) for name, f in options.items()} | identity
-    for name, value in identity.items():
+    cls = type(stage.config)
+    options = {field.name: field for field in dataclasses.fields(cls)}
+    settings = {name: getattr(stage.config, name) for name in options}
+    for name, value in stage.identity().items():
         was = header["identity"].get(name, default_of(cls, name))
-        if was != value and holds(condition_of(cls, options[name]), values):
+        condition = condition_of(cls, options[name]) if name in options else ""
+        if was != value and holds(condition, settings):
             raise Stale(f"{place} was made with {name}={_shown(was)}, now {name}={_shown(value)} is requested: {_CURE}")
 
 

@@ -99,9 +99,9 @@ def test_a_setting_that_an_older_plan_did_not_know_counts_as_its_default(output:
     stage = make(output)
     dataset = open_or_plan(stage)
     del dataset.plans[0].header["identity"]["colour"]
-    planning.require_same(dataset, stage.name, stage.version_with(stage.config), stage.identity())
+    planning.require_same(dataset, stage)
     with pytest.raises(Stale, match="colour=red, now colour=blue"):
-        planning.require_same(dataset, stage.name, 1, make(output, colour="blue").identity())
+        planning.require_same(dataset, make(output, colour="blue"))
 
 
 def test_an_input_that_has_changed_since_the_plan_is_noticed(output: Path) -> None:

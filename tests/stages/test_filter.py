@@ -11,6 +11,9 @@ from fake_stage import assert_sound, outcomes
 from PIL import Image
 from stages.conftest import digests, run_stage
 
+from launch import precheck
+from launch.finished import already_done
+from launch.job import Job
 from pipeline.config.schema import ConfigError, FilterConfig
 from pipeline.imaging import transform
 
@@ -50,7 +53,14 @@ def test_lists_of_keys_keep_and_deny_and_are_part_of_the_identity(tmp_path: Path
     assert_sound(output)
     moved = keep.rename(tmp_path / "moved.txt")
     run_stage("filter", output=str(output), keep_keys=str(moved), **settings)  # the same list
+    given = {"output": str(output), "keep_keys": str(moved), **settings}
+    job = Job.of("filter", [f"{name}={value}" for name, value in given.items()])
+    precheck.check(job, ())
+    assert already_done(job)
     moved.write_text("000-png\n")
+    assert not already_done(job)
+    with pytest.raises(ConfigError, match="keep_keys=xxh3"):
+        precheck.check(job, ())
     with pytest.raises(ConfigError, match="keep_keys=xxh3"):
         run_stage("filter", output=str(output), keep_keys=str(moved), **settings)
     with pytest.raises(ConfigError, match="nowhere"):

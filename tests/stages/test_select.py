@@ -286,7 +286,7 @@ def test_clusters_of_embeddings_are_capped(place: Path, tmp_path: Path) -> None:
     assert left == {number: min(3, count) for number, count in all_of.items()} and max(all_of.values()) > 3
     for settings, message in (
         ({"where": "clusters > 1"}, "no column"),
-        ({"cap": ()}, "nothing asks"),
+        ({"cap": ()}, "are not used"),
         ({}, "no column"),
     ):
         given = {"input": str(place / "score" if not settings else tmp_path / "score"), "clusters": 4}
