@@ -16,7 +16,7 @@ from functools import cached_property
 from typing import Any, NoReturn, TypeVar
 from urllib.parse import quote, unquote
 
-from pipeline.config.schema import ConfigError, public_text
+from pipeline.config.schema import ConfigError
 from pipeline.stores.address import repository
 from pipeline.stores.errors import NOT_THERE, StoreError, first_line, hide, retried
 from pipeline.stores.library import obstore
@@ -117,12 +117,21 @@ def hub_explained(place: str) -> Iterator[None]:
     except (StoreError, ConfigError):
         raise
     except network as error:
-        said = f"{type(error).__name__}: {public_text(first_line(error))}"[:200]
+        said = _reason(error)[:200]
         raise StoreError(
             f"{place}: the Hub does not answer ({said}): check the network and HF_ENDPOINT, and run the same command "
             "again",
             "failed" if _timed_out(error) else "cut",  # it has been waited for long enough
         ) from None
+
+
+def _reason(error: BaseException) -> str:
+    """Why a request failed, without the layers of the HTTP libraries around it."""
+    inner = getattr(error, "reason", None) or next((arg for arg in error.args if isinstance(arg, BaseException)), None)
+    if isinstance(inner, BaseException):
+        return _reason(inner)
+    text = first_line(error)
+    return text.partition("): ")[2] or text or type(error).__name__
 
 
 def _timed_out(error: BaseException) -> bool:
